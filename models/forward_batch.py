@@ -1,0 +1,21 @@
+"""The operand of one forward pass. Built by the model runner, read by the model; knows nothing of requests."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from guanaco.kernels.lora_batch import LoraBatch
+
+
+@dataclass(frozen=True)
+class ForwardBatch:
+    """One forward pass. `t` runs over all tokens of all sequences, flattened; `s` over sequences."""
+
+    token_ids: Tensor  # int64 [t]
+    positions: Tensor  # int64 [t]          0-based, per sequence
+    slot_mapping: Tensor  # int64 [t]       KV slot = block_id * block_size + offset
+    block_tables: Tensor  # int32 [s, blocks]  padded with 0; context_lens says where to stop
+    context_lens: Tensor  # int32 [s]       tokens attended to, this step's included
+    cu_seqlens_q: Tensor  # int32 [s + 1]
+    logit_rows: Tensor  # int64 [r]         rows of t whose logits are wanted
+    lora: LoraBatch | None  # None: no row in this batch has an adapter

@@ -1,0 +1,168 @@
+"""The messages of the engine: what the API hands it, what it hands back, and its own record of a request.
+
+Plain data, no torch: the scheduler and its simulator run on these in milliseconds.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class FinishReason(str, Enum):
+    STOP = "stop"  # an eos id, a stop token id or a stop string
+    LENGTH = "length"  # max_tokens, or the room in the context
+    ABORT = "abort"  # the client left, or an operator ended it
+    ERROR = "error"  # ours: `error` says what
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is drawn. Everything is validated by the API before it gets here."""
+
+    max_tokens: int
+    temperature: float = 1.0  # 0: argmax
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0
+    seed: int | None = None  # None: the engine draws one
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None  # None: none; n: the token's own and the n most likely
+    prompt_logprobs: int | None = None  # the same for the prompt's tokens (`echo` with `logprobs`)
+    stop_token_ids: frozenset[int] = frozenset()  # in addition to the model's eos ids
+    stop_strings: tuple[str, ...] = ()
+    include_stop_str: bool = False
+    min_tokens: int = 0  # no eos, stop id or stop string before
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+
+
+@dataclass(frozen=True)
+class LoraRef:
+    """One adapter of a request: an immutable version (content digest), and the request's own factor."""
+
+    version: str
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the API hands the engine: token ids, never text."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    loras: tuple[LoraRef, ...] = ()  # empty: the base model
+    cache_salt: str = ""  # prefix-cache tenant: requests of different salts never share a block
+    arrival_seconds: float = 0.0  # monotonic clock; the queue deadline counts from here
+
+
+class Status(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass
+class Sequence:
+    """The engine's mutable record of one request. `num_computed_tokens` chases `num_tokens`: there are no phases."""
+
+    request: Request
+    token_ids: list[int]  # prompt, then output
+    block_table: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0  # positions whose K and V are in the cache
+    num_cached_tokens: int = 0  # of these, found in the prefix cache at the last admission
+    status: Status = Status.WAITING
+    finish_reason: FinishReason | None = None
+    num_preemptions: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - len(self.request.prompt_token_ids)
+
+
+@dataclass(frozen=True)
+class ScheduledSequence:
+    """A sequence's share of one step: positions num_computed_tokens … + num_new_tokens − 1."""
+
+    sequence: Sequence
+    num_new_tokens: int
+    needs_sample: bool  # the last of these tokens is the newest known one: draw the next
+
+
+@dataclass(frozen=True)
+class ScheduledBatch:
+    """One step, decided. `adapter_slots` maps each adapter version of the step to its place on the device;
+    `slot_loads` lists the (slot, version) copies that must happen before the forward pass."""
+
+    sequences: tuple[ScheduledSequence, ...]
+    adapter_slots: dict[str, int]
+    slot_loads: tuple[tuple[int, str], ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(s.num_new_tokens for s in self.sequences)
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """log-probabilities of one position, from the raw logits (before penalties and temperature), natural log."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # (token id, logprob), most likely first
+
+
+@dataclass(frozen=True)
+class SampledToken:
+    """What the model runner returns for one scheduled sequence. `error` ends that sequence only (NaN logits, say)."""
+
+    token_id: int | None  # None where nothing was to be sampled
+    logprob: TokenLogprob | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class TokenOutput:
+    """What one step did for one request. Exactly one output per request has a finish_reason, and it is the last."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None  # the stop token id or stop string that matched; None for eos and the rest
+    error: str | None = None
+    num_cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What metrics see of a step."""
+
+    num_running: int
+    num_waiting: int
+    num_scheduled_tokens: int
+    num_preempted: int
+    kv_usage_ratio: float
+    prefix_queries_tokens: int  # prompt tokens looked up in the prefix cache in this step
+    prefix_hits_tokens: int
+    step_seconds: float
+    running_adapters: tuple[str, ...]  # versions
+    waiting_adapters: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    outputs: tuple[TokenOutput, ...]
+    stats: StepStats
