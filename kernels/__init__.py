@@ -17,9 +17,15 @@ PROVIDERS = ("reference",)
 class LinearHandle(Protocol):
     """A provider's own form of one linear layer's weight; opaque to everybody else."""
 
-    in_features: int
-    out_features: int
-    num_bytes: int  # resident bytes, decoded copies included
+    @property
+    def in_features(self) -> int: ...
+
+    @property
+    def out_features(self) -> int: ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Resident bytes, decoded copies included."""
 
 
 class Ops(Protocol):
@@ -45,7 +51,15 @@ class Ops(Protocol):
         """[t, hidden] → [t, hidden]; the mean square in float32."""
 
     def rope_and_cache(
-        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slot_mapping: Tensor,
     ) -> Tensor:
         """Rotate q and k (halves, as Hugging Face stores LLaMA), write k and v to the cache, return the rotated q.
 
@@ -54,7 +68,14 @@ class Ops(Protocol):
         """
 
     def paged_attention(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, cu_seqlens_q: Tensor, scale: float
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_tables: Tensor,
+        context_lens: Tensor,
+        cu_seqlens_q: Tensor,
+        scale: float,
     ) -> Tensor:
         """Causal attention of each sequence's new tokens over its whole context, decode and chunked prefill alike.
 

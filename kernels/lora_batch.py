@@ -21,7 +21,7 @@ class LoraPair:
 
 @dataclass(frozen=True)
 class LoraTable:
-    """What is in the adapter slots: `pairs[module, slot]`; a missing key means that the adapter leaves the module alone."""
+    """What is in the adapter slots: `pairs[module, slot]`; an adapter without a key there leaves the module alone."""
 
     pairs: dict[tuple[int, int], LoraPair]
 
@@ -42,7 +42,7 @@ class LoraBatch:
 
     @staticmethod
     def build(row_adapters: list[tuple[tuple[int, float], ...]], table: LoraTable, device: torch.device) -> "LoraBatch":
-        """Group rows by slot. `row_adapters[i]` lists the (adapter slot, scale) entries of row i, empty for a base row."""
+        """Group rows by slot. `row_adapters[i]` lists row i's (adapter slot, scale) entries, none for a base row."""
         offsets, slots, scales = [0], [], []
         grouped: dict[int, tuple[list[int], list[float]]] = {}
         for row, entries in enumerate(row_adapters):

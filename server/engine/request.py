@@ -4,10 +4,10 @@ Plain data, no torch: the scheduler and its simulator run on these in millisecon
 """
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 
 
-class FinishReason(str, Enum):
+class FinishReason(StrEnum):
     STOP = "stop"  # an eos id, a stop token id or a stop string
     LENGTH = "length"  # max_tokens, or the room in the context
     ABORT = "abort"  # the client left, or an operator ended it

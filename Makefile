@@ -1,0 +1,76 @@
+# Two commands do everything: `make serve` and `make test`. Both set up what they need, once.
+#
+#   make serve ARGS="--port 8123"     pass flags on to `guanaco serve`
+#   make install CONSTRAINTS=my.txt   other versions (a CUDA build of torch, say)
+#   make install TORCH_CPU="…"        another version or index of torch's CPU build
+
+VENV        ?= .venv
+PYTHON      ?= python3
+CONSTRAINTS ?= constraints.txt
+ARGS        ?=
+# Asked for on a machine without an NVIDIA GPU: PyPI's own torch brings gigabytes of CUDA.
+TORCH_CPU   ?= torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
+
+BIN     := $(VENV)/bin
+DEPS    := pyproject.toml $(CONSTRAINTS)
+RUNTIME := $(VENV)/.installed
+TESTING := $(VENV)/.installed-test
+
+.PHONY: serve install test lint typecheck accept bench clean
+
+serve: $(RUNTIME)
+	exec $(BIN)/guanaco serve $(ARGS)
+
+install: $(RUNTIME)
+
+# pytest comes last, so that its summary is the last thing said. Never `python -m pytest`: that would put the
+# repository's root on sys.path, and with it the bare folder names that other packages use as well.
+test: lint typecheck
+	$(BIN)/pytest $(ARGS)
+
+accept: $(TESTING)
+	$(BIN)/python loadtest/accept.py --out loadtest/results
+
+lint: $(TESTING)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy does not follow the map of folders that setuptools installs; a folder of links gives it the same names.
+typecheck: $(TESTING)
+	@mkdir -p .typing/guanaco
+	@for p in adapters kernels models server; do ln -sfn ../../$$p .typing/guanaco/$$p; done
+	$(BIN)/mypy -p guanaco.kernels -p guanaco.models -p guanaco.adapters -p guanaco.server
+
+bench: $(RUNTIME)
+	$(BIN)/guanaco bench --json $(ARGS)
+
+clean:
+	rm -rf $(VENV) .typing build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "missing: Python 3.11 or newer as '$(PYTHON)' (Debian: apt install python3; or make PYTHON=…)"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "missing: Python's venv module (Debian: apt install python3-venv)"; exit 1; }
+	@command -v g++ >/dev/null || { echo "missing: a C++ compiler (Debian: apt install g++)"; exit 1; }
+	@$(PYTHON) -c 'import sysconfig, os, sys; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || \
+	  { echo "missing: Python's headers (Debian: apt install python3-dev)"; exit 1; }
+	@echo "== making $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: $(CONSTRAINTS) | $(BIN)/pip
+	@if command -v nvidia-smi >/dev/null; then echo "== an NVIDIA driver is here: torch comes from PyPI, with CUDA"; else \
+	  echo "== no NVIDIA GPU: installing torch's CPU build"; \
+	  $(BIN)/pip install --no-deps --retries 1 $(TORCH_CPU) || \
+	  { echo "torch's CPU build could not be installed: name another source with make TORCH_CPU=\"torch==… --index-url …\""; exit 1; }; fi
+	@touch $@
+
+$(RUNTIME): $(DEPS) $(VENV)/.torch
+	@echo "== installing guanaco into $(VENV)"
+	$(BIN)/pip install --constraint $(CONSTRAINTS) --editable .
+	@touch $@
+
+$(TESTING): $(DEPS) $(VENV)/.torch
+	@echo "== installing guanaco and its test tools into $(VENV)"
+	$(BIN)/pip install --constraint $(CONSTRAINTS) --editable '.[test,loadtest]'
+	@touch $(RUNTIME) $@

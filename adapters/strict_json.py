@@ -1,0 +1,62 @@
+"""JSON as the standard has it: UTF-8, one value per key, finite numbers. Files from strangers are read with it.
+
+Knows nothing of what the values mean. Called by `config` and `safetensors_file`.
+"""
+
+import json
+from typing import Any
+
+from guanaco.adapters.errors import printable
+
+
+class JsonError(ValueError):
+    """Not an acceptable JSON object; the message says where or why, in words that fit after a file's name."""
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    """The object in `data`; keys keep their order.
+
+    Raises JsonError for anything else: another encoding or a byte order mark, a repeated key (every reader would pick
+    another one), NaN or Infinity in any spelling, nesting deeper than Python's stack, a value that is no object.
+    """
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise JsonError(f"is not UTF-8 (byte {error.start})") from None
+    if text.startswith("\ufeff"):
+        raise JsonError("starts with a byte order mark")
+    try:
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+    except JsonError:
+        raise
+    except RecursionError:
+        raise JsonError("is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise JsonError(f"is not JSON: {error.msg} at character {error.pos}") from None
+    except ValueError:  # an integer of more digits than Python converts
+        raise JsonError("holds a number that is too long") from None
+    if not isinstance(value, dict):
+        raise JsonError("is JSON, but not an object")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise JsonError(f"has the key {printable(key)} twice")
+            seen.add(key)
+    return result
+
+
+def _no_constant(name: str) -> float:
+    raise JsonError(f"holds {name}, which is no JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise JsonError(f"holds {text[:40]}, which is too large for a number")
+    return value

@@ -1,0 +1,236 @@
+"""One adapter directory → LoadedAdapter: validated, in memory of our own, with a digest that names it.
+
+Knows the base model only as `targets` (module name → (in, out) features), and nothing of names, slots or requests.
+Called by `registry`, off the engine thread. Everything is checked before memory is taken for it.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from guanaco.adapters.config import CONFIG_NAME, MAX_CONFIG_BYTES, MODULE_PREFIX, AdapterConfig, parse_config
+from guanaco.adapters.errors import AdapterError, printable
+from guanaco.adapters.files import AdapterFiles
+from guanaco.adapters.safetensors_file import SafetensorsFile, StoredTensor
+from guanaco.kernels.lora_batch import LoraPair
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+# A key of the file's metadata: which packed base the adapter was trained on. Our own training script writes it.
+BASE_FINGERPRINT_KEY = "guanaco.base_fingerprint"
+
+# `.default` (or another adapter's name) stands before `.weight` in files that were not written by save_pretrained.
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[A-Za-z0-9_-]+))?\.weight")
+# Parts of tensor names that say which unsupported feature wrote them, most telling first.
+_FEATURES = (
+    ("lora_magnitude_vector", "dora_unsupported", "it belongs to DoRA, which is not supported"),
+    ("trainable_tokens", "trainable_tokens_unsupported", "trained tokens would change the shared vocabulary"),
+    ("modules_to_save", "modules_to_save_unsupported", "full copies of modules cannot share a batch with the base"),
+    ("lora_embedding_", "embedding_unsupported", "the embedding is shared by all adapters"),
+    ("embed_tokens", "embedding_unsupported", "the embedding is shared by all adapters; was the vocabulary extended?"),
+    ("lm_head", "lm_head_unsupported", "the output layer is shared by all adapters; was the vocabulary extended?"),
+    (".bias", "lora_bias_unsupported", "biases of an adapter are not computed here"),
+)
+
+
+@dataclass(frozen=True)
+class AdapterLimits:
+    """What an operator allows. Guanaco's own adapters have rank 64; its 65B one takes 3.2 GB in fp32."""
+
+    max_rank: int = 256
+    max_file_bytes: int = 4 << 30
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """An adapter in host memory; nothing in it changes after this."""
+
+    version: str  # SHA-256 over the scales and tensors, 64 hex digits: equal versions compute the same
+    config: AdapterConfig
+    pairs: dict[str, LoraPair]  # by target, in the order of `targets`; modules without an effect are left out
+    num_bytes: int  # of the tensors in `pairs`
+    max_rank: int
+    modules_applied: int
+    modules_possible: int
+    notes: tuple[str, ...]  # what an operator should know and nothing was refused for
+    base_fingerprint: str | None
+
+
+def load_adapter(
+    path: Path,
+    targets: dict[str, tuple[int, int]],
+    *,
+    name: str = "default",
+    limits: AdapterLimits | None = None,
+    strict: bool = False,
+) -> LoadedAdapter:
+    """Read the PEFT adapter at `path` (or in its sub-folder `name`) for a base with these targets.
+
+    strict: refuse config keys that are set and unknown. Raises AdapterError for everything that cannot be honoured.
+    """
+    limits = limits or AdapterLimits()
+    files = AdapterFiles.find(path, name, CONFIG_NAME)
+    config = parse_config(files.read(CONFIG_NAME, MAX_CONFIG_BYTES), strict=strict)
+    _check_weights_exist(files)
+    wanted = config.resolve(targets)
+    if not wanted:
+        raise AdapterError("no_targets", "target_modules matches no module of the base model", "target_modules")
+    with files.open(WEIGHTS_NAME) as handle:
+        file = SafetensorsFile(handle, WEIGHTS_NAME, limits.max_file_bytes)
+        names = _match_names(file.tensors, targets, wanted)
+        _check_pairs({names[key]: stored for key, stored in file.tensors.items()}, targets, wanted, limits)
+        tensors = {names[key]: _finite(tensor, key) for key, tensor in file.read()}
+    scales = {target: scale for target, (_, scale) in wanted.items()}
+    pairs = _effective_pairs(tensors, scales)
+    inert = [target for target in wanted if target not in pairs]
+    notes = config.notes
+    if inert:
+        notes += (f"{len(inert)} of {len(wanted)} modules are all zero and have no effect, {inert[0]} among them",)
+    return LoadedAdapter(
+        version=_digest(tensors, scales),
+        config=config,
+        pairs=pairs,
+        num_bytes=sum(pair.a.nbytes + pair.b.nbytes for pair in pairs.values()),
+        max_rank=max(pair.a.shape[0] for pair in pairs.values()),
+        modules_applied=len(pairs),
+        modules_possible=len(targets),
+        notes=notes,
+        base_fingerprint=file.metadata.get(BASE_FINGERPRINT_KEY),
+    )
+
+
+def _check_weights_exist(files: AdapterFiles) -> None:
+    if files.exists(WEIGHTS_NAME):
+        return
+    pickles = sorted(entry.name for entry in files.directory.iterdir() if entry.suffix in PICKLE_SUFFIXES)
+    if not pickles:
+        problem = f"{files.directory} has no {WEIGHTS_NAME}; was the adapter saved completely?"
+        raise AdapterError("weights_missing", problem, WEIGHTS_NAME)
+    shown = printable(pickles[0])
+    problem = (
+        f"{shown} is a pickle, which can run code and is never opened here; where you trust it, convert it: "
+        f"safetensors.torch.save_file(torch.load('{shown}', map_location='cpu', weights_only=True), '{WEIGHTS_NAME}')"
+    )
+    raise AdapterError("unsupported_format", problem, shown)
+
+
+_Side = tuple[str, str]  # (target, "A" or "B")
+
+
+def _match_names(
+    tensors: dict[str, StoredTensor], targets: dict[str, tuple[int, int]], wanted: dict[str, tuple[int, float]]
+) -> dict[str, _Side]:
+    """Which half of which module each tensor of the file is; every tensor has a place or is refused by name."""
+    names: dict[str, _Side] = {}
+    taken: set[_Side] = set()
+    adapters: set[str | None] = set()
+    num_layers = 1 + max((int(match[1]) for match in map(_LAYER.match, targets) if match), default=-1)
+    for key in tensors:
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise _unexpected(key, "no LoRA matrix that is known here")
+        module = match["module"].removeprefix(MODULE_PREFIX)
+        if module not in targets or module == match["module"]:
+            layer = _LAYER.match(module)
+            if layer and int(layer[1]) >= num_layers:
+                problem = f"{printable(key)} is for layer {layer[1]}, and the base model has {num_layers} layers"
+                raise AdapterError("layer_out_of_range", problem, printable(key))
+            raise _unexpected(key, "for a module that the base model does not have, or that cannot be adapted")
+        if module not in wanted:
+            problem = f"{printable(key)} is there, but target_modules and its companions leave its module out"
+            raise AdapterError("untargeted_tensor", problem, printable(key))
+        side = (module, match["side"])
+        adapters.add(match["adapter"])
+        if side in taken:
+            raise AdapterError("duplicate_tensor", f"{printable(key)} is there in two spellings", printable(key))
+        if len(adapters) > 1:
+            problem = f"{WEIGHTS_NAME} mixes tensors of several adapters; save them one by one"
+            raise AdapterError("several_adapters", problem, printable(key))
+        taken.add(side)
+        names[key] = side
+    return names
+
+
+_LAYER = re.compile(r"layers\.(\d{1,9})\.")
+
+
+def _unexpected(key: str, otherwise: str) -> AdapterError:
+    for part, code, why in _FEATURES:
+        if part in key:
+            return AdapterError(code, f"{printable(key)} cannot be honoured: {why}", printable(key))
+    return AdapterError("unexpected_tensor", f"{printable(key)} is {otherwise}", printable(key))
+
+
+def _check_pairs(
+    stored: dict[_Side, StoredTensor],
+    targets: dict[str, tuple[int, int]],
+    wanted: dict[str, tuple[int, float]],
+    limits: AdapterLimits,
+) -> None:
+    """Every targeted module has both matrices, of the base's sizes and the rank that the config states."""
+    for target, (rank, _) in wanted.items():
+        for side in ("A", "B"):
+            shown = f"{target}.lora_{side}"
+            if (target, side) not in stored:
+                problem = f"{shown} is missing, but the config targets its module; was the adapter saved completely?"
+                raise AdapterError("missing_tensor", problem, shown)
+            shape = stored[target, side].shape
+            if len(shape) != 2:
+                raise AdapterError("bad_shape", f"{shown} has shape {list(shape)}; a matrix is needed", shown)
+            features = targets[target][0] if side == "A" else targets[target][1]
+            actual_features, actual_rank = (shape[1], shape[0]) if side == "A" else shape
+            if actual_features != features:
+                problem = f"{shown} has shape {list(shape)}, but the base has {features} there: made for another base?"
+                raise AdapterError("shape_mismatch", problem, shown)
+            if actual_rank > limits.max_rank:
+                problem = f"{shown} has rank {actual_rank}; raise the limit of {limits.max_rank} with --max-lora-rank"
+                raise AdapterError("rank_too_large", problem, shown)
+            if actual_rank != rank:
+                problem = f"{shown} has rank {actual_rank}, but {CONFIG_NAME} says {rank}"
+                raise AdapterError("rank_mismatch", problem, shown)
+
+
+def _finite(tensor: Tensor, key: str) -> Tensor:
+    if not bool(torch.isfinite(tensor).all()):
+        problem = f"{printable(key)} holds NaN or infinity: the training diverged, or the file is damaged"
+        raise AdapterError("not_finite", problem, printable(key))
+    return tensor
+
+
+def _effective_pairs(tensors: dict[_Side, Tensor], scales: dict[str, float]) -> dict[str, LoraPair]:
+    """The pairs that change anything. Raises AdapterError if none does: B is zero before the first training step."""
+    pairs = {}
+    for target, scale in scales.items():
+        a, b = tensors[target, "A"], tensors[target, "B"]
+        if scale == 0 or not bool(a.any()) or not bool(b.any()):
+            continue
+        if a.dtype != b.dtype:  # exact: float32 holds every float16 and bfloat16
+            a, b = a.float(), b.float()
+        pairs[target] = LoraPair(a=a, b=b, scale=scale)
+    if not pairs:
+        problem = "the adapter has no effect: lora_alpha is 0, or every pair has an all-zero matrix (was it trained?)"
+        raise AdapterError("zero_effect", problem)
+    return pairs
+
+
+def _digest(tensors: dict[_Side, Tensor], scales: dict[str, float]) -> str:
+    """SHA-256 over what the adapter computes with: per module the scale, then each tensor's type, shape and bytes.
+
+    Rank, alpha and the patterns enter as the scales and shapes that they come to; spelling and order do not count.
+    """
+    order = sorted(tensors)
+    header = {
+        "format": 1,
+        "scales": {target: float(scale).hex() for target, scale in sorted(scales.items())},
+        "tensors": [[*side, str(tensors[side].dtype), list(tensors[side].shape)] for side in order],
+    }
+    text = json.dumps(header, separators=(",", ":"), sort_keys=True).encode("ascii")
+    digest = hashlib.sha256(len(text).to_bytes(8, "little") + text)
+    for side in order:
+        digest.update(memoryview(tensors[side].reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+    return digest.hexdigest()

@@ -1,0 +1,202 @@
+"""Every op in plain PyTorch: the specification that other providers are measured against.
+
+float32 sums, one rounding to the activations' dtype at the end of an op; runs on any torch device. Knows nothing of
+requests, adapters' names or layers. Chosen by `load_ops("reference", …)`.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from guanaco.kernels import LinearHandle
+from guanaco.kernels.lora_batch import LoraBatch
+from guanaco.kernels.nf4 import Nf4Weight
+
+# Weights decoded at a time where a layer is not kept decoded: 16 MiB of float32.
+TILE_WEIGHTS = 4 << 20
+# Most scores (queries × heads × positions) in memory at a time: 32 MiB of float32. A single query may exceed it.
+ATTENTION_SCORES = 8 << 20
+# Most of a batch of decoding sequences that may be padding, as a share of its longest context.
+MAX_PADDING_RATIO = 0.25
+
+
+@dataclass(frozen=True)
+class ReferenceLinear:
+    """A linear layer's weight: packed, or dense. A dense one is float32 (decoded, kept) or the stored 16-bit dtype."""
+
+    weight: Nf4Weight | Tensor
+    bias: Tensor | None  # float32 [out]
+    in_features: int
+    out_features: int
+    num_bytes: int
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows start … stop − 1 in float32."""
+        if isinstance(self.weight, Nf4Weight):
+            return self.weight.dequantize_rows(start, stop)
+        return self.weight[start:stop].float()
+
+
+class ReferenceOps:
+    """The ops on `device`, activations in `dtype`. See `Ops` for shapes."""
+
+    name = "reference"
+
+    def __init__(self, *, device: torch.device, dtype: torch.dtype, decoded_weights_bytes: int) -> None:
+        assert dtype in (torch.float32, torch.bfloat16), dtype
+        self.device = device
+        self.dtype = dtype
+        self.decoded_weights_bytes = decoded_weights_bytes
+        self.decoded_bytes_used = 0
+
+    def prepare(self, weight: Nf4Weight | Tensor, bias: Tensor | None) -> ReferenceLinear:
+        """Keep the weight in float32 if the budget still allows it, first come first kept; else as it is stored."""
+        out_features, in_features = weight.shape
+        stored = weight.to(self.device)
+        decoded_bytes = out_features * in_features * 4
+        is_decoded = isinstance(stored, Tensor) and stored.dtype == torch.float32
+        if not is_decoded and self.decoded_bytes_used + decoded_bytes <= self.decoded_weights_bytes:
+            stored = stored.dequantize() if isinstance(stored, Nf4Weight) else stored.float()
+            self.decoded_bytes_used += decoded_bytes
+        bias32 = None if bias is None else bias.to(self.device, torch.float32)
+        num_bytes = stored.num_bytes if isinstance(stored, Nf4Weight) else stored.numel() * stored.element_size()
+        num_bytes += 0 if bias32 is None else bias32.numel() * 4
+        return ReferenceLinear(stored, bias32, in_features, out_features, num_bytes)
+
+    def linear(self, x: Tensor, weight: LinearHandle, lora: LoraBatch | None, module: int) -> Tensor:
+        x32 = x.float()
+        y = self._product(x32, weight)
+        if lora is not None:
+            for slot, (rows, factors) in lora.rows_by_slot.items():
+                pair = lora.table.pairs.get((module, slot))
+                if pair is None:
+                    continue
+                delta = (x32[rows] @ pair.a.float().t()) @ pair.b.float().t()
+                y.index_add_(0, rows, delta * (factors * pair.scale).view(-1, 1))
+        return y.to(self.dtype)
+
+    def lm_head(self, x: Tensor, weight: LinearHandle) -> Tensor:
+        return self._product(x.float(), weight)
+
+    def _product(self, x32: Tensor, handle: LinearHandle) -> Tensor:
+        """float32 [t, out]: x32 · Wᵀ + bias, a tile of W's rows at a time unless W is there in float32."""
+        assert isinstance(handle, ReferenceLinear), "a handle of another provider"
+        if isinstance(handle.weight, Tensor) and handle.weight.dtype == torch.float32:
+            y = x32 @ handle.weight.t()
+        else:
+            y = torch.empty((x32.shape[0], handle.out_features), dtype=torch.float32, device=x32.device)
+            step = max(1, TILE_WEIGHTS // handle.in_features)
+            for start in range(0, handle.out_features, step):
+                stop = min(start + step, handle.out_features)
+                y[:, start:stop] = x32 @ handle.rows(start, stop).t()
+        return y if handle.bias is None else y.add_(handle.bias)
+
+    def embedding(self, token_ids: Tensor, table: Tensor) -> Tensor:
+        return table[token_ids].to(self.dtype)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x32 = x.float()
+        inverse = torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + eps)
+        return (x32 * inverse * weight.float()).to(self.dtype)
+
+    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
+        return (F.silu(gate.float()) * up.float()).to(self.dtype)
+
+    def rope_and_cache(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slot_mapping: Tensor,
+    ) -> Tensor:
+        tokens = (slot_mapping >= 0).nonzero().view(-1)
+        slots = slot_mapping[tokens]
+        block, offset = slots // k_cache.shape[1], slots % k_cache.shape[1]
+        k_cache[block, offset] = self._rotate(k, cos, sin)[tokens].to(k_cache.dtype)
+        v_cache[block, offset] = v[tokens].to(v_cache.dtype)
+        return self._rotate(q, cos, sin)
+
+    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate the pairs (i, i + head_dim / 2) of each head of x [t, heads, head_dim] by the angles of its token."""
+        low, high = x.float().chunk(2, dim=-1)
+        c, s = cos.unsqueeze(1), sin.unsqueeze(1)
+        return torch.cat((low * c - high * s, high * c + low * s), dim=-1).to(self.dtype)
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_tables: Tensor,
+        context_lens: Tensor,
+        cu_seqlens_q: Tensor,
+        scale: float,
+    ) -> Tensor:
+        out = torch.empty_like(q)
+        contexts, starts = context_lens.tolist(), cu_seqlens_q.tolist()
+        new = [stop - start for start, stop in pairwise(starts)]
+        block_size, heads = k_cache.shape[1], q.shape[1]
+
+        def gather(cache: Tensor, sequences: list[int], length: int) -> Tensor:
+            """float32 [kv_heads, sequences, length, head_dim], memory of its own."""
+            blocks = block_tables[sequences, : -(-length // block_size)]
+            rows = cache.flatten(1).index_select(0, blocks.reshape(-1)).view(len(sequences), -1, *cache.shape[2:])
+            return rows[:, :length].permute(2, 0, 1, 3).to(torch.float32, memory_format=torch.contiguous_format)
+
+        for group in _decode_groups([(contexts[i], i) for i, n in enumerate(new) if n == 1], heads):
+            rows = [starts[i] for i in group]
+            limits = context_lens[group].view(-1, 1)
+            keys, values = (gather(cache, group, contexts[group[-1]]) for cache in (k_cache, v_cache))
+            # Unwritten positions may hold NaN, and 0 · NaN is NaN: a weight of zero does not hide a value.
+            padding = torch.arange(keys.shape[2], device=q.device) >= limits
+            values.masked_fill_(padding.unsqueeze(-1), 0.0)
+            out[rows] = _attend(q[rows].unsqueeze(1).float(), keys, values, limits, scale).squeeze(1).to(self.dtype)
+
+        for i in (i for i, n in enumerate(new) if n > 1):
+            keys, values = (gather(cache, [i], contexts[i]) for cache in (k_cache, v_cache))
+            step = max(1, ATTENTION_SCORES // (heads * contexts[i]))
+            for first in range(0, new[i], step):
+                last = min(first + step, new[i])
+                rows32 = q[starts[i] + first : starts[i] + last].unsqueeze(0).float()
+                seen = contexts[i] - new[i] + last  # positions that the last of these queries sees
+                limits = torch.arange(seen - (last - first) + 1, seen + 1, device=q.device).view(1, -1)
+                result = _attend(rows32, keys[:, :, :seen], values[:, :, :seen], limits, scale)
+                out[starts[i] + first : starts[i] + last] = result.squeeze(0).to(self.dtype)
+        return out
+
+
+def _decode_groups(sequences: list[tuple[int, int]], heads: int) -> list[list[int]]:
+    """Split (context length, index) pairs into batches of similar length, ascending, so that little is padding."""
+    groups: list[list[int]] = []
+    shortest = 0
+    for length, index in sorted(sequences):
+        group = groups[-1] if groups else []
+        fits = (len(group) + 1) * heads * length <= ATTENTION_SCORES
+        if group and fits and length * (1 - MAX_PADDING_RATIO) <= shortest:
+            group.append(index)
+        else:
+            groups.append([index])
+            shortest = length
+    return groups
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, limits: Tensor, scale: float) -> Tensor:
+    """softmax(q kᵀ · scale) v in float32. Query (g, j) sees the first limits[g, j] positions.
+
+    q [g, n, heads, head_dim]; keys, values [kv_heads, g, length, head_dim]; limits [g, n] → [g, n, heads, head_dim].
+    """
+    g, n, heads, head_dim = q.shape
+    kv_heads, share = keys.shape[0], heads // keys.shape[0]
+    hidden = torch.arange(keys.shape[2], device=q.device) >= limits.repeat_interleave(share, dim=1).unsqueeze(-1)
+    q = q.view(g, n, kv_heads, share, head_dim).permute(2, 0, 1, 3, 4).reshape(kv_heads, g, n * share, head_dim)
+    scores = (q * scale) @ keys.transpose(2, 3)  # [kv_heads, g, n · share, length]
+    weights = scores.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
+    out = (weights @ values).view(kv_heads, g, n, share, head_dim)
+    return out.permute(1, 2, 0, 3, 4).reshape(g, n, heads, head_dim)

@@ -1,0 +1,78 @@
+#!/usr/bin/env python3
+"""Run every proof with the full count that the issues state, and write the result with its conditions.
+
+make accept          (or: .venv/bin/python loadtest/accept.py --out loadtest/results)
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _first(pattern: str, path: str) -> str:
+    match = re.search(pattern, Path(path).read_text(), re.MULTILINE) if Path(path).exists() else None
+    return match.group(1).strip() if match else "unknown"
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def _machine() -> str:
+    cpu = _first(r"model name\s*:(.*)", "/proc/cpuinfo")
+    memory = _first(r"MemTotal:(.*)", "/proc/meminfo")
+    return f"{cpu}, {len(os.sched_getaffinity(0))} CPUs, {memory}, Python {platform.python_version()}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "loadtest/results")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        junit, proofs = Path(folder, "junit.xml"), Path(folder, "proofs.json")
+        command = [
+            str(Path(sys.executable).parent / "pytest"),
+            "--accept",
+            "--timeout=3600",
+            f"--junitxml={junit}",
+            f"--proofs={proofs}",
+        ]
+        started = datetime.datetime.now(datetime.UTC)
+        code = subprocess.run(command, cwd=ROOT, check=False).returncode
+        cases = list(ElementTree.parse(junit).getroot().iter("testcase"))
+        counts = json.loads(proofs.read_text())
+    bad = [
+        f"{c.get('classname')}::{c.get('name')}"
+        for c in cases
+        if c.find("failure") is not None or c.find("error") is not None
+    ]
+    result = {
+        "date": started.isoformat(timespec="seconds"),
+        "seconds": round((datetime.datetime.now(datetime.UTC) - started).total_seconds()),
+        "command": "make accept",
+        "commit": _git("rev-parse", "HEAD") + (" + uncommitted changes" if _git("status", "--porcelain") else ""),
+        "machine": _machine(),
+        "tests": len(cases),
+        "failed": bad,
+        "skipped": [f"{c.get('classname')}::{c.get('name')}" for c in cases if c.find("skipped") is not None],
+        "proof_counts": counts,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"accept-{started.date()}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{path}: {len(cases)} tests, {len(bad)} failed, {len(counts)} long proofs")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""The storage of the paged KV cache: one pair of tensors per layer, cut into blocks.
+
+No policy: which block belongs to whom is the ledger's business (server.engine.block_manager). Made by the engine's
+wiring, written and read by the model through the ops.
+"""
+
+import torch
+from torch import Tensor
+
+from guanaco.models.config import LlamaConfig
+
+
+class PagedKVCache:
+    """K and V of every layer, [num_blocks, block_size, kv_heads, head_dim] each, addressed by KV slot."""
+
+    def __init__(
+        self, config: LlamaConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        # Zeros, not empty: on Linux they come as untouched pages that cost memory only once they are written.
+        self._layers = [
+            (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+            for _ in range(config.num_layers)
+        ]
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """(k_cache, v_cache) of one layer; the ops write into them in place."""
+        return self._layers[index]
+
+
+def block_bytes(config: LlamaConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block over all layers, K and V: what the memory plan divides by."""
+    return 2 * config.num_layers * block_size * config.num_kv_heads * config.head_dim * dtype.itemsize

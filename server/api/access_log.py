@@ -1,0 +1,155 @@
+"""The log: one JSON object a line, one line per request, with ids, counts and times; never text, keys or paths of clients.
+
+Doesn't know HTTP. The middleware writes the request lines from a `RequestRecord` that the routes fill in.
+"""
+
+import contextlib
+import json
+import logging
+import queue
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, TextIO
+
+from starlette.types import Scope
+
+access_logger = logging.getLogger("guanaco.access")
+
+_RECORD = "guanaco.record"
+_QUEUE_SIZE = 10_000  # lines; a log that nobody reads may lose lines, but it must not stop the event loop
+# These write what they handle (event chunks, parameters) at debug level: text of prompts and answers.
+_TALKATIVE = ("sse_starlette", "asyncio", "httpcore", "httpx")
+
+
+@dataclass
+class RequestRecord:
+    """What is known of one HTTP request. Filled in on its way; times in seconds since its start."""
+
+    request_id: str
+    started: float = field(default_factory=time.monotonic)
+    route: str | None = None  # the route's pattern, not the client's path
+    status: int | None = None
+    outcome: str | None = None  # ok, rejected, cancelled, failed
+    error_code: str | None = None
+    key_id: str | None = None
+    model: str | None = None  # a served name
+    adapter_version: str | None = None
+    stream: bool | None = None
+    num_choices: int | None = None
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    completion_tokens: int | None = None
+    finish_reasons: tuple[str, ...] | None = None
+    ttft_seconds: float | None = None
+
+    def line(self, method: str) -> dict[str, Any]:
+        """The fields of the log line; what isn't known is left out."""
+        fields: dict[str, Any] = {
+            "request_id": self.request_id,
+            "method": method if method.isalpha() and len(method) <= 10 else None,
+            "route": self.route,
+            "status": self.status,
+            "outcome": self.outcome,
+            "error_code": self.error_code,
+            "key_id": self.key_id,
+            "model": self.model,
+            "adapter_version": self.adapter_version,
+            "stream": self.stream,
+            "num_choices": self.num_choices,
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "completion_tokens": self.completion_tokens,
+            "finish_reasons": self.finish_reasons,
+            "ttft_seconds": None if self.ttft_seconds is None else round(self.ttft_seconds, 6),
+            "e2e_seconds": round(time.monotonic() - self.started, 6),
+        }
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+def record_of(scope: Scope) -> RequestRecord:
+    """The record that the outermost middleware put into the scope."""
+    record: RequestRecord = scope[_RECORD]
+    return record
+
+
+def new_record(scope: Scope, request_id: str) -> RequestRecord:
+    scope[_RECORD] = RequestRecord(request_id)
+    return record_of(scope)
+
+
+def frames(error: BaseException) -> list[str]:
+    """Where an exception was raised, innermost last, without its message: messages quote what they choke on."""
+    return [f"{f.filename}:{f.lineno} in {f.name}" for f in traceback.extract_tb(error.__traceback__)]
+
+
+class JsonFormatter(logging.Formatter):
+    """One record, one line of ASCII JSON: control characters and line separators of any kind come out escaped."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info and record.exc_info[1] is not None:
+            line["exception"] = type(record.exc_info[1]).__name__
+            line["stack"] = frames(record.exc_info[1])
+        return json.dumps(line, ensure_ascii=True)
+
+
+class _QueueHandler(logging.Handler):
+    """Hands records to the writing thread. Where that is behind by a full queue, a record is lost and counted."""
+
+    def __init__(self, records: queue.Queue[logging.LogRecord | None]) -> None:
+        super().__init__()
+        self.records = records
+        self.num_lost = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self.records.put_nowait(record)
+        except queue.Full:
+            self.num_lost += 1
+
+
+def start_logging(level: str, stream: TextIO | None = None) -> Callable[[], None]:
+    """Send all logging to `stream` (standard error) as JSON lines, from a thread of its own.
+
+    Returns a function that writes what is still queued and ends the thread, or gives up after two seconds.
+    """
+    writer = logging.StreamHandler(stream or sys.stderr)
+    writer.setFormatter(JsonFormatter())
+    records: queue.Queue[logging.LogRecord | None] = queue.Queue(_QUEUE_SIZE)
+    handler = _QueueHandler(records)
+
+    def write() -> None:
+        while (record := records.get()) is not None:
+            writer.handle(record)
+
+    thread = threading.Thread(target=write, name="guanaco-log", daemon=True)
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    quiet_talkative_loggers()
+    thread.start()
+
+    def stop() -> None:
+        root.removeHandler(handler)
+        with contextlib.suppress(queue.Full):  # the reader of the log is stuck: leave the thread, it is a daemon
+            records.put(None, timeout=1)
+            thread.join(1)
+
+    return stop
+
+
+def quiet_talkative_loggers() -> None:
+    """Keep libraries from logging texts, whatever level is asked for."""
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.INFO)

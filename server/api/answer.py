@@ -1,0 +1,71 @@
+"""What chat and text completions have in common as answers: head, chunks, usage.
+
+Doesn't know HTTP or events. The routes' answers say what a choice looks like; `serving` and `sse` use them.
+"""
+
+import secrets
+import time
+from abc import ABC, abstractmethod
+from typing import Any
+
+from guanaco.server.api.catalog import ServedModel
+from guanaco.server.api.generation import Generation
+from guanaco.server.api.protocol import GenerationBody
+from guanaco.server.engine.async_engine import TextOutput
+
+
+class Answer(ABC):
+    """One answer in the making. `choice_chunk` and `add` are alternatives: an answer is streamed, or collected."""
+
+    id_prefix: str
+    object_name: str
+    chunk_name: str
+
+    def __init__(self, body: GenerationBody, model: ServedModel) -> None:
+        self.id = self.id_prefix + secrets.token_hex(12)
+        self._head = {
+            "id": self.id,
+            "created": int(time.time()),
+            "model": model.name,
+            "system_fingerprint": model.fingerprint,
+        }
+        options = body.stream_options
+        self._usage_at_end = bool(options and options.include_usage)
+        self._usage_always = self._usage_at_end and bool(options and options.continuous_usage_stats)
+        self.generation: Generation | None = None
+
+    @abstractmethod
+    def choice_chunk(self, index: int, output: TextOutput) -> dict[str, Any] | None:
+        """What is new of a choice, as an entry of `choices`; None where there is nothing to show yet."""
+
+    @abstractmethod
+    def add(self, index: int, output: TextOutput) -> None:
+        """Take an output of a choice, for `choices`."""
+
+    @abstractmethod
+    def choices(self) -> list[dict[str, Any]]:
+        """All choices, complete."""
+
+    def chunk(self, index: int, output: TextOutput) -> dict[str, Any] | None:
+        """The chunk for one output. No chunk for an output without text (half a character, say): load tools take each
+        chunk with choices for a token."""
+        choice = self.choice_chunk(index, output)
+        if choice is None:
+            return None
+        chunk = {**self._head, "object": self.chunk_name, "choices": [choice]}
+        if self._usage_at_end:
+            chunk["usage"] = self._usage() if self._usage_always else None
+        return chunk
+
+    def usage_chunk(self) -> dict[str, Any] | None:
+        """The last chunk, without choices, where the client asked for it."""
+        if not self._usage_at_end:
+            return None
+        return {**self._head, "object": self.chunk_name, "choices": [], "usage": self._usage()}
+
+    def whole(self) -> dict[str, Any]:
+        return {**self._head, "object": self.object_name, "choices": self.choices(), "usage": self._usage()}
+
+    def _usage(self) -> dict[str, Any]:
+        assert self.generation is not None, "an answer is bound to its generation before it is asked for anything"
+        return self.generation.usage()

@@ -1,0 +1,107 @@
+"""The ASGI application: routes, the chain around them, and the engine's start and stop with the server's own.
+
+Builds nothing that it serves: `ApiState` brings it all. Called by the wiring (`http_server.serve`) and by tests.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+
+from guanaco.server.api import chat, completions, info, tokens
+from guanaco.server.api.auth import AuthMiddleware
+from guanaco.server.api.errors import (
+    ApiError,
+    DeadlineExceeded,
+    EngineOverloaded,
+    EngineUnavailable,
+    GenerationFailed,
+    handle_error,
+)
+from guanaco.server.api.middleware import Gate, RequestScope
+from guanaco.server.api.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from guanaco.server.api.state import ApiState
+from guanaco.server.metrics import Metrics
+
+logger = logging.getLogger("guanaco.api")
+
+_BODIES: tuple[type[BaseModel], ...] = (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody)
+_LAG_PROBE_SECONDS = 0.5
+_STOP_TIMEOUT_SECONDS = 5.0  # an engine that is stuck in a step must not keep the process alive
+
+
+def create_app(state: ApiState) -> FastAPI:
+    """The application over `state`. The engine is started and stopped by the application's lifespan.
+
+    /openapi.json is on, and behind the key like everything else; /docs is off: its page needs a script from the net.
+    """
+    app = FastAPI(
+        title="Guanaco",
+        version=state.version,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=_lifespan,
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+    )
+    app.state.api = state
+    for router in (info.router, chat.router, completions.router, tokens.router):
+        app.include_router(router)
+    for error in (
+        *(ApiError, EngineOverloaded, EngineUnavailable, GenerationFailed, DeadlineExceeded),
+        *(HTTPException, RequestValidationError),
+    ):
+        app.add_exception_handler(error, handle_error)
+    # The last one added is the outermost.
+    app.add_middleware(AuthMiddleware, keys=state.keys)
+    app.add_middleware(Gate, lifecycle=state.lifecycle, max_admitted=state.max_admitted)
+    app.add_middleware(RequestScope, lifecycle=state.lifecycle, metrics=state.metrics)
+    _describe_bodies(app)
+    return app
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    state: ApiState = app.state.api
+    state.engine.start()
+    lag = asyncio.create_task(_measure_loop_lag(state.metrics))
+    try:
+        yield
+    finally:
+        lag.cancel()
+        await asyncio.gather(lag, return_exceptions=True)
+        state.workers.shutdown(wait=False, cancel_futures=True)
+        try:
+            await asyncio.wait_for(state.engine.stop(), _STOP_TIMEOUT_SECONDS)
+        except TimeoutError:
+            logger.error("the engine did not stop in time; leaving it behind")
+
+
+async def _measure_loop_lag(metrics: Metrics) -> None:
+    loop = asyncio.get_running_loop()
+    while True:
+        due = loop.time() + _LAG_PROBE_SECONDS
+        await asyncio.sleep(_LAG_PROBE_SECONDS)
+        metrics.observe_loop_lag(max(0.0, loop.time() - due))
+
+
+def _describe_bodies(app: FastAPI) -> None:
+    """Add the bodies' parts to the OpenAPI document: the routes read their bodies themselves, FastAPI doesn't see them."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = generate()
+        _, definitions = models_json_schema(
+            [(model, "validation") for model in _BODIES], ref_template="#/components/schemas/{model}"
+        )
+        document.setdefault("components", {}).setdefault("schemas", {}).update(definitions.get("$defs", {}))
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]

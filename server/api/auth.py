@@ -1,0 +1,117 @@
+"""API keys: everything is closed unless it is listed here as open, and keys are only ever kept and compared as digests.
+
+Doesn't know routes: it sees paths, before any of them is looked up. A pure ASGI middleware; `app` puts it in the chain.
+"""
+
+import hashlib
+import hmac
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from guanaco.server.api.access_log import record_of
+from guanaco.server.api.errors import ApiError
+from guanaco.server.config import Settings, SettingsError
+
+OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
+
+
+@dataclass(frozen=True)
+class ApiKey:
+    """One key that clients may send. `id` is what logs may show; it says nothing about the key."""
+
+    id: str
+    digest: bytes  # SHA-256 of the key's bytes
+
+
+class KeyRing:
+    """The keys of this server; none: everybody may come in."""
+
+    def __init__(self, keys: Iterable[str] = ()) -> None:
+        digests = dict.fromkeys(_digest(key.encode()) for key in keys)
+        self._keys = tuple(ApiKey(_digest(b"guanaco key id" + d).hex()[:8], d) for d in digests)
+        self._salt_secret = secrets.token_bytes(32)
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Self:
+        """The keys of --api-key and --api-key-file. SettingsError where the file can't be read or holds no key."""
+        keys = [key.get_secret_value() for key in settings.api_key]
+        if settings.api_key_file is not None:
+            try:
+                text = settings.api_key_file.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise SettingsError(f"--api-key-file {settings.api_key_file}: cannot be read ({error})") from None
+            lines = [line.strip() for line in text.splitlines()]
+            from_file = [line for line in lines if line and not line.startswith("#")]
+            if not from_file:
+                raise SettingsError(f"--api-key-file {settings.api_key_file}: holds no key; write one a line")
+            keys += from_file
+        return cls(keys)
+
+    def __bool__(self) -> bool:
+        return bool(self._keys)
+
+    def find(self, presented: bytes) -> ApiKey | None:
+        """The key that was presented. Every key is compared, in constant time, whether or not one has matched."""
+        digest = _digest(presented)
+        found = None
+        for key in self._keys:
+            if hmac.compare_digest(digest, key.digest):
+                found = key
+        return found
+
+    def cache_salt(self, key: ApiKey | None, client_salt: str | None) -> str:
+        """The prefix-cache tenant of a request: different for each key, and again for each salt a client chooses.
+
+        Without keys and without a client's salt all requests share one cache (empty salt). Not guessable: HMAC with a
+        secret of this process, since a tenant who could name another's salt could probe its prompts by their latency.
+        """
+        if key is None and client_salt is None:
+            return ""
+        digest = hmac.new(self._salt_secret, key.digest if key else b"", "sha256")
+        digest.update(b"\0" + client_salt.encode() if client_salt is not None else b"")
+        return digest.hexdigest()
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+def presented_key(headers: Sequence[tuple[bytes, bytes]]) -> bytes | None:
+    """The key in `Authorization: Bearer …` or `X-Api-Key`; None where there is none, or more than one to choose from."""
+    found = []
+    for name, value in headers:
+        if name == b"authorization":
+            scheme, _, token = value.strip().partition(b" ")
+            if scheme.lower() != b"bearer" or not token.strip():
+                return None
+            found.append(token.strip())
+        elif name == b"x-api-key":
+            found.append(value.strip())
+    return found[0] if len(set(found)) == 1 else None
+
+
+class AuthMiddleware:
+    """Refuses what comes without a key of the ring, unless the path is open. Inert where the ring is empty."""
+
+    def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
+        self.app = app
+        self.keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self.keys and scope["path"] not in OPEN_PATHS:
+            presented = presented_key(scope["headers"])
+            key = self.keys.find(presented) if presented is not None else None
+            if key is None:
+                code = "missing_api_key" if presented is None else "invalid_api_key"
+                text = "send one of this server's API keys as `Authorization: Bearer KEY`"
+                error = ApiError(401, code, text if presented is None else f"this API key is not valid; {text}")
+                record_of(scope).error_code = error.code
+                await error.response()(scope, receive, send)
+                return
+            record_of(scope).key_id = key.id
+            scope["guanaco.key"] = key
+        await self.app(scope, receive, send)

@@ -1,0 +1,103 @@
+"""From the bytes of a request body to a validated request, or to a 400 that names the field.
+
+Parses the raw bytes strictly: no NaN or infinity, no lone surrogates, no duplicate keys, no byte-order mark, no
+conversions between types. Doesn't know what the fields mean. Error messages never hold what the client sent.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
+from starlette.requests import Request
+
+from guanaco.server.api.errors import ApiError, ClientGone, bad_request
+
+Model = TypeVar("Model", bound=BaseModel)
+
+_MAX_MESSAGE = 300
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The whole body. 413 beyond `max_bytes` (announced or counted), 415 for anything that isn't plain JSON;
+    ClientGone where the client leaves before its end."""
+    headers = request.headers
+    if headers.get("content-encoding", "identity").strip().lower() not in ("identity", ""):
+        raise ApiError(415, "unsupported_encoding", "compressed bodies are not read: send the JSON as it is")
+    kind, _, parameters = headers.get("content-type", "").partition(";")
+    if kind.strip().lower() != "application/json":
+        raise ApiError(415, "unsupported_media_type", "send the body as JSON, with `Content-Type: application/json`")
+    if "charset" in parameters.lower() and "utf-8" not in parameters.lower():
+        raise ApiError(415, "unsupported_media_type", "send the JSON in UTF-8")
+    announced = headers.get("content-length", "")
+    if announced.isascii() and announced.isdecimal() and int(announced) > max_bytes:
+        raise _too_large(max_bytes)
+    body = bytearray()
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        body += message.get("body", b"")
+        if len(body) > max_bytes:
+            raise _too_large(max_bytes)
+        if not message.get("more_body", False):
+            return bytes(body)
+
+
+def _too_large(max_bytes: int) -> ApiError:
+    return ApiError(413, "request_too_large", f"the body is larger than {max_bytes} bytes, the most this server reads")
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """The body as a JSON object."""
+    try:
+        value = from_json(body, allow_inf_nan=False)
+    except ValueError:
+        # pydantic's own words would say where, but they can quote the body
+        raise bad_request("the body is not valid JSON in UTF-8", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise bad_request("the body must be a JSON object", code="invalid_json")
+    json.loads(body, object_pairs_hook=_refuse_duplicates)
+    return value
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> None:
+    """Two readers of one body could otherwise understand two different requests."""
+    if len({key for key, _ in pairs}) != len(pairs):
+        raise bad_request("the body has an object with the same key twice", code="invalid_json")
+
+
+def refuse_fields(data: Mapping[str, Any], refused: Mapping[str, tuple[Any, ...]], path: str = "") -> None:
+    """400 for a field that would change the answer and isn't supported. `refused` maps each name to the values that
+    ask for nothing and may pass; null always may."""
+    for name, harmless in refused.items():
+        value = data.get(name)
+        if value is not None and value not in harmless:
+            raise bad_request(f"{name} is not supported by this server", path + name, "unsupported_parameter")
+
+
+def validate(model: type[Model], data: dict[str, Any]) -> Model:
+    """The data as `model`, or a 400 for the first field that is wrong."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        raise _field_error(first["loc"], first["type"], first["msg"]) from None
+
+
+def _field_error(location: Sequence[int | str], kind: str, message: str) -> ApiError:
+    param = ""
+    for part in location:
+        param += f"[{part}]" if isinstance(part, int) else f".{part}" if param else part
+    if kind == "missing":
+        return bad_request(f"{param} is missing", param, "missing_required_parameter")
+    code = "invalid_type" if kind.endswith("_type") else "invalid_value"
+    return bad_request(f"{param}: {message}"[:_MAX_MESSAGE], param or None, code)
+
+
+def body_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """The OpenAPI entry for a body that a route reads itself."""
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs", None)  # `app` puts them under components
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

@@ -1,0 +1,137 @@
+"""POST /v1/chat/completions: messages in, one or more answers out, streamed or whole."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from guanaco.server.api.answer import Answer
+from guanaco.server.api.auth import ApiKey
+from guanaco.server.api.body import body_schema, parse_object, refuse_fields, validate
+from guanaco.server.api.catalog import ServedModel
+from guanaco.server.api.errors import bad_request
+from guanaco.server.api.logprobs import chat_logprobs
+from guanaco.server.api.protocol import REFUSED_IN_CHAT, ChatBody, ChatMessage
+from guanaco.server.api.sampling import check_request, sampling_params
+from guanaco.server.api.serving import Prepared, Prompt, check_text_size, serve
+from guanaco.server.api.state import ApiState, ChatTokenizer
+from guanaco.server.engine.async_engine import TextOutput
+from guanaco.server.engine.request import FinishReason, TokenLogprob
+
+router = APIRouter(tags=["generation"])
+
+
+@router.post("/v1/chat/completions", summary="Answer a conversation", openapi_extra=body_schema(ChatBody))
+async def chat_completions(request: Request) -> Response:
+    return await serve(request, prepare_chat)
+
+
+def prepare_chat(state: ApiState, key: ApiKey | None, raw: bytes) -> tuple[Prepared, "ChatAnswer"]:
+    """Validate and tokenise. Runs on a worker thread."""
+    data = parse_object(raw)
+    refuse_fields(data, REFUSED_IN_CHAT)
+    body = validate(ChatBody, data)
+    check_request(body, state.tokenizer.vocab_size)
+    if body.top_logprobs and not body.logprobs:
+        raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
+    model = state.catalog.get(body.model)
+    token_ids = render_messages(
+        state, body.messages, model.max_model_len, add_generation_prompt=body.add_generation_prompt is not False
+    )
+    params = sampling_params(
+        body,
+        state.defaults,
+        limit=body.token_limit,
+        limit_name="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
+        num_prompt_tokens=len(token_ids),
+        max_model_len=model.max_model_len,
+        prompt_name="messages",
+        num_logprobs=body.num_logprobs,
+    )
+    prepared = Prepared(body, model, (Prompt(token_ids, params),), state.keys.cache_salt(key, body.cache_salt))
+    return prepared, ChatAnswer(body, model, state.tokenizer)
+
+
+def render_messages(
+    state: ApiState, messages: list[ChatMessage], max_model_len: int, *, add_generation_prompt: bool
+) -> tuple[int, ...]:
+    """The conversation as token ids, through the chat template. 400 where it doesn't suit the template."""
+    check_text_size(sum(len(message.content.encode()) for message in messages), max_model_len, "messages")
+    if state.chat_template is None and not state.tokenizer.has_chat_template:
+        text = "this model has no chat template: use /v1/completions, or start the server with --chat-template NAME"
+        raise bad_request(text, "messages", "no_chat_template")
+    try:
+        token_ids = state.tokenizer.encode_chat(
+            [message.template_message() for message in messages],
+            add_generation_prompt=add_generation_prompt,
+            template=state.chat_template,
+        )
+    except state.template_errors:
+        text = "the model's chat template doesn't take these messages (their roles or their order)"
+        raise bad_request(text, "messages", "template_error") from None
+    if not token_ids:
+        raise bad_request("the messages come to no tokens at all", "messages")
+    return tuple(token_ids)
+
+
+@dataclass
+class _Choice:
+    texts: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    started: bool = False
+
+
+class ChatAnswer(Answer):
+    """A chat completion, chunk by chunk or whole."""
+
+    id_prefix = "chatcmpl-"
+    object_name = "chat.completion"
+    chunk_name = "chat.completion.chunk"
+
+    def __init__(self, body: ChatBody, model: ServedModel, tokenizer: ChatTokenizer) -> None:
+        super().__init__(body, model)
+        self._tokenizer = tokenizer
+        self._with_logprobs = bool(body.logprobs)
+        self._choices = [_Choice() for _ in range(body.n)]
+
+    def choice_chunk(self, index: int, output: TextOutput) -> dict[str, Any] | None:
+        choice = self._choices[index]
+        choice.logprobs += output.logprobs
+        if not output.text and output.finish_reason is None:
+            return None
+        delta: dict[str, Any] = {}
+        if not choice.started:
+            delta = {"role": "assistant", "content": output.text}
+        elif output.text:
+            delta = {"content": output.text}
+        choice.started = True
+        logprobs, choice.logprobs = choice.logprobs, []
+        return {
+            "index": index,
+            "delta": delta,
+            "logprobs": chat_logprobs(self._tokenizer, logprobs) if self._with_logprobs else None,
+            "finish_reason": output.finish_reason,
+            "stop_reason": output.stop_reason,
+        }
+
+    def add(self, index: int, output: TextOutput) -> None:
+        choice = self._choices[index]
+        choice.texts.append(output.text)
+        choice.logprobs += output.logprobs
+        choice.finish_reason, choice.stop_reason = output.finish_reason, output.stop_reason
+
+    def choices(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": "".join(choice.texts), "refusal": None},
+                "logprobs": chat_logprobs(self._tokenizer, choice.logprobs) if self._with_logprobs else None,
+                "finish_reason": choice.finish_reason,
+                "stop_reason": choice.stop_reason,
+            }
+            for index, choice in enumerate(self._choices)
+        ]

@@ -1,0 +1,137 @@
+"""POST /v1/completions: one or more prompts in, as text or token ids, and their continuations out."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from guanaco.server.api import protocol
+from guanaco.server.api.answer import Answer
+from guanaco.server.api.auth import ApiKey
+from guanaco.server.api.body import body_schema, parse_object, refuse_fields, validate
+from guanaco.server.api.catalog import ServedModel
+from guanaco.server.api.errors import bad_request
+from guanaco.server.api.logprobs import CompletionLogprobs
+from guanaco.server.api.protocol import REFUSED, CompletionBody
+from guanaco.server.api.sampling import check_request, sampling_params
+from guanaco.server.api.serving import Prepared, Prompt, check_text_size, serve
+from guanaco.server.api.state import ApiState, ChatTokenizer
+from guanaco.server.engine.async_engine import TextOutput
+from guanaco.server.engine.request import FinishReason, TokenLogprob
+
+router = APIRouter(tags=["generation"])
+
+
+@router.post("/v1/completions", summary="Continue a text", openapi_extra=body_schema(CompletionBody))
+async def completions(request: Request) -> Response:
+    return await serve(request, prepare_completion)
+
+
+def prepare_completion(state: ApiState, key: ApiKey | None, raw: bytes) -> tuple[Prepared, "CompletionAnswer"]:
+    """Validate and tokenise. Runs on a worker thread."""
+    data = parse_object(raw)
+    refuse_fields(data, REFUSED)
+    body = validate(CompletionBody, data)
+    check_request(body, state.tokenizer.vocab_size)
+    model = state.catalog.get(body.model)
+    prompts = tuple(_prompt(state, body, prompt, model.max_model_len) for prompt in body.prompt)
+    prepared = Prepared(body, model, prompts, state.keys.cache_salt(key, body.cache_salt))
+    return prepared, CompletionAnswer(body, model, state.tokenizer, prompts)
+
+
+def _prompt(state: ApiState, body: CompletionBody, prompt: protocol.Prompt, max_model_len: int) -> Prompt:
+    """One prompt as token ids. Text gets a BOS as the tokenizer's own rule says; token ids are taken as they are."""
+    if isinstance(prompt, str):
+        check_text_size(len(prompt.encode()), max_model_len, "prompt")
+        token_ids = tuple(state.tokenizer.encode(prompt, add_bos=False if body.add_special_tokens is False else None))
+    else:
+        token_ids = prompt
+        if any(token >= state.tokenizer.vocab_size for token in token_ids):
+            raise bad_request(f"a token id is beyond the vocabulary of {state.tokenizer.vocab_size}", "prompt")
+    if not token_ids:
+        raise bad_request("a prompt is empty", "prompt")
+    params = sampling_params(
+        body,
+        state.defaults,
+        limit=body.token_limit,
+        limit_name="max_tokens",
+        num_prompt_tokens=len(token_ids),
+        max_model_len=max_model_len,
+        prompt_name="prompt",
+        num_logprobs=body.num_logprobs,
+        prompt_logprobs=body.num_logprobs if body.echo else None,
+    )
+    text = None
+    if body.echo:
+        text = prompt if isinstance(prompt, str) else state.tokenizer.decode(token_ids, skip_special_tokens=False)
+    return Prompt(token_ids, params, text)
+
+
+@dataclass
+class _Choice:
+    prompt: Prompt
+    logprob_maker: CompletionLogprobs
+    pending_text: str = ""  # the prompt's, until it is echoed; then what was collected
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_shown: bool = False
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+class CompletionAnswer(Answer):
+    """A text completion, chunk by chunk or whole."""
+
+    id_prefix = "cmpl-"
+    object_name = "text_completion"
+    chunk_name = "text_completion"
+
+    def __init__(
+        self, body: CompletionBody, model: ServedModel, tokenizer: ChatTokenizer, prompts: tuple[Prompt, ...]
+    ) -> None:
+        super().__init__(body, model)
+        self._with_logprobs = body.logprobs is not None
+        self._choices = [
+            _Choice(prompt, CompletionLogprobs(tokenizer), prompt.text or "")
+            for prompt in prompts
+            for _ in range(body.n)
+        ]
+
+    def choice_chunk(self, index: int, output: TextOutput) -> dict[str, Any] | None:
+        self.add(index, output)
+        if not output.text and output.finish_reason is None:
+            return None
+        return self._take(index)
+
+    def add(self, index: int, output: TextOutput) -> None:
+        choice = self._choices[index]
+        choice.pending_text += output.text
+        choice.prompt_logprobs += output.prompt_logprobs
+        choice.logprobs += output.logprobs
+        choice.finish_reason, choice.stop_reason = output.finish_reason, output.stop_reason
+
+    def choices(self) -> list[dict[str, Any]]:
+        return [self._take(index) for index in range(len(self._choices))]
+
+    def _take(self, index: int) -> dict[str, Any]:
+        """What has gathered of a choice, as an entry of `choices`; nothing of it is shown again."""
+        choice = self._choices[index]
+        text, choice.pending_text = choice.pending_text, ""
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": self._take_logprobs(choice) if self._with_logprobs else None,
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+        }
+
+    def _take_logprobs(self, choice: _Choice) -> dict[str, Any]:
+        entries: list[TokenLogprob | None] = []
+        if choice.prompt.text is not None and not choice.prompt_shown:
+            choice.prompt_shown = True
+            entries = [None, *choice.prompt_logprobs]
+        entries += choice.logprobs
+        choice.logprobs = []
+        return choice.logprob_maker.chunk(entries, first_token=choice.prompt.token_ids[0])

@@ -1,0 +1,151 @@
+"""What a caller is told when something fails: one exception, one table from exception types to HTTP, one envelope.
+
+Messages are fixed texts of ours. They never hold what the client sent, a path, or the text of an unforeseen exception.
+Used by every route, by the middleware, and by the protocol class for what fails before there is a request.
+"""
+
+import math
+from typing import Any
+
+import orjson
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from guanaco.server.engine.async_engine import EngineOverloaded, EngineUnavailable
+
+_TYPES = {429: "rate_limit_error"}  # besides these: 4xx invalid_request_error, 5xx server_error
+CLIENT_CLOSED_REQUEST = 499  # nginx's number, for the log only: nobody is there to read it
+
+
+class ApiError(Exception):
+    """A failure in the words and numbers that the client gets."""
+
+    def __init__(
+        self, status: int, code: str, message: str, *, param: str | None = None, retry_after: float | None = None
+    ) -> None:
+        super().__init__(code)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.param = param
+        self.retry_after = retry_after
+
+    @property
+    def type(self) -> str:
+        return _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+
+    def envelope(self) -> dict[str, Any]:
+        """OpenAI's shape: {"error": {message, type, param, code}}."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def body(self) -> bytes:
+        return orjson.dumps(self.envelope())
+
+    def headers(self) -> dict[str, str]:
+        headers = {}
+        if self.retry_after is not None:
+            headers["Retry-After"] = str(max(1, math.ceil(self.retry_after)))
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return headers
+
+    def response(self) -> Response:
+        return Response(self.body(), self.status, self.headers(), "application/json")
+
+
+class ClientGone(Exception):
+    """The client left before its answer was complete: there is nobody to tell."""
+
+
+class GenerationFailed(Exception):
+    """The engine ended a request without finishing it. `reason` is the engine's word for why."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class DeadlineExceeded(Exception):
+    """A request took longer than `request_timeout` altogether."""
+
+
+def bad_request(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
+    return ApiError(400, code, message, param=param)
+
+
+def model_not_found() -> ApiError:
+    return ApiError(
+        404, "model_not_found", "no model of that name is served; GET /v1/models lists them", param="model"
+    )
+
+
+def draining(retry_after: float = 5.0) -> ApiError:
+    return ApiError(503, "server_draining", "this server is shutting down; try another one", retry_after=retry_after)
+
+
+def _overloaded(error: EngineOverloaded) -> ApiError:
+    return ApiError(
+        503, "server_overloaded", "too many requests are waiting; try again later", retry_after=error.retry_after_seconds
+    )
+
+
+def _unavailable(error: EngineUnavailable) -> ApiError:
+    if error.draining:
+        return draining()
+    return ApiError(503, "engine_unavailable", "the engine is not running; the server must be restarted", retry_after=10)
+
+
+def _http(error: HTTPException) -> ApiError:
+    if error.status_code == 404:
+        return ApiError(404, "not_found", "there is no such route; GET /openapi.json lists them")
+    if error.status_code == 405:
+        return ApiError(405, "method_not_allowed", "this route doesn't answer this method")
+    return ApiError(error.status_code, "http_error", "the request could not be served")
+
+
+# The engine's words for an end without a finish, and what the client is told.
+_FAILURES = {
+    "queue_timeout": ApiError(
+        503, "queue_timeout", "the request waited too long for its turn; try again later", retry_after=5
+    ),
+    "server_shutting_down": ApiError(503, "server_shutting_down", "the server shut down before the answer was complete"),
+    "engine_dead": ApiError(500, "engine_unavailable", "the engine failed before the answer was complete"),
+    "numerical_error": ApiError(500, "numerical_error", "the model produced values that are not numbers"),
+}
+_INTERNAL = ApiError(500, "internal_error", "the server failed; its log has the details under this request's id")
+
+
+def as_api_error(error: BaseException) -> ApiError:
+    """The one table from exception types to HTTP. What is not in it is our bug: 500."""
+    match error:
+        case ApiError():
+            return error
+        case EngineOverloaded():
+            return _overloaded(error)
+        case EngineUnavailable():
+            return _unavailable(error)
+        case GenerationFailed():
+            return _FAILURES.get(error.reason, _INTERNAL)
+        case DeadlineExceeded():
+            return ApiError(504, "request_timeout", "the request took longer than this server allows")
+        case HTTPException():
+            return _http(error)
+        case _:
+            return _INTERNAL
+
+
+def is_unforeseen(error: BaseException) -> bool:
+    """Whether the log should get the stack of this error."""
+    return as_api_error(error) is _INTERNAL
+
+
+async def handle_error(request: Request, error: Exception) -> Response:
+    """Starlette's exception handler for everything in the table."""
+    known = as_api_error(error)
+    response = known.response()
+    if isinstance(error, HTTPException):
+        response.headers.update({k: v for k, v in (error.headers or {}).items() if k.lower() == "allow"})
+    if (record := request.scope.get("guanaco.record")) is not None:
+        record.error_code = known.code
+    return response

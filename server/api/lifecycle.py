@@ -1,0 +1,52 @@
+"""Where this server is in its life, and how much it is doing: flags and counters that the HTTP side shares.
+
+Knows no HTTP and no engine. The process (`http_server`) moves it; the gate, the health routes and the routes read it.
+"""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Lifecycle:
+    """Lives on the event loop; only `draining` may be set from elsewhere (a signal handler)."""
+
+    def __init__(self) -> None:
+        self.draining = False  # readiness fails: routers look elsewhere
+        self.refusing = False  # new work is refused
+        self.num_open = 0  # HTTP requests that are being answered
+        self.num_admitted = 0  # of these, the ones being prepared or in the engine
+        self._all_closed = asyncio.Event()
+        self._all_closed.set()
+
+    @contextmanager
+    def open_request(self) -> Iterator[None]:
+        self.num_open += 1
+        self._all_closed.clear()
+        try:
+            yield
+        finally:
+            self.num_open -= 1
+            if self.num_open == 0:
+                self._all_closed.set()
+
+    async def wait_all_closed(self, timeout_seconds: float) -> bool:
+        """Wait until no request is open; False if some still are after `timeout_seconds`."""
+        try:
+            await asyncio.wait_for(self._all_closed.wait(), timeout_seconds)
+        except TimeoutError:
+            return False
+        return True
+
+
+class Admission:
+    """One request's place among those that are being prepared or are in the engine. `release` once or more often."""
+
+    def __init__(self, lifecycle: Lifecycle) -> None:
+        self._lifecycle: Lifecycle | None = lifecycle
+        lifecycle.num_admitted += 1
+
+    def release(self) -> None:
+        if self._lifecycle is not None:
+            self._lifecycle.num_admitted -= 1
+            self._lifecycle = None

@@ -1,0 +1,105 @@
+"""The way of a generating request through the API, shared by chat and text completions.
+
+read → parse, validate and tokenise on a worker thread → submit → answer, streamed or whole. The routes bring the two ends:
+how a body becomes engine requests, and what an answer looks like.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from guanaco.server.api.access_log import record_of
+from guanaco.server.api.answer import Answer
+from guanaco.server.api.auth import ApiKey
+from guanaco.server.api.body import read_body
+from guanaco.server.api.catalog import ServedModel
+from guanaco.server.api.generation import Generation, until_disconnect
+from guanaco.server.api.protocol import GenerationBody
+from guanaco.server.api.sampling import context_exceeded, for_choice
+from guanaco.server.api.sse import stream_generation
+from guanaco.server.api.state import ApiState, json_response, state_of
+from guanaco.server.engine.request import Request, SamplingParams
+
+# No vocabulary of ours has a longer common token: a text of more bytes than this times the context can't fit into it,
+# and is refused before it is tokenised.
+_MAX_BYTES_PER_TOKEN = 64
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt as the engine gets it, and as the client wrote it (for echo)."""
+
+    token_ids: tuple[int, ...]
+    params: SamplingParams
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A valid request, ready for the engine."""
+
+    body: GenerationBody
+    model: ServedModel
+    prompts: tuple[Prompt, ...]
+    cache_salt: str
+
+    @property
+    def stream(self) -> bool:
+        return bool(self.body.stream)
+
+    def engine_requests(self, answer_id: str, arrival_seconds: float) -> list[Request]:
+        """n requests for each prompt, in the order of the choices' indexes."""
+        choices = [(prompt, choice) for prompt in self.prompts for choice in range(self.body.n)]
+        return [
+            Request(
+                request_id=f"{answer_id}-{index}",
+                prompt_token_ids=prompt.token_ids,
+                params=for_choice(prompt.params, choice),
+                loras=self.model.loras,
+                cache_salt=self.cache_salt,
+                arrival_seconds=arrival_seconds,
+            )
+            for index, (prompt, choice) in enumerate(choices)
+        ]
+
+
+Prepare = Callable[[ApiState, ApiKey | None, bytes], tuple[Prepared, Answer]]
+
+
+async def serve(request: HttpRequest, prepare: Prepare) -> Response:
+    """Answer one request. Everything that fails before the first output is raised; `errors` has the table."""
+    state, record = state_of(request), record_of(request.scope)
+    body = await read_body(request, state.settings.max_body_bytes)
+    admission = state.admit()
+    try:
+        key = request.scope.get("guanaco.key")
+        prepared, answer = await asyncio.get_running_loop().run_in_executor(state.workers, prepare, state, key, body)
+        record.model, record.adapter_version = prepared.model.name, prepared.model.version
+        record.stream = prepared.stream
+        requests = prepared.engine_requests(answer.id, record.started)
+        generation = await Generation.start(state, prepared.model, record, admission, requests, prepared.body.n)
+    except BaseException:
+        admission.release()
+        raise
+    answer.generation = generation
+    if prepared.stream:
+        return await stream_generation(request, generation, answer)
+    try:
+        await until_disconnect(request.receive, _collect(generation, answer))
+    finally:
+        await generation.aclose()
+    return json_response(answer.whole())
+
+
+async def _collect(generation: Generation, answer: Answer) -> None:
+    async for index, output in generation:
+        answer.add(index, output)
+
+
+def check_text_size(num_bytes: int, max_model_len: int, param: str) -> None:
+    """400 for a text that has more tokens than the context, whatever they are."""
+    if num_bytes > max_model_len * _MAX_BYTES_PER_TOKEN:
+        raise context_exceeded(num_bytes // _MAX_BYTES_PER_TOKEN, max_model_len, param)

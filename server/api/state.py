@@ -1,0 +1,83 @@
+"""What the routes work with: the engine, the tokenizer and the rest, built by the wiring and handed to `create_app`.
+
+Names no concrete tokenizer: the API may not import the models' package, so it says here what it needs of one.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+
+from guanaco.server.api.auth import KeyRing
+from guanaco.server.api.catalog import Catalog
+from guanaco.server.api.errors import ApiError
+from guanaco.server.api.lifecycle import Admission, Lifecycle
+from guanaco.server.api.sampling import SamplingDefaults
+from guanaco.server.config import Settings
+from guanaco.server.engine.async_engine import AsyncEngine
+from guanaco.server.metrics import Metrics
+
+# Parsing and tokenising run here, off the event loop: a body of megabytes must not delay everybody's next token.
+_PREPARE_THREADS = 2
+
+
+class ChatTokenizer(Protocol):
+    """What the API needs of a tokenizer (`models.tokenizer.Tokenizer` has it). Used from several threads at once."""
+
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+    vocab_size: int
+    has_chat_template: bool
+
+    def encode(self, text: str, *, add_bos: bool | None = None) -> list[int]: ...
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
+    def token_bytes(self, token_id: int) -> bytes: ...
+    def token_text(self, token_id: int) -> str: ...
+    def encode_chat(
+        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, template: Any = None
+    ) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class ApiState:
+    """Everything that the HTTP side needs. `template_errors` are the exceptions that a chat template raises when the
+    messages don't suit it; their text is the model's own and is passed on to the client."""
+
+    engine: AsyncEngine
+    tokenizer: ChatTokenizer
+    catalog: Catalog
+    settings: Settings
+    metrics: Metrics
+    version: str
+    defaults: SamplingDefaults = SamplingDefaults()
+    keys: KeyRing = field(default_factory=KeyRing)
+    chat_template: Any = None  # a template to use instead of the tokenizer's own
+    template_errors: tuple[type[Exception], ...] = ()
+    lifecycle: Lifecycle = field(default_factory=Lifecycle)
+    workers: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(_PREPARE_THREADS, thread_name_prefix="guanaco-prepare")
+    )
+
+    def admit(self) -> Admission:
+        """A place for one request that is ready to be prepared; 503 where all are taken."""
+        if self.lifecycle.num_admitted >= self.max_admitted:
+            raise ApiError(503, "server_overloaded", "too many requests are waiting; try again later", retry_after=1)
+        return Admission(self.lifecycle)
+
+    @property
+    def max_admitted(self) -> int:
+        """More requests than this can't be running and waiting in the engine: it would refuse them."""
+        return self.settings.max_num_seqs + self.settings.max_queued_requests
+
+
+def state_of(request: Request) -> ApiState:
+    state: ApiState = request.app.state.api
+    return state
+
+
+def json_response(content: object, status: int = 200) -> Response:
+    return Response(orjson.dumps(content), status, media_type="application/json")

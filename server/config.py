@@ -1,0 +1,163 @@
+"""Every setting of the server, in one place, valid or refused: flag > GUANACO_* > YAML file > default.
+
+The only reader of the environment. What is measured later (free memory, the number of KV blocks) is not a setting.
+Built by the command line; read by the wiring and the API.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+ENV_PREFIX = "GUANACO_"
+
+_UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+class SettingsError(Exception):
+    """A setting that is unknown or does not parse; the message is one line that names it."""
+
+
+def _parse_bytes(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+    if match is None or match.group(2).lower() not in _UNITS:
+        raise ValueError(f"{value!r} is not a size: write a number of bytes, or one with KiB, MiB, GiB, KB, MB or GB")
+    return int(float(match.group(1)) * _UNITS[match.group(2).lower()])
+
+
+def _parse_list(value: object) -> object:
+    """Environment variables hold lists as comma-separated text."""
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+Bytes = Annotated[int, BeforeValidator(_parse_bytes), Field(ge=0)]
+Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_parse_list)]
+Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_parse_list)]
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Settings(BaseSettings):
+    """Born valid, never changed. Each field is a flag (`--port`), a variable (`GUANACO_PORT`) and a YAML key."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, frozen=True, extra="forbid", env_ignore_empty=True, hide_input_in_errors=True
+    )
+
+    model: str | None = Field(None, description="directory, GGUF file or hub id ORG/NAME@REVISION; none: the demo")
+    adapter: Texts = Field((), description="NAME=PATH of a PEFT LoRA adapter; repeat for more (none: the demo's two)")
+    served_model_name: str | None = Field(None, description="name of the base model in the API")
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="port to listen on; 0 picks a free one")
+    api_key: Secrets = Field((), description="API key that clients must send; repeat for more")
+    api_key_file: Path | None = Field(None, description="file with one API key a line")
+    allow_unauthenticated: bool = Field(False, description="listen beyond loopback without an API key")
+    provider: Literal["auto", "reference"] = Field("auto", description="kernel provider")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="compute and KV cache dtype")
+    threads: Annotated[int, Field(ge=0)] = Field(
+        0, description="compute threads; 0: what the machine or container allows"
+    )
+    max_model_len: Count | None = Field(None, description="longest context in tokens; none: the model's own")
+    max_num_seqs: Count = Field(64, description="most sequences that run at once")
+    max_num_batched_tokens: Count = Field(512, description="most tokens that one step computes")
+    block_size: Annotated[int, Field(ge=1, le=256)] = Field(16, description="token positions per KV block")
+    kv_cache_memory: Bytes | None = Field(None, description="size of the KV cache, e.g. 2GiB; none: by free memory")
+    decoded_weights_memory: Bytes = Field(
+        2 << 30, description="memory that the reference provider may spend on weights kept decoded"
+    )
+    adapter_slots: Count = Field(8, description="most different adapters in one step")
+    max_lora_rank: Count = Field(256, description="largest adapter rank that is accepted")
+    chat_template: str | None = Field(
+        None, description="template name (guanaco, chatml, …) or a Jinja file; none: the model's"
+    )
+    cache: Path = Field(Path("~/.cache/guanaco"), description="where downloaded and quantised models are kept")
+    quantized_cache: bool = Field(True, description="keep a model that is quantised at load in the cache")
+    offline: bool = Field(False, description="never use the network")
+    hub_token: SecretStr | None = Field(None, description="Hugging Face token for gated or private models")
+    max_queued_requests: Count = Field(256, description="requests that may wait; more are refused with 503")
+    max_queued_tokens: Count = Field(131072, description="prompt tokens that may wait; more are refused with 503")
+    queue_timeout: Seconds = Field(60.0, description="seconds a request may wait before it is refused with 503")
+    request_timeout: Seconds = Field(600.0, description="seconds a request may take altogether")
+    drain_delay: Seconds = Field(0.0, description="seconds after SIGTERM in which new requests are still accepted")
+    drain_timeout: Seconds = Field(30.0, description="seconds that running requests get to finish after SIGTERM")
+    step_timeout: Annotated[float, Field(gt=0)] = Field(
+        60.0, description="seconds without progress of a busy engine after which it counts as stuck"
+    )
+    max_body_bytes: Bytes = Field(4 << 20, description="largest request body")
+    header_timeout: Seconds = Field(10.0, description="seconds a client may take to send its request head")
+    body_timeout: Seconds = Field(30.0, description="seconds a client may take to send its request body")
+    keep_alive_timeout: Seconds = Field(30.0, description="seconds an idle connection is kept")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="log level")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (
+            init_settings,
+            env_settings,
+        )  # no .env file and no secrets directory: nothing is read that was not named
+
+    @property
+    def cache_dir(self) -> Path:
+        return self.cache.expanduser().absolute()
+
+    def public(self) -> dict[str, Any]:
+        """The settings as plain data, secrets masked: what --print-config shows."""
+        return self.model_dump(mode="json")
+
+
+def load_settings(flags: Mapping[str, Any], config_file: Path | None = None) -> Settings:
+    """Settings from flags (only those given), the environment and a YAML file.
+
+    Raises SettingsError with one line that names the flag, variable or key at fault.
+    """
+    variables = {name for name in os.environ if name.startswith(ENV_PREFIX)}
+    known = {ENV_PREFIX + name.upper(): name for name in Settings.model_fields}
+    hint = "no setting is called so (guanaco serve --help lists them)"
+    for variable in sorted(variables - known.keys()):
+        raise SettingsError(f"unknown environment variable {variable}: {hint}")
+    values = _read_yaml(config_file) if config_file else {}
+    for key in values:
+        if key not in Settings.model_fields:
+            raise SettingsError(f"unknown key {key!r} in {config_file}: {hint}")
+    from_file = {key: value for key, value in values.items() if not os.environ.get(ENV_PREFIX + key.upper())}
+    try:
+        return Settings(**{**from_file, **flags})
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        name = str(first["loc"][0]) if first["loc"] else "settings"
+        message = str(first["msg"]).removeprefix("Value error, ")
+        raise SettingsError(f"{_where(name, flags, from_file, config_file)}: {message}") from None
+
+
+def _where(name: str, flags: Mapping[str, Any], from_file: Mapping[str, Any], config_file: Path | None) -> str:
+    if name in flags:
+        return "--" + name.replace("_", "-")
+    return f"{name} in {config_file}" if name in from_file else ENV_PREFIX + name.upper()
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"--config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"--config {path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise SettingsError(f"--config {path}: expected `key: value` lines")
+    return {str(key): value for key, value in loaded.items()}

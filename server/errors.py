@@ -1,0 +1,5 @@
+"""What a verb of the command line cannot do, and what to do about it. One line, exit code 2."""
+
+
+class CommandError(Exception):
+    """A command that cannot be carried out as it was given."""

@@ -1,0 +1,91 @@
+"""What this machine, or the container around us, allows: processors, memory, instruction sets.
+
+Reads /proc and the cgroup files only; knows nothing of models. Used for defaults, the start-up plan and `doctor`.
+"""
+
+import math
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+_CGROUP = Path("/sys/fs/cgroup")
+_CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One look at the machine. Sizes in bytes."""
+
+    cpu_name: str
+    cpu_count: int  # processors that this process may use, cgroup quota included
+    cpu_flags: tuple[str, ...]
+    memory_bytes: int  # memory that this process may use altogether
+    memory_available_bytes: int
+    has_nvidia_driver: bool
+
+
+def look(cgroup: Path = _CGROUP, proc: Path = Path("/proc")) -> Machine:
+    """Read the machine's limits now."""
+    name, flags = _cpu_info(proc)
+    total, available = _memory(cgroup, proc)
+    return Machine(
+        cpu_name=name,
+        cpu_count=_cpu_count(cgroup),
+        cpu_flags=tuple(flag for flag in _CPU_FLAGS if flag in flags),
+        memory_bytes=total,
+        memory_available_bytes=available,
+        has_nvidia_driver=(proc / "driver/nvidia/version").exists(),
+    )
+
+
+def _cpu_count(cgroup: Path) -> int:
+    """Processors by affinity, and by the cgroup's quota (v2 `cpu.max`, v1 `cpu.cfs_*`), rounded up."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _words(cgroup / "cpu.max")
+    if not quota:
+        quota = _words(cgroup / "cpu/cpu.cfs_quota_us") + _words(cgroup / "cpu/cpu.cfs_period_us")
+    if len(quota) == 2 and quota[0] not in ("max", "-1"):
+        allowed = min(allowed, math.ceil(int(quota[0]) / int(quota[1])))
+    return max(1, allowed)
+
+
+def _memory(cgroup: Path, proc: Path) -> tuple[int, int]:
+    sizes = {}
+    for line in _text(proc / "meminfo").splitlines():
+        key, _, value = line.partition(":")
+        sizes[key] = int(value.split()[0]) * 1024 if value.split() else 0
+    total, available = sizes.get("MemTotal", 0), sizes.get("MemAvailable", 0)
+    for limit, usage in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        words = _words(cgroup / limit)
+        if words and words[0] != "max" and int(words[0]) < total:
+            total = int(words[0])
+            available = min(available, total - int((_words(cgroup / usage) or ["0"])[0]))
+    return total, max(0, available)
+
+
+def _cpu_info(proc: Path) -> tuple[str, set[str]]:
+    name, flags = platform.processor() or platform.machine(), set[str]()
+    for line in _text(proc / "cpuinfo").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            name = value.strip()
+        elif key.strip() in ("flags", "Features"):
+            flags = set(value.split())
+            break
+    return name, flags
+
+
+def _words(path: Path) -> list[str]:
+    return _text(path).split()
+
+
+def _text(path: Path) -> str:
+    """The file's text; empty where there is none, which is an answer here (another cgroup version, another system)."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

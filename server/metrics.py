@@ -1,0 +1,308 @@
+"""What the server counts, as Prometheus series in a registry of its own: vLLM's names and buckets where dashboards and
+routers read them, `guanaco_*` for what only we have. Doesn't know requests, engines or HTTP; the API and the engine
+feed it plain numbers. Every label value comes from the catalog of served models or from a fixed list, never from a client.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
+from prometheus_client.exposition import choose_encoder
+
+FINISH_REASONS = ("stop", "length", "abort", "error")
+
+# Adapters with series of their own, first come first served; all later ones share one label. A counter that moved
+# between two labels would run backwards, which is why the set only grows.
+MAX_ADAPTER_LABELS = 64
+# No adapter can be called so: the brackets are outside what a served name may hold.
+BASE_LABEL = "(base)"
+OTHER_LABEL = "(other)"
+
+# Bucket edges are vLLM's (vllm/v1/metrics/loggers.py), so that one dashboard reads both servers.
+_TTFT_BUCKETS = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+_ITL_BUCKETS = (
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+_REQUEST_BUCKETS = (
+    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
+    *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+_STEP_TOKEN_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+_N_BUCKETS = (1, 2, 5, 10, 20)
+_STEP_SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_LAG_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
+
+
+class StepNumbers(Protocol):
+    """The numbers of one engine step (the engine's `StepStats` has this shape)."""
+
+    @property
+    def num_running(self) -> int: ...
+    @property
+    def num_waiting(self) -> int: ...
+    @property
+    def num_scheduled_tokens(self) -> int: ...
+    @property
+    def num_preempted(self) -> int: ...
+    @property
+    def kv_usage_ratio(self) -> float: ...
+    @property
+    def prefix_queries_tokens(self) -> int: ...
+    @property
+    def prefix_hits_tokens(self) -> int: ...
+    @property
+    def step_seconds(self) -> float: ...
+    @property
+    def running_adapters(self) -> tuple[str, ...]: ...
+    @property
+    def waiting_adapters(self) -> tuple[str, ...]: ...
+
+
+@dataclass(frozen=True)
+class RequestStats:
+    """One finished engine request. Seconds; None where it never got so far."""
+
+    adapter: str | None  # served name; None: the base model
+    finish_reason: str  # one of FINISH_REASONS
+    num_prompt_tokens: int
+    num_generation_tokens: int
+    max_tokens: int
+    n: int
+    e2e_seconds: float
+    queue_seconds: float | None = None
+    first_token_seconds: float | None = None
+    last_token_seconds: float | None = None
+
+
+def count_buckets(largest: int) -> tuple[int, ...]:
+    """1, 2, 5, 10, 20, 50 … up to `largest`: vLLM's edges for token counts."""
+    edges: list[int] = []
+    scale = 1
+    while True:
+        for digit in (1, 2, 5):
+            if digit * scale > largest:
+                return tuple(edges) or (1,)
+            edges.append(digit * scale)
+        scale *= 10
+
+
+class Metrics:
+    """All series of one server. Methods may be called from any thread."""
+
+    def __init__(
+        self, model_name: str, *, max_model_len: int, adapter_slots: int = 0, clock: Callable[[], float] = time.time
+    ) -> None:
+        disable_created_metrics()  # a second line per series that nothing here reads
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self._clock = clock
+        self._adapter_slots = adapter_slots
+        self._adapter_labels: set[str] = set()
+        self._adapter_names: dict[str, str] = {}
+        self._lora_shown: tuple[str, str, str] | None = None
+        self._make_engine_series(model_name)
+        self._make_request_series(model_name, max_model_len)
+        self._make_own_series()
+        self._show_adapters((), ())
+
+    def _make_engine_series(self, model_name: str) -> None:
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(name, text, ["model_name"], registry=self.registry).labels(model_name)
+
+        def counter(name: str, text: str) -> Counter:
+            return Counter(name, text, ["model_name"], registry=self.registry).labels(model_name)
+
+        self._running = gauge("vllm:num_requests_running", "Requests that run.")
+        self._waiting = gauge("vllm:num_requests_waiting", "Requests that wait to be admitted.")
+        self._kv_usage = gauge("vllm:kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.")
+        self._preemptions = counter("vllm:num_preemptions", "Sequences whose blocks were taken back.")
+        self._prefix_queries = counter("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
+        self._prefix_hits = counter("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.")
+        self._iteration_tokens = Histogram(
+            "vllm:iteration_tokens_total",
+            "Tokens computed per engine step.",
+            ["model_name"],
+            buckets=_STEP_TOKEN_BUCKETS,
+            registry=self.registry,
+        ).labels(model_name)
+        self._lora_info = Gauge(
+            "vllm:lora_requests_info",
+            "Adapters of the running and waiting requests; the value is the time of the last change of state.",
+            ["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+            registry=self.registry,
+        )
+
+    def _make_request_series(self, model_name: str, max_model_len: int) -> None:
+        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
+            return Histogram(name, text, ["model_name"], buckets=buckets, registry=self.registry).labels(model_name)
+
+        def counter(name: str, text: str) -> Counter:
+            return Counter(name, text, ["model_name"], registry=self.registry).labels(model_name)
+
+        tokens = count_buckets(max_model_len)
+        self._prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of admitted requests.")
+        self._generation_tokens = counter("vllm:generation_tokens", "Tokens generated.")
+        success = Counter(
+            "vllm:request_success", "Requests that ended.", ["model_name", "finished_reason"], registry=self.registry
+        )
+        self._finished = {reason: success.labels(model_name, reason) for reason in FINISH_REASONS}
+        self._ttft = histogram("vllm:time_to_first_token_seconds", "Arrival to the first token.", _TTFT_BUCKETS)
+        self._itl = histogram("vllm:inter_token_latency_seconds", "Between two tokens of a request.", _ITL_BUCKETS)
+        # The name of the same series before it was renamed: older dashboards still ask for it.
+        self._itl_old = histogram("vllm:time_per_output_token_seconds", "Old name of the one above.", _ITL_BUCKETS)
+        self._tpot = histogram(
+            "vllm:request_time_per_output_token_seconds", "Mean per token after the first, per request.", _ITL_BUCKETS
+        )
+        self._e2e = histogram("vllm:e2e_request_latency_seconds", "Arrival to the end.", _REQUEST_BUCKETS)
+        self._queue = histogram("vllm:request_queue_time_seconds", "Arrival to the first step.", _REQUEST_BUCKETS)
+        self._prefill = histogram(
+            "vllm:request_prefill_time_seconds", "First step to the first token.", _REQUEST_BUCKETS
+        )
+        self._decode = histogram("vllm:request_decode_time_seconds", "First token to the last.", _REQUEST_BUCKETS)
+        self._inference = histogram(
+            "vllm:request_inference_time_seconds", "First step to the last token.", _REQUEST_BUCKETS
+        )
+        self._request_prompt = histogram("vllm:request_prompt_tokens", "Prompt tokens per request.", tokens)
+        self._request_generation = histogram("vllm:request_generation_tokens", "Generated tokens per request.", tokens)
+        self._request_max_tokens = histogram("vllm:request_params_max_tokens", "max_tokens of the requests.", tokens)
+        self._request_n = histogram("vllm:request_params_n", "n of the requests.", _N_BUCKETS)
+
+    def _make_own_series(self) -> None:
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, labels, registry=self.registry)
+
+        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
+            return Histogram(name, text, buckets=buckets, registry=self.registry)
+
+        self._adapter_requests = counter("guanaco_adapter_requests", "Requests that ended, by adapter.", "adapter")
+        self._adapter_prompt = counter("guanaco_adapter_prompt_tokens", "Prompt tokens, by adapter.", "adapter")
+        self._adapter_generation = counter("guanaco_adapter_generation_tokens", "Tokens out, by adapter.", "adapter")
+        self._rejected = counter("guanaco_rejected", "Requests answered with an error status, by code.", "reason")
+        self._slow_clients = counter("guanaco_slow_clients", "Connections closed because the client did not read.")
+        self._step_seconds = histogram("guanaco_step_seconds", "Duration of engine steps.", _STEP_SECONDS_BUCKETS)
+        self._lag = histogram(
+            "guanaco_event_loop_lag_seconds", "How late the event loop ran a timer: its stalls.", _LAG_BUCKETS
+        )
+        self._heartbeat = Gauge(
+            "guanaco_engine_heartbeat_age_seconds", "Seconds since the engine thread last moved.", registry=self.registry
+        )
+        slots = Gauge("guanaco_adapter_slots", "Adapter places on the device.", ["state"], registry=self.registry)
+        slots.labels("total").set(self._adapter_slots)
+        self._slots_running = slots.labels("running")
+
+    def set_cache_config(self, *, block_size: int, num_blocks: int, **other: str | int | float | bool) -> None:
+        """Publish the size of the KV cache as vLLM does: labels of a gauge that is always 1. Call once."""
+        labels = {"block_size": str(block_size), "num_gpu_blocks": str(num_blocks)}
+        labels |= {name: str(value) for name, value in other.items()}
+        info = Gauge(
+            "vllm:cache_config_info", "The KV cache, in its labels.", list(labels), registry=self.registry
+        )
+        info.labels(**labels).set(1)
+
+    def set_heartbeat(self, age_seconds: Callable[[], float]) -> None:
+        """Read the engine's heartbeat age through `age_seconds` at every scrape."""
+        self._heartbeat.set_function(age_seconds)
+
+    def name_adapters(self, names: dict[str, str]) -> None:
+        """Adapter version → served name, for `lora_requests_info`. Unknown versions are shown as OTHER_LABEL."""
+        self._adapter_names = dict(names)
+
+    def observe_step(self, step: StepNumbers) -> None:
+        self._running.set(step.num_running)
+        self._waiting.set(step.num_waiting)
+        self._kv_usage.set(step.kv_usage_ratio)
+        self._preemptions.inc(step.num_preempted)
+        self._prefix_queries.inc(step.prefix_queries_tokens)
+        self._prefix_hits.inc(step.prefix_hits_tokens)
+        if step.num_scheduled_tokens:
+            self._iteration_tokens.observe(step.num_scheduled_tokens)
+            self._step_seconds.observe(step.step_seconds)
+        self._slots_running.set(len(set(step.running_adapters)))
+        self._show_adapters(step.running_adapters, step.waiting_adapters)
+
+    def observe_tokens(self, adapter: str | None, count: int, gap_seconds: float | None) -> None:
+        """`count` tokens of one request came out, `gap_seconds` after its last ones (None: the first)."""
+        self._generation_tokens.inc(count)
+        self._adapter_generation.labels(self._adapter_label(adapter)).inc(count)
+        if gap_seconds is not None:
+            self._itl.observe(gap_seconds)
+            self._itl_old.observe(gap_seconds)
+
+    def observe_prompt(self, adapter: str | None, count: int) -> None:
+        """A request was admitted with `count` prompt tokens."""
+        self._prompt_tokens.inc(count)
+        self._adapter_prompt.labels(self._adapter_label(adapter)).inc(count)
+
+    def observe_first_token(self, seconds: float) -> None:
+        self._ttft.observe(seconds)
+
+    def observe_request(self, stats: RequestStats) -> None:
+        """Count one engine request that ended, whatever its end."""
+        self._finished[stats.finish_reason].inc()
+        self._adapter_requests.labels(self._adapter_label(stats.adapter)).inc()
+        self._e2e.observe(stats.e2e_seconds)
+        self._request_prompt.observe(stats.num_prompt_tokens)
+        self._request_generation.observe(stats.num_generation_tokens)
+        self._request_max_tokens.observe(stats.max_tokens)
+        self._request_n.observe(stats.n)
+        first, last, queue = stats.first_token_seconds, stats.last_token_seconds, stats.queue_seconds
+        if queue is not None:
+            self._queue.observe(queue)
+        if first is None or last is None:
+            return
+        self._decode.observe(last - first)
+        if stats.num_generation_tokens > 1:
+            self._tpot.observe((last - first) / (stats.num_generation_tokens - 1))
+        if queue is not None:
+            self._prefill.observe(max(0.0, first - queue))
+            self._inference.observe(max(0.0, last - queue))
+
+    def count_rejected(self, reason: str) -> None:
+        """`reason` is one of our error codes: a fixed list."""
+        self._rejected.labels(reason).inc()
+
+    def count_slow_client(self) -> None:
+        self._slow_clients.inc()
+
+    def observe_loop_lag(self, seconds: float) -> None:
+        self._lag.observe(seconds)
+
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """The exposition and its content type, in the format that the Accept header prefers."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type
+
+    def _adapter_label(self, adapter: str | None) -> str:
+        if adapter is None:
+            return BASE_LABEL
+        if adapter not in self._adapter_labels:
+            if len(self._adapter_labels) >= MAX_ADAPTER_LABELS:
+                return OTHER_LABEL
+            self._adapter_labels.add(adapter)
+        return adapter
+
+    def _show_adapters(self, running: Sequence[str], waiting: Sequence[str]) -> None:
+        """One series only: a label set per past combination would grow without end. The new one is there before the
+        old one goes, so that no scrape sees neither."""
+
+        def joined(versions: Sequence[str]) -> str:
+            return ",".join(sorted({self._adapter_names.get(version, OTHER_LABEL) for version in versions}))
+
+        labels = (str(self._adapter_slots), joined(running), joined(waiting))
+        self._lora_info.labels(*labels).set(self._clock())
+        if self._lora_shown not in (None, labels):
+            self._lora_info.remove(*self._lora_shown)
+        self._lora_shown = labels

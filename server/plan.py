@@ -1,0 +1,92 @@
+"""How memory will be spent: decided once at start, after the weights are in place, and shown in the banner.
+
+Plain arithmetic on sizes; knows nothing of tensors. Used by the wiring and by `doctor`.
+"""
+
+from dataclasses import dataclass
+
+from guanaco.server.errors import CommandError
+
+# Share of the memory that is free once the weights are loaded which the KV cache may take unless a size is given.
+# A quarter: the operator's machine does other things too, and full caches stay full (the prefix cache uses them).
+AUTO_KV_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Sizes in bytes."""
+
+    weights_bytes: int
+    adapters_bytes: int
+    kv_bytes: int
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def kv_tokens(self) -> int:
+        return self.num_blocks * self.block_size
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.adapters_bytes + self.kv_bytes
+
+
+@dataclass(frozen=True)
+class KvRequest:
+    """What was asked of the KV cache: None where the default is to be chosen."""
+
+    block_bytes: int
+    block_size: int
+    kv_bytes: int | None
+    max_model_len: int | None
+    model_positions: int  # the model's own max_position_embeddings
+    max_num_seqs: int
+
+
+def plan_memory(request: KvRequest, *, weights_bytes: int, adapters_bytes: int, free_bytes: int) -> MemoryPlan:
+    """Fit the KV cache into `free_bytes` (what is free after the weights were loaded).
+
+    Raises CommandError where what was asked for cannot be: each message names the flags that would help.
+    """
+    length = request.max_model_len or request.model_positions
+    if length > request.model_positions:
+        raise CommandError(
+            f"--max-model-len {length} is more than the {request.model_positions} positions that the model knows"
+        )
+    budget = request.kv_bytes if request.kv_bytes is not None else int(free_bytes * AUTO_KV_SHARE)
+    useful_blocks = request.max_num_seqs * -(-length // request.block_size)
+    num_blocks = min(budget // request.block_bytes, useful_blocks)
+    tokens, notes = num_blocks * request.block_size, []
+    if num_blocks < 2:
+        raise CommandError(
+            f"a KV cache of {budget} bytes holds {num_blocks} blocks of {request.block_bytes} bytes: "
+            "give more with --kv-cache-memory, or a smaller --block-size"
+        )
+    if tokens < length and request.max_model_len is not None:
+        needed = -(-length // request.block_size) * request.block_bytes
+        raise CommandError(
+            f"--max-model-len {length} needs a KV cache of {needed} bytes and {budget} are to be had: "
+            "raise --kv-cache-memory or lower --max-model-len"
+        )
+    if tokens < length:
+        notes.append(f"max_model_len lowered from {length} to {tokens}: the KV cache holds no more (--kv-cache-memory)")
+        length = tokens
+    return MemoryPlan(
+        weights_bytes=weights_bytes,
+        adapters_bytes=adapters_bytes,
+        kv_bytes=num_blocks * request.block_bytes,
+        num_blocks=num_blocks,
+        block_size=request.block_size,
+        max_model_len=length,
+        notes=tuple(notes),
+    )
+
+
+def human_bytes(count: int) -> str:
+    """`1.5 GiB`, `12.0 MiB`, `7 B`."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"

@@ -1,0 +1,171 @@
+"""`guanaco chat` and `guanaco generate`: text in the terminal, as it comes.
+
+`chat` is a plain HTTP client of any OpenAI-compatible server; `generate` runs the offline engine in this process.
+"""
+
+import json
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+
+from guanaco.server.config import Settings
+from guanaco.server.errors import CommandError
+
+_HELP = "/model NAME switches · /models lists · /system TEXT · /new starts over · /quit (or Ctrl-D) ends"
+_TIMEOUT_SECONDS = 600.0
+
+
+class ChatClient:
+    """A conversation with a running server; CommandError says what the server or the network refuses."""
+
+    def __init__(
+        self, url: str, *, api_key: str | None, system: str | None, max_tokens: int | None, temperature: float | None
+    ) -> None:
+        self._url = url.rstrip("/")
+        self._headers = {"Content-Type": "application/json"}
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._options = {k: v for k, v in (("max_tokens", max_tokens), ("temperature", temperature)) if v is not None}
+        self._system = system
+        self._turns: list[dict[str, str]] = []
+        self._console = Console(highlight=False)
+
+    def loop(self, name: str | None) -> None:
+        """Read lines until the end of input; every line that is no command is sent as the user's turn."""
+        model = self._choose(name)
+        self._console.print(f"[bold]{model}[/] at {self._url}\n[dim]{_HELP}[/]")
+        while True:
+            try:
+                line = self._console.input(f"[bold cyan]{model} ›[/] ").strip()
+            except (EOFError, KeyboardInterrupt):
+                self._console.print()
+                return
+            if line in ("/quit", "/exit"):
+                return
+            try:
+                model = self._command(line, model) if line.startswith("/") else self._say(line, model)
+            except CommandError as error:
+                self._console.print(f"[red]{error}[/]")
+
+    def _command(self, line: str, model: str) -> str:
+        command, _, rest = line.partition(" ")
+        rest = rest.strip()
+        if command == "/model" and rest:
+            return self._choose(rest)
+        if command in ("/model", "/models"):
+            self._console.print("  ".join(f"[bold]{n}[/]" if n == model else n for n in self._models()))
+        elif command == "/system":
+            self._system = rest or None
+        elif command == "/new":
+            self._turns.clear()
+        else:
+            self._console.print(f"[dim]{_HELP}[/]")
+        return model
+
+    def _say(self, line: str, model: str) -> str:
+        if not line:
+            return model
+        turns = [*self._turns, {"role": "user", "content": line}]
+        answer = ""
+        try:
+            for piece in self._stream(model, turns):
+                answer += piece
+                self._console.print(piece, end="", markup=False)
+        except KeyboardInterrupt:
+            self._console.print(" [dim](stopped)[/]", end="")
+        self._console.print()
+        self._turns = [*turns, {"role": "assistant", "content": answer}]
+        return model
+
+    def _choose(self, name: str | None) -> str:
+        names = self._models()
+        if name is None:
+            return names[0]
+        if name not in names:
+            raise CommandError(f"the server has no model {name!r}; it has: {', '.join(names)}")
+        return name
+
+    def _models(self) -> list[str]:
+        with self._open("/models") as reply:
+            return [card["id"] for card in json.load(reply)["data"]]
+
+    def _stream(self, model: str, turns: list[dict[str, str]]) -> Iterator[str]:
+        system = [{"role": "system", "content": self._system}] if self._system else []
+        body = {"model": model, "messages": system + turns, "stream": True, **self._options}
+        with self._open("/chat/completions", body) as reply:
+            for raw in reply:
+                line = raw.decode("utf-8").strip()
+                if not line.startswith("data: ") or line == "data: [DONE]":
+                    continue
+                event = json.loads(line.removeprefix("data: "))
+                if "error" in event:
+                    raise CommandError(event["error"]["message"])
+                for choice in event["choices"]:
+                    yield choice["delta"].get("content") or ""
+
+    def _open(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        if not self._url.startswith(("http://", "https://")):
+            raise CommandError(f"--url {self._url}: expected an address such as http://127.0.0.1:8000/v1")
+        request = urllib.request.Request(self._url + path, data=data, headers=self._headers)  # noqa: S310  checked above
+        try:
+            return urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)  # noqa: S310
+        except urllib.error.HTTPError as error:
+            raise CommandError(_error_message(error)) from None
+        except OSError as error:
+            reason = getattr(error, "reason", error)
+            raise CommandError(
+                f"no server at {self._url} ({reason}): start one with `guanaco serve`, or pass --url"
+            ) from None
+
+
+def _error_message(error: urllib.error.HTTPError) -> str:
+    """The server's own words where it sent the OpenAI error envelope, else the status."""
+    try:
+        return str(json.load(error)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"the server answered {error.code} {error.reason}"
+
+
+def generate_once(
+    settings: Settings,
+    prompt: str,
+    *,
+    name: str | None,
+    max_tokens: int,
+    temperature: float,
+    seed: int | None,
+    raw: bool,
+) -> None:
+    """Answer `prompt` with the offline engine and write the text to standard output as it comes."""
+    from guanaco.server.engine.detokenizer import Detokenizer
+    from guanaco.server.engine.request import FinishReason, Request, SamplingParams
+    from guanaco.server.wiring import build_runtime
+
+    runtime = build_runtime(settings, Console(stderr=True))
+    tokenizer = runtime.tokenizer
+    ids = (
+        tokenizer.encode(prompt)
+        if raw
+        else tokenizer.encode_chat([{"role": "user", "content": prompt}], template=runtime.template)
+    )
+    params = SamplingParams(
+        max_tokens=min(max_tokens, runtime.max_model_len - len(ids)), temperature=temperature, seed=seed
+    )
+    if params.max_tokens < 1:
+        raise CommandError(
+            f"the prompt has {len(ids)} tokens and the context {runtime.max_model_len}: nothing is left to write"
+        )
+    detokenizer = Detokenizer(tokenizer, params)
+    runtime.engine.add_request(Request("generate", tuple(ids), params, loras=runtime.loras_of(name)))
+    while runtime.engine.has_work():
+        for output in runtime.engine.step().outputs:
+            if output.finish_reason is FinishReason.ERROR:
+                raise CommandError(f"the engine ended the request: {output.error}")
+            print(detokenizer.append(output.token_ids, finished=output.finish_reason is not None), end="", flush=True)
+    print()
+    sys.stdout.flush()

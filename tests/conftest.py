@@ -1,0 +1,53 @@
+"""What every test shares: poisoned memory, one torch thread count, and the size of the long proofs."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--accept", action="store_true", help="run the full counts that the issues state (make accept)")
+    parser.addoption("--proofs", metavar="FILE", help="write how often each long proof was run, as JSON")
+
+
+_PROOFS = pytest.StashKey[dict[str, int]]()
+
+
+@pytest.fixture(scope="session")
+def proof_count(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
+    """`proof_count(small, full)`: how long a long proof runs; `full` under --accept."""
+    full_run = bool(request.config.getoption("--accept"))
+    proofs = request.config.stash.setdefault(_PROOFS, {})
+
+    def count(small: int, full: int) -> int:
+        test = os.environ.get("PYTEST_CURRENT_TEST", "?").rsplit(" ", 1)[0]
+        proofs[test] = full if full_run else small
+        return proofs[test]
+
+    return count
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    path = session.config.getoption("--proofs")
+    if path:
+        Path(path).write_text(json.dumps(session.config.stash.get(_PROOFS, {}), indent=1))
+
+
+@pytest.fixture
+def nan_poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.empty` and friends return NaN (or the largest integer): an op that forgets a tile cannot pass."""
+
+    def poison(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype.is_floating_point:
+            return tensor.fill_(float("nan"))
+        return tensor if tensor.dtype == torch.bool else tensor.fill_(torch.iinfo(tensor.dtype).max)
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        original = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, _original=original, **k: poison(_original(*a, **k)))
+    original_new = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *a, **k: poison(original_new(self, *a, **k)))

@@ -1,0 +1,154 @@
+"""flag > GUANACO_* > YAML > default, for every setting; and one line for whatever is unknown or does not parse."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr
+
+from guanaco.server.config import ENV_PREFIX, Settings, SettingsError, load_settings
+
+OTHER_VALUE = {  # a text for each setting that is valid and not its default
+    "provider": "reference",
+    "dtype": "bfloat16",
+    "log_level": "debug",
+    "cache": "elsewhere",
+    "api_key_file": "keys.txt",
+    "adapter": "a=b",
+    "api_key": "secret",
+    "allow_unauthenticated": "true",
+    "offline": "true",
+    "quantized_cache": "false",
+}
+NAMES = sorted(Settings.model_fields)
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(ENV_PREFIX):
+            monkeypatch.delenv(name)
+
+
+def _plain(value: object) -> str:
+    return value.get_secret_value() if isinstance(value, SecretStr) else repr(value)
+
+
+def _value(name: str, variant: int = 0) -> str:
+    return OTHER_VALUE.get(name, str(11 + variant))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_setting_has_a_variable_and_a_key(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    default = getattr(load_settings({}), name)
+    config = tmp_path / "c.yaml"
+    config.write_text(json.dumps({name: _value(name)}))
+    from_file = getattr(load_settings({}, config), name)
+    assert from_file != default or name in ("provider",)
+    monkeypatch.setenv(ENV_PREFIX + name.upper(), _value(name))
+    assert getattr(load_settings({}), name) == from_file
+    assert Settings.model_fields[name].description
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in OTHER_VALUE])
+def test_the_stronger_source_wins(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(json.dumps({name: _value(name, 1)}))
+    only_file = getattr(load_settings({}, config), name)
+    monkeypatch.setenv(ENV_PREFIX + name.upper(), _value(name, 2))
+    with_variable = getattr(load_settings({}, config), name)
+    with_flag = getattr(load_settings({name: _value(name, 3)}, config), name)
+    assert len({_plain(only_file), _plain(with_variable), _plain(with_flag)}) == 3
+    assert with_variable == getattr(load_settings({}), name)
+    assert with_flag == getattr(load_settings({name: _value(name, 3)}), name)
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables", "yaml_text", "expected"),
+    [
+        ({"port": "x"}, {}, "", "--port: "),
+        ({"max_num_seqs": "0"}, {}, "", "--max-num-seqs: "),
+        ({"kv_cache_memory": "3 stone"}, {}, "", "--kv-cache-memory: '3 stone' is not a size"),
+        ({"provider": "warp"}, {}, "", "--provider: "),
+        ({"queue_timeout": "nan"}, {}, "", "--queue-timeout: "),
+        ({}, {"GUANACO_PORT": "x"}, "", "GUANACO_PORT: "),
+        ({}, {"GUANACO_PROT": "1"}, "", "unknown environment variable GUANACO_PROT"),
+        ({}, {}, "port: x", "port in "),
+        ({}, {}, "prot: 1", "unknown key 'prot'"),
+        ({}, {}, "port: [", "not valid YAML"),
+        ({}, {}, "- port", "expected `key: value` lines"),
+    ],
+)
+def test_what_is_wrong_is_named_in_one_line(
+    flags: dict[str, str],
+    variables: dict[str, str],
+    yaml_text: str,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    config = tmp_path / "c.yaml"
+    config.write_text(yaml_text)
+    with pytest.raises(SettingsError) as caught:
+        load_settings(flags, config)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"absent\.yaml: No such file"):
+        load_settings({}, tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("7", 7), ("1KiB", 1024), ("1.5 GiB", 3 << 29), ("2mb", 2_000_000), ("0", 0), ("3 b", 3)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert load_settings({"kv_cache_memory": text}).kv_cache_memory == size
+
+
+def test_settings_never_change_and_hide_secrets() -> None:
+    settings = load_settings({"api_key": ("k-canary",), "hub_token": "t-canary"})
+    with pytest.raises(Exception, match="frozen"):
+        settings.port = 1  # type: ignore[misc]
+    assert "canary" not in repr(settings) + json.dumps(settings.public())
+    assert settings.api_key[0].get_secret_value() == "k-canary"
+
+
+def _guanaco(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = Path(sys.executable).parent / "guanaco"
+    return subprocess.run(
+        [command, *arguments], cwd=cwd, env={**os.environ, **environment},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+def test_the_command_line_prints_the_settings(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("port: 1\nblock_size: 32\nmax_num_seqs: 5\n")
+    done = _guanaco(
+        "serve", "--config", "c.yaml", "--print-config", "--port", "3", "--adapter", "a=x", "--adapter", "b=y",
+        "--offline", "--no-quantized-cache", "--api-key", "canary",
+        cwd=tmp_path, GUANACO_PORT="2", GUANACO_BLOCK_SIZE="64",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout)
+    assert (shown["port"], shown["block_size"], shown["max_num_seqs"]) == (3, 64, 5)
+    assert (shown["adapter"], shown["offline"], shown["quantized_cache"]) == (["a=x", "b=y"], True, False)
+    assert "canary" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--port", "x"), ("--config", "absent.yaml"), ("--model", "./absent"), ("--adapter", "no-equals-sign")],
+)
+def test_a_bad_start_is_one_line_and_exit_code_2(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    done = _guanaco("serve", *arguments, cwd=tmp_path, GUANACO_CACHE=str(tmp_path / "cache"), GUANACO_OFFLINE="1")
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "Traceback" not in done.stderr
