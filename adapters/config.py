@@ -39,7 +39,6 @@ HARMLESS = frozenset(
         "revision",
         "runtime_config",
         "task_type",
-        "velora_config",  # changes the backward pass only
     }
 )
 UNDERSTOOD = frozenset(
@@ -76,6 +75,7 @@ REFUSED = {
     "use_bdlora": ("bdlora_unsupported", "BD-LoRA's block-diagonal matrices are not read here"),
     "use_dora": ("dora_unsupported", "DoRA needs the norm of every adapted column of the base model"),
     "use_qalora": ("qalora_unsupported", "QALoRA pools its inputs"),
+    "velora_config": ("velora_unsupported", "VeLoRA keeps training state among the matrices"),
 }
 # A pattern that is a name, with at most anchors and escaped dots: nothing in it can backtrack.
 _PLAIN = re.compile(r"(?P<anchor>\^?)(?P<name>(?:[A-Za-z0-9_.-]|\\\.)+)\$?")

@@ -78,6 +78,7 @@ class Matcher:
     def _new(self) -> int:
         if len(self._states) >= MAX_STATES:
             raise PatternError("is too large")
+        self._budget.spend(20)  # what making one costs, in visits
         self._states.append(_State())
         return len(self._states) - 1
 

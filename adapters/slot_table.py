@@ -53,7 +53,7 @@ class SlotTable:
         num_victims = len(missing) - len(empty)
         victims: list[str] = []
         if num_victims > 0:
-            victims = [version for version in self._unpinned ][:num_victims]
+            victims = [version for version in self._unpinned if version not in wanted][:num_victims]
             if len(victims) < num_victims:
                 return None
         places = empty + [self._slots[victim] for victim in victims]

@@ -149,7 +149,7 @@ def _match_names(
         if side in taken:
             raise AdapterError("duplicate_tensor", f"{printable(key)} is there in two spellings", printable(key))
         if len(adapters) > 1:
-            problem = f"{WEIGHTS_NAME} mixes tensors of several adapters; save them one by one"
+            problem = f"{printable(key)} is of another adapter than those before; save adapters one by one"
             raise AdapterError("several_adapters", problem, printable(key))
         taken.add(side)
         names[key] = side

@@ -193,13 +193,11 @@ def quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
     padded = torch.nn.functional.pad(scales, (0, num_nested * NESTED_GROUP_SIZE - scales.numel()))
     groups = padded.view(num_nested, NESTED_GROUP_SIZE)
     absmax = groups.abs().amax(dim=1)
-    # 0 · ∞ of a group of subnormals goes to the table's first entry, as the C code's conversion of NaN does.
+    # 0 · ∞, where all scales of a group equal the mean or nearly so: bitsandbytes writes the first code for it.
     normal = torch.nan_to_num(groups * absmax.reciprocal().view(-1, 1), nan=-1.0).clamp(-1.0, 1.0)
     # The C compiler fused the last multiply and add: in float64 both are exact, and the one rounding follows.
     index = (((normal + 1.0) * 0.5).double() * (_SCALE_TABLE_SIZE - 1) + 0.5).float().to(torch.int32)
-    codes = _scale_table(scales.device)[index]
-    codes[absmax == 0] = 0  # bitsandbytes writes code 0 where every scale equals the mean
-    return codes.view(-1)[: scales.numel()].contiguous(), absmax
+    return _scale_table(scales.device)[index].view(-1)[: scales.numel()].contiguous(), absmax
 
 
 def pack(codes: Tensor) -> Tensor:
@@ -233,10 +231,22 @@ def dynamic_map(device: torch.device) -> Tensor:
     """
     magnitudes = []
     for decade in range(7):
-        edges = torch.linspace(0.1, 1.0, 2**decade + 1, dtype=torch.float32)
+        edges = _fused_linspace(2**decade)
         magnitudes.append((edges[:-1] + edges[1:]) / 2.0 * 10.0 ** (decade - 6))
     positive = torch.cat(magnitudes)
     return torch.cat([-positive, torch.tensor([0.0, 1.0]), positive]).sort().values.to(device)
+
+
+def _fused_linspace(num_steps: int) -> Tensor:
+    """torch.linspace(0.1, 1, num_steps + 1) in float32, as it comes out where multiply and add are fused into one.
+
+    On a CPU or in a build without that instruction torch rounds twice; float64 makes the table the same everywhere.
+    """
+    start, end = torch.tensor([0.1, 1.0], dtype=torch.float32)
+    step = ((end - start) / num_steps).double()
+    index = torch.arange(num_steps + 1, dtype=torch.float64)
+    from_start, from_end = start + step * index, end - step * (num_steps - index)
+    return torch.where(index < (num_steps + 1) // 2, from_start, from_end).to(torch.float32)
 
 
 def _cell(normal: Tensor) -> Tensor:
@@ -277,7 +287,7 @@ def _scale_table(device: torch.device) -> Tensor:
 def _one_thread() -> Iterator[None]:
     """Run torch on one thread, and give the caller its count back."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     try:
         yield
     finally:

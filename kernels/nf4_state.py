@@ -89,7 +89,7 @@ class _StateReader:
         self._expect(fields, "quant_type", "nf4")
         self._expect(fields, "blocksize", GROUP_SIZE)
         shape = self._shape(fields)
-        source_dtype = _DTYPES.get(fields.get("dtype", ""))
+        source_dtype = _DTYPES.get(str(fields.get("dtype")))
         if source_dtype is None:
             raise self._refusal("dtype", f"is {fields.get('dtype')!r}; it must be one of {', '.join(_DTYPES)}")
         packed = self._packed(shape)
@@ -103,8 +103,9 @@ class _StateReader:
         self._expect(fields, "nested_blocksize", NESTED_GROUP_SIZE)
         self._expect(fields, "nested_dtype", "float32")
         offset = fields.get("nested_offset")
-        if isinstance(offset, bool) or not isinstance(offset, int | float) or not math.isfinite(offset):
-            raise self._refusal("nested_offset", f"is {offset!r}; it must be a finite number")
+        offset32 = torch.tensor(offset, dtype=torch.float32).item() if isinstance(offset, float) else math.nan
+        if not math.isfinite(offset32):
+            raise self._refusal("nested_offset", f"is {offset!r}; it must be a finite float32 number")
         return Nf4Weight(
             packed,
             self._part(".absmax", (torch.uint8,), num_groups),
@@ -112,7 +113,7 @@ class _StateReader:
             source_dtype,
             self._part(".nested_absmax", (torch.float32,), -(-num_groups // NESTED_GROUP_SIZE)),
             self._part(".nested_quant_map", (torch.float32,), 256),
-            torch.tensor(offset, dtype=torch.float32).item(),
+            offset32,
         )
 
     def _is_double_quantized(self, fields: Mapping[str, Any]) -> bool:
@@ -132,7 +133,7 @@ class _StateReader:
         tensor = self._part(STATE_SUFFIX, (torch.uint8,), None)
         try:
             fields = json.loads(bytes(tensor.tolist()))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{key}: not JSON ({error})") from error
         if not isinstance(fields, dict):
             raise ValueError(f"{key}: not a JSON object")

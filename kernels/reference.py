@@ -17,8 +17,10 @@ from guanaco.kernels.nf4 import Nf4Weight
 
 # Weights decoded at a time where a layer is not kept decoded: 16 MiB of float32.
 TILE_WEIGHTS = 4 << 20
-# Most scores (queries × heads × positions) in memory at a time: 32 MiB of float32. A single query may exceed it.
+# Most scores (queries × heads × positions) of a prompt in memory at a time, and most elements of K of a batch of
+# decoding sequences: 32 MiB of float32. A single query, or a single sequence, may exceed it.
 ATTENTION_SCORES = 8 << 20
+GATHERED_KEYS = 8 << 20
 # Most of a batch of decoding sequences that may be padding, as a share of its longest context.
 MAX_PADDING_RATIO = 0.25
 
@@ -148,9 +150,10 @@ class ReferenceOps:
             """float32 [kv_heads, sequences, length, head_dim], memory of its own."""
             blocks = block_tables[sequences, : -(-length // block_size)]
             rows = cache.flatten(1).index_select(0, blocks.reshape(-1)).view(len(sequences), -1, *cache.shape[2:])
-            return rows[:, :length].permute(2, 0, 1, 3).to(torch.float32, memory_format=torch.contiguous_format)
+            return rows[:, :length].permute(2, 0, 1, 3).contiguous().float()
 
-        for group in _decode_groups([(contexts[i], i) for i, n in enumerate(new) if n == 1], heads):
+        max_positions = GATHERED_KEYS // (k_cache.shape[2] * k_cache.shape[3])
+        for group in _decode_groups([(contexts[i], i) for i, n in enumerate(new) if n == 1], max_positions):
             rows = [starts[i] for i in group]
             limits = context_lens[group].view(-1, 1)
             keys, values = (gather(cache, group, contexts[group[-1]]) for cache in (k_cache, v_cache))
@@ -172,13 +175,16 @@ class ReferenceOps:
         return out
 
 
-def _decode_groups(sequences: list[tuple[int, int]], heads: int) -> list[list[int]]:
-    """Split (context length, index) pairs into batches of similar length, ascending, so that little is padding."""
+def _decode_groups(sequences: list[tuple[int, int]], max_positions: int) -> list[list[int]]:
+    """Split (context length, index) pairs into batches of similar length, ascending, so that little is padding.
+
+    max_positions: most positions of a batch, padding included; a longer sequence is alone.
+    """
     groups: list[list[int]] = []
     shortest = 0
     for length, index in sorted(sequences):
         group = groups[-1] if groups else []
-        fits = (len(group) + 1) * heads * length <= ATTENTION_SCORES
+        fits = (len(group) + 1) * length <= max_positions
         if group and fits and length * (1 - MAX_PADDING_RATIO) <= shortest:
             group.append(index)
         else:

@@ -28,7 +28,7 @@ RECIPE = 1
 
 # SHA-256 over names, dtypes, shapes and bytes of every tensor of the converted checkpoint: what the demo adapters were
 # trained on. `checkpoint_fingerprint` computes it.
-DEMO_FINGERPRINT = "unset"
+DEMO_FINGERPRINT = "25b1bba458f85eeaebee53dc047850e9f3f9d8aa14fbf37e9be949376b532157"
 
 # The model card of SmolLM2-135M-Instruct samples at temperature 0.2 and top_p 0.9.
 _GENERATION = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}

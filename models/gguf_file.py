@@ -17,6 +17,7 @@ from torch import Tensor
 from guanaco.models.config import Llama3Rope, LlamaConfig, parse_config
 from guanaco.models.errors import ModelError
 from guanaco.models.layers import rope_frequencies
+from guanaco.models.memory import mapped_zeros
 from guanaco.models.raw_file import FileLayout, RawFile
 
 _TYPES = gguf.GGMLQuantizationType
@@ -108,7 +109,7 @@ class GgufCheckpoint:
                 "the file contradicts itself: get it again"
             )
         self._asked.add(stored_name)
-        data = np.empty(entry.num_bytes, dtype=np.uint8)
+        data = mapped_zeros((entry.num_bytes,), torch.uint8).numpy()
         self._file.read_into(entry.offset, data)
         return self._decode(stored_name, entry, data, full=full)
 
@@ -181,7 +182,8 @@ def _config_fields(path: Path, metadata: dict[str, Any], entries: dict[str, _Ent
         value = metadata.get(f"llama.{key}")
         if value is None and needed:
             raise ModelError(f"{path}: the metadata lack llama.{key}; the file is incomplete: get it again")
-        return value
+        # A float32 1e-6 is 9.9999999747e-7 as a float64; the shortest decimal that means it is what was meant.
+        return float(str(np.float32(value))) if isinstance(value, float) else value
 
     def has(name: str) -> bool:
         return gguf_name(name) in entries

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from guanaco.models.config import LlamaConfig
+from guanaco.models.memory import mapped_zeros
 
 
 class PagedKVCache:
@@ -19,11 +20,12 @@ class PagedKVCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
-        # Zeros, not empty: on Linux they come as untouched pages that cost memory only once they are written.
-        self._layers = [
-            (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-            for _ in range(config.num_layers)
-        ]
+
+        def zeros() -> Tensor:
+            on_cpu = device.type == "cpu"  # there, blocks that were never used cost nothing
+            return mapped_zeros(shape, dtype) if on_cpu else torch.zeros(shape, dtype=dtype, device=device)
+
+        self._layers = [(zeros(), zeros()) for _ in range(config.num_layers)]
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """(k_cache, v_cache) of one layer; the ops write into them in place."""

@@ -6,7 +6,8 @@ only through `checkpoint`. Called by the server's wiring.
 
 import hashlib
 import json
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -79,13 +80,11 @@ class ServedWeights:
         weight = self._source.matrix(name, shape)
         if isinstance(weight, Nf4Weight):
             return self._passed(name, weight, weight.num_bytes)
-        if self._source.is_quantized or not is_projection(name):
-            self._num_dense_projections += is_projection(name)
-            return self._passed(name, self._dense(name, weight), weight.nbytes)
-        try:
-            return self._passed(name, quantize_tensor(name, weight), weight.nbytes)
-        except ModelError as error:
-            raise ModelError(f"{self._source.path}: {error}") from error
+        if not self._source.is_quantized and is_projection(name):
+            with self._naming_source():
+                return self._passed(name, quantize_tensor(name, weight), weight.nbytes)
+        self._num_dense_projections += is_projection(name)
+        return self._passed(name, self._dense(name, weight), weight.nbytes)
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         stored = self._source.tensor(name, shape)
@@ -106,7 +105,18 @@ class ServedWeights:
         return notes
 
     def _dense(self, name: str, tensor: Tensor) -> Tensor:
-        return tensor if self._source.is_quantized else dense_tensor(name, tensor)
+        if self._source.is_quantized:
+            return tensor
+        with self._naming_source():
+            return dense_tensor(name, tensor)
+
+    @contextmanager
+    def _naming_source(self) -> Iterator[None]:
+        """Say which model it was in refusals that only know the tensor."""
+        try:
+            yield
+        except ModelError as error:
+            raise ModelError(f"{self._source.path}: {error}") from error
 
     def _passed(self, name: str, weight: Weight, source_bytes: int) -> Weight:
         values = weight.scales() if isinstance(weight, Nf4Weight) else weight

@@ -243,7 +243,12 @@ class Nf4CheckpointWriter:
 
 
 def quantize_checkpoint(
-    src: Path, dst: Path, *, double_quant: bool = True, progress: Progress | None = None
+    src: Path,
+    dst: Path,
+    *,
+    double_quant: bool = True,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Progress | None = None,
 ) -> QuantizeReport:
     """Convert a dense LLaMA (a Hugging Face directory of safetensors, or a GGUF file) to an NF4 directory.
 
@@ -253,7 +258,9 @@ def quantize_checkpoint(
     num_quantized = num_dense = done_bytes = 0
     with (
         closing(open_checkpoint(src)) as source,
-        Nf4CheckpointWriter(dst, _config_fields(source), double_quant=double_quant) as writer,
+        Nf4CheckpointWriter(
+            dst, _config_fields(source), double_quant=double_quant, max_shard_bytes=max_shard_bytes
+        ) as writer,
     ):
         if source.is_quantized:
             raise ModelError(f"{src} is in NF4 already: serve it as it is, or give the dense model it was made from")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from guanaco.models.memory import mapped_zeros
 from guanaco.models.raw_file import FileLayout, RawFile
 
 # The format's own limit (safetensors 0.8); the header of a large model is 100 kB.
@@ -65,7 +66,7 @@ class SafetensorsFile:
     def read(self, name: str) -> Tensor:
         """The tensor in memory of its own. Raises ModelError if the file has become shorter since it was opened."""
         stored = self.tensors[name]
-        data = torch.empty(stored.num_bytes, dtype=torch.uint8)
+        data = mapped_zeros((stored.num_bytes,), torch.uint8)
         self._file.read_into(stored.offset, data.numpy())
         return data.view(stored.dtype).view(stored.shape)
 

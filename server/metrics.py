@@ -1,6 +1,6 @@
 """What the server counts, as Prometheus series in a registry of its own: vLLM's names and buckets where dashboards and
 routers read them, `guanaco_*` for what only we have. Doesn't know requests, engines or HTTP; the API and the engine
-feed it plain numbers. Every label value comes from the catalog of served models or from a fixed list, never from a client.
+feed it plain numbers. Label values come from the catalog of served models or a fixed list, never from a client.
 """
 
 import time
@@ -197,7 +197,9 @@ class Metrics:
             "guanaco_event_loop_lag_seconds", "How late the event loop ran a timer: its stalls.", _LAG_BUCKETS
         )
         self._heartbeat = Gauge(
-            "guanaco_engine_heartbeat_age_seconds", "Seconds since the engine thread last moved.", registry=self.registry
+            "guanaco_engine_heartbeat_age_seconds",
+            "Seconds since the engine moved.",
+            registry=self.registry,
         )
         slots = Gauge("guanaco_adapter_slots", "Adapter places on the device.", ["state"], registry=self.registry)
         slots.labels("total").set(self._adapter_slots)
@@ -207,9 +209,7 @@ class Metrics:
         """Publish the size of the KV cache as vLLM does: labels of a gauge that is always 1. Call once."""
         labels = {"block_size": str(block_size), "num_gpu_blocks": str(num_blocks)}
         labels |= {name: str(value) for name, value in other.items()}
-        info = Gauge(
-            "vllm:cache_config_info", "The KV cache, in its labels.", list(labels), registry=self.registry
-        )
+        info = Gauge("vllm:cache_config_info", "The KV cache, in its labels.", list(labels), registry=self.registry)
         info.labels(**labels).set(1)
 
     def set_heartbeat(self, age_seconds: Callable[[], float]) -> None:

@@ -14,6 +14,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--proofs", metavar="FILE", help="write how often each long proof was run, as JSON")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_torch_thread() -> None:
+    """Tiny matrices on two threads only wait for each other, by a factor of thirty on a busy machine."""
+    torch.set_num_threads(1)
+
+
 _PROOFS = pytest.StashKey[dict[str, int]]()
 
 

@@ -1,4 +1,4 @@
-"""The log: one JSON object a line, one line per request, with ids, counts and times; never text, keys or paths of clients.
+"""The log: one JSON object a line, one line per request, with ids, counts and times; never a client's text or keys.
 
 Doesn't know HTTP. The middleware writes the request lines from a `RequestRecord` that the routes fill in.
 """

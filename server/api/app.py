@@ -93,7 +93,7 @@ async def _measure_loop_lag(metrics: Metrics) -> None:
 
 
 def _describe_bodies(app: FastAPI) -> None:
-    """Add the bodies' parts to the OpenAPI document: the routes read their bodies themselves, FastAPI doesn't see them."""
+    """Add the bodies' parts to the OpenAPI document: the routes read them themselves, past FastAPI."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:

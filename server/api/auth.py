@@ -81,7 +81,7 @@ def _digest(data: bytes) -> bytes:
 
 
 def presented_key(headers: Sequence[tuple[bytes, bytes]]) -> bytes | None:
-    """The key in `Authorization: Bearer …` or `X-Api-Key`; None where there is none, or more than one to choose from."""
+    """The key in `Authorization: Bearer …` or `X-Api-Key`; None where there is none, or several to choose from."""
     found = []
     for name, value in headers:
         if name == b"authorization":

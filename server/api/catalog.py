@@ -1,6 +1,6 @@
 """The models this server answers for, by name: the base first, then its adapters.
 
-Doesn't load anything and knows no paths: the wiring says what is served. A name that isn't here is a 404, never the base.
+Doesn't load anything and knows no paths: the wiring says what is served. An unknown name is a 404, never the base.
 """
 
 import time
@@ -69,4 +69,3 @@ class Catalog:
 
     def all(self) -> tuple[ServedModel, ...]:
         return tuple(self._models.values())
-

@@ -64,8 +64,9 @@ def _prompt(state: ApiState, body: CompletionBody, prompt: protocol.Prompt, max_
         prompt_logprobs=body.num_logprobs if body.echo else None,
     )
     text = None
+    skip = body.skip_special_tokens is not False
     if body.echo:
-        text = prompt if isinstance(prompt, str) else state.tokenizer.decode(token_ids, skip_special_tokens=False)
+        text = prompt if isinstance(prompt, str) else state.tokenizer.decode(token_ids, skip_special_tokens=skip)
     return Prompt(token_ids, params, text)
 
 
@@ -93,8 +94,9 @@ class CompletionAnswer(Answer):
     ) -> None:
         super().__init__(body, model)
         self._with_logprobs = body.logprobs is not None
+        skip = body.skip_special_tokens is not False
         self._choices = [
-            _Choice(prompt, CompletionLogprobs(tokenizer), prompt.text or "")
+            _Choice(prompt, CompletionLogprobs(tokenizer, skip_special_tokens=skip), prompt.text or "")
             for prompt in prompts
             for _ in range(body.n)
         ]

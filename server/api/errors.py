@@ -75,25 +75,22 @@ def bad_request(message: str, param: str | None = None, code: str = "invalid_val
 
 
 def model_not_found() -> ApiError:
-    return ApiError(
-        404, "model_not_found", "no model of that name is served; GET /v1/models lists them", param="model"
-    )
+    return ApiError(404, "model_not_found", "no model of that name is served; GET /v1/models lists them", param="model")
 
 
 def draining(retry_after: float = 5.0) -> ApiError:
     return ApiError(503, "server_draining", "this server is shutting down; try another one", retry_after=retry_after)
 
 
-def _overloaded(error: EngineOverloaded) -> ApiError:
-    return ApiError(
-        503, "server_overloaded", "too many requests are waiting; try again later", retry_after=error.retry_after_seconds
-    )
+def overloaded(retry_after: float = 1.0) -> ApiError:
+    text = "too many requests are waiting; try again later"
+    return ApiError(503, "server_overloaded", text, retry_after=retry_after)
 
 
 def _unavailable(error: EngineUnavailable) -> ApiError:
     if error.draining:
         return draining()
-    return ApiError(503, "engine_unavailable", "the engine is not running; the server must be restarted", retry_after=10)
+    return ApiError(503, "engine_unavailable", "the engine does not run; the server must be restarted", retry_after=10)
 
 
 def _http(error: HTTPException) -> ApiError:
@@ -109,7 +106,9 @@ _FAILURES = {
     "queue_timeout": ApiError(
         503, "queue_timeout", "the request waited too long for its turn; try again later", retry_after=5
     ),
-    "server_shutting_down": ApiError(503, "server_shutting_down", "the server shut down before the answer was complete"),
+    "server_shutting_down": ApiError(
+        503, "server_shutting_down", "the server was shut down before the end of the answer"
+    ),
     "engine_dead": ApiError(500, "engine_unavailable", "the engine failed before the answer was complete"),
     "numerical_error": ApiError(500, "numerical_error", "the model produced values that are not numbers"),
 }
@@ -122,7 +121,7 @@ def as_api_error(error: BaseException) -> ApiError:
         case ApiError():
             return error
         case EngineOverloaded():
-            return _overloaded(error)
+            return overloaded(error.retry_after_seconds)
         case EngineUnavailable():
             return _unavailable(error)
         case GenerationFailed():

@@ -17,7 +17,7 @@ from guanaco.server.api.errors import ApiError
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """Seconds, bytes and counts. The sizes are those of reliability.md 2.3 (common servers': nginx 32 KiB, 100 fields)."""
+    """Seconds, bytes and counts; the sizes are those of reliability.md 2.3."""
 
     header_seconds: float = 10.0
     body_seconds: float = 30.0
@@ -145,7 +145,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         self._refusal = refusal
         self.send_400_response("")
 
-    def send_400_response(self, msg: str) -> None:
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 (uvicorn's words; ours are in `_refusal`)
         """uvicorn calls this for whatever the parser stops at. Nothing is written into a response that has begun."""
         if self.transport.is_closing():
             return

@@ -1,4 +1,4 @@
-"""What this server is and how it is: models, health, metrics, version. Cheap to answer, and none of it asks the model."""
+"""What this server is and how it is: models, health, metrics, version. Cheap to answer; none of it asks the model."""
 
 from fastapi import APIRouter
 from starlette.requests import Request

@@ -3,6 +3,7 @@
 Doesn't compute any: they come from the engine. Used by the chat and completion routes.
 """
 
+import codecs
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,10 +39,13 @@ def _text(raw: bytes) -> str:
 
 
 class CompletionLogprobs:
-    """Builds `choices[].logprobs` of a text completion; text offsets run on from one chunk to the next."""
+    """Builds `choices[].logprobs` of a text completion. Text offsets count the characters of the choice's text and run
+    on from one chunk to the next; special tokens that the text leaves out take no room in it."""
 
-    def __init__(self, tokenizer: ChatTokenizer) -> None:
+    def __init__(self, tokenizer: ChatTokenizer, *, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
+        self._hidden = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may take several tokens
         self._offset = 0
 
     def chunk(self, logprobs: Sequence[TokenLogprob | None], first_token: int | None = None) -> dict[str, Any]:
@@ -50,12 +54,14 @@ class CompletionLogprobs:
         for item in logprobs:
             token_id = first_token if item is None else item.token_id
             assert token_id is not None
-            text = _text(self._tokenizer.token_bytes(token_id))
+            raw = self._tokenizer.token_bytes(token_id)
+            text = _text(raw)
             result["tokens"].append(text)
             result["token_logprobs"].append(None if item is None else max(item.logprob, _LOWEST))
             result["top_logprobs"].append(None if item is None else self._top(item, text))
             result["text_offset"].append(self._offset)
-            self._offset += len(text)
+            if token_id not in self._hidden:
+                self._offset += len(self._decoder.decode(raw))
         return result
 
     def _top(self, item: TokenLogprob, text: str) -> dict[str, float]:

@@ -12,7 +12,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from guanaco.server.api.access_log import RequestRecord, access_logger, new_record, record_of
 from guanaco.server.api.auth import OPEN_PATHS
-from guanaco.server.api.errors import CLIENT_CLOSED_REQUEST, ApiError, ClientGone, as_api_error, draining, is_unforeseen
+from guanaco.server.api.errors import (
+    CLIENT_CLOSED_REQUEST,
+    ApiError,
+    ClientGone,
+    as_api_error,
+    draining,
+    is_unforeseen,
+    overloaded,
+)
 from guanaco.server.api.lifecycle import Lifecycle
 from guanaco.server.metrics import Metrics
 
@@ -88,9 +96,8 @@ async def _answer_failure(error: Exception, record: RequestRecord, scope: Scope,
 
 def log_unforeseen(error: BaseException, request_id: str) -> None:
     """Our own bug: the stack goes to the log, the exception's message doesn't (it may quote a prompt)."""
-    logger.error(
-        "unforeseen error", exc_info=(type(error), error, error.__traceback__), extra={"fields": {"request_id": request_id}}
-    )
+    details = {"fields": {"request_id": request_id}}
+    logger.error("unforeseen error", exc_info=(type(error), error, error.__traceback__), extra=details)
 
 
 def _request_id(scope: Scope) -> str:
@@ -119,5 +126,5 @@ class Gate:
         if self.lifecycle.refusing:
             return draining()
         if self.lifecycle.num_admitted >= self.max_admitted:
-            return ApiError(503, "server_overloaded", "too many requests are waiting; try again later", retry_after=1)
+            return overloaded()
         return None

@@ -88,7 +88,7 @@ def _stop_strings(value: object) -> tuple[str, ...]:
 def _token_ids(value: object, most: int) -> tuple[int, ...]:
     ids = [] if value is None else value
     if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < 2**31 for token in ids):
-        raise _fail("give a list of token ids")
+        raise _fail("give a list of token ids: integers, 0 or more")
     if len(ids) > most:
         raise _fail(f"at most {most} token ids")
     return tuple(ids)
@@ -142,7 +142,9 @@ def _prompts(value: object) -> tuple[Prompt, ...]:
         raise _fail(f"at most {MAX_PROMPTS} prompts")
     if all(isinstance(item, str) for item in value):
         return tuple(value)
-    return tuple(_token_ids(item, len(item) if isinstance(item, list) else 0) for item in value)
+    if not all(isinstance(item, list) for item in value):
+        raise _fail("give prompts of one kind: all strings, or all lists of token ids")
+    return tuple(_token_ids(item, len(item)) for item in value)
 
 
 def _n(value: object) -> object:

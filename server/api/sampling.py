@@ -120,8 +120,8 @@ def context_exceeded(num_prompt_tokens: int, max_model_len: int, param: str) -> 
     return ApiError(
         400,
         "context_length_exceeded",
-        f"the prompt has {num_prompt_tokens} tokens, but this model's maximum context length is {max_model_len} tokens, "
-        "with room for at least one more",
+        f"the prompt has {num_prompt_tokens} tokens; this model's maximum context length is {max_model_len} tokens, "
+        "and at least one of them must be left to generate",
         param=param,
     )
 

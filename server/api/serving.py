@@ -1,7 +1,7 @@
 """The way of a generating request through the API, shared by chat and text completions.
 
-read → parse, validate and tokenise on a worker thread → submit → answer, streamed or whole. The routes bring the two ends:
-how a body becomes engine requests, and what an answer looks like.
+read → parse, validate and tokenise on a worker thread → submit → answer, streamed or whole. The routes bring the two
+ends: how a body becomes engine requests, and what an answer looks like.
 """
 
 import asyncio

@@ -12,8 +12,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from guanaco.server.api.answer import Answer
 from guanaco.server.api.access_log import RequestRecord, quiet_talkative_loggers, record_of
+from guanaco.server.api.answer import Answer
 from guanaco.server.api.errors import as_api_error, is_unforeseen
 from guanaco.server.api.generation import Generation, until_disconnect
 from guanaco.server.api.middleware import log_unforeseen
@@ -29,7 +29,7 @@ quiet_talkative_loggers()  # sse-starlette logs every event it sends at debug le
 
 
 def event(data: object) -> bytes:
-    """One event. The bytes are complete: sse-starlette would end its own with CRLF, which vLLM's clients can't split."""
+    """One event, complete: sse-starlette would end one of its making with CRLF, which vLLM's clients can't split."""
     return b"data: " + orjson.dumps(data) + b"\n\n"
 
 

@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from guanaco.server.api.auth import KeyRing
 from guanaco.server.api.catalog import Catalog
-from guanaco.server.api.errors import ApiError
+from guanaco.server.api.errors import overloaded
 from guanaco.server.api.lifecycle import Admission, Lifecycle
 from guanaco.server.api.sampling import SamplingDefaults
 from guanaco.server.config import Settings
@@ -31,6 +31,7 @@ class ChatTokenizer(Protocol):
     bos_id: int | None
     eos_ids: tuple[int, ...]
     vocab_size: int
+    special_ids: frozenset[int]
     has_chat_template: bool
 
     def encode(self, text: str, *, add_bos: bool | None = None) -> list[int]: ...
@@ -53,7 +54,7 @@ class ApiState:
     settings: Settings
     metrics: Metrics
     version: str
-    defaults: SamplingDefaults = SamplingDefaults()
+    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     keys: KeyRing = field(default_factory=KeyRing)
     chat_template: Any = None  # a template to use instead of the tokenizer's own
     template_errors: tuple[type[Exception], ...] = ()
@@ -65,7 +66,7 @@ class ApiState:
     def admit(self) -> Admission:
         """A place for one request that is ready to be prepared; 503 where all are taken."""
         if self.lifecycle.num_admitted >= self.max_admitted:
-            raise ApiError(503, "server_overloaded", "too many requests are waiting; try again later", retry_after=1)
+            raise overloaded()
         return Admission(self.lifecycle)
 
     @property

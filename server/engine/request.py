@@ -64,18 +64,20 @@ class Status(Enum):
     FINISHED = "finished"
 
 
-@dataclass
+@dataclass(eq=False)  # two records are never the same one, however alike
 class Sequence:
     """The engine's mutable record of one request. `num_computed_tokens` chases `num_tokens`: there are no phases."""
 
     request: Request
     token_ids: list[int]  # prompt, then output
     block_table: list[int] = field(default_factory=list)
+    block_contents: list[int] = field(default_factory=list)  # what the prefix cache knows of its first full blocks
     num_computed_tokens: int = 0  # positions whose K and V are in the cache
-    num_cached_tokens: int = 0  # of these, found in the prefix cache at the last admission
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache when it was first let in
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
     num_preemptions: int = 0
+    num_prompt_logprobs: int = 0  # of the prompt's positions, how many have been reported
 
     @property
     def num_tokens(self) -> int:

@@ -140,7 +140,7 @@ def test_inits_that_leave_the_base_alone(kind):
         },
         {"auto_mapping": {"base_model_class": "Evil", "parent_library": "os"}},
         {"loftq_config": {"loftq_bits": 4}, "eva_config": {"rho": 2}, "corda_config": {}, "lora_ga_config": {"x": 1}},
-        {"velora_config": {"rank": 4}, "qalora_group_size": 32, "runtime_config": {"ephemeral_gpu_offload": True}},
+        {"velora_config": None, "qalora_group_size": 32, "runtime_config": {"ephemeral_gpu_offload": True}},
         {
             "bias": "none",
             "modules_to_save": [],
@@ -197,6 +197,7 @@ REFUSALS = [
     ("dora_unsupported", "use_dora", {"use_dora": True}),
     ("dora_unsupported", "use_dora", {"use_dora": "yes"}),
     ("qalora_unsupported", "use_qalora", {"use_qalora": True}),
+    ("velora_unsupported", "velora_config", {"velora_config": {"num_groups": 4}}),
     *[
         ("init_changes_base", "init_lora_weights", {"init_lora_weights": kind})
         for kind in ("pissa", "pissa_niter_16", "PiSSA", "olora", "corda", "loftq", "lora_ga")

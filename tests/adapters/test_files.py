@@ -145,8 +145,10 @@ def test_unreadable_file(adapter):
     assert refusal(adapter) == "unreadable"
 
 
-def test_link_swapped_in_between_is_never_followed(tmp_path, adapter, proof_count):
-    """A thread exchanges a folder for a link that leads out, as fast as it can: we get the file, or an error."""
+@pytest.mark.parametrize("call", ["realpath", "stat"])
+@pytest.mark.parametrize("swapped", ["folder", "file", "fifo"])
+def test_swap_in_the_worst_moment(tmp_path, adapter, monkeypatch, call, swapped):
+    """Right after a path was resolved or looked at, its folder or file becomes a link that leads out, or a pipe."""
     (adapter / "data").mkdir()
     (adapter / "data" / "real").write_bytes(b"weights")
     evil = tmp_path / "evil"
@@ -154,25 +156,79 @@ def test_link_swapped_in_between_is_never_followed(tmp_path, adapter, proof_coun
     (evil / "real").write_bytes(b"secret")
     (adapter / WEIGHTS).unlink()
     (adapter / WEIGHTS).symlink_to("data/real")
+    files = AdapterFiles.find(adapter, "pirate", CONFIG)
+    victim = adapter / "data" if swapped == "folder" else adapter / "data" / "real"
+
+    def swap(result):
+        if aside:
+            return result
+        aside.append(victim.rename(adapter / "aside"))
+        if swapped == "fifo":
+            os.mkfifo(victim)
+        else:
+            victim.symlink_to(evil if swapped == "folder" else evil / "real")
+        return result
+
+    aside = []
+    module, real = (os.path, os.path.realpath) if call == "realpath" else (os, os.stat)
+    result = []
+
+    def read():
+        try:
+            result.append(files.read(WEIGHTS, 100))
+        except AdapterError as error:
+            result.append(error.code)
+
+    reader = threading.Thread(target=read, daemon=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, call, lambda *a, **k: swap(real(*a, **k)))
+        reader.start()
+        reader.join(timeout=20)
+    assert result, "reading waits on a pipe"
+    assert result[0] in (b"weights", "unreadable", "not_a_file")
+    assert result[0] == b"weights" or (call, swapped) != ("stat", "folder"), "the folder had been opened by then"
+
+
+@pytest.mark.parametrize("swapped", ["folder", "file", "fifo"])
+def test_link_swapped_in_between_is_never_followed(tmp_path, adapter, proof_count, swapped):
+    """A thread exchanges a folder or file for something evil, as fast as it can: we get the file, or an error."""
+    (adapter / "data").mkdir()
+    (adapter / "data" / "real").write_bytes(b"weights")
+    evil = tmp_path / "evil"
+    evil.mkdir()
+    (evil / "real").write_bytes(b"secret")
+    (adapter / WEIGHTS).unlink()
+    (adapter / WEIGHTS).symlink_to("data/real")
+    victim = adapter / "data" if swapped == "folder" else adapter / "data" / "real"
     stop = threading.Event()
 
     def swap():
         while not stop.is_set():
-            (adapter / "data").rename(adapter / "aside")
-            (adapter / "data").symlink_to(evil)
-            (adapter / "data").unlink()
-            (adapter / "aside").rename(adapter / "data")
+            victim.rename(adapter / "aside")
+            if swapped == "fifo":
+                os.mkfifo(victim)
+            else:
+                victim.symlink_to(evil if swapped == "folder" else evil / "real")
+            victim.unlink()
+            (adapter / "aside").rename(victim)
 
     swapper = threading.Thread(target=swap, daemon=True)
     swapper.start()
-    files = AdapterFiles.find(adapter, "pirate", CONFIG)
     seen = set()
-    for _ in range(proof_count(1000, 10_000)):
-        try:
-            seen.add(files.read(WEIGHTS, 100))
-        except AdapterError as error:
-            seen.add(error.code)
+
+    def read():
+        files = AdapterFiles.find(adapter, "pirate", CONFIG)
+        for _ in range(proof_count(1500, 10_000)):
+            try:
+                seen.add(files.read(WEIGHTS, 100))
+            except AdapterError as error:
+                seen.add(error.code)
+        seen.add("done")
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    reader.join(timeout=120)
     stop.set()
     swapper.join(timeout=20)
-    assert seen <= {b"weights", "outside_root", "unreadable", "not_found", "not_a_file"}
-    assert b"secret" not in seen
+    assert seen <= {b"weights", "outside_root", "unreadable", "not_found", "not_a_file", "done"}
+    assert "done" in seen, "reading waits on a pipe"

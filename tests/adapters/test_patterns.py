@@ -40,6 +40,13 @@ def test_agrees_with_re(pattern, names):
         assert matcher.fullmatch(name) == bool(re.fullmatch(pattern, name)), (pattern, name)
 
 
+def test_bounds_of_repetitions():
+    for low in range(4):
+        for high in range(low, 5):
+            matcher = Matcher(f"x(ab|c){{{low},{high}}}y", Budget())
+            assert [n for n in range(7) if matcher.fullmatch(f"x{'c' * n}y")] == list(range(low, high + 1))
+
+
 UNSLOTH = (
     r"(?:.*?(?:vision|image|language|text).*?(?:self_attn|attention|mlp|ffn).*?(?:q_proj|k_proj|down_proj).*?)"
     r"|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|mlp|ffn)\.(?:(?:q_proj|k_proj|down_proj)))"
@@ -67,7 +74,26 @@ def test_patterns_seen_in_the_wild(pattern):
 @pytest.mark.parametrize(
     "pattern",
     [
-        *["(", ")", "(a", "a)", "[", "[a", "[b-a]", "*", "+a", "a**", "a{2}{3}", "a{3,2}", "a{65}", "a{x}", "a{", "\\"],
+        *[
+            r"[\d-z]",
+            "[a-\\d]",
+            "(",
+            ")",
+            "(a",
+            "a)",
+            "[",
+            "[a",
+            "[b-a]",
+            "*",
+            "+a",
+            "a**",
+            "a{2}{3}",
+            "a{3,2}",
+            "a{65}",
+            "a{x}",
+            "a{",
+            "\\",
+        ],
         *["(?!a)", "(?=a)", "(?<=a)", "(?i)a", r"(a)\1", r"\p", "^*", "a*+", "a|*", r"[\W]", "é\\é", "(?#c)", "(?"],
         "(" * 50 + "a" + ")" * 50,
         "(((a{64}){64}){64}){64}",

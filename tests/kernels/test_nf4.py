@@ -20,9 +20,9 @@ from guanaco.kernels.nf4 import Nf4Weight
 CPU = torch.device("cpu")
 # The wrapped function, since torch.compile would build a kernel per shape. Unlike `dequantize_4bit` it is right where
 # rows are no multiple of 64 on every machine (the AVX-512 code is not).
-bnb_decode = _dequantize_4bit_compute.__wrapped__
+bnb_decode = getattr(_dequantize_4bit_compute, "__wrapped__", _dequantize_4bit_compute)
 
-KINDS = ("normal", "tiny", "subnormal", "sparse", "constant", "zero rows", "spread", "one group", "levels")
+KINDS = ("normal", "tiny", "sparse", "constant", "zero rows", "spread", "one group", "levels", "near thresholds")
 
 
 @contextmanager
@@ -39,10 +39,8 @@ def make_matrix(kind: str, out_features: int, in_features: int, dtype: torch.dty
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(out_features, in_features, generator=generator)
     match kind:
-        case "tiny":
-            x *= 1e-30
-        case "subnormal":
-            x *= 1e-41
+        case "tiny":  # around 1e-38, where absmax is clamped, and into the subnormal numbers
+            x *= 10.0 ** torch.randint(-44, -28, (out_features, 1), generator=generator)
         case "sparse":
             x *= torch.rand(x.shape, generator=generator) < 0.01
         case "constant":  # every scale equals the mean: a nested absmax of zero
@@ -57,7 +55,21 @@ def make_matrix(kind: str, out_features: int, in_features: int, dtype: torch.dty
             table = nf4.levels(CPU)
             pool = torch.cat([table, (table[:-1] + table[1:]) / 2])
             x = pool[torch.randint(0, len(pool), x.shape, generator=generator)]
+        case "near thresholds":  # where a product with the reciprocal and a quotient fall on different sides
+            x = near_thresholds(x.numel(), generator).view(x.shape)
     return x.to(dtype)
+
+
+def near_thresholds(count: int, generator: torch.Generator) -> Tensor:
+    """float32 [count]: in each group of 64 an absmax, and values a few steps around absmax × threshold."""
+    table = nf4.levels(CPU)
+    thresholds = (table[:-1] + table[1:]) / 2
+    absmax = 10.0 ** (torch.rand(-(-count // 64), 1, generator=generator) * 8 - 5)
+    values = thresholds[torch.randint(0, 15, (len(absmax), 64), generator=generator)] * absmax
+    bits = values.view(torch.int32) + torch.randint(-2, 3, values.shape, generator=generator, dtype=torch.int32)
+    values = bits.view(torch.float32)
+    values[:, :1] = absmax
+    return values.view(-1)[:count]
 
 
 def assert_same_as_bitsandbytes(ours: Nf4Weight, x: Tensor) -> None:
@@ -114,10 +126,11 @@ def test_quantise_is_bit_identical(
         assert_same_as_bitsandbytes(ours, x)
 
 
-@pytest.mark.parametrize("shape", [(2311, 1153), (4096, 576), (40000, 64)], ids=str)
-def test_large_matrices_whatever_the_caller_threads(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("shape", [(2311, 1153), (40000, 64)], ids=str)
+def test_large_matrices_whatever_the_caller_threads(shape: tuple[int, int], seed: int) -> None:
     """Several passes, a short last group, and a mean long enough for torch to share it out among threads."""
-    x = make_matrix("normal", *shape, torch.bfloat16, seed=5)
+    x = make_matrix("normal", *shape, torch.float32, seed)
     with torch_threads(3):
         ours = nf4.quantize(x)
         assert torch.get_num_threads() == 3
@@ -161,6 +174,22 @@ def test_scales_as_small_and_as_equal_as_can_be() -> None:
         expected, state = bnb.quantize_blockwise(scales, blocksize=256)
         assert torch.equal(codes, expected)
         assert torch.equal(absmax, state.absmax)
+
+
+def test_every_scale_near_a_step_of_the_table() -> None:
+    """The table's index is rounded in a way of its own: values around each place where the code changes."""
+    steps = nf4._scale_table(CPU).int().diff().nonzero().view(-1) + 1
+    near = ((steps.double() - 0.5) / 65535 * 2 - 1).float()
+    values = [near]
+    for direction in (-math.inf, math.inf):
+        value = near
+        for _ in range(12):
+            value = torch.nextafter(value, torch.tensor(direction))
+            values.append(value)
+    scales = torch.cat(values)
+    scales = torch.nn.functional.pad(scales, (0, -len(scales) % 255)).view(-1, 255)
+    scales = torch.cat([torch.ones(len(scales), 1), scales], dim=1).view(-1)  # each group's absmax is 1
+    assert torch.equal(nf4.quantize_scales(scales)[0], bnb.quantize_blockwise(scales, blocksize=256)[0])
 
 
 @settings(max_examples=40, deadline=None)
@@ -216,8 +245,13 @@ def test_rows_are_rows_of_the_matrix(shape: tuple[int, int], data: Any) -> None:
 def test_decoding_in_several_passes(monkeypatch: pytest.MonkeyPatch, nan_poison: None) -> None:
     weight = nf4.quantize(make_matrix("normal", 37, 133, torch.float32, seed=4))
     whole = weight.dequantize()
+    nested = nf4.quantize(make_matrix("spread", 700, 96, torch.float32, seed=4))  # 1050 groups, 5 nested ones
+    all_rows = nested.dequantize()
+    for start, stop in ((1, 3), (170, 342), (500, 700)):
+        assert torch.equal(nested.dequantize_rows(start, stop), all_rows[start:stop])
     monkeypatch.setattr(nf4, "_CHUNK_GROUPS", 7)
     assert torch.equal(weight.dequantize(), whole)
+    assert torch.equal(nested.dequantize(), all_rows)
     assert nf4.quantize(make_matrix("normal", 37, 133, torch.float32, seed=4)).fingerprint() == weight.fingerprint()
 
 

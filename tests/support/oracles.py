@@ -91,9 +91,14 @@ class PagedRun:
         self.tables: dict[int, list[int]] = {}
 
     def step(
-        self, work: list[tuple[int, list[int]]], *, every_row: bool = False, lora: LoraBatch | None = None
+        self,
+        work: list[tuple[int, list[int]]],
+        *,
+        every_row: bool = False,
+        rows: list[int] | None = None,
+        lora: LoraBatch | None = None,
     ) -> Tensor:
-        """Append new tokens to sequences, (sequence, tokens) each; logits of their last rows, or of all."""
+        """Append new tokens to sequences, (sequence, tokens) each; logits of their last rows, of all, or of `rows`."""
         token_ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -109,6 +114,8 @@ class PagedRun:
             slots += [table[p // self.block_size] * self.block_size + p % self.block_size for p in new]
             ends.append(ends[-1] + len(tokens))
             self.lengths[sequence] = start + len(tokens)
+        if rows is None:
+            rows = list(range(ends[-1])) if every_row else [end - 1 for end in ends[1:]]
         width = max(len(self.tables[s]) for s, _ in work)
         batch = ForwardBatch(
             token_ids=torch.tensor(token_ids, dtype=torch.int64),
@@ -119,7 +126,7 @@ class PagedRun:
             ),
             context_lens=torch.tensor([self.lengths[s] for s, _ in work], dtype=torch.int32),
             cu_seqlens_q=torch.tensor(ends, dtype=torch.int32),
-            logit_rows=torch.arange(ends[-1]) if every_row else torch.tensor(ends[1:], dtype=torch.int64) - 1,
+            logit_rows=torch.tensor(rows, dtype=torch.int64),
             lora=lora,
         )
         with torch.inference_mode():

@@ -1,0 +1,104 @@
+"""Tokens → text while they come: whole characters only, and nothing of a stop string, however it is cut into tokens.
+
+Doesn't know where tokens come from or where the text goes. One per request; used by `async_engine` and `generate`.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from guanaco.server.engine.request import SamplingParams
+
+REPLACEMENT = "\ufffd"
+# An incomplete character shows as replacement characters at the end: one for the whole of it, or, where a tokenizer
+# falls back to bytes, one for each byte of it and of the character before. More than these never become text.
+_MAX_HELD_CHARACTERS = 8
+# What a token reads like may depend on the one before (a space that only stands between words), so decoding starts a
+# few tokens before the first new one. Windows are closed at this length at the latest.
+_NUM_CONTEXT_TOKENS = 5
+_MAX_WINDOW_TOKENS = 64
+
+
+class Decoder(Protocol):
+    """What is needed of a tokenizer."""
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
+
+
+class Detokenizer:
+    """The text of one request. `append` returns what can be shown; `stop_reason` is set when a stop string is found."""
+
+    def __init__(self, decoder: Decoder, params: SamplingParams, prompt_ids: Sequence[int] = ()) -> None:
+        self._decoder = decoder
+        self._params = params
+        self._num_tokens = 0
+        self._window = list(prompt_ids[-_NUM_CONTEXT_TOKENS:])  # the tokens that are decoded together
+        self._num_context = 0  # how many tokens of the window an earlier window ended with
+        self._num_given = self._num_stable(self._decode(self._window))  # characters of the window that are out
+        self._held = ""  # text that may turn out to begin a stop string
+        self.stop_reason: str | None = None
+
+    def append(self, token_ids: Sequence[int], *, finished: bool = False) -> str:
+        """The text to show after these tokens. finished: no more will come, so nothing is held back any longer."""
+        assert self.stop_reason is None, "a stop string ended this text"
+        for token_id in token_ids:
+            self._window.append(token_id)
+            self._num_tokens += 1
+            self._held += self._new_text()
+            if self._num_tokens >= self._params.min_tokens and self._find_stop():
+                return self._take(len(self._held))
+        if finished:
+            self._held += self._decode(self._window)[self._num_given :]
+            if self._num_tokens >= self._params.min_tokens:
+                self._find_stop()
+            return self._take(len(self._held))
+        return self._take(len(self._held) - self._num_held_back())
+
+    def _new_text(self) -> str:
+        """What the window's tokens say for sure and has not been given yet."""
+        text = self._decode(self._window)
+        stable = self._num_stable(text)
+        new = text[self._num_given : stable]
+        self._num_given = max(self._num_given, stable)
+        if stable == len(text) or len(self._window) > _MAX_WINDOW_TOKENS:
+            self._move_window()
+        return new
+
+    def _move_window(self) -> None:
+        """Start the window later, if what is left still has text: a window without any would lose a leading space."""
+        rest = self._window[self._num_context :]
+        text = self._decode(rest)
+        if text:
+            self._window, self._num_context = rest, len(rest)
+            self._num_given = self._num_stable(text)
+
+    @staticmethod
+    def _num_stable(text: str) -> int:
+        """The length of the text without what may be the beginning of a character at its end."""
+        num_unclear = len(text) - len(text.rstrip(REPLACEMENT))
+        return len(text) - min(num_unclear, _MAX_HELD_CHARACTERS)
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self._decoder.decode(token_ids, skip_special_tokens=self._params.skip_special_tokens)
+
+    def _find_stop(self) -> bool:
+        """Cut the held text at the stop string that begins first (of several there, the longest), if there is one."""
+        found = [(self._held.find(stop), -len(stop), stop) for stop in self._params.stop_strings if stop in self._held]
+        if found:
+            start, _, stop = min(found)
+            self._held = self._held[: start + len(stop) * self._params.include_stop_str]
+            self.stop_reason = stop
+        return bool(found)
+
+    def _num_held_back(self) -> int:
+        """How much of the end of the held text is the beginning of a stop string."""
+        longest = 0
+        for stop in self._params.stop_strings:
+            for length in range(min(len(stop) - 1, len(self._held)), longest, -1):
+                if stop.startswith(self._held[-length:]):
+                    longest = length
+                    break
+        return longest
+
+    def _take(self, length: int) -> str:
+        text, self._held = self._held[:length], self._held[length:]
+        return text

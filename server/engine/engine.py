@@ -1,0 +1,145 @@
+"""The engine: schedule, run, update, once per step. Synchronous; a thread drives it (`async_engine`), or a loop.
+
+What fails in a step is narrowed down to the requests at fault, so that one bad request is not everybody's error.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Protocol
+
+from guanaco.server.engine.request import (
+    Request,
+    SampledToken,
+    ScheduledBatch,
+    StepOutput,
+    StepStats,
+)
+from guanaco.server.engine.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+# So many steps in a row in which every request failed are not the requests' fault.
+MAX_FAILED_STEPS = 3
+
+INTERNAL_ERROR = "internal_error"  # TokenOutput.error of a request that the forward pass could not compute
+ADAPTER_LOAD_FAILED = "adapter_load_failed"  # … whose adapter could not be put on the device
+
+
+class EngineFailure(Exception):
+    """The engine cannot compute any more; the process should end and be started again."""
+
+
+class Runner(Protocol):
+    """What computes a step: `model_runner.ModelRunner`, or a fake one in the tests."""
+
+    def load_adapter(self, slot: int, version: str) -> None:
+        """Put an adapter version into an adapter slot."""
+
+    def run(self, batch: ScheduledBatch) -> tuple[SampledToken, ...]:
+        """Compute the batch: one result for each of its sequences. Running the same batch again must be harmless."""
+
+
+class Engine:
+    """Requests in, one StepOutput per step out. Not thread-safe: whoever steps it also adds and aborts."""
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, clock: Callable[[], float] = time.monotonic) -> None:
+        self.scheduler = scheduler
+        self._runner = runner
+        self._clock = clock
+        self._num_failed_steps = 0
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request; without a seed it gets one here, which it keeps through preemptions.
+
+        Raises ValueError for one that could never fit.
+        """
+        if request.params.seed is None:
+            seed = int.from_bytes(os.urandom(7))
+            request = replace(request, params=replace(request.params, seed=seed))
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str) -> None:
+        """End a request before the next step."""
+        self.scheduler.abort(request_id)
+
+    def step(self) -> StepOutput:
+        """Compute one step. Raises EngineFailure where nothing can be computed any more."""
+        started = self._clock()
+        batch = self.scheduler.schedule(started)
+        sampled = self._run(batch)
+        outputs = self.scheduler.update(batch, sampled)
+        return StepOutput(tuple(outputs), self._stats(batch, started))
+
+    def _run(self, batch: ScheduledBatch) -> tuple[SampledToken, ...]:
+        failed_versions = self._load_adapters(batch)
+        results: dict[int, SampledToken] = {}
+        good = []
+        for index, item in enumerate(batch.sequences):
+            if failed_versions & {lora.version for lora in item.sequence.request.loras}:
+                results[index] = SampledToken(None, error=ADAPTER_LOAD_FAILED)
+            else:
+                good.append(index)
+        self._run_part(batch, good, results)
+        self._watch_failures(results)
+        return tuple(results[index] for index in range(len(batch.sequences)))
+
+    def _load_adapters(self, batch: ScheduledBatch) -> set[str]:
+        """Make the step's copies; returns the versions that are not where they should be."""
+        failed = set()
+        for slot, version in batch.slot_loads:
+            try:
+                self._runner.load_adapter(slot, version)
+            except Exception:
+                logger.exception("adapter version %.12s could not be put into slot %d", version, slot)
+                self.scheduler.slots.load_failed(slot)
+                failed.add(version)
+        return failed
+
+    def _run_part(self, batch: ScheduledBatch, indexes: list[int], results: dict[int, SampledToken]) -> None:
+        """Run some of the batch's sequences; where that fails, each half on its own, down to the one at fault."""
+        if not indexes:
+            return
+        part = replace(batch, sequences=tuple(batch.sequences[i] for i in indexes), slot_loads=())
+        try:
+            results.update(zip(indexes, self._runner.run(part), strict=True))
+        except Exception:
+            if len(indexes) == 1:
+                request_id = batch.sequences[indexes[0]].sequence.request.request_id
+                logger.exception("the forward pass failed for request %s", request_id)
+                results[indexes[0]] = SampledToken(None, error=INTERNAL_ERROR)
+                return
+            middle = len(indexes) // 2
+            self._run_part(batch, indexes[:middle], results)
+            self._run_part(batch, indexes[middle:], results)
+
+    def _watch_failures(self, results: dict[int, SampledToken]) -> None:
+        if not results:
+            return
+        if any(result.error != INTERNAL_ERROR for result in results.values()):
+            self._num_failed_steps = 0
+            return
+        self._num_failed_steps += 1
+        if self._num_failed_steps >= MAX_FAILED_STEPS:
+            raise EngineFailure(f"{MAX_FAILED_STEPS} steps in a row failed for every request")
+
+    def _stats(self, batch: ScheduledBatch, started: float) -> StepStats:
+        scheduler = self.scheduler
+        return StepStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_scheduled_tokens=batch.num_tokens,
+            num_preempted=scheduler.counts.num_preempted,
+            kv_usage_ratio=scheduler.blocks.usage_ratio,
+            prefix_queries_tokens=scheduler.counts.prefix_queries_tokens,
+            prefix_hits_tokens=scheduler.counts.prefix_hits_tokens,
+            step_seconds=self._clock() - started,
+            running_adapters=tuple(batch.adapter_slots),
+            waiting_adapters=tuple(sorted({lora.version for s in scheduler.waiting for lora in s.request.loras})),
+        )

@@ -1,0 +1,174 @@
+"""Logits → tokens, many rows at once. Each row's token depends on its own logits, parameters and seed alone.
+
+The draw is counter-based: one uniform number per token, a function of the request's seed and of how many tokens it has
+written. So neither the company in the batch nor a preemption changes what is drawn. Called by the model runner.
+"""
+
+import hashlib
+import struct
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from guanaco.server.engine.request import SampledToken, SamplingParams, TokenLogprob
+
+# Candidates looked at before a row is sorted as a whole: with ordinary parameters top_p and min_p end long before.
+_NUM_CANDIDATES = 1024
+
+NOT_FINITE = "numerical_error"  # SampledToken.error of a row whose logits hold NaN or infinity
+
+
+@dataclass(frozen=True)
+class SamplingRow:
+    """One row to draw from. `prompt_ids` and `output_ids` are only read where a penalty is set."""
+
+    params: SamplingParams
+    prompt_ids: tuple[int, ...]
+    output_ids: list[int]
+
+    @property
+    def position(self) -> int:
+        return len(self.output_ids)
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1), 53 bits of BLAKE2b(seed, position): the noise of one token of one request."""
+    digest = hashlib.blake2b(struct.pack("<qq", seed, position), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def sample(logits: Tensor, rows: list[SamplingRow], eos_ids: frozenset[int]) -> list[SampledToken]:
+    """One token per row of float32 logits [r, vocab]; a row that is not finite gets an error instead."""
+    assert logits.shape[0] == len(rows)
+    if not rows:
+        return []
+    finite = torch.isfinite(logits.sum(dim=-1)).tolist()
+    adjusted = _adjust(logits, rows, eos_ids)
+    tokens = adjusted.argmax(dim=-1)  # of equal logits the lowest id, on the CPU
+    drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0 and finite[i]]
+    if drawn:
+        tokens[drawn] = _draw(adjusted[drawn], [rows[i] for i in drawn])
+    ids = tokens.tolist()
+    reported = [i for i, row in enumerate(rows) if row.params.logprobs is not None and finite[i]]
+    logprobs: list[TokenLogprob | None] = [None] * len(rows)
+    if reported:
+        found = token_logprobs(
+            logits[reported], [ids[i] for i in reported], [rows[i].params.logprobs or 0 for i in reported]
+        )
+        for i, logprob in zip(reported, found, strict=True):
+            logprobs[i] = logprob
+    return [
+        SampledToken(token, logprob) if ok else SampledToken(None, error=NOT_FINITE)
+        for token, logprob, ok in zip(ids, logprobs, finite, strict=True)
+    ]
+
+
+def token_logprobs(logits: Tensor, token_ids: list[int], num_top: list[int]) -> list[TokenLogprob]:
+    """log-probabilities of given tokens and of the likeliest ones, of the raw logits [r, vocab]."""
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device).unsqueeze(1)).squeeze(1).tolist()
+    most = max(num_top)
+    values, indexes = (t.tolist() for t in logprobs.topk(most, dim=-1)) if most else ([[]] * len(chosen),) * 2
+    return [
+        TokenLogprob(token, value, tuple(zip(ids[:n], tops[:n], strict=True)))
+        for token, value, n, ids, tops in zip(token_ids, chosen, num_top, indexes, values, strict=True)
+    ]
+
+
+def _adjust(logits: Tensor, rows: list[SamplingRow], eos_ids: frozenset[int]) -> Tensor:
+    """The logits with penalties, biases and forbidden tokens applied; the input itself where no row asks for any."""
+    out = logits
+    for index, row in enumerate(rows):
+        params = row.params
+        banned = sorted(params.stop_token_ids | eos_ids) if row.position < params.min_tokens else []
+        if params.ignore_eos and banned:
+            banned = sorted(params.stop_token_ids)
+        if not (_has_penalty(params) or params.logit_bias or banned):
+            continue
+        if out is logits:
+            out = logits.clone()
+        if _has_penalty(params):
+            _penalise(out[index], row)
+        if params.logit_bias:
+            ids, biases = zip(*params.logit_bias, strict=True)
+            out[index, list(ids)] += torch.tensor(biases, dtype=out.dtype, device=out.device)
+        if banned:
+            out[index, banned] = -torch.inf
+    return out
+
+
+def _has_penalty(params: SamplingParams) -> bool:
+    return bool(params.presence_penalty or params.frequency_penalty) or params.repetition_penalty != 1.0
+
+
+def _penalise(logits: Tensor, row: SamplingRow) -> None:
+    """Repetition counts prompt and output, as CTRL (Keskar et al. 2019) defines it: divide what is positive, multiply
+    what is not. Presence and frequency count the output only, as the OpenAI API defines them."""
+    params = row.params
+    if params.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted({*row.prompt_ids, *row.output_ids}), device=logits.device)
+        values = logits[seen]
+        penalty = params.repetition_penalty
+        logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+    if row.output_ids and (params.presence_penalty or params.frequency_penalty):
+        ids, counts = torch.tensor(row.output_ids, device=logits.device).unique(return_counts=True)
+        logits[ids] -= params.frequency_penalty * counts + params.presence_penalty
+
+
+def _draw(logits: Tensor, rows: list[SamplingRow]) -> Tensor:
+    """int64 [r]: inverse transform sampling from each row's filtered distribution, its tokens from likeliest to least
+    likely (equal ones by id) where a filter is set, by id where none is."""
+    temperature = torch.tensor([row.params.temperature for row in rows], dtype=torch.float32, device=logits.device)
+    # Subtracting the maximum first keeps a tiny temperature from overflowing to infinity.
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature.unsqueeze(1)
+    probabilities = torch.softmax(scaled, dim=-1)
+    tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
+    filtered = [i for i, row in enumerate(rows) if _is_filtered(row.params)]
+    for index, row in enumerate(rows):
+        if not _is_filtered(row.params):
+            tokens[index] = _pick(probabilities[index], row)
+    if filtered:
+        num = min(_NUM_CANDIDATES, logits.shape[1])
+        values, candidates = probabilities[filtered].topk(num, dim=-1)
+        for index, top, ids in zip(filtered, values, candidates, strict=True):
+            kept = _num_kept(top, rows[index].params)
+            if kept == num < logits.shape[1]:  # the filter may end beyond the candidates
+                top, ids = probabilities[index].sort(descending=True, stable=True)
+                kept = _num_kept(top, rows[index].params)
+            else:
+                top, ids = _by_probability_then_id(top, ids)
+            tokens[index] = ids[_pick(top[:kept], rows[index])]
+    return tokens
+
+
+def _is_filtered(params: SamplingParams) -> bool:
+    return params.top_p < 1.0 or params.top_k > 0 or params.min_p > 0.0
+
+
+def _by_probability_then_id(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """topk leaves the order of equal values open; a draw must not depend on it."""
+    order = ids.argsort()
+    order = order[values[order].argsort(descending=True, stable=True)]
+    return values[order], ids[order]
+
+
+def _num_kept(probabilities: Tensor, params: SamplingParams) -> int:
+    """How many of the descending probabilities pass top_k, top_p (the token that crosses it included) and min_p."""
+    keep = torch.ones_like(probabilities, dtype=torch.bool)
+    if params.top_k > 0:
+        keep[params.top_k :] = False
+    if params.top_p < 1.0:
+        before = probabilities.double().cumsum(dim=-1) - probabilities
+        keep &= before < params.top_p
+    if params.min_p > 0.0:
+        keep &= probabilities >= params.min_p * probabilities[0]
+    return max(1, int(keep.sum()))
+
+
+def _pick(probabilities: Tensor, row: SamplingRow) -> Tensor:
+    """The index that the row's uniform number falls on. Sums in float64: 50,000 float32 terms would blur the edges."""
+    assert row.params.seed is not None, "the engine gives every request a seed"
+    sums = probabilities.double().cumsum(dim=-1)
+    target = sums[-1] * uniform(row.params.seed, row.position)
+    return torch.searchsorted(sums, target, right=True).clamp_(max=len(sums) - 1)

@@ -1,0 +1,287 @@
+"""What the next step computes: a pure function of what has happened and of the time it is told.
+
+No clock, no randomness, no threads, no tensors. There is no prefill and no decode here: each sequence has
+`num_computed_tokens`, and every step's token budget lets it catch up with `num_tokens`. Chunked prompts, prefix-cache
+hits and recomputing after a preemption all follow from that. Driven by the engine, and by a simulator in the tests.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+from guanaco.adapters.slot_table import SlotTable
+from guanaco.server.engine.block_manager import BlockManager
+from guanaco.server.engine.request import (
+    FinishReason,
+    Request,
+    SampledToken,
+    ScheduledBatch,
+    ScheduledSequence,
+    Sequence,
+    Status,
+    TokenOutput,
+)
+
+# While others are decoding, prompts get at most this share of a step, so that a long one widens the gap between the
+# others' tokens by a quarter of a full step, not by a whole one.
+PREFILL_SHARE_WHILE_DECODING = 0.25
+# After so many steps of being passed over for want of an adapter slot, a request lets nobody who needs one pass.
+MAX_PASSED_OVER_STEPS = 32
+
+QUEUE_TIMEOUT = "queue_timeout"  # TokenOutput.error of a request that waited too long
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of one engine. `max_model_len` tokens of one sequence must fit into the KV cache."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    queue_timeout_seconds: float
+
+
+@dataclass
+class StepCounts:
+    """What one step did, for the metrics."""
+
+    num_preempted: int = 0
+    prefix_queries_tokens: int = 0
+    prefix_hits_tokens: int = 0
+
+
+class Scheduler:
+    """Owns every unfinished sequence: `waiting` in order of arrival, `running` in order of admission."""
+
+    def __init__(self, limits: Limits, blocks: BlockManager, slots: SlotTable, eos_ids: frozenset[int]) -> None:
+        assert limits.max_num_batched_tokens >= limits.max_num_seqs, "every running sequence must get its next token"
+        assert limits.max_model_len <= blocks.num_blocks * blocks.block_size, "one sequence must fit"
+        self.limits = limits
+        self.blocks = blocks
+        self.slots = slots
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.num_waiting_tokens = 0  # of all waiting sequences; read from other threads, hence a number of its own
+        self.counts = StepCounts()
+        self._eos_ids = eos_ids
+        self._passed_over: dict[str, int] = {}  # request id → steps
+        self._outputs: list[TokenOutput] = []  # what ended outside of `update`
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running or self._outputs)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. ValueError for one that could never run: it would block the queue for ever."""
+        self.check_fits(request)
+        self.waiting.append(Sequence(request, list(request.prompt_token_ids)))
+        self.num_waiting_tokens += len(request.prompt_token_ids)
+
+    def check_fits(self, request: Request) -> None:
+        """ValueError for a request that could never run, with the numbers."""
+        length, limit = len(request.prompt_token_ids), self.limits.max_model_len
+        if length == 0:
+            raise ValueError("the prompt has no tokens")
+        if length + 1 > limit:
+            raise ValueError(f"the prompt has {length} tokens, and a context of {limit} must hold it and one more")
+        versions = {lora.version for lora in request.loras}
+        if not self.slots.can_ever_fit(versions):
+            raise ValueError(f"{len(versions)} adapters in one request, and there are {self.slots.num_slots} slots")
+
+    def abort(self, request_id: str) -> None:
+        """End a request now, wherever it is. Unknown ids are none of our business: it may just have finished."""
+        for sequence in (*self.running, *self.waiting):
+            if sequence.request.request_id == request_id:
+                self._end(sequence, FinishReason.ABORT)
+                return
+
+    def schedule(self, now: float) -> ScheduledBatch:
+        """Decide one step at monotonic time `now` (seconds). May be empty."""
+        self.counts = StepCounts()
+        self._expire(now)
+        chosen: dict[str, ScheduledSequence] = {}
+        budget = self._schedule_running(chosen)
+        if not self.counts.num_preempted:  # who was just put out would come straight back in
+            self._schedule_waiting(chosen, budget)
+        versions = {lora.version for item in chosen.values() for lora in item.sequence.request.loras}
+        adapter_slots = {}
+        for version in sorted(versions):
+            slot = self.slots.slot_of(version)
+            assert slot is not None, "a running sequence's adapter has no slot"
+            adapter_slots[version] = slot
+        return ScheduledBatch(tuple(chosen.values()), adapter_slots, self.slots.take_loads())
+
+    def update(self, batch: ScheduledBatch, sampled: tuple[SampledToken, ...]) -> list[TokenOutput]:
+        """Enter what the step computed; returns what there is to tell, ends outside of steps included."""
+        assert len(batch.sequences) == len(sampled)
+        outputs, self._outputs = self._outputs, []
+        for item, token in zip(batch.sequences, sampled, strict=True):
+            sequence = item.sequence
+            if sequence.status is not Status.RUNNING:
+                continue  # ended between schedule and update
+            if token.error is not None:
+                self._end(sequence, FinishReason.ERROR, error=token.error)
+                continue
+            sequence.num_computed_tokens += item.num_new_tokens
+            self.blocks.commit(sequence)
+            sequence.num_prompt_logprobs += len(token.prompt_logprobs)
+            if item.needs_sample or token.prompt_logprobs:
+                outputs.append(self._advance(sequence, token))
+        outputs += self._outputs
+        self._outputs = []
+        return outputs
+
+    def _advance(self, sequence: Sequence, token: SampledToken) -> TokenOutput:
+        """Append a sampled token, and finish the sequence if that was its last."""
+        reason, stop_reason = None, None
+        new_ids: tuple[int, ...] = ()
+        if token.token_id is not None:
+            sequence.token_ids.append(token.token_id)
+            new_ids = (token.token_id,)
+            reason, stop_reason = self._finish_reason(sequence, token.token_id)
+        if reason is not None:
+            self._release(sequence, reason)
+        return TokenOutput(
+            request_id=sequence.request.request_id,
+            token_ids=new_ids,
+            logprobs=() if token.logprob is None else (token.logprob,),
+            prompt_logprobs=token.prompt_logprobs,
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            num_cached_tokens=sequence.num_cached_tokens,
+        )
+
+    def _finish_reason(self, sequence: Sequence, token_id: int) -> tuple[FinishReason | None, int | None]:
+        params = sequence.request.params
+        if sequence.num_output_tokens >= params.min_tokens:
+            if token_id in params.stop_token_ids:
+                return FinishReason.STOP, token_id
+            if token_id in self._eos_ids and not params.ignore_eos:
+                return FinishReason.STOP, None
+        if sequence.num_output_tokens >= params.max_tokens or sequence.num_tokens >= self.limits.max_model_len:
+            return FinishReason.LENGTH, None
+        return None, None
+
+    def _expire(self, now: float) -> None:
+        """Refuse what has waited too long. A preempted sequence has not: it was let in once."""
+        limit = self.limits.queue_timeout_seconds
+        late = [
+            sequence
+            for sequence in self.waiting
+            if limit and not sequence.num_preemptions and now - sequence.request.arrival_seconds > limit
+        ]
+        for sequence in late:
+            self._end(sequence, FinishReason.ERROR, error=QUEUE_TIMEOUT)
+
+    def _schedule_running(self, chosen: dict[str, ScheduledSequence]) -> int:
+        """Give every running sequence its share; returns the budget that is left for newcomers.
+
+        Those that need a single token come first, so that no prompt makes them wait; then prompts, oldest first.
+        """
+        budget = self.limits.max_num_batched_tokens
+        decoding = [s for s in self.running if s.num_tokens - s.num_computed_tokens == 1]
+        catching_up = [s for s in self.running if s.num_tokens - s.num_computed_tokens > 1]
+        for sequence in decoding:
+            if sequence.status is Status.RUNNING and self._make_room(sequence, 1, chosen):
+                chosen[sequence.request.request_id] = ScheduledSequence(sequence, 1, needs_sample=True)
+        budget -= len(chosen)
+        if chosen:
+            budget = min(budget, max(1, int(self.limits.max_num_batched_tokens * PREFILL_SHARE_WHILE_DECODING)))
+        for sequence in catching_up:
+            num_new = min(budget, sequence.num_tokens - sequence.num_computed_tokens)
+            if num_new and sequence.status is Status.RUNNING and self._make_room(sequence, num_new, chosen):
+                self._choose(sequence, num_new, chosen)
+                budget -= num_new
+        return budget
+
+    def _make_room(self, sequence: Sequence, num_new: int, chosen: dict[str, ScheduledSequence]) -> bool:
+        """Blocks for the next `num_new` positions, taken from the youngest where none are free. False: not now."""
+        while not self.blocks.allocate(sequence, sequence.num_computed_tokens + num_new):
+            victim = self.running[-1]
+            if victim is self.running[0]:
+                # The oldest is never put out, so somebody always gets on. It is alone, so all blocks are its own or
+                # free: only a fault can refuse it, and that passes.
+                return False
+            chosen.pop(victim.request.request_id, None)
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _schedule_waiting(self, chosen: dict[str, ScheduledSequence], budget: int) -> None:
+        """Admit from the queue while there is room: in order, but for those whose adapters find no slot now."""
+        reserved = False  # somebody has waited too long for a slot: no other adapter goes first
+        for sequence in list(self.waiting):
+            if budget <= 0 or len(self.running) >= self.limits.max_num_seqs:
+                return
+            versions = [lora.version for lora in sequence.request.loras]
+            if versions and reserved:
+                continue
+            if versions and self.slots.plan(versions) is None:
+                steps = self._passed_over.get(sequence.request.request_id, 0) + 1
+                self._passed_over[sequence.request.request_id] = steps
+                reserved = steps > MAX_PASSED_OVER_STEPS
+                continue
+            if not self._admit(sequence, versions):
+                return
+            num_new = min(budget, sequence.num_tokens - sequence.num_computed_tokens)
+            self._choose(sequence, num_new, chosen)
+            budget -= num_new
+
+    def _admit(self, sequence: Sequence, versions: list[str]) -> bool:
+        """Start a sequence if there are blocks for all of its tokens, one more, and a block for each that runs
+        already: with less, one of them would soon be put out again. Else change nothing."""
+        prefix = self.blocks.find_prefix(sequence)
+        self.blocks.take_prefix(sequence, prefix)
+        num_tokens = min(sequence.num_tokens + 1, self.limits.max_model_len)
+        spare = self.blocks.num_free_blocks - self.blocks.num_missing_blocks(sequence, num_tokens)
+        if spare < len(self.running) or not self.blocks.allocate(sequence, num_tokens):
+            self.blocks.free(sequence)
+            return False
+        if not sequence.num_preemptions:
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+            self.counts.prefix_queries_tokens += sequence.num_tokens
+            self.counts.prefix_hits_tokens += sequence.num_computed_tokens
+        plan = self.slots.pin(versions)
+        assert plan is not None, "planned a moment ago"
+        self._leave_queue(sequence)
+        sequence.status = Status.RUNNING
+        self.running.append(sequence)
+        return True
+
+    def _choose(self, sequence: Sequence, num_new: int, chosen: dict[str, ScheduledSequence]) -> None:
+        needs_sample = sequence.num_computed_tokens + num_new == sequence.num_tokens
+        chosen[sequence.request.request_id] = ScheduledSequence(sequence, num_new, needs_sample)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take a sequence's blocks and pins back; it goes to the head of the queue and is recomputed."""
+        self.running.remove(sequence)
+        self._give_back(sequence)
+        sequence.status = Status.WAITING
+        sequence.num_preemptions += 1
+        self.waiting.appendleft(sequence)
+        self.num_waiting_tokens += sequence.num_tokens
+        self.counts.num_preempted += 1
+
+    def _end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
+        self._release(sequence, reason)
+        output = TokenOutput(sequence.request.request_id, (), finish_reason=reason, error=error)
+        self._outputs.append(output)
+
+    def _release(self, sequence: Sequence, reason: FinishReason) -> None:
+        """The one way out of the scheduler."""
+        if sequence.status is Status.RUNNING:
+            self.running.remove(sequence)
+            self._give_back(sequence)
+        else:
+            self._leave_queue(sequence)
+        sequence.status = Status.FINISHED
+        sequence.finish_reason = reason
+
+    def _leave_queue(self, sequence: Sequence) -> None:
+        self.waiting.remove(sequence)
+        self.num_waiting_tokens -= sequence.num_tokens
+        self._passed_over.pop(sequence.request.request_id, None)
+
+    def _give_back(self, sequence: Sequence) -> None:
+        self.blocks.free(sequence)
+        self.slots.unpin([lora.version for lora in sequence.request.loras])

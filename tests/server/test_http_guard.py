@@ -1,0 +1,287 @@
+"""Connections that dribble, flood or don't read: each is closed at its limit, and nobody else notices."""
+
+import dataclasses
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from api_server import BASE, WAIT, LiveServer, chat_body, http_post, make_state, read_all
+from fake_engine import reply_of
+
+HEADER_SECONDS, BODY_SECONDS, KEEP_ALIVE_SECONDS = 0.4, 0.6, 0.8
+GET = b"GET /version HTTP/1.1\r\nHost: t\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[LiveServer]:
+    state = make_state(
+        header_timeout=HEADER_SECONDS, body_timeout=BODY_SECONDS, keep_alive_timeout=KEEP_ALIVE_SECONDS
+    )
+    with LiveServer(state) as live:
+        yield live
+
+
+@pytest.fixture
+def server(shared: LiveServer) -> Iterator[LiveServer]:
+    shared.script()
+    yield shared
+    shared.assert_quiet()
+
+
+def seconds_until_closed(sock: socket.socket, dribble: bytes = b"", every: float = 0.05) -> tuple[float, bytes]:
+    """Send `dribble` byte by byte until the server closes; how long that took, and what it said."""
+    began = time.monotonic()
+    received = b""
+    sock.settimeout(every)
+    while time.monotonic() - began < WAIT:
+        try:
+            if dribble:
+                sock.send(dribble[:1])
+                dribble = dribble[1:] or dribble
+            data = sock.recv(65536)
+            if not data:
+                return time.monotonic() - began, received
+            received += data
+        except TimeoutError:
+            continue
+        except OSError:
+            return time.monotonic() - began, received
+    raise AssertionError("the server never closed the connection")
+
+
+def status_of(answer: bytes) -> int:
+    match = re.match(rb"HTTP/1\.1 (\d+)", answer)
+    return int(match[1]) if match else 0
+
+
+def code_of(answer: bytes) -> str:
+    return json.loads(answer.split(b"\r\n\r\n", 1)[1])["error"]["code"]
+
+
+def test_idle_connection_is_closed(server: LiveServer) -> None:
+    with server.connect() as sock:
+        seconds, received = seconds_until_closed(sock)
+    assert received == b""
+    assert seconds >= HEADER_SECONDS * 0.9
+
+
+@pytest.mark.parametrize("begin", [b"", GET])
+def test_dribbled_head(server: LiveServer, begin: bytes) -> None:
+    """On a fresh connection, and on one that has been used (uvicorn's own timer ends at the first byte)."""
+    with server.connect() as sock:
+        if begin:
+            sock.sendall(begin)
+            assert b"1.2.3" in sock.recv(65536)
+        seconds, received = seconds_until_closed(sock, b"GET / HTTP/1.1\r\nX-Long: " + b"x" * 1000)
+    assert seconds >= HEADER_SECONDS * 0.9
+    assert status_of(received) == 408
+    assert code_of(received) == "request_timeout"
+
+
+@pytest.mark.parametrize("begin", [b"", GET])
+def test_dribbled_body(server: LiveServer, begin: bytes) -> None:
+    whole = http_post("/v1/chat/completions", chat_body("x" * 1000))
+    head, body = whole.split(b"\r\n\r\n", 1)
+    with server.connect() as sock:
+        if begin:
+            sock.sendall(begin)
+            assert b"1.2.3" in sock.recv(65536)
+        sock.sendall(head + b"\r\n\r\n")
+        seconds, received = seconds_until_closed(sock, body)
+    assert seconds >= BODY_SECONDS * 0.9
+    assert status_of(received) == 408
+
+
+def test_dribbled_empty_lines(server: LiveServer) -> None:
+    """They begin no request, and end uvicorn's keep-alive timer."""
+    with server.connect() as sock:
+        sock.sendall(GET)
+        assert b"1.2.3" in sock.recv(65536)
+        seconds_until_closed(sock, b"\r\n" * 500)
+
+
+def test_kept_alive_connection_is_closed_when_idle(server: LiveServer) -> None:
+    with server.connect() as sock:
+        for _ in range(3):
+            sock.sendall(GET)
+            assert b"1.2.3" in sock.recv(65536)
+        seconds, _ = seconds_until_closed(sock)
+    assert seconds >= KEEP_ALIVE_SECONDS * 0.9
+
+
+def test_body_that_goes_on_after_the_answer(server: LiveServer) -> None:
+    """401, 404 or 413 come before the body is read; the rest of it may not keep the connection open for ever."""
+    with server.connect() as sock:
+        sock.sendall(b"POST /nope HTTP/1.1\r\nHost: t\r\nContent-Length: 100000\r\n\r\nx")
+        assert sock.recv(65536).startswith(b"HTTP/1.1 404")
+        seconds_until_closed(sock, b"x" * 1000)
+    with server.connect() as sock:
+        sock.sendall(b"POST /nope HTTP/1.1\r\nHost: t\r\nContent-Length: 10\r\n\r\nx")
+        assert sock.recv(65536).startswith(b"HTTP/1.1 404")
+        sock.sendall(b"x" * 9)
+        seconds_until_closed(sock)
+
+
+def test_a_slow_answer_is_not_a_slow_client(server: LiveServer) -> None:
+    """No limit on reading runs while the client waits for us."""
+    gate = server.gate()
+    with server.connect() as sock:
+        sock.sendall(http_post("/v1/chat/completions", chat_body("x", max_tokens=2, stream=True)))
+        server.until(lambda engine: engine.running)
+        time.sleep(max(HEADER_SECONDS, BODY_SECONDS, KEEP_ALIVE_SECONDS) * 1.3)  # longer than any of the limits
+        server.open(gate)
+        assert b"data: [DONE]" in read_all(sock)
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "status"),
+    [
+        (b"GET / HTTP/1.1\r\nX: " + b"x" * (32 << 10) + b"\r\n\r\n", 431),
+        (b"GET / HTTP/1.1\r\n" + b"".join(b"X%d: y\r\n" % i for i in range(101)) + b"\r\n", 431),
+        (b"GET / HTTP/1.1\r\n" + b"".join(b"X%d: %s\r\n" % (i, b"y" * 700) for i in range(50)) + b"\r\n", 431),
+        (b"GET / HTTP/1.1\r\nX: " + b"x" * (8 << 20), 431),
+        (b"GET / HTTP/1.1\r\n" + b"x" * (1 << 20), 431),
+        (b"GET /" + b"x" * (8 << 10) + b" HTTP/1.1\r\nHost: t\r\n\r\n", 414),
+        (b"GET /" + b"x" * (1 << 20), 414),
+        (b"GET /version HTTP/1.1\r\n" + b"X: y\r\n" * 99 + b"Connection: close\r\n\r\n", 200),
+        (b"GET /version HTTP/1.1\r\nConnection: close\r\nX: " + b"x" * (31 << 10) + b"\r\n\r\n", 200),
+    ],
+    ids=lambda value: str(len(value)) if isinstance(value, bytes) else None,
+)
+def test_size_of_the_head(server: LiveServer, request_bytes: bytes, status: int) -> None:
+    answers: list[bytes] = []
+    with server.connect() as sock:
+        reader = threading.Thread(target=lambda: answers.append(read_all(sock)))
+        reader.start()
+        try:
+            sock.sendall(request_bytes)
+        except (ConnectionResetError, BrokenPipeError):
+            assert status != 200
+        reader.join(WAIT)
+    # the server resets a client that goes on sending; its answer may then be lost
+    assert status_of(answers[0]) == status or (len(request_bytes) > (1 << 19) and answers[0] == b"")
+    if answers[0] and status != 200:
+        assert code_of(answers[0]) in ("headers_too_large", "uri_too_long")
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"nonsense\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET / HTTP/1.1\r\nX : y\r\n\r\n",
+        b"GET / HTTP/1.1\r\n X: folded\r\n\r\n",
+        b"GET / HTTP/1.1\r\nX: a\x00b\r\n\r\n",
+        b"POST / HTTP/1.1\r\nContent-Length: abc\r\n\r\n",
+        b"POST / HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+        b"POST / HTTP/1.1\r\nContent-Length: 99999999999999999999999\r\n\r\n",
+        b"POST / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nxx",
+        b"POST / HTTP/1.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST / HTTP/1.1\r\nTransfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
+        b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked, gzip\r\n\r\n0\r\n\r\n",
+        b"GET /\xff HTTP/1.1\r\n\r\n",
+        b"GET http:// HTTP/1.1\r\n\r\n",
+        b"CONNECT example.com:80 HTTP/1.1\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"\x00" * 100,
+    ],
+)
+def test_malformed_requests(server: LiveServer, request_bytes: bytes) -> None:
+    answer = server.raw(request_bytes)
+    assert status_of(answer) == 400, answer
+    assert code_of(answer) == "malformed_request"
+    with server.client() as client:
+        assert client.get("/version").status_code == 200
+
+
+def test_malformed_chunk_in_a_body(server: LiveServer) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    assert status_of(server.raw(head + b"zz\r\n{}\r\n")) == 400
+
+
+def test_too_many_chunks(server: LiveServer) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with server.connect() as sock:
+        try:
+            sock.sendall(head + b"1\r\nx\r\n" * 17_000)
+        except (ConnectionResetError, BrokenPipeError):
+            pass
+        answer = read_all(sock)
+    assert status_of(answer) in (413, 0)
+    many = json.dumps({"model": BASE, "prompt": "x", "max_tokens": 1}).encode()
+    chunks = b"".join(b"1\r\n" + many[i : i + 1] + b"\r\n" for i in range(len(many)))
+    closing = head.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+    assert status_of(server.raw(closing + chunks + b"0\r\n\r\n")) == 200
+
+
+def test_body_that_never_ends(server: LiveServer) -> None:
+    """A chunked body far beyond the limit is cut, not read for ever."""
+    head = b"POST /nope HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+    chunk = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
+    sent = 0
+    with server.connect() as sock, pytest.raises((ConnectionResetError, BrokenPipeError)):
+        sock.sendall(head)
+        while sent < 200 << 20:
+            sock.sendall(chunk)
+            sent += len(chunk)
+    assert sent <= (8 * 4 << 20) + (8 << 20)  # the limit, and what fits into the sockets' buffers
+
+
+def test_pipelined_requests_are_answered_in_order(server: LiveServer) -> None:
+    bodies = [chat_body(f"number {i}", max_tokens=5 + i) for i in range(6)]
+    requests = [http_post("/v1/chat/completions", body, close=i == 5) for i, body in enumerate(bodies)]
+    raw = server.raw(b"".join(requests))
+    answers = [json.loads(text) for text in re.findall(rb'\{"id".*?\}\}\}', raw)]
+    assert [answer["usage"]["completion_tokens"] for answer in answers] == [5, 6, 7, 8, 9, 10]
+    expected = [reply_of(request)[: 5 + i] for i, request in enumerate(server.engine.requests[-6:])]
+    assert [answer["choices"][0]["message"]["content"] for answer in answers] == expected
+
+
+def test_expect_continue(server: LiveServer) -> None:
+    whole = http_post("/v1/chat/completions", chat_body("x", max_tokens=1), headers={"Expect": "100-continue"})
+    head, body = whole.split(b"\r\n\r\n", 1)
+    with server.connect() as sock:
+        sock.sendall(head + b"\r\n\r\n")
+        assert sock.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        sock.sendall(body)
+        assert status_of(read_all(sock)) == 200
+
+
+def test_upgrade_is_ignored(server: LiveServer) -> None:
+    lines = b"Connection: Upgrade, close\r\nUpgrade: h2c\r\n"
+    assert status_of(server.raw(b"GET /version HTTP/1.1\r\nHost: t\r\n" + lines + b"\r\n")) == 200
+
+
+def test_client_that_never_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its generation runs on at its own pace; its connection is cut after a while; others go on."""
+    live = LiveServer(make_state(max_model_len=200_000))
+    protocol = live.server.config.http
+    protocol.limits = dataclasses.replace(protocol.limits, write_seconds=0.5)
+    with live as server:
+        monkeypatch.setattr("fake_engine.reply_of", lambda request: "x" * 5_000)
+        slow = [server.connect() for _ in range(2)]
+        for sock in slow:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.sendall(http_post("/v1/chat/completions", chat_body("slow", stream=True, n=8)))
+        server.until(lambda engine: len(engine.requests) == 16)
+        with server.client() as client:
+            good = client.post("/v1/chat/completions", json=chat_body("good", max_tokens=50)).json()
+        assert good["usage"]["completion_tokens"] == 50
+        server.assert_quiet()
+        for sock in slow:
+            sock.close()
+        assert b"guanaco_slow_clients_total 2.0" in server.state.metrics.render()[0]
+
+
+def test_limits_come_from_the_settings() -> None:
+    state = make_state(header_timeout=1.5, body_timeout=2.5, keep_alive_timeout=3.5, max_body_bytes=1000)
+    with LiveServer(state) as server:
+        limits = server.server.config.http_protocol_class.limits
+        assert (limits.header_seconds, limits.body_seconds, limits.keep_alive_seconds) == (1.5, 2.5, 3.5)
+        assert server.server.config.timeout_keep_alive == 3.5
+        assert limits.max_body_bytes == 8000
