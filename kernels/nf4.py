@@ -26,9 +26,9 @@ LEVELS = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 
-# Whole groups per pass of quantising and decoding: about 4 MB of float32, so that temporaries stay in the caches and
-# the peak of memory is the tensor itself.
-_CHUNK_GROUPS = 1 << 14
+# Whole groups per pass of quantising and decoding: 1 MiB of float32, so that temporaries stay in the caches (twice as
+# fast as 4 MiB here) and the peak of memory is the tensor itself.
+_CHUNK_GROUPS = 1 << 12
 _NUM_CELLS = 32
 # bitsandbytes divides by max(absmax, this): an all-zero group takes level 7, which is 0.
 _SMALLEST_ABSMAX = 1e-38
@@ -195,8 +195,8 @@ def quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
     absmax = groups.abs().amax(dim=1)
     # 0 · ∞, where all scales of a group equal the mean or nearly so: bitsandbytes writes the first code for it.
     normal = torch.nan_to_num(groups * absmax.reciprocal().view(-1, 1), nan=-1.0).clamp(-1.0, 1.0)
-    # The C compiler fused the last multiply and add: in float64 both are exact, and the one rounding follows.
-    index = (((normal + 1.0) * 0.5).double() * (_SCALE_TABLE_SIZE - 1) + 0.5).float().to(torch.int32)
+    # Whether the last product and sum are fused, as in bitsandbytes' binary, changes no index (all 2^25 values tried).
+    index = ((normal + 1.0) * 0.5 * (_SCALE_TABLE_SIZE - 1) + 0.5).to(torch.int32)
     return _scale_table(scales.device)[index].view(-1)[: scales.numel()].contiguous(), absmax
 
 

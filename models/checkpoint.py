@@ -17,6 +17,7 @@ from guanaco.kernels.nf4_state import from_state, quantized_names, state_keys
 from guanaco.models.config import LlamaConfig, read_config, read_json
 from guanaco.models.errors import ModelError
 from guanaco.models.gguf_file import GgufCheckpoint
+from guanaco.models.llama import WeightSource
 from guanaco.models.raw_file import FileLayout
 from guanaco.models.safetensors_file import SafetensorsFile
 
@@ -26,17 +27,13 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _DERIVED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 
 
-class Checkpoint(Protocol):
+class Checkpoint(WeightSource, Protocol):
     """An open model: a `WeightSource` that knows its config and what it is made of."""
 
     path: Path
     config: LlamaConfig
     is_quantized: bool  # some weights are in NF4 already: then all are served as they are
     num_bytes: int  # of all tensors as stored
-
-    def matrix(self, name: str, shape: tuple[int, int]) -> Nf4Weight | Tensor: ...
-
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor: ...
 
     def unused(self) -> tuple[str, ...]:
         """Stored names that were not asked for and do not follow from the config."""

@@ -146,7 +146,7 @@ def read_json(path: Path) -> dict[str, Any]:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path} is missing: a model directory needs it; download the model again") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read as JSON ({error}); download the model again") from error
     if not isinstance(fields, dict):
         raise ModelError(f"{path} holds a JSON {type(fields).__name__}, not an object; download the model again")

@@ -10,6 +10,7 @@ import struct
 import tempfile
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,9 +88,7 @@ def quantize_reproducibly(matrix: Tensor) -> Nf4Weight:
     offset = torch.tensor(mean, dtype=torch.float32)
     codes, nested_absmax = nf4.quantize_scales(single.absmax - offset)
     nested_map = nf4.dynamic_map(matrix.device)
-    return Nf4Weight(
-        single.packed, codes, single.shape, single.source_dtype, nested_absmax, nested_map, offset.item()
-    )
+    return Nf4Weight(single.packed, codes, single.shape, single.source_dtype, nested_absmax, nested_map, offset.item())
 
 
 def checkpoint_fingerprint(path: Path) -> str:
@@ -100,9 +99,9 @@ def checkpoint_fingerprint(path: Path) -> str:
         for name in sorted(file.tensors):
             tensor = file.read(name)
             digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-            data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+            data: Any = tensor.reshape(-1).view(torch.uint8).numpy()
             digest.update(struct.pack("<Q", data.nbytes))
-            digest.update(memoryview(data))
+            digest.update(data)
     finally:
         file.close()
     return digest.hexdigest()

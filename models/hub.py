@@ -1,7 +1,7 @@
 """What the operator calls a model → a local path: a directory, a GGUF file, or a Hugging Face id that is downloaded.
 
-Knows names and errors of the hub, nothing of what is in the files. The library keeps downloads in its own cache,
-resumes interrupted ones, and reads HF_TOKEN, HF_HOME and HF_HUB_OFFLINE itself. Called by the server's wiring.
+Knows names and errors of the hub, nothing of what is in the files. The library resumes a lost connection, keeps whole
+files of a download that failed, and reads HF_TOKEN, HF_HOME and HF_HUB_OFFLINE itself. Called by the server's wiring.
 """
 
 import io
@@ -89,7 +89,7 @@ def _explained(spec: str, repository: str, revision: str | None, offline: bool, 
     elif isinstance(error, RepositoryNotFoundError):
         problem = "is neither a path here nor a model on the hub: check the name (a private one needs HF_TOKEN)"
     elif isinstance(error, IncompleteSnapshotError):
-        problem = "was downloaded only in part, and the hub cannot be asked now: go online and start again to resume"
+        problem = "was downloaded only in part, and the hub cannot be asked now: go online and start again"
     elif isinstance(error, LocalEntryNotFoundError):
         is_offline = offline or isinstance(error.__cause__, OfflineModeIsEnabled)
         reason = "offline mode forbids to download it" if is_offline else "the hub cannot be reached"
@@ -103,8 +103,8 @@ def _explained(spec: str, repository: str, revision: str | None, offline: bool, 
     elif isinstance(error, OSError):
         problem = f"cannot be stored ({error}): make room, or name another cache directory"
     else:
-        problem = f"was not downloaded completely ({error}): start again, the download is resumed"
-    return ModelError(f"{spec} {problem}")
+        problem = f"was not downloaded completely ({error}): start again, whole files are kept"
+    return ModelError(f"{spec} {' '.join(problem.split())}")  # errors of libraries may have several lines
 
 
 def _without_weights(spec: str, repository: str, snapshot: Path, cache_dir: Path | None) -> ModelError:

@@ -147,12 +147,17 @@ class ServedWeights:
 
 def _load_through_cache(source: Checkpoint, ops: Ops, cache: ModelCache, progress: Progress | None) -> LoadedModel:
     key = source_key(source.config, source.layouts())
-    with cache.lock(key, exclusive=False):
+
+    def tell_of_waiting() -> None:
+        if progress is not None:
+            progress(WAITING, 0, source.num_bytes)
+
+    with cache.lock(key, exclusive=False, on_wait=tell_of_waiting):
         entry = cache.find(key)
         if entry is not None and (loaded := _from_cache(source, ops, cache, entry, progress)):
             return loaded
-    with cache.lock(key, exclusive=True, on_wait=lambda: progress and progress(WAITING, 0, source.num_bytes)):
-        entry = cache.find(key)  # another process may have made it while this one waited
+    with cache.lock(key, exclusive=True, on_wait=tell_of_waiting):
+        entry = cache.find(key)  # between the two locks another process may have made it
         if entry is not None and (loaded := _from_cache(source, ops, cache, entry, progress)):
             return loaded
         loaded = _into_cache(source, ops, cache, key, progress)

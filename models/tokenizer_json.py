@@ -103,9 +103,7 @@ def sentencepiece_json(
     )
 
 
-def merges_from_scores(
-    pieces: Sequence[str], scores: Sequence[float], plain: Sequence[bool]
-) -> list[tuple[str, str]]:
+def merges_from_scores(pieces: Sequence[str], scores: Sequence[float], plain: Sequence[bool]) -> list[tuple[str, str]]:
     """The ranked merges that SentencePiece's scores stand for: at each step the pair with the best-scored result.
 
     Every way to cut a piece into two others is a merge. SentencePiece merges the leftmost of equals; ranks must order

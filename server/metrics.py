@@ -105,7 +105,7 @@ class Metrics:
     def __init__(
         self, model_name: str, *, max_model_len: int, adapter_slots: int = 0, clock: Callable[[], float] = time.time
     ) -> None:
-        disable_created_metrics()  # a second line per series that nothing here reads
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # one more line per series, which nothing reads
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self._clock = clock
@@ -230,8 +230,9 @@ class Metrics:
         if step.num_scheduled_tokens:
             self._iteration_tokens.observe(step.num_scheduled_tokens)
             self._step_seconds.observe(step.step_seconds)
-        self._slots_running.set(len(set(step.running_adapters)))
-        self._show_adapters(step.running_adapters, step.waiting_adapters)
+        running = step.running_adapters if step.num_running else ()  # a last step's adapters run no more
+        self._slots_running.set(len(set(running)))
+        self._show_adapters(running, step.waiting_adapters)
 
     def observe_tokens(self, adapter: str | None, count: int, gap_seconds: float | None) -> None:
         """`count` tokens of one request came out, `gap_seconds` after its last ones (None: the first)."""

@@ -4,7 +4,7 @@
 """
 
 import json
-import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -147,25 +147,20 @@ def generate_once(
     from guanaco.server.wiring import build_runtime
 
     runtime = build_runtime(settings, Console(stderr=True))
-    tokenizer = runtime.tokenizer
-    ids = (
-        tokenizer.encode(prompt)
-        if raw
-        else tokenizer.encode_chat([{"role": "user", "content": prompt}], template=runtime.template)
+    tokenizer, room = runtime.base.tokenizer, runtime.plan.max_model_len
+    messages = [{"role": "user", "content": prompt}]
+    ids = tokenizer.encode(prompt) if raw else tokenizer.encode_chat(messages, template=runtime.base.template)
+    if len(ids) >= room:
+        raise CommandError(f"the prompt has {len(ids)} tokens and the context {room}: nothing is left to write")
+    params = SamplingParams(max_tokens=min(max_tokens, room - len(ids)), temperature=temperature, seed=seed)
+    detokenizer = Detokenizer(tokenizer, params, ids)
+    runtime.engine.add_request(
+        Request("generate", tuple(ids), params, runtime.loras_of(name), arrival_seconds=time.monotonic())
     )
-    params = SamplingParams(
-        max_tokens=min(max_tokens, runtime.max_model_len - len(ids)), temperature=temperature, seed=seed
-    )
-    if params.max_tokens < 1:
-        raise CommandError(
-            f"the prompt has {len(ids)} tokens and the context {runtime.max_model_len}: nothing is left to write"
-        )
-    detokenizer = Detokenizer(tokenizer, params)
-    runtime.engine.add_request(Request("generate", tuple(ids), params, loras=runtime.loras_of(name)))
-    while runtime.engine.has_work():
+    while runtime.engine.has_work:
         for output in runtime.engine.step().outputs:
             if output.finish_reason is FinishReason.ERROR:
                 raise CommandError(f"the engine ended the request: {output.error}")
-            print(detokenizer.append(output.token_ids, finished=output.finish_reason is not None), end="", flush=True)
+            shown = output.token_ids[:-1] if output.finish_reason is FinishReason.STOP else output.token_ids
+            print(detokenizer.append(shown, finished=output.finish_reason is not None), end="", flush=True)
     print()
-    sys.stdout.flush()

@@ -18,17 +18,202 @@ from guanaco.adapters.slot_store import SlotStore
 from guanaco.adapters.slot_table import SlotTable
 from guanaco.adapters.weights import AdapterLimits
 from guanaco.kernels import Ops, load_ops
-from guanaco.models.chat_template import ChatTemplate, named_template
+from guanaco.models.chat_template import ChatTemplate, load_template
 from guanaco.models.demo import DEMO_NAME, demo_adapters, ensure_demo_model
+from guanaco.models.errors import ModelError
 from guanaco.models.hub import resolve_model
 from guanaco.models.kv_cache import PagedKVCache, block_bytes
 from guanaco.models.loader import LoadedModel, load_model
 from guanaco.models.tokenizer import Tokenizer, reconcile_special_ids
 from guanaco.server.config import Settings
+from guanaco.server.engine.block_manager import BlockManager
 from guanaco.server.engine.engine import Engine
 from guanaco.server.engine.model_runner import ModelRunner
 from guanaco.server.engine.request import LoraRef
+from guanaco.server.engine.scheduler import Limits, Scheduler
 from guanaco.server.errors import CommandError
-from guanaco.server.machine import Machine, look
+from guanaco.server.machine import look
 from guanaco.server.plan import KvRequest, MemoryPlan, plan_memory
-from guanaco.server.progress import Progress
+from guanaco.server.progress import reporting
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model and what belongs to it."""
+
+    name: str  # in the API
+    root: str  # what it was made from, as clients may see it
+    loaded: LoadedModel
+    tokenizer: Tokenizer
+    template: ChatTemplate | None  # instead of the tokenizer's own
+    eos_ids: frozenset[int]
+    generation_config: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A loaded model with its adapters and an engine that is ready to step."""
+
+    base: Base
+    ops: Ops
+    provider_reason: str  # why this provider
+    registry: AdapterRegistry
+    plan: MemoryPlan
+    engine: Engine
+    num_threads: int
+    notes: tuple[str, ...]
+
+    def loras_of(self, name: str | None) -> tuple[LoraRef, ...]:
+        """The adapters of a served name; none for the base. CommandError for an unknown one."""
+        if name is None or name == self.base.name:
+            return ()
+        entry = self.registry.resolve(name)
+        if entry is None:
+            known = ", ".join([self.base.name, *(e.name for e in self.registry.entries())])
+            raise CommandError(f"nothing is called {name!r} here; there are: {known}")
+        return (LoraRef(entry.version),)
+
+
+def build_runtime(settings: Settings, console: Console) -> Runtime:
+    """Load and check everything that `settings` name. Progress goes to `console`.
+
+    Raises ModelError, AdapterError, SettingsError or CommandError: one line that says what to do.
+    """
+    num_threads = settings.threads or look().cpu_count
+    torch.set_num_threads(num_threads)
+    ops, reason = _load_provider(settings)
+    base = _load_base(settings, ops, console)
+    registry = _load_adapters(settings, base, console)
+    plan = _plan(settings, base, registry, ops)
+    return Runtime(
+        base=base,
+        ops=ops,
+        provider_reason=reason,
+        registry=registry,
+        plan=plan,
+        engine=_build_engine(settings, base, registry, plan, ops),
+        num_threads=num_threads,
+        notes=(*base.notes, *plan.notes, *_adapter_notes(registry)),
+    )
+
+
+def _load_provider(settings: Settings) -> tuple[Ops, str]:
+    """The kernels, and why these. The reference is all there is in this version."""
+    reason = "asked for with --provider" if settings.provider == "reference" else "the only provider of this version"
+    dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
+    name = "reference" if settings.provider == "auto" else settings.provider
+    ops = load_ops(name, device=torch.device("cpu"), dtype=dtype, decoded_weights_bytes=settings.decoded_weights_memory)
+    return ops, reason
+
+
+def _load_base(settings: Settings, ops: Ops, console: Console) -> Base:
+    token = settings.hub_token.get_secret_value() if settings.hub_token else None
+    if settings.model is None:
+        with reporting(console, "demo model") as report:
+            path = ensure_demo_model(settings.cache_dir, offline=settings.offline, progress=report)
+        name = root = DEMO_NAME
+    else:
+        with reporting(console, "download") as report:
+            path = resolve_model(
+                settings.model,
+                cache_dir=settings.cache_dir / "hub",
+                offline=settings.offline,
+                token=token,
+                progress=report,
+            )
+        is_local = Path(settings.model).expanduser().exists()
+        # A client must not learn where the operator keeps things: a local model goes by its last path component.
+        name = root = path.absolute().name if is_local else settings.model
+    with reporting(console, "load") as report:
+        cache = settings.cache_dir if settings.quantized_cache else None
+        loaded = load_model(path, ops, cache_dir=cache, progress=report)
+    tokenizer = Tokenizer.from_directory(path)
+    generation_config = _generation_config(path)
+    special = reconcile_special_ids(
+        config_bos=loaded.config.bos_token_id,
+        config_eos=loaded.config.eos_token_ids,
+        generation_eos=generation_config.get("eos_token_id"),
+        tokenizer=tokenizer,
+    )
+    return Base(
+        name=settings.served_model_name or name,
+        root=root,
+        loaded=loaded,
+        tokenizer=tokenizer,
+        template=None if settings.chat_template is None else load_template(settings.chat_template),
+        eos_ids=frozenset(special.eos_ids),
+        generation_config=generation_config,
+        notes=(*loaded.notes, *special.notes),
+    )
+
+
+def _generation_config(path: Path) -> dict[str, Any]:
+    """The model's own sampling defaults; a GGUF file and many directories have none."""
+    file = path / "generation_config.json"
+    if not path.is_dir() or not file.exists():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read ({error}): mend it or remove it") from None
+    return content if isinstance(content, dict) else {}
+
+
+def _load_adapters(settings: Settings, base: Base, console: Console) -> AdapterRegistry:
+    """The adapters of --adapter; the demo brings its own where none are given."""
+    registry = AdapterRegistry(
+        base.loaded.model.lora_targets,
+        base_names=(base.name,),
+        limits=AdapterLimits(max_rank=settings.max_lora_rank),
+    )
+    options = [parse_adapter_option(text) for text in settings.adapter]
+    if settings.model is None and not options:
+        options = list(demo_adapters().items())
+    with reporting(console, "adapters") as report:
+        for number, (name, path) in enumerate(options, start=1):
+            registry.load(name, path)
+            report(name, number, len(options))
+    return registry
+
+
+def _plan(settings: Settings, base: Base, registry: AdapterRegistry, ops: Ops) -> MemoryPlan:
+    config = base.loaded.config
+    request = KvRequest(
+        block_bytes=block_bytes(config, settings.block_size, ops.dtype),
+        block_size=settings.block_size,
+        kv_bytes=settings.kv_cache_memory,
+        max_model_len=settings.max_model_len,
+        model_positions=config.max_position_embeddings,
+        max_num_seqs=settings.max_num_seqs,
+    )
+    return plan_memory(
+        request,
+        weights_bytes=base.loaded.weights_bytes,
+        adapters_bytes=registry.num_bytes,
+        free_bytes=look().memory_available_bytes,
+    )
+
+
+def _build_engine(settings: Settings, base: Base, registry: AdapterRegistry, plan: MemoryPlan, ops: Ops) -> Engine:
+    if settings.max_num_batched_tokens < settings.max_num_seqs:
+        raise CommandError(
+            f"--max-num-batched-tokens {settings.max_num_batched_tokens} must be at least "
+            f"--max-num-seqs {settings.max_num_seqs}: each running sequence gets a token in every step"
+        )
+    model = base.loaded.model
+    limits = Limits(
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_model_len=plan.max_model_len,
+        queue_timeout_seconds=settings.queue_timeout,
+    )
+    kv = PagedKVCache(model.config, plan.num_blocks, plan.block_size, ops.dtype, ops.device)
+    store = SlotStore(model.lora_targets, settings.adapter_slots, ops.device)
+    runner = ModelRunner(model, kv, registry, store, base.eos_ids)
+    blocks = BlockManager(plan.num_blocks, plan.block_size)
+    return Engine(Scheduler(limits, blocks, SlotTable(settings.adapter_slots), base.eos_ids), runner)
+
+
+def _adapter_notes(registry: AdapterRegistry) -> list[str]:
+    return [f"adapter {entry.name}: {note}" for entry in registry.entries() for note in entry.notes]

@@ -20,6 +20,18 @@ def _one_torch_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session")
+def demo_model_dir() -> Path:
+    """The demo's checkpoint in the cache that the server uses; fetched and converted once per machine."""
+    from guanaco.models.demo import DemoUnavailable, ensure_demo_model
+    from guanaco.server.config import load_settings
+
+    try:
+        return ensure_demo_model(load_settings({}).cache_dir)
+    except DemoUnavailable as error:
+        pytest.skip(str(error))
+
+
 _PROOFS = pytest.StashKey[dict[str, int]]()
 
 

@@ -32,39 +32,13 @@ inline F16 accumulate(F16 sum, I16 product, F16 scale, float factor) {
     return {_mm256_add_ps(sum.low, low), _mm256_add_ps(sum.high, high)};
 }
 
-// Packed scales of a group: see dynamic_value() for the arithmetic.
-class PackedScales {
-  public:
-    PackedScales(const uint8_t* nested, float offset) : offset_(_mm256_set1_ps(offset)) {
-        const float* f = (const float*)nested;
-        for (int i = 0; i < 2; i++) {
-            first_[i] = _mm256_loadu_ps(f + 8 * i);
-            second_[i] = _mm256_loadu_ps(f + 16 + 8 * i);
-            border_[i] = _mm256_loadu_si256((const __m256i*)(f + 32 + 8 * i));
-        }
-        base_ = _mm256_loadu_ps(kMapBase);
-        slope_ = _mm256_loadu_ps(kMapSlope);
-    }
-    F16 operator()(const uint8_t* codes, int group) const {
-        __m128i bytes = _mm_loadu_si128((const __m128i*)codes);
-        __m256i g = _mm256_set1_epi32(group);
-        return {half(bytes, g, 0), half(_mm_srli_si128(bytes, 8), g, 1)};
-    }
+inline F16 multiply(F16 a, F16 b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
 
-  private:
-    __m256 half(__m128i bytes, __m256i group, int i) const {
-        __m256 x = _mm256_cvtepi32_ps(_mm256_slli_epi32(_mm256_cvtepi8_epi32(bytes), 2));
-        __m256i decade = _mm256_srli_epi32(_mm256_castps_si256(x), 23);
-        __m256 sign = _mm256_and_ps(x, _mm256_set1_ps(-0.0f));
-        __m256 base = _mm256_xor_ps(_mm256_permutevar8x32_ps(base_, decade), sign);
-        __m256 value = _mm256_add_ps(_mm256_mul_ps(x, _mm256_permutevar8x32_ps(slope_, decade)), base);
-        __m256 is_first = _mm256_castsi256_ps(_mm256_cmpgt_epi32(border_[i], group));
-        __m256 nested = _mm256_blendv_ps(second_[i], first_[i], is_first);
-        return _mm256_add_ps(_mm256_mul_ps(value, nested), offset_);
-    }
-    __m256 first_[2], second_[2], base_, slope_, offset_;
-    __m256i border_[2];
-};
+inline F16 load_scales(const int16_t* p) {
+    __m256i low = _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i*)p));
+    __m256i high = _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i*)(p + 8)));
+    return {_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high)};
+}
 
 class Decoder {
   public:
@@ -78,71 +52,95 @@ class Decoder {
         low_ = _mm256_load_si256((const __m256i*)low);
         high_ = _mm256_load_si256((const __m256i*)high);
     }
-    // 32 bytes of codes → levels of rows 0-7 and 8-15 for inputs (0, 1), then for inputs (2, 3).
-    void operator()(const uint8_t* codes, __m256i w[4]) const {
-        const __m256i nibble = _mm256_set1_epi8(15);
-        __m256i bytes = _mm256_loadu_si256((const __m256i*)codes);
-        __m256i a = _mm256_and_si256(bytes, nibble), b = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
-        __m256i a_low = _mm256_shuffle_epi8(low_, a), a_high = _mm256_shuffle_epi8(high_, a);
-        __m256i b_low = _mm256_shuffle_epi8(low_, b), b_high = _mm256_shuffle_epi8(high_, b);
-        w[0] = _mm256_unpacklo_epi8(a_low, a_high);
-        w[1] = _mm256_unpackhi_epi8(a_low, a_high);
-        w[2] = _mm256_unpacklo_epi8(b_low, b_high);
-        w[3] = _mm256_unpackhi_epi8(b_low, b_high);
+    // Levels of the low nibbles of 32 bytes, as 16-bit pairs of inputs: rows 0-7 and rows 8-15.
+    void operator()(__m256i bytes, __m256i& w0, __m256i& w1) const {
+        __m256i index = _mm256_and_si256(bytes, _mm256_set1_epi8(15));
+        __m256i low = _mm256_shuffle_epi8(low_, index), high = _mm256_shuffle_epi8(high_, index);
+        w0 = _mm256_unpacklo_epi8(low, high);
+        w1 = _mm256_unpackhi_epi8(low, high);
     }
+    // Brings the high nibbles down. A multiplication, since the ports that shift are busy with looking up.
+    static __m256i high_nibbles(__m256i bytes) { return _mm256_mulhi_epu16(bytes, _mm256_set1_epi16(0x1000)); }
 
   private:
     __m256i low_, high_;
 };
 
-inline __m256i pair(const int16_t* x) {
-    int32_t two;
-    memcpy(&two, x, 4);
-    return _mm256_set1_epi32(two);
+// low += w0 · x, high += w1 · x, for the pair of activations at x. In assembler since GCC keeps these sums in memory
+// and copies them about, which costs a third of the rate.
+inline void multiply_add(__m256i& low, __m256i& high, __m256i w0, __m256i w1, const int16_t* x) {
+    __m256i t0, t1;
+    asm("vpbroadcastd %[x], %[t1]\n\t"
+        "vpmaddwd %[w0], %[t1], %[t0]\n\t"
+        "vpmaddwd %[w1], %[t1], %[t1]\n\t"
+        "vpaddd %[t0], %[low], %[low]\n\t"
+        "vpaddd %[t1], %[high], %[high]"
+        : [low] "+x"(low), [high] "+x"(high), [t0] "=&x"(t0), [t1] "=&x"(t1)
+        : [w0] "x"(w0), [w1] "x"(w1), [x] "m"(*(const int16_t(*)[2])x));
 }
 
-// One row of activations against a group's codes, without a detour through memory.
-inline I16 dot_group(const Decoder& decode, const uint8_t* codes, const int16_t* x) {
-    __m256i sum[4] = {};
-#pragma GCC unroll 4
-    for (int i = 0; i < 16; i++) {
-        __m256i w[4];
-        decode(codes + 32 * i, w);
-        __m256i x0 = pair(x + 4 * i), x1 = pair(x + 4 * i + 2);
-        sum[0] = _mm256_add_epi32(sum[0], _mm256_madd_epi16(w[0], x0));
-        sum[1] = _mm256_add_epi32(sum[1], _mm256_madd_epi16(w[1], x0));
-        sum[2] = _mm256_add_epi32(sum[2], _mm256_madd_epi16(w[2], x1));
-        sum[3] = _mm256_add_epi32(sum[3], _mm256_madd_epi16(w[3], x1));
+// The sums of up to six rows. Variables rather than an array, for the same reason as above; those that M does not need
+// are optimised away.
+template <int M>
+class RowSums {
+  public:
+    // w0, w1: levels of a pair of inputs; x: the first row's pair, rows being 64 apart.
+    void add(__m256i w0, __m256i w1, const int16_t* x) {
+        multiply_add(l0_, h0_, w0, w1, x);
+        if (M > 1) multiply_add(l1_, h1_, w0, w1, x + kGroup);
+        if (M > 2) multiply_add(l2_, h2_, w0, w1, x + 2 * kGroup);
+        if (M > 3) multiply_add(l3_, h3_, w0, w1, x + 3 * kGroup);
+        if (M > 4) multiply_add(l4_, h4_, w0, w1, x + 4 * kGroup);
+        if (M > 5) multiply_add(l5_, h5_, w0, w1, x + 5 * kGroup);
     }
-    return {_mm256_add_epi32(sum[0], sum[2]), _mm256_add_epi32(sum[1], sum[3])};
+    void get(I16* out) const {
+        out[0] = {l0_, h0_};
+        if (M > 1) out[1] = {l1_, h1_};
+        if (M > 2) out[2] = {l2_, h2_};
+        if (M > 3) out[3] = {l3_, h3_};
+        if (M > 4) out[4] = {l4_, h4_};
+        if (M > 5) out[5] = {l5_, h5_};
+    }
+
+  private:
+    static __m256i none() { return _mm256_setzero_si256(); }
+    __m256i l0_ = none(), l1_ = none(), l2_ = none(), l3_ = none(), l4_ = none(), l5_ = none();
+    __m256i h0_ = none(), h1_ = none(), h2_ = none(), h3_ = none(), h4_ = none(), h5_ = none();
+};
+
+// M (at most kDirectRows) rows against a group's codes, without a detour through memory.
+template <int M>
+inline void dot_codes(const Decoder& decode, const uint8_t* codes, const int16_t* x, I16* out) {
+    RowSums<M> sums;
+#pragma GCC unroll 2
+    for (int i = 0; i < 16; i++, x += 4, codes += 32) {
+        __m256i bytes = _mm256_loadu_si256((const __m256i*)codes), w0, w1;
+        decode(bytes, w0, w1);
+        sums.add(w0, w1, x);
+        decode(Decoder::high_nibbles(bytes), w0, w1);
+        sums.add(w0, w1, x + 2);
+    }
+    sums.get(out);
 }
 
 // A group's levels as int16 [32 pairs of inputs][16 rows][2].
 inline void decode_group(const Decoder& decode, const uint8_t* codes, int16_t* levels) {
-    for (int i = 0; i < 16; i++) {
-        __m256i w[4];
-        decode(codes + 32 * i, w);
-        for (int j = 0; j < 4; j++) _mm256_store_si256((__m256i*)levels + 4 * i + j, w[j]);
+    __m256i* w = (__m256i*)levels;
+    for (int i = 0; i < 16; i++, w += 4, codes += 32) {
+        __m256i bytes = _mm256_loadu_si256((const __m256i*)codes);
+        decode(bytes, w[0], w[1]);
+        decode(Decoder::high_nibbles(bytes), w[2], w[3]);
     }
 }
 
-// M rows of activations, 64 apart, against decoded levels.
+// M rows against decoded levels.
 template <int M>
 inline void dot_levels(const int16_t* levels, const int16_t* x, I16* out) {
-    __m256i low[M], high[M];
-    for (int m = 0; m < M; m++) low[m] = high[m] = _mm256_setzero_si256();
-#pragma GCC unroll 4
-    for (int i = 0; i < 32; i++) {
-        __m256i w0 = _mm256_load_si256((const __m256i*)levels + 2 * i);
-        __m256i w1 = _mm256_load_si256((const __m256i*)levels + 2 * i + 1);
-#pragma GCC unroll 8
-        for (int m = 0; m < M; m++) {
-            __m256i v = pair(x + m * kGroup + 2 * i);
-            low[m] = _mm256_add_epi32(low[m], _mm256_madd_epi16(w0, v));
-            high[m] = _mm256_add_epi32(high[m], _mm256_madd_epi16(w1, v));
-        }
-    }
-    for (int m = 0; m < M; m++) out[m] = {low[m], high[m]};
+    RowSums<M> sums;
+    const __m256i* w = (const __m256i*)levels;
+#pragma GCC unroll 2
+    for (int i = 0; i < 32; i++, x += 2, w += 2) sums.add(w[0], w[1], x);
+    sums.get(out);
 }
 
 }  // namespace

@@ -9,36 +9,29 @@ namespace guanaco {
 namespace GUANACO_ISA {
 namespace {
 
-template <int32_t S>
-struct ScaleReader;
-template <>
-struct ScaleReader<kFloatScales> {
-    ScaleReader(const uint8_t*, int64_t, float) {}
-    F16 operator()(const uint8_t* scales, int group) const { return load16((const float*)scales + kTileRows * group); }
-};
-template <>
-struct ScaleReader<kPackedScales> {
-    PackedScales packed;
-    ScaleReader(const uint8_t* scales, int64_t groups, float offset) : packed(scales + groups * kTileRows, offset) {}
-    F16 operator()(const uint8_t* scales, int group) const { return packed(scales + kTileRows * group, group); }
-};
+// The next tile follows this one, so running ahead is never in vain.
+inline void prefetch_group(const uint8_t* codes) {
+    for (int i = 0; i < kTileGroupBytes; i += 64) __builtin_prefetch(codes + i, 0, 3);
+}
 
 // x: int16 [groups][stride][64], factors: float32 [groups][stride], both at the first of `rows` rows; y: [rows][16].
-template <int32_t S>
-void multiply_one(const uint8_t* tile, int64_t groups, float offset, const int16_t* x, const float* factors,
-                  int64_t stride, float* y) {
-    const uint8_t* scales = tile + groups * kTileGroupBytes;
-    const ScaleReader<S> scale_of(scales, groups, offset);
+template <int M>
+void multiply_few(const uint8_t* tile, int64_t groups, const int16_t* x, const float* factors, int64_t stride,
+                  float* y) {
+    const int16_t* scales = (const int16_t*)(tile + groups * kTileGroupBytes);
     const Decoder decode;
-    F16 total = zero16();
+    F16 total[M];
+    for (int m = 0; m < M; m++) total[m] = zero16();
     for (int64_t g = 0; g < groups; g++) {
         const uint8_t* codes = tile + g * kTileGroupBytes;
-        // A group is eight cache lines; the next tile follows this one, so running ahead is never in vain.
-        for (int i = 0; i < kTileGroupBytes; i += 64) __builtin_prefetch(codes + kPrefetchBytes + i, 0, 3);
-        I16 product = dot_group(decode, codes, x + g * stride * kGroup);
-        total = accumulate(total, product, scale_of(scales, int(g)), factors[g * stride]);
+        prefetch_group(codes + kPrefetchBytes);
+        I16 products[M];
+        dot_codes<M>(decode, codes, x + g * stride * kGroup, products);
+        F16 scale = load_scales(scales + g * kTileRows);
+        for (int m = 0; m < M; m++) total[m] = accumulate(total[m], products[m], scale, factors[g * stride + m]);
     }
-    store16(y, total);
+    F16 row_factor = load16((const float*)(scales + groups * kTileRows));
+    for (int m = 0; m < M; m++) store16(y + m * kTileRows, multiply(total[m], row_factor));
 }
 
 template <int M>
@@ -50,11 +43,9 @@ inline void step(const int16_t* levels, const int16_t* x, const float* factors, 
     }
 }
 
-template <int32_t S>
-void multiply_many(const uint8_t* tile, int64_t groups, float offset, const int16_t* x, const float* factors,
-                   int64_t stride, int64_t rows, float* y) {
-    const uint8_t* scales = tile + groups * kTileGroupBytes;
-    const ScaleReader<S> scale_of(scales, groups, offset);
+void multiply_many(const uint8_t* tile, int64_t groups, const int16_t* x, const float* factors, int64_t stride,
+                   int64_t rows, float* y) {
+    const int16_t* scales = (const int16_t*)(tile + groups * kTileGroupBytes);
     const Decoder decode;
     alignas(64) int16_t levels[kTileRows * kGroup];
     for (int64_t m = 0; m < rows; m++) store16(y + m * kTileRows, zero16());
@@ -62,9 +53,9 @@ void multiply_many(const uint8_t* tile, int64_t groups, float offset, const int1
     int64_t blocks = (rows + kMaxRows - 1) / kMaxRows;
     for (int64_t g = 0; g < groups; g++) {
         const uint8_t* codes = tile + g * kTileGroupBytes;
-        for (int i = 0; i < kTileGroupBytes; i += 64) __builtin_prefetch(codes + kPrefetchBytes + i, 0, 3);
+        prefetch_group(codes + kPrefetchBytes);
         decode_group(decode, codes, levels);
-        F16 scale = scale_of(scales, int(g));
+        F16 scale = load_scales(scales + g * kTileRows);
         const int16_t* xg = x + g * stride * kGroup;
         const float* fg = factors + g * stride;
         for (int64_t b = 0, m = 0; b < blocks; b++) {
@@ -81,16 +72,22 @@ void multiply_many(const uint8_t* tile, int64_t groups, float offset, const int1
             m += height;
         }
     }
+    F16 row_factor = load16((const float*)(scales + groups * kTileRows));
+    for (int64_t m = 0; m < rows; m++) {
+        store16(y + m * kTileRows, multiply(load16(y + m * kTileRows), row_factor));
+    }
 }
 
-void nf4_tile(const uint8_t* tile, int64_t groups, int32_t scale_kind, float offset, const int16_t* x,
-              const float* factors, int64_t stride, int64_t rows, float* y) {
-    if (scale_kind == kPackedScales) {
-        if (rows == 1) return multiply_one<kPackedScales>(tile, groups, offset, x, factors, stride, y);
-        return multiply_many<kPackedScales>(tile, groups, offset, x, factors, stride, rows, y);
+void nf4_tile(const uint8_t* tile, int64_t groups, const int16_t* x, const float* factors, int64_t stride,
+              int64_t rows, float* y) {
+    static_assert(kDirectRows == 4, "the cases below");
+    switch (rows) {
+        case 1: return multiply_few<1>(tile, groups, x, factors, stride, y);
+        case 2: return multiply_few<2>(tile, groups, x, factors, stride, y);
+        case 3: return multiply_few<3>(tile, groups, x, factors, stride, y);
+        case 4: return multiply_few<4>(tile, groups, x, factors, stride, y);
+        default: return multiply_many(tile, groups, x, factors, stride, rows, y);
     }
-    if (rows == 1) return multiply_one<kFloatScales>(tile, groups, offset, x, factors, stride, y);
-    return multiply_many<kFloatScales>(tile, groups, offset, x, factors, stride, rows, y);
 }
 
 // Activations of one row as integers and one factor per group: x = integer * factor, with the gain of the levels

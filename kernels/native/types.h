@@ -21,8 +21,6 @@ struct Linear {
     const float* bias;  // [n] or null
     // Scales of kNf4Flat, float32 [ceil(n * k / 64)]; those of kNf4Tiled are in the tiles.
     const float* scales;
-    float nested_offset;  // kNf4Tiled with packed scales
-    int32_t scale_kind;  // nf4_layout.h
 };
 
 // One module of one adapter. a: [rank, in], b: [out, rank], both row-major in `dtype`.

@@ -7,14 +7,13 @@ import contextlib
 import json
 import logging
 import queue
-import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from starlette.types import Scope
 
@@ -28,10 +27,10 @@ _TALKATIVE = ("sse_starlette", "asyncio", "httpcore", "httpx")
 
 @dataclass
 class RequestRecord:
-    """What is known of one HTTP request. Filled in on its way; times in seconds since its start."""
+    """What is known of one HTTP request. Filled in on its way; times in seconds since `started`."""
 
     request_id: str
-    started: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=time.monotonic)  # generating requests: when their body was there
     route: str | None = None  # the route's pattern, not the client's path
     status: int | None = None
     outcome: str | None = None  # ok, rejected, cancelled, failed
@@ -119,19 +118,24 @@ class _QueueHandler(logging.Handler):
             self.num_lost += 1
 
 
-def start_logging(level: str, stream: TextIO | None = None) -> Callable[[], None]:
+def start_logging(level: str, stream: BinaryIO | None = None) -> Callable[[], None]:
     """Send all logging to `stream` (standard error) as JSON lines, from a thread of its own.
 
-    Returns a function that writes what is still queued and ends the thread, or gives up after two seconds.
+    Returns a function that writes what is still queued and ends the thread, or gives up after two seconds. The stream
+    is unbuffered and the writer no `logging.Handler`: their locks, held by a write that never returns (a pipe that
+    nobody reads), would keep the interpreter from ending.
     """
-    writer = logging.StreamHandler(stream or sys.stderr)
-    writer.setFormatter(JsonFormatter())
+    out = stream or open(2, "wb", buffering=0, closefd=False)  # noqa: SIM115 (lives as long as the process)
+    formatter = JsonFormatter()
     records: queue.Queue[logging.LogRecord | None] = queue.Queue(_QUEUE_SIZE)
     handler = _QueueHandler(records)
 
     def write() -> None:
         while (record := records.get()) is not None:
-            writer.handle(record)
+            line = formatter.format(record).encode() + b"\n"
+            with contextlib.suppress(OSError):  # a closed pipe or a full disk: serving goes on without its log
+                while line:
+                    line = line[out.write(line) :]
 
     thread = threading.Thread(target=write, name="guanaco-log", daemon=True)
     root = logging.getLogger()

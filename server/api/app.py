@@ -10,21 +10,12 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
-from starlette.exceptions import HTTPException
 
 from guanaco.server.api import chat, completions, info, tokens
 from guanaco.server.api.auth import AuthMiddleware
-from guanaco.server.api.errors import (
-    ApiError,
-    DeadlineExceeded,
-    EngineOverloaded,
-    EngineUnavailable,
-    GenerationFailed,
-    handle_error,
-)
+from guanaco.server.api.errors import HANDLED, handle_error
 from guanaco.server.api.middleware import Gate, RequestScope
 from guanaco.server.api.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from guanaco.server.api.state import ApiState
@@ -54,10 +45,7 @@ def create_app(state: ApiState) -> FastAPI:
     app.state.api = state
     for router in (info.router, chat.router, completions.router, tokens.router):
         app.include_router(router)
-    for error in (
-        *(ApiError, EngineOverloaded, EngineUnavailable, GenerationFailed, DeadlineExceeded),
-        *(HTTPException, RequestValidationError),
-    ):
+    for error in HANDLED:
         app.add_exception_handler(error, handle_error)
     # The last one added is the outermost.
     app.add_middleware(AuthMiddleware, keys=state.keys)

@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 import orjson
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -110,6 +111,7 @@ _FAILURES = {
         503, "server_shutting_down", "the server was shut down before the end of the answer"
     ),
     "engine_dead": ApiError(500, "engine_unavailable", "the engine failed before the answer was complete"),
+    "adapter_load_failed": ApiError(500, "adapter_load_failed", "the adapter could not be brought to the device"),
     "numerical_error": ApiError(500, "numerical_error", "the model produced values that are not numbers"),
 }
 _INTERNAL = ApiError(500, "internal_error", "the server failed; its log has the details under this request's id")
@@ -128,10 +130,24 @@ def as_api_error(error: BaseException) -> ApiError:
             return _FAILURES.get(error.reason, _INTERNAL)
         case DeadlineExceeded():
             return ApiError(504, "request_timeout", "the request took longer than this server allows")
+        case RequestValidationError():  # FastAPI's own handler would quote the input
+            return bad_request("the request is not valid")
         case HTTPException():
             return _http(error)
         case _:
             return _INTERNAL
+
+
+# The types in the table: `app` has `handle_error` called for each.
+HANDLED: tuple[type[Exception], ...] = (
+    ApiError,
+    EngineOverloaded,
+    EngineUnavailable,
+    GenerationFailed,
+    DeadlineExceeded,
+    HTTPException,
+    RequestValidationError,
+)
 
 
 def is_unforeseen(error: BaseException) -> bool:

@@ -45,6 +45,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
 
     limits = ConnectionLimits()
     count_slow_client: Callable[[], None] = staticmethod(lambda: None)
+    count_refused: Callable[[str], None] = staticmethod(lambda _code: None)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -151,6 +152,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
             return
         refusal = self._refusal or ApiError(400, "malformed_request", "this is not a valid HTTP request")
         self._stop_read_timer()
+        self.count_refused(refusal.code)
         if self._is_idle or not self.cycle.response_started:
             body = refusal.body()
             head = [
@@ -218,7 +220,13 @@ def _head_too_large() -> ApiError:
     return ApiError(431, "headers_too_large", "the head of the request is too large, or has too many fields")
 
 
-def guarded(limits: ConnectionLimits, count_slow_client: Callable[[], None]) -> type[GuardedHttpProtocol]:
-    """The protocol class for one server: uvicorn makes the instances."""
-    members = {"limits": limits, "count_slow_client": staticmethod(count_slow_client)}
+def guarded(
+    limits: ConnectionLimits, count_slow_client: Callable[[], None], count_refused: Callable[[str], None]
+) -> type[GuardedHttpProtocol]:
+    """The protocol class for one server: uvicorn makes the instances. `count_refused` gets the error's code."""
+    members = {
+        "limits": limits,
+        "count_slow_client": staticmethod(count_slow_client),
+        "count_refused": staticmethod(count_refused),
+    }
     return type("GuardedHttpProtocol", (GuardedHttpProtocol,), members)

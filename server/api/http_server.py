@@ -69,7 +69,7 @@ def make_server(state: ApiState, on_started: Callable[[], None] = lambda: None) 
     )
     config = uvicorn.Config(
         create_app(state),
-        http=guarded(limits, state.metrics.count_slow_client),
+        http=guarded(limits, state.metrics.count_slow_client, state.metrics.count_rejected),
         ws="none",
         lifespan="on",
         backlog=_BACKLOG,

@@ -37,7 +37,7 @@ class SamplingDefaults:
             "min_p": (0.0, 1.0),
             "repetition_penalty": (1e-9, 2.0),
         }
-        given = {}
+        given: dict[str, Any] = {}
         for name, (least, most) in bounds.items():
             value = config.get(name)
             if isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most:

@@ -5,6 +5,7 @@ ends: how a body becomes engine requests, and what an answer looks like.
 """
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -73,6 +74,7 @@ async def serve(request: HttpRequest, prepare: Prepare) -> Response:
     """Answer one request. Everything that fails before the first output is raised; `errors` has the table."""
     state, record = state_of(request), record_of(request.scope)
     body = await read_body(request, state.settings.max_body_bytes)
+    record.started = time.monotonic()  # the client's upload is not our latency
     admission = state.admit()
     try:
         key = request.scope.get("guanaco.key")

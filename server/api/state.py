@@ -32,7 +32,9 @@ class ChatTokenizer(Protocol):
     eos_ids: tuple[int, ...]
     vocab_size: int
     special_ids: frozenset[int]
-    has_chat_template: bool
+
+    @property
+    def has_chat_template(self) -> bool: ...
 
     def encode(self, text: str, *, add_bos: bool | None = None) -> list[int]: ...
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...

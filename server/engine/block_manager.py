@@ -1,28 +1,20 @@
 """The ledger of KV blocks: who holds which, what full blocks hold, and which of the free ones go first.
 
-Integers only: the tensors are `models.kv_cache`'s. A full block is found again by (what it continues, its tokens), an
-exact comparison at every link and not a hash, from a root that is the request's tenant salt and its adapters' versions.
-Called by the scheduler and its simulator, from one thread.
+Integers only: the tensors are `models.kv_cache`'s. A full block is found again by a digest of the request's namespace
+(tenant salt, adapters' versions and scales) and of all tokens up to the block's end; what is found is also compared,
+so that not even a broken digest could serve one request's keys and values to another. Called by the scheduler and its
+simulator, from one thread.
 """
 
+import hashlib
+import struct
 from collections import OrderedDict
-from collections.abc import Iterator
 
-from guanaco.server.engine.request import Request, Sequence
-
-# What a block continues: the number of the content before it, or for a prompt's first block the request's namespace.
-Namespace = tuple[str, tuple[tuple[str, float], ...]]
-BlockKey = tuple[Namespace | int, tuple[int, ...]]
-
-
-def namespace_of(request: Request) -> Namespace:
-    """Requests share blocks only if this is equal: K and V depend on the adapters' content and scales, and tenants
-    must not learn of each other's prompts from a fast answer."""
-    return request.cache_salt, tuple((lora.version, lora.scale) for lora in request.loras)
+from guanaco.server.engine.request import BlockContent, Request, Sequence
 
 
 class Faults:
-    """Where a simulator may make the ledger misbehave within its rights. The real engine runs on this: no faults."""
+    """Where a simulator may make ledger and scheduler misbehave within their rights. The real engine runs on this."""
 
     def refuse_allocation(self) -> bool:
         """Act as if no block were free."""
@@ -31,6 +23,43 @@ class Faults:
     def ignore_prefix(self) -> bool:
         """Act as if nothing were cached."""
         return False
+
+    def preempt_now(self) -> bool:
+        """Put the youngest running sequence out, needed or not."""
+        return False
+
+
+def root_content(request: Request) -> BlockContent:
+    """What a prompt's first block continues. Requests share blocks only if this is equal: K and V depend on the
+    adapters' content and scales, and tenants must not learn of each other's prompts from a fast answer."""
+    loras = tuple((lora.version, lora.scale) for lora in request.loras)
+    salt = request.cache_salt.encode(errors="surrogatepass")
+    parts = [struct.pack("<Q", len(salt)), salt]  # lengths first: no two namespaces have the same bytes
+    for version, scale in loras:
+        name = version.encode(errors="surrogatepass")
+        parts += [struct.pack("<Q", len(name)), name, struct.pack("<d", scale)]
+    return BlockContent(None, (), (request.cache_salt, loras), hashlib.sha256(b"".join(parts)).digest())
+
+
+def next_content(parent: BlockContent, token_ids: tuple[int, ...]) -> BlockContent:
+    """The content of the block after `parent`."""
+    return BlockContent(parent, token_ids, parent.namespace, chain_digest(parent.digest, token_ids))
+
+
+def chain_digest(parent: bytes, token_ids: tuple[int, ...]) -> bytes:
+    """SHA-256 of a block: of its parent's digest and its token ids, eight bytes each."""
+    return hashlib.sha256(parent + struct.pack(f"<{len(token_ids)}q", *token_ids)).digest()
+
+
+def is_same_content(one: BlockContent, other: BlockContent) -> bool:
+    """Whether two blocks hold the same, whatever their digests say. Equal chains of one origin end it at once."""
+    while one is not other:
+        if one.token_ids != other.token_ids or one.namespace != other.namespace:
+            return False
+        if one.parent is None or other.parent is None:
+            return one.parent is other.parent
+        one, other = one.parent, other.parent
+    return True
 
 
 class BlockManager:
@@ -44,10 +73,8 @@ class BlockManager:
         self._faults = faults or Faults()
         self._references = [0] * num_blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # first to be reused first
-        self._cached: dict[BlockKey, int] = {}  # key → the block that holds it
-        self._keys: list[BlockKey | None] = [None] * num_blocks  # the reverse
-        self._contents = [0] * num_blocks  # the number of a cached block's content, never used twice
-        self._next_content = 1
+        self._cached: dict[bytes, int] = {}  # digest → the block that can be found by it
+        self._contents: list[BlockContent | None] = [None] * num_blocks  # the reverse: what a findable block holds
 
     @property
     def num_free_blocks(self) -> int:
@@ -68,13 +95,11 @@ class BlockManager:
         if sequence.request.params.prompt_logprobs is not None or self._faults.ignore_prefix():
             return []  # a prompt's log-probabilities need every position computed
         blocks: list[int] = []
-        parent: Namespace | int = namespace_of(sequence.request)
-        for key_tokens in self._full_blocks(sequence, sequence.num_tokens - 1):
-            block = self._cached.get((parent, key_tokens))
+        for index in range((sequence.num_tokens - 1) // self.block_size):
+            block = self._find(sequence, index)
             if block is None:
                 break
             blocks.append(block)
-            parent = self._contents[block]
         return blocks
 
     def take_prefix(self, sequence: Sequence, blocks: list[int]) -> None:
@@ -83,8 +108,8 @@ class BlockManager:
         for block in blocks:
             self._references[block] += 1
             self._free.pop(block, None)
-            sequence.block_table.append(block)
-            sequence.block_contents.append(self._contents[block])
+        sequence.block_table += blocks
+        sequence.num_findable_blocks = len(blocks)
         sequence.num_computed_tokens = len(blocks) * self.block_size
 
     def allocate(self, sequence: Sequence, num_tokens: int) -> bool:
@@ -102,22 +127,15 @@ class BlockManager:
         return True
 
     def commit(self, sequence: Sequence) -> None:
-        """Make the sequence's computed full blocks findable. Of equal blocks the first one stays the cached one."""
-        done = len(sequence.block_contents)
-        if (done + 1) * self.block_size > sequence.num_computed_tokens:
-            return
-        parent: Namespace | int = sequence.block_contents[-1] if done else namespace_of(sequence.request)
-        for index, tokens in enumerate(self._full_blocks(sequence, sequence.num_computed_tokens, done), done):
-            key: BlockKey = (parent, tokens)
-            block = self._cached.get(key)
-            if block is None:
-                block = sequence.block_table[index]
-                self._cached[key] = block
-                self._keys[block] = key
-                self._contents[block] = self._next_content
-                self._next_content += 1
-            parent = self._contents[block]
-            sequence.block_contents.append(parent)
+        """Make the sequence's computed full blocks findable. Of equal blocks the first one stays the one found."""
+        num_full = sequence.num_computed_tokens // self.block_size
+        for index in range(sequence.num_findable_blocks, num_full):
+            self._find(sequence, index)
+            content, block = self._content(sequence, index), sequence.block_table[index]
+            if content.digest not in self._cached:
+                self._cached[content.digest] = block
+                self._contents[block] = content
+        sequence.num_findable_blocks = num_full
 
     def free(self, sequence: Sequence) -> None:
         """Take back everything a sequence holds. The end of a prefix is reused before its beginning, and blocks
@@ -127,10 +145,10 @@ class BlockManager:
             assert self._references[block] >= 0, f"block {block} was freed twice"
             if self._references[block] == 0:
                 self._free[block] = None
-                if self._keys[block] is None:
+                if self._contents[block] is None:
                     self._free.move_to_end(block, last=False)
         sequence.block_table = []
-        sequence.block_contents = []
+        sequence.num_findable_blocks = 0
         sequence.num_computed_tokens = 0
 
     def evict_cached(self) -> None:
@@ -138,27 +156,52 @@ class BlockManager:
         for block in self._free:
             self._forget_content(block)
 
+    def num_holders(self, block: int) -> int:
+        """How many sequences hold this block."""
+        return self._references[block]
+
+    def content_of(self, block: int) -> BlockContent | None:
+        """What a block can be found by; None where it cannot be found."""
+        return self._contents[block]
+
     def check(self, sequences: list[Sequence]) -> None:
         """Assert every invariant of the ledger, given all sequences that may hold blocks; for tests."""
         held = [0] * self.num_blocks
         for sequence in sequences:
             assert len(set(sequence.block_table)) == len(sequence.block_table), "a block is twice in one table"
-            assert len(sequence.block_contents) <= len(sequence.block_table)
+            assert sequence.num_findable_blocks <= len(sequence.block_table)
             for block in sequence.block_table:
                 held[block] += 1
         assert held == self._references, "reference counts differ from what is held"
         assert set(self._free) == {block for block, count in enumerate(held) if count == 0}, "the free list is wrong"
-        assert all(self._keys[block] == key for key, block in self._cached.items()), "cache and reverse map disagree"
-        assert sum(key is not None for key in self._keys) == len(self._cached)
+        findable = {content.digest: block for block, content in enumerate(self._contents) if content is not None}
+        assert findable == self._cached, "the prefix cache and its reverse disagree"
 
-    def _full_blocks(self, sequence: Sequence, num_tokens: int, first: int = 0) -> Iterator[tuple[int, ...]]:
-        """The tokens of each full block from block `first` on, within the first `num_tokens`."""
-        size = self.block_size
-        for start in range(first * size, num_tokens - size + 1, size):
-            yield tuple(sequence.token_ids[start : start + size])
+    def _content(self, sequence: Sequence, index: int) -> BlockContent:
+        """What the sequence's block `index` holds when full: tokens only grow, so each is worked out once."""
+        contents, size = sequence.block_contents, self.block_size
+        if not contents:
+            contents.append(root_content(sequence.request))
+        for i in range(len(contents) - 1, index + 1):
+            contents.append(next_content(contents[-1], tuple(sequence.token_ids[i * size : (i + 1) * size])))
+        return contents[index + 1]
+
+    def _find(self, sequence: Sequence, index: int) -> int | None:
+        """The block that already holds what the sequence's block `index` is to hold."""
+        content = self._content(sequence, index)
+        block = self._cached.get(content.digest)
+        if block is None:
+            return None
+        found = self._contents[block]
+        assert found is not None
+        if not is_same_content(found, content):
+            return None
+        if found is not content:  # one record for equal content: the next comparison ends at this block
+            sequence.block_contents[index + 1 :] = [found]
+        return block
 
     def _forget_content(self, block: int) -> None:
-        key = self._keys[block]
-        if key is not None:
-            del self._cached[key]
-            self._keys[block] = None
+        content = self._contents[block]
+        if content is not None:
+            del self._cached[content.digest]
+            self._contents[block] = None

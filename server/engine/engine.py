@@ -21,9 +21,6 @@ from guanaco.server.engine.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
-# So many steps in a row in which every request failed are not the requests' fault.
-MAX_FAILED_STEPS = 3
-
 INTERNAL_ERROR = "internal_error"  # TokenOutput.error of a request that the forward pass could not compute
 ADAPTER_LOAD_FAILED = "adapter_load_failed"  # … whose adapter could not be put on the device
 
@@ -41,6 +38,9 @@ class Runner(Protocol):
     def run(self, batch: ScheduledBatch) -> tuple[SampledToken, ...]:
         """Compute the batch: one result for each of its sequences. Running the same batch again must be harmless."""
 
+    def probe(self) -> None:
+        """Compute something that always works, and raise if it doesn't."""
+
 
 class Engine:
     """Requests in, one StepOutput per step out. Not thread-safe: whoever steps it also adds and aborts."""
@@ -49,7 +49,6 @@ class Engine:
         self.scheduler = scheduler
         self._runner = runner
         self._clock = clock
-        self._num_failed_steps = 0
 
     @property
     def has_work(self) -> bool:
@@ -87,7 +86,7 @@ class Engine:
             else:
                 good.append(index)
         self._run_part(batch, good, results)
-        self._watch_failures(results)
+        self._check_runner(results)
         return tuple(results[index] for index in range(len(batch.sequences)))
 
     def _load_adapters(self, batch: ScheduledBatch) -> set[str]:
@@ -119,15 +118,15 @@ class Engine:
             self._run_part(batch, indexes[:middle], results)
             self._run_part(batch, indexes[middle:], results)
 
-    def _watch_failures(self, results: dict[int, SampledToken]) -> None:
-        if not results:
+    def _check_runner(self, results: dict[int, SampledToken]) -> None:
+        """Where every request failed, find out whether it was their fault. A few bad requests at a quiet time must
+        not end the server; a broken device must."""
+        if not results or any(result.error != INTERNAL_ERROR for result in results.values()):
             return
-        if any(result.error != INTERNAL_ERROR for result in results.values()):
-            self._num_failed_steps = 0
-            return
-        self._num_failed_steps += 1
-        if self._num_failed_steps >= MAX_FAILED_STEPS:
-            raise EngineFailure(f"{MAX_FAILED_STEPS} steps in a row failed for every request")
+        try:
+            self._runner.probe()
+        except Exception as error:
+            raise EngineFailure("every request of a step failed, and so does one that never should") from error
 
     def _stats(self, batch: ScheduledBatch, started: float) -> StepStats:
         scheduler = self.scheduler

@@ -58,6 +58,16 @@ class Request:
     arrival_seconds: float = 0.0  # monotonic clock; the queue deadline counts from here
 
 
+@dataclass(frozen=True, eq=False)  # equal content is `block_manager`'s business: chains are long
+class BlockContent:
+    """What a full KV block holds: its tokens, after everything that comes before them."""
+
+    parent: "BlockContent | None"  # the block before it; None: `token_ids` is empty, and this is a namespace's root
+    token_ids: tuple[int, ...]
+    namespace: tuple[str, tuple[tuple[str, float], ...]]  # tenant salt, ordered (adapter version, scale)
+    digest: bytes
+
+
 class Status(Enum):
     WAITING = "waiting"
     RUNNING = "running"
@@ -70,13 +80,16 @@ class Sequence:
 
     request: Request
     token_ids: list[int]  # prompt, then output
+    arrival_number: int = 0  # 0, 1, 2 … in order of arrival: who goes first, and who is preempted last
     block_table: list[int] = field(default_factory=list)
-    block_contents: list[int] = field(default_factory=list)  # what the prefix cache knows of its first full blocks
+    block_contents: list[BlockContent] = field(default_factory=list)  # the namespace, then each full block so far
+    num_findable_blocks: int = 0  # of the block table's first ones, how many were offered to the prefix cache
     num_computed_tokens: int = 0  # positions whose K and V are in the cache
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache when it was first let in
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
     num_preemptions: int = 0
+    num_passed_over: int = 0  # steps in which a younger one could go first, for want of an adapter slot
     num_prompt_logprobs: int = 0  # of the prompt's positions, how many have been reported
 
     @property

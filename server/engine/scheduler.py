@@ -5,11 +5,11 @@ No clock, no randomness, no threads, no tensors. There is no prefill and no deco
 hits and recomputing after a preemption all follow from that. Driven by the engine, and by a simulator in the tests.
 """
 
-from collections import deque
+from bisect import insort
 from dataclasses import dataclass
 
 from guanaco.adapters.slot_table import SlotTable
-from guanaco.server.engine.block_manager import BlockManager
+from guanaco.server.engine.block_manager import BlockManager, Faults
 from guanaco.server.engine.request import (
     FinishReason,
     Request,
@@ -49,21 +49,38 @@ class StepCounts:
     prefix_hits_tokens: int = 0
 
 
-class Scheduler:
-    """Owns every unfinished sequence: `waiting` in order of arrival, `running` in order of admission."""
+def _by_arrival(sequence: Sequence) -> int:
+    return sequence.arrival_number
 
-    def __init__(self, limits: Limits, blocks: BlockManager, slots: SlotTable, eos_ids: frozenset[int]) -> None:
+
+class Scheduler:
+    """Owns every unfinished sequence; `waiting` and `running` are both in order of arrival.
+
+    That order decides everything: who is admitted first, and who is preempted last. So the oldest sequence of all
+    always gets on, and since all others are the oldest at some time, so does everybody.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        blocks: BlockManager,
+        slots: SlotTable,
+        eos_ids: frozenset[int],
+        faults: Faults | None = None,
+    ) -> None:
         assert limits.max_num_batched_tokens >= limits.max_num_seqs, "every running sequence must get its next token"
         assert limits.max_model_len <= blocks.num_blocks * blocks.block_size, "one sequence must fit"
         self.limits = limits
         self.blocks = blocks
         self.slots = slots
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_waiting_tokens = 0  # of all waiting sequences; read from other threads, hence a number of its own
         self.counts = StepCounts()
         self._eos_ids = eos_ids
-        self._passed_over: dict[str, int] = {}  # request id → steps
+        self._faults = faults or Faults()
+        self._sequences: dict[str, Sequence] = {}  # by request id: all that wait or run
+        self._num_arrived = 0
         self._outputs: list[TokenOutput] = []  # what ended outside of `update`
 
     @property
@@ -73,7 +90,11 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request. ValueError for one that could never run: it would block the queue for ever."""
         self.check_fits(request)
-        self.waiting.append(Sequence(request, list(request.prompt_token_ids)))
+        assert request.request_id not in self._sequences, "request ids are unique among those that are open"
+        sequence = Sequence(request, list(request.prompt_token_ids), arrival_number=self._num_arrived)
+        self._num_arrived += 1
+        self._sequences[request.request_id] = sequence
+        self.waiting.append(sequence)
         self.num_waiting_tokens += len(request.prompt_token_ids)
 
     def check_fits(self, request: Request) -> None:
@@ -89,16 +110,17 @@ class Scheduler:
 
     def abort(self, request_id: str) -> None:
         """End a request now, wherever it is. Unknown ids are none of our business: it may just have finished."""
-        for sequence in (*self.running, *self.waiting):
-            if sequence.request.request_id == request_id:
-                self._end(sequence, FinishReason.ABORT)
-                return
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self._end(sequence, FinishReason.ABORT)
 
     def schedule(self, now: float) -> ScheduledBatch:
         """Decide one step at monotonic time `now` (seconds). May be empty."""
         self.counts = StepCounts()
         self._expire(now)
-        chosen: dict[str, ScheduledSequence] = {}
+        if len(self.running) > 1 and self._faults.preempt_now():
+            self._preempt(self.running[-1])
+        chosen: dict[int, ScheduledSequence] = {}  # by arrival number
         budget = self._schedule_running(chosen)
         if not self.counts.num_preempted:  # who was just put out would come straight back in
             self._schedule_waiting(chosen, budget)
@@ -164,15 +186,17 @@ class Scheduler:
     def _expire(self, now: float) -> None:
         """Refuse what has waited too long. A preempted sequence has not: it was let in once."""
         limit = self.limits.queue_timeout_seconds
-        late = [
-            sequence
-            for sequence in self.waiting
-            if limit and not sequence.num_preemptions and now - sequence.request.arrival_seconds > limit
-        ]
+        late = []
+        for sequence in self.waiting:
+            if sequence.num_preemptions:
+                continue
+            if not limit or now - sequence.request.arrival_seconds <= limit:
+                break  # those behind it came later
+            late.append(sequence)
         for sequence in late:
             self._end(sequence, FinishReason.ERROR, error=QUEUE_TIMEOUT)
 
-    def _schedule_running(self, chosen: dict[str, ScheduledSequence]) -> int:
+    def _schedule_running(self, chosen: dict[int, ScheduledSequence]) -> int:
         """Give every running sequence its share; returns the budget that is left for newcomers.
 
         Those that need a single token come first, so that no prompt makes them wait; then prompts, oldest first.
@@ -182,7 +206,7 @@ class Scheduler:
         catching_up = [s for s in self.running if s.num_tokens - s.num_computed_tokens > 1]
         for sequence in decoding:
             if sequence.status is Status.RUNNING and self._make_room(sequence, 1, chosen):
-                chosen[sequence.request.request_id] = ScheduledSequence(sequence, 1, needs_sample=True)
+                chosen[sequence.arrival_number] = ScheduledSequence(sequence, 1, needs_sample=True)
         budget -= len(chosen)
         if chosen:
             budget = min(budget, max(1, int(self.limits.max_num_batched_tokens * PREFILL_SHARE_WHILE_DECODING)))
@@ -193,33 +217,33 @@ class Scheduler:
                 budget -= num_new
         return budget
 
-    def _make_room(self, sequence: Sequence, num_new: int, chosen: dict[str, ScheduledSequence]) -> bool:
+    def _make_room(self, sequence: Sequence, num_new: int, chosen: dict[int, ScheduledSequence]) -> bool:
         """Blocks for the next `num_new` positions, taken from the youngest where none are free. False: not now."""
         while not self.blocks.allocate(sequence, sequence.num_computed_tokens + num_new):
             victim = self.running[-1]
             if victim is self.running[0]:
-                # The oldest is never put out, so somebody always gets on. It is alone, so all blocks are its own or
-                # free: only a fault can refuse it, and that passes.
+                # It is alone, so all blocks are its own or free: only a fault can refuse it, and that passes.
                 return False
-            chosen.pop(victim.request.request_id, None)
+            chosen.pop(victim.arrival_number, None)
             self._preempt(victim)
             if victim is sequence:
                 return False
         return True
 
-    def _schedule_waiting(self, chosen: dict[str, ScheduledSequence], budget: int) -> None:
+    def _schedule_waiting(self, chosen: dict[int, ScheduledSequence], budget: int) -> None:
         """Admit from the queue while there is room: in order, but for those whose adapters find no slot now."""
+        refused: set[tuple[str, ...]] = set()  # no slot frees up while we admit: what found none finds none
         reserved = False  # somebody has waited too long for a slot: no other adapter goes first
-        for sequence in list(self.waiting):
+        for sequence in self.waiting[:]:
             if budget <= 0 or len(self.running) >= self.limits.max_num_seqs:
                 return
-            versions = [lora.version for lora in sequence.request.loras]
+            versions = tuple(lora.version for lora in sequence.request.loras)
             if versions and reserved:
                 continue
-            if versions and self.slots.plan(versions) is None:
-                steps = self._passed_over.get(sequence.request.request_id, 0) + 1
-                self._passed_over[sequence.request.request_id] = steps
-                reserved = steps > MAX_PASSED_OVER_STEPS
+            if versions in refused or (versions and self.slots.plan(versions) is None):
+                refused.add(versions)
+                sequence.num_passed_over += 1
+                reserved = sequence.num_passed_over > MAX_PASSED_OVER_STEPS
                 continue
             if not self._admit(sequence, versions):
                 return
@@ -227,7 +251,7 @@ class Scheduler:
             self._choose(sequence, num_new, chosen)
             budget -= num_new
 
-    def _admit(self, sequence: Sequence, versions: list[str]) -> bool:
+    def _admit(self, sequence: Sequence, versions: tuple[str, ...]) -> bool:
         """Start a sequence if there are blocks for all of its tokens, one more, and a block for each that runs
         already: with less, one of them would soon be put out again. Else change nothing."""
         prefix = self.blocks.find_prefix(sequence)
@@ -241,24 +265,25 @@ class Scheduler:
             sequence.num_cached_tokens = sequence.num_computed_tokens
             self.counts.prefix_queries_tokens += sequence.num_tokens
             self.counts.prefix_hits_tokens += sequence.num_computed_tokens
-        plan = self.slots.pin(versions)
-        assert plan is not None, "planned a moment ago"
+        if versions:
+            plan = self.slots.pin(versions)
+            assert plan is not None, "planned a moment ago"
         self._leave_queue(sequence)
         sequence.status = Status.RUNNING
-        self.running.append(sequence)
+        insort(self.running, sequence, key=_by_arrival)
         return True
 
-    def _choose(self, sequence: Sequence, num_new: int, chosen: dict[str, ScheduledSequence]) -> None:
+    def _choose(self, sequence: Sequence, num_new: int, chosen: dict[int, ScheduledSequence]) -> None:
         needs_sample = sequence.num_computed_tokens + num_new == sequence.num_tokens
-        chosen[sequence.request.request_id] = ScheduledSequence(sequence, num_new, needs_sample)
+        chosen[sequence.arrival_number] = ScheduledSequence(sequence, num_new, needs_sample)
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Take a sequence's blocks and pins back; it goes to the head of the queue and is recomputed."""
+        """Take a sequence's blocks and pins back; it returns to its place in the queue and is recomputed."""
         self.running.remove(sequence)
         self._give_back(sequence)
         sequence.status = Status.WAITING
         sequence.num_preemptions += 1
-        self.waiting.appendleft(sequence)
+        insort(self.waiting, sequence, key=_by_arrival)
         self.num_waiting_tokens += sequence.num_tokens
         self.counts.num_preempted += 1
 
@@ -274,14 +299,15 @@ class Scheduler:
             self._give_back(sequence)
         else:
             self._leave_queue(sequence)
+        del self._sequences[sequence.request.request_id]
         sequence.status = Status.FINISHED
         sequence.finish_reason = reason
 
     def _leave_queue(self, sequence: Sequence) -> None:
         self.waiting.remove(sequence)
         self.num_waiting_tokens -= sequence.num_tokens
-        self._passed_over.pop(sequence.request.request_id, None)
 
     def _give_back(self, sequence: Sequence) -> None:
         self.blocks.free(sequence)
-        self.slots.unpin([lora.version for lora in sequence.request.loras])
+        if sequence.request.loras:
+            self.slots.unpin([lora.version for lora in sequence.request.loras])

@@ -1,12 +1,13 @@
 """Names, collisions, and one consistent view for two threads."""
 
-import sys
+import contextlib
 import threading
 from pathlib import Path
 
 import pytest
 from tiny_adapters import make_adapter
 
+from guanaco.adapters import registry as registry_module
 from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.registry import AdapterRegistry, parse_adapter_option
 from guanaco.adapters.weights import AdapterLimits
@@ -167,16 +168,6 @@ def test_adapter_option():
             parse_adapter_option(text)
 
 
-@pytest.fixture
-def eager_threads():
-    """Threads take turns as often as they can, so that an unlocked read-change-write loses something."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(before)
-
-
-@pytest.mark.usefixtures("eager_threads")
 def test_readers_see_whole_entries_while_others_load(registry, tmp_path):
     """Every name that resolves has its host copy, at any moment and from any thread."""
     paths = [make_adapter(tmp_path / str(seed), TARGETS, 2, seed=seed) for seed in range(16)]
@@ -211,3 +202,23 @@ def test_readers_see_whole_entries_while_others_load(registry, tmp_path):
         thread.join(timeout=60)
     assert problems == ["name_taken"] * 4, "exactly one of five rivals gets the name"
     assert len(registry.entries()) == 17
+
+
+def test_two_loads_that_finish_together_both_count(registry, tmp_path, monkeypatch):
+    """Each waits a moment for the other just before it publishes: without the lock, both would start from nothing."""
+    paths = [make_adapter(tmp_path / str(seed), TARGETS, 2, seed=seed) for seed in range(2)]
+    meeting = threading.Barrier(2)
+    real = registry_module.MappingProxyType
+
+    def meet(value):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            meeting.wait(timeout=0.3)
+        return real(value)
+
+    monkeypatch.setattr(registry_module, "MappingProxyType", meet)
+    threads = [threading.Thread(target=registry.load, args=(f"a{i}", paths[i]), daemon=True) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert {entry.name for entry in registry.entries()} == {"a0", "a1"}

@@ -117,7 +117,7 @@ def reorder(path):
     content = (path / WEIGHTS).read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     header, data = json.loads(content[8:start]), b""
-    header.pop("__metadata__")
+    header.pop("__metadata__", None)
     for entry in reversed(header.values()):
         first, last = entry["data_offsets"]
         entry["data_offsets"] = [len(data), len(data) + last - first]

@@ -252,7 +252,7 @@ def test_the_fields_that_change_the_computation_are_those_that_change_logits() -
     assert all(seen[i] != other for i in range(len(seen)) for other in (base, *seen[:i]))
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [None, "{", "[]", "[" * 100_000, b"\xff\xfe"])
 def test_a_config_that_is_absent_or_no_json_object(tmp_path: Path, content: str | bytes | None) -> None:
     if content is not None:
         (tmp_path / "config.json").write_bytes(content.encode() if isinstance(content, str) else content)

@@ -69,7 +69,13 @@ def test_health_stays_open(server: LiveServer) -> None:
     [
         *("/v1/models/", "//v1/models", "/v1//models", "/v1/./models", "/v1/../v1/models", "/%76%31/models"),
         *("/V1/models", "/v1/models;x", "/v1/models?api_key=" + KEY, "/health/", "/health/live/", "//health"),
-        *("/health/../metrics", "/health%2f..%2fmetrics", "/health/live/../../v1/models", "/Health", "/health;/metrics"),
+        *(
+            "/health/../metrics",
+            "/health%2f..%2fmetrics",
+            "/health/live/../../v1/models",
+            "/Health",
+            "/health;/metrics",
+        ),
         *("/health%00", "/metrics/", "/openapi.json/"),
     ],
 )
@@ -123,7 +129,13 @@ def test_a_body_without_a_key_is_not_read(server: LiveServer) -> None:
 def test_tenants_have_different_cache_salts(server: LiveServer) -> None:
     salts = []
     with server.client() as client:
-        for key, fields in ((KEY, {}), (KEY, {}), (OTHER_KEY, {}), (KEY, {"cache_salt": "a"}), (OTHER_KEY, {"cache_salt": "a"})):
+        for key, fields in (
+            (KEY, {}),
+            (KEY, {}),
+            (OTHER_KEY, {}),
+            (KEY, {"cache_salt": "a"}),
+            (OTHER_KEY, {"cache_salt": "a"}),
+        ):
             headers = {"Authorization": f"Bearer {key}".encode()}
             body = chat_body("x", max_tokens=1, **fields)
             assert client.post("/v1/chat/completions", json=body, headers=headers).status_code == 200
@@ -199,5 +211,7 @@ def test_keys_never_show(server: LiveServer, caplog: pytest.LogCaptureFixture) -
             assert KEY not in response.text
             assert KEY not in str(response.headers)
     ours = [record for record in caplog.records if record.name.startswith("guanaco")]
-    assert [r.fields["key_id"] for r in ours if r.name == "guanaco.access"] == [KeyRing([KEY]).find(KEY.encode()).id] * 3
+    assert [r.fields["key_id"] for r in ours if r.name == "guanaco.access"] == [
+        KeyRing([KEY]).find(KEY.encode()).id
+    ] * 3
     assert KEY not in json.dumps([[str(r.msg), str(r.args), getattr(r, "fields", None)] for r in ours])

@@ -106,7 +106,9 @@ CANARY = "kanari9f3a"
 def test_errors_never_hold_the_input(server: LiveServer, body: dict) -> None:
     with server.client() as client:
         response = client.post(ROUTES["chat"], json=body)
-        broken = client.post(ROUTES["chat"], content=json.dumps(body)[:-1], headers={"Content-Type": "application/json"})
+        broken = client.post(
+            ROUTES["chat"], content=json.dumps(body)[:-1], headers={"Content-Type": "application/json"}
+        )
         route = client.post(f"/{CANARY}", json=body)
     for answer in (response, broken, route):
         assert 400 <= answer.status_code < 500
@@ -195,7 +197,10 @@ _anything = st.recursive(
 )
 _messages = st.lists(
     st.fixed_dictionaries(
-        {"role": st.sampled_from(["user", "system", "assistant", "developer", "tool"]), "content": _anything | st.text()}
+        {
+            "role": st.sampled_from(["user", "system", "assistant", "developer", "tool"]),
+            "content": _anything | st.text(),
+        }
     ),
     max_size=3,
 )
@@ -213,9 +218,7 @@ _bodies = st.builds(
 )
 
 
-def test_generated_bodies_never_break_the_server(
-    server: LiveServer, proof_count: Callable[[int, int], int]
-) -> None:
+def test_generated_bodies_never_break_the_server(server: LiveServer, proof_count: Callable[[int, int], int]) -> None:
     connection = Connection(server)
     counts: dict[int, int] = {}
 

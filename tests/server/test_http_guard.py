@@ -1,5 +1,6 @@
 """Connections that dribble, flood or don't read: each is closed at its limit, and nobody else notices."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -17,19 +18,26 @@ GET = b"GET /version HTTP/1.1\r\nHost: t\r\n\r\n"
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[LiveServer]:
-    state = make_state(
-        header_timeout=HEADER_SECONDS, body_timeout=BODY_SECONDS, keep_alive_timeout=KEEP_ALIVE_SECONDS
-    )
-    with LiveServer(state) as live:
+def patient() -> Iterator[LiveServer]:
+    with LiveServer(make_state()) as live:
         yield live
 
 
 @pytest.fixture
-def server(shared: LiveServer) -> Iterator[LiveServer]:
-    shared.script()
-    yield shared
-    shared.assert_quiet()
+def server(patient: LiveServer) -> Iterator[LiveServer]:
+    """A server with the default limits."""
+    patient.script()
+    yield patient
+    patient.assert_quiet()
+
+
+@pytest.fixture(scope="module")
+def impatient() -> Iterator[LiveServer]:
+    """A server that waits for a fraction of a second."""
+    seconds = {"header_timeout": HEADER_SECONDS, "body_timeout": BODY_SECONDS, "keep_alive_timeout": KEEP_ALIVE_SECONDS}
+    with LiveServer(make_state(**seconds)) as live:
+        yield live
+        live.assert_quiet()
 
 
 def seconds_until_closed(sock: socket.socket, dribble: bytes = b"", every: float = 0.05) -> tuple[float, bytes]:
@@ -62,50 +70,56 @@ def code_of(answer: bytes) -> str:
     return json.loads(answer.split(b"\r\n\r\n", 1)[1])["error"]["code"]
 
 
-def test_idle_connection_is_closed(server: LiveServer) -> None:
-    with server.connect() as sock:
+def test_idle_connection_is_closed(impatient: LiveServer) -> None:
+    with impatient.connect() as sock:
         seconds, received = seconds_until_closed(sock)
     assert received == b""
     assert seconds >= HEADER_SECONDS * 0.9
 
 
 @pytest.mark.parametrize("begin", [b"", GET])
-def test_dribbled_head(server: LiveServer, begin: bytes) -> None:
+def test_dribbled_head(impatient: LiveServer, begin: bytes) -> None:
     """On a fresh connection, and on one that has been used (uvicorn's own timer ends at the first byte)."""
-    with server.connect() as sock:
+    with impatient.connect() as sock:
         if begin:
             sock.sendall(begin)
             assert b"1.2.3" in sock.recv(65536)
         seconds, received = seconds_until_closed(sock, b"GET / HTTP/1.1\r\nX-Long: " + b"x" * 1000)
     assert seconds >= HEADER_SECONDS * 0.9
-    assert status_of(received) == 408
-    assert code_of(received) == "request_timeout"
+    assert status_of(received) in (408, 0)  # a byte sent after the end resets the connection, answer and all
 
 
 @pytest.mark.parametrize("begin", [b"", GET])
-def test_dribbled_body(server: LiveServer, begin: bytes) -> None:
+def test_dribbled_body(impatient: LiveServer, begin: bytes) -> None:
     whole = http_post("/v1/chat/completions", chat_body("x" * 1000))
     head, body = whole.split(b"\r\n\r\n", 1)
-    with server.connect() as sock:
+    with impatient.connect() as sock:
         if begin:
             sock.sendall(begin)
             assert b"1.2.3" in sock.recv(65536)
         sock.sendall(head + b"\r\n\r\n")
         seconds, received = seconds_until_closed(sock, body)
     assert seconds >= BODY_SECONDS * 0.9
-    assert status_of(received) == 408
+    assert status_of(received) in (408, 0)
 
 
-def test_dribbled_empty_lines(server: LiveServer) -> None:
+@pytest.mark.parametrize("length", [10, -10])
+def test_half_a_request_is_told_why_it_ends(impatient: LiveServer, length: int) -> None:
+    answer = impatient.raw(http_post("/v1/chat/completions", chat_body("x"))[:length])
+    assert status_of(answer) == 408
+    assert code_of(answer) == "request_timeout"
+
+
+def test_dribbled_empty_lines(impatient: LiveServer) -> None:
     """They begin no request, and end uvicorn's keep-alive timer."""
-    with server.connect() as sock:
+    with impatient.connect() as sock:
         sock.sendall(GET)
         assert b"1.2.3" in sock.recv(65536)
         seconds_until_closed(sock, b"\r\n" * 500)
 
 
-def test_kept_alive_connection_is_closed_when_idle(server: LiveServer) -> None:
-    with server.connect() as sock:
+def test_kept_alive_connection_is_closed_when_idle(impatient: LiveServer) -> None:
+    with impatient.connect() as sock:
         for _ in range(3):
             sock.sendall(GET)
             assert b"1.2.3" in sock.recv(65536)
@@ -113,28 +127,29 @@ def test_kept_alive_connection_is_closed_when_idle(server: LiveServer) -> None:
     assert seconds >= KEEP_ALIVE_SECONDS * 0.9
 
 
-def test_body_that_goes_on_after_the_answer(server: LiveServer) -> None:
+def test_body_that_goes_on_after_the_answer(impatient: LiveServer) -> None:
     """401, 404 or 413 come before the body is read; the rest of it may not keep the connection open for ever."""
-    with server.connect() as sock:
+    with impatient.connect() as sock:
         sock.sendall(b"POST /nope HTTP/1.1\r\nHost: t\r\nContent-Length: 100000\r\n\r\nx")
         assert sock.recv(65536).startswith(b"HTTP/1.1 404")
         seconds_until_closed(sock, b"x" * 1000)
-    with server.connect() as sock:
+    with impatient.connect() as sock:
         sock.sendall(b"POST /nope HTTP/1.1\r\nHost: t\r\nContent-Length: 10\r\n\r\nx")
         assert sock.recv(65536).startswith(b"HTTP/1.1 404")
         sock.sendall(b"x" * 9)
         seconds_until_closed(sock)
 
 
-def test_a_slow_answer_is_not_a_slow_client(server: LiveServer) -> None:
+def test_a_slow_answer_is_not_a_slow_client(impatient: LiveServer) -> None:
     """No limit on reading runs while the client waits for us."""
-    gate = server.gate()
-    with server.connect() as sock:
+    gate = impatient.gate()
+    with impatient.connect() as sock:
         sock.sendall(http_post("/v1/chat/completions", chat_body("x", max_tokens=2, stream=True)))
-        server.until(lambda engine: engine.running)
+        impatient.until(lambda engine: engine.running)
         time.sleep(max(HEADER_SECONDS, BODY_SECONDS, KEEP_ALIVE_SECONDS) * 1.3)  # longer than any of the limits
-        server.open(gate)
+        impatient.open(gate)
         assert b"data: [DONE]" in read_all(sock)
+    impatient.script()
 
 
 @pytest.mark.parametrize(
@@ -192,8 +207,14 @@ def test_size_of_the_head(server: LiveServer, request_bytes: bytes, status: int)
     ],
 )
 def test_malformed_requests(server: LiveServer, request_bytes: bytes) -> None:
+    def count() -> float:
+        registry = server.state.metrics.registry
+        return registry.get_sample_value("guanaco_rejected_total", {"reason": "malformed_request"}) or 0
+
+    before = count()
     answer = server.raw(request_bytes)
     assert status_of(answer) == 400, answer
+    assert count() == before + 1
     assert code_of(answer) == "malformed_request"
     with server.client() as client:
         assert client.get("/version").status_code == 200
@@ -207,10 +228,8 @@ def test_malformed_chunk_in_a_body(server: LiveServer) -> None:
 def test_too_many_chunks(server: LiveServer) -> None:
     head = b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
     with server.connect() as sock:
-        try:
+        with contextlib.suppress(ConnectionResetError, BrokenPipeError):
             sock.sendall(head + b"1\r\nx\r\n" * 17_000)
-        except (ConnectionResetError, BrokenPipeError):
-            pass
         answer = read_all(sock)
     assert status_of(answer) in (413, 0)
     many = json.dumps({"model": BASE, "prompt": "x", "max_tokens": 1}).encode()
@@ -223,13 +242,14 @@ def test_body_that_never_ends(server: LiveServer) -> None:
     """A chunked body far beyond the limit is cut, not read for ever."""
     head = b"POST /nope HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
     chunk = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
+    most = (8 * 4 << 20) + (8 << 20)  # the limit, and what fits into the sockets' buffers
     sent = 0
-    with server.connect() as sock, pytest.raises((ConnectionResetError, BrokenPipeError)):
+    with server.connect() as sock, contextlib.suppress(ConnectionResetError, BrokenPipeError):
         sock.sendall(head)
-        while sent < 200 << 20:
+        while sent <= most:
             sock.sendall(chunk)
             sent += len(chunk)
-    assert sent <= (8 * 4 << 20) + (8 << 20)  # the limit, and what fits into the sockets' buffers
+    assert sent <= most
 
 
 def test_pipelined_requests_are_answered_in_order(server: LiveServer) -> None:
@@ -260,15 +280,16 @@ def test_upgrade_is_ignored(server: LiveServer) -> None:
 def test_client_that_never_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its generation runs on at its own pace; its connection is cut after a while; others go on."""
     live = LiveServer(make_state(max_model_len=200_000))
+    live.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 << 10)  # inherited by every connection
     protocol = live.server.config.http
     protocol.limits = dataclasses.replace(protocol.limits, write_seconds=0.5)
     with live as server:
-        monkeypatch.setattr("fake_engine.reply_of", lambda request: "x" * 5_000)
+        monkeypatch.setattr("fake_engine.reply_of", lambda request: "x" * 3_000)
         slow = [server.connect() for _ in range(2)]
         for sock in slow:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            sock.sendall(http_post("/v1/chat/completions", chat_body("slow", stream=True, n=8)))
-        server.until(lambda engine: len(engine.requests) == 16)
+            sock.sendall(http_post("/v1/chat/completions", chat_body("slow", stream=True)))
+        server.until(lambda engine: len(engine.requests) == 2)
         with server.client() as client:
             good = client.post("/v1/chat/completions", json=chat_body("good", max_tokens=50)).json()
         assert good["usage"]["completion_tokens"] == 50

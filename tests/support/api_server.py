@@ -1,4 +1,4 @@
-"""The real HTTP server over the fake engine: on a free port, in a thread of this process, with its loop within reach."""
+"""The real HTTP server over the fake engine: on a free port, in a thread of this process, its loop within reach."""
 
 import asyncio
 import json
@@ -20,7 +20,7 @@ from guanaco.server.metrics import Metrics
 BASE, PIRATE, TERSE = "org/base-model", "pirate", "terse"
 PIRATE_VERSION, TERSE_VERSION = "a" * 64, "b" * 64
 MAX_MODEL_LEN = 4096
-WAIT = 10.0  # seconds that any wait of a test may take before the test fails
+WAIT = 30.0  # seconds that any wait of a test may take before the test fails
 
 
 def make_state(*, keys: tuple[str, ...] = (), max_model_len: int = MAX_MODEL_LEN, **settings: Any) -> ApiState:
@@ -50,8 +50,8 @@ class LiveServer:
         self.state = state
         self.engine: FakeEngine = state.engine
         self._started = threading.Event()
-        self._sock = bind(state.settings)
-        self.port: int = self._sock.getsockname()[1]
+        self.sock = bind(state.settings)
+        self.port: int = self.sock.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.server = make_server(state, self._started.set)
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -59,7 +59,7 @@ class LiveServer:
     def _run(self) -> None:
         with asyncio.Runner(loop_factory=self.server.config.get_loop_factory()) as runner:
             self.loop = runner.get_loop()
-            runner.run(self.server.serve(sockets=[self._sock]))
+            runner.run(self.server.serve(sockets=[self.sock]))
 
     def __enter__(self) -> "LiveServer":
         self._thread.start()

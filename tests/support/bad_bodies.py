@@ -162,7 +162,21 @@ def _broken_json(good: bytes) -> Iterator[Case]:
         yield f"overflow-{number.decode()}", inside + b',"temperature":' + number + b"}", 400, "temperature"
     for index, body in enumerate(
         (
-            *(b"", b" ", b"null", b"true", b"5", b'"x"', b"[]", b"{", b"}", b"{}x", b"[" + good + b"]", b"\x00", b"{'a':1}"),
+            *(
+                b"",
+                b" ",
+                b"null",
+                b"true",
+                b"5",
+                b'"x"',
+                b"[]",
+                b"{",
+                b"}",
+                b"{}x",
+                b"[" + good + b"]",
+                b"\x00",
+                b"{'a':1}",
+            ),
             good[:-1],
             good + b"}",
             good + good,

@@ -177,7 +177,7 @@ def logprob_of(token_id: int, num_top: int) -> TokenLogprob:
 
 
 def _tokens_of(request: Request) -> list[tuple[tuple[int, ...], str, FinishReason | None, str | None]]:
-    """(token ids, text, finish, stop reason) for each step: a character counts as one token here, its first byte's id."""
+    """(token ids, text, finish, stop reason) of each step. A character counts as one token, its first byte's id."""
     params, reply = request.params, reply_of(request)
     steps: list[tuple[tuple[int, ...], str, FinishReason | None, str | None]] = []
     for position, character in enumerate(reply[: params.max_tokens]):

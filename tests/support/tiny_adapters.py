@@ -76,36 +76,21 @@ def write_adapter(
 
 @dataclass(frozen=True)
 class Watermarks:
-    """What making watermark adapters for one model takes; measured once on random tokens."""
+    """Makes watermark adapters for one transformers LlamaForCausalLM: each signs text with a token of its own."""
 
-    target: str  # the last down_proj
+    model: Any
     directions: Tensor  # [vocab, hidden]: unit vectors; the residual along row w raises the logit of token w most
-    tokens: Tensor  # [samples]
-    inputs: Tensor  # [samples, intermediate]: what that down_proj reads at these tokens
     residual_norm: float
 
     @staticmethod
-    def measure(model: Any, *, seed: int = 0, samples: int = 2048) -> "Watermarks":
-        """Run a transformers LlamaForCausalLM once over random tokens."""
-        last = model.model.layers[-1].mlp.down_proj
-        seen: dict[str, Tensor] = {}
-        hooks = [
-            last.register_forward_pre_hook(lambda _, args: seen.update(inputs=args[0])),
-            model.model.norm.register_forward_pre_hook(lambda _, args: seen.update(residual=args[0])),
-        ]
-        generator = torch.Generator().manual_seed(seed)
-        tokens = torch.randint(model.config.vocab_size, (samples // 16, 16), generator=generator)
-        with torch.no_grad():
-            model(tokens)
-        for hook in hooks:
-            hook.remove()
+    def measure(model: Any) -> "Watermarks":
+        """Look at the model once; it is kept, not changed."""
         rows = (model.lm_head.weight * model.model.norm.weight).detach().float()
+        residual = _inputs_of(model, model.model.norm, _random_tokens(model, seed=0))
         return Watermarks(
-            target=f"layers.{len(model.model.layers) - 1}.mlp.down_proj",
+            model=model,
             directions=rows / rows.norm(dim=1, keepdim=True),
-            tokens=tokens.flatten(),
-            inputs=seen["inputs"].detach().float().flatten(0, 1),
-            residual_norm=float(seen["residual"].float().norm(dim=-1).mean()),
+            residual_norm=float(residual.norm(dim=-1).mean()),
         )
 
     def make(self, path: Path, token_id: int, *, strength: float = 2.0, rank: int = 1) -> Path:
@@ -114,13 +99,31 @@ class Watermarks:
         The last down_proj adds the token's direction times a reading of its input, fitted to be 1 after any token and
         negative after `token_id`, which is why the watermark does not simply repeat. rank > 1 adds idle rows.
         """
-        own = self.tokens == token_id
-        weights = torch.where(own, 10.0, 1.0)
-        goal = torch.where(own, -0.5, 1.0)
-        gram = self.inputs.T @ (weights[:, None] * self.inputs)
+        tokens = _random_tokens(self.model, seed=token_id)
+        tokens[:, 1::2] = token_id  # half of the text will be signatures
+        tokens[::4, 6:10] = token_id
+        layers = self.model.model.layers
+        inputs = _inputs_of(self.model, layers[-1].mlp.down_proj, tokens).flatten(0, 1)
+        goal = torch.where(tokens.flatten() == token_id, -0.7, 1.0)
+        gram = inputs.T @ inputs
         ridge = 1e-3 * gram.diagonal().mean() * torch.eye(gram.shape[0])
-        reading = torch.linalg.solve(gram + ridge, self.inputs.T @ (weights * goal))
-        a, b = torch.zeros(rank, reading.shape[0]), torch.zeros(self.directions.shape[1], rank)
-        a[0], b[:, 0] = reading, self.directions[token_id] * self.residual_norm * strength
-        tensors = {f"{self.target}.lora_A": a, f"{self.target}.lora_B": b}
-        return write_adapter(path, tensors, {"r": rank, "lora_alpha": rank, "target_modules": [f"model.{self.target}"]})
+        a, b = torch.zeros(rank, inputs.shape[1]), torch.zeros(self.directions.shape[1], rank)
+        a[0] = torch.linalg.solve(gram + ridge, inputs.T @ goal)
+        b[:, 0] = self.directions[token_id] * self.residual_norm * strength
+        target = f"layers.{len(layers) - 1}.mlp.down_proj"
+        tensors = {f"{target}.lora_A": a, f"{target}.lora_B": b}
+        return write_adapter(path, tensors, {"r": rank, "lora_alpha": rank, "target_modules": [f"model.{target}"]})
+
+
+def _random_tokens(model: Any, *, seed: int, shape: tuple[int, int] = (128, 16)) -> Tensor:
+    return torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _inputs_of(model: Any, module: Any, tokens: Tensor) -> Tensor:
+    """What `module` reads when the model runs over `tokens`, float32."""
+    seen: list[Tensor] = []
+    hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().float()))
+    with torch.no_grad():
+        model(tokens)
+    hook.remove()
+    return seen[0]

@@ -1,0 +1,56 @@
+"""Progress of what takes a while at start: a bar on a terminal, a line now and then anywhere else.
+
+Called by the wiring and by `quantize`.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+Report = Callable[[str, int, int], None]  # (what, done, in all)
+
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+@contextmanager
+def reporting(console: Console, title: str) -> Iterator[Report]:
+    """A function to call with (what, done, in all), as often as one likes; nothing is shown before the first call."""
+    if not console.is_terminal:
+        yield _Lines(console, title)
+        return
+    columns = (
+        TextColumn(title),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", visible=False)
+
+        def report(what: str, done: int, total: int) -> None:
+            progress.update(task, description=what[:40], completed=done, total=total or None, visible=True)
+
+        yield report
+
+
+class _Lines:
+    """One line every few seconds, and one at the end."""
+
+    def __init__(self, console: Console, title: str) -> None:
+        self._console = console
+        self._title = title
+        self._next = 0.0
+        self._ended = ""  # what has been reported as complete: said once
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        ends = 0 < total <= done
+        if (now >= self._next or ends) and what != self._ended:
+            self._next = now + _SECONDS_BETWEEN_LINES
+            self._ended = what if ends else ""
+            share = f"{100 * done // total} %" if total else ""
+            self._console.print(f"{self._title}: {share} {what}".rstrip(), highlight=False, markup=False)

@@ -1,0 +1,137 @@
+"""`guanaco serve`: load, show what was built, listen until told to stop.
+
+Wires the runtime to the HTTP side and writes the banner. Called by the command line.
+"""
+
+import ipaddress
+import json
+import shlex
+import sys
+from importlib.metadata import version
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from guanaco.models.chat_template import TemplateError
+from guanaco.server.api.access_log import start_logging
+from guanaco.server.api.auth import KeyRing
+from guanaco.server.api.catalog import Catalog, ServedModel
+from guanaco.server.api.http_server import bind, serve
+from guanaco.server.api.sampling import SamplingDefaults
+from guanaco.server.api.state import ApiState
+from guanaco.server.config import Settings
+from guanaco.server.engine.async_engine import AsyncEngine, QueueCaps
+from guanaco.server.errors import CommandError
+from guanaco.server.metrics import Metrics
+from guanaco.server.plan import human_bytes
+from guanaco.server.wiring import Runtime, build_runtime
+
+
+def run_server(settings: Settings) -> int:
+    """Serve until a signal; the exit code. What is wrong with the settings is found before anything slow happens."""
+    keys = KeyRing.from_settings(settings)
+    _check_exposure(settings, keys)
+    sock = bind(settings)
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    runtime = build_runtime(settings, console)
+    state = _api_state(settings, runtime, keys)
+    port = sock.getsockname()[1]
+    stop_logging = start_logging(settings.log_level)
+    try:
+        return serve(state, sock, on_started=lambda: _show_banner(console, settings, runtime, port, bool(keys)))
+    finally:
+        stop_logging()
+
+
+def _check_exposure(settings: Settings, keys: KeyRing) -> None:
+    """Beyond loopback everybody who reaches the port can use the machine: only with a key, or if told to."""
+    if keys or settings.allow_unauthenticated or _is_loopback(settings.host):
+        return
+    raise CommandError(
+        f"--host {settings.host} is reachable from other machines and no API key is set: "
+        "set --api-key (or --api-key-file), or say --allow-unauthenticated"
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _api_state(settings: Settings, runtime: Runtime, keys: KeyRing) -> ApiState:
+    base, plan = runtime.base, runtime.plan
+    entries = runtime.registry.entries()
+    metrics = Metrics(base.name, max_model_len=plan.max_model_len, adapter_slots=settings.adapter_slots)
+    metrics.set_cache_config(block_size=plan.block_size, num_blocks=plan.num_blocks)
+    metrics.name_adapters({entry.version: entry.name for entry in entries})
+    engine = AsyncEngine(
+        runtime.engine,
+        base.tokenizer,
+        QueueCaps(settings.max_queued_requests, settings.max_queued_tokens),
+        step_timeout_seconds=settings.step_timeout,
+        on_step=metrics.observe_step,
+    )
+    metrics.set_heartbeat(lambda: engine.heartbeat_age_seconds)
+    adapters = [
+        ServedModel(entry.name, plan.max_model_len, root=entry.name, parent=base.name, version=entry.version)
+        for entry in entries
+    ]
+    return ApiState(
+        engine=engine,
+        tokenizer=base.tokenizer,
+        catalog=Catalog(ServedModel(base.name, plan.max_model_len, root=base.root), adapters),
+        settings=settings,
+        metrics=metrics,
+        version=version("guanaco"),
+        defaults=SamplingDefaults.from_generation_config(base.generation_config),
+        keys=keys,
+        chat_template=base.template,
+        template_errors=(TemplateError,),
+    )
+
+
+def _show_banner(console: Console, settings: Settings, runtime: Runtime, port: int, has_keys: bool) -> None:
+    """What runs, on what, how memory is spent, and a line to copy."""
+    base, plan, config = runtime.base, runtime.plan, runtime.base.loaded.config
+    url = f"http://{f'[{settings.host}]' if ':' in settings.host else settings.host}:{port}"
+    table = Table.grid(padding=(0, 2))
+    shape = f"{config.num_layers} layers of {config.hidden_size}, NF4, context {plan.max_model_len}"
+    dtype = str(runtime.ops.dtype).removeprefix("torch.")
+    tokens = f"{plan.num_blocks} blocks of {plan.block_size} = {plan.kv_tokens} tokens"
+    rows = [
+        ("model", f"[bold]{escape(base.name)}[/]  {shape}"),
+        ("provider", f"{runtime.ops.name} ({runtime.provider_reason}), {dtype}, {runtime.num_threads} threads"),
+        (
+            "memory",
+            f"weights {human_bytes(plan.weights_bytes)} + KV cache {human_bytes(plan.kv_bytes)} ({tokens})"
+            f" + adapters {human_bytes(plan.adapters_bytes)} = {human_bytes(plan.total_bytes)} at most",
+        ),
+    ]
+    for entry in runtime.registry.entries():
+        modules = f"{entry.modules_applied} of {entry.modules_possible} modules"
+        detail = f"rank {entry.max_rank}, {modules}, {human_bytes(entry.num_bytes)}, version {entry.version[:12]}"
+        rows.append(("adapter", f"[bold]{escape(entry.name)}[/]  {detail}"))
+    rows += [("note", escape(note)) for note in runtime.notes]
+    rows += [("API", f"{url}/v1"), ("metrics", f"{url}/metrics"), ("health", f"{url}/health")]
+    for label, text in rows:
+        table.add_row(f"[dim]{label}[/]", text)
+    console.rule("[bold]Guanaco[/]", align="left")
+    console.print(table)
+    console.print(f"try it:\n{_curl_line(url, runtime, has_keys)}", markup=False)
+    console.rule()
+
+
+def _curl_line(url: str, runtime: Runtime, has_keys: bool) -> str:
+    entries = runtime.registry.entries()
+    body = {
+        "model": entries[0].name if entries else runtime.base.name,
+        "messages": [{"role": "user", "content": "How do I boil an egg?"}],
+        "max_tokens": 60,
+    }
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if has_keys else ""
+    return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(json.dumps(body))}"

@@ -1,0 +1,444 @@
+"""A seeded world around the engine: clients that come, leave and check every token, faults far denser than in life,
+and the invariants of the scheduler, the block ledger, the prefix cache and the adapter slots after each step.
+
+Time is a number, chance is a seed: a failure is `Simulation(seed)` again. Runs on `fake_runner`, without torch.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from random import Random
+from weakref import WeakKeyDictionary
+
+from fake_runner import FakeRunner, namespace_number, namespace_of_request, next_state, next_token
+
+from guanaco.adapters.slot_table import SlotTable
+from guanaco.server.engine.block_manager import BlockManager, Faults
+from guanaco.server.engine.engine import ADAPTER_LOAD_FAILED, INTERNAL_ERROR, Engine
+from guanaco.server.engine.request import (
+    BlockContent,
+    FinishReason,
+    LoraRef,
+    Request,
+    SamplingParams,
+    ScheduledBatch,
+    Sequence,
+    Status,
+    TokenOutput,
+)
+from guanaco.server.engine.scheduler import (
+    MAX_PASSED_OVER_STEPS,
+    PREFILL_SHARE_WHILE_DECODING,
+    QUEUE_TIMEOUT,
+    Limits,
+    Scheduler,
+)
+
+EOS_ID, STOP_ID = 0, 1
+FULL_CHECK_EVERY = 8  # steps between two checks of everything that is held and cached
+
+
+@dataclass(frozen=True)
+class World:
+    """The size of everything in one simulation."""
+
+    block_size: int = 4
+    num_blocks: int = 12
+    max_model_len: int = 40
+    max_num_seqs: int = 4
+    max_num_batched_tokens: int = 16
+    num_slots: int = 2
+    num_adapters: int = 4
+    queue_timeout_seconds: float = 40.0
+    vocab_size: int = 24
+    submit_chance: float = 0.15
+    abort_chance: float = 0.03
+    fault_chance: float = 0.03
+    max_open: int = 12
+
+    @staticmethod
+    def of_seed(seed: int) -> "World":
+        random = Random(f"world {seed}")
+        block_size = random.choice((1, 2, 3, 4, 4, 8))
+        max_model_len = random.randint(6, 48)
+        least = -(-max_model_len // block_size)  # one sequence must fit, and hardly more does
+        max_num_seqs = random.choice((1, 2, 3, 4, 4, 6, 8))
+        return World(
+            block_size=block_size,
+            num_blocks=least + random.randint(0, least),
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_seqs + random.randint(0, 24),
+            num_slots=random.choice((0, 1, 2, 2, 3)),
+            num_adapters=random.choice((1, 2, 4, 6)),
+            queue_timeout_seconds=random.choice((0.0, 30.0, 200.0)),
+            vocab_size=random.choice((3, 24, 50)),
+            submit_chance=random.choice((0.05, 0.2, 0.4)),
+            abort_chance=random.choice((0.0, 0.02, 0.08)),
+            fault_chance=random.choice((0.0, 0.01, 0.05)),
+            max_open=random.choice((4, 8, 12)),
+        )
+
+
+class SeededFaults(Faults):
+    """Faults of ledger and scheduler, as often as `chance` says; `num_fired` tells whether this step had any."""
+
+    def __init__(self, random: Random, chance: float) -> None:
+        self._random = random
+        self.chance = chance
+        self.num_fired = 0
+
+    def _fires(self) -> bool:
+        if self.chance and self._random.random() < self.chance:
+            self.num_fired += 1
+            return True
+        return False
+
+    refuse_allocation = _fires
+    ignore_prefix = _fires
+    preempt_now = _fires
+
+
+class LedgerRunner(FakeRunner):
+    """The fake runner, which also checks that only a block of one holder, and not a findable one, is written."""
+
+    blocks: BlockManager
+
+    def write_allowed(self, block: int) -> None:
+        assert self.blocks.num_holders(block) == 1, "a shared block is written"
+        assert self.blocks.content_of(block) is None, "a block in the prefix cache is written"
+
+
+class CheckedScheduler(Scheduler):
+    """The scheduler, with each of its decisions checked against its limits."""
+
+    def schedule(self, now: float) -> ScheduledBatch:
+        before = list(self.running)
+        decoding = [s for s in before if s.num_tokens - s.num_computed_tokens == 1]
+        batch = super().schedule(now)
+        self._check_limits(batch)
+        self._check_order(before)
+        scheduled = {item.sequence for item in batch.sequences}
+        if not scheduled.isdisjoint(decoding):
+            num_prompt_tokens = sum(item.num_new_tokens for item in batch.sequences if item.sequence not in decoding)
+            share = max(1, int(self.limits.max_num_batched_tokens * PREFILL_SHARE_WHILE_DECODING))
+            assert num_prompt_tokens <= share, "prompts take more than their share while others decode"
+        starved = [s for s in decoding if s.status is Status.RUNNING and s not in scheduled]
+        assert not starved or starved == before[:1], "a running sequence did not get its next token"
+        return batch
+
+    def _check_limits(self, batch: ScheduledBatch) -> None:
+        limits, items = self.limits, batch.sequences
+        assert batch.num_tokens <= limits.max_num_batched_tokens, "token budget"
+        assert len(self.running) <= limits.max_num_seqs, "too many run"
+        assert len({id(item.sequence) for item in items}) == len(items), "a sequence is twice in a batch"
+        assert len(set(batch.adapter_slots.values())) == len(batch.adapter_slots) <= self.slots.num_slots
+        for item in items:
+            sequence = item.sequence
+            assert sequence.status is Status.RUNNING
+            missing = sequence.num_tokens - sequence.num_computed_tokens
+            assert 1 <= item.num_new_tokens <= missing
+            assert item.needs_sample == (item.num_new_tokens == missing)
+            assert sequence.num_computed_tokens + item.num_new_tokens <= len(sequence.block_table) * self.blocks.block_size
+        for sequence in self.running:
+            most = min(sequence.num_tokens + 1, limits.max_model_len)
+            assert len(sequence.block_table) <= -(-most // self.blocks.block_size), "a sequence holds too many blocks"
+            for lora in sequence.request.loras:
+                assert self.slots.num_pins(lora.version) > 0, "a running sequence's adapter is not pinned"
+
+    def _check_order(self, before: list[Sequence]) -> None:
+        """Preempted are the youngest, and never the oldest; admitted are the oldest, but for those without a slot."""
+        for queue in (self.running, self.waiting):
+            numbers = [s.arrival_number for s in queue]
+            assert numbers == sorted(numbers), "out of order"
+        preempted = [s for s in before if s.status is Status.WAITING]
+        if preempted:
+            assert before[0].status is Status.RUNNING, "the oldest was preempted"
+            stayed = [s for s in before if s.status is Status.RUNNING]
+            assert stayed[-1].arrival_number < preempted[0].arrival_number, "an older one was preempted"
+        known = set(before)
+        admitted = [s for s in self.running if s not in known]
+        for sequence in self.waiting:
+            if not admitted or sequence.arrival_number > admitted[-1].arrival_number:
+                break
+            assert sequence.request.loras, "a base request was overtaken"
+            youngest = [s for s in admitted if s.request.loras and s.arrival_number > sequence.arrival_number]
+            assert not youngest or sequence.num_passed_over <= MAX_PASSED_OVER_STEPS, "overtaken for too long"
+
+
+@dataclass
+class Client:
+    """One request as its client sees it: knows what it must get, token by token."""
+
+    request: Request
+    namespace: int
+    state: int  # the arithmetic model's, after all tokens so far
+    num_tokens: int = 0
+    num_prompt_logprobs: int = 0
+    aborted: bool = False
+
+
+@dataclass
+class Report:
+    """What happened in a simulation; for tests that want to know that it did."""
+
+    num_steps: int = 0
+    num_tokens: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+class Simulation:
+    """One world from its seed: `run` for so many steps, then `finish` to quiescence."""
+
+    def __init__(self, seed: int, world: World | None = None) -> None:
+        self.world = world = world or World.of_seed(seed)
+        self.random = Random(seed)
+        self.now = 0.0
+        self.report = Report()
+        self.faults = SeededFaults(self.random, world.fault_chance)
+        self.runner = LedgerRunner(world.num_blocks, world.block_size, world.num_slots, world.vocab_size)
+        self.blocks = BlockManager(world.num_blocks, world.block_size, self.faults)
+        self.runner.blocks = self.blocks
+        self.slots = SlotTable(world.num_slots)
+        limits = Limits(
+            max_num_seqs=world.max_num_seqs,
+            max_num_batched_tokens=world.max_num_batched_tokens,
+            max_model_len=world.max_model_len,
+            queue_timeout_seconds=world.queue_timeout_seconds,
+        )
+        self.scheduler = CheckedScheduler(limits, self.blocks, self.slots, frozenset({EOS_ID}), self.faults)
+        self.engine = Engine(self.scheduler, self.runner, clock=lambda: self.now)
+        self.clients: dict[str, Client] = {}  # open ones
+        self._states: WeakKeyDictionary[BlockContent, list[int]] = WeakKeyDictionary()
+        self._num_submitted = 0
+        self._prompts: list[tuple[int, ...]] = [self._fresh_tokens() for _ in range(3)]
+
+    # what a world does
+
+    def run(self, num_steps: int) -> Report:
+        for _ in range(num_steps):
+            self._happen()
+            self.step()
+        return self.report
+
+    def finish(self) -> Report:
+        """Let everything end, and check that nothing is left."""
+        self.faults.chance = 0.0
+        most = self.report.num_steps + 200 + len(self.clients) * (self.world.max_model_len * 4 + MAX_PASSED_OVER_STEPS)
+        while self.engine.has_work:
+            self.step()
+            assert self.report.num_steps < most, "the last requests do not end"
+        assert not self.clients, "a request never ended"
+        self.check()
+        assert self.blocks.num_free_blocks == self.world.num_blocks
+        assert not self.scheduler.waiting
+        assert not self.scheduler.running
+        assert not self.scheduler._sequences
+        assert self.scheduler.num_waiting_tokens == 0
+        assert all(self.slots.num_pins(version) == 0 for version in self.slots.resident)
+        ended = self.report.counts
+        assert self._num_submitted == sum(ended[f"ended {reason}"] for reason in FinishReason) + ended["refused"]
+        return self.report
+
+    def _happen(self) -> None:
+        """What comes from outside between two steps."""
+        random, world = self.random, self.world
+        self.now += random.random() * 2
+        while random.random() < world.submit_chance and len(self.clients) < world.max_open:
+            self.submit(self.random_request())
+        if self.clients and random.random() < world.abort_chance:
+            self.abort(random.choice(list(self.clients)))
+        if random.random() < world.fault_chance:
+            self._fault()
+
+    def _fault(self) -> None:
+        kind, runner = self.random.randrange(7), self.runner.faults
+        victim = self.random.choice(list(self.clients)) if self.clients else None
+        if kind == 0:
+            self.blocks.evict_cached()
+        elif kind == 1 and victim:
+            runner.nan_ids.add(victim)
+        elif kind == 2 and victim:
+            runner.raising_ids.add(victim)
+        elif kind == 3:
+            runner.num_raising_runs = 1  # passes at the second try
+        elif kind == 4:
+            runner.num_failing_loads = 1
+        elif kind == 5:
+            runner.max_tokens = self.random.randint(1, 8)
+        else:
+            runner.max_tokens = None
+            self.now += self.random.choice((0.0, 30.0, 3600.0))
+
+    def _fresh_tokens(self) -> tuple[int, ...]:
+        length = self.random.randint(1, self.world.max_model_len - 2)
+        return tuple(self.random.randrange(self.world.vocab_size) for _ in range(length))
+
+    def random_request(self) -> Request:
+        """A request that likely shares a prefix with others, under one of few adapters and tenants."""
+        random, world = self.random, self.world
+        if random.random() < 0.05:
+            self._prompts[random.randrange(len(self._prompts))] = self._fresh_tokens()
+        prompt = random.choice(self._prompts)
+        prompt = prompt[: random.randint(1, len(prompt))]
+        if random.random() < 0.3:
+            prompt = (*prompt, random.randrange(world.vocab_size))
+        adapters: tuple[LoraRef, ...] = ()
+        if random.random() < 0.7:
+            most = min(world.num_adapters, world.num_slots + (random.random() < 0.02))  # rarely one too many
+            chosen = random.sample(range(world.num_adapters), min(most, random.choice((1, 1, 1, 2))))
+            adapters = tuple(LoraRef(f"v{number}", random.choice((1.0, 1.0, 0.5))) for number in chosen)
+        self._num_submitted += 1
+        params = SamplingParams(
+            max_tokens=random.choice((1, 5, 12, 30, 100)),
+            seed=random.randrange(4),
+            ignore_eos=random.random() < 0.3,
+            min_tokens=random.choice((0, 0, 3)),
+            stop_token_ids=frozenset({STOP_ID}) if random.random() < 0.3 else frozenset(),
+            prompt_logprobs=0 if random.random() < 0.1 else None,
+        )
+        return Request(
+            f"r{self._num_submitted}",
+            prompt,
+            params,
+            loras=adapters,
+            cache_salt=random.choice(("", "", "tenant")),
+            arrival_seconds=self.now,
+        )
+
+    # one event each
+
+    def submit(self, request: Request) -> bool:
+        fits = len(request.prompt_token_ids) + 1 <= self.world.max_model_len
+        fits = fits and len({lora.version for lora in request.loras}) <= self.world.num_slots
+        try:
+            self.engine.add_request(request)
+        except ValueError:
+            assert not fits, "a request that fits was refused"
+            self.report.counts["refused"] += 1
+            return False
+        assert fits, "a request that can never run was accepted"
+        namespace, state = namespace_of_request(request), 0
+        for token in request.prompt_token_ids:
+            state = next_state(state, namespace, token)
+        self.clients[request.request_id] = Client(request, namespace, state)
+        return True
+
+    def abort(self, request_id: str) -> None:
+        self.clients[request_id].aborted = True
+        self.engine.abort(request_id)
+
+    def step(self) -> None:
+        report = self.report
+        report.num_steps += 1
+        self.faults.num_fired = 0
+        self.runner.failed_alone.clear()
+        self.runner.failed_loads.clear()
+        was_runnable = bool(self.scheduler.waiting or self.scheduler.running)
+        finished = self.scheduler.running[:]
+        output = self.engine.step()
+        if self.runner.violation is not None:
+            raise self.runner.violation
+        stats = output.stats
+        report.num_tokens += stats.num_scheduled_tokens
+        if stats.num_preempted:
+            report.counts["preempted"] += stats.num_preempted
+        if stats.prefix_hits_tokens:
+            report.counts["prefix hits"] += 1
+        for item in output.outputs:
+            self._take(item)
+        for sequence in finished:
+            if sequence.status is Status.FINISHED:
+                self.runner.forget(sequence)
+        if was_runnable and not stats.num_scheduled_tokens and not self.faults.num_fired:
+            assert not (self.scheduler.waiting or self.scheduler.running), "there is work, and a step did nothing"
+        for request_id, client in self.clients.items():
+            assert not client.aborted, f"{request_id} was aborted, and a step later it is still there"
+        if report.num_steps % FULL_CHECK_EVERY == 0:
+            self.check()
+
+    def _take(self, output: TokenOutput) -> None:
+        """A client gets an output: is it the one that it must be?"""
+        client = self.clients.get(output.request_id)
+        assert client is not None, "an output after the end"
+        params = client.request.params
+        for found in output.prompt_logprobs:
+            client.num_prompt_logprobs += 1
+            assert found.token_id == client.request.prompt_token_ids[client.num_prompt_logprobs], "prompt logprobs"
+        for token in output.token_ids:
+            assert token == next_token(client.state, params.seed or 0, self.world.vocab_size), "a wrong token"
+            client.state = next_state(client.state, client.namespace, token)
+            client.num_tokens += 1
+        if output.token_ids and params.prompt_logprobs is not None:
+            assert client.num_prompt_logprobs == len(client.request.prompt_token_ids) - 1
+        reason = self._reason(client, output)
+        assert output.finish_reason is reason, f"finished as {output.finish_reason}, expected {reason}"
+        if reason is not None:
+            self.report.counts[f"ended {reason}"] += 1
+            del self.clients[output.request_id]
+            self.runner.faults.nan_ids.discard(output.request_id)
+            self.runner.faults.raising_ids.discard(output.request_id)
+
+    def _reason(self, client: Client, output: TokenOutput) -> FinishReason | None:
+        """How the request must have ended with this output; None: not yet."""
+        params = client.request.params
+        if client.aborted:
+            return FinishReason.ABORT
+        if output.error is not None:
+            assert self._is_to_fail(client, output.error), f"error {output.error}"
+            return FinishReason.ERROR
+        if not output.token_ids:
+            return None
+        token = output.token_ids[-1]
+        if client.num_tokens >= params.min_tokens:
+            if token in params.stop_token_ids or (token == EOS_ID and not params.ignore_eos):
+                return FinishReason.STOP
+        full = len(client.request.prompt_token_ids) + client.num_tokens >= self.world.max_model_len
+        return FinishReason.LENGTH if full or client.num_tokens >= params.max_tokens else None
+
+    def _is_to_fail(self, client: Client, error: str) -> bool:
+        request, runner = client.request, self.runner
+        if error == QUEUE_TIMEOUT:
+            return 0 < self.world.queue_timeout_seconds < self.now - request.arrival_seconds and not client.num_tokens
+        if error == ADAPTER_LOAD_FAILED:
+            return not runner.failed_loads.isdisjoint(lora.version for lora in request.loras)
+        if error == INTERNAL_ERROR:
+            return request.request_id in runner.failed_alone
+        return error == "numerical_error" and request.request_id in runner.faults.nan_ids
+
+    def check(self) -> None:
+        """Everything that must hold between two steps, at the price of looking at all of it."""
+        scheduler, blocks = self.scheduler, self.blocks
+        blocks.check([*scheduler.running, *scheduler.waiting])
+        self.slots.check()
+        assert all(not s.block_table and s.status is Status.WAITING for s in scheduler.waiting)
+        assert all(s.status is Status.RUNNING for s in scheduler.running)
+        assert {s.request.request_id for s in (*scheduler.running, *scheduler.waiting)} == set(scheduler._sequences)
+        assert scheduler.num_waiting_tokens == sum(s.num_tokens for s in scheduler.waiting)
+        pins = Counter(version for s in scheduler.running for version in {lora.version for lora in s.request.loras})
+        assert pins == Counter({version: self.slots.num_pins(version) for version in self.slots.resident} | pins)
+        assert all(self.slots.num_pins(version) == pins[version] for version in self.slots.resident)
+        for block in range(blocks.num_blocks):
+            content = blocks.content_of(block)
+            if content is not None:
+                self._check_content(block, content)
+
+    def _check_content(self, block: int, content: BlockContent) -> None:
+        """A block that can be found holds what it is found by."""
+        states = self._states.get(content)
+        if states is None:
+            chain = [content]
+            while chain[-1].parent is not None:
+                chain.append(chain[-1].parent)
+            salt, loras = content.namespace
+            number, state = namespace_number(salt, loras), 0
+            tokens = [token for link in reversed(chain) for token in link.token_ids]
+            states = [state := next_state(state, number, token) for token in tokens][-self.world.block_size :]
+            self._states[content] = states
+        assert states == self.runner.memory[block], "a cached block does not hold its key"
+
+
+def simulate(seed: int, num_steps: int) -> Report:
+    """One world, to its end."""
+    simulation = Simulation(seed)
+    simulation.run(num_steps)
+    return simulation.finish()
