@@ -21,6 +21,7 @@ from guanaco.models.tokenizer_json import SPACE
 # What LLaMA's vocabularies call them, where nothing else does.
 _USUAL_BOS = ("<s>", "<|begin_of_text|>")
 _USUAL_EOS = ("</s>", "<|end_of_text|>", "<|endoftext|>")
+_USUAL_UNK = ("<unk>",)
 
 
 class Tokenizer:
@@ -128,7 +129,7 @@ class Tokenizer:
 
     def _complete_names(self, names: dict[str, str]) -> dict[str, str]:
         """With LLaMA's usual tokens where the files name none."""
-        for name, usual in (("bos_token", _USUAL_BOS), ("eos_token", _USUAL_EOS)):
+        for name, usual in (("bos_token", _USUAL_BOS), ("eos_token", _USUAL_EOS), ("unk_token", _USUAL_UNK)):
             found = (token for token in usual if self._backend.token_to_id(token) in self.special_ids)
             if name not in names and (token := next(found, None)):
                 names = {**names, name: token}

@@ -12,19 +12,33 @@
 
 namespace guanaco {
 
-// Memory that is handed out piece by piece and taken back all at once. Pieces stay where they are until reset().
+// Memory that is handed out piece by piece, and taken back from a mark on or all at once. Pieces never move.
 class Arena {
   public:
+    struct Mark {
+        size_t chunk, used;
+    };
+
     // `count` elements, aligned to a cache line, uninitialised.
     template <class T>
     T* take(int64_t count) {
         size_t bytes = (size_t(count) * sizeof(T) + 63) / 64 * 64;
-        if (chunks_.empty() || used_ + bytes > chunks_.back().bytes) add_chunk(bytes);
-        char* p = chunks_.back().memory.get() + used_;
+        while (current_ < chunks_.size() && used_ + bytes > chunks_[current_].bytes) {
+            current_++;
+            used_ = 0;
+        }
+        if (current_ == chunks_.size()) add_chunk(bytes);
+        char* p = chunks_[current_].memory.get() + used_;
         used_ += bytes;
         return reinterpret_cast<T*>(p);
     }
-    // All pieces are free again. Several chunks become one, so that the next step of this size needs only that.
+    Mark mark() const { return {current_, used_}; }
+    // What was taken since the mark is free again.
+    void rewind(Mark mark) {
+        current_ = mark.chunk;
+        used_ = mark.used;
+    }
+    // Everything is free again. Several chunks become one, so that the next step of this size needs only that.
     void reset() {
         if (chunks_.size() > 1) {
             size_t total = 0;
@@ -32,7 +46,7 @@ class Arena {
             chunks_.clear();
             add_chunk(total);
         }
-        used_ = 0;
+        current_ = used_ = 0;
     }
 
   private:
@@ -48,10 +62,9 @@ class Arena {
         char* p = static_cast<char*>(aligned_alloc(64, bytes));
         if (p == nullptr) throw std::bad_alloc();
         chunks_.push_back({std::unique_ptr<char, Free>(p), bytes});
-        used_ = 0;
     }
     std::vector<Chunk> chunks_;
-    size_t used_ = 0;
+    size_t current_ = 0, used_ = 0;
 };
 
 struct Context {

@@ -202,8 +202,9 @@ void multiply(Context& context, const Activations& x, const Product* products, i
         Scratch s{memory, memory + block_floats, pointers + thread * kBlockRows, memory + 3 * block_floats};
         int64_t tasks_per_block = (share.tiles + share.tiles_per_task - 1) / share.tiles_per_task;
         int64_t index = task - share.first_task;
-        int64_t first = index / tasks_per_block * block_rows;
+        int64_t first = std::min(index / tasks_per_block * block_rows, x.rows);
         int64_t rows = std::min(block_rows, x.rows - first);
+        if (rows == 0) return;
         int64_t tile = index % tasks_per_block * share.tiles_per_task;
         int64_t end = std::min(tile + share.tiles_per_task, share.tiles);
         for (; tile < end; tile++) finish_block(*context.kernels, products[i], x, tile, first, rows, s);

@@ -142,6 +142,8 @@ def start_logging(level: str, stream: BinaryIO | None = None) -> Callable[[], No
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
     quiet_talkative_loggers()
+    if level != "debug":
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its steps of starting and ending
     thread.start()
 
     def stop() -> None:

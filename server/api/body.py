@@ -17,6 +17,9 @@ from guanaco.server.api.errors import ApiError, ClientGone, bad_request
 Model = TypeVar("Model", bound=BaseModel)
 
 _MAX_MESSAGE = 300
+# Opening brackets, those in strings included. The parser holds the interpreter's lock for all of a body: four megabytes
+# of "[]," keep every stream waiting for 0.9 s (measured), a hundred thousand lists for less than a tenth of that.
+_MAX_BRACKETS = 100_000
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
@@ -51,6 +54,8 @@ def _too_large(max_bytes: int) -> ApiError:
 
 def parse_object(body: bytes) -> dict[str, Any]:
     """The body as a JSON object."""
+    if body.count(b"[") + body.count(b"{") > _MAX_BRACKETS:
+        raise bad_request(f"the body has more than {_MAX_BRACKETS} opening brackets", code="invalid_json")
     try:
         value = from_json(body, allow_inf_nan=False)
     except ValueError:

@@ -49,6 +49,7 @@ def prepare_chat(state: ApiState, key: ApiKey | None, raw: bytes) -> tuple[Prepa
         max_model_len=model.max_model_len,
         prompt_name="messages",
         num_logprobs=body.num_logprobs,
+        more_stops=state.template.stop_strings if state.template is not None and not body.ignore_eos else (),
     )
     prepared = Prepared(body, model, (Prompt(token_ids, params),), state.keys.cache_salt(key, body.cache_salt))
     return prepared, ChatAnswer(body, model, state.tokenizer)
@@ -59,14 +60,14 @@ def render_messages(
 ) -> tuple[int, ...]:
     """The conversation as token ids, through the chat template. 400 where it doesn't suit the template."""
     check_text_size(sum(len(message.content.encode()) for message in messages), max_model_len, "messages")
-    if state.chat_template is None and not state.tokenizer.has_chat_template:
+    if state.template is None:
         text = "this model has no chat template: use /v1/completions, or start the server with --chat-template NAME"
         raise bad_request(text, "messages", "no_chat_template")
     try:
         token_ids = state.tokenizer.encode_chat(
             [message.template_message() for message in messages],
             add_generation_prompt=add_generation_prompt,
-            template=state.chat_template,
+            template=state.template,
         )
     except state.template_errors:
         text = "the model's chat template doesn't take these messages (their roles or their order)"

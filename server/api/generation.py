@@ -35,6 +35,7 @@ class Choice:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
+    queue_seconds: float | None = None
     first_token_seconds: float | None = None
     last_token_seconds: float | None = None
     finish_reason: FinishReason | None = None
@@ -153,6 +154,8 @@ class Generation:
             choice.last_token_seconds = now
         choice.num_output_tokens = output.num_output_tokens
         choice.num_cached_tokens = output.num_cached_tokens
+        if output.queue_seconds is not None:
+            choice.queue_seconds = output.queue_seconds
         if output.finish_reason is not None:
             self._finish(choice, output.finish_reason)
 
@@ -167,6 +170,7 @@ class Generation:
                 max_tokens=choice.request.params.max_tokens,
                 n=self.num_per_prompt,
                 e2e_seconds=time.monotonic() - self._record.started,
+                queue_seconds=choice.queue_seconds,
                 first_token_seconds=choice.first_token_seconds,
                 last_token_seconds=choice.last_token_seconds,
             )

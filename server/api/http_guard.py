@@ -86,7 +86,8 @@ class GuardedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         self._phase = _Phase.HEAD
         self._head_bytes = self._unparsed_head_bytes = self._body_bytes = self._num_chunks = 0
-        self._expect_bytes(self.limits.header_seconds)
+        if self._is_idle:  # else the client is waiting for us as well, and its time begins with our answer's end
+            self._expect_bytes(self.limits.header_seconds)
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
@@ -134,6 +135,8 @@ class GuardedHttpProtocol(HttpToolsProtocol):
             self._abort_later()
         elif self._phase is _Phase.BODY and not self._is_idle:
             self._expect_bytes(self.limits.body_seconds)
+        elif self._phase is _Phase.HEAD:
+            self._expect_bytes(self.limits.header_seconds)
 
     # Refusals
 

@@ -68,8 +68,12 @@ def sampling_params(
     prompt_name: str,
     num_logprobs: int | None,
     prompt_logprobs: int | None = None,
+    more_stops: tuple[str, ...] = (),
 ) -> SamplingParams:
-    """The engine's parameters for one prompt. 400 where prompt and `limit` tokens don't fit into the context."""
+    """The engine's parameters for one prompt. 400 where prompt and `limit` tokens don't fit into the context.
+
+    `limit_name` and `prompt_name` are the fields that errors name; `more_stops` are stop strings besides the client's.
+    """
     room = max_model_len - num_prompt_tokens
     if room < 1:
         raise context_exceeded(num_prompt_tokens, max_model_len, prompt_name)
@@ -101,7 +105,7 @@ def sampling_params(
         logprobs=num_logprobs,
         prompt_logprobs=prompt_logprobs,
         stop_token_ids=frozenset(body.stop_token_ids),
-        stop_strings=body.stop,
+        stop_strings=tuple(dict.fromkeys((*body.stop, *more_stops))),
         include_stop_str=bool(body.include_stop_str_in_output),
         min_tokens=body.min_tokens or 0,
         ignore_eos=bool(body.ignore_eos),

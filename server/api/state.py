@@ -25,6 +25,13 @@ from guanaco.server.metrics import Metrics
 _PREPARE_THREADS = 2
 
 
+class Template(Protocol):
+    """What the API knows of a chat template: how a model that was trained on it goes on where it should stop."""
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]: ...
+
+
 class ChatTokenizer(Protocol):
     """What the API needs of a tokenizer (`models.tokenizer.Tokenizer` has it). Used from several threads at once."""
 
@@ -34,7 +41,7 @@ class ChatTokenizer(Protocol):
     special_ids: frozenset[int]
 
     @property
-    def has_chat_template(self) -> bool: ...
+    def chat_template(self) -> Template | None: ...
 
     def encode(self, text: str, *, add_bos: bool | None = None) -> list[int]: ...
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
@@ -48,7 +55,7 @@ class ChatTokenizer(Protocol):
 @dataclass(frozen=True)
 class ApiState:
     """Everything that the HTTP side needs. `template_errors` are the exceptions that a chat template raises when the
-    messages don't suit it; their text is the model's own and is passed on to the client."""
+    messages don't suit it; their text may quote the messages, and stays here."""
 
     engine: AsyncEngine
     tokenizer: ChatTokenizer
@@ -58,7 +65,7 @@ class ApiState:
     version: str
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     keys: KeyRing = field(default_factory=KeyRing)
-    chat_template: Any = None  # a template to use instead of the tokenizer's own
+    chat_template: Template | None = None  # to be used instead of the tokenizer's own
     template_errors: tuple[type[Exception], ...] = ()
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
     workers: ThreadPoolExecutor = field(
@@ -70,6 +77,11 @@ class ApiState:
         if self.lifecycle.num_admitted >= self.max_admitted:
             raise overloaded()
         return Admission(self.lifecycle)
+
+    @property
+    def template(self) -> Template | None:
+        """The chat template in use."""
+        return self.chat_template or self.tokenizer.chat_template
 
     @property
     def max_admitted(self) -> int:

@@ -43,6 +43,7 @@ class TextOutput:
     num_prompt_tokens: int
     num_cached_tokens: int
     num_output_tokens: int
+    queue_seconds: float | None = None  # from the request's arrival to its first step; None: it has had none
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,7 @@ class RequestStream:
                 num_prompt_tokens=len(self.request.prompt_token_ids),
                 num_cached_tokens=self._num_cached_tokens,
                 num_output_tokens=self._num_output_tokens,
+                queue_seconds=output.queue_seconds,
             )
         )
         self._arrived.set()

@@ -58,7 +58,7 @@ class Request:
     arrival_seconds: float = 0.0  # monotonic clock; the queue deadline counts from here
 
 
-@dataclass(frozen=True, eq=False)  # equal content is `block_manager`'s business: chains are long
+@dataclass(frozen=True, eq=False, slots=True)  # equal content is `block_manager`'s business: chains are long
 class BlockContent:
     """What a full KV block holds: its tokens, after everything that comes before them."""
 
@@ -89,6 +89,7 @@ class Sequence:
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
     num_preemptions: int = 0
+    queue_seconds: float | None = None  # from its arrival to its first step
     num_passed_over: int = 0  # steps in which a younger one could go first, for want of an adapter slot
     num_prompt_logprobs: int = 0  # of the prompt's positions, how many have been reported
 
@@ -159,6 +160,7 @@ class TokenOutput:
     stop_reason: int | str | None = None  # the stop token id or stop string that matched; None for eos and the rest
     error: str | None = None
     num_cached_tokens: int = 0
+    queue_seconds: float | None = None  # from the request's arrival to its first step
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,9 @@ class Scheduler:
         budget = self._schedule_running(chosen)
         if not self.counts.num_preempted:  # who was just put out would come straight back in
             self._schedule_waiting(chosen, budget)
+        for item in chosen.values():
+            if item.sequence.queue_seconds is None:
+                item.sequence.queue_seconds = now - item.sequence.request.arrival_seconds
         versions = {lora.version for item in chosen.values() for lora in item.sequence.request.loras}
         adapter_slots = {}
         for version in sorted(versions):
@@ -170,6 +173,7 @@ class Scheduler:
             finish_reason=reason,
             stop_reason=stop_reason,
             num_cached_tokens=sequence.num_cached_tokens,
+            queue_seconds=sequence.queue_seconds,
         )
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> tuple[FinishReason | None, int | None]:

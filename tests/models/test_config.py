@@ -89,6 +89,7 @@ def same_as_transformers(fields: dict[str, Any]) -> None:
     assert {name: getattr(oracle, name) for name in pairs} == pairs
     eos = oracle.eos_token_id
     assert ours.eos_token_ids == tuple(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    oracle.standardize_rope_params()  # as its rotary embedding does before it reads them
     rope = oracle.rope_parameters
     assert rope["rope_theta"] == ours.rope_theta
     kinds = {"default": type(None), "linear": LinearRope, "llama3": Llama3Rope}
@@ -119,6 +120,11 @@ _LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "orig
             {"rope_parameters": {"rope_type": "llama3", "rope_theta": 3.0, **_LLAMA3}},
             3.0,
             Llama3Rope(8.0, 1.0, 4.0, 64),
+        ),
+        (  # transformers gives the field beside the dictionary priority (Phi-3 writes it so)
+            {"original_max_position_embeddings": 32, "rope_scaling": {"rope_type": "llama3", **_LLAMA3}},
+            1e4,
+            Llama3Rope(8.0, 1.0, 4.0, 32),
         ),
     ],
 )

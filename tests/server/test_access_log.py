@@ -151,6 +151,7 @@ def test_nothing_of_the_clients_text_or_key_is_logged() -> None:
                 server.script(raise_on_submit=RuntimeError(CANARY))
                 client.post("/v1/chat/completions", json=chat_body(CANARY))
                 client.get(f"/{CANARY}?q={CANARY}", headers={"User-Agent": CANARY, "X-Other": CANARY})
+                client.get(f"/v1/models/{CANARY}")
                 client.get("/v1/models", headers={"Authorization": f"Bearer {CANARY}"})
                 client.post(
                     "/v1/completions", content=f'{{"prompt": "{CANARY}', headers={"Content-Type": "application/json"}

@@ -12,6 +12,7 @@ from api_server import (
     PIRATE_VERSION,
     TERSE,
     TERSE_VERSION,
+    WAIT,
     chat_body,
     http_post,
     read_all,
@@ -134,6 +135,22 @@ def test_gauges_return_to_zero(server: EngineServer) -> None:
         assert f'vllm:{gauge}{{model_name="{BASE}"}} 0.0' in text
     assert 'running_lora_adapters="",waiting_lora_adapters=""' in text
     assert "guanaco_engine_heartbeat_age_seconds 0.0" in text
+
+
+def test_queue_and_prefill_times_are_measured(server: EngineServer) -> None:
+    def seconds(name: str, what: str = "sum") -> float:
+        name = f"vllm:request_{name}_time_seconds_{what}"
+        return server.state.metrics.registry.get_sample_value(name, {"model_name": BASE})
+
+    names = ("queue", "prefill", "decode", "inference")
+    before = {name: (seconds(name), seconds(name, "count")) for name in names}
+    with server.client() as client:
+        client.post(CHAT, json=chat_body("x", max_tokens=5))
+    server.assert_quiet()
+    took = {name: seconds(name) - before[name][0] for name in names}
+    assert all(seconds(name, "count") == before[name][1] + 1 for name in names)
+    assert all(0 < took[name] < WAIT for name in names)
+    assert took["prefill"] + took["decode"] == pytest.approx(took["inference"])
 
 
 def test_hundred_streams_over_three_models(server: EngineServer) -> None:

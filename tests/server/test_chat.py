@@ -14,7 +14,7 @@ from api_server import (
     make_state,
     sse_data,
 )
-from fake_engine import ASSISTANT, BOS, END, SYSTEM, USER, reply_of
+from fake_engine import ASSISTANT, BOS, END, SYSTEM, USER, FakeTemplate, reply_of
 
 from guanaco.server.api.sampling import SamplingDefaults
 from guanaco.server.engine.request import LoraRef, SamplingParams
@@ -193,6 +193,24 @@ def test_stop_string_ends_the_answer_and_is_reported(server: LiveServer) -> None
     assert answer["choices"][0]["stop_reason"] == " "
 
 
+def test_stop_strings_of_the_template() -> None:
+    """A model of that format would go on and write the user's part too; unless it is to run on regardless."""
+    state = make_state()
+    state.tokenizer.chat_template = FakeTemplate(stop_strings=(" ", "### Human:"))
+    with LiveServer(state) as server:
+        answer = post(server, chat_body("hello", stop=["€", " "]))
+        assert server.engine.requests[-1].params.stop_strings == ("€", " ", "### Human:")
+        assert answer["choices"][0]["finish_reason"] == "stop"
+        post(server, chat_body("hello", max_tokens=5, ignore_eos=True))
+        assert server.engine.requests[-1].params.stop_strings == ()
+        object.__setattr__(state, "chat_template", FakeTemplate(("own",)))
+        post(server, chat_body("hello", max_tokens=5))
+        assert server.engine.requests[-1].params.stop_strings == ("own",)
+        with server.client() as client:
+            client.post("/v1/completions", json={"model": BASE, "prompt": "x", "max_tokens": 5})
+        assert server.engine.requests[-1].params.stop_strings == ()
+
+
 def test_end_of_sequence_is_a_stop(server: LiveServer) -> None:
     answer = post(server, chat_body("hello"))
     assert answer["choices"][0]["message"]["content"] == reply_of(server.engine.requests[-1])
@@ -319,7 +337,7 @@ def test_template_that_refuses_the_messages(server: LiveServer) -> None:
 
 def test_model_without_template() -> None:
     state = make_state()
-    state.tokenizer.has_chat_template = False
+    state.tokenizer.chat_template = None
     with LiveServer(state) as server:
         error = post(server, chat_body("x"), 400)["error"]
         assert error["code"] == "no_chat_template"

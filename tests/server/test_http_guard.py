@@ -7,11 +7,13 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from api_server import BASE, WAIT, LiveServer, chat_body, http_post, make_state, read_all
 from fake_engine import reply_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 HEADER_SECONDS, BODY_SECONDS, KEEP_ALIVE_SECONDS = 0.4, 0.6, 0.8
 GET = b"GET /version HTTP/1.1\r\nHost: t\r\n\r\n"
@@ -108,6 +110,19 @@ def test_half_a_request_is_told_why_it_ends(impatient: LiveServer, length: int) 
     answer = impatient.raw(http_post("/v1/chat/completions", chat_body("x"))[:length])
     assert status_of(answer) == 408
     assert code_of(answer) == "request_timeout"
+
+
+def test_dribbled_head_behind_a_slow_answer(impatient: LiveServer) -> None:
+    """Pipelined: its time begins when the answer before it is complete, and then it is bounded too."""
+    gate = impatient.gate()
+    with impatient.connect() as sock:
+        sock.sendall(http_post("/v1/chat/completions", chat_body("x", max_tokens=2), close=False) + b"GET / HT")
+        impatient.until(lambda engine: engine.running)
+        time.sleep(HEADER_SECONDS * 1.3)
+        impatient.open(gate)
+        assert sock.recv(65536).startswith(b"HTTP/1.1 200")
+        seconds_until_closed(sock, b"TP/1.1\r\nX-Long: " + b"x" * 1000)
+    impatient.script()
 
 
 def test_dribbled_empty_lines(impatient: LiveServer) -> None:
@@ -218,6 +233,40 @@ def test_malformed_requests(server: LiveServer, request_bytes: bytes) -> None:
     assert code_of(answer) == "malformed_request"
     with server.client() as client:
         assert client.get("/version").status_code == 200
+
+
+_GOOD = http_post("/v1/completions", {"model": BASE, "prompt": "x", "max_tokens": 1}, close=False)
+_CHUNKED = b'POST /tokenize HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{"a":\r\n2\r\n1}\r\n0\r\n\r\n'
+_parts = st.one_of(
+    st.sampled_from([b"\r\n", b"\r\n\r\n", b" ", b":", b"\x00", b"Content-Length: 5\r\n", b"Connection: upgrade\r\n"]),
+    st.binary(max_size=6),
+)
+_mutations = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 12), _parts), max_size=3)
+
+
+def test_mutated_bytes_never_break_the_server(server: LiveServer, proof_count: Callable[[int, int], int]) -> None:
+    """Valid requests with pieces cut out and put in: an HTTP answer or none, and always an end."""
+    statuses: dict[int, int] = {}
+
+    @settings(max_examples=proof_count(300, 20_000), deadline=None, derandomize=True, database=None)
+    @given(st.sampled_from([_GOOD, _GOOD + _GOOD, _CHUNKED, GET]), _mutations)
+    def check(raw: bytes, mutations: list[tuple[float, int, bytes]]) -> None:
+        for where, cut, put in mutations:
+            at = int(where * len(raw))
+            raw = raw[:at] + put + raw[at + cut :]
+        with server.connect() as sock:
+            with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+                sock.sendall(raw)
+                sock.shutdown(socket.SHUT_WR)
+            answer = read_all(sock)
+        assert answer == b"" or answer.startswith(b"HTTP/1.1 ")
+        status = status_of(answer)
+        assert status < 500
+        statuses[status] = statuses.get(status, 0) + 1
+
+    check()
+    assert statuses[400] > 20
+    assert server.raw(http_post("/tokenize", {"prompt": "x"})).startswith(b"HTTP/1.1 200")
 
 
 def test_malformed_chunk_in_a_body(server: LiveServer) -> None:

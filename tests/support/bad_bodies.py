@@ -201,6 +201,8 @@ def _broken_json(good: bytes) -> Iterator[Case]:
             inside + b',"user":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
             inside + b',"user":' + b'{"a":' * 5000 + b"1" + b"}" * 5000 + b"}",
             inside + b',"user":' + b"[" * 10_000,
+            inside + b',"user":[' + b"[]," * 100_000 + b"1]}",
+            inside + b',"user":[' + b"{}," * 1_200_000 + b"1]}",
         )
     ):
         yield f"json-{index}", body, 400, ANY

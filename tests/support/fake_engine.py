@@ -24,6 +24,11 @@ class TemplateProblem(Exception):
     """What the fake chat template raises: it wants the first message not to come from the assistant."""
 
 
+@dataclass(frozen=True)
+class FakeTemplate:
+    stop_strings: tuple[str, ...] = ()
+
+
 class FakeTokenizer:
     """Byte-level, with six special tokens. The chat template puts a role token before each message and END behind."""
 
@@ -31,7 +36,9 @@ class FakeTokenizer:
     eos_ids = (EOS,)
     vocab_size = VOCAB_SIZE
     special_ids = frozenset(SPECIAL_TEXTS)
-    has_chat_template = True
+
+    def __init__(self) -> None:
+        self.chat_template: FakeTemplate | None = FakeTemplate()
 
     def encode(self, text: str, *, add_bos: bool | None = None) -> list[int]:
         return [BOS] * (add_bos is not False) + list(text.encode())

@@ -7,7 +7,6 @@ Time is a number, chance is a seed: a failure is `Simulation(seed)` again. Runs 
 from collections import Counter
 from dataclasses import dataclass, field
 from random import Random
-from weakref import WeakKeyDictionary
 
 from fake_runner import FakeRunner, namespace_number, namespace_of_request, next_state, next_token
 
@@ -71,8 +70,8 @@ class World:
             num_slots=random.choice((0, 1, 2, 2, 3)),
             num_adapters=random.choice((1, 2, 4, 6)),
             queue_timeout_seconds=random.choice((0.0, 30.0, 200.0)),
-            vocab_size=random.choice((3, 24, 50)),
-            submit_chance=random.choice((0.05, 0.2, 0.4)),
+            vocab_size=random.choice((8, 24, 50)),
+            submit_chance=random.choice((0.1, 0.3, 0.6)),
             abort_chance=random.choice((0.0, 0.02, 0.08)),
             fault_chance=random.choice((0.0, 0.01, 0.05)),
             max_open=random.choice((4, 8, 12)),
@@ -208,7 +207,7 @@ class Simulation:
         self.scheduler = CheckedScheduler(limits, self.blocks, self.slots, frozenset({EOS_ID}), self.faults)
         self.engine = Engine(self.scheduler, self.runner, clock=lambda: self.now)
         self.clients: dict[str, Client] = {}  # open ones
-        self._states: WeakKeyDictionary[BlockContent, list[int]] = WeakKeyDictionary()
+        self._states: dict[BlockContent, list[int]] = {}  # what the runner must have written for it
         self._num_submitted = 0
         self._prompts: list[tuple[int, ...]] = [self._fresh_tokens() for _ in range(3)]
 
@@ -267,7 +266,7 @@ class Simulation:
             runner.max_tokens = self.random.randint(1, 8)
         else:
             runner.max_tokens = None
-            self.now += self.random.choice((0.0, 30.0, 3600.0))
+            self.now += self.random.choice((0.0, 0.0, 20.0, 3600.0))
 
     def _fresh_tokens(self) -> tuple[int, ...]:
         length = self.random.randint(1, self.world.max_model_len - 2)
@@ -291,7 +290,7 @@ class Simulation:
         params = SamplingParams(
             max_tokens=random.choice((1, 5, 12, 30, 100)),
             seed=random.randrange(4),
-            ignore_eos=random.random() < 0.3,
+            ignore_eos=random.random() < 0.5,
             min_tokens=random.choice((0, 0, 3)),
             stop_token_ids=frozenset({STOP_ID}) if random.random() < 0.3 else frozenset(),
             prompt_logprobs=0 if random.random() < 0.1 else None,
@@ -426,6 +425,8 @@ class Simulation:
         """A block that can be found holds what it is found by."""
         states = self._states.get(content)
         if states is None:
+            if len(self._states) > 1000:
+                self._states.clear()
             chain = [content]
             while chain[-1].parent is not None:
                 chain.append(chain[-1].parent)
