@@ -141,7 +141,14 @@ def quantize(matrix: Tensor, *, double_quant: bool = True) -> Nf4Weight:
         raise ValueError(f"NF4 needs a matrix that is not empty, got shape {list(matrix.shape)}")
     if matrix.dtype not in SOURCE_DTYPES:
         raise ValueError(f"NF4 needs float32, float16 or bfloat16, got {dtype_name(matrix.dtype)}")
-    flat = matrix.detach().reshape(-1)
+    # On one thread: a sum's rounding depends on how many threads share it, and the passes are too short to share where
+    # another process wants the cores (ten times slower here). One thread does about 150 million weights a second.
+    with _one_thread():
+        return _quantize(matrix.detach(), double_quant)
+
+
+def _quantize(matrix: Tensor, double_quant: bool) -> Nf4Weight:
+    flat, shape = matrix.reshape(-1), (matrix.shape[0], matrix.shape[1])
     num_groups = -(-flat.numel() // GROUP_SIZE)
     packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(num_groups, dtype=torch.float32, device=flat.device)
@@ -150,11 +157,9 @@ def quantize(matrix: Tensor, *, double_quant: bool = True) -> Nf4Weight:
         codes, chunk_absmax = _quantize_groups(flat[start:stop].float())
         packed[start // 2 : (stop + 1) // 2] = pack(codes)
         absmax[group : group + chunk_absmax.numel()] = chunk_absmax
-    shape = (matrix.shape[0], matrix.shape[1])
     if not double_quant:
         return Nf4Weight(packed, absmax, shape, matrix.dtype)
-    with _one_thread():  # a sum's rounding depends on how many threads share it
-        offset = absmax.mean()
+    offset = absmax.mean()
     scale_codes, nested_absmax = quantize_scales(absmax - offset)
     return Nf4Weight(packed, scale_codes, shape, matrix.dtype, nested_absmax, dynamic_map(flat.device), offset.item())
 

@@ -5,7 +5,7 @@ Knows nothing of NF4 or of tokenizers, whose metadata it hands on. Called by `ch
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from guanaco.models.config import Llama3Rope, LlamaConfig, parse_config
 from guanaco.models.errors import ModelError
+from guanaco.models.gguf_table import GgufTensor, read_table
 from guanaco.models.layers import rope_frequencies
 from guanaco.models.memory import mapped_zeros
 from guanaco.models.raw_file import FileLayout, RawFile
@@ -51,14 +52,6 @@ def gguf_name(name: str) -> str:
     return f"blk.{index}.{_LAYER[part]}.{kind}"
 
 
-@dataclass(frozen=True)
-class _Entry:
-    type: Any  # gguf.GGMLQuantizationType
-    shape: tuple[int, ...]  # rows first, as in torch
-    offset: int
-    num_bytes: int
-
-
 class GgufCheckpoint:
     """An open GGUF file. `metadata` has its key-value pairs as Python values; `config` is made from them."""
 
@@ -69,7 +62,7 @@ class GgufCheckpoint:
         self.path = path
         self._file = RawFile(path)
         try:
-            self.metadata, self._entries = _read_table(self._file)
+            self.metadata, self._entries = read_table(self._file)
             self.config = self._parse_config()
         except BaseException:
             self.close()
@@ -118,7 +111,7 @@ class GgufCheckpoint:
         heads = {"q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads}.get(name.split(".")[-2])
         return stored if heads is None else stored.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(stored.shape)
 
-    def _decode(self, name: str, entry: _Entry, data: Any, *, full: bool) -> Tensor:
+    def _decode(self, name: str, entry: GgufTensor, data: Any, *, full: bool) -> Tensor:
         plain = {_TYPES.F32: torch.float32, _TYPES.F16: torch.float16, _TYPES.BF16: torch.bfloat16}.get(entry.type)
         if plain is not None:
             return torch.from_numpy(data).view(plain).view(entry.shape)
@@ -158,24 +151,7 @@ class GgufCheckpoint:
         return scaled
 
 
-def _read_table(file: RawFile) -> tuple[dict[str, Any], dict[str, _Entry]]:
-    """Metadata and table of contents. gguf's reader maps the file; the map is gone when this returns."""
-    try:
-        reader = gguf.GGUFReader(file.path)
-        metadata = {name: field.contents() for name, field in reader.fields.items()}
-        entries = {
-            t.name: _Entry(t.tensor_type, tuple(int(n) for n in reversed(t.shape)), int(t.data_offset), int(t.n_bytes))
-            for t in reader.tensors
-        }
-    except (OSError, ValueError, KeyError, IndexError, OverflowError, MemoryError) as error:
-        raise file.damaged(f"it is no readable GGUF file ({error})") from error
-    end = max((entry.offset + entry.num_bytes for entry in entries.values()), default=0)
-    if end > file.num_bytes:
-        raise file.damaged(f"it is truncated: {file.num_bytes} of {end} bytes are there")
-    return metadata, entries
-
-
-def _config_fields(path: Path, metadata: dict[str, Any], entries: dict[str, _Entry]) -> dict[str, Any]:
+def _config_fields(path: Path, metadata: dict[str, Any], entries: dict[str, GgufTensor]) -> dict[str, Any]:
     """The metadata as the fields of a config.json, for `parse_config` to judge."""
 
     def get(key: str, *, needed: bool = True) -> Any:

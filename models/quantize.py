@@ -27,6 +27,8 @@ from guanaco.kernels.nf4_state import to_state
 from guanaco.models.checkpoint import Checkpoint, open_checkpoint
 from guanaco.models.config import LlamaConfig, read_json
 from guanaco.models.errors import ModelError
+from guanaco.models.gguf_file import GgufCheckpoint
+from guanaco.models.gguf_tokenizer import tokenizer_files
 from guanaco.models.llama import projection_shapes
 
 # What QLoRA quantises: the seven projections of every layer. Everything else stays in 16 bit: embeddings and head,
@@ -178,6 +180,13 @@ class Nf4CheckpointWriter:
         except OSError as error:
             raise _write_error(self.dst, error) from error
 
+    def write_text(self, name: str, text: str) -> None:
+        """Add a small text file."""
+        try:
+            (self._directory / name).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise _write_error(self.dst, error) from error
+
     def close(self) -> None:
         """Write what is left, the index and config.json, and give the directory its name."""
         if self._shard:
@@ -264,6 +273,9 @@ def quantize_checkpoint(
     ):
         if source.is_quantized:
             raise ModelError(f"{src} is in NF4 already: serve it as it is, or give the dense model it was made from")
+        if isinstance(source, GgufCheckpoint):
+            for file, text in tokenizer_files(source.metadata, str(source.path)).items():
+                writer.write_text(file, text)
         for name, shape in _weights(source.config):
             stored = source.matrix(name, shape) if len(shape) == 2 else source.tensor(name, shape)
             assert isinstance(stored, Tensor), name  # the source says that nothing in it is quantised

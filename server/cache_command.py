@@ -3,9 +3,6 @@
 import time
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from guanaco.models.model_cache import list_cached_models, prune_cached_models
 from guanaco.server.errors import CommandError
 from guanaco.server.plan import human_bytes
@@ -19,11 +16,10 @@ def list_models(cache_dir: Path) -> None:
     if not entries:
         print(f"{cache_dir}: nothing is cached")
         return
-    table = Table("name", "made from", "size", "last used", box=None, pad_edge=False)
+    print(f"{'name':{_KEY_LENGTH}}  {'size':>10}  {'last used':16}  made from")
     for entry in entries:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used_seconds))
-        table.add_row(entry.key[:_KEY_LENGTH], entry.source, human_bytes(entry.num_bytes), used)
-    Console(highlight=False, soft_wrap=True).print(table)
+        print(f"{entry.key[:_KEY_LENGTH]}  {human_bytes(entry.num_bytes):>10}  {used}  {entry.source}")
     print(f"{cache_dir}: {human_bytes(sum(entry.num_bytes for entry in entries))} in {len(entries)} models")
 
 

@@ -27,13 +27,15 @@ from guanaco.server.metrics import Metrics
 from guanaco.server.plan import human_bytes
 from guanaco.server.wiring import Runtime, build_runtime
 
+_LOG_WIDTH = 160  # of the banner where it goes to a file or a container's log
+
 
 def run_server(settings: Settings) -> int:
     """Serve until a signal; the exit code. What is wrong with the settings is found before anything slow happens."""
     keys = KeyRing.from_settings(settings)
     _check_exposure(settings, keys)
     sock = bind(settings)
-    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
     runtime = build_runtime(settings, console)
     state = _api_state(settings, runtime, keys)
     port = sock.getsockname()[1]
@@ -122,7 +124,7 @@ def _show_banner(console: Console, settings: Settings, runtime: Runtime, port: i
         table.add_row(f"[dim]{label}[/]", text)
     console.rule("[bold]Guanaco[/]", align="left")
     console.print(table)
-    console.print(f"try it:\n{_curl_line(url, runtime, has_keys)}", markup=False)
+    console.print(f"try it:\n{_curl_line(url, runtime, has_keys)}", markup=False, soft_wrap=True)
     console.rule()
 
 

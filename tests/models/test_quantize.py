@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,7 +20,9 @@ from guanaco.kernels.nf4 import Nf4Weight, dtype_name, quantize
 from guanaco.kernels.nf4_state import from_state, quantized_names
 from guanaco.models import checkpoint
 from guanaco.models import quantize as quantize_module
+from guanaco.models.config import read_config
 from guanaco.models.errors import ModelError
+from guanaco.models.gguf_file import gguf_name
 from guanaco.models.quantize import (
     PROJECTIONS,
     Nf4CheckpointWriter,
@@ -28,6 +31,7 @@ from guanaco.models.quantize import (
     quantize_checkpoint,
     quantize_tensor,
 )
+from guanaco.models.tokenizer import Tokenizer
 
 TOKENS = torch.tensor([[5, 9, 200, 33, 7, 7, 380, 1, 0, 42], [8, 3, 1, 64, 99, 5, 2, 17, 301, 6]])
 
@@ -45,6 +49,58 @@ def assert_same_tensors(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> N
     for name, tensor in theirs.items():
         assert ours[name].dtype == tensor.dtype, name
         assert torch.equal(ours[name], tensor), name
+
+
+def write_gguf(path: Path, src: Path) -> Path:
+    """The tiny checkpoint at `src` as llama.cpp's converter has it: float32, q and k reordered, tokenizer inside."""
+    config = read_config(src)
+    tokenizer = json.loads((src / "tokenizer.json").read_text())
+    ids = tokenizer["model"]["vocab"] | {t["content"]: t["id"] for t in tokenizer["added_tokens"]}
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_block_count(config.num_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(sorted(ids, key=lambda token: ids[token]))
+    writer.add_token_types([3] * 3 + [1] * (len(ids) - 3))
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    for name, tensor in read_tensors(src).items():
+        stored = gguf_name(name.removeprefix("model."))
+        heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}.get(stored.split(".")[-2])
+        if heads is not None:
+            tensor = tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)
+        writer.add_tensor(stored, tensor.float().contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_file_becomes_a_whole_checkpoint(tmp_path: Path) -> None:
+    """The weights of the directory that it was made from, and a tokenizer: what comes out can be served."""
+    src = make_tiny_llama(tmp_path / "src")
+    quantize_checkpoint(src, tmp_path / "from_directory")
+    quantize_checkpoint(write_gguf(tmp_path / "model.gguf", src), tmp_path / "from_gguf")
+    theirs = read_tensors(tmp_path / "from_directory")
+    ours = read_tensors(tmp_path / "from_gguf")
+    for name in quantized_names(theirs):
+        assert from_state(ours, name).fingerprint() == from_state(theirs, name).fingerprint()
+    assert_same_tensors(
+        {n: t for n, t in ours.items() if "quant_state" not in n},  # that says float32 here, bfloat16 there
+        {n: t for n, t in theirs.items() if "quant_state" not in n},
+    )
+    assert Tokenizer.from_directory(tmp_path / "from_gguf").encode("Hello, you") == Tokenizer.from_directory(
+        tmp_path / "from_directory"
+    ).encode("Hello, you")
 
 
 @pytest.mark.parametrize("double", [True, False])

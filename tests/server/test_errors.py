@@ -218,6 +218,7 @@ _bodies = st.builds(
 )
 
 
+@pytest.mark.timeout(1800)  # the full count
 def test_generated_bodies_never_break_the_server(server: LiveServer, proof_count: Callable[[int, int], int]) -> None:
     connection = Connection(server)
     counts: dict[int, int] = {}

@@ -91,6 +91,13 @@ def test_dribbled_head(impatient: LiveServer, begin: bytes) -> None:
     assert status_of(received) in (408, 0)  # a byte sent after the end resets the connection, answer and all
 
 
+def test_the_time_for_a_head_begins_with_its_first_byte(impatient: LiveServer) -> None:
+    with impatient.connect() as sock:
+        time.sleep(HEADER_SECONDS * 0.6)
+        seconds, _ = seconds_until_closed(sock, b"GET / HTTP/1.1\r\nX-Long: " + b"x" * 1000)
+    assert seconds >= HEADER_SECONDS * 0.9
+
+
 @pytest.mark.parametrize("begin", [b"", GET])
 def test_dribbled_body(impatient: LiveServer, begin: bytes) -> None:
     whole = http_post("/v1/chat/completions", chat_body("x" * 1000))
@@ -244,6 +251,7 @@ _parts = st.one_of(
 _mutations = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 12), _parts), max_size=3)
 
 
+@pytest.mark.timeout(1800)  # the full count
 def test_mutated_bytes_never_break_the_server(server: LiveServer, proof_count: Callable[[int, int], int]) -> None:
     """Valid requests with pieces cut out and put in: an HTTP answer or none, and always an end."""
     statuses: dict[int, int] = {}

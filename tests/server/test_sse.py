@@ -181,6 +181,18 @@ def test_engine_stream_that_ends_without_a_finish(server: LiveServer) -> None:
     assert "[DONE]" not in events
 
 
+def test_engine_stream_that_raises(server: LiveServer) -> None:
+    with server.client() as client:
+        server.script(raise_after=3)
+        events = sse_data(client.post(CHAT, json=BODIES[CHAT]).content)
+        assert [event.get("error", {}).get("code") for event in events] == [None, None, None, "internal_error"]
+        for streaming in (False, True):
+            server.script(raise_after=0)
+            response = client.post(CHAT, json={**BODIES[CHAT], "stream": streaming})
+            assert response.status_code == 500
+            assert "SECRET" not in response.text
+
+
 def test_engine_that_dies_in_the_middle() -> None:
     """Every open request gets its error: JSON where nothing was sent yet, an event where something was."""
     with LiveServer(make_state()) as server:

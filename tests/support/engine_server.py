@@ -53,6 +53,10 @@ class MadeUpModel:
         self.num_steps += 1
         return tuple(self._token(item) for item in batch.sequences)
 
+    def probe(self) -> None:
+        if self.fail is not None:
+            raise self.fail
+
     def _token(self, item: ScheduledSequence) -> SampledToken:
         sequence = item.sequence
         if not item.needs_sample:

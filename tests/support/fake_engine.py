@@ -84,6 +84,7 @@ class Script:
     raise_on_submit: Exception | None = None
     hide_every: int = 0  # every so many tokens one comes without its text, which comes with the next
     end_without_finish: bool = False
+    raise_after: int | None = None  # tokens, then an exception that the API can't know
     cached_tokens: int = 0
 
 
@@ -131,6 +132,9 @@ class FakeStream:
             await self._pace(script)
             if script.fail_after == position and self.failure is None:
                 self.failure = script.failure
+            if script.raise_after == position:
+                self._leave()
+                raise RuntimeError("SECRET")
             if self.failure is not None:
                 self._leave()
                 yield self._output("", (), (), (), FinishReason.ERROR, None, self.failure, position)

@@ -1,0 +1,157 @@
+"""The verbs beside `serve`, each run as it is typed, on a tiny model."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from tiny_adapters import make_adapter
+from tiny_models import make_tiny_llama
+from typer.testing import CliRunner, Result
+
+from guanaco.models.checkpoint import open_checkpoint
+from guanaco.models.config import read_config
+from guanaco.models.llama import projection_shapes
+from guanaco.server.cli import app
+from guanaco.server.config import ENV_PREFIX
+from guanaco.server.doctor import weights_bytes
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("models") / "tiny", kind="gqa")
+
+
+@pytest.fixture(scope="module")
+def adapters(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DIR with a0, a1, a2, as the peers' adapter maker lays them out."""
+    folder, config = tmp_path_factory.mktemp("adapters"), read_config(model)
+    targets = {
+        f"layers.{i}.{name}": (k, n)
+        for i in range(config.num_layers)
+        for name, (n, k) in projection_shapes(config).items()
+    }
+    for number in range(3):
+        make_adapter(folder / f"a{number}", targets, 4 + number, 8, seed=number)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in list(os.environ):
+        if name.startswith(ENV_PREFIX):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("GUANACO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("GUANACO_THREADS", "1")
+    monkeypatch.setenv("GUANACO_KV_CACHE_MEMORY", "4MiB")
+
+
+def _guanaco(*arguments: object, input: str | None = None) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments], input=input, catch_exceptions=False)
+
+
+def test_bench_prints_the_keys_of_the_peers_drivers(model: Path) -> None:
+    done = _guanaco("bench", "--model", model, "--prompt", 64, "--batches", "1,3", "--json")
+    assert done.exit_code == 0, done.output
+    (line,) = done.stdout.strip().splitlines()
+    result = json.loads(line)
+    assert list(result) == ["engine", "model", "threads", "pp64", "tg1", "tg3"]
+    assert (result["engine"], result["model"], result["threads"]) == ("guanaco reference", str(model), 1)
+    assert min(result["pp64"], result["tg1"], result["tg3"]) > 0
+
+
+def test_bench_with_adapters(model: Path, adapters: Path) -> None:
+    done = _guanaco("bench", "--model", model, "--adapters", f"{adapters}:3", "--prompt", 8, "--batches", "4", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["tg4"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("--batches", "1,x"), "--batches 1,x"),
+        (("--batches", "0"), "--batches 0"),
+        (("--adapters", "nowhere"), "--adapters nowhere"),
+        (("--prompt", "5000"), "tokens are needed"),
+        (("--max-num-batched-tokens", "3", "--max-num-seqs", "3", "--adapters", "/nowhere:2"), "no directory"),
+    ],
+)
+def test_bench_refuses_what_it_cannot_run(model: Path, arguments: tuple[str, ...], problem: str) -> None:
+    done = _guanaco("bench", "--model", model, *arguments)
+    assert done.exit_code == 2
+    assert problem in done.stderr.strip().splitlines()[-1]
+
+
+def test_generate_is_repeatable_and_knows_adapters(model: Path, adapters: Path) -> None:
+    def answer(*arguments: object) -> str:
+        done = _guanaco("generate", "hello", "--model", model, "--max-tokens", 12, *arguments)
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    assert answer() == answer() != ""
+    assert answer("--temperature", 1, "--seed", 3) == answer("--temperature", 1, "--seed", 3)
+    assert answer("--adapter", f"x={adapters}/a0", "--name", "x") != answer()
+    assert answer("--raw") != answer()
+
+
+def test_generate_refuses_an_unknown_name_and_a_prompt_that_is_too_long(model: Path) -> None:
+    for arguments, problem in ((("hi", "--name", "y"), "nothing is called 'y'"), (("a " * 600,), "the context 512")):
+        done = _guanaco("generate", *arguments, "--model", model)
+        assert done.exit_code == 2
+        assert problem in done.stderr
+
+
+def test_quantize_writes_what_serve_loads(model: Path, tmp_path: Path) -> None:
+    done = _guanaco("quantize", model, tmp_path / "nf4")
+    assert done.exit_code == 0, done.output
+    assert "14 matrices in NF4" in done.stdout
+    assert open_checkpoint(tmp_path / "nf4").is_quantized
+    again = _guanaco("quantize", model, tmp_path / "nf4")
+    assert again.exit_code == 2
+    assert len(again.stderr.strip().splitlines()) == 1
+    base = _guanaco("generate", "hello", "--model", model, "--max-tokens", 9).stdout
+    assert _guanaco("generate", "hello", "--model", tmp_path / "nf4", "--max-tokens", 9).stdout == base
+
+
+def test_models_list_and_prune(model: Path) -> None:
+    assert "nothing is cached" in _guanaco("models", "list").stdout
+    _guanaco("generate", "hello", "--model", model, "--max-tokens", 1)
+    listed = _guanaco("models", "list").stdout
+    assert str(model) in listed
+    assert "KiB in 1 models" in listed
+    name = listed.splitlines()[1].split()[0]
+    assert _guanaco("models", "prune", "0123nothing", "--yes").exit_code == 2
+    assert "nothing was deleted" in _guanaco("models", "prune", name, input="n\n").stdout
+    assert "deleted 1 models" in _guanaco("models", "prune", name, "--yes").stdout
+    assert "nothing is cached" in _guanaco("models", "list").stdout
+
+
+def test_doctor_says_what_would_run(model: Path) -> None:
+    done = _guanaco("doctor", "--model", model, "--json")
+    findings = {f["name"]: f for f in json.loads(done.stdout)["findings"]}
+    assert done.exit_code == 0
+    assert "reference" in findings["kernel providers"]["value"]
+    assert findings["model"]["ok"]
+    assert "processor" in findings
+    assert "ok" in _guanaco("doctor").stdout
+
+
+def test_doctor_fails_for_a_model_that_cannot_run(model: Path, tmp_path: Path) -> None:
+    config = json.loads((model / "config.json").read_text()) | {"model_type": "gpt2"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = _guanaco("doctor", "--model", tmp_path, "--json")
+    assert done.exit_code == 1
+    assert "model_type" in json.loads(done.stdout)["findings"][-1]["advice"]
+
+
+def test_doctors_estimate_is_what_a_7b_takes(model: Path, tmp_path: Path) -> None:
+    """3.60 GiB: guanaco.md 1.6, computed independently."""
+    shape = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 32000, **shape}))
+    assert abs(weights_bytes(read_config(tmp_path)) / 2**30 - 3.60) < 0.01
+
+
+def test_chat_says_how_to_start_a_server() -> None:
+    done = _guanaco("chat", "--url", "http://127.0.0.1:9/v1")
+    assert done.exit_code == 2
+    assert "guanaco serve" in done.stderr
