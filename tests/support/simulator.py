@@ -4,6 +4,7 @@ and the invariants of the scheduler, the block ledger, the prefix cache and the 
 Time is a number, chance is a seed: a failure is `Simulation(seed)` again. Runs on `fake_runner`, without torch.
 """
 
+import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from random import Random
@@ -137,7 +138,8 @@ class CheckedScheduler(Scheduler):
             missing = sequence.num_tokens - sequence.num_computed_tokens
             assert 1 <= item.num_new_tokens <= missing
             assert item.needs_sample == (item.num_new_tokens == missing)
-            assert sequence.num_computed_tokens + item.num_new_tokens <= len(sequence.block_table) * self.blocks.block_size
+            room = len(sequence.block_table) * self.blocks.block_size
+            assert sequence.num_computed_tokens + item.num_new_tokens <= room, "tokens without a block"
         for sequence in self.running:
             most = min(sequence.num_tokens + 1, limits.max_model_len)
             assert len(sequence.block_table) <= -(-most // self.blocks.block_size), "a sequence holds too many blocks"
@@ -208,7 +210,7 @@ class Simulation:
         self.engine = Engine(self.scheduler, self.runner, clock=lambda: self.now)
         self.clients: dict[str, Client] = {}  # open ones
         self._states: dict[BlockContent, list[int]] = {}  # what the runner must have written for it
-        self._num_submitted = 0
+        self._num_made = self._num_submitted = 0
         self._prompts: list[tuple[int, ...]] = [self._fresh_tokens() for _ in range(3)]
 
     # what a world does
@@ -286,7 +288,7 @@ class Simulation:
             most = min(world.num_adapters, world.num_slots + (random.random() < 0.02))  # rarely one too many
             chosen = random.sample(range(world.num_adapters), min(most, random.choice((1, 1, 1, 2))))
             adapters = tuple(LoraRef(f"v{number}", random.choice((1.0, 1.0, 0.5))) for number in chosen)
-        self._num_submitted += 1
+        self._num_made += 1
         params = SamplingParams(
             max_tokens=random.choice((1, 5, 12, 30, 100)),
             seed=random.randrange(4),
@@ -296,7 +298,7 @@ class Simulation:
             prompt_logprobs=0 if random.random() < 0.1 else None,
         )
         return Request(
-            f"r{self._num_submitted}",
+            f"r{self._num_made}",
             prompt,
             params,
             loras=adapters,
@@ -307,6 +309,7 @@ class Simulation:
     # one event each
 
     def submit(self, request: Request) -> bool:
+        self._num_submitted += 1
         fits = len(request.prompt_token_ids) + 1 <= self.world.max_model_len
         fits = fits and len({lora.version for lora in request.loras}) <= self.world.num_slots
         try:
@@ -349,7 +352,8 @@ class Simulation:
             if sequence.status is Status.FINISHED:
                 self.runner.forget(sequence)
         if was_runnable and not stats.num_scheduled_tokens and not self.faults.num_fired:
-            assert not (self.scheduler.waiting or self.scheduler.running), "there is work, and a step did nothing"
+            left = [*self.scheduler.waiting, *self.scheduler.running]
+            assert not left, "there is work, and a step did nothing"
         for request_id, client in self.clients.items():
             assert not client.aborted, f"{request_id} was aborted, and a step later it is still there"
         if report.num_steps % FULL_CHECK_EVERY == 0:
@@ -388,9 +392,9 @@ class Simulation:
         if not output.token_ids:
             return None
         token = output.token_ids[-1]
-        if client.num_tokens >= params.min_tokens:
-            if token in params.stop_token_ids or (token == EOS_ID and not params.ignore_eos):
-                return FinishReason.STOP
+        is_stop = token in params.stop_token_ids or (token == EOS_ID and not params.ignore_eos)
+        if is_stop and client.num_tokens >= params.min_tokens:
+            return FinishReason.STOP
         full = len(client.request.prompt_token_ids) + client.num_tokens >= self.world.max_model_len
         return FinishReason.LENGTH if full or client.num_tokens >= params.max_tokens else None
 
@@ -443,3 +447,17 @@ def simulate(seed: int, num_steps: int) -> Report:
     simulation = Simulation(seed)
     simulation.run(num_steps)
     return simulation.finish()
+
+
+def simulate_many(seeds: range, num_steps: int) -> Report:
+    """Worlds one after the other, their reports added up: one task of a pool of processes."""
+    logging.getLogger("guanaco.server.engine.engine").disabled = True  # every injected fault is logged with its stack
+    total = Report()
+    for seed in seeds:
+        try:
+            report = simulate(seed, num_steps)
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
+        total.num_steps += report.num_steps
+        total.counts += report.counts
+    return total
