@@ -308,7 +308,7 @@ def test_templates_refusals_do_not_show_our_marks(tiny: Tokenizer) -> None:
 
 
 def test_our_stand_ins_are_not_part_of_the_vocabulary(tiny: Tokenizer) -> None:
-    assert tiny.decode([*list(range(tiny.vocab_size, tiny.vocab_size + 100)), -1, 10 ** 9]) == ""
+    assert tiny.decode([*list(range(tiny.vocab_size, tiny.vocab_size + 100)), -1, 10**9]) == ""
     assert [tiny.token_bytes(i) for i in (tiny.vocab_size, tiny.vocab_size + 3, -1, 10**9)] == [b""] * 4
     assert tiny.token_text(tiny.vocab_size) == ""
     assert max(tiny.special_ids) < tiny.vocab_size
