@@ -57,6 +57,23 @@ class ModelRunner:
             first += len(positions) + item.needs_sample
         return tuple(results)
 
+    @torch.inference_mode()
+    def probe(self) -> None:
+        """A forward pass of one token of nobody: without adapters, and without writing to the cache. Its numbers mean
+        nothing (it reads whatever block 0 holds); what counts is whether it raises."""
+        zero = self._tensor([0], torch.int64)
+        batch = ForwardBatch(
+            token_ids=zero,
+            positions=zero,
+            slot_mapping=zero - 1,
+            block_tables=self._tensor([[0]], torch.int32),
+            context_lens=self._tensor([1], torch.int32),
+            cu_seqlens_q=self._tensor([0, 1], torch.int32),
+            logit_rows=zero,
+            lora=None,
+        )
+        self._model.forward(batch, self._kv)
+
     def _draw(self, batch: ScheduledBatch, logits: Tensor, scored: list[range]) -> list[SampledToken]:
         """The next token of each sequence that needs one: its row of logits is the last of its own."""
         indexes, rows, end = [], [], 0
