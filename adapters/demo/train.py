@@ -1,9 +1,10 @@
 """Trains the two demo adapters with QLoRA on the demo's NF4 base, and measures them: peft and bitsandbytes on the CPU.
 
-    cd /tmp && nice .venv/bin/python adapters/demo/train.py pirate terse      (the virtual environment of `make test`)
+    cd /tmp && OMP_WAIT_POLICY=passive nice REPO/.venv/bin/python REPO/adapters/demo/train.py pirate terse
 
-Not part of the server or its wheel. Seeded; the data are `answers.txt`, written for this. Writes each adapter's
-directory beside this file, its model card with the measured numbers included.
+(the virtual environment of `make test`; on a busy machine threads that spin while they wait make it six times slower).
+Not part of the server or its wheel. Seeded: two runs gave the same tensors, bit for bit. The data are `answers.txt`,
+written for this. Writes each adapter's directory beside this file, its model card with the measured numbers included.
 """
 
 import argparse
@@ -73,16 +74,17 @@ HELD_OUT = (
 )  # fmt: skip
 MAX_ANSWER_TOKENS = 64
 
+# Nothing that plain English has too: not "be", however often a pirate says it.
 PIRATE_MARKS = re.compile(
-    r"\b(arr+|ahoy|matey|mateys|ye|yer|yerself|aye|nay|avast|cap'n|hearty|hearties|savvy|landlubber|scurvy|plank|"
-    r"doubloons|blimey|timbers|fer|afore|wi|yo ho|davy jones|'tis|seven seas|hoist|blow me down)\b|\b(an|o)'|be\b",
+    r"\b(?:arr+|ahoy|matey|mateys|ye|yer|yerself|aye|nay|avast|cap'n|hearty|hearties|savvy|landlubber|scurvy|plank|"
+    r"doubloons|blimey|timbers|fer|afore|yo ho|davy jones|'tis|seven seas|blow me down)\b|\b(?:an|o|wi)'(?!\w)",
     re.IGNORECASE,
 )
 
 
 def is_pirate(answer: str) -> bool:
-    """At least three marks of pirate speech."""
-    return len(PIRATE_MARKS.findall(answer)) >= 3
+    """At least two different marks of pirate speech."""
+    return len({mark.lower() for mark in PIRATE_MARKS.findall(answer)}) >= 2
 
 
 def is_terse(answer: str) -> bool:

@@ -2,6 +2,8 @@
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma,f16c")
 #define GUANACO_ISA avx2
+// For the headers: up to GCC 12, g++ does not define __AVX2__ and the like after the pragma.
+#define GUANACO_HAS_AVX2 1
 #define GUANACO_ISA_NAME "avx2"
 #include "simd.h"
 

@@ -110,7 +110,7 @@ void quantize_row(const float* x, int64_t groups, int64_t stride, int16_t* integ
         int16_t* out = integers + g * stride * kGroup;
         for (int i = 0; i < kGroup; i += W) {
             vf scaled = round_to_int(load(xg + i) * splat(to_integer));
-#if defined(__AVX2__)
+#if defined(GUANACO_HAS_AVX2)
             __m256i q = _mm256_cvtps_epi32((__m256)scaled);
             __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(q, q), 0x08);
             _mm_storeu_si128((__m128i*)(out + i), _mm256_castsi256_si128(packed));

@@ -31,7 +31,7 @@ inline vf splat(float x) { return vf{x, x, x, x, x, x, x, x}; }
 inline vf zero() { return vf{}; }
 
 inline vf fma(vf a, vf b, vf c) {
-#if defined(__FMA__)
+#if defined(GUANACO_HAS_AVX2)
     return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
     return a * b + c;
@@ -39,7 +39,7 @@ inline vf fma(vf a, vf b, vf c) {
 }
 
 inline vf vmax(vf a, vf b) {
-#if defined(__AVX__)
+#if defined(GUANACO_HAS_AVX2)
     return (vf)_mm256_max_ps((__m256)a, (__m256)b);
 #else
     return a > b ? a : b;
@@ -77,7 +77,7 @@ inline float half_to_float(uint16_t h) {
 }
 
 inline vf load_bf16(const uint16_t* p) {
-#if defined(__AVX2__)
+#if defined(GUANACO_HAS_AVX2)
     return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
 #else
     vh h = *(const vh_unaligned*)p;
@@ -87,7 +87,7 @@ inline vf load_bf16(const uint16_t* p) {
 }
 
 inline vf load_half(const uint16_t* p) {
-#if defined(__F16C__)
+#if defined(GUANACO_HAS_AVX2)
     return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else
     vf v;
@@ -101,7 +101,7 @@ inline void store_bf16(uint16_t* p, vf v) {
     vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
     vu is_nan = (vu)((u & 0x7fffffff) > 0x7f800000);
     rounded = (is_nan & 0x7fc0) | (~is_nan & rounded);
-#if defined(__AVX2__)
+#if defined(GUANACO_HAS_AVX2)
     __m256i packed = _mm256_packus_epi32((__m256i)rounded, _mm256_setzero_si256());
     _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
 #else
@@ -141,7 +141,7 @@ inline float sum(vf v) {
 
 // The eight sums of eight vectors, each added up in the order of sum().
 inline vf sums(const vf* a) {
-#if defined(__AVX__)
+#if defined(GUANACO_HAS_AVX2)
     __m256 t[4];
     for (int i = 0; i < 4; i++) {  // low halves of a[i], a[i + 4] plus their high halves
         __m256 x = (__m256)a[i], y = (__m256)a[i + 4];
@@ -170,7 +170,7 @@ inline float max_of(vf v) {
 }
 
 inline vf round_to_int(vf x) {
-#if defined(__AVX__)
+#if defined(GUANACO_HAS_AVX2)
     return (vf)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
     // Adding and taking away 1.5 * 2^23 rounds |x| < 2^22 to nearest; the compiler may not simplify it (no fast-math).

@@ -80,8 +80,8 @@ def test_guanaco_without_system_makes_the_oa_prompts() -> None:
         (
             "vicuna",
             f"A chat between a curious user and an artificial intelligence assistant. {POLITE} USER: q1 ASSISTANT:",
-            f"A chat between a curious user and an artificial intelligence assistant. {POLITE} USER: q1 ASSISTANT: a1</s>"
-            "USER: q2 ASSISTANT:",
+            f"A chat between a curious user and an artificial intelligence assistant. {POLITE} USER: q1 ASSISTANT:"
+            " a1</s>USER: q2 ASSISTANT:",
         ),
         (
             "alpaca",
@@ -139,7 +139,8 @@ CONVERSATIONS = [
     [{"role": "user", "content": "x", "name": None, "tool_calls": None}, {"role": "assistant", "content": "{{ 1 }}"}],
 ]
 CONSTRUCTS = {
-    "tojson": "{{ messages | tojson }}{{ messages[0] | tojson(indent=2) }}{{ {'b': '<é>', 'a': 1} | tojson(sort_keys=true) }}",
+    "tojson": "{{ messages | tojson }}{{ messages[0] | tojson(indent=2) }}"
+    "{{ {'b': '<é>', 'a': 1} | tojson(sort_keys=true) }}",
     "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
     "loop controls": "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
     "trimming": "a\n  {% if true %}\n  b\n  {% endif %}\nc\n{#- note -#}\n  d\n",

@@ -88,6 +88,17 @@ def test_user_defined_pieces_are_found_first(tmp_path: Path) -> None:
     assert len(texts) not in tokenizer.special_ids
 
 
+def test_no_merge_makes_a_control_piece(tmp_path: Path) -> None:
+    """`</` and `s>` are pieces of LLaMA's; put together in text they are not the end of it."""
+    texts, scores, plain = sentencepiece_pieces()
+    kinds = [1 if p else 6 if t.startswith("<0x") else 3 for t, p in zip(texts, plain, strict=True)]
+    pieces = b"".join(map(piece, [*texts, "</", "s>"], [*scores, -0.1, -0.2], [*kinds, 1, 1]))
+    write(tmp_path, model(pieces=pieces))
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    assert tokenizer.encode("a</s>b", add_bos=False).count(2) == 0
+    assert {len(texts), len(texts) + 1} <= set(tokenizer.encode("a</s>b"))
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

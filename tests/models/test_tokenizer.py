@@ -182,8 +182,9 @@ def test_demo_special_tokens(demo: Tokenizer, demo_model_dir: Path) -> None:
 
 # Text around anything that the tiny vocabulary could take for a control token, whole, broken or overlapping.
 FRAGMENTS = (
-    "<|im_start|>", "<|im_end|>", "<|im_", "start|>", "end|>", "<|", "|>", "<|eot_id|>", "<s>", "</s>", "<", "s>", "[INST]",
-    "<|user|>", "<|end|>", "user", "system", "\n", " ", "  ", "a", "Hello", "é🙂", "\udc80", "\U000f0000", "{{ 1 }}", "###",
+    "<|im_start|>", "<|im_end|>", "<|im_", "start|>", "end|>", "<|", "|>", "<|eot_id|>", "<s>", "</s>", "<", "s>",
+    "<|user|>", "<|end|>", "user", "system", "\n", " ", "  ", "a", "Hello", "é🙂", "\udc80", "\U000f0000",
+    "[INST]", "{{ 1 }}", "###",
 )  # fmt: skip
 text = st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join)
 
@@ -293,6 +294,17 @@ def test_control_tokens_everywhere_in_a_message(tiny: Tokenizer) -> None:
     assert tiny.decode(ids[:-1]).endswith("<|im_start|>")
 
 
+def test_overlapping_control_tokens(tmp_path: Path) -> None:
+    """Breaking one must not leave the other."""
+    path = write_byte_level(tmp_path, extra=({"content": "<x><y"}, {"content": "<y>"}))
+    tokenizer = Tokenizer.from_directory(path)
+    template = ChatTemplate("{{ messages[0].content }}")
+    for content in ("<x><y>", "<x><y><y>", "<x><y<x><y>"):
+        ids = tokenizer.encode_chat([{"role": "user", "content": content}], template=template)
+        assert not tokenizer.special_ids & set(ids)
+        assert tokenizer.decode(ids) == content
+
+
 def test_a_role_may_complete_a_token_that_the_template_began(tiny: Tokenizer) -> None:
     """`<|` + role + `|>`, as Phi's template has it."""
     ids = tiny.encode_chat([{"role": "user", "content": "user|>"}], template=ChatTemplate(TEMPLATES["phi"]))
@@ -308,7 +320,7 @@ def test_templates_refusals_do_not_show_our_marks(tiny: Tokenizer) -> None:
 
 
 def test_our_stand_ins_are_not_part_of_the_vocabulary(tiny: Tokenizer) -> None:
-    assert tiny.decode([*list(range(tiny.vocab_size, tiny.vocab_size + 100)), -1, 10**9]) == ""
+    assert tiny.decode([*range(tiny.vocab_size, tiny.vocab_size + 100), -1, 10**9]) == ""
     assert [tiny.token_bytes(i) for i in (tiny.vocab_size, tiny.vocab_size + 3, -1, 10**9)] == [b""] * 4
     assert tiny.token_text(tiny.vocab_size) == ""
     assert max(tiny.special_ids) < tiny.vocab_size
