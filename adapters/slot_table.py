@@ -93,12 +93,13 @@ class SlotTable:
     def take_loads(self) -> tuple[tuple[int, str], ...]:
         """The (slot, version) copies that must happen before the next forward pass; each is handed out once.
 
-        By slot, so that a place that changed hands twice within one step is copied once, with what it holds now.
+        By slot, so that a place that changed hands twice within one step is copied once, with what it holds now. Only
+        for versions that are pinned: one that failed and that nobody holds any more is not tried again in every step.
         """
         loads = tuple(
             (slot, version)
             for slot, version in enumerate(self._versions)
-            if version is not None and version != self._stored[slot]
+            if version is not None and version != self._stored[slot] and version in self._pins
         )
         for slot, version in loads:
             self._stored[slot] = version

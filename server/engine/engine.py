@@ -121,7 +121,7 @@ class Engine:
     def _check_runner(self, results: dict[int, SampledToken]) -> None:
         """Where every request failed, find out whether it was their fault. A few bad requests at a quiet time must
         not end the server; a broken device must."""
-        if not results or any(result.error != INTERNAL_ERROR for result in results.values()):
+        if not results or any(r.error not in (INTERNAL_ERROR, ADAPTER_LOAD_FAILED) for r in results.values()):
             return
         try:
             self._runner.probe()

@@ -5,6 +5,7 @@ Plain data, no torch: the scheduler and its simulator run on these in millisecon
 
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
+from typing import NamedTuple
 
 
 class FinishReason(StrEnum):
@@ -106,8 +107,7 @@ class Sequence:
         return len(self.token_ids) - len(self.request.prompt_token_ids)
 
 
-@dataclass(frozen=True)
-class ScheduledSequence:
+class ScheduledSequence(NamedTuple):  # made for every sequence in every step: a dataclass takes four times as long
     """A sequence's share of one step: positions num_computed_tokens … + num_new_tokens − 1."""
 
     sequence: Sequence
@@ -148,8 +148,7 @@ class SampledToken:
     error: str | None = None
 
 
-@dataclass(frozen=True)
-class TokenOutput:
+class TokenOutput(NamedTuple):  # made for every sequence in every step, too
     """What one step did for one request. Exactly one output per request has a finish_reason, and it is the last."""
 
     request_id: str

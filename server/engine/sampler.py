@@ -8,10 +8,14 @@ import hashlib
 import struct
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from guanaco.server.engine.request import SampledToken, SamplingParams, TokenLogprob
+
+FloatArray = NDArray[np.float32]
 
 # Candidates looked at before a row is sorted as a whole: with ordinary parameters top_p and min_p end long before.
 _NUM_CANDIDATES = 1024
@@ -122,53 +126,47 @@ def _draw(logits: Tensor, rows: list[SamplingRow]) -> Tensor:
     temperature = torch.tensor([row.params.temperature for row in rows], dtype=torch.float32, device=logits.device)
     # Subtracting the maximum first keeps a tiny temperature from overflowing to infinity.
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature.unsqueeze(1)
-    probabilities = torch.softmax(scaled, dim=-1)
-    tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
-    filtered = [i for i, row in enumerate(rows) if _is_filtered(row.params)]
-    for index, row in enumerate(rows):
-        if not _is_filtered(row.params):
-            tokens[index] = _pick(probabilities[index], row)
-    if filtered:
-        num = min(_NUM_CANDIDATES, logits.shape[1])
-        values, candidates = probabilities[filtered].topk(num, dim=-1)
-        for index, top, ids in zip(filtered, values, candidates, strict=True):
-            kept = _num_kept(top, rows[index].params)
-            if kept == num < logits.shape[1]:  # the filter may end beyond the candidates
-                top, ids = probabilities[index].sort(descending=True, stable=True)
-                kept = _num_kept(top, rows[index].params)
-            else:
-                top, ids = _by_probability_then_id(top, ids)
-            tokens[index] = ids[_pick(top[:kept], rows[index])]
-    return tokens
+    # numpy sorts 50,000 floats in 0.2 ms where torch takes 5 (Zen 3, 2026-11-24).
+    probabilities = torch.softmax(scaled, dim=-1).cpu().numpy()
+    tokens = [
+        _pick_filtered(p, row) if _is_filtered(row.params) else _pick(p, row)
+        for p, row in zip(probabilities, rows, strict=True)
+    ]
+    return torch.tensor(tokens, device=logits.device)
 
 
 def _is_filtered(params: SamplingParams) -> bool:
     return params.top_p < 1.0 or params.top_k > 0 or params.min_p > 0.0
 
 
-def _by_probability_then_id(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """topk leaves the order of equal values open; a draw must not depend on it."""
-    order = ids.argsort()
-    order = order[values[order].argsort(descending=True, stable=True)]
-    return values[order], ids[order]
+def _pick_filtered(probabilities: FloatArray, row: SamplingRow) -> int:
+    """Sorts values, not ids: the drawn rank gives a value, and among the tokens that have it the lowest id is first."""
+    num = min(_NUM_CANDIDATES, len(probabilities))
+    top = np.sort(np.partition(probabilities, -num)[-num:])[::-1]
+    kept = _num_kept(top, row.params)
+    if kept == num < len(probabilities):  # the filter may end beyond the candidates
+        top = np.sort(probabilities)[::-1]
+        kept = _num_kept(top, row.params)
+    rank = _pick(top[:kept], row)
+    return int(np.flatnonzero(probabilities == top[rank])[rank - int(np.argmax(top == top[rank]))])
 
 
-def _num_kept(probabilities: Tensor, params: SamplingParams) -> int:
+def _num_kept(probabilities: FloatArray, params: SamplingParams) -> int:
     """How many of the descending probabilities pass top_k, top_p (the token that crosses it included) and min_p."""
-    keep = torch.ones_like(probabilities, dtype=torch.bool)
+    keep = np.ones(len(probabilities), dtype=np.bool_)
     if params.top_k > 0:
         keep[params.top_k :] = False
     if params.top_p < 1.0:
-        before = probabilities.double().cumsum(dim=-1) - probabilities
+        before = probabilities.cumsum(dtype=np.float64) - probabilities
         keep &= before < params.top_p
     if params.min_p > 0.0:
         keep &= probabilities >= params.min_p * probabilities[0]
     return max(1, int(keep.sum()))
 
 
-def _pick(probabilities: Tensor, row: SamplingRow) -> Tensor:
+def _pick(probabilities: FloatArray, row: SamplingRow) -> int:
     """The index that the row's uniform number falls on. Sums in float64: 50,000 float32 terms would blur the edges."""
     assert row.params.seed is not None, "the engine gives every request a seed"
-    sums = probabilities.double().cumsum(dim=-1)
+    sums = probabilities.cumsum(dtype=np.float64)
     target = sums[-1] * uniform(row.params.seed, row.position)
-    return torch.searchsorted(sums, target, right=True).clamp_(max=len(sums) - 1)
+    return min(int(np.searchsorted(sums, target, side="right")), len(sums) - 1)

@@ -123,13 +123,10 @@ class Scheduler:
         chosen: dict[int, ScheduledSequence] = {}  # by arrival number
         budget = self._schedule_running(chosen)
         if not self.counts.num_preempted:  # who was just put out would come straight back in
-            self._schedule_waiting(chosen, budget)
-        for item in chosen.values():
-            if item.sequence.queue_seconds is None:
-                item.sequence.queue_seconds = now - item.sequence.request.arrival_seconds
-        versions = {lora.version for item in chosen.values() for lora in item.sequence.request.loras}
+            self._schedule_waiting(chosen, budget, now)
+        with_adapters = [item.sequence.request.loras for item in chosen.values() if item.sequence.request.loras]
         adapter_slots = {}
-        for version in sorted(versions):
+        for version in sorted({lora.version for loras in with_adapters for lora in loras}):
             slot = self.slots.slot_of(version)
             assert slot is not None, "a running sequence's adapter has no slot"
             adapter_slots[version] = slot
@@ -166,24 +163,24 @@ class Scheduler:
         if reason is not None:
             self._release(sequence, reason)
         return TokenOutput(
-            request_id=sequence.request.request_id,
-            token_ids=new_ids,
-            logprobs=() if token.logprob is None else (token.logprob,),
-            prompt_logprobs=token.prompt_logprobs,
-            finish_reason=reason,
-            stop_reason=stop_reason,
+            sequence.request.request_id,
+            new_ids,
+            () if token.logprob is None else (token.logprob,),
+            token.prompt_logprobs,
+            reason,
+            stop_reason,
             num_cached_tokens=sequence.num_cached_tokens,
             queue_seconds=sequence.queue_seconds,
         )
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> tuple[FinishReason | None, int | None]:
-        params = sequence.request.params
-        if sequence.num_output_tokens >= params.min_tokens:
+        params, num_output_tokens = sequence.request.params, sequence.num_output_tokens
+        if num_output_tokens >= params.min_tokens:
             if token_id in params.stop_token_ids:
                 return FinishReason.STOP, token_id
             if token_id in self._eos_ids and not params.ignore_eos:
                 return FinishReason.STOP, None
-        if sequence.num_output_tokens >= params.max_tokens or sequence.num_tokens >= self.limits.max_model_len:
+        if num_output_tokens >= params.max_tokens or sequence.num_tokens >= self.limits.max_model_len:
             return FinishReason.LENGTH, None
         return None, None
 
@@ -206,11 +203,14 @@ class Scheduler:
         Those that need a single token come first, so that no prompt makes them wait; then prompts, oldest first.
         """
         budget = self.limits.max_num_batched_tokens
-        decoding = [s for s in self.running if s.num_tokens - s.num_computed_tokens == 1]
-        catching_up = [s for s in self.running if s.num_tokens - s.num_computed_tokens > 1]
+        decoding: list[Sequence] = []
+        catching_up: list[Sequence] = []
+        for sequence in self.running:
+            missing = len(sequence.token_ids) - sequence.num_computed_tokens
+            (decoding if missing == 1 else catching_up).append(sequence)
         for sequence in decoding:
             if sequence.status is Status.RUNNING and self._make_room(sequence, 1, chosen):
-                chosen[sequence.arrival_number] = ScheduledSequence(sequence, 1, needs_sample=True)
+                chosen[sequence.arrival_number] = ScheduledSequence(sequence, 1, True)
         budget -= len(chosen)
         if chosen:
             budget = min(budget, max(1, int(self.limits.max_num_batched_tokens * PREFILL_SHARE_WHILE_DECODING)))
@@ -234,7 +234,7 @@ class Scheduler:
                 return False
         return True
 
-    def _schedule_waiting(self, chosen: dict[int, ScheduledSequence], budget: int) -> None:
+    def _schedule_waiting(self, chosen: dict[int, ScheduledSequence], budget: int, now: float) -> None:
         """Admit from the queue while there is room: in order, but for those whose adapters find no slot now."""
         refused: set[tuple[str, ...]] = set()  # no slot frees up while we admit: what found none finds none
         reserved = False  # somebody has waited too long for a slot: no other adapter goes first
@@ -251,6 +251,8 @@ class Scheduler:
                 continue
             if not self._admit(sequence, versions):
                 return
+            if sequence.queue_seconds is None:
+                sequence.queue_seconds = now - sequence.request.arrival_seconds
             num_new = min(budget, sequence.num_tokens - sequence.num_computed_tokens)
             self._choose(sequence, num_new, chosen)
             budget -= num_new
