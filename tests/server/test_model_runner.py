@@ -1,0 +1,236 @@
+"""The engine over a real small model: what clients get is what one sequence alone would get, however it was run.
+
+Greedy tokens are compared with a plain loop over the same model (`PagedRun`), log-probabilities with transformers.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from oracles import PagedRun, oracle_logits, reference_ops, transformers_oracle
+from tiny_adapters import make_adapter
+from tiny_models import make_tiny_llama
+
+from guanaco.adapters.registry import AdapterRegistry
+from guanaco.adapters.slot_store import SlotStore
+from guanaco.adapters.slot_table import SlotTable
+from guanaco.adapters.weights import AdapterLimits
+from guanaco.kernels.lora_batch import LoraBatch
+from guanaco.models.kv_cache import PagedKVCache
+from guanaco.models.llama import LlamaModel
+from guanaco.models.loader import load_model
+from guanaco.server.engine.block_manager import BlockManager
+from guanaco.server.engine.engine import Engine
+from guanaco.server.engine.model_runner import ModelRunner
+from guanaco.server.engine.request import FinishReason, LoraRef, Request, SamplingParams, StepStats, TokenOutput
+from guanaco.server.engine.scheduler import Limits, Scheduler
+
+CPU = torch.device("cpu")
+ADAPTERS = ("x", "y", "z")
+
+
+class Setting(NamedTuple):
+    model: LlamaModel
+    registry: AdapterRegistry
+    path: Path
+
+    def version(self, name: str) -> str:
+        entry = self.registry.resolve(name)
+        assert entry is not None
+        return entry.version
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    root = tmp_path_factory.mktemp("runner")
+    path = make_tiny_llama(root / "base", kind="gqa")
+    model = load_model(path, reference_ops()).model
+    registry = AdapterRegistry(model.lora_targets, base_names=("base",), limits=AdapterLimits(max_rank=64))
+    for seed, name in enumerate(ADAPTERS):
+        registry.load(name, make_adapter(root / name, model.lora_targets, rank=2 + 3 * seed, seed=seed))
+    return Setting(model, registry, path)
+
+
+class Run:
+    """An engine of its own over the shared model, run until its requests are done."""
+
+    def __init__(
+        self, setting: Setting, *, num_blocks: int = 200, num_slots: int = 4, budget: int = 64, num_seqs: int = 8
+    ) -> None:
+        kv = PagedKVCache(setting.model.config, num_blocks, 4, torch.float32, CPU)
+        store = SlotStore(setting.model.lora_targets, num_slots, CPU)
+        self.runner = ModelRunner(setting.model, kv, setting.registry, store, frozenset())
+        limits = Limits(num_seqs, budget, max_model_len=128, queue_timeout_seconds=0.0)
+        self.scheduler = Scheduler(limits, BlockManager(num_blocks, 4), SlotTable(num_slots), frozenset())
+        self.engine = Engine(self.scheduler, self.runner, clock=lambda: 0.0)
+        self.outputs: dict[str, list[TokenOutput]] = {}
+        self.steps: list[StepStats] = []
+
+    def __call__(self, *requests: Request) -> dict[str, list[int]]:
+        for one in requests:
+            self.outputs[one.request_id] = []
+            self.engine.add_request(one)
+        while self.engine.has_work:
+            step = self.engine.step()
+            self.steps.append(step.stats)
+            for output in step.outputs:
+                self.outputs[output.request_id].append(output)
+        for one in requests:
+            assert self.outputs[one.request_id][-1].finish_reason is FinishReason.LENGTH
+        return {one.request_id: self.tokens(one.request_id) for one in requests}
+
+    def tokens(self, name: str) -> list[int]:
+        return [token for output in self.outputs[name] for token in output.token_ids]
+
+
+def prompt_of(seed: int, length: int) -> tuple[int, ...]:
+    rng = Random(seed)
+    return tuple(rng.randrange(3, 384) for _ in range(length))
+
+
+def request(
+    setting: Setting, name: str, prompt: tuple[int, ...], *adapters: str, scale: float = 1.0, **fields: Any
+) -> Request:
+    params = SamplingParams(**{"max_tokens": 20, "temperature": 0.0, "seed": 7, **fields})
+    return Request(name, prompt, params, tuple(LoraRef(setting.version(a), scale) for a in adapters))
+
+
+def greedy_alone(setting: Setting, wanted: Request) -> list[int]:
+    """The same sequence with nothing of an engine: whole prompt, then one token at a time."""
+    run = PagedRun(setting.model, seed=5)
+    store = SlotStore(setting.model.lora_targets, len(wanted.loras) or 1, CPU)
+    for slot, lora in enumerate(wanted.loras):
+        store.load(slot, setting.registry.host_copy(lora.version))
+    entries = tuple((slot, lora.scale) for slot, lora in enumerate(wanted.loras))
+    tokens, new = [], list(wanted.prompt_token_ids)
+    for _ in range(wanted.params.max_tokens):
+        lora = LoraBatch.build([entries] * len(new), store.table, CPU) if entries else None
+        new = [int(run.step([(0, new)], lora=lora)[0].argmax())]
+        tokens += new
+    return tokens
+
+
+def mixed_requests(setting: Setting, **fields: Any) -> list[Request]:
+    """Base, each adapter, two at once and scaled ones; prompts from one token to two chunks."""
+    kinds: list[tuple[str, ...]] = [(), ("x",), ("y",), (), ("z",), ("x", "z"), ("y",), ("x",), ()]
+    lengths = (1, 17, 30, 64, 5, 40, 2, 75, 33)
+    return [
+        request(setting, f"r{i}", prompt_of(i, n), *kind, scale=1.0 if i < 6 else 0.5, **fields)
+        for i, (kind, n) in enumerate(zip(kinds, lengths, strict=True))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({}, "together"),
+        ({"budget": 16}, "in small chunks"),
+        ({"num_blocks": 32}, "with preemption"),
+        ({"num_slots": 2}, "with fewer slots than adapters"),
+        ({"num_slots": 2, "num_blocks": 32, "budget": 9}, "all of these"),
+    ],
+    ids=lambda value: value.replace(" ", "_") if isinstance(value, str) else "",
+)
+def test_each_gets_what_it_would_get_alone(setting: Setting, options: dict[str, int], what: str) -> None:
+    run = Run(setting, **options)
+    wanted = mixed_requests(setting)
+    got = run(*wanted)
+    for one in wanted:
+        assert got[one.request_id] == greedy_alone(setting, one), f"{one.request_id}, {what}"
+    preempted = sum(stats.num_preempted for stats in run.steps)
+    assert (preempted > 0) == ("num_blocks" in options), "the case that was meant to be tried"
+    assert len({tuple(tokens) for tokens in got.values()}) == len(wanted), "different requests, different answers"
+
+
+def test_a_prefix_that_is_found_changes_nothing(setting: Setting) -> None:
+    run = Run(setting)
+    prompt = prompt_of(1, 50)
+    first = run(request(setting, "a", prompt, "x"))["a"]
+    again = run(request(setting, "b", prompt, "x"), request(setting, "c", prompt), request(setting, "d", prompt, "y"))
+    found = {name: run.outputs[name][0].num_cached_tokens for name in "abcd"}
+    assert found == {"a": 0, "b": 48, "c": 0, "d": 0}, "an adapter's keys and values are its own"
+    assert again["b"] == first
+    for name, adapters in (("c", ()), ("d", ("y",))):
+        assert again[name] == greedy_alone(setting, request(setting, name, prompt, *adapters))
+
+
+def test_a_seed_draws_the_same_in_any_company(setting: Setting) -> None:
+    """Sampled, with every filter: alone, among changing others, under preemption, in small chunks."""
+    fields = {"temperature": 1.3, "top_p": 0.95, "top_k": 40, "min_p": 0.01, "repetition_penalty": 1.1, "seed": 99}
+    wanted = request(setting, "wanted", prompt_of(50, 21), "y", **fields)
+    alone = Run(setting)(wanted)["wanted"]
+    assert alone != Run(setting)(replace(wanted, params=replace(wanted.params, seed=100)))["wanted"]
+    for seed in range(6):
+        rng = Random(seed)
+        others = [
+            request(
+                setting, f"o{i}", prompt_of(i + 100 * seed, rng.randint(1, 60)), *rng.choice(((), ("x",), ("z",))),
+                temperature=rng.choice((0.0, 1.0)), seed=i, max_tokens=rng.randint(1, 40),
+            )
+            for i in range(8)
+        ]  # fmt: skip
+        others.insert(rng.randrange(9), wanted)
+        run = Run(setting, num_blocks=rng.choice((40, 200)), budget=rng.choice((10, 64)), num_slots=2)
+        assert run(*others)["wanted"] == alone
+
+
+def test_logprobs_are_the_models(setting: Setting) -> None:
+    """Of the output and of the prompt, in one chunk and in many, and after preemption: transformers' numbers."""
+    oracle = transformers_oracle(setting.path)
+    prompt = prompt_of(3, 41)
+    one = request(setting, "r", prompt, logprobs=4, prompt_logprobs=3, max_tokens=30)
+    fillers = [request(setting, f"f{i}", prompt_of(60 + i, 30), max_tokens=40) for i in range(4)]
+    for options, others in (({}, []), ({"budget": 8}, []), ({"num_blocks": 32}, fillers)):
+        run = Run(setting, **options)
+        tokens = run(*others, one)["r"]
+        expected = torch.log_softmax(oracle_logits(oracle, [*prompt, *tokens]).double(), dim=-1)
+        assert sum(s.num_preempted for s in run.steps) > 0 or "num_blocks" not in options
+        prompt_logprobs = [entry for output in run.outputs["r"] for entry in output.prompt_logprobs]
+        logprobs = [entry for output in run.outputs["r"] for entry in output.logprobs]
+        assert [entry.token_id for entry in prompt_logprobs] == list(prompt[1:])
+        assert [entry.token_id for entry in logprobs] == tokens
+        for num_top, position, entry in (
+            *((3, i, entry) for i, entry in enumerate(prompt_logprobs)),
+            *((4, len(prompt) - 1 + i, entry) for i, entry in enumerate(logprobs)),
+        ):
+            row = expected[position]
+            assert entry.logprob == pytest.approx(float(row[entry.token_id]), abs=1e-3)
+            values, ids = row.topk(num_top)
+            assert [token for token, _ in entry.top] == ids.tolist()
+            assert [value for _, value in entry.top] == pytest.approx(values.tolist(), abs=1e-3)
+
+
+def test_a_probe_runs_the_model_and_disturbs_nobody(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = mixed_requests(setting)
+    quiet = Run(setting)(*wanted)
+    run = Run(setting)
+    original = run.runner.run
+
+    def probing(batch: Any) -> Any:
+        run.runner.probe()
+        return original(batch)
+
+    monkeypatch.setattr(run.runner, "run", probing)
+    assert run(*wanted) == quiet
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(setting.model, "forward", broken)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        run.runner.probe()
+
+
+def test_a_model_that_is_not_a_number_ends_that_request(setting: Setting) -> None:
+    """An adapter whose numbers overflow ends the requests that use it; the base beside them is untouched."""
+    wanted = request(setting, "base", prompt_of(8, 20))
+    huge = request(setting, "huge", prompt_of(9, 20), "x", scale=1e38)
+    run = Run(setting)
+    run.engine.add_request(huge)
+    run.outputs["huge"] = []
+    assert run(wanted)["base"] == greedy_alone(setting, wanted)
+    assert run.outputs["huge"][-1].error == "numerical_error"
+    assert len(run.outputs["huge"]) == 1
