@@ -55,6 +55,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         Path(path).write_text(json.dumps(session.config.stash.get(_PROOFS, {}), indent=1))
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure() -> None:
+    """bitsandbytes loads Triton, which lists its own leaks on standard error when Python ends. The last thing said is
+    pytest's summary, which is out by now; a crash at exit still shows in the exit code."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
 @pytest.fixture
 def nan_poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """`torch.empty` and friends return NaN (or the largest integer): an op that forgets a tile cannot pass."""

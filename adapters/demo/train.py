@@ -3,8 +3,8 @@
     cd /tmp && OMP_WAIT_POLICY=passive nice REPO/.venv/bin/python REPO/adapters/demo/train.py pirate terse
 
 (the virtual environment of `make test`; on a busy machine threads that spin while they wait make it six times slower).
-Not part of the server or its wheel. Seeded: two runs gave the same tensors, bit for bit. The data are `answers.txt`,
-written for this. Writes each adapter's directory beside this file, its model card with the measured numbers included.
+Not part of the server or its wheel. Seeded: two runs of `pirate` gave the same tensors, bit for bit (`terse` was run
+once). The data are `answers.txt`, written for this. Writes each adapter's directory beside this file, its model card with the measured numbers included.
 """
 
 import argparse
