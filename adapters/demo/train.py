@@ -4,7 +4,8 @@
 
 (the virtual environment of `make test`; on a busy machine threads that spin while they wait make it six times slower).
 Not part of the server or its wheel. Seeded: two runs of `pirate` gave the same tensors, bit for bit (`terse` was run
-once). The data are `answers.txt`, written for this. Writes each adapter's directory beside this file, its model card with the measured numbers included.
+once). The data are `answers.txt`, written for this. Writes each adapter's directory beside this file, its model card
+with the measured numbers included.
 """
 
 import argparse
