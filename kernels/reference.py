@@ -4,6 +4,7 @@ float32 sums, one rounding to the activations' dtype at the end of an op; runs o
 requests, adapters' names or layers. Chosen by `load_ops("reference", …)`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from guanaco.kernels import LinearHandle
 from guanaco.kernels.lora_batch import LoraBatch
 from guanaco.kernels.nf4 import Nf4Weight
+from guanaco.kernels.ops import LayerWeights, LinearHandle
 
 # Weights decoded at a time where a layer is not kept decoded: 16 MiB of float32.
 TILE_WEIGHTS = 4 << 20
@@ -82,6 +83,9 @@ class ReferenceOps:
 
     def lm_head(self, x: Tensor, weight: LinearHandle) -> Tensor:
         return self._product(x.float(), weight)
+
+    def fuse(self, layers: Sequence[LayerWeights], *, head_dim: int, eps: float) -> None:
+        """Nothing to gain: each op is already many calls into torch."""
 
     def _product(self, x32: Tensor, handle: LinearHandle) -> Tensor:
         """float32 [t, out]: x32 · Wᵀ + bias, a tile of W's rows at a time unless W is there in float32."""

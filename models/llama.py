@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from guanaco.kernels import LinearHandle, Ops
+from guanaco.kernels import LayerWeights, LinearHandle, Ops
 from guanaco.kernels.nf4 import Nf4Weight
 from guanaco.models.config import LlamaConfig
 from guanaco.models.forward_batch import ForwardBatch
@@ -95,6 +95,15 @@ class DecoderLayer:
         x = x + self.attention(self.input_layernorm(x), angles, batch, kv)
         return x + self.mlp(self.post_attention_layernorm(x), batch)
 
+    def weights(self) -> LayerWeights:
+        attention, mlp = self.attention, self.mlp
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        return LayerWeights(
+            self.input_layernorm.weight,
+            tuple(p.weight for p in (*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj)),
+            self.post_attention_layernorm.weight,
+        )
+
 
 class LlamaModel:
     """One base model, its weights in the provider's form.
@@ -114,13 +123,20 @@ class LlamaModel:
         self._norm = self._rms_norm(weights, "norm.weight")
         self._lm_head = self._head(weights)
         self._rotary = Rotary(config, ops.device)
+        layers = [layer.weights() for layer in self._layers]
+        self._fused = ops.fuse(layers, head_dim=config.head_dim, eps=config.rms_norm_eps)
 
     def forward(self, batch: ForwardBatch, kv: PagedKVCache) -> Tensor:
         """float32 logits [r, vocab] of the batch's `logit_rows`; K and V of all its rows are written to `kv`."""
         x = self.ops.embedding(batch.token_ids, self._embedding)
         angles = self._rotary(batch.positions)
-        for index, layer in enumerate(self._layers):
-            x = layer(x, angles, batch, kv.layer(index))
+        caches = [kv.layer(index) for index in range(self.config.num_layers)]
+        if self._fused is not None:
+            sequences = (batch.slot_mapping, batch.block_tables, batch.context_lens, batch.cu_seqlens_q)
+            x = self._fused(x, *angles, caches, *sequences, batch.lora)
+        else:
+            for layer, cache in zip(self._layers, caches, strict=True):
+                x = layer(x, angles, batch, cache)
         return self.ops.lm_head(self._norm(x[batch.logit_rows]), self._lm_head)
 
     def _decoder_layer(self, weights: WeightSource, index: int) -> DecoderLayer:

@@ -17,7 +17,7 @@ from guanaco.adapters.registry import AdapterRegistry, parse_adapter_option
 from guanaco.adapters.slot_store import SlotStore
 from guanaco.adapters.slot_table import SlotTable
 from guanaco.adapters.weights import AdapterLimits
-from guanaco.kernels import Ops, load_ops
+from guanaco.kernels import NativeUnavailable, Ops, load_ops
 from guanaco.models.chat_template import ChatTemplate, load_template
 from guanaco.models.demo import DEMO_NAME, demo_adapters, ensure_demo_model
 from guanaco.models.errors import ModelError
@@ -82,7 +82,7 @@ def build_runtime(settings: Settings, console: Console) -> Runtime:
     """
     num_threads = settings.threads or look().cpu_count
     torch.set_num_threads(num_threads)
-    ops, reason = _load_provider(settings)
+    ops, reason = _load_provider(settings, num_threads)
     base = _load_base(settings, ops, console)
     registry = _load_adapters(settings, base, console)
     plan = _plan(settings, base, registry, ops)
@@ -98,13 +98,30 @@ def build_runtime(settings: Settings, console: Console) -> Runtime:
     )
 
 
-def _load_provider(settings: Settings) -> tuple[Ops, str]:
-    """The kernels, and why these. The reference is all there is in this version."""
-    reason = "asked for with --provider" if settings.provider == "reference" else "the only provider of this version"
+def _load_provider(settings: Settings, num_threads: int) -> tuple[Ops, str]:
+    """The kernels, and why these. Where the native ones cannot be used, that is the reason for the reference."""
     dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
-    name = "reference" if settings.provider == "auto" else settings.provider
-    ops = load_ops(name, device=torch.device("cpu"), dtype=dtype, decoded_weights_bytes=settings.decoded_weights_memory)
-    return ops, reason
+
+    def load(name: str) -> Ops:
+        return load_ops(
+            name,
+            device=torch.device("cpu"),
+            dtype=dtype,
+            decoded_weights_bytes=settings.decoded_weights_memory,
+            threads=num_threads,
+            cpu_isa=settings.cpu_isa,
+        )
+
+    if settings.provider == "reference":
+        return load("reference"), "asked for with --provider"
+    try:
+        ops = load("cpu")
+    except NativeUnavailable as error:
+        if settings.provider == "cpu" or settings.cpu_isa != "auto":
+            raise CommandError(str(error)) from None
+        return load("reference"), f"slow: {error}"
+    why = "asked for with --provider" if settings.provider == "cpu" else "no GPU kernels in this version"
+    return ops, f"{why}; {getattr(ops, 'isa', '')}"
 
 
 def _load_base(settings: Settings, ops: Ops, console: Console) -> Base:

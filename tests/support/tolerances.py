@@ -11,6 +11,10 @@ from torch import Tensor
 # bfloat16: one rounding to 8 bits is off by 2^-8 = 3.9e-3 of a value at most, 1.7e-3 in the root mean square.
 RELATIVE_L2 = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
 
+# Products of NF4 weights by the native kernels: activations of 14 bits, levels of 13, scales of 16. Measured: 1.0e-4 to
+# 1.4e-4 in long rows, more in a row of one group. The issue allows 1.5e-3 and hopes for 3e-4.
+INTEGER_NF4_RELATIVE_L2 = {torch.float32: 3e-4, torch.bfloat16: 4e-3}
+
 
 def relative_l2(actual: Tensor, expected: Tensor, length: float = 0.0) -> float:
     """‖actual − expected‖ / max(‖expected‖, length) in float64; NaN anywhere gives NaN; a zero oracle demands zeros.
@@ -23,7 +27,13 @@ def relative_l2(actual: Tensor, expected: Tensor, length: float = 0.0) -> float:
     return error / length if length > 0 else error
 
 
-def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, length: float = 0.0) -> None:
-    """`actual`, computed with activations in `dtype`, is the float64 `expected` within the tolerance."""
+def assert_close(
+    actual: Tensor, expected: Tensor, dtype: torch.dtype, length: float = 0.0, *, integer_nf4: bool = False
+) -> None:
+    """`actual`, computed with activations in `dtype`, is the float64 `expected` within the tolerance.
+
+    integer_nf4: it is a product of NF4 weights that the `cpu` provider computes in integers.
+    """
+    allowed = (INTEGER_NF4_RELATIVE_L2 if integer_nf4 else RELATIVE_L2)[dtype]
     error = relative_l2(actual, expected, length)
-    assert error <= RELATIVE_L2[dtype], f"relative l2 error {error:.3g} (allowed: {RELATIVE_L2[dtype]:.3g})"
+    assert error <= allowed, f"relative l2 error {error:.3g} (allowed: {allowed:.3g})"

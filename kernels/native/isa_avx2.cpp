@@ -1,0 +1,28 @@
+// AVX2 with FMA and F16C: Haswell (2013), Zen (2017) and later.
+#if defined(__x86_64__)
+#pragma GCC target("avx2,fma,f16c")
+#define GUANACO_ISA avx2
+// For the headers: up to GCC 12, g++ does not define __AVX2__ and the like after the pragma.
+#define GUANACO_HAS_AVX2 1
+#define GUANACO_ISA_NAME "avx2"
+#include "simd.h"
+
+#include "nf4_avx2.h"
+namespace guanaco {
+namespace GUANACO_ISA {
+constexpr int kMaxRows = 6;  // 12 sums, 2 levels and an activation fit the 16 registers
+constexpr int kDirectRows = 4;
+}
+}  // namespace guanaco
+#include "attention.h"
+#include "dense.h"
+#include "elementwise.h"
+#include "nf4_tile.h"
+#include "isa_table.h"
+
+namespace guanaco {
+namespace GUANACO_ISA {
+extern const Kernels kTable = GUANACO_TABLE;
+}
+}  // namespace guanaco
+#endif

@@ -1,0 +1,62 @@
+// What every ISA provides: one table of functions, chosen once when a context is made. They know rows, tiles and runs
+// of positions, but no threads, layers or sequences.
+#pragma once
+#include <stdint.h>
+
+#include "nf4_layout.h"
+#include "types.h"
+
+namespace guanaco {
+
+// How far ahead of its use the NF4 product asks for weights; about a microsecond of streaming.
+constexpr int64_t kPrefetchBytes = 4096;
+
+constexpr int64_t kPositions = 32;  // cached positions taken together by attention: 16 KB of float32 at 64 dimensions
+constexpr int64_t kSplit = 512;  // positions after which a run of attention ends; a multiple of kPositions
+
+// One run of cached positions for some queries of one sequence and one key-value head.
+struct AttentionRun {
+    const void* k_cache;
+    const void* v_cache;
+    const int32_t* block_table;
+    int64_t block_size, kv_heads, kv_head, head_dim;
+    int64_t padded_dim;  // head_dim rounded up to 8
+    int64_t queries, share;  // rows = queries * share
+    int64_t first_limit;  // positions that the first query sees; each later one sees one more
+    int64_t begin, end;  // the run
+    int32_t dtype;
+};
+
+struct SoftmaxState {
+    float max, sum;
+};
+
+struct Kernels {
+    const char* name;
+    int32_t layout;  // nf4_layout.h
+
+    void (*quantize_row)(const float* x, int64_t groups, int64_t stride, int16_t* integers, float* factors);
+    void (*nf4_tile)(const uint8_t* tile, int64_t groups, const int16_t* x, const float* factors, int64_t stride,
+                     int64_t rows, float* y);
+    void (*dense_tile)(const void* w, int32_t dtype, int64_t n, int64_t k, const float* const* x, int64_t rows,
+                       float* y, int64_t stride);
+    void (*decode_flat)(const uint8_t* packed, const float* scales, int64_t first, int64_t count, float* out);
+    void (*to_float)(const void* x, int32_t dtype, int64_t n, float* out);
+    void (*from_float)(const float* x, int64_t n, void* out, int32_t dtype);
+    void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* out);
+    void (*silu_mul)(const float* gate, const float* up, int64_t n, float* out);
+    void (*rotate)(const float* x, const float* cos, const float* sin, int64_t half, float* out);
+    void (*add)(const float* x, int64_t n, float* to);
+    void (*attend_run)(const AttentionRun& run, const float* q, SoftmaxState* states, float* out, float* scratch);
+    void (*merge_runs)(int64_t rows, int64_t n, const SoftmaxState* later, const float* later_out,
+                       SoftmaxState* states, float* out);
+};
+
+// The ISAs in order of preference, the best first; the last one runs anywhere.
+// kernels/__init__.py names them in this order.
+enum Isa : int32_t { kAvx2 = 0, kPortable = 1 };
+
+// The table of an ISA, or null where this processor (or this build) does not have it.
+const Kernels* kernels_of(int32_t isa);
+
+}  // namespace guanaco

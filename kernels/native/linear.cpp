@@ -1,0 +1,214 @@
+#include "linear.h"
+
+#include <algorithm>
+#include <string.h>
+
+namespace guanaco {
+namespace {
+
+// Rows taken against one decoded tile at a time: enough that decoding is 2 % of the work, few enough that their sums
+// stay in the first-level cache.
+constexpr int64_t kBlockRows = 128;
+// Bytes of weights that make a task worth drawing, for one row; a few microseconds.
+constexpr int64_t kTaskBytes = 48 << 10;
+constexpr int64_t kShrinkRows = 32, kShrinkRanks = 16;
+
+int64_t element_bytes(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
+
+int64_t bytes_of_tile(const Linear& w) {
+    if (w.kind == kNf4Tiled) return tile_bytes(w.k / kGroup);
+    // A flat tile is decoded element by element: as much work as dense float32.
+    return kTileRows * w.k * (w.kind == kDense ? element_bytes(w.dtype) : 4);
+}
+
+// Everything that a thread needs to compute blocks of a product.
+struct Scratch {
+    float* y;  // [kBlockRows][16]
+    float* other;  // the same, for SwiGLU's second product and for LoRA's deltas
+    const float** rows;  // [kBlockRows]
+    float* decoded;  // [16][k] for flat weights
+};
+
+// y[m][0 … 16) for rows first … first + rows − 1 and one tile, without bias and LoRA.
+void tile_product(const Kernels& k, const Linear& w, const Activations& x, int64_t tile, int64_t first, int64_t rows,
+                  const Scratch& s, float* y) {
+    int64_t n0 = tile * kTileRows, n = std::min<int64_t>(kTileRows, w.n - n0);
+    if (w.kind == kNf4Tiled) {
+        int64_t groups = w.k / kGroup;
+        k.nf4_tile(w.data + tile * tile_bytes(groups), groups, x.integers + first * kGroup, x.factors + first, x.rows,
+                   rows, y);
+        return;
+    }
+    for (int64_t m = 0; m < rows; m++) s.rows[m] = x.x + (first + m) * w.k;
+    if (w.kind == kDense) {
+        const uint8_t* data = w.data + n0 * w.k * element_bytes(w.dtype);
+        k.dense_tile(data, w.dtype, n, w.k, s.rows, rows, y, kTileRows);
+        return;
+    }
+    k.decode_flat(w.data, w.scales, n0 * w.k, n * w.k, s.decoded);
+    k.dense_tile(s.decoded, kFloat32, n, w.k, s.rows, rows, y, kTileRows);
+}
+
+// Add scale · B t to the rows of this block that have adapters; all others are left alone, bit for bit.
+void expand(const Kernels& k, const LoraDelta& delta, const Linear& w, int64_t tile, int64_t first, int64_t rows,
+            const Scratch& s, float* delta_block, float* y) {
+    int64_t n0 = tile * kTileRows, n = std::min<int64_t>(kTileRows, w.n - n0);
+    for (const LoraDelta::Segment& segment : delta.segments) {
+        const Lora& lora = *delta.lora;
+        const int32_t* begin = lora.rows + segment.first;
+        const int32_t* end = lora.rows + segment.last;
+        const int32_t* from = std::lower_bound(begin, end, int32_t(first));
+        const int32_t* to = std::lower_bound(from, end, int32_t(first + rows));
+        int64_t rank = segment.pair->rank;
+        const uint8_t* b = (const uint8_t*)segment.pair->b + n0 * rank * element_bytes(segment.pair->dtype);
+        // A row may name the same slot twice, so a segment can have more entries here than the block has rows.
+        for (const int32_t* some = from; some < to; some += kBlockRows) {
+            int64_t count = std::min<int64_t>(to - some, kBlockRows);
+            for (int64_t i = 0; i < count; i++) s.rows[i] = segment.t + (some - begin + i) * rank;
+            k.dense_tile(b, segment.pair->dtype, n, rank, s.rows, count, delta_block, kTileRows);
+            for (int64_t i = 0; i < count; i++) {
+                float scale = lora.scales[some - lora.rows + i] * segment.pair->scale;
+                float* row = y + (some[i] - first) * kTileRows;
+                for (int64_t j = 0; j < n; j++) row[j] += delta_block[i * kTileRows + j] * scale;
+            }
+        }
+    }
+}
+
+// Product, bias and LoRA of one block.
+void block(const Kernels& k, const Linear& w, const LoraDelta* delta, const Activations& x, int64_t tile,
+           int64_t first, int64_t rows, const Scratch& s, float* delta_block, float* y) {
+    tile_product(k, w, x, tile, first, rows, s, y);
+    int64_t n0 = tile * kTileRows, n = std::min<int64_t>(kTileRows, w.n - n0);
+    if (w.bias != nullptr) {
+        for (int64_t m = 0; m < rows; m++) {
+            for (int64_t j = 0; j < n; j++) y[m * kTileRows + j] += w.bias[n0 + j];
+        }
+    }
+    if (delta != nullptr) expand(k, *delta, w, tile, first, rows, s, delta_block, y);
+}
+
+void finish_block(const Kernels& k, const Product& p, const Activations& x, int64_t tile, int64_t first, int64_t rows,
+                  const Scratch& s) {
+    int64_t n0 = tile * kTileRows, n = std::min<int64_t>(kTileRows, p.weight->n - n0);
+    float* delta_block = s.other + kBlockRows * kTileRows;
+    block(k, *p.weight, p.delta, x, tile, first, rows, s, delta_block, s.y);
+    if (p.result == Product::kSwiGlu) {
+        block(k, *p.up, p.up_delta, x, tile, first, rows, s, delta_block, s.other);
+    }
+    for (int64_t m = 0; m < rows; m++) {
+        const float* from = s.y + m * kTileRows;
+        float* to = p.y + (first + m) * p.stride + n0;
+        switch (p.result) {
+            case Product::kStore: memcpy(to, from, size_t(n) * 4); break;
+            case Product::kAdd: k.add(from, n, to); break;
+            case Product::kSwiGlu: k.silu_mul(from, s.other + m * kTileRows, n, to); break;
+        }
+    }
+}
+
+}  // namespace
+
+Activations activations(Context& context, const float* x, int64_t rows, int64_t k) {
+    Activations a{x, rows, k, nullptr, nullptr};
+    if (k % kGroup == 0) {
+        a.integers = context.arena.take<int16_t>(rows * k);
+        a.factors = context.arena.take<float>(rows * (k / kGroup));
+    }
+    return a;
+}
+
+void quantize_row(const Context& context, const Activations& a, int64_t row) {
+    if (a.integers == nullptr) return;
+    context.kernels->quantize_row(a.x + row * a.k, a.k / kGroup, a.rows, a.integers + row * kGroup, a.factors + row);
+}
+
+void quantize(Context& context, const Activations& a) {
+    if (a.integers == nullptr) return;
+    context.pool.each(a.rows, [&](int64_t row, int) { quantize_row(context, a, row); });
+}
+
+void shrink(Context& context, const Lora* lora, const int* modules, int count, const float* x, int64_t k,
+            LoraDelta* deltas) {
+    struct Task {
+        const LoraDelta::Segment* segment;
+        int64_t first_rank, first, last;
+    };
+    for (int i = 0; i < count; i++) {
+        deltas[i].lora = lora;
+        deltas[i].segments.clear();
+    }
+    if (lora == nullptr) return;
+    std::vector<Task> tasks;
+    for (int i = 0; i < count; i++) {
+        const LoraPair* pairs = lora->pairs + int64_t(modules[i]) * lora->num_slots;
+        for (int32_t first = 0, last; first < lora->num_entries; first = last) {
+            int32_t slot = lora->slots[first];
+            for (last = first; last < lora->num_entries && lora->slots[last] == slot;) last++;
+            const LoraPair* pair = pairs + slot;
+            if (pair->a == nullptr) continue;
+            float* t = context.arena.take<float>(int64_t(last - first) * pair->rank);
+            deltas[i].segments.push_back({pair, first, last, t});
+        }
+    }
+    for (int i = 0; i < count; i++) {
+        for (const LoraDelta::Segment& s : deltas[i].segments) {
+            for (int64_t r = 0; r < s.pair->rank; r += kShrinkRanks) {
+                for (int64_t e = s.first; e < s.last; e += kShrinkRows) {
+                    tasks.push_back({&s, r, e, std::min<int64_t>(e + kShrinkRows, s.last)});
+                }
+            }
+        }
+    }
+    context.pool.each(int64_t(tasks.size()), [&](int64_t i, int) {
+        const Task& task = tasks[size_t(i)];
+        const LoraPair& pair = *task.segment->pair;
+        const float* rows[kShrinkRows];
+        for (int64_t e = task.first; e < task.last; e++) rows[e - task.first] = x + lora->rows[e] * k;
+        const uint8_t* a = (const uint8_t*)pair.a + task.first_rank * k * element_bytes(pair.dtype);
+        float* t = task.segment->t + (task.first - task.segment->first) * pair.rank + task.first_rank;
+        int64_t ranks = std::min<int64_t>(kShrinkRanks, pair.rank - task.first_rank);
+        context.kernels->dense_tile(a, pair.dtype, ranks, k, rows, task.last - task.first, t, pair.rank);
+    });
+}
+
+void multiply(Context& context, const Activations& x, const Product* products, int count) {
+    struct Share {  // of one product
+        int64_t tiles, tiles_per_task, first_task;
+    };
+    int64_t blocks = (x.rows + kBlockRows - 1) / kBlockRows, num_tasks = 0, decoded = 0;
+    int64_t block_rows = blocks == 0 ? 0 : (x.rows + blocks - 1) / blocks;
+    std::vector<Share> shares;
+    for (int i = 0; i < count; i++) {
+        const Linear& w = *products[i].weight;
+        // A tile is read once for each block, but computed once for every few rows.
+        int64_t work = bytes_of_tile(w) * std::max<int64_t>(1, block_rows / 4);
+        if (products[i].up != nullptr) work *= 2;
+        Share share{tiles_of(w.n), std::max<int64_t>(1, kTaskBytes / work), num_tasks};
+        num_tasks += blocks * ((share.tiles + share.tiles_per_task - 1) / share.tiles_per_task);
+        shares.push_back(share);
+        for (const Linear* l : {products[i].weight, products[i].up}) {
+            if (l != nullptr && l->kind == kNf4Flat) decoded = std::max(decoded, kTileRows * l->k);
+        }
+    }
+    int64_t block_floats = kBlockRows * kTileRows;
+    Context::PerThread floats = context.per_thread(3 * block_floats + decoded);
+    const float** pointers = context.arena.take<const float*>(kBlockRows * context.pool.num_threads());
+    context.pool.each(num_tasks, [&](int64_t task, int thread) {
+        int i = count - 1;
+        while (task < shares[size_t(i)].first_task) i--;
+        const Share& share = shares[size_t(i)];
+        float* memory = floats.of(thread);
+        Scratch s{memory, memory + block_floats, pointers + thread * kBlockRows, memory + 3 * block_floats};
+        int64_t tasks_per_block = (share.tiles + share.tiles_per_task - 1) / share.tiles_per_task;
+        int64_t index = task - share.first_task;
+        int64_t first = std::min(index / tasks_per_block * block_rows, x.rows);
+        int64_t rows = std::min(block_rows, x.rows - first);
+        if (rows == 0) return;
+        int64_t tile = index % tasks_per_block * share.tiles_per_task;
+        int64_t end = std::min(tile + share.tiles_per_task, share.tiles);
+        for (; tile < end; tile++) finish_block(*context.kernels, products[i], x, tile, first, rows, s);
+    });
+}
+
+}  // namespace guanaco

@@ -1,0 +1,127 @@
+// Products of one tile of NF4 weights with quantised activations, on top of an ISA's core (nf4_avx2.h and its like).
+// The same numbers for one row as for many, on any ISA: integer sums within a group, and float sums over groups in one
+// order with the same roundings.
+#pragma once
+#include "nf4_layout.h"
+#include "simd.h"
+
+namespace guanaco {
+namespace GUANACO_ISA {
+namespace {
+
+// The next tile follows this one, so running ahead is never in vain.
+inline void prefetch_group(const uint8_t* codes) {
+    for (int i = 0; i < kTileGroupBytes; i += 64) __builtin_prefetch(codes + i, 0, 3);
+}
+
+// x: int16 [groups][stride][64], factors: float32 [groups][stride], both at the first of `rows` rows; y: [rows][16].
+template <int M>
+void multiply_few(const uint8_t* tile, int64_t groups, const int16_t* x, const float* factors, int64_t stride,
+                  float* y) {
+    const int16_t* scales = (const int16_t*)(tile + groups * kTileGroupBytes);
+    const Decoder decode;
+    F16 total[M];
+    for (int m = 0; m < M; m++) total[m] = zero16();
+    for (int64_t g = 0; g < groups; g++) {
+        const uint8_t* codes = tile + g * kTileGroupBytes;
+        prefetch_group(codes + kPrefetchBytes);
+        I16 products[M];
+        dot_codes<M>(decode, codes, x + g * stride * kGroup, products);
+        F16 scale = load_scales(scales + g * kTileRows);
+        for (int m = 0; m < M; m++) total[m] = accumulate(total[m], products[m], scale, factors[g * stride + m]);
+    }
+    F16 row_factor = load16((const float*)(scales + groups * kTileRows));
+    for (int m = 0; m < M; m++) store16(y + m * kTileRows, multiply(total[m], row_factor));
+}
+
+template <int M>
+inline void step(const int16_t* levels, const int16_t* x, const float* factors, F16 scale, float* y) {
+    I16 products[M];
+    dot_levels<M>(levels, x, products);
+    for (int m = 0; m < M; m++) {
+        store16(y + m * kTileRows, accumulate(load16(y + m * kTileRows), products[m], scale, factors[m]));
+    }
+}
+
+void multiply_many(const uint8_t* tile, int64_t groups, const int16_t* x, const float* factors, int64_t stride,
+                   int64_t rows, float* y) {
+    const int16_t* scales = (const int16_t*)(tile + groups * kTileGroupBytes);
+    const Decoder decode;
+    alignas(64) int16_t levels[kTileRows * kGroup];
+    for (int64_t m = 0; m < rows; m++) store16(y + m * kTileRows, zero16());
+    // Blocks of nearly equal height: seven rows are four and three rather than six and one.
+    int64_t blocks = (rows + kMaxRows - 1) / kMaxRows;
+    for (int64_t g = 0; g < groups; g++) {
+        const uint8_t* codes = tile + g * kTileGroupBytes;
+        prefetch_group(codes + kPrefetchBytes);
+        decode_group(decode, codes, levels);
+        F16 scale = load_scales(scales + g * kTileRows);
+        const int16_t* xg = x + g * stride * kGroup;
+        const float* fg = factors + g * stride;
+        for (int64_t b = 0, m = 0; b < blocks; b++) {
+            int64_t height = (rows - m + blocks - b - 1) / (blocks - b);
+            float* ym = y + m * kTileRows;
+            switch (height) {
+                case 1: step<1>(levels, xg + m * kGroup, fg + m, scale, ym); break;
+                case 2: step<2>(levels, xg + m * kGroup, fg + m, scale, ym); break;
+                case 3: step<3>(levels, xg + m * kGroup, fg + m, scale, ym); break;
+                case 4: step<4>(levels, xg + m * kGroup, fg + m, scale, ym); break;
+                case 5: step<5>(levels, xg + m * kGroup, fg + m, scale, ym); break;
+                default: step<6>(levels, xg + m * kGroup, fg + m, scale, ym); break;
+            }
+            m += height;
+        }
+    }
+    F16 row_factor = load16((const float*)(scales + groups * kTileRows));
+    for (int64_t m = 0; m < rows; m++) {
+        store16(y + m * kTileRows, multiply(load16(y + m * kTileRows), row_factor));
+    }
+}
+
+void nf4_tile(const uint8_t* tile, int64_t groups, const int16_t* x, const float* factors, int64_t stride,
+              int64_t rows, float* y) {
+    static_assert(kDirectRows == 4, "the cases below");
+    switch (rows) {
+        case 1: return multiply_few<1>(tile, groups, x, factors, stride, y);
+        case 2: return multiply_few<2>(tile, groups, x, factors, stride, y);
+        case 3: return multiply_few<3>(tile, groups, x, factors, stride, y);
+        case 4: return multiply_few<4>(tile, groups, x, factors, stride, y);
+        default: return multiply_many(tile, groups, x, factors, stride, rows, y);
+    }
+}
+
+// Activations of one row as integers and one factor per group: x = integer * factor, with the gain of the levels
+// taken out of the factor as well. Groups are `stride` rows apart in both outputs. NaN and infinity give factors that
+// are not finite, so they are not lost.
+void quantize_row(const float* x, int64_t groups, int64_t stride, int16_t* integers, float* factors) {
+    for (int64_t g = 0; g < groups; g++) {
+        const float* xg = x + g * kGroup;
+        vi largest = {};
+        for (int i = 0; i < kGroup; i += W) {
+            vi bits = (vi)load(xg + i) & 0x7fffffff;  // magnitudes order like their bits, NaN above all
+            largest = bits > largest ? bits : largest;
+        }
+        int32_t top = 0;
+        for (int i = 0; i < W; i++) top = largest[i] > top ? largest[i] : top;
+        float absmax;
+        memcpy(&absmax, &top, 4);
+        // Below 1e-30 the reciprocal could overflow; such a group counts as zero.
+        float to_integer = absmax < 1e-30f ? 0.0f : float(kLargestActivation) / absmax;
+        int16_t* out = integers + g * stride * kGroup;
+        for (int i = 0; i < kGroup; i += W) {
+            vf scaled = round_to_int(load(xg + i) * splat(to_integer));
+#if defined(GUANACO_HAS_AVX2)
+            __m256i q = _mm256_cvtps_epi32((__m256)scaled);
+            __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(q, q), 0x08);
+            _mm_storeu_si128((__m128i*)(out + i), _mm256_castsi256_si128(packed));
+#else
+            for (int j = 0; j < W; j++) out[i + j] = int16_t(int32_t(scaled[j]));
+#endif
+        }
+        factors[g * stride] = absmax < 1e-30f ? 0.0f : absmax * float(1.0 / kLargestActivation / kLevelGain);
+    }
+}
+
+}  // namespace
+}  // namespace GUANACO_ISA
+}  // namespace guanaco

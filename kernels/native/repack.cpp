@@ -1,0 +1,64 @@
+#include "repack.h"
+
+#include <math.h>
+#include <string.h>
+
+#include <algorithm>
+
+namespace guanaco {
+namespace {
+
+// The code of weight 0.0: what rows beyond the matrix are made of.
+constexpr uint8_t kZeroPair = 0x77;
+
+void repack_codes(int32_t layout, const uint8_t* const* rows, int64_t group, uint8_t* out) {
+    uint8_t codes[kTileRows][kGroup];
+    for (int r = 0; r < kTileRows; r++) {
+        for (int i = 0; i < kGroup / 2; i++) {
+            uint8_t byte = rows[r] == nullptr ? kZeroPair : rows[r][group * (kGroup / 2) + i];
+            codes[r][2 * i] = byte >> 4;
+            codes[r][2 * i + 1] = byte & 15;
+        }
+    }
+    memset(out, 0, kTileGroupBytes);
+    for (int r = 0; r < kTileRows; r++) {
+        for (int k = 0; k < kGroup; k++) {
+            CodePlace place = code_place(layout, r, k);
+            out[place.byte] |= uint8_t(place.high ? codes[r][k] << 4 : codes[r][k]);
+        }
+    }
+}
+
+void repack_tile(int32_t layout, const uint8_t* packed, const float* scales, int64_t n, int64_t k, int64_t tile,
+                 uint8_t* out) {
+    int64_t groups = k / kGroup, first = tile * kTileRows;
+    const uint8_t* rows[kTileRows];
+    for (int r = 0; r < kTileRows; r++) rows[r] = first + r < n ? packed + (first + r) * k / 2 : nullptr;
+    for (int64_t g = 0; g < groups; g++) repack_codes(layout, rows, g, out + g * kTileGroupBytes);
+
+    int16_t* integers = (int16_t*)(out + groups * kTileGroupBytes);
+    float* factors = (float*)(integers + groups * kTileRows);
+    for (int r = 0; r < kTileRows; r++) {
+        const float* row = scales + (first + r) * groups;
+        float largest = 0.0f;
+        for (int64_t g = 0; g < groups && first + r < n; g++) largest = std::max(largest, fabsf(row[g]));
+        float to_integer = largest < 1e-30f ? 0.0f : kLargestScale / largest;
+        for (int64_t g = 0; g < groups; g++) {
+            integers[g * kTileRows + r] = first + r < n ? int16_t(lrintf(row[g] * to_integer)) : int16_t(0);
+        }
+        factors[r] = largest / kLargestScale;
+    }
+}
+
+}  // namespace
+
+void repack_nf4(Context& context, const uint8_t* packed, const float* scales, int64_t n, int64_t k, uint8_t* out) {
+    int64_t bytes = tile_bytes(k / kGroup);
+    int32_t layout = context.kernels->layout;
+    context.pool.each(tiles_of(n), [&](int64_t tile, int) {
+        memset(out + (tile + 1) * bytes - 64, 0, 64);  // the padding: equal weights give equal files
+        repack_tile(layout, packed, scales, n, k, tile, out + tile * bytes);
+    });
+}
+
+}  // namespace guanaco

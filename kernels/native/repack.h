@@ -1,0 +1,10 @@
+#pragma once
+#include "context.h"
+
+namespace guanaco {
+
+// bitsandbytes' packed codes [n * k / 2] and float32 scales [n * k / 64] → tiles (nf4_layout.h), tiles_of(n) *
+// tile_bytes(k / 64) bytes. k is a multiple of 64.
+void repack_nf4(Context& context, const uint8_t* packed, const float* scales, int64_t n, int64_t k, uint8_t* out);
+
+}  // namespace guanaco

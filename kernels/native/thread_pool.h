@@ -1,0 +1,54 @@
+// A few persistent threads that share out numbered tasks. They spin for a moment between calls, since the next one
+// usually comes within microseconds, and then sleep. No OpenMP: torch has its own, and two of them fight for the cores.
+#pragma once
+#include <stdint.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace guanaco {
+
+class ThreadPool {
+  public:
+    using Task = void (*)(void* context, int64_t task, int thread);
+
+    explicit ThreadPool(int num_threads);
+    ~ThreadPool();
+    int num_threads() const { return num_threads_; }
+
+    // Run task(context, i, thread) for i = 0 ... num_tasks - 1 on all threads, the caller's among them (thread 0), and
+    // return when all are done. Which thread runs which task is left to chance: results must not depend on it.
+    void run(Task task, void* context, int64_t num_tasks);
+
+    // The same for any callable f(task, thread).
+    template <class F>
+    void each(int64_t num_tasks, F&& f) {
+        run([](void* c, int64_t i, int t) { (*static_cast<F*>(c))(i, t); }, &f, num_tasks);
+    }
+
+  private:
+    // epoch | number of tasks | next task, in one word: whoever draws a task sees from the same word that it exists.
+    static constexpr int kTaskBits = 20;
+    static constexpr uint64_t kTaskMask = (uint64_t(1) << kTaskBits) - 1;
+    static uint64_t next_of(uint64_t ticket) { return ticket & kTaskMask; }
+    static uint64_t count_of(uint64_t ticket) { return (ticket >> kTaskBits) & kTaskMask; }
+
+    bool work(int thread);  // draw and run tasks until there are none; whether there were any
+    void loop(int thread);
+
+    int num_threads_;
+    Task task_ = nullptr;
+    void* context_ = nullptr;
+    alignas(64) std::atomic<uint64_t> ticket_{0};
+    alignas(64) std::atomic<uint64_t> finished_{0};
+    alignas(64) std::atomic<int> sleepers_{0};
+    std::atomic<bool> stop_{false};
+    std::mutex mutex_;
+    std::condition_variable wake_;
+    std::vector<std::thread> threads_;
+};
+
+}  // namespace guanaco

@@ -1,0 +1,129 @@
+"""The contract of every provider: the ops that a LLaMA is made of, with their shapes.
+
+The `reference` provider is its specification. Knows no layers' names, requests or files.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from guanaco.kernels.lora_batch import LoraBatch
+from guanaco.kernels.nf4 import Nf4Weight
+
+# Instruction sets of the `cpu` provider, the best first.
+CPU_ISAS = ("avx2", "portable")
+# Projections of a layer in the order of LayerWeights: projection j of layer i is LoRA module MODULES_PER_LAYER · i + j.
+MODULES_PER_LAYER = 7
+
+
+class NativeUnavailable(RuntimeError):
+    """The native kernels cannot be used here; the message says why and what to do."""
+
+
+class LinearHandle(Protocol):
+    """A provider's own form of one linear layer's weight; opaque to everybody else."""
+
+    @property
+    def in_features(self) -> int: ...
+
+    @property
+    def out_features(self) -> int: ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Resident bytes, decoded copies included."""
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One decoder layer: x + o(attention(q, k, v of norm(x))), then x + down(SiLU(gate) · up of norm(x))."""
+
+    input_norm: Tensor  # [hidden]
+    projections: tuple[LinearHandle, ...]  # q, k, v, o, gate, up, down
+    post_norm: Tensor  # [hidden]
+
+
+class FusedLayers(Protocol):
+    """All decoder layers of one model as one op."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        caches: Sequence[tuple[Tensor, Tensor]],
+        slot_mapping: Tensor,
+        block_tables: Tensor,
+        context_lens: Tensor,
+        cu_seqlens_q: Tensor,
+        lora: LoraBatch | None,
+    ) -> Tensor:
+        """[t, hidden] → [t, hidden]; caches: one (k, v) pair per layer, written and read. Shapes as in `Ops`."""
+
+
+class Ops(Protocol):
+    """Everything a forward pass calls. `t` runs over all tokens of a batch, `s` over its sequences.
+
+    Activations between ops are `dtype`; sums are float32 inside every op. Outputs never alias inputs unless said.
+    """
+
+    name: str
+    device: torch.device
+    dtype: torch.dtype  # float32 or bfloat16: what activations and the KV cache are stored in
+
+    def prepare(self, weight: Nf4Weight | Tensor, bias: Tensor | None) -> LinearHandle:
+        """Take over one linear layer: `Nf4Weight` or a dense [out, in] tensor. The caller drops its own reference."""
+
+    def linear(self, x: Tensor, weight: LinearHandle, lora: LoraBatch | None, module: int) -> Tensor:
+        """y[t, out] = x[t, in] · Wᵀ + bias, plus the LoRA delta of `module` for the rows that have adapters."""
+
+    def embedding(self, token_ids: Tensor, table: Tensor) -> Tensor:
+        """[t, hidden] in `dtype` from int64 [t] and table [vocab, hidden]."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """[t, hidden] → [t, hidden]; the mean square in float32."""
+
+    def rope_and_cache(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slot_mapping: Tensor,
+    ) -> Tensor:
+        """Rotate q and k (halves, as Hugging Face stores LLaMA), write k and v to the cache, return the rotated q.
+
+        q [t, heads, head_dim]; k, v [t, kv_heads, head_dim]; cos, sin float32 [t, head_dim / 2];
+        caches [blocks, block_size, kv_heads, head_dim]; slot_mapping int64 [t], −1 writes nothing.
+        """
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_tables: Tensor,
+        context_lens: Tensor,
+        cu_seqlens_q: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """Causal attention of each sequence's new tokens over its whole context, decode and chunked prefill alike.
+
+        q [t, heads, head_dim]; block_tables int32 [s, blocks]; context_lens int32 [s] counts this step's tokens too;
+        cu_seqlens_q int32 [s + 1]. Query j of a sequence with n new tokens sees positions ≤ context_len − n + j.
+        """
+
+    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
+        """SiLU(gate) · up, [t, intermediate]."""
+
+    def lm_head(self, x: Tensor, weight: LinearHandle) -> Tensor:
+        """float32 logits [r, vocab] of the rows x [r, hidden]."""
+
+    def fuse(self, layers: Sequence[LayerWeights], *, head_dim: int, eps: float) -> FusedLayers | None:
+        """All layers as one op, for a provider to which the calls between them are dear; None: call them singly."""

@@ -1,0 +1,117 @@
+"""Paged attention of every provider against a naive oracle in float64 that knows no blocks."""
+
+import random
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import check, make_case
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from providers import PROVIDERS, provider_ops
+from tolerances import assert_close, relative_l2
+
+DTYPES = (torch.float32, torch.bfloat16)
+MakeOps = Callable[..., Any]
+poisoned = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(params=PROVIDERS)
+def make_ops(request: pytest.FixtureRequest) -> MakeOps:
+    return partial(provider_ops, request.param)
+
+
+@poisoned
+@given(
+    shapes=st.lists(
+        st.integers(1, 60).flatmap(lambda context: st.tuples(st.just(context), st.integers(1, min(context, 20)))),
+        max_size=6,
+    ),
+    share=st.sampled_from([1, 3, 4, 8]),
+    kv_heads=st.sampled_from([1, 3]),
+    head_dim=st.sampled_from([8, 20]),
+    block_size=st.sampled_from([8, 16, 64]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
+)
+def test_mixed_batches(
+    make_ops: MakeOps,
+    nan_poison: None,
+    shapes: list[tuple[int, int]],
+    share: int,
+    kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    if not shapes:
+        q = torch.zeros(0, 4, 16, dtype=dtype)
+        cache = torch.zeros(2, 8, 2, 16, dtype=dtype)
+        none = torch.zeros(0, dtype=torch.int32)
+        out = make_ops(dtype).paged_attention(
+            q, cache, cache, none.view(0, 0), none, torch.zeros(1, dtype=torch.int32), 0.25
+        )
+        assert out.shape == q.shape
+        return
+    case = make_case(
+        shapes,
+        heads=kv_heads * share,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        dtype=dtype,
+        seed=seed,
+    )
+    check(case, make_ops(dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_sequences_decode_together(make_ops: MakeOps, dtype: torch.dtype, nan_poison: None) -> None:
+    """Contexts from 1 to 1000, so that the batch is cut into groups with padding."""
+    contexts = [1, 2, 15, 16, 17, 33, 100, 101, 119, 120, 128, 500, 640, 1000]
+    random.Random(1).shuffle(contexts)
+    check(make_case([(c, 1) for c in contexts], heads=9, kv_heads=3, dtype=dtype), make_ops(dtype), dtype)
+
+
+@pytest.mark.parametrize("block_size", [8, 64])
+def test_a_long_prompt_in_pieces(make_ops: MakeOps, block_size: int, nan_poison: None) -> None:
+    """One-shot or cut by the scheduler into steps: the same attention."""
+    case = make_case([(400, 350), (90, 90)], block_size=block_size)
+    ops = make_ops()
+    whole = case.run(ops)
+    for i in range(2):
+        assert_close(whole[i], case.exact(i), torch.float32)
+    for size in (1, 64, 333):
+        pieces = [case.run(ops, [0], [(first, min(first + size, 350))])[0] for first in range(0, 350, size)]
+        assert_close(torch.cat(pieces), whole[0], torch.float32)
+        if size == 1:
+            assert len(pieces) == 350
+
+
+def test_one_sequence_does_not_depend_on_the_others_content(make_ops: MakeOps) -> None:
+    """Same shapes, other neighbours: not a bit may change."""
+    first, second = make_case([(50, 3), (50, 1), (45, 1)], seed=1), make_case([(50, 3), (50, 1), (45, 1)], seed=2)
+    mixed = make_case([(50, 3), (50, 1), (45, 1)], seed=2)
+    for i in (0, 2):
+        blocks = mixed.block_tables[i, : -(-len(first.keys[i]) // 16)].long()
+        assert torch.equal(mixed.block_tables, first.block_tables)
+        mixed.k_cache[blocks], mixed.v_cache[blocks] = first.k_cache[blocks], first.v_cache[blocks]
+        mixed.queries[i] = first.queries[i]
+    ops = make_ops()
+    ours, theirs, both = first.run(ops), second.run(ops), mixed.run(ops)
+    assert torch.equal(both[0], ours[0])
+    assert torch.equal(both[1], theirs[1])
+    assert torch.equal(both[2], ours[2])
+
+
+def test_a_wrong_block_is_found(make_ops: MakeOps) -> None:
+    """The planted bug: the comparison must fail with it."""
+    case = make_case([(40, 10), (30, 1)], heads=6, kv_heads=3)
+    expected = [case.exact(i) for i in range(2)]
+    case.block_tables = case.block_tables.roll(1, dims=1)
+    case.k_cache, case.v_cache = case.k_cache.nan_to_num(), case.v_cache.nan_to_num()
+    for i, out in enumerate(case.run(make_ops())):
+        assert not relative_l2(out, expected[i]) <= 1e-2
