@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-
 # bitsandbytes loads Triton, which lists its own leaks on standard error when Python ends. The last thing said is to be
 # pytest's summary, which is out by then; a crash at exit still shows in the exit code.
 atexit.register(lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2))
