@@ -1,5 +1,6 @@
 """What every test shares: poisoned memory, one torch thread count, and the size of the long proofs."""
 
+import atexit
 import json
 import os
 from collections.abc import Callable
@@ -7,6 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
+# bitsandbytes loads Triton, which lists its own leaks on standard error when Python ends. The last thing said is to be
+# pytest's summary, which is out by then; a crash at exit still shows in the exit code.
+atexit.register(lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -53,13 +58,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     path = session.config.getoption("--proofs")
     if path:
         Path(path).write_text(json.dumps(session.config.stash.get(_PROOFS, {}), indent=1))
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_unconfigure() -> None:
-    """bitsandbytes loads Triton, which lists its own leaks on standard error when Python ends. The last thing said is
-    pytest's summary, which is out by now; a crash at exit still shows in the exit code."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+import shutil
 import subprocess
 import threading
 import urllib.request
@@ -44,9 +46,18 @@ def test_the_curl_line_of_the_banner_works(server: LiveServer) -> None:
     """Copied from the screen into a shell, as it stands."""
     line = re.search(r"^.*(curl .*(?:\\\n.*)*)", server.output(), re.MULTILINE)
     assert line is not None
-    done = subprocess.run(["bash", "-c", line.group(1)], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert '"content"' in done.stdout
+    if shutil.which("curl"):
+        done = subprocess.run(["bash", "-c", line.group(1)], capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        answer = done.stdout
+    else:  # a fresh Debian has none: what the shell would give it, sent as it would send it
+        command, url, *options = shlex.split(line.group(1).replace("\\\n", " "))
+        given = dict(zip(options[::2], options[1::2], strict=True))
+        assert (command, set(given)) == ("curl", {"-H", "-d"})
+        name, _, value = given["-H"].partition(": ")
+        request = urllib.request.Request(url, given["-d"].encode(), {name: value})
+        answer = urllib.request.urlopen(request, timeout=120).read().decode()
+    assert '"content"' in answer
 
 
 def test_the_base_comes_first_and_the_adapters_name_their_parent(client: OpenAI) -> None:
