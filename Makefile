@@ -12,7 +12,7 @@ ARGS        ?=
 TORCH_CPU   ?= torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
 
 BIN     := $(VENV)/bin
-DEPS    := pyproject.toml $(CONSTRAINTS)
+DEPS    := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard kernels/native/*)
 RUNTIME := $(VENV)/.installed
 TESTING := $(VENV)/.installed-test
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from guanaco.kernels import PROVIDERS
+from guanaco.kernels import PROVIDERS, NativeUnavailable
+from guanaco.kernels.cpu_native import available_isas
 from guanaco.models.config import LlamaConfig, read_config
 from guanaco.models.errors import ModelError
 from guanaco.models.llama import projection_shapes
@@ -51,7 +52,7 @@ def run_doctor(settings: Settings, *, as_json: bool) -> int:
 
 
 def _machine(machine: Machine) -> list[Finding]:
-    flags = " ".join(machine.cpu_flags) or "none of the instruction sets that the native kernels will use"
+    flags = " ".join(machine.cpu_flags) or "none of the instruction sets that the native kernels look for"
     memory = f"{human_bytes(machine.memory_bytes)}, {human_bytes(machine.memory_available_bytes)} available"
     driver = "an NVIDIA driver is loaded; this version has no GPU kernels, it computes on the CPU"
     return [
@@ -74,9 +75,17 @@ def _software() -> list[Finding]:
         triton = "not installed (not used by this version)"
     findings.append(Finding("triton", triton))
     compiler = shutil.which("g++") or shutil.which("c++")
-    findings.append(Finding("C++ compiler", compiler or "none (not used by this version)"))
-    findings.append(Finding("kernel providers", f"{', '.join(PROVIDERS)}; `auto` takes {PROVIDERS[-1]}"))
+    findings.append(Finding("C++ compiler", compiler or "none (only needed when guanaco is installed)"))
+    findings.append(_providers())
     return findings
+
+
+def _providers() -> Finding:
+    try:
+        isas = available_isas()
+    except NativeUnavailable as error:
+        return Finding("kernel providers", "reference; `auto` takes it, and it is slow", advice=str(error))
+    return Finding("kernel providers", f"{', '.join(PROVIDERS)} ({', '.join(isas)}); `auto` takes cpu with {isas[0]}")
 
 
 def _disk(cache_dir: Path) -> Finding:

@@ -81,8 +81,9 @@ def build_runtime(settings: Settings, console: Console) -> Runtime:
     Raises ModelError, AdapterError, SettingsError or CommandError: one line that says what to do.
     """
     num_threads = settings.threads or look().cpu_count
-    torch.set_num_threads(num_threads)
     ops, reason = _load_provider(settings, num_threads)
+    # The native kernels have threads of their own; torch's would spin beside them after every little op.
+    torch.set_num_threads(num_threads if ops.name == "reference" else 1)
     base = _load_base(settings, ops, console)
     registry = _load_adapters(settings, base, console)
     plan = _plan(settings, base, registry, ops)

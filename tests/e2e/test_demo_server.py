@@ -38,7 +38,7 @@ def _ask(client: OpenAI, model: str, question: str = QUESTION, **options: object
 
 def test_the_banner_says_what_a_newcomer_needs(server: LiveServer) -> None:
     text = server.output()
-    for expected in ("smollm2-135m-instruct", "reference", "pirate", "terse", "KV cache", server.url, "curl"):
+    for expected in ("smollm2-135m-instruct", "cpu (", "pirate", "terse", "KV cache", server.url, "curl"):
         assert expected in text, f"{expected!r} is not in the banner:\n{text}"
 
 

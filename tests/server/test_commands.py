@@ -56,7 +56,7 @@ def test_bench_prints_the_keys_of_the_peers_drivers(model: Path) -> None:
     (line,) = done.stdout.strip().splitlines()
     result = json.loads(line)
     assert list(result) == ["engine", "model", "threads", "pp64", "tg1", "tg3"]
-    assert (result["engine"], result["model"], result["threads"]) == ("guanaco reference", str(model), 1)
+    assert (result["engine"], result["model"], result["threads"]) == ("guanaco cpu", str(model), 1)
     assert min(result["pp64"], result["tg1"], result["tg3"]) > 0
 
 
