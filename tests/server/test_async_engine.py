@@ -54,9 +54,11 @@ class GatedRunner(FakeRunner):
         self.going = threading.Event()
         self.going.set()
         self.fatal: BaseException | None = None
+        self.seconds_per_step = 0.0
 
     def run(self, batch: ScheduledBatch) -> tuple[SampledToken, ...]:
         self.going.wait(WAIT)
+        time.sleep(self.seconds_per_step)
         if self.fatal is not None:
             raise self.fatal
         return super().run(batch)
@@ -177,6 +179,7 @@ def test_a_stop_string_ends_the_engines_work_too(include: bool) -> None:
 
     async def test() -> None:
         async with running() as bench:
+            bench.runner.seconds_per_step = 0.01  # two seconds for the whole of it, if nobody ended it
             outputs = await read(bench.engine.submit(one))
             end = whole.index(stop)
             assert "".join(output.text for output in outputs) == whole[: end + len(stop) * include]
