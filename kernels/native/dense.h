@@ -8,6 +8,48 @@ namespace guanaco {
 namespace GUANACO_ISA {
 namespace {
 
+// How much of k many rows take at a time: four rows of weights, as float32, and a few of activations stay in the
+// first-level cache.
+constexpr int64_t kChunk = 512;
+// Rows of activations from which on weights are converted once for all of them.
+constexpr int64_t kManyRows = 4;
+
+// lanes[m][n] += x[m] · w[n], eight lanes along k, for columns 0 … k − 1 (a multiple of 8).
+template <DType D, int M, int N>
+inline void dense_lanes(const typename Element<D>::type* w, int64_t w_stride, int64_t k, const float* const* x,
+                        int64_t first, vf (*lanes)[N]) {
+    for (int64_t i = 0; i < k; i += W) {
+        vf wn[N];
+#pragma GCC unroll 8
+        for (int n = 0; n < N; n++) {
+            wn[n] = Element<D>::load8(w + n * w_stride + i);
+            // Rows are shorter than what a hardware prefetcher needs to get going.
+            if (M == 1 && i % 32 == 0) __builtin_prefetch(w + (n + N) * w_stride + i, 0, 3);
+        }
+#pragma GCC unroll 4
+        for (int m = 0; m < M; m++) {
+            vf xm = load(x[m] + first + i);
+#pragma GCC unroll 8
+            for (int n = 0; n < N; n++) lanes[m][n] = fma(xm, wn[n], lanes[m][n]);
+        }
+    }
+}
+
+// y[n] of one row from its lanes, and what is left of k beyond a multiple of eight.
+template <DType D, int N>
+inline void dense_finish(const typename Element<D>::type* w, int64_t k, const float* x, const vf* lanes, float* y) {
+    float total[N];
+    if (N == 8) {
+        store(total, sums(lanes));
+    } else {
+        for (int n = 0; n < N; n++) total[n] = sum(lanes[n]);
+    }
+    for (int n = 0; n < N; n++) {
+        for (int64_t i = k / W * W; i < k; i++) total[n] += x[i] * Element<D>::load1(w + n * k + i);
+        y[n] = total[n];
+    }
+}
+
 // y[m][n] for M rows x[m] and N rows of w (stride k elements); y has `stride` columns.
 template <DType D, int M, int N>
 inline void dense_block(const typename Element<D>::type* w, int64_t k, const float* const* x, float* y, int64_t stride) {
@@ -15,39 +57,47 @@ inline void dense_block(const typename Element<D>::type* w, int64_t k, const flo
     for (int m = 0; m < M; m++) {
         for (int n = 0; n < N; n++) lanes[m][n] = zero();
     }
+    dense_lanes<D, M, N>(w, k, k / W * W, x, 0, lanes);
+    for (int m = 0; m < M; m++) dense_finish<D, N>(w, k, x[m], lanes[m], y + m * stride);
+}
+
+// The same sums for many rows, at most kMost of them: a chunk of the weights is converted once for all.
+template <DType D>
+void dense_many(const typename Element<D>::type* w, int64_t k, const float* const* x, int64_t rows, float* y,
+                int64_t stride) {
+    constexpr int N = 4;
+    constexpr int64_t kMost = 48;
+    alignas(64) float converted[N * kChunk];
+    vf lanes[kMost][N];
     int64_t whole = k / W * W;
-    for (int64_t i = 0; i < whole; i += W) {
-        vf wn[N];
-#pragma GCC unroll 8
-        for (int n = 0; n < N; n++) {
-            wn[n] = Element<D>::load8(w + n * k + i);
-            // Rows are shorter than what a hardware prefetcher needs to get going.
-            if (M == 1 && i % 32 == 0) __builtin_prefetch(w + (n + N) * k + i, 0, 3);
+    for (; rows > 0; rows -= kMost, x += kMost, y += kMost * stride) {
+        int64_t count = rows < kMost ? rows : kMost;
+        for (int64_t m = 0; m < count; m++) {
+            for (int n = 0; n < N; n++) lanes[m][n] = zero();
         }
-#pragma GCC unroll 4
-        for (int m = 0; m < M; m++) {
-            vf xm = load(x[m] + i);
-#pragma GCC unroll 8
-            for (int n = 0; n < N; n++) lanes[m][n] = fma(xm, wn[n], lanes[m][n]);
+        for (int64_t first = 0; first < whole; first += kChunk) {
+            int64_t size = whole - first < kChunk ? whole - first : kChunk;
+            for (int n = 0; n < N; n++) {
+                for (int64_t i = 0; i < size; i += W) {
+                    store(converted + n * kChunk + i, Element<D>::load8(w + n * k + first + i));
+                    if (i % 32 == 0) __builtin_prefetch(w + (n + N) * k + first + i, 0, 3);
+                }
+            }
+            int64_t m = 0;
+            for (; m + 3 <= count; m += 3) {
+                dense_lanes<kFloat32, 3, N>(converted, kChunk, size, x + m, first, lanes + m);
+            }
+            if (m + 2 == count) dense_lanes<kFloat32, 2, N>(converted, kChunk, size, x + m, first, lanes + m);
+            if (m + 1 == count) dense_lanes<kFloat32, 1, N>(converted, kChunk, size, x + m, first, lanes + m);
         }
-    }
-    for (int m = 0; m < M; m++) {
-        float total[N];
-        if (N == 8) {
-            store(total, sums(lanes[m]));
-        } else {
-            for (int n = 0; n < N; n++) total[n] = sum(lanes[m][n]);
-        }
-        for (int n = 0; n < N; n++) {
-            for (int64_t i = whole; i < k; i++) total[n] += x[m][i] * Element<D>::load1(w + n * k + i);
-            y[m * stride + n] = total[n];
-        }
+        for (int64_t m = 0; m < count; m++) dense_finish<D, N>(w, k, x[m], lanes[m], y + m * stride);
     }
 }
 
 template <DType D, int N>
 void dense_rows(const typename Element<D>::type* w, int64_t k, const float* const* x, int64_t rows, float* y,
                 int64_t stride) {
+    if (N == 4 && rows >= kManyRows) return dense_many<D>(w, k, x, rows, y, stride);
     int64_t m = 0;
     for (; m + 3 <= rows; m += 3) dense_block<D, 3, N>(w, k, x + m, y + m * stride, stride);
     if (m + 2 == rows) dense_block<D, 2, N>(w, k, x + m, y + m * stride, stride);

@@ -13,6 +13,7 @@ from guanaco.server.config import ENV_PREFIX, Settings, SettingsError, load_sett
 
 OTHER_VALUE = {  # a text for each setting that is valid and not its default
     "provider": "reference",
+    "cpu_isa": "portable",
     "dtype": "bfloat16",
     "log_level": "debug",
     "cache": "elsewhere",
