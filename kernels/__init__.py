@@ -6,7 +6,7 @@ provider is chosen once, by name, at start.
 
 import torch
 
-from guanaco.kernels.ops import CPU_ISAS, FusedLayers, LayerWeights, LinearHandle, NativeUnavailable, Ops
+from guanaco.kernels.ops import CPU_ISAS, FusedLayers, LayerWeights, LinearHandle, NativeUnavailable, Ops, PackedWeight
 
 __all__ = [
     "CPU_ISAS",
@@ -16,6 +16,7 @@ __all__ = [
     "LinearHandle",
     "NativeUnavailable",
     "Ops",
+    "PackedWeight",
     "load_ops",
 ]
 

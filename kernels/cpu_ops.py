@@ -16,7 +16,7 @@ from guanaco.kernels import cpu_native as native
 from guanaco.kernels.cpu_lora import DTYPES, LoraOperand, LoraOperands
 from guanaco.kernels.lora_batch import LoraBatch
 from guanaco.kernels.nf4 import GROUP_SIZE, Nf4Weight
-from guanaco.kernels.ops import MODULES_PER_LAYER, LayerWeights, LinearHandle
+from guanaco.kernels.ops import MODULES_PER_LAYER, LayerWeights, LinearHandle, PackedWeight
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,9 +43,22 @@ class CpuOps:
         self._code = DTYPES[dtype]
         self._context = native.Context(isa, threads)
         self.isa, self.threads = self._context.isa, threads
+        self.packed_format = f"cpu tiles 1, order {self._context.layout}"
 
-    def prepare(self, weight: Nf4Weight | Tensor, bias: Tensor | None) -> CpuLinear:
-        """Repack NF4 into tiles (3 % more bytes than double quantisation); a dense tensor is kept as it is."""
+    def pack(self, weight: Nf4Weight) -> PackedWeight | Nf4Weight:
+        """Tiles (3 % more bytes than double quantisation); rows that groups cross stay as they are."""
+        n, k = weight.shape
+        if k % GROUP_SIZE != 0:
+            return weight
+        packed, scales = weight.packed.contiguous(), weight.scales().contiguous()
+        tiles = torch.empty(self._context.nf4_bytes(n, k), dtype=torch.uint8)
+        self._context.call("nf4_repack", packed.data_ptr(), scales.data_ptr(), n, k, tiles.data_ptr())
+        return PackedWeight(tiles, (n, k))
+
+    def prepare(self, weight: Nf4Weight | PackedWeight | Tensor, bias: Tensor | None) -> CpuLinear:
+        """NF4 becomes tiles where it can; a dense tensor is kept as it is."""
+        if isinstance(weight, Nf4Weight):
+            weight = self.pack(weight)
         out_features, in_features = weight.shape
         bias32 = None if bias is None else bias.to(torch.float32).contiguous()
         struct = native.Linear(n=out_features, k=in_features, bias=None if bias32 is None else bias32.data_ptr())
@@ -54,8 +67,9 @@ class CpuOps:
             assert weight.dtype in DTYPES and weight.device.type == "cpu", (weight.dtype, weight.device)
             tensors = (weight.contiguous(),)
             struct.kind, struct.dtype = native.DENSE, DTYPES[weight.dtype]
-        elif in_features % GROUP_SIZE == 0:
-            tensors = (self._repack(weight),)
+        elif isinstance(weight, PackedWeight):
+            assert weight.data.numel() == self._context.nf4_bytes(*weight.shape), "a weight of another provider"
+            tensors = (weight.data,)
             struct.kind = native.NF4_TILED
         else:
             tensors = (weight.packed.contiguous(), weight.scales().contiguous())
@@ -64,13 +78,6 @@ class CpuOps:
         if bias32 is not None:
             tensors = (*tensors, bias32)
         return CpuLinear(struct, tensors, in_features, out_features, sum(t.nbytes for t in tensors))
-
-    def _repack(self, weight: Nf4Weight) -> Tensor:
-        n, k = weight.shape
-        packed, scales = weight.packed.contiguous(), weight.scales().contiguous()
-        tiles = torch.empty(self._context.nf4_bytes(n, k), dtype=torch.uint8)
-        self._context.call("nf4_repack", packed.data_ptr(), scales.data_ptr(), n, k, tiles.data_ptr())
-        return tiles
 
     def linear(self, x: Tensor, weight: LinearHandle, lora: LoraBatch | None, module: int) -> Tensor:
         operand = None if lora is None else LoraOperands().operand(lora, (module,))

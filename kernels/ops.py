@@ -38,6 +38,14 @@ class LinearHandle(Protocol):
 
 
 @dataclass(frozen=True)
+class PackedWeight:
+    """An NF4 weight as one provider wants it in memory; opaque to everybody else, but it may be kept on disk."""
+
+    data: Tensor  # uint8 [bytes]
+    shape: tuple[int, int]  # of the weight, [out, in]
+
+
+@dataclass(frozen=True)
 class LayerWeights:
     """One decoder layer: x + o(attention(q, k, v of norm(x))), then x + down(SiLU(gate) · up of norm(x))."""
 
@@ -73,9 +81,14 @@ class Ops(Protocol):
     name: str
     device: torch.device
     dtype: torch.dtype  # float32 or bfloat16: what activations and the KV cache are stored in
+    packed_format: str  # names the form that `pack` gives weights; empty: there is none worth keeping
 
-    def prepare(self, weight: Nf4Weight | Tensor, bias: Tensor | None) -> LinearHandle:
-        """Take over one linear layer: `Nf4Weight` or a dense [out, in] tensor. The caller drops its own reference."""
+    def pack(self, weight: Nf4Weight) -> PackedWeight | Nf4Weight:
+        """The weight in the provider's own form, for `prepare` now or later; as it is where that form has none."""
+
+    def prepare(self, weight: Nf4Weight | PackedWeight | Tensor, bias: Tensor | None) -> LinearHandle:
+        """Take over one linear layer: NF4, packed by an Ops of the same `packed_format`, or a dense [out, in] tensor.
+        The caller drops its own reference."""
 
     def linear(self, x: Tensor, weight: LinearHandle, lora: LoraBatch | None, module: int) -> Tensor:
         """y[t, out] = x[t, in] · Wᵀ + bias, plus the LoRA delta of `module` for the rows that have adapters."""

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from guanaco.kernels.lora_batch import LoraBatch
 from guanaco.kernels.nf4 import Nf4Weight
-from guanaco.kernels.ops import LayerWeights, LinearHandle
+from guanaco.kernels.ops import LayerWeights, LinearHandle, PackedWeight
 
 # Weights decoded at a time where a layer is not kept decoded: 16 MiB of float32.
 TILE_WEIGHTS = 4 << 20
@@ -47,6 +47,7 @@ class ReferenceOps:
     """The ops on `device`, activations in `dtype`. See `Ops` for shapes."""
 
     name = "reference"
+    packed_format = ""
 
     def __init__(self, *, device: torch.device, dtype: torch.dtype, decoded_weights_bytes: int) -> None:
         assert dtype in (torch.float32, torch.bfloat16), dtype
@@ -55,8 +56,12 @@ class ReferenceOps:
         self.decoded_weights_bytes = decoded_weights_bytes
         self.decoded_bytes_used = 0
 
-    def prepare(self, weight: Nf4Weight | Tensor, bias: Tensor | None) -> ReferenceLinear:
+    def pack(self, weight: Nf4Weight) -> Nf4Weight:
+        return weight
+
+    def prepare(self, weight: Nf4Weight | PackedWeight | Tensor, bias: Tensor | None) -> ReferenceLinear:
         """Keep the weight in float32 if the budget still allows it, first come first kept; else as it is stored."""
+        assert not isinstance(weight, PackedWeight), "a weight of another provider"
         out_features, in_features = weight.shape
         stored = weight.to(self.device)
         decoded_bytes = out_features * in_features * 4

@@ -35,6 +35,8 @@ class Checkpoint(WeightSource, Protocol):
     is_quantized: bool  # some weights are in NF4 already: then all are served as they are
     num_bytes: int  # of all tensors as stored
 
+    def matrix(self, name: str, shape: tuple[int, int]) -> Nf4Weight | Tensor: ...
+
     def unused(self) -> tuple[str, ...]:
         """Stored names that were not asked for and do not follow from the config."""
 

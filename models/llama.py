@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from guanaco.kernels import LayerWeights, LinearHandle, Ops
+from guanaco.kernels import LayerWeights, LinearHandle, Ops, PackedWeight
 from guanaco.kernels.nf4 import Nf4Weight
 from guanaco.models.config import LlamaConfig
 from guanaco.models.forward_batch import ForwardBatch
@@ -21,7 +21,7 @@ class WeightSource(Protocol):
     """Where weights come from, each asked for once, in the order of `LlamaModel.__init__`. Names are Hugging Face's
     without the leading `model.`; a source raises ModelError for a tensor that is missing or has another shape."""
 
-    def matrix(self, name: str, shape: tuple[int, int]) -> Nf4Weight | Tensor:
+    def matrix(self, name: str, shape: tuple[int, int]) -> Nf4Weight | PackedWeight | Tensor:
         """The [out, in] weight of a linear layer, a projection or the head."""
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -6,7 +6,7 @@ only through `checkpoint`. Called by the server's wiring.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,13 +15,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from guanaco.kernels import Ops
+from guanaco.kernels import Ops, PackedWeight
 from guanaco.kernels.nf4 import Nf4Weight, dtype_name
 from guanaco.models.checkpoint import Checkpoint, open_checkpoint
 from guanaco.models.config import LlamaConfig
 from guanaco.models.errors import ModelError
 from guanaco.models.llama import LlamaModel
 from guanaco.models.model_cache import CachedModel, ModelCache, source_key
+from guanaco.models.packed_cache import PackedWeights, PackedWriter, packed_key
 from guanaco.models.quantize import Nf4CheckpointWriter, Progress, dense_tensor, is_projection, quantize_tensor
 
 Weight = TypeVar("Weight", Nf4Weight, Tensor)
@@ -41,6 +42,7 @@ class LoadedModel:
     weights_bytes: int  # resident, decoded copies included
     origin: str  # "checkpoint": as stored; "quantized": from dense weights, now; "cache": the same, earlier
     notes: tuple[str, ...]  # remarks for the operator, a line each
+    source_notes: tuple[str, ...]  # those of them that the caches keep: on the source, not on the caches
 
 
 def load_model(path: Path, ops: Ops, *, cache_dir: Path | None = None, progress: Progress | None = None) -> LoadedModel:
@@ -52,39 +54,77 @@ def load_model(path: Path, ops: Ops, *, cache_dir: Path | None = None, progress:
     cache that cannot be used is no error but a note.
     """
     with closing(open_checkpoint(path)) as source:
-        if source.is_quantized:
-            return _build(source, ServedWeights(source, progress), ops, "checkpoint")
-        if cache_dir is None:
-            return _build(source, ServedWeights(source, progress), ops, "quantized")
+        if cache_dir is None or not ops.packed_format:
+            return _load_unpacked(source, ops, cache_dir, progress, None)
         try:
-            return _load_through_cache(source, ops, ModelCache(cache_dir), progress)
+            return _load_packed(source, ops, cache_dir, progress)
         except OSError as error:
-            return _not_cached(_build(source, ServedWeights(source, progress), ops, "quantized"), error)
+            return _not_packed(_load_unpacked(source, ops, cache_dir, progress, None), error)
+
+
+def _load_unpacked(
+    source: Checkpoint, ops: Ops, cache_dir: Path | None, progress: Progress | None, packer: "Packer | None"
+) -> LoadedModel:
+    if source.is_quantized:
+        return _build(source, ServedWeights(source, progress, packer=packer), ops, "checkpoint")
+    if cache_dir is None:
+        return _build(source, ServedWeights(source, progress, packer=packer), ops, "quantized")
+    try:
+        return _load_through_cache(source, ops, ModelCache(cache_dir), progress, packer)
+    except OSError as error:
+        return _not_cached(_build(source, ServedWeights(source, progress, packer=packer), ops, "quantized"), error)
+
+
+class Packer:
+    """Gives NF4 weights the provider's own form, and keeps that on disk as long as the disk takes it."""
+
+    def __init__(self, ops: Ops, writer: PackedWriter) -> None:
+        self._ops = ops
+        self._writer = writer
+        self.error: OSError | None = None
+
+    def __call__(self, name: str, weight: Nf4Weight) -> Nf4Weight | PackedWeight:
+        packed = self._ops.pack(weight)
+        if isinstance(packed, PackedWeight) and self.error is None:
+            try:
+                self._writer.add(name, packed)
+            except OSError as error:
+                self.error = error
+        return packed
 
 
 class ServedWeights:
     """A `WeightSource` between checkpoint and model: quantises what is dense, checks, fingerprints, feeds the cache."""
 
     def __init__(
-        self, source: Checkpoint, progress: Progress | None, writer: Nf4CheckpointWriter | None = None
+        self,
+        source: Checkpoint,
+        progress: Progress | None,
+        writer: Nf4CheckpointWriter | None = None,
+        packer: Packer | None = None,
     ) -> None:
         self._source = source
         self._progress = progress
         self._writer = writer
+        self._packer = packer
         self._done_bytes = 0
         self._num_dense_projections = 0
         self._digest = hashlib.sha256(json.dumps(source.config.computation(), sort_keys=True).encode())
         self.write_error: ModelError | None = None
 
-    def matrix(self, name: str, shape: tuple[int, int]) -> Nf4Weight | Tensor:
+    def matrix(self, name: str, shape: tuple[int, int]) -> Nf4Weight | PackedWeight | Tensor:
         weight = self._source.matrix(name, shape)
         if isinstance(weight, Nf4Weight):
-            return self._passed(name, weight, weight.num_bytes)
+            return self._packed(name, self._passed(name, weight, weight.num_bytes))
         if not self._source.is_quantized and is_projection(name):
             with self._naming_source():
-                return self._passed(name, quantize_tensor(name, weight), weight.nbytes)
+                quantized = quantize_tensor(name, weight)
+            return self._packed(name, self._passed(name, quantized, weight.nbytes))
         self._num_dense_projections += is_projection(name)
         return self._passed(name, self._dense(name, weight), weight.nbytes)
+
+    def _packed(self, name: str, weight: Nf4Weight) -> Nf4Weight | PackedWeight:
+        return weight if self._packer is None else self._packer(name, weight)
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         stored = self._source.tensor(name, shape)
@@ -145,48 +185,119 @@ class ServedWeights:
             self._writer.discard()
 
 
-def _load_through_cache(source: Checkpoint, ops: Ops, cache: ModelCache, progress: Progress | None) -> LoadedModel:
-    key = source_key(source.config, source.layouts())
+class _MappedWeights:
+    """A `WeightSource` of weights that were packed earlier; what has no packed form comes from the source."""
 
-    def tell_of_waiting() -> None:
+    def __init__(self, packed: PackedWeights, served: ServedWeights) -> None:
+        self._packed = packed
+        self._served = served
+
+    def matrix(self, name: str, shape: tuple[int, int]) -> Nf4Weight | PackedWeight | Tensor:
+        return self._packed.get(name, shape) or self._served.matrix(name, shape)
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self._served.tensor(name, shape)
+
+
+def _load_packed(source: Checkpoint, ops: Ops, cache_dir: Path, progress: Progress | None) -> LoadedModel:
+    """From the packed weights of an earlier start, or leaving them behind for the next. Raises OSError where the cache
+    cannot be used."""
+    cache = ModelCache(cache_dir)
+    key = packed_key(source_key(source.config, source.layouts()), ops.packed_format)
+
+    def load(entry: CachedModel | None) -> LoadedModel | None:
+        if entry is None or not entry.fingerprint:
+            return None
+        try:
+            weights = _MappedWeights(PackedWeights(entry.path), ServedWeights(source, progress))
+        except ModelError:
+            return None
+        model = LlamaModel(source.config, weights, ops)
+        cache.touch(entry)
+        return _from_entry(model, entry)
+
+    with cache.lock(key, exclusive=False, on_wait=_waiting(source, progress)):
+        if loaded := load(cache.find(key)):
+            return loaded
+    with cache.lock(key, exclusive=True, on_wait=_waiting(source, progress)):
+        entry = cache.find(key)  # between the two locks another process may have made it
+        if loaded := load(entry):
+            return loaded
+        writer = PackedWriter(cache, key)
+        packer = Packer(ops, writer)
+        try:
+            made = _load_unpacked(source, ops, cache_dir, progress, packer)
+            if packer.error is None and writer.num_tensors:
+                packer.error = _seal(writer, source, made)
+        finally:
+            writer.discard()
+    if packer.error is not None:
+        return _not_packed(made, packer.error)
+    return made if entry is None else _with_note(made, f"the packed copy {entry.path} was damaged and was rebuilt")
+
+
+def _seal(writer: PackedWriter, source: Checkpoint, loaded: LoadedModel) -> OSError | None:
+    try:
+        writer.seal(source=source.path, fingerprint=loaded.fingerprint, notes=loaded.source_notes)
+    except OSError as error:
+        return error
+    return None
+
+
+def _waiting(source: Checkpoint, progress: Progress | None) -> Callable[[], None]:
+    def tell() -> None:
         if progress is not None:
             progress(WAITING, 0, source.num_bytes)
 
-    with cache.lock(key, exclusive=False, on_wait=tell_of_waiting):
+    return tell
+
+
+def _load_through_cache(
+    source: Checkpoint, ops: Ops, cache: ModelCache, progress: Progress | None, packer: Packer | None
+) -> LoadedModel:
+    key = source_key(source.config, source.layouts())
+    with cache.lock(key, exclusive=False, on_wait=_waiting(source, progress)):
         entry = cache.find(key)
-        if entry is not None and (loaded := _from_cache(source, ops, cache, entry, progress)):
+        if entry is not None and (loaded := _from_cache(source, ops, cache, entry, progress, packer)):
             return loaded
-    with cache.lock(key, exclusive=True, on_wait=tell_of_waiting):
+    with cache.lock(key, exclusive=True, on_wait=_waiting(source, progress)):
         entry = cache.find(key)  # between the two locks another process may have made it
-        if entry is not None and (loaded := _from_cache(source, ops, cache, entry, progress)):
+        if entry is not None and (loaded := _from_cache(source, ops, cache, entry, progress, packer)):
             return loaded
-        loaded = _into_cache(source, ops, cache, key, progress)
+        loaded = _into_cache(source, ops, cache, key, progress, packer)
     return loaded if entry is None else _with_note(loaded, f"the cached copy {entry.path} was damaged and was rebuilt")
 
 
 def _from_cache(
-    source: Checkpoint, ops: Ops, cache: ModelCache, entry: CachedModel, progress: Progress | None
+    source: Checkpoint,
+    ops: Ops,
+    cache: ModelCache,
+    entry: CachedModel,
+    progress: Progress | None,
+    packer: Packer | None,
 ) -> LoadedModel | None:
     """The model from its cached form, or None if that is not, byte for byte, what was written."""
     try:
         with closing(open_checkpoint(entry.path)) as cached:
-            weights = ServedWeights(cached, progress)
+            weights = ServedWeights(cached, progress, packer=packer)
             model = LlamaModel(source.config, weights, ops)
     except ModelError:
         return None
     if weights.fingerprint() != entry.fingerprint:
         return None
     cache.touch(entry)
-    return LoadedModel(model, source.config, entry.fingerprint, model.weights_bytes, "cache", entry.notes)
+    return _from_entry(model, entry)
 
 
-def _into_cache(source: Checkpoint, ops: Ops, cache: ModelCache, key: str, progress: Progress | None) -> LoadedModel:
+def _into_cache(
+    source: Checkpoint, ops: Ops, cache: ModelCache, key: str, progress: Progress | None, packer: Packer | None
+) -> LoadedModel:
     """Quantise, and write what passes to the cache; if the disk does not take it, the model is served all the same."""
     try:
         writer = cache.writer(key, source.config.to_json())
     except ModelError as error:
-        return _not_cached(_build(source, ServedWeights(source, progress), ops, "quantized"), error)
-    weights = ServedWeights(source, progress, writer)
+        return _not_cached(_build(source, ServedWeights(source, progress, packer=packer), ops, "quantized"), error)
+    weights = ServedWeights(source, progress, writer, packer)
     try:
         loaded = _build(source, weights, ops, "quantized")
     except BaseException:
@@ -195,7 +306,7 @@ def _into_cache(source: Checkpoint, ops: Ops, cache: ModelCache, key: str, progr
     if weights.write_error is not None:
         return _not_cached(loaded, weights.write_error)
     try:
-        cache.seal(writer, source=source.path, fingerprint=loaded.fingerprint, notes=loaded.notes)
+        cache.seal(writer, source=source.path, fingerprint=loaded.fingerprint, notes=loaded.source_notes)
     except (ModelError, OSError) as error:
         writer.discard()
         return _not_cached(loaded, error)
@@ -205,11 +316,21 @@ def _into_cache(source: Checkpoint, ops: Ops, cache: ModelCache, key: str, progr
 def _build(source: Checkpoint, weights: ServedWeights, ops: Ops, origin: str) -> LoadedModel:
     model = LlamaModel(source.config, weights, ops)
     fingerprint, notes = weights.fingerprint(), tuple(weights.notes())
-    return LoadedModel(model, source.config, fingerprint, model.weights_bytes, origin, notes)
+    return LoadedModel(model, source.config, fingerprint, model.weights_bytes, origin, notes, notes)
+
+
+def _from_entry(model: LlamaModel, entry: CachedModel) -> LoadedModel:
+    return LoadedModel(
+        model, model.config, entry.fingerprint, model.weights_bytes, "cache", entry.notes, source_notes=entry.notes
+    )
 
 
 def _not_cached(loaded: LoadedModel, error: Exception) -> LoadedModel:
     return _with_note(loaded, f"the quantised model is not cached and will be quantised again next time: {error}")
+
+
+def _not_packed(loaded: LoadedModel, error: Exception) -> LoadedModel:
+    return _with_note(loaded, f"the packed weights are not cached and will be packed again next time: {error}")
 
 
 def _with_note(loaded: LoadedModel, note: str) -> LoadedModel:

@@ -101,13 +101,12 @@ def build_runtime(settings: Settings, console: Console) -> Runtime:
 
 def _load_provider(settings: Settings, num_threads: int) -> tuple[Ops, str]:
     """The kernels, and why these. Where the native ones cannot be used, that is the reason for the reference."""
-    dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
 
     def load(name: str) -> Ops:
         return load_ops(
             name,
             device=torch.device("cpu"),
-            dtype=dtype,
+            dtype=_dtype(settings, name),
             decoded_weights_bytes=settings.decoded_weights_memory,
             threads=num_threads,
             cpu_isa=settings.cpu_isa,
@@ -123,6 +122,13 @@ def _load_provider(settings: Settings, num_threads: int) -> tuple[Ops, str]:
         return load("reference"), f"slow: {error}"
     why = "asked for with --provider" if settings.provider == "cpu" else "no GPU kernels in this version"
     return ops, f"{why}; {getattr(ops, 'isa', '')}"
+
+
+def _dtype(settings: Settings, provider: str) -> torch.dtype:
+    """The native kernels compute in float32 between their ends whatever this is: what they keep in it is K and V."""
+    if settings.dtype == "auto":
+        return torch.float32 if provider == "reference" else torch.bfloat16
+    return torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
 
 
 def _load_base(settings: Settings, ops: Ops, console: Console) -> Base:

@@ -36,24 +36,69 @@ inline void add_values(const float* weights, int positions, const float* values,
     for (int i = 0; i < N; i++) store(out + i * W, total[i]);
 }
 
+// Walks over the cached rows of one head, position by position, with one division for all of them.
+class Positions {
+  public:
+    Positions(const AttentionRun& run, int64_t first)
+        : run_(run), block_(first / run.block_size), offset_(first % run.block_size) {}
+    // Index of the present position's row, in elements; then go on to the next.
+    int64_t next() {
+        int64_t slot = int64_t(run_.block_table[block_]) * run_.block_size + offset_;
+        if (++offset_ == run_.block_size) {
+            offset_ = 0;
+            block_++;
+        }
+        return (slot * run_.kv_heads + run_.kv_head) * run_.head_dim;
+    }
+
+  private:
+    const AttentionRun& run_;
+    int64_t block_, offset_;
+};
+
+// Asks for positions that will be read next, a few at a time between other work: all at once they would have to wait for
+// each other. Rows of one head are too short and too far apart for the hardware to guess.
+class Prefetch {
+  public:
+    Prefetch(const AttentionRun& run, int64_t first, int64_t count) : run_(run), positions_(run, first), left_(count) {}
+    void ask(int64_t count) {
+        int64_t bytes = run_.head_dim * (run_.dtype == kFloat32 ? 4 : 2);
+        for (; count > 0 && left_ > 0; count--, left_--) {
+            int64_t row = positions_.next() * (run_.dtype == kFloat32 ? 4 : 2);
+            for (int64_t i = 0; i < bytes; i += 64) {
+                __builtin_prefetch((const char*)run_.k_cache + row + i, 0, 3);
+                __builtin_prefetch((const char*)run_.v_cache + row + i, 0, 3);
+            }
+        }
+    }
+
+  private:
+    const AttentionRun& run_;
+    Positions positions_;
+    int64_t left_;
+};
+
 template <DType D>
-void load_positions(const AttentionRun& run, const void* cache, int64_t first, int64_t count, float* out) {
+inline void load_row(const typename Element<D>::type* from, int64_t n, int64_t padded, float* to) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(to + i, Element<D>::load8(from + i));
+    for (; i < n; i++) to[i] = Element<D>::load1(from + i);
+    for (; i < padded; i++) to[i] = 0.0f;
+}
+
+// `count` positions as float32, the rest of kPositions as zeros.
+template <DType D>
+void load_positions(const AttentionRun& run, int64_t first, int64_t count, float* keys, float* values) {
     typedef typename Element<D>::type T;
     int64_t n = run.head_dim, padded = run.padded_dim;
-    for (int64_t j = 0; j < kPositions; j++) {
-        float* row = out + j * padded;
-        if (j >= count) {
-            memset(row, 0, size_t(padded) * 4);
-            continue;
-        }
-        int64_t position = first + j;
-        int64_t slot = int64_t(run.block_table[position / run.block_size]) * run.block_size + position % run.block_size;
-        const T* source = (const T*)cache + (slot * run.kv_heads + run.kv_head) * n;
-        int64_t i = 0;
-        for (; i + W <= n; i += W) store(row + i, Element<D>::load8(source + i));
-        for (; i < n; i++) row[i] = Element<D>::load1(source + i);
-        for (; i < padded; i++) row[i] = 0.0f;
+    Positions positions(run, first);
+    for (int64_t j = 0; j < count; j++) {
+        int64_t row = positions.next();
+        load_row<D>((const T*)run.k_cache + row, n, padded, keys + j * padded);
+        load_row<D>((const T*)run.v_cache + row, n, padded, values + j * padded);
     }
+    memset(keys + count * padded, 0, size_t((kPositions - count) * padded) * 4);
+    memset(values + count * padded, 0, size_t((kPositions - count) * padded) * 4);
 }
 
 // One block of positions, for one query row that sees the first `seen` of them (1 … kPositions).
@@ -71,7 +116,8 @@ inline void attend_block(const float* q, const float* keys, const float* values,
     }
     float top = max_of(largest);
     float new_max = top > state->max ? top : state->max;
-    float correction = vexp(splat(state->max - new_max))[0];
+    // Mostly the largest score is an old one, and e^0 is 1.
+    float correction = new_max == state->max ? 1.0f : vexp(splat(state->max - new_max))[0];
     vf total = zero();
     for (int64_t j = 0; j < kPositions; j += 8) {
         vf weights = vexp(load(scores + j) - splat(new_max));
@@ -98,18 +144,19 @@ void attend_run(const AttentionRun& run, const float* q, SoftmaxState* states, f
     int64_t end = run.end < last ? run.end : last;
     for (int64_t first = run.begin; first < end; first += kPositions) {
         int64_t count = end - first < kPositions ? end - first : kPositions;
+        int64_t next = first + count, more = end - next < kPositions ? end - next : kPositions;
         if (run.dtype == kFloat32) {
-            load_positions<kFloat32>(run, run.k_cache, first, count, keys);
-            load_positions<kFloat32>(run, run.v_cache, first, count, values);
+            load_positions<kFloat32>(run, first, count, keys, values);
         } else {
-            load_positions<kBFloat16>(run, run.k_cache, first, count, keys);
-            load_positions<kBFloat16>(run, run.v_cache, first, count, values);
+            load_positions<kBFloat16>(run, first, count, keys, values);
         }
+        Prefetch ahead(run, next, more);
         for (int64_t i = 0; i < run.queries; i++) {
             int64_t seen = run.first_limit + i - first;
             if (seen <= 0) continue;
             if (seen > count) seen = count;
             for (int64_t r = i * run.share; r < (i + 1) * run.share; r++) {
+                ahead.ask((kPositions + rows - 1) / rows);
                 attend_block(q + r * n, keys, values, n, seen, &states[r], out + r * n);
             }
         }

@@ -164,9 +164,15 @@ inline vf sums(const vf* a) {
 }
 
 inline float max_of(vf v) {
+#if defined(GUANACO_HAS_AVX2)
+    __m256 m = _mm256_max_ps((__m256)v, _mm256_permute2f128_ps((__m256)v, (__m256)v, 1));
+    m = _mm256_max_ps(m, _mm256_shuffle_ps(m, m, 0x4e));
+    return ((vf)_mm256_max_ps(m, _mm256_shuffle_ps(m, m, 0xb1)))[0];
+#else
     float m = v[0];
     for (int i = 1; i < W; i++) m = v[i] > m ? v[i] : m;
     return m;
+#endif
 }
 
 inline vf round_to_int(vf x) {

@@ -118,11 +118,12 @@ def test_models_list_and_prune(model: Path) -> None:
     _guanaco("generate", "hello", "--model", model, "--max-tokens", 1)
     listed = _guanaco("models", "list").stdout
     assert str(model) in listed
-    assert "KiB in 1 models" in listed
-    name = listed.splitlines()[1].split()[0]
+    assert "KiB in 2 models" in listed, "in NF4, and packed for the processor"
+    name, packed = (line.split()[0] for line in listed.splitlines()[1:3])
     assert _guanaco("models", "prune", "0123nothing", "--yes").exit_code == 2
     assert "nothing was deleted" in _guanaco("models", "prune", name, input="n\n").stdout
     assert "deleted 1 models" in _guanaco("models", "prune", name, "--yes").stdout
+    assert "deleted 1 models" in _guanaco("models", "prune", packed, "--yes").stdout
     assert "nothing is cached" in _guanaco("models", "list").stdout
 
 
