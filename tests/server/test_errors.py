@@ -212,9 +212,14 @@ _FIELDS = (
 _bodies = st.builds(
     lambda base, extra: {**base, **extra},
     st.fixed_dictionaries(
-        {"model": st.sampled_from([BASE, "pirate", "nobody"]), "messages": _messages, "prompt": _anything}
+        {
+            "model": st.sampled_from([BASE, "pirate", "nobody"]),
+            # Often right, so that what is wrong elsewhere is reached, and the engine too.
+            "messages": st.just([{"role": "user", "content": "hi"}]) | _messages,
+            "prompt": st.just("hi") | _anything,
+        }
     ),
-    st.dictionaries(st.sampled_from(_FIELDS), _anything | st.integers(0, 9), max_size=4),
+    st.just({}) | st.dictionaries(st.sampled_from(_FIELDS), _anything | st.integers(0, 9), max_size=4),
 )
 
 
