@@ -16,7 +16,7 @@ DEPS    := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard kernels/native/*)
 RUNTIME := $(VENV)/.installed
 TESTING := $(VENV)/.installed-test
 
-.PHONY: serve install test lint typecheck accept bench clean
+.PHONY: serve install test lint typecheck accept bench asan clean
 
 serve: $(RUNTIME)
 	exec $(BIN)/guanaco serve $(ARGS)
@@ -44,8 +44,16 @@ typecheck: $(TESTING)
 bench: $(RUNTIME)
 	$(BIN)/guanaco bench --json $(ARGS)
 
+# The kernel tests over a native library that notices any read or write outside its memory.
+asan: $(TESTING)
+	GUANACO_SANITIZE=address $(BIN)/python setup.py -q build_ext --build-lib build/asan --build-temp build/asan-objects
+	@plain=$$(ls kernels/_native*.so) && cp $$plain build/plain.so && trap "cp build/plain.so $$plain" EXIT && \
+	  cp build/asan/guanaco/kernels/_native*.so $$plain && ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
+	  $(BIN)/pytest -s tests/kernels/test_cpu.py tests/kernels/test_ops.py tests/kernels/test_attention.py
+
 clean:
-	rm -rf $(VENV) .typing build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) kernels/_native*.so .typing build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \

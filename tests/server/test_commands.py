@@ -9,12 +9,14 @@ from tiny_adapters import make_adapter
 from tiny_models import make_tiny_llama
 from typer.testing import CliRunner, Result
 
+from guanaco.kernels import cpu_native
 from guanaco.models.checkpoint import open_checkpoint
 from guanaco.models.config import read_config
 from guanaco.models.llama import projection_shapes
 from guanaco.server.cli import app
-from guanaco.server.config import ENV_PREFIX
+from guanaco.server.config import ENV_PREFIX, load_settings
 from guanaco.server.doctor import weights_bytes
+from guanaco.server.wiring import _load_provider
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +137,24 @@ def test_doctor_says_what_would_run(model: Path) -> None:
     assert findings["model"]["ok"]
     assert "processor" in findings
     assert "ok" in _guanaco("doctor").stdout
+
+
+def test_without_native_kernels_the_reference_serves_and_says_so(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_native.importlib.util, "find_spec", lambda _: None)
+    cpu_native.library.cache_clear()
+    try:
+        findings = json.loads(_guanaco("doctor", "--json").stdout)["findings"]
+        (found,) = (f for f in findings if f["name"] == "kernel providers")
+        assert "`auto` takes it, and it is slow" in found["value"]
+        assert "install a C++ compiler" in found["advice"]
+        ops, why = _load_provider(load_settings({}), 1)
+        assert (ops.name, "install a C++ compiler" in why) == ("reference", True)
+        asked = _guanaco("generate", "hello", "--model", model, "--provider", "cpu")
+        assert asked.exit_code == 2
+        assert "install a C++ compiler" in asked.output
+    finally:
+        monkeypatch.undo()
+        cpu_native.library.cache_clear()
 
 
 def test_doctor_fails_for_a_model_that_cannot_run(model: Path, tmp_path: Path) -> None:
