@@ -10,33 +10,58 @@ namespace guanaco {
 namespace GUANACO_ISA {
 namespace {
 
-// Dot products of q with eight rows of `keys`, n (a multiple of 8) apart.
+// Rows that one pass over a block of positions takes together: enough that the latencies of one are hidden behind the
+// others.
+constexpr int64_t kTogether = 8;
+
+// Dot products of R (1 or 2) rows of q with 8 / R rows of `keys`, all n (a multiple of 8) apart: first row's, then second's.
+template <int R>
 inline vf dot_eight(const float* q, const float* keys, int64_t n) {
+    constexpr int K = 8 / R;
     vf lanes[8];
     for (int j = 0; j < 8; j++) lanes[j] = zero();
     for (int64_t i = 0; i < n; i += W) {
-        vf qi = load(q + i);
+#pragma GCC unroll 2
+        for (int r = 0; r < R; r++) {
+            vf qi = load(q + r * n + i);
 #pragma GCC unroll 8
-        for (int j = 0; j < 8; j++) lanes[j] = fma(qi, load(keys + j * n + i), lanes[j]);
+            for (int j = 0; j < K; j++) lanes[r * K + j] = fma(qi, load(keys + j * n + i), lanes[r * K + j]);
+        }
     }
     return sums(lanes);
 }
 
-// out[0 … 8 N) = out · correction + Σ weights[j] · values[j], N vectors in registers.
-template <int N>
-inline void add_values(const float* weights, int positions, const float* values, int64_t stride, float correction,
-                       float* out) {
-    vf total[N];
-    for (int i = 0; i < N; i++) total[i] = load(out + i * W) * splat(correction);
-    for (int j = 0; j < positions; j++) {
-        vf w = splat(weights[j]);
-#pragma GCC unroll 8
-        for (int i = 0; i < N; i++) total[i] = fma(w, load(values + j * stride + i * W), total[i]);
+// out[r][0 … 8 N) = out · corrections[r] + Σ weights[r][j] · values[j] for R rows, R · N vectors in registers.
+template <int R, int N>
+inline void add_values(const float (*weights)[kPositions], int64_t positions, const float* values, int64_t stride,
+                       const float* corrections, float* out) {
+    vf total[R][N];
+    for (int r = 0; r < R; r++) {
+        for (int i = 0; i < N; i++) total[r][i] = load(out + r * stride + i * W) * splat(corrections[r]);
     }
-    for (int i = 0; i < N; i++) store(out + i * W, total[i]);
+    for (int64_t j = 0; j < positions; j++) {
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            vf w = splat(weights[r][j]);
+#pragma GCC unroll 8
+            for (int i = 0; i < N; i++) total[r][i] = fma(w, load(values + j * stride + i * W), total[r][i]);
+        }
+    }
+    for (int r = 0; r < R; r++) {
+        for (int i = 0; i < N; i++) store(out + r * stride + i * W, total[r][i]);
+    }
 }
 
-// Walks over the cached rows of one head, position by position, with one division for all of them.
+template <int R>
+inline void add_value_rows(const float (*weights)[kPositions], int64_t positions, const float* values, int64_t n,
+                           const float* corrections, float* out) {
+    constexpr int N = R == 1 ? 8 : 4;
+    int64_t i = 0;
+    for (; i + N * W <= n; i += N * W) add_values<R, N>(weights, positions, values + i, n, corrections, out + i);
+    for (; i < n; i += W) add_values<R, 1>(weights, positions, values + i, n, corrections, out + i);
+}
+
+// Walks over the cached rows of a run's heads, position by position, with one division for all of them.
 class Positions {
   public:
     Positions(const AttentionRun& run, int64_t first)
@@ -56,108 +81,107 @@ class Positions {
     int64_t block_, offset_;
 };
 
-// Asks for positions that will be read next, a few at a time between other work: all at once they would have to wait for
-// each other. Rows of one head are too short and too far apart for the hardware to guess.
-class Prefetch {
-  public:
-    Prefetch(const AttentionRun& run, int64_t first, int64_t count) : run_(run), positions_(run, first), left_(count) {}
-    void ask(int64_t count) {
-        int64_t bytes = run_.head_dim * (run_.dtype == kFloat32 ? 4 : 2);
-        for (; count > 0 && left_ > 0; count--, left_--) {
-            int64_t row = positions_.next() * (run_.dtype == kFloat32 ? 4 : 2);
-            for (int64_t i = 0; i < bytes; i += 64) {
-                __builtin_prefetch((const char*)run_.k_cache + row + i, 0, 3);
-                __builtin_prefetch((const char*)run_.v_cache + row + i, 0, 3);
-            }
-        }
-    }
-
-  private:
-    const AttentionRun& run_;
-    Positions positions_;
-    int64_t left_;
-};
-
 template <DType D>
 inline void load_row(const typename Element<D>::type* from, int64_t n, int64_t padded, float* to) {
     int64_t i = 0;
+    for (; i + 4 * W <= n; i += 4 * W) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4 * W; j += W) store(to + i + j, Element<D>::load8(from + i + j));
+    }
     for (; i + W <= n; i += W) store(to + i, Element<D>::load8(from + i));
     for (; i < n; i++) to[i] = Element<D>::load1(from + i);
     for (; i < padded; i++) to[i] = 0.0f;
 }
 
-// `count` positions as float32, the rest of kPositions as zeros.
+// `count` positions as float32, [heads][kPositions][padded_dim] each, the rest of kPositions as zeros. Heads of one
+// position are neighbours, so that the cache is read in long runs.
 template <DType D>
 void load_positions(const AttentionRun& run, int64_t first, int64_t count, float* keys, float* values) {
     typedef typename Element<D>::type T;
-    int64_t n = run.head_dim, padded = run.padded_dim;
+    int64_t n = run.head_dim, padded = run.padded_dim, head = kPositions * padded;
     Positions positions(run, first);
     for (int64_t j = 0; j < count; j++) {
         int64_t row = positions.next();
-        load_row<D>((const T*)run.k_cache + row, n, padded, keys + j * padded);
-        load_row<D>((const T*)run.v_cache + row, n, padded, values + j * padded);
-    }
-    memset(keys + count * padded, 0, size_t((kPositions - count) * padded) * 4);
-    memset(values + count * padded, 0, size_t((kPositions - count) * padded) * 4);
-}
-
-// One block of positions, for one query row that sees the first `seen` of them (1 … kPositions).
-inline void attend_block(const float* q, const float* keys, const float* values, int64_t n, int64_t seen,
-                         SoftmaxState* state, float* out) {
-    float scores[kPositions];
-    vf largest = splat(-INFINITY);
-    for (int64_t j = 0; j < kPositions; j += 8) {
-        vf s = dot_eight(q, keys + j * n, n);
-        if (j + 8 > seen) {
-            for (int64_t i = 0; i < 8; i++) s[i] = j + i < seen ? s[i] : -INFINITY;
+        for (int64_t h = 0; h < run.num_heads; h++) {
+            load_row<D>((const T*)run.k_cache + row + h * n, n, padded, keys + h * head + j * padded);
+            load_row<D>((const T*)run.v_cache + row + h * n, n, padded, values + h * head + j * padded);
         }
-        store(scores + j, s);
-        largest = vmax(largest, s);  // in this order NaN stays NaN
     }
-    float top = max_of(largest);
-    float new_max = top > state->max ? top : state->max;
-    // Mostly the largest score is an old one, and e^0 is 1.
-    float correction = new_max == state->max ? 1.0f : vexp(splat(state->max - new_max))[0];
-    vf total = zero();
-    for (int64_t j = 0; j < kPositions; j += 8) {
-        vf weights = vexp(load(scores + j) - splat(new_max));
-        store(scores + j, weights);
-        total += weights;
+    if (count == kPositions) return;
+    for (int64_t h = 0; h < run.num_heads; h++) {
+        memset(keys + h * head + count * padded, 0, size_t((kPositions - count) * padded) * 4);
+        memset(values + h * head + count * padded, 0, size_t((kPositions - count) * padded) * 4);
     }
-    state->max = new_max;
-    state->sum = state->sum * correction + sum(total);
-    int64_t i = 0;
-    for (; i + 64 <= n; i += 64) add_values<8>(scores, int(seen), values + i, n, correction, out + i);
-    for (; i + 16 <= n; i += 16) add_values<2>(scores, int(seen), values + i, n, correction, out + i);
-    for (; i < n; i += 8) add_values<1>(scores, int(seen), values + i, n, correction, out + i);
 }
 
-// Rows r = query * share + head of run.queries queries; q, out: [rows][padded_dim]; states: [rows].
+// One block of positions, for `rows` (at most kTogether) query rows that see the first `seen` of them (1 … kPositions).
+// In stages over all rows, since a stage of one row waits for the stage before.
+inline void attend_block(const float* q, int64_t rows, const float* keys, const float* values, int64_t n, int64_t seen,
+                         SoftmaxState* states, float* out) {
+    float scores[kTogether][kPositions];
+    int64_t r = 0;
+    for (; r + 2 <= rows; r += 2) {
+        for (int64_t j = 0; j < kPositions; j += 4) {
+            vf s = dot_eight<2>(q + r * n, keys + j * n, n);
+            memcpy(scores[r] + j, &s, 16);
+            memcpy(scores[r + 1] + j, (const float*)&s + 4, 16);
+        }
+    }
+    for (; r < rows; r++) {
+        for (int64_t j = 0; j < kPositions; j += 8) store(scores[r] + j, dot_eight<1>(q + r * n, keys + j * n, n));
+    }
+    float corrections[kTogether];
+    for (r = 0; r < rows; r++) {
+        for (int64_t j = seen; j < kPositions; j++) scores[r][j] = -INFINITY;
+        vf largest = splat(-INFINITY);
+        for (int64_t j = 0; j < kPositions; j += W) largest = vmax(largest, load(scores[r] + j));  // NaN stays NaN
+        float top = max_of(largest), old_max = states[r].max;
+        float new_max = top > old_max ? top : old_max;
+        // Mostly the largest score is an old one, and e^0 is 1.
+        corrections[r] = new_max == old_max ? 1.0f : vexp(splat(old_max - new_max))[0];
+        vf total = zero();
+        for (int64_t j = 0; j < kPositions; j += W) {
+            vf weights = vexp(load(scores[r] + j) - splat(new_max));
+            store(scores[r] + j, weights);
+            total += weights;
+        }
+        states[r] = {new_max, states[r].sum * corrections[r] + sum(total)};
+    }
+    r = 0;
+    for (; r + 3 <= rows; r += 3) add_value_rows<3>(scores + r, seen, values, n, corrections + r, out + r * n);
+    for (; r + 2 <= rows; r += 2) add_value_rows<2>(scores + r, seen, values, n, corrections + r, out + r * n);
+    for (; r < rows; r++) add_value_rows<1>(scores + r, seen, values, n, corrections + r, out + r * n);
+}
+
+// Rows r = (key-value head * queries + query) * share + head; q, out: [rows][padded_dim]; states: [rows].
 // Query i sees positions below run.first_limit + i; positions run.begin … run.end − 1 are taken here.
-// scratch: 2 * kPositions * padded_dim floats.
+// scratch: 2 * num_heads * kPositions * padded_dim floats.
 void attend_run(const AttentionRun& run, const float* q, SoftmaxState* states, float* out, float* scratch) {
     int64_t n = run.padded_dim, rows = run.queries * run.share;
-    float *keys = scratch, *values = scratch + kPositions * n;
-    for (int64_t r = 0; r < rows; r++) states[r] = {-INFINITY, 0.0f};
-    memset(out, 0, size_t(rows * n) * 4);
+    int64_t head = kPositions * n;
+    float *keys = scratch, *values = scratch + run.num_heads * head;
+    for (int64_t r = 0; r < run.num_heads * rows; r++) states[r] = {-INFINITY, 0.0f};
+    memset(out, 0, size_t(run.num_heads * rows * n) * 4);
     int64_t last = run.first_limit + run.queries - 1;
     int64_t end = run.end < last ? run.end : last;
     for (int64_t first = run.begin; first < end; first += kPositions) {
         int64_t count = end - first < kPositions ? end - first : kPositions;
-        int64_t next = first + count, more = end - next < kPositions ? end - next : kPositions;
         if (run.dtype == kFloat32) {
             load_positions<kFloat32>(run, first, count, keys, values);
         } else {
             load_positions<kBFloat16>(run, first, count, keys, values);
         }
-        Prefetch ahead(run, next, more);
-        for (int64_t i = 0; i < run.queries; i++) {
-            int64_t seen = run.first_limit + i - first;
-            if (seen <= 0) continue;
-            if (seen > count) seen = count;
-            for (int64_t r = i * run.share; r < (i + 1) * run.share; r++) {
-                ahead.ask((kPositions + rows - 1) / rows);
-                attend_block(q + r * n, keys, values, n, seen, &states[r], out + r * n);
+        for (int64_t h = 0; h < run.num_heads; h++) {
+            for (int64_t r = 0; r < rows;) {
+                int64_t seen = run.first_limit + r / run.share - first;
+                // Rows of one query see the same, and so do all rows of the queries that see the whole block.
+                int64_t alike = seen >= count ? rows - r : run.share - r % run.share;
+                int64_t together = alike < kTogether ? alike : kTogether, at = h * rows + r;
+                if (seen > 0) {
+                    attend_block(q + at * n, together, keys + h * head, values + h * head, n,
+                                 seen < count ? seen : count, states + at, out + at * n);
+                }
+                r += together;
             }
         }
     }

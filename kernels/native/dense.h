@@ -12,7 +12,7 @@ namespace {
 // first-level cache.
 constexpr int64_t kChunk = 512;
 // Rows of activations from which on weights are converted once for all of them.
-constexpr int64_t kManyRows = 4;
+constexpr int64_t kManyRows = 12;
 
 // lanes[m][n] += x[m] · w[n], eight lanes along k, for columns 0 … k − 1 (a multiple of 8).
 template <DType D, int M, int N>
@@ -83,12 +83,15 @@ void dense_many(const typename Element<D>::type* w, int64_t k, const float* cons
                     if (i % 32 == 0) __builtin_prefetch(w + (n + N) * k + first + i, 0, 3);
                 }
             }
+            // Threes and twos: a single row has too few sums under way at a time to keep the multipliers busy.
             int64_t m = 0;
-            for (; m + 3 <= count; m += 3) {
+            for (; count - m > 4 || count - m == 3; m += 3) {
                 dense_lanes<kFloat32, 3, N>(converted, kChunk, size, x + m, first, lanes + m);
             }
-            if (m + 2 == count) dense_lanes<kFloat32, 2, N>(converted, kChunk, size, x + m, first, lanes + m);
-            if (m + 1 == count) dense_lanes<kFloat32, 1, N>(converted, kChunk, size, x + m, first, lanes + m);
+            for (; count - m >= 2; m += 2) {
+                dense_lanes<kFloat32, 2, N>(converted, kChunk, size, x + m, first, lanes + m);
+            }
+            if (m < count) dense_lanes<kFloat32, 1, N>(converted, kChunk, size, x + m, first, lanes + m);
         }
         for (int64_t m = 0; m < count; m++) dense_finish<D, N>(w, k, x[m], lanes[m], y + m * stride);
     }
@@ -99,9 +102,9 @@ void dense_rows(const typename Element<D>::type* w, int64_t k, const float* cons
                 int64_t stride) {
     if (N == 4 && rows >= kManyRows) return dense_many<D>(w, k, x, rows, y, stride);
     int64_t m = 0;
-    for (; m + 3 <= rows; m += 3) dense_block<D, 3, N>(w, k, x + m, y + m * stride, stride);
-    if (m + 2 == rows) dense_block<D, 2, N>(w, k, x + m, y + m * stride, stride);
-    if (m + 1 == rows) dense_block<D, 1, N>(w, k, x + m, y + m * stride, stride);
+    // Pairs: three rows' sums and their operands are one more than there are registers.
+    for (; m + 2 <= rows; m += 2) dense_block<D, 2, N>(w, k, x + m, y + m * stride, stride);
+    if (m < rows) dense_block<D, 1, N>(w, k, x + m, y + m * stride, stride);
 }
 
 template <DType D>

@@ -14,14 +14,14 @@ constexpr int64_t kPrefetchBytes = 4096;
 constexpr int64_t kPositions = 32;  // cached positions taken together by attention: 16 KB of float32 at 64 dimensions
 constexpr int64_t kSplit = 512;  // positions after which a run of attention ends; a multiple of kPositions
 
-// One run of cached positions for some queries of one sequence and one key-value head.
+// One run of cached positions for some queries of one sequence and some neighbouring key-value heads.
 struct AttentionRun {
     const void* k_cache;
     const void* v_cache;
     const int32_t* block_table;
-    int64_t block_size, kv_heads, kv_head, head_dim;
+    int64_t block_size, kv_heads, kv_head, num_heads, head_dim;  // heads kv_head … kv_head + num_heads − 1 of kv_heads
     int64_t padded_dim;  // head_dim rounded up to 8
-    int64_t queries, share;  // rows = queries * share
+    int64_t queries, share;  // rows = num_heads * queries * share
     int64_t first_limit;  // positions that the first query sees; each later one sees one more
     int64_t begin, end;  // the run
     int32_t dtype;

@@ -123,14 +123,24 @@ inline void dot_codes(const Decoder& decode, const uint8_t* codes, const int16_t
     sums.get(out);
 }
 
-// A group's levels as int16 [32 pairs of inputs][16 rows][2].
-inline void decode_group(const Decoder& decode, const uint8_t* codes, int16_t* levels) {
+// The same, and a group's levels are kept for more rows, as int16 [32 pairs of inputs][16 rows][2]. One loop for both,
+// since looking up and multiplying use different ports.
+template <int M>
+inline void dot_and_decode(const Decoder& decode, const uint8_t* codes, const int16_t* x, int16_t* levels, I16* out) {
+    RowSums<M> sums;
     __m256i* w = (__m256i*)levels;
-    for (int i = 0; i < 16; i++, w += 4, codes += 32) {
-        __m256i bytes = _mm256_loadu_si256((const __m256i*)codes);
-        decode(bytes, w[0], w[1]);
-        decode(Decoder::high_nibbles(bytes), w[2], w[3]);
+    for (int i = 0; i < 16; i++, x += 4, w += 4, codes += 32) {
+        __m256i bytes = _mm256_loadu_si256((const __m256i*)codes), w0, w1;
+        decode(bytes, w0, w1);
+        _mm256_store_si256(w, w0);
+        _mm256_store_si256(w + 1, w1);
+        sums.add(w0, w1, x);
+        decode(Decoder::high_nibbles(bytes), w0, w1);
+        _mm256_store_si256(w + 2, w0);
+        _mm256_store_si256(w + 3, w1);
+        sums.add(w0, w1, x + 2);
     }
+    sums.get(out);
 }
 
 // M rows against decoded levels.

@@ -99,10 +99,15 @@ inline void dot_levels(const int16_t* levels, const int16_t* x, I16* out) {
 }
 
 template <int M>
-inline void dot_codes(const Decoder& decode, const uint8_t* codes, const int16_t* x, I16* out) {
-    int16_t levels[kTileRows * kGroup];
+inline void dot_and_decode(const Decoder& decode, const uint8_t* codes, const int16_t* x, int16_t* levels, I16* out) {
     decode_group(decode, codes, levels);
     dot_levels<M>(levels, x, out);
+}
+
+template <int M>
+inline void dot_codes(const Decoder& decode, const uint8_t* codes, const int16_t* x, I16* out) {
+    int16_t levels[kTileRows * kGroup];
+    dot_and_decode<M>(decode, codes, x, levels, out);
 }
 
 }  // namespace

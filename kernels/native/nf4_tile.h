@@ -34,15 +34,22 @@ void multiply_few(const uint8_t* tile, int64_t groups, const int16_t* x, const f
     for (int m = 0; m < M; m++) store16(y + m * kTileRows, multiply(total[m], row_factor));
 }
 
+// y += products of M rows with one group.
 template <int M>
-inline void step(const int16_t* levels, const int16_t* x, const float* factors, F16 scale, float* y) {
-    I16 products[M];
-    dot_levels<M>(levels, x, products);
+inline void take(const I16* products, const float* factors, F16 scale, float* y) {
     for (int m = 0; m < M; m++) {
         store16(y + m * kTileRows, accumulate(load16(y + m * kTileRows), products[m], scale, factors[m]));
     }
 }
 
+template <int M>
+inline void step(const int16_t* levels, const int16_t* x, const float* factors, F16 scale, float* y) {
+    I16 products[M];
+    dot_levels<M>(levels, x, products);
+    take<M>(products, factors, scale, y);
+}
+
+// The first kDirectRows rows (there are more) are multiplied while a group is decoded, the others afterwards.
 void multiply_many(const uint8_t* tile, int64_t groups, const int16_t* x, const float* factors, int64_t stride,
                    int64_t rows, float* y) {
     const int16_t* scales = (const int16_t*)(tile + groups * kTileGroupBytes);
@@ -50,15 +57,17 @@ void multiply_many(const uint8_t* tile, int64_t groups, const int16_t* x, const 
     alignas(64) int16_t levels[kTileRows * kGroup];
     for (int64_t m = 0; m < rows; m++) store16(y + m * kTileRows, zero16());
     // Blocks of nearly equal height: seven rows are four and three rather than six and one.
-    int64_t blocks = (rows + kMaxRows - 1) / kMaxRows;
+    int64_t blocks = (rows - kDirectRows + kMaxRows - 1) / kMaxRows;
     for (int64_t g = 0; g < groups; g++) {
         const uint8_t* codes = tile + g * kTileGroupBytes;
         prefetch_group(codes + kPrefetchBytes);
-        decode_group(decode, codes, levels);
         F16 scale = load_scales(scales + g * kTileRows);
         const int16_t* xg = x + g * stride * kGroup;
         const float* fg = factors + g * stride;
-        for (int64_t b = 0, m = 0; b < blocks; b++) {
+        I16 products[kDirectRows];
+        dot_and_decode<kDirectRows>(decode, codes, xg, levels, products);
+        take<kDirectRows>(products, fg, scale, y);
+        for (int64_t b = 0, m = kDirectRows; b < blocks; b++) {
             int64_t height = (rows - m + blocks - b - 1) / (blocks - b);
             float* ym = y + m * kTileRows;
             switch (height) {

@@ -10,9 +10,14 @@ namespace {
 // Query rows (queries times the heads that share a key-value head) for which a block of positions is read once.
 constexpr int64_t kQueryRows = 64;
 
-// Some queries of one sequence and one key-value head, over one run of positions (decode) or all of them (prompts).
+// Bytes of one position's keys that a decode reads in one go: heads are neighbours in the cache, and short reads far
+// apart took twice as long.
+constexpr int64_t kContiguousBytes = 512;
+
+// Some queries of one sequence and one or more key-value heads, over one run of positions (decode) or all of them
+// (prompts).
 struct Task {
-    int64_t sequence, kv_head, first_query, queries;
+    int64_t sequence, kv_head, num_heads, first_query, queries;
     int64_t first_run, runs;
     int64_t partial;  // index of the first of its results; 0 … runs - 1 of a decode are neighbours
     bool is_last;  // of the tasks that share a result
@@ -28,44 +33,54 @@ class Attention {
     void run() {
         plan();
         // Only runs that other threads finish need their results kept: those of a decode over several runs.
-        states_ = context_.arena.take<SoftmaxState>(num_partials_ * share_);
-        partials_ = context_.arena.take<float>(num_partials_ * share_ * padded_);
-        int64_t rows = std::max(kQueryRows, share_);
-        scratch_ = context_.per_thread(3 * rows * padded_ + 2 * kPositions * padded_ + 4 * rows);
+        int64_t heads = heads_together();
+        states_ = context_.arena.take<SoftmaxState>(num_partials_ * heads * share_);
+        partials_ = context_.arena.take<float>(num_partials_ * heads * share_ * padded_);
+        scratch_ = context_.per_thread(3 * max_rows() * padded_ + 2 * heads * kPositions * padded_ + 4 * max_rows());
         context_.pool.each(int64_t(tasks_.size()), [&](int64_t i, int thread) { attend(tasks_[size_t(i)], thread); });
         context_.pool.each(int64_t(merges_.size()), [&](int64_t i, int) { merge(merges_[size_t(i)]); });
     }
 
   private:
+    int64_t heads_together() const {
+        int64_t bytes = heads_.head_dim * (batch_.cache_dtype == kFloat32 ? 4 : 2);
+        return std::min(heads_.kv_heads, (kContiguousBytes + bytes - 1) / bytes);
+    }
+
+    // Of q, states and results of one task.
+    int64_t max_rows() const { return std::max(kQueryRows, heads_together() * share_); }
+
     void plan() {
         for (int64_t s = 0; s < batch_.num_sequences; s++) {
             int64_t queries = batch_.cu_seqlens_q[s + 1] - batch_.cu_seqlens_q[s];
             int64_t runs = (batch_.context_lens[s] + kSplit - 1) / kSplit;
             int64_t step = queries == 1 ? 1 : std::max<int64_t>(1, kQueryRows / share_);
-            for (int64_t h = 0; h < heads_.kv_heads; h++) {
+            int64_t together = queries == 1 ? heads_together() : 1;
+            for (int64_t h = 0; h < heads_.kv_heads; h += together) {
+                int64_t n = std::min(together, heads_.kv_heads - h);
                 if (queries == 1 && runs > 1) {
-                    merges_.push_back({s, h, 0, 1, 0, runs, num_partials_, true});
-                    for (int64_t r = 0; r < runs; r++) tasks_.push_back({s, h, 0, 1, r, 1, num_partials_++, false});
+                    merges_.push_back({s, h, n, 0, 1, 0, runs, num_partials_, true});
+                    for (int64_t r = 0; r < runs; r++) tasks_.push_back({s, h, n, 0, 1, r, 1, num_partials_++, false});
                     continue;
                 }
                 // The last queries of a prompt see the most: they go first, so that no thread is left with them.
                 for (int64_t i = (queries - 1) / step * step; i >= 0 && queries > 0; i -= step) {
-                    tasks_.push_back({s, h, i, std::min(step, queries - i), 0, runs, 0, true});
+                    tasks_.push_back({s, h, n, i, std::min(step, queries - i), 0, runs, 0, true});
                 }
             }
         }
     }
 
     void attend(const Task& task, int thread) {
-        int64_t rows = task.queries * share_, block = std::max(kQueryRows, share_) * padded_;
+        int64_t rows = rows_of(task), block = max_rows() * padded_;
         float* q = scratch_.of(thread);
         float *total = q + block, *part = total + block, *positions = part + block;
-        SoftmaxState* states = (SoftmaxState*)(positions + 2 * kPositions * padded_);
+        SoftmaxState* states = (SoftmaxState*)(positions + 2 * heads_together() * kPositions * padded_);
         SoftmaxState* part_states = states + rows;
         load_queries(task, q);
         if (!task.is_last) {
-            float* result = partials_ + task.partial * share_ * padded_;
-            kernels_.attend_run(run_of(task, task.first_run), q, states_ + task.partial * share_, result, positions);
+            int64_t first = task.partial * heads_together() * share_;
+            kernels_.attend_run(run_of(task, task.first_run), q, states_ + first, partials_ + first * padded_, positions);
             return;
         }
         kernels_.attend_run(run_of(task, 0), q, states, total, positions);
@@ -77,10 +92,11 @@ class Attention {
     }
 
     void merge(const Task& task) {
-        SoftmaxState* states = states_ + task.partial * share_;
-        float* total = partials_ + task.partial * share_ * padded_;
+        int64_t stride = heads_together() * share_;
+        SoftmaxState* states = states_ + task.partial * stride;
+        float* total = partials_ + task.partial * stride * padded_;
         for (int64_t r = 1; r < task.runs; r++) {
-            kernels_.merge_runs(share_, padded_, states + r * share_, total + r * share_ * padded_, states, total);
+            kernels_.merge_runs(rows_of(task), padded_, states + r * stride, total + r * stride * padded_, states, total);
         }
         store(task, states, total);
     }
@@ -94,6 +110,7 @@ class Attention {
                 batch_.block_size,
                 heads_.kv_heads,
                 task.kv_head,
+                task.num_heads,
                 heads_.head_dim,
                 padded_,
                 task.queries,
@@ -104,20 +121,22 @@ class Attention {
                 batch_.cache_dtype};
     }
 
+    int64_t rows_of(const Task& task) const { return task.num_heads * task.queries * share_; }
+
     int64_t row_of(const Task& task, int64_t r) const {  // of q and out, in heads
-        int64_t token = batch_.cu_seqlens_q[task.sequence] + task.first_query + r / share_;
-        return token * heads_.heads + task.kv_head * share_ + r % share_;
+        int64_t token = batch_.cu_seqlens_q[task.sequence] + task.first_query + r / share_ % task.queries;
+        return token * heads_.heads + (task.kv_head + r / (share_ * task.queries)) * share_ + r % share_;
     }
 
     void load_queries(const Task& task, float* q) const {
-        for (int64_t r = 0; r < task.queries * share_; r++) {
+        for (int64_t r = 0; r < rows_of(task); r++) {
             const float* from = q_ + row_of(task, r) * heads_.head_dim;
             for (int64_t i = 0; i < padded_; i++) q[r * padded_ + i] = i < heads_.head_dim ? from[i] * scale_ : 0.0f;
         }
     }
 
     void store(const Task& task, const SoftmaxState* states, const float* total) {
-        for (int64_t r = 0; r < task.queries * share_; r++) {
+        for (int64_t r = 0; r < rows_of(task); r++) {
             float* to = out_ + row_of(task, r) * heads_.head_dim;
             float inverse = 1.0f / states[r].sum;
             for (int64_t i = 0; i < heads_.head_dim; i++) to[i] = total[r * padded_ + i] * inverse;
