@@ -14,7 +14,7 @@ from guanaco.kernels.lora_batch import LoraBatch
 from guanaco.kernels.nf4 import Nf4Weight
 
 # Instruction sets of the `cpu` provider, the best first.
-CPU_ISAS = ("avx2", "portable")
+CPU_ISAS = ("avx512vnni", "avx512", "avx2", "portable")
 # Projections of a layer in the order of LayerWeights: projection j of layer i is LoRA module MODULES_PER_LAYER · i + j.
 MODULES_PER_LAYER = 7
 

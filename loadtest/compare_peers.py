@@ -38,7 +38,7 @@ def engines(args: argparse.Namespace) -> dict[str, list[str]]:
     if args.gguf:
         commands["llama.cpp IQ4_NL"] = [peers, str(bench / "peer_llamacpp.py"), args.gguf]
         commands["llama.cpp IQ4_NL"] += ["--threads", str(args.threads)]
-    commands["transformers + bitsandbytes"] = [peers, str(bench / "peer_hf_bnb.py"), args.model]
+    commands["transformers + bitsandbytes"] = [peers, str(bench / "peer_hf_bnb.py"), args.model, "--batches", "1"]
     commands["mistral.rs Q4K"] = [peers, str(bench / "peer_mistralrs.py"), args.model]
     commands["dequantise, then multiply (2023)"] = [peers, str(HERE / "peer_dequantize.py"), args.model]
     return {name: command for name, command in commands.items() if not any(name.startswith(w) for w in args.without)}

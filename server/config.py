@@ -60,7 +60,9 @@ class Settings(BaseSettings):
     api_key_file: Path | None = Field(None, description="file with one API key a line")
     allow_unauthenticated: bool = Field(False, description="listen beyond loopback without an API key")
     provider: Literal["auto", "reference", "cpu"] = Field("auto", description="kernel provider")
-    cpu_isa: Literal["auto", "avx2", "portable"] = Field("auto", description="instruction set of the cpu provider")
+    cpu_isa: Literal["auto", "avx512vnni", "avx512", "avx2", "portable"] = Field(
+        "auto", description="instruction set of the cpu provider"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="compute and KV cache dtype")
     threads: Annotated[int, Field(ge=0)] = Field(
         0, description="compute threads; 0: what the machine or container allows"

@@ -53,8 +53,8 @@ struct Kernels {
 };
 
 // The ISAs in order of preference, the best first; the last one runs anywhere.
-// kernels/__init__.py names them in this order.
-enum Isa : int32_t { kAvx2 = 0, kPortable = 1 };
+// CPU_ISAS in kernels/ops.py names them in this order.
+enum Isa : int32_t { kAvx512Vnni = 0, kAvx512 = 1, kAvx2 = 2, kPortable = 3 };
 
 // The table of an ISA, or null where this processor (or this build) does not have it.
 const Kernels* kernels_of(int32_t isa);

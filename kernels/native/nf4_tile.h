@@ -49,6 +49,15 @@ inline void step(const int16_t* levels, const int16_t* x, const float* factors, 
     take<M>(products, factors, scale, y);
 }
 
+// step<height>, for a height of 1 … M.
+template <int M>
+inline void step_of(int64_t height, const int16_t* levels, const int16_t* x, const float* factors, F16 scale, float* y) {
+    if constexpr (M > 1) {
+        if (height < M) return step_of<M - 1>(height, levels, x, factors, scale, y);
+    }
+    step<M>(levels, x, factors, scale, y);
+}
+
 // The first kDirectRows rows (there are more) are multiplied while a group is decoded, the others afterwards.
 void multiply_many(const uint8_t* tile, int64_t groups, const int16_t* x, const float* factors, int64_t stride,
                    int64_t rows, float* y) {
@@ -69,15 +78,7 @@ void multiply_many(const uint8_t* tile, int64_t groups, const int16_t* x, const 
         take<kDirectRows>(products, fg, scale, y);
         for (int64_t b = 0, m = kDirectRows; b < blocks; b++) {
             int64_t height = (rows - m + blocks - b - 1) / (blocks - b);
-            float* ym = y + m * kTileRows;
-            switch (height) {
-                case 1: step<1>(levels, xg + m * kGroup, fg + m, scale, ym); break;
-                case 2: step<2>(levels, xg + m * kGroup, fg + m, scale, ym); break;
-                case 3: step<3>(levels, xg + m * kGroup, fg + m, scale, ym); break;
-                case 4: step<4>(levels, xg + m * kGroup, fg + m, scale, ym); break;
-                case 5: step<5>(levels, xg + m * kGroup, fg + m, scale, ym); break;
-                default: step<6>(levels, xg + m * kGroup, fg + m, scale, ym); break;
-            }
+            step_of<kMaxRows>(height, levels, xg + m * kGroup, fg + m, scale, y + m * kTileRows);
             m += height;
         }
     }

@@ -1,0 +1,30 @@
+// AVX-512 without VNNI: Skylake-X (2017).
+#if defined(__x86_64__)
+#if !defined(GUANACO_EMULATE_AVX512)
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
+#define GUANACO_HAS_AVX2 1
+#endif
+#define GUANACO_ISA avx512
+#define GUANACO_ISA_NAME "avx512"
+#include "simd.h"
+
+#include "nf4_avx512.h"
+namespace guanaco {
+namespace GUANACO_ISA {
+constexpr int kMaxRows = 6;  // more, and GCC keeps some of the sums in memory
+constexpr int kDirectRows = 4;
+}
+}  // namespace guanaco
+#include "attention.h"
+#include "dense.h"
+#include "elementwise.h"
+#include "nf4_tile.h"
+
+#include "isa_table.h"
+
+namespace guanaco {
+namespace GUANACO_ISA {
+extern const Kernels kTable = GUANACO_TABLE;
+}
+}  // namespace guanaco
+#endif

@@ -1,0 +1,146 @@
+// The integer product of one group of a tile, AVX-512. vpermw looks 32 levels up at once: its table has the 16 levels
+// twice, so that of a word's bits only the lowest four matter; shifts bring the others down. Sixteen outputs are one
+// register, and with VNNI one instruction multiplies and adds.
+// With GUANACO_EMULATE_AVX512 the same source is made from plain vectors, for tests on processors without it.
+#pragma once
+#include "nf4_layout.h"
+#include "simd.h"
+
+namespace guanaco {
+namespace GUANACO_ISA {
+namespace {
+
+constexpr int32_t kLayout = kWordOrder;
+
+typedef uint16_t words __attribute__((vector_size(64)));
+typedef uint16_t words_unaligned __attribute__((vector_size(64), aligned(1), may_alias));
+typedef int32_t I16 __attribute__((vector_size(64)));
+typedef uint32_t uints __attribute__((vector_size(64)));
+typedef float F16 __attribute__((vector_size(64)));
+typedef float floats_unaligned __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int16_t scales_unaligned __attribute__((vector_size(32), aligned(2), may_alias));
+
+inline words load_words(const void* p) { return *(const words_unaligned*)p; }
+inline void store_words(void* p, words v) { *(words_unaligned*)p = v; }
+inline F16 load16(const float* p) { return *(const floats_unaligned*)p; }
+inline void store16(float* p, F16 v) { *(floats_unaligned*)p = v; }
+inline F16 zero16() { return F16{}; }
+inline F16 multiply(F16 a, F16 b) { return a * b; }
+
+// sum + float(product) * scale * factor, with the roundings of every ISA.
+inline F16 accumulate(F16 sum, I16 product, F16 scale, float factor) {
+    return sum + __builtin_convertvector(product, F16) * scale * factor;
+}
+
+inline F16 load_scales(const int16_t* p) { return __builtin_convertvector(*(const scales_unaligned*)p, F16); }
+
+// table[the low five bits of each word]
+inline words look_up(words table, words v) {
+#if defined(GUANACO_EMULATE_AVX512)
+    uint16_t entries[32], lanes[32];
+    memcpy(entries, &table, 64);
+    memcpy(lanes, &v, 64);
+    for (int i = 0; i < 32; i++) lanes[i] = entries[lanes[i] & 31];
+    return load_words(lanes);
+#else
+    return (words)_mm512_permutexvar_epi16((__m512i)v, (__m512i)table);
+#endif
+}
+
+// sum + w · x, for the pair of activations at x.
+inline I16 multiply_add(I16 sum, words w, const int16_t* x) {
+#if defined(GUANACO_EMULATE_AVX512)
+    int16_t levels[32];
+    uint32_t lanes[16];  // they wrap, as the instruction does
+    memcpy(levels, &w, 64);
+    memcpy(lanes, &sum, 64);
+    for (int i = 0; i < 16; i++) {
+        lanes[i] += uint32_t(levels[2 * i] * x[0]) + uint32_t(levels[2 * i + 1] * x[1]);
+    }
+    memcpy(&sum, lanes, 64);
+    return sum;
+#else
+    int32_t pair;
+    memcpy(&pair, x, 4);
+#if defined(GUANACO_HAS_VNNI)
+    return (I16)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(pair));
+#else
+    return (I16)_mm512_add_epi32((__m512i)sum, _mm512_madd_epi16((__m512i)w, _mm512_set1_epi32(pair)));
+#endif
+#endif
+}
+
+class Decoder {
+  public:
+    Decoder() {
+        for (int i = 0; i < 32; i++) table_[i] = uint16_t(integer_level(i & 15));
+    }
+    words operator()(words codes) const { return look_up(table_, codes); }
+
+  private:
+    words table_;
+};
+
+// The sums of up to kMaxRows rows. Few rows have several sums each, since one addition waits for the one before.
+template <int M>
+class RowSums {
+  public:
+    // w: levels of pair number `pair`; x: the first row's pair, rows being 64 apart.
+    void add(int pair, words w, const int16_t* x) {
+#pragma GCC unroll 12
+        for (int m = 0; m < M; m++) sums_[m][pair % kParts] = multiply_add(sums_[m][pair % kParts], w, x + m * kGroup);
+    }
+    void get(I16* out) const {
+        for (int m = 0; m < M; m++) {
+            out[m] = sums_[m][0];
+            for (int i = 1; i < kParts; i++) out[m] = (I16)((uints)out[m] + (uints)sums_[m][i]);
+        }
+    }
+
+  private:
+    static constexpr int kParts = M <= 4 ? 4 : M <= 8 ? 2 : 1;
+    I16 sums_[M][kParts] = {};
+};
+
+// M (at most kDirectRows) rows against a group's codes; with Keep, the levels are stored for more rows, as int16
+// [32 pairs of inputs][16 rows][2].
+template <int M, bool Keep>
+inline void dot_group(const Decoder& decode, const uint8_t* codes, const int16_t* x, int16_t* levels, I16* out) {
+    RowSums<M> sums;
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i++, x += 8, codes += 64) {
+        words packed = load_words(codes);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            words w = decode(packed >> (4 * j));
+            if (Keep) store_words(levels + (4 * i + j) * 32, w);
+            sums.add(j, w, x + 2 * j);
+        }
+    }
+    sums.get(out);
+}
+
+template <int M>
+inline void dot_codes(const Decoder& decode, const uint8_t* codes, const int16_t* x, I16* out) {
+    dot_group<M, false>(decode, codes, x, nullptr, out);
+}
+
+template <int M>
+inline void dot_and_decode(const Decoder& decode, const uint8_t* codes, const int16_t* x, int16_t* levels, I16* out) {
+    dot_group<M, true>(decode, codes, x, levels, out);
+}
+
+// M rows against decoded levels.
+template <int M>
+inline void dot_levels(const int16_t* levels, const int16_t* x, I16* out) {
+    RowSums<M> sums;
+    for (int i = 0; i < 8; i++, x += 8, levels += 128) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) sums.add(j, load_words(levels + j * 32), x + 2 * j);
+    }
+    sums.get(out);
+}
+
+}  // namespace
+}  // namespace GUANACO_ISA
+}  // namespace guanaco
