@@ -20,19 +20,24 @@ class AdapterFiles:
     root: Path
 
     @classmethod
-    def find(cls, path: Path, name: str, config_name: str) -> "AdapterFiles":
+    def find(cls, path: Path, name: str, config_name: str, root: Path | None = None) -> "AdapterFiles":
         """The directory at `path` that holds `config_name`: itself, or its sub-folder called `name`.
 
-        PEFT saves every adapter not called "default" in a sub-folder. `path` may be or contain links, since the
-        operator wrote it; what is in it may not lead out, except in a hub cache, where files link to blobs beside.
+        root: a directory that neither `path` nor anything in it may lead out of, by links or otherwise. Without it
+        `path` may be or contain links, since the operator wrote it; what is in it may not lead out, except in a hub
+        cache, where files link to blobs beside. PEFT saves every adapter not called "default" in a sub-folder.
         """
         given = Path(os.path.realpath(path))
+        confined = None if root is None else Path(os.path.realpath(root))
+        if confined is not None and not given.is_relative_to(confined):
+            # The same answer whether or not there is something: a client must not learn what lies outside.
+            raise AdapterError("outside_root", "the path leads out of --adapter-root; name one inside it", "path")
         if not given.exists():
             raise AdapterError("not_found", f"there is no directory {path}; check the path", "path")
         if not given.is_dir():
             raise AdapterError("not_a_directory", f"{path} is no directory; name the one with {config_name}", "path")
         hub_cache = given.parent.name == "snapshots" and given.parent.parent.name.startswith("models--")
-        root = given.parent.parent if hub_cache else given
+        root = confined or (given.parent.parent if hub_cache else given)
         if os.path.lexists(given / config_name):
             return cls(given, root)
         if os.path.lexists(given / name / config_name):

@@ -1,12 +1,15 @@
 """Names → immutable adapter versions, and the host copy of each version.
 
 Reads come from the event loop (names) and the engine thread (versions) at any time: both see one consistent snapshot
-without a lock. Writes are whole-snapshot swaps under one. Knows nothing of slots, requests or HTTP.
+without a lock. Writes are whole-snapshot swaps under one. A version stays as long as a name points to it or somebody
+holds a lease on it. Knows nothing of slots, requests or HTTP.
 """
 
 import re
 import threading
 import time
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +19,7 @@ from guanaco.adapters.weights import AdapterLimits, LoadedAdapter, load_adapter
 
 # One path segment without tricks: it becomes a model id, a URL part, a metrics label and a sub-folder's name.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+MAX_HISTORY = 8  # versions that a name can be rolled back to
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,25 @@ class AdapterEntry:
     modules_applied: int
     modules_possible: int
     notes: tuple[str, ...]
+    history: tuple[str, ...] = ()  # earlier versions, the latest last
+    effect: float | None = None  # largest change of a logit on the probe prompt; None: not measured
+
+
+@dataclass(frozen=True)
+class BrokenEntry:
+    """A name whose version could not be brought back at start. It is listed, serves nothing and stops nothing."""
+
+    name: str
+    version: str
+    source: str
+    code: str  # of the AdapterError
+    problem: str
 
 
 @dataclass(frozen=True)
 class _Snapshot:
     entries: MappingProxyType[str, AdapterEntry]
+    broken: MappingProxyType[str, BrokenEntry]
     versions: MappingProxyType[str, LoadedAdapter]
 
 
@@ -55,33 +73,124 @@ class AdapterRegistry:
         self._limits = limits or AdapterLimits()
         self._strict = strict
         self._lock = threading.Lock()
-        self._snapshot = _Snapshot(MappingProxyType({}), MappingProxyType({}))
+        self._leases: Counter[str] = Counter()
+        self._num_uses: Counter[str] = Counter()  # by name, since the start
+        self._last_used: dict[str, float] = {}
+        nothing: MappingProxyType[str, AdapterEntry] = MappingProxyType({})
+        self._snapshot = _Snapshot(nothing, MappingProxyType({}), MappingProxyType({}))
 
     def load(self, name: str, path: Path) -> AdapterEntry:
         """Read, check and publish the adapter at `path` under `name`. Takes as long as the reading does.
 
         Raises AdapterError for a bad or taken name, and for everything `load_adapter` refuses; then nothing changes.
         """
-        self._check_free(name)
+        self.check_free(name)
         adapter = load_adapter(path, self._targets, name=name, limits=self._limits, strict=self._strict)
-        entry = AdapterEntry(
-            name=name,
-            version=adapter.version,
-            source=str(path),
-            loaded_at=time.time(),
-            max_rank=adapter.max_rank,
-            num_bytes=adapter.num_bytes,
-            modules_applied=adapter.modules_applied,
-            modules_possible=adapter.modules_possible,
-            notes=adapter.notes,
-        )
+        return self.publish(name, adapter, source=str(path))
+
+    def publish(
+        self,
+        name: str,
+        adapter: LoadedAdapter,
+        *,
+        source: str,
+        replace: bool = False,
+        history: tuple[str, ...] = (),
+        effect: float | None = None,
+    ) -> AdapterEntry:
+        """From now on `name` is `adapter`. history: of a name that is new; one that is replaced keeps its own.
+
+        Raises AdapterError for a bad name, and for one that is taken unless `replace`; then nothing changes.
+        """
         with self._lock:
-            self._check_free(name)
+            self.check_free(name, replace=replace)
+            before = self._snapshot.entries.get(name)
+            if before is not None:
+                history = before.history
+                if before.version != adapter.version:
+                    history = (*(v for v in history if v not in (before.version, adapter.version)), before.version)
+            entry = AdapterEntry(
+                name=name,
+                version=adapter.version,
+                source=source,
+                loaded_at=time.time(),
+                max_rank=adapter.max_rank,
+                num_bytes=adapter.num_bytes,
+                modules_applied=adapter.modules_applied,
+                modules_possible=adapter.modules_possible,
+                notes=adapter.notes,
+                history=history[-MAX_HISTORY:],
+                effect=effect,
+            )
             versions = dict(self._snapshot.versions)
             versions.setdefault(adapter.version, adapter)  # the same content under two names is kept once
-            entries = {**self._snapshot.entries, name: entry}
-            self._snapshot = _Snapshot(MappingProxyType(entries), MappingProxyType(versions))
+            broken = {other: it for other, it in self._snapshot.broken.items() if other != name}
+            self._swap({**self._snapshot.entries, name: entry}, broken, versions)
         return entry
+
+    def add_broken(self, entry: BrokenEntry) -> None:
+        """List a name that cannot be served. Raises AdapterError for a name that is taken."""
+        with self._lock:
+            self.check_free(entry.name)
+            self._swap(
+                self._snapshot.entries, {**self._snapshot.broken, entry.name: entry}, dict(self._snapshot.versions)
+            )
+
+    def remove(self, name: str) -> AdapterEntry | BrokenEntry:
+        """Forget a name; its version goes when its last lease does. Raises AdapterError where there is none."""
+        with self._lock:
+            entry = self._snapshot.entries.get(name) or self._snapshot.broken.get(name)
+            if entry is None:
+                raise AdapterError("adapter_not_found", "no adapter of that name is loaded", "name")
+            entries = {other: it for other, it in self._snapshot.entries.items() if other != name}
+            broken = {other: it for other, it in self._snapshot.broken.items() if other != name}
+            self._swap(entries, broken, dict(self._snapshot.versions))
+            self._num_uses.pop(name, None)
+            self._last_used.pop(name, None)
+        return entry
+
+    def stage(self, adapter: LoadedAdapter) -> None:
+        """Make a version known that no name points to yet, and take a lease on it, so that it can be tried out."""
+        with self._lock:
+            versions = dict(self._snapshot.versions)
+            versions.setdefault(adapter.version, adapter)
+            self._leases[adapter.version] += 1
+            self._swap(self._snapshot.entries, self._snapshot.broken, versions)
+
+    def acquire(self, name: str) -> AdapterEntry | None:
+        """What `name` stands for now, with a lease on its version: it stays usable until `release`."""
+        with self._lock:
+            entry = self._snapshot.entries.get(name)
+            if entry is not None:
+                self._leases[entry.version] += 1
+                self._num_uses[name] += 1
+                self._last_used[name] = time.time()
+        return entry
+
+    def release(self, version: str) -> None:
+        """Give one lease back."""
+        with self._lock:
+            assert self._leases[version] > 0, "a lease is given back once"
+            self._leases[version] -= 1
+            if not self._leases[version]:
+                del self._leases[version]
+
+    def num_leases(self, version: str) -> int:
+        """How many requests, from their first look at the name to their end, hold this version."""
+        return self._leases.get(version, 0)
+
+    def usage(self, name: str) -> tuple[int, float | None]:
+        """How often a name was used since the start, and when last (seconds since the epoch)."""
+        return self._num_uses.get(name, 0), self._last_used.get(name)
+
+    def drop(self, version: str) -> bool:
+        """Let the host copy of a version go, if no name points to it and nobody holds it; whether it is gone."""
+        with self._lock:
+            if self._leases.get(version, 0) or any(e.version == version for e in self._snapshot.entries.values()):
+                return False
+            versions = {other: it for other, it in self._snapshot.versions.items() if other != version}
+            self._swap(self._snapshot.entries, self._snapshot.broken, versions)
+        return True
 
     def resolve(self, name: str) -> AdapterEntry | None:
         """What `name` stands for now; None for a name that is not registered."""
@@ -91,22 +200,41 @@ class AdapterRegistry:
         """Every adapter, in the order of registration."""
         return tuple(self._snapshot.entries.values())
 
+    def broken(self) -> tuple[BrokenEntry, ...]:
+        """The names that could not be brought back."""
+        return tuple(self._snapshot.broken.values())
+
     def host_copy(self, version: str) -> LoadedAdapter:
-        """The tensors of a version that `resolve` has handed out."""
+        """The tensors of a version that somebody holds, or that a name points to."""
         return self._snapshot.versions[version]
+
+    def knows(self, version: str) -> bool:
+        """Whether the host copy of a version is here."""
+        return version in self._snapshot.versions
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all host copies, each version counted once."""
         return sum(adapter.num_bytes for adapter in self._snapshot.versions.values())
 
-    def _check_free(self, name: str) -> None:
+    def check_free(self, name: str, *, replace: bool = False) -> None:
+        """Raises AdapterError for what is no name, for a base's, and for one that is taken unless `replace`."""
         check_name(name)
         if name in self._base_names:
             problem = f"{name} is the base model's name; give the adapter another one, or set --served-model-name"
             raise AdapterError("name_taken", problem, "name")
-        if name in self._snapshot.entries:
+        if name in self._snapshot.entries and not replace:
             raise AdapterError("name_taken", f"an adapter called {name} is there already; choose another name", "name")
+
+    def _swap(
+        self,
+        entries: Mapping[str, AdapterEntry],
+        broken: Mapping[str, BrokenEntry],
+        versions: dict[str, LoadedAdapter],
+    ) -> None:
+        self._snapshot = _Snapshot(
+            MappingProxyType(dict(entries)), MappingProxyType(dict(broken)), MappingProxyType(versions)
+        )
 
 
 def check_name(name: str) -> None:

@@ -76,7 +76,7 @@ def load_adapter(
     limits = limits or AdapterLimits()
     files = AdapterFiles.find(path, name, CONFIG_NAME)
     config = parse_config(files.read(CONFIG_NAME, MAX_CONFIG_BYTES), strict=strict)
-    _check_weights_exist(files)
+    check_weights_exist(files)
     wanted = config.resolve(targets)
     if not wanted:
         raise AdapterError("no_targets", "target_modules matches no module of the base model", "target_modules")
@@ -104,7 +104,16 @@ def load_adapter(
     )
 
 
-def _check_weights_exist(files: AdapterFiles) -> None:
+def check_base(adapter: LoadedAdapter, fingerprint: str) -> None:
+    """Raises AdapterError where an adapter records another base than this one. Most adapters record none."""
+    if adapter.base_fingerprint is not None and adapter.base_fingerprint != fingerprint:
+        theirs = printable(adapter.base_fingerprint[:16])
+        problem = f"it was trained on a base with fingerprint {theirs}, and this one has {fingerprint[:16]}"
+        raise AdapterError("base_mismatch", problem)
+
+
+def check_weights_exist(files: AdapterFiles) -> None:
+    """Raises AdapterError where there is no safetensors file, and says what to do with a pickle instead."""
     if files.exists(WEIGHTS_NAME):
         return
     pickles = sorted(entry.name for entry in files.directory.iterdir() if entry.suffix in PICKLE_SUFFIXES)

@@ -76,6 +76,17 @@ class Settings(BaseSettings):
         2 << 30, description="memory that the reference provider may spend on weights kept decoded"
     )
     adapter_slots: Count = Field(8, description="most different adapters in one step")
+    admin_key: SecretStr | None = Field(
+        None, description="key that may load and unload adapters while the server runs; none: nobody may"
+    )
+    adapter_root: Path | None = Field(
+        None, description="directory that adapters may be loaded from while the server runs"
+    )
+    adapter_store: Path | None = Field(
+        None, description="directory for copies of such adapters; none: adapters/ in the cache"
+    )
+    adapter_host_memory: Bytes = Field(4 << 30, description="most memory for all adapters together")
+    strict_base: bool = Field(False, description="refuse an adapter that records another base than this one")
     max_lora_rank: Count = Field(256, description="largest adapter rank that is accepted")
     chat_template: str | None = Field(
         None, description="template name (guanaco, chatml, …) or a Jinja file; none: the model's"

@@ -5,6 +5,7 @@ Wires the runtime to the HTTP side and writes the banner. Called by the command 
 
 import ipaddress
 import json
+import logging
 import shlex
 import sys
 from importlib.metadata import version
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from guanaco.adapters.registry_file import RegistryFile
 from guanaco.models.chat_template import TemplateError
 from guanaco.server.api.access_log import start_logging
 from guanaco.server.api.auth import KeyRing
@@ -21,12 +23,17 @@ from guanaco.server.api.http_server import bind, serve
 from guanaco.server.api.sampling import SamplingDefaults
 from guanaco.server.api.state import ApiState
 from guanaco.server.config import Settings
+from guanaco.server.engine.adapter_manager import AdapterManager, AdapterPolicy
 from guanaco.server.engine.async_engine import AsyncEngine, QueueCaps
 from guanaco.server.errors import CommandError
 from guanaco.server.metrics import Metrics
 from guanaco.server.plan import human_bytes
 from guanaco.server.wiring import Runtime, build_runtime
 
+logger = logging.getLogger("guanaco.serve")
+
+# What an adapter is tried out on when it is loaded. Any text that a fine-tune would answer differently will do.
+_PROBE_TEXT = "### Human: Who are you, and what can you do for me?### Assistant:"
 _LOG_WIDTH = 160  # of the banner where it goes to a file or a container's log
 
 
@@ -67,10 +74,8 @@ def _is_loopback(host: str) -> bool:
 
 def _api_state(settings: Settings, runtime: Runtime, keys: KeyRing) -> ApiState:
     base, plan = runtime.base, runtime.plan
-    entries = runtime.registry.entries()
     metrics = Metrics(base.name, max_model_len=plan.max_model_len, adapter_slots=settings.adapter_slots)
     metrics.set_cache_config(block_size=plan.block_size, num_blocks=plan.num_blocks)
-    metrics.name_adapters({entry.version: entry.name for entry in entries})
     engine = AsyncEngine(
         runtime.engine,
         base.tokenizer,
@@ -79,22 +84,54 @@ def _api_state(settings: Settings, runtime: Runtime, keys: KeyRing) -> ApiState:
         on_step=metrics.observe_step,
     )
     metrics.set_heartbeat(lambda: engine.heartbeat_age_seconds)
-    adapters = [
-        ServedModel(entry.name, plan.max_model_len, root=entry.name, parent=base.name, version=entry.version)
-        for entry in entries
-    ]
+    manager = _adapter_manager(settings, runtime, engine, metrics)
+    served = ServedModel(base.name, plan.max_model_len, root=base.root, base_fingerprint=base.loaded.fingerprint)
     return ApiState(
         engine=engine,
         tokenizer=base.tokenizer,
-        catalog=Catalog(ServedModel(base.name, plan.max_model_len, root=base.root), adapters),
+        catalog=Catalog(served, live=runtime.registry),
         settings=settings,
         metrics=metrics,
         version=version("guanaco"),
         defaults=SamplingDefaults.from_generation_config(base.generation_config),
         keys=keys,
+        admin_keys=KeyRing.admin(settings),
+        adapters=manager,
         chat_template=base.template,
         template_errors=(TemplateError,),
     )
+
+
+def _adapter_manager(
+    settings: Settings, runtime: Runtime, engine: AsyncEngine, metrics: Metrics
+) -> AdapterManager | None:
+    """What changes adapters while the server runs, with what was loaded before a restart; None without an admin key."""
+
+    def name_adapters() -> None:
+        metrics.name_adapters({entry.version: entry.name for entry in runtime.registry.entries()})
+
+    manager = None
+    if runtime.store is not None:
+        base = runtime.base
+        policy = AdapterPolicy(
+            root=None if settings.adapter_root is None else settings.adapter_root.expanduser().absolute(),
+            host_memory_bytes=settings.adapter_host_memory,
+            base_fingerprint=base.loaded.fingerprint,
+            strict_base=settings.strict_base,
+        )
+        manager = AdapterManager(
+            runtime.registry,
+            runtime.store,
+            RegistryFile(runtime.store.directory / "registry.json"),
+            engine,
+            policy,
+            probe_token_ids=tuple(base.tokenizer.encode(_PROBE_TEXT))[: runtime.plan.max_model_len - 1],
+            on_change=name_adapters,
+        )
+        for note in manager.restore():
+            logger.warning(note)
+    name_adapters()
+    return manager
 
 
 def _show_banner(console: Console, settings: Settings, runtime: Runtime, port: int, has_keys: bool) -> None:

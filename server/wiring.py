@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.registry import AdapterRegistry, parse_adapter_option
 from guanaco.adapters.slot_store import SlotStore
 from guanaco.adapters.slot_table import SlotTable
-from guanaco.adapters.weights import AdapterLimits
+from guanaco.adapters.store import VersionStore
+from guanaco.adapters.weights import AdapterLimits, check_base
 from guanaco.kernels import NativeUnavailable, Ops, load_ops
 from guanaco.models.chat_template import ChatTemplate, load_template
 from guanaco.models.demo import DEMO_NAME, demo_adapters, ensure_demo_model
@@ -59,6 +61,7 @@ class Runtime:
     ops: Ops
     provider_reason: str  # why this provider
     registry: AdapterRegistry
+    store: VersionStore | None  # of adapters that are loaded while the server runs; None: none are
     plan: MemoryPlan
     engine: Engine
     num_threads: int
@@ -92,10 +95,11 @@ def build_runtime(settings: Settings, console: Console) -> Runtime:
         ops=ops,
         provider_reason=reason,
         registry=registry,
+        store=_open_store(settings, base),
         plan=plan,
         engine=_build_engine(settings, base, registry, plan, ops),
         num_threads=num_threads,
-        notes=(*base.notes, *plan.notes, *_adapter_notes(registry)),
+        notes=(*base.notes, *plan.notes, *_adapter_notes(registry, base)),
     )
 
 
@@ -196,9 +200,23 @@ def _load_adapters(settings: Settings, base: Base, console: Console) -> AdapterR
         options = list(demo_adapters().items())
     with reporting(console, "adapters") as report:
         for number, (name, path) in enumerate(options, start=1):
-            registry.load(name, path)
+            entry = registry.load(name, path)
+            if settings.strict_base:
+                check_base(registry.host_copy(entry.version), base.loaded.fingerprint)
             report(name, number, len(options))
     return registry
+
+
+def _open_store(settings: Settings, base: Base) -> VersionStore | None:
+    """Each base model has a store of its own: what is an adapter of one is nothing to another."""
+    if settings.admin_key is None:
+        return None
+    directory = settings.adapter_store or settings.cache_dir / "adapters"
+    return VersionStore(
+        directory.expanduser().absolute() / base.loaded.fingerprint[:16],
+        base.loaded.model.lora_targets,
+        limits=AdapterLimits(max_rank=settings.max_lora_rank),
+    )
 
 
 def _plan(settings: Settings, base: Base, registry: AdapterRegistry, ops: Ops) -> MemoryPlan:
@@ -239,5 +257,11 @@ def _build_engine(settings: Settings, base: Base, registry: AdapterRegistry, pla
     return Engine(Scheduler(limits, blocks, SlotTable(settings.adapter_slots), base.eos_ids), runner)
 
 
-def _adapter_notes(registry: AdapterRegistry) -> list[str]:
-    return [f"adapter {entry.name}: {note}" for entry in registry.entries() for note in entry.notes]
+def _adapter_notes(registry: AdapterRegistry, base: Base) -> list[str]:
+    notes = [f"adapter {entry.name}: {note}" for entry in registry.entries() for note in entry.notes]
+    for entry in registry.entries():
+        try:
+            check_base(registry.host_copy(entry.version), base.loaded.fingerprint)
+        except AdapterError as error:
+            notes.append(f"adapter {entry.name}: {error} (--strict-base would refuse it)")
+    return notes

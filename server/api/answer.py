@@ -11,7 +11,7 @@ from typing import Any
 from guanaco.server.api.catalog import ServedModel
 from guanaco.server.api.generation import Generation
 from guanaco.server.api.protocol import GenerationBody
-from guanaco.server.engine.async_engine import TextOutput
+from guanaco.server.engine.request_stream import TextOutput
 
 
 class Answer(ABC):

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from guanaco.server.api import chat, completions, info, tokens
+from guanaco.server.api import adapters_admin, chat, completions, info, tokens
 from guanaco.server.api.auth import AuthMiddleware
 from guanaco.server.api.errors import HANDLED, handle_error
 from guanaco.server.api.middleware import Gate, RequestScope
@@ -43,12 +43,12 @@ def create_app(state: ApiState) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.api = state
-    for router in (info.router, chat.router, completions.router, tokens.router):
+    for router in (info.router, chat.router, completions.router, tokens.router, adapters_admin.router):
         app.include_router(router)
     for error in HANDLED:
         app.add_exception_handler(error, handle_error)
     # The last one added is the outermost.
-    app.add_middleware(AuthMiddleware, keys=state.keys)
+    app.add_middleware(AuthMiddleware, keys=state.keys, admin_keys=state.admin_keys)
     app.add_middleware(Gate, lifecycle=state.lifecycle, max_admitted=state.max_admitted)
     app.add_middleware(RequestScope, lifecycle=state.lifecycle, metrics=state.metrics)
     _describe_bodies(app)
@@ -66,6 +66,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         lag.cancel()
         await asyncio.gather(lag, return_exceptions=True)
         state.workers.shutdown(wait=False, cancel_futures=True)
+        if state.adapters is not None:
+            await state.adapters.close()
         try:
             await asyncio.wait_for(state.engine.stop(), _STOP_TIMEOUT_SECONDS)
         except TimeoutError:

@@ -17,6 +17,12 @@ from guanaco.server.api.errors import ApiError
 from guanaco.server.config import Settings, SettingsError
 
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
+# What changes which adapters there are: for the admin key alone, and for nobody where there is none.
+ADMIN_PATHS = ("/v1/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+
+
+def is_admin_path(path: str) -> bool:
+    return any(path == admin or path.startswith(f"{admin}/") for admin in ADMIN_PATHS)
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,11 @@ class KeyRing:
         digests = dict.fromkeys(_digest(key.encode()) for key in keys)
         self._keys = tuple(ApiKey(_digest(b"guanaco key id" + d).hex()[:8], d) for d in digests)
         self._salt_secret = secrets.token_bytes(32)
+
+    @classmethod
+    def admin(cls, settings: Settings) -> Self:
+        """The ring of --admin-key."""
+        return cls([] if settings.admin_key is None else [settings.admin_key.get_secret_value()])
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
@@ -95,23 +106,44 @@ def presented_key(headers: Sequence[tuple[bytes, bytes]]) -> bytes | None:
 
 
 class AuthMiddleware:
-    """Refuses what comes without a key of the ring, unless the path is open. Inert where the ring is empty."""
+    """Refuses what comes without a key of the ring, unless the path is open; inert where the ring is empty. Admin
+    paths have a ring of their own, and are closed where that one is empty."""
 
-    def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyRing, admin_keys: KeyRing) -> None:
         self.app = app
         self.keys = keys
+        self.admin_keys = admin_keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self.keys and scope["path"] not in OPEN_PATHS:
-            presented = presented_key(scope["headers"])
-            key = self.keys.find(presented) if presented is not None else None
-            if key is None:
-                code = "missing_api_key" if presented is None else "invalid_api_key"
-                text = "send one of this server's API keys as `Authorization: Bearer KEY`"
-                error = ApiError(401, code, text if presented is None else f"this API key is not valid; {text}")
-                record_of(scope).error_code = error.code
-                await error.response()(scope, receive, send)
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            admin = is_admin_path(scope["path"])
+            ring = self.admin_keys if admin else self.keys
+            if admin and not ring:
+                await _refuse(_ADMIN_DISABLED, scope, receive, send)
                 return
-            record_of(scope).key_id = key.id
-            scope["guanaco.key"] = key
+            if ring:
+                presented = presented_key(scope["headers"])
+                key = ring.find(presented) if presented is not None else None
+                if key is None:
+                    await _refuse(_wrong_key(presented, admin), scope, receive, send)
+                    return
+                record_of(scope).key_id = key.id
+                scope["guanaco.key"] = key
         await self.app(scope, receive, send)
+
+
+_ADMIN_DISABLED = ApiError(
+    403, "admin_disabled", "adapters can't be changed while this server runs; start it with --admin-key to allow it"
+)
+
+
+def _wrong_key(presented: bytes | None, admin: bool) -> ApiError:
+    kind = "admin" if admin else "API"
+    text = f"send {'its admin key' if admin else 'one of its API keys'} to this server as `Authorization: Bearer KEY`"
+    code = f"{'missing' if presented is None else 'invalid'}_{kind.lower()}_key"
+    return ApiError(401, code, text if presented is None else f"this {kind} key is not valid; {text}")
+
+
+async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    record_of(scope).error_code = error.code
+    await error.response()(scope, receive, send)

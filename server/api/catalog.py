@@ -1,14 +1,18 @@
 """The models this server answers for, by name: the base first, then its adapters.
 
-Doesn't load anything and knows no paths: the wiring says what is served. An unknown name is a 404, never the base.
+Doesn't load anything and knows no paths: who does that brings a `LiveAdapters`. An unknown name is a 404, never the
+base.
 """
 
+import hashlib
+import json
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
-from guanaco.server.api.errors import model_not_found
+from guanaco.server.api.errors import ApiError, bad_request, model_not_found
+from guanaco.server.api.lifecycle import Admission
 from guanaco.server.engine.request import LoraRef
 
 OWNER = "guanaco"
@@ -16,7 +20,7 @@ OWNER = "guanaco"
 
 @dataclass(frozen=True)
 class ServedModel:
-    """One name that clients may put into `model`."""
+    """One name that clients may put into `model`, or the base with the adapters that one request asks for."""
 
     name: str
     max_model_len: int
@@ -24,6 +28,8 @@ class ServedModel:
     parent: str | None = None  # an adapter's base
     version: str | None = None  # an adapter's content digest; None: the base model
     created: int = field(default_factory=lambda: int(time.time()))
+    base_fingerprint: str = ""  # of the base's content
+    mixture: tuple[LoraRef, ...] = ()  # of a request that names its adapters itself
 
     @property
     def adapter(self) -> str | None:
@@ -32,12 +38,18 @@ class ServedModel:
 
     @property
     def loras(self) -> tuple[LoraRef, ...]:
-        return () if self.version is None else (LoraRef(self.version),)
+        return self.mixture if self.version is None else (LoraRef(self.version),)
 
     @property
-    def fingerprint(self) -> str | None:
-        """`system_fingerprint` of the answers: which content of the adapter gave them."""
-        return None if self.version is None else f"fp_{self.version[:12]}"
+    def versions(self) -> str | None:
+        """The content digests of all adapters, comma-separated: what a response says it was made with."""
+        return ",".join(lora.version for lora in self.loras) or None
+
+    @property
+    def fingerprint(self) -> str:
+        """`system_fingerprint` of the answers: a digest of the base and of the ordered (version, scale) list."""
+        content = [self.base_fingerprint, [[lora.version, float(lora.scale).hex()] for lora in self.loras]]
+        return "fp_" + hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def card(self) -> dict[str, Any]:
         """The entry in GET /v1/models. No `name` key: Open WebUI shows a null one as the model's name."""
@@ -53,19 +65,91 @@ class ServedModel:
         }
 
 
+class LiveEntry(Protocol):
+    """What the catalog shows of a registered adapter."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> str: ...
+    @property
+    def loaded_at(self) -> float: ...
+
+
+class LiveAdapters(Protocol):
+    """Adapters that come and go. Safe from any thread."""
+
+    def entries(self) -> Sequence[LiveEntry]: ...
+    def resolve(self, name: str) -> LiveEntry | None: ...
+    def acquire(self, name: str) -> LiveEntry | None:
+        """As `resolve`, and the version stays usable until `release(version)`."""
+
+    def release(self, version: str) -> None: ...
+
+
 class Catalog:
     """The served models in the order in which they are listed."""
 
-    def __init__(self, base: ServedModel, adapters: Iterable[ServedModel] = ()) -> None:
+    def __init__(
+        self, base: ServedModel, adapters: Iterable[ServedModel] = (), live: LiveAdapters | None = None
+    ) -> None:
         self.base = base
         self._models = {model.name: model for model in (base, *adapters)}
+        self._live = live
 
     def get(self, name: str) -> ServedModel:
-        """The model of that name; a 404 where there is none."""
+        """The model of that name, to be shown; a 404 where there is none."""
         model = self._models.get(name)
+        if model is None and self._live is not None and (entry := self._live.resolve(name)) is not None:
+            return self._model_of(entry)
         if model is None:
             raise model_not_found()
         return model
 
+    def acquire(self, name: str, admission: Admission) -> ServedModel:
+        """The model of that name, to be used: its version stays until the admission is released."""
+        model = self._models.get(name)
+        if model is not None:
+            return model
+        if self._live is None or (entry := self._live.acquire(name)) is None:
+            raise model_not_found()
+        live, version = self._live, entry.version
+        admission.on_release(lambda: live.release(version))
+        return self._model_of(entry)
+
+    def acquire_mixture(
+        self, model_name: str, adapters: Sequence[tuple[str, float]], admission: Admission
+    ) -> ServedModel:
+        """The base with several adapters at once, each with a factor of the request's own, in the request's order."""
+        if model_name != self.base.name:
+            text = f"with adapters, model must be the base, {self.base.name}: the adapters are added to it"
+            raise bad_request(text, "model")
+        loras = []
+        for index, (name, scale) in enumerate(adapters):
+            try:
+                model = self.acquire(name, admission)
+            except ApiError as error:
+                text = f"no adapter is called as adapters[{index}].name says; GET /v1/models lists them"
+                raise ApiError(error.status, "adapter_not_found", text, param=f"adapters[{index}].name") from None
+            if model.version is None:
+                raise bad_request("the base is no adapter", f"adapters[{index}].name")
+            loras.append(LoraRef(model.version, scale))
+        if len({lora.version for lora in loras}) != len(loras):
+            raise bad_request("two of the adapters are the same one: add their scales up", "adapters")
+        return replace(self.base, mixture=tuple(loras))
+
     def all(self) -> tuple[ServedModel, ...]:
-        return tuple(self._models.values())
+        live = () if self._live is None else self._live.entries()
+        return (*self._models.values(), *(self._model_of(entry) for entry in live))
+
+    def _model_of(self, entry: LiveEntry) -> ServedModel:
+        base = self.base
+        return ServedModel(
+            name=entry.name,
+            max_model_len=base.max_model_len,
+            root=entry.name,
+            parent=base.name,
+            version=entry.version,
+            created=int(entry.loaded_at),
+            base_fingerprint=base.base_fingerprint,
+        )

@@ -12,13 +12,14 @@ from guanaco.server.api.auth import ApiKey
 from guanaco.server.api.body import body_schema, parse_object, refuse_fields, validate
 from guanaco.server.api.catalog import ServedModel
 from guanaco.server.api.errors import bad_request
+from guanaco.server.api.lifecycle import Admission
 from guanaco.server.api.logprobs import chat_logprobs
 from guanaco.server.api.protocol import REFUSED_IN_CHAT, ChatBody, ChatMessage
 from guanaco.server.api.sampling import check_request, sampling_params
-from guanaco.server.api.serving import Prepared, Prompt, check_text_size, serve
+from guanaco.server.api.serving import Prepared, Prompt, acquire_model, check_text_size, serve
 from guanaco.server.api.state import ApiState, ChatTokenizer
-from guanaco.server.engine.async_engine import TextOutput
 from guanaco.server.engine.request import FinishReason, TokenLogprob
+from guanaco.server.engine.request_stream import TextOutput
 
 router = APIRouter(tags=["generation"])
 
@@ -28,7 +29,9 @@ async def chat_completions(request: Request) -> Response:
     return await serve(request, prepare_chat)
 
 
-def prepare_chat(state: ApiState, key: ApiKey | None, raw: bytes) -> tuple[Prepared, "ChatAnswer"]:
+def prepare_chat(
+    state: ApiState, key: ApiKey | None, raw: bytes, admission: Admission
+) -> tuple[Prepared, "ChatAnswer"]:
     """Validate and tokenise. Runs on a worker thread."""
     data = parse_object(raw)
     refuse_fields(data, REFUSED_IN_CHAT)
@@ -36,7 +39,7 @@ def prepare_chat(state: ApiState, key: ApiKey | None, raw: bytes) -> tuple[Prepa
     check_request(body, state.tokenizer.vocab_size)
     if body.top_logprobs and not body.logprobs:
         raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
-    model = state.catalog.get(body.model)
+    model = acquire_model(state, body, admission)
     token_ids = render_messages(
         state, body.messages, model.max_model_len, add_generation_prompt=body.add_generation_prompt is not False
     )

@@ -13,13 +13,14 @@ from guanaco.server.api.auth import ApiKey
 from guanaco.server.api.body import body_schema, parse_object, refuse_fields, validate
 from guanaco.server.api.catalog import ServedModel
 from guanaco.server.api.errors import bad_request
+from guanaco.server.api.lifecycle import Admission
 from guanaco.server.api.logprobs import CompletionLogprobs
 from guanaco.server.api.protocol import REFUSED, CompletionBody
 from guanaco.server.api.sampling import check_request, sampling_params
-from guanaco.server.api.serving import Prepared, Prompt, check_text_size, serve
+from guanaco.server.api.serving import Prepared, Prompt, acquire_model, check_text_size, serve
 from guanaco.server.api.state import ApiState, ChatTokenizer
-from guanaco.server.engine.async_engine import TextOutput
 from guanaco.server.engine.request import FinishReason, TokenLogprob
+from guanaco.server.engine.request_stream import TextOutput
 
 router = APIRouter(tags=["generation"])
 
@@ -29,13 +30,15 @@ async def completions(request: Request) -> Response:
     return await serve(request, prepare_completion)
 
 
-def prepare_completion(state: ApiState, key: ApiKey | None, raw: bytes) -> tuple[Prepared, "CompletionAnswer"]:
+def prepare_completion(
+    state: ApiState, key: ApiKey | None, raw: bytes, admission: Admission
+) -> tuple[Prepared, "CompletionAnswer"]:
     """Validate and tokenise. Runs on a worker thread."""
     data = parse_object(raw)
     refuse_fields(data, REFUSED)
     body = validate(CompletionBody, data)
     check_request(body, state.tokenizer.vocab_size)
-    model = state.catalog.get(body.model)
+    model = acquire_model(state, body, admission)
     prompts = tuple(_prompt(state, body, prompt, model.max_model_len) for prompt in body.prompt)
     prepared = Prepared(body, model, prompts, state.keys.cache_salt(key, body.cache_salt))
     return prepared, CompletionAnswer(body, model, state.tokenizer, prompts)

@@ -112,6 +112,7 @@ _FAILURES = {
     ),
     "engine_dead": ApiError(500, "engine_unavailable", "the engine failed before the answer was complete"),
     "adapter_load_failed": ApiError(500, "adapter_load_failed", "the adapter could not be brought to the device"),
+    "adapter_unloaded": ApiError(503, "adapter_unloaded", "the adapter was removed before the answer was complete"),
     "numerical_error": ApiError(500, "numerical_error", "the model produced values that are not numbers"),
 }
 _INTERNAL = ApiError(500, "internal_error", "the server failed; its log has the details under this request's id")

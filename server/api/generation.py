@@ -18,8 +18,8 @@ from guanaco.server.api.catalog import ServedModel
 from guanaco.server.api.errors import ClientGone, DeadlineExceeded, GenerationFailed, bad_request
 from guanaco.server.api.lifecycle import Admission
 from guanaco.server.api.state import ApiState
-from guanaco.server.engine.async_engine import RequestStream, TextOutput
 from guanaco.server.engine.request import FinishReason, Request
+from guanaco.server.engine.request_stream import RequestStream, TextOutput
 from guanaco.server.metrics import RequestStats
 
 T = TypeVar("T")

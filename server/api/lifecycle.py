@@ -4,7 +4,8 @@ Knows no HTTP and no engine. The process (`http_server`) moves it; the gate, the
 """
 
 import asyncio
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -40,13 +41,29 @@ class Lifecycle:
 
 
 class Admission:
-    """One request's place among those that are being prepared or are in the engine. `release` once or more often."""
+    """One request's place among those that are being prepared or are in the engine, and what it holds meanwhile.
+    `release` once or more often, on the event loop."""
 
     def __init__(self, lifecycle: Lifecycle) -> None:
         self._lifecycle: Lifecycle | None = lifecycle
+        self._lock = threading.Lock()
+        self._held: list[Callable[[], None]] | None = []
         lifecycle.num_admitted += 1
+
+    def on_release(self, give_back: Callable[[], None]) -> None:
+        """Have something given back at the end; from any thread. At once, where the end has come already: a worker
+        goes on preparing a request whose client has left."""
+        with self._lock:
+            if self._held is not None:
+                self._held.append(give_back)
+                return
+        give_back()
 
     def release(self) -> None:
         if self._lifecycle is not None:
             self._lifecycle.num_admitted -= 1
             self._lifecycle = None
+        with self._lock:
+            held, self._held = self._held, None
+        for give_back in held or ():
+            give_back()

@@ -23,6 +23,7 @@ MAX_COMPLETION_LOGPROBS = 5
 MAX_LOGIT_BIAS = 300
 MAX_TOTAL_TOKENS = 8192  # n × max_tokens where n > 1, or the context where that is longer
 MAX_SALT_CHARS = 256
+MAX_ADAPTER_SCALE = 16.0  # of one adapter in a mixture, either sign
 
 # Fields that would change the answer and aren't supported, with the values that ask for nothing.
 REFUSED: Mapping[str, tuple[Any, ...]] = {
@@ -206,6 +207,21 @@ class StreamOptions(Body):
     continuous_usage_stats: bool | None = None
 
 
+class AdapterChoice(Body):
+    """One adapter of a mixture: delta = scale · its own. Negative scales take away, zero switches off."""
+
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    scale: Annotated[float, Field(ge=-MAX_ADAPTER_SCALE, le=MAX_ADAPTER_SCALE)] = 1.0
+
+
+def _adapter_choices(value: object) -> object:
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not value:
+        raise _fail("give a list of objects with name and scale; leave the field out for none")
+    return tuple(value)
+
+
 class GenerationBody(Body):
     """The fields that chat and text completions share."""
 
@@ -230,6 +246,11 @@ class GenerationBody(Body):
     logit_bias: LogitBias = ()
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    adapters: Annotated[
+        tuple[AdapterChoice, ...],
+        BeforeValidator(_adapter_choices),
+        WithJsonSchema({"type": "array", "items": AdapterChoice.model_json_schema()}),
+    ] = ()
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
 
 

@@ -17,7 +17,9 @@ from guanaco.server.api.answer import Answer
 from guanaco.server.api.auth import ApiKey
 from guanaco.server.api.body import read_body
 from guanaco.server.api.catalog import ServedModel
+from guanaco.server.api.errors import bad_request
 from guanaco.server.api.generation import Generation, until_disconnect
+from guanaco.server.api.lifecycle import Admission
 from guanaco.server.api.protocol import GenerationBody
 from guanaco.server.api.sampling import context_exceeded, for_choice
 from guanaco.server.api.sse import stream_generation
@@ -67,7 +69,7 @@ class Prepared:
         ]
 
 
-Prepare = Callable[[ApiState, ApiKey | None, bytes], tuple[Prepared, Answer]]
+Prepare = Callable[[ApiState, ApiKey | None, bytes, Admission], tuple[Prepared, Answer]]
 
 
 async def serve(request: HttpRequest, prepare: Prepare) -> Response:
@@ -78,8 +80,9 @@ async def serve(request: HttpRequest, prepare: Prepare) -> Response:
     admission = state.admit()
     try:
         key = request.scope.get("guanaco.key")
-        prepared, answer = await asyncio.get_running_loop().run_in_executor(state.workers, prepare, state, key, body)
-        record.model, record.adapter_version = prepared.model.name, prepared.model.version
+        loop = asyncio.get_running_loop()
+        prepared, answer = await loop.run_in_executor(state.workers, prepare, state, key, body, admission)
+        record.model, record.adapter_version = prepared.model.name, prepared.model.versions
         record.stream = prepared.stream
         requests = prepared.engine_requests(answer.id, record.started)
         generation = await Generation.start(state, prepared.model, record, admission, requests, prepared.body.n)
@@ -88,17 +91,37 @@ async def serve(request: HttpRequest, prepare: Prepare) -> Response:
         raise
     answer.generation = generation
     if prepared.stream:
-        return await stream_generation(request, generation, answer)
+        response = await stream_generation(request, generation, answer)
+        name_versions(response, prepared.model)
+        return response
     try:
         await until_disconnect(request.receive, _collect(generation, answer))
     finally:
         await generation.aclose()
-    return json_response(answer.whole())
+    response = json_response(answer.whole())
+    name_versions(response, prepared.model)
+    return response
 
 
 async def _collect(generation: Generation, answer: Answer) -> None:
     async for index, output in generation:
         answer.add(index, output)
+
+
+def name_versions(response: Response, model: ServedModel) -> None:
+    """Say in a header which content of which adapters made the answer."""
+    if model.versions is not None:
+        response.headers["X-Adapter-Version"] = model.versions
+
+
+def acquire_model(state: ApiState, body: GenerationBody, admission: Admission) -> ServedModel:
+    """What the request asks for, held until its end. 404 for a name that nothing has."""
+    if not body.adapters:
+        return state.catalog.acquire(body.model, admission)
+    most = state.settings.adapter_slots
+    if len(body.adapters) > most:
+        raise bad_request(f"at most {most} adapters at once (--adapter-slots)", "adapters")
+    return state.catalog.acquire_mixture(body.model, [(a.name, a.scale) for a in body.adapters], admission)
 
 
 def check_text_size(num_bytes: int, max_model_len: int, param: str) -> None:

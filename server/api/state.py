@@ -18,6 +18,7 @@ from guanaco.server.api.errors import overloaded
 from guanaco.server.api.lifecycle import Admission, Lifecycle
 from guanaco.server.api.sampling import SamplingDefaults
 from guanaco.server.config import Settings
+from guanaco.server.engine.adapter_manager import AdapterManager
 from guanaco.server.engine.async_engine import AsyncEngine
 from guanaco.server.metrics import Metrics
 
@@ -65,6 +66,8 @@ class ApiState:
     version: str
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     keys: KeyRing = field(default_factory=KeyRing)
+    admin_keys: KeyRing = field(default_factory=KeyRing)
+    adapters: AdapterManager | None = None  # None: adapters stay as they were at the start
     chat_template: Template | None = None  # to be used instead of the tokenizer's own
     template_errors: tuple[type[Exception], ...] = ()
     lifecycle: Lifecycle = field(default_factory=Lifecycle)

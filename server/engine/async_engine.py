@@ -6,44 +6,36 @@ the loop. Detokenising and stop strings happen on the loop's side. Used by the H
 
 import asyncio
 import logging
+import secrets
 import threading
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
-from guanaco.server.engine.detokenizer import Decoder, Detokenizer
+from guanaco.server.engine.detokenizer import Decoder
 from guanaco.server.engine.engine import Engine
-from guanaco.server.engine.request import FinishReason, Request, StepOutput, StepStats, TokenLogprob, TokenOutput
+from guanaco.server.engine.request import (
+    LoraRef,
+    Request,
+    SamplingParams,
+    StepOutput,
+    StepStats,
+)
+from guanaco.server.engine.request_stream import RequestStream
 
 logger = logging.getLogger(__name__)
 
 # TextOutput.error of requests that the engine itself ended
 ENGINE_DEAD = "engine_dead"
 SHUTTING_DOWN = "server_shutting_down"
+ADAPTER_UNLOADED = "adapter_unloaded"
 
 _WATCH_SECONDS = 0.25  # how often a stuck engine is looked for
 _LEAST_RETRY_SECONDS, _MOST_RETRY_SECONDS = 1.0, 60.0
+_PROBE_SECONDS = 120.0  # in a busy engine a probe waits; its two prompts are short
 _JOIN_SECONDS = 2.0  # an engine thread that is stuck in a step is left behind: it is a daemon
-
-
-@dataclass(frozen=True)
-class TextOutput:
-    """What one step did for one request. The counts are running totals."""
-
-    text: str  # new text only: whole characters, nothing that may become a stop string
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...]
-    prompt_logprobs: tuple[TokenLogprob, ...]
-    finish_reason: FinishReason | None
-    stop_reason: int | str | None
-    error: str | None
-    num_prompt_tokens: int
-    num_cached_tokens: int
-    num_output_tokens: int
-    queue_seconds: float | None = None  # from the request's arrival to its first step; None: it has had none
 
 
 @dataclass(frozen=True)
@@ -69,102 +61,16 @@ class EngineOverloaded(Exception):
         self.retry_after_seconds = retry_after_seconds
 
 
+class ProbeFailed(Exception):
+    """A probe of the engine's own ended without a result; the message is the engine's word for why."""
+
+
 class EngineUnavailable(Exception):
     """The engine takes no new requests: it is dead or stuck, or being drained."""
 
     def __init__(self, reason: str, *, draining: bool) -> None:
         super().__init__(reason)
         self.draining = draining
-
-
-class RequestStream:
-    """One request's outputs, an async iterator that ends after the one with a finish reason. Closing it early aborts.
-
-    What a slow reader has not taken yet is kept here, and never more than the request may generate.
-    """
-
-    def __init__(self, engine: "AsyncEngine", request: Request) -> None:
-        self.request = request
-        self._engine = engine
-        self._detokenizer = Detokenizer(engine.decoder, request.params, request.prompt_token_ids)
-        self._outputs: deque[TextOutput] = deque()
-        self._arrived = asyncio.Event()
-        self._num_output_tokens = 0
-        self._num_cached_tokens = 0
-        self._ended = False  # the last output is there
-        self._closed = False
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> TextOutput:
-        while not self._outputs:
-            if self._ended or self._closed:
-                raise StopAsyncIteration
-            self._arrived.clear()
-            await self._arrived.wait()
-        return self._outputs.popleft()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.aclose()
-
-    async def aclose(self) -> None:
-        """End the request if it has not ended, within a step. Outputs that were not taken are dropped."""
-        self._closed = True
-        self._outputs.clear()
-        self._arrived.set()
-        if not self._ended:
-            self._ended = True
-            self._engine.forget(self.request.request_id, abort=True)
-
-    def deliver(self, output: TokenOutput) -> None:
-        """Take in one step's output; called by the engine, on the loop."""
-        if self._ended:
-            return
-        reason, stop_reason = output.finish_reason, output.stop_reason
-        self._num_output_tokens += len(output.token_ids)
-        self._num_cached_tokens = max(self._num_cached_tokens, output.num_cached_tokens)
-        shown = output.token_ids
-        if reason is FinishReason.STOP and not self.request.params.include_stop_str:
-            shown = shown[:-1]  # the eos or stop token itself is no text
-        text = self._detokenizer.append(shown, finished=reason is not None)
-        aborted = False
-        if self._detokenizer.stop_reason is not None:
-            aborted = reason is None
-            reason, stop_reason = FinishReason.STOP, self._detokenizer.stop_reason
-        self._put(output, text, reason, stop_reason)
-        if reason is not None:
-            self._engine.forget(self.request.request_id, abort=aborted)
-
-    def fail(self, error: str) -> None:
-        """End with an error; called by the engine, on the loop."""
-        if not self._ended:
-            failure = TokenOutput(self.request.request_id, (), finish_reason=FinishReason.ERROR, error=error)
-            self._put(failure, "", FinishReason.ERROR, None)
-
-    def _put(self, output: TokenOutput, text: str, reason: FinishReason | None, stop_reason: int | str | None) -> None:
-        self._ended = reason is not None
-        self._outputs.append(
-            TextOutput(
-                text=text,
-                token_ids=output.token_ids,
-                logprobs=output.logprobs,
-                prompt_logprobs=output.prompt_logprobs,
-                finish_reason=reason,
-                stop_reason=stop_reason,
-                error=output.error,
-                num_prompt_tokens=len(self.request.prompt_token_ids),
-                num_cached_tokens=self._num_cached_tokens,
-                num_output_tokens=self._num_output_tokens,
-                queue_seconds=output.queue_seconds,
-            )
-        )
-        self._arrived.set()
 
 
 class AsyncEngine:
@@ -190,7 +96,8 @@ class AsyncEngine:
         self._all_ended = asyncio.Event()
         self._all_ended.set()
         self._wake = threading.Condition()
-        self._inbox: deque[Request | str] = deque()  # new requests, and ids to abort; guarded by _wake
+        # New requests, ids to abort, and what else is to be done between two steps; guarded by _wake.
+        self._inbox: deque[Request | str | Callable[[Engine], None]] = deque()
         self._stopping = False  # guarded by _wake
         self._draining = False
         self._death: str | None = None
@@ -211,14 +118,76 @@ class AsyncEngine:
             raise EngineUnavailable(self._death, draining=False)
         if self._draining:
             raise EngineUnavailable("the server is shutting down", draining=True)
-        assert request.request_id not in self._streams, "request ids are unique among those that are open"
         self._engine.scheduler.check_fits(request)
         self._check_caps(len(request.prompt_token_ids))
+        return self._open(request)
+
+    def _open(self, request: Request) -> RequestStream:
+        assert request.request_id not in self._streams, "request ids are unique among those that are open"
         stream = RequestStream(self, request)
         self._streams[request.request_id] = stream
         self._all_ended.clear()
         self._send(request)
         return stream
+
+    async def probe_adapter(self, version: str, token_ids: tuple[int, ...]) -> float:
+        """The largest change of a logit that an adapter version makes after a prompt, against the base.
+
+        Two background requests of one token each, so nobody waits for them. The version must be one that the runner
+        can load. Raises ProbeFailed, or EngineUnavailable.
+        """
+        if self._death is not None or self._draining:
+            raise EngineUnavailable(self._death or "the server is shutting down", draining=self._draining)
+        rows = await asyncio.gather(*(self._probe(token_ids, loras) for loras in ((), (LoraRef(version),))))
+        return await asyncio.to_thread(_largest_difference, *rows)
+
+    async def _probe(self, token_ids: tuple[int, ...], loras: tuple[LoraRef, ...]) -> bytes:
+        request = Request(
+            request_id=f"probe-{secrets.token_hex(8)}",
+            prompt_token_ids=token_ids,
+            params=SamplingParams(max_tokens=1, temperature=0.0, return_logits=True),
+            loras=loras,
+            cache_salt=secrets.token_hex(8),  # nobody else's blocks, and for nobody else
+            arrival_seconds=time.monotonic(),
+            background=True,
+        )
+        error: str | None = "the probe took too long"
+        try:
+            async with asyncio.timeout(_PROBE_SECONDS), self._open(request) as stream:
+                async for output in stream:
+                    error = output.error
+                if stream.logits is not None:
+                    return stream.logits
+        except TimeoutError:
+            pass
+        raise ProbeFailed(error or "the probe gave nothing")
+
+    def end_adapter(self, version: str) -> int:
+        """End every open request that uses an adapter version, with an error; how many there were."""
+        users = [s for s in self._streams.values() if any(lora.version == version for lora in s.request.loras)]
+        for stream in users:
+            stream.fail(ADAPTER_UNLOADED)
+            self.forget(stream.request.request_id, abort=True)
+        return len(users)
+
+    async def forget_adapter(self, version: str) -> bool:
+        """Take an adapter version off the device, after all that was sent before; False where it is still in use."""
+        if self._death is not None or not self._thread.is_alive():
+            return True  # there is no device to speak of any more
+        done: asyncio.Future[bool] = self._loop.create_future()
+
+        def forget(engine: Engine) -> None:
+            gone = engine.forget_adapter(version)
+            self._loop.call_soon_threadsafe(_set_result, done, gone)
+
+        self._send(forget)
+        finished, _ = await asyncio.wait({done}, timeout=self._step_timeout_seconds)
+        return bool(finished) and done.result()
+
+    @property
+    def resident_adapters(self) -> frozenset[str]:
+        """The versions that have a place on the device; perhaps a step old."""
+        return frozenset(self._engine.scheduler.slots.resident)
 
     def health(self) -> Health:
         if self._death is not None:
@@ -274,7 +243,7 @@ class AsyncEngine:
             seconds = num_tokens / self._tokens_per_second if self._tokens_per_second else _LEAST_RETRY_SECONDS
             raise EngineOverloaded(min(max(seconds, _LEAST_RETRY_SECONDS), _MOST_RETRY_SECONDS))
 
-    def _send(self, message: Request | str) -> None:
+    def _send(self, message: Request | str | Callable[[Engine], None]) -> None:
         with self._wake:
             self._inbox.append(message)
             self._wake.notify()
@@ -304,8 +273,10 @@ class AsyncEngine:
         for message in messages:
             if isinstance(message, Request):
                 self._engine.add_request(message)
-            else:
+            elif isinstance(message, str):
                 self._engine.abort(message)
+            else:
+                message(self._engine)
         return True
 
     def _report_death(self) -> None:
@@ -347,3 +318,15 @@ class AsyncEngine:
             if self.heartbeat_age_seconds > self._step_timeout_seconds:
                 logger.error("a step has taken longer than %s s: the engine is stuck", self._step_timeout_seconds)
                 self._die("the engine is stuck")
+
+
+def _set_result(future: asyncio.Future[bool], value: bool) -> None:
+    if not future.done():  # whoever waited may have given up
+        future.set_result(value)
+
+
+def _largest_difference(first: bytes, second: bytes) -> float:
+    """Of two float32 vectors. NaN where any number is one."""
+    a, b = array("f", first), array("f", second)
+    differences = [abs(x - y) for x, y in zip(a, b, strict=True)]
+    return max(differences) if all(d == d for d in differences) else float("nan")

@@ -35,6 +35,9 @@ class Runner(Protocol):
     def load_adapter(self, slot: int, version: str) -> None:
         """Put an adapter version into an adapter slot."""
 
+    def clear_adapter(self, slot: int) -> None:
+        """Empty an adapter slot, which no sequence uses."""
+
     def run(self, batch: ScheduledBatch) -> tuple[SampledToken, ...]:
         """Compute the batch: one result for each of its sequences. Running the same batch again must be harmless."""
 
@@ -67,6 +70,15 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """End a request before the next step."""
         self.scheduler.abort(request_id)
+
+    def forget_adapter(self, version: str) -> bool:
+        """Take an adapter version off the device; False where a sequence still holds it."""
+        if self.scheduler.slots.num_pins(version):
+            return False
+        slot = self.scheduler.slots.forget(version)
+        if slot is not None:
+            self._runner.clear_adapter(slot)
+        return True
 
     def step(self) -> StepOutput:
         """Compute one step. Raises EngineFailure where nothing can be computed any more."""

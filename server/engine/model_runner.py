@@ -41,6 +41,10 @@ class ModelRunner:
         """Put an adapter version into an adapter slot."""
         self._slots.load(slot, self._adapters.host_copy(version))
 
+    def clear_adapter(self, slot: int) -> None:
+        """Empty an adapter slot."""
+        self._slots.clear(slot)
+
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> tuple[SampledToken, ...]:
         """One result per scheduled sequence. Writes K and V again if it is run again; nothing else is changed."""
@@ -53,8 +57,10 @@ class ModelRunner:
             if positions:
                 found = _prompt_logprobs(item, logits[first : first + len(positions)], positions)
                 token = replace(token, prompt_logprobs=found)
-            results.append(token)
             first += len(positions) + item.needs_sample
+            if item.needs_sample and item.sequence.request.params.return_logits:
+                token = replace(token, logits=logits[first - 1].float().cpu().numpy().tobytes())
+            results.append(token)
         return tuple(results)
 
     @torch.inference_mode()

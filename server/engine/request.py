@@ -37,6 +37,7 @@ class SamplingParams:
     min_tokens: int = 0  # no eos, stop id or stop string before
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    return_logits: bool = False  # of the first token drawn, raw: the engine's own probes want them
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Request:
     loras: tuple[LoraRef, ...] = ()  # empty: the base model
     cache_salt: str = ""  # prefix-cache tenant: requests of different salts never share a block
     arrival_seconds: float = 0.0  # monotonic clock; the queue deadline counts from here
+    background: bool = False  # goes after everybody else's, within a bound: the engine's own probes
 
 
 @dataclass(frozen=True, eq=False, slots=True)  # equal content is `block_manager`'s business: chains are long
@@ -146,6 +148,7 @@ class SampledToken:
     logprob: TokenLogprob | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     error: str | None = None
+    logits: bytes | None = None  # float32 [vocab], where they were asked for
 
 
 class TokenOutput(NamedTuple):  # made for every sequence in every step, too
@@ -160,6 +163,7 @@ class TokenOutput(NamedTuple):  # made for every sequence in every step, too
     error: str | None = None
     num_cached_tokens: int = 0
     queue_seconds: float | None = None  # from the request's arrival to its first step
+    logits: bytes | None = None
 
 
 @dataclass(frozen=True)

@@ -171,6 +171,7 @@ class Scheduler:
             stop_reason,
             num_cached_tokens=sequence.num_cached_tokens,
             queue_seconds=sequence.queue_seconds,
+            logits=token.logits,
         )
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> tuple[FinishReason | None, int | None]:
@@ -238,7 +239,7 @@ class Scheduler:
         """Admit from the queue while there is room: in order, but for those whose adapters find no slot now."""
         refused: set[tuple[str, ...]] = set()  # no slot frees up while we admit: what found none finds none
         reserved = False  # somebody has waited too long for a slot: no other adapter goes first
-        for sequence in self.waiting[:]:
+        for sequence in self._candidates():
             if budget <= 0 or len(self.running) >= self.limits.max_num_seqs:
                 return
             versions = tuple(lora.version for lora in sequence.request.loras)
@@ -256,6 +257,15 @@ class Scheduler:
             num_new = min(budget, sequence.num_tokens - sequence.num_computed_tokens)
             self._choose(sequence, num_new, chosen)
             budget -= num_new
+
+    def _candidates(self) -> list[Sequence]:
+        """Who waits, in the order in which they may go: background work last, but not for ever."""
+        last = [s for s in self.waiting if s.request.background and s.num_passed_over <= MAX_PASSED_OVER_STEPS]
+        if not last:
+            return self.waiting[:]
+        for sequence in last:
+            sequence.num_passed_over += 1
+        return [s for s in self.waiting if s not in last] + last
 
     def _admit(self, sequence: Sequence, versions: tuple[str, ...]) -> bool:
         """Start a sequence if there are blocks for all of its tokens, one more, and a block for each that runs

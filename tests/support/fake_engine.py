@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from guanaco.server.engine.async_engine import EngineOverloaded, EngineUnavailable, Health, TextOutput
+from guanaco.server.engine.async_engine import EngineOverloaded, EngineUnavailable, Health
+from guanaco.server.engine.request_stream import TextOutput
 from guanaco.server.engine.request import FinishReason, Request, TokenLogprob
 
 BOS, EOS, USER, ASSISTANT, SYSTEM, END = range(256, 262)

@@ -1,0 +1,77 @@
+"""The list of adapters that a restart brings back: one small JSON file, written whole or not at all.
+
+Knows no tensors; the versions it names are the store's. Called by the adapter manager.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from guanaco.adapters.errors import AdapterError
+from guanaco.adapters.store import sync_directory
+from guanaco.adapters.strict_json import JsonError, parse_object
+
+_FORMAT = 1
+_MAX_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One name, as it is written down."""
+
+    name: str
+    version: str
+    source: str
+    history: tuple[str, ...] = ()
+    effect: float | None = None
+
+
+class RegistryFile:
+    """The file `path`, which need not be there yet."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> tuple[Saved, ...]:
+        """What was written last; nothing where there is no file. Raises AdapterError for a file that is not ours."""
+        try:
+            if self.path.stat().st_size > _MAX_BYTES:
+                raise AdapterError("registry_damaged", f"{self.path} is too large to be ours; move it away")
+            content = parse_object(self.path.read_bytes())
+            if content["format"] != _FORMAT:
+                raise AdapterError("registry_damaged", f"{self.path} was written by another version; move it away")
+            return tuple(_saved(record) for record in content["adapters"])
+        except FileNotFoundError:
+            return ()
+        except OSError as error:
+            raise AdapterError("registry_unreadable", f"{self.path} cannot be read: {error.strerror}") from None
+        except (JsonError, KeyError, TypeError, ValueError):
+            raise AdapterError("registry_damaged", f"{self.path} is damaged; move it away") from None
+
+    def write(self, records: Iterable[Saved]) -> None:
+        """Replace the file. Raises OSError; then the old one is still there."""
+        text = json.dumps({"format": _FORMAT, "adapters": [asdict(record) for record in records]}, indent=1)
+        handle, temporary = tempfile.mkstemp(prefix=f".{self.path.name}-", dir=self.path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).replace(self.path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        sync_directory(self.path.parent)
+
+
+def _saved(record: object) -> Saved:
+    if not isinstance(record, dict):
+        raise TypeError("a record is an object")
+    name, version, source, effect = (record.get(key) for key in ("name", "version", "source", "effect"))
+    history = record.get("history", [])
+    if not all(isinstance(value, str) for value in (name, version, source, *history)):
+        raise TypeError("names, versions and sources are text")
+    return Saved(str(name), str(version), str(source), tuple(history), None if effect is None else float(effect))

@@ -1,0 +1,131 @@
+"""A private copy of every adapter version on disk, so that what a version is never depends on its source again.
+
+A source is read once, into a folder of ours; what was copied is what is checked, hashed and served. `<store>/<version>`
+appears complete or not at all. Knows no names and no requests. Called by the adapter manager, off the engine thread.
+"""
+
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from guanaco.adapters.config import CONFIG_NAME, MAX_CONFIG_BYTES
+from guanaco.adapters.errors import AdapterError
+from guanaco.adapters.files import AdapterFiles
+from guanaco.adapters.weights import WEIGHTS_NAME, AdapterLimits, LoadedAdapter, check_weights_exist, load_adapter
+
+_VERSION = re.compile(r"[0-9a-f]{64}")
+_COPY_BYTES = 1 << 20
+_INCOMING = ".incoming-"  # folders that are being filled; what a killed process left of them is removed at start
+
+
+class VersionStore:
+    """Adapter versions of one base model below `directory`, which is made if need be and belongs to one server."""
+
+    def __init__(
+        self,
+        directory: Path,
+        targets: dict[str, tuple[int, int]],
+        *,
+        limits: AdapterLimits | None = None,
+        strict: bool = False,
+    ) -> None:
+        """Raises AdapterError where the directory cannot be written."""
+        self.directory = directory
+        self._targets = dict(targets)
+        self._limits = limits or AdapterLimits()
+        self._strict = strict
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            for left in directory.glob(f"{_INCOMING}*"):
+                shutil.rmtree(left, ignore_errors=True)
+        except OSError as error:
+            raise _storage_error(directory, error) from None
+
+    def ingest(self, path: Path, *, name: str, root: Path | None = None, keep: bool = True) -> LoadedAdapter:
+        """Copy the adapter at `path` (or in its sub-folder `name`), check the copy, and keep it under its version.
+
+        root: where no link may lead out of; none: the adapter's own folder. keep: False only checks. Raises
+        AdapterError for what cannot be served, and for a full disk; then nothing is left.
+        """
+        files = AdapterFiles.find(path, name, CONFIG_NAME, root)
+        check_weights_exist(files)
+        try:
+            incoming = Path(tempfile.mkdtemp(prefix=_INCOMING, dir=self.directory))
+            try:
+                self._copy(files, CONFIG_NAME, incoming, MAX_CONFIG_BYTES)
+                self._copy(files, WEIGHTS_NAME, incoming, self._limits.max_file_bytes)
+                adapter = self._load(incoming)
+                if keep:
+                    self._publish(incoming, adapter.version)
+            finally:
+                shutil.rmtree(incoming, ignore_errors=True)
+        except OSError as error:
+            raise _storage_error(self.directory, error) from None
+        return adapter
+
+    def read(self, version: str) -> LoadedAdapter:
+        """The adapter of a version that was ingested. AdapterError where it is gone or no longer what it was."""
+        if _VERSION.fullmatch(version) is None or not (self.directory / version).is_dir():
+            raise AdapterError("version_missing", f"the store has no version {version[:12]}; load the adapter again")
+        adapter = self._load(self.directory / version)
+        if adapter.version != version:
+            problem = f"the stored copy of version {version[:12]} was changed; load the adapter again"
+            raise AdapterError("version_damaged", problem)
+        return adapter
+
+    def versions(self) -> frozenset[str]:
+        """All that are stored."""
+        return frozenset(entry.name for entry in self.directory.iterdir() if _VERSION.fullmatch(entry.name))
+
+    def remove(self, version: str) -> None:
+        """Remove one version; it need not be there."""
+        assert _VERSION.fullmatch(version) is not None
+        shutil.rmtree(self.directory / version, ignore_errors=True)
+
+    def prune(self, keep: frozenset[str]) -> None:
+        """Remove all versions but these."""
+        for version in self.versions() - keep:
+            shutil.rmtree(self.directory / version, ignore_errors=True)
+
+    def _load(self, folder: Path) -> LoadedAdapter:
+        return load_adapter(folder, self._targets, limits=self._limits, strict=self._strict)
+
+    def _copy(self, files: AdapterFiles, name: str, to: Path, max_bytes: int) -> None:
+        with files.open(name) as source, (to / name).open("wb") as target:
+            size = 0
+            while chunk := source.read(_COPY_BYTES):
+                size += len(chunk)
+                if size > max_bytes:
+                    raise AdapterError("file_too_large", f"{name} is larger than {max_bytes} bytes", name)
+                target.write(chunk)
+            target.flush()
+            os.fsync(target.fileno())
+
+    def _publish(self, incoming: Path, version: str) -> None:
+        final = self.directory / version
+        if final.exists():
+            try:
+                self.read(version)
+            except AdapterError:
+                shutil.rmtree(final)  # somebody damaged it; the fresh copy takes its place
+            else:
+                return
+        sync_directory(incoming)
+        incoming.rename(final)
+        sync_directory(self.directory)
+
+
+def sync_directory(path: Path) -> None:
+    """Make a directory's entries survive a crash."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _storage_error(directory: Path, error: OSError) -> AdapterError:
+    problem = f"the adapter store {directory} cannot be used: {error.strerror or error}; free some space or mend it"
+    return AdapterError("store_failed", problem)

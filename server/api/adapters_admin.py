@@ -1,0 +1,184 @@
+"""Adapters while the server runs: list, load, replace, roll back, check, remove; and vLLM's two routes.
+
+Behind the admin key (`auth`). Turns requests into calls of the adapter manager, and its refusals into the envelope: an
+AdapterError's code is the client's, and its message is for the operator, who is the client here.
+"""
+
+import re
+from typing import Annotated, Any
+
+from fastapi import APIRouter
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+
+from guanaco.server.api.access_log import record_of
+from guanaco.server.api.body import body_schema, parse_object, read_body, validate
+from guanaco.server.api.errors import ApiError, bad_request
+from guanaco.server.api.protocol import Body
+from guanaco.server.api.state import json_response, state_of
+from guanaco.server.engine.adapter_manager import AdapterManager, AdapterRefused, AdapterView
+
+router = APIRouter(tags=["adapters"])
+
+_STATUS = {
+    "adapter_not_found": 404,
+    "not_found": 404,
+    "version_missing": 404,
+    "name_taken": 409,
+    "no_history": 409,
+    "version_conflict": 409,
+    "host_memory_full": 507,
+    "store_failed": 507,
+    "version_damaged": 500,
+    "probe_failed": 503,
+}
+_MAX_TIMEOUT_SECONDS = 300.0
+_DEFAULT_TIMEOUT_SECONDS = 10.0
+
+_Name = Annotated[str, Field(min_length=1, max_length=64)]
+_Source = Annotated[str, Field(min_length=1, max_length=1024)]
+_Version = Annotated[str, Field(pattern="^[0-9a-f]{6,64}$")]
+
+
+class LoadBody(Body):
+    """vLLM's."""
+
+    lora_name: _Name
+    lora_path: _Source
+    load_inplace: bool = False
+
+
+class UnloadBody(Body):
+    """vLLM's."""
+
+    lora_name: _Name
+
+
+class PutBody(Body):
+    source: _Source
+    expected_version: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+
+
+class CheckBody(Body):
+    source: _Source
+
+
+class RollbackBody(Body):
+    version: _Version | None = None
+
+
+def _manager(request: Request) -> AdapterManager:
+    manager = state_of(request).adapters
+    if manager is None:
+        raise ApiError(403, "admin_disabled", "adapters can't be changed while this server runs")
+    return manager
+
+
+async def _body(request: Request, model: type[Any]) -> Any:
+    state = state_of(request)
+    raw = await read_body(request, state.settings.max_body_bytes)
+    return validate(model, parse_object(raw))
+
+
+def refusal(error: AdapterRefused) -> ApiError:
+    """A refusal as the client gets it."""
+    return ApiError(_STATUS.get(error.code, 400), error.code, str(error), param=error.field)
+
+
+def _card(view: AdapterView) -> dict[str, Any]:
+    return {"object": "adapter", **view.public()}
+
+
+def _view(manager: AdapterManager, name: str) -> AdapterView:
+    view = manager.view(name)
+    if view is None:
+        raise ApiError(404, "adapter_not_found", "no adapter of that name is loaded", param="name")
+    return view
+
+
+@router.post("/v1/load_lora_adapter", summary="vLLM's: load an adapter", openapi_extra=body_schema(LoadBody))
+async def load_lora_adapter(request: Request) -> Response:
+    manager, body = _manager(request), await _body(request, LoadBody)
+    record_of(request.scope).model = body.lora_name
+    try:
+        await manager.load(body.lora_name, body.lora_path, replace=body.load_inplace)
+    except AdapterRefused as error:
+        if error.code == "name_taken" and manager.view(body.lora_name) is not None:
+            text = f"{error}; to replace it, set load_inplace to true"
+            raise ApiError(400, "name_taken", text, param="lora_name") from None
+        raise refusal(error) from None
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+
+@router.post("/v1/unload_lora_adapter", summary="vLLM's: remove an adapter", openapi_extra=body_schema(UnloadBody))
+async def unload_lora_adapter(request: Request) -> Response:
+    manager, body = _manager(request), await _body(request, UnloadBody)
+    try:
+        await manager.unload(body.lora_name)
+    except AdapterRefused as error:
+        raise refusal(error) from None
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+@router.get("/v1/adapters", summary="All adapters with their state")
+async def list_adapters(request: Request) -> Response:
+    return json_response({"object": "list", "data": [_card(view) for view in _manager(request).views()]})
+
+
+@router.get("/v1/adapters/{name}", summary="One adapter")
+async def get_adapter(request: Request, name: str) -> Response:
+    return json_response(_card(_view(_manager(request), name)))
+
+
+@router.put("/v1/adapters/{name}", summary="Load or replace an adapter", openapi_extra=body_schema(PutBody))
+async def put_adapter(request: Request, name: str) -> Response:
+    manager, body = _manager(request), await _body(request, PutBody)
+    is_new = manager.view(name) is None
+    try:
+        await manager.load(name, body.source, replace=True, expected_version=body.expected_version)
+    except AdapterRefused as error:
+        raise refusal(error) from None
+    return json_response(_card(_view(manager, name)), 201 if is_new else 200)
+
+
+@router.delete(
+    "/v1/adapters/{name}", summary="Remove an adapter: ?timeout=SECONDS to wait, ?force=true to end requests"
+)
+async def delete_adapter(request: Request, name: str) -> Response:
+    manager, query = _manager(request), request.query_params
+    if unknown := set(query) - {"force", "timeout"}:
+        raise bad_request("only force and timeout may be given", sorted(unknown)[0])
+    force = query.get("force", "false")
+    if force not in ("true", "false"):
+        raise bad_request("force must be true or false", "force")
+    timeout = query.get("timeout", str(_DEFAULT_TIMEOUT_SECONDS))
+    if re.fullmatch(r"\d{1,3}(\.\d{1,3})?", timeout) is None or float(timeout) > _MAX_TIMEOUT_SECONDS:
+        raise bad_request(f"timeout must be a number of seconds up to {_MAX_TIMEOUT_SECONDS:.0f}", "timeout")
+    try:
+        drained = await manager.unload(name, force=force == "true", timeout_seconds=float(timeout))
+    except AdapterRefused as error:
+        raise refusal(error) from None
+    return json_response({"object": "adapter.deleted", "name": name, "deleted": True, "drained": drained})
+
+
+@router.post("/v1/adapters/{name}/check", summary="Would it load, and fit?", openapi_extra=body_schema(CheckBody))
+async def check_adapter(request: Request, name: str) -> Response:
+    manager, body = _manager(request), await _body(request, CheckBody)
+    try:
+        report = await manager.check(name, body.source)
+    except AdapterRefused as error:
+        raise refusal(error) from None
+    return json_response({"object": "adapter.check", "name": name, **report})
+
+
+@router.post(
+    "/v1/adapters/{name}/rollback", summary="Back to an earlier version", openapi_extra=body_schema(RollbackBody)
+)
+async def rollback_adapter(request: Request, name: str) -> Response:
+    manager, body = _manager(request), await _body(request, RollbackBody)
+    try:
+        await manager.rollback(name, body.version)
+    except AdapterRefused as error:
+        raise refusal(error) from None
+    return json_response(_card(_view(manager, name)))

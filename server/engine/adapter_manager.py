@@ -1,0 +1,370 @@
+"""Adapters that come and go while the engine runs: load, prove, publish, replace, roll back, drain, remove.
+
+Lives on the event loop; reading, copying and hashing happen on threads of its own, and the proof of effect in
+background requests, so nobody waits for a load but who asked for it. Knows no HTTP. Used by the admin routes.
+"""
+
+import asyncio
+import logging
+import math
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from guanaco.adapters.errors import AdapterError
+from guanaco.adapters.registry import AdapterEntry, AdapterRegistry, BrokenEntry, check_name
+from guanaco.adapters.registry_file import RegistryFile, Saved
+from guanaco.adapters.store import VersionStore
+from guanaco.adapters.weights import LoadedAdapter, check_base
+from guanaco.server.engine.async_engine import AsyncEngine, EngineUnavailable, ProbeFailed
+
+logger = logging.getLogger(__name__)
+
+AdapterRefused = AdapterError  # for the API, which knows the engine but not the adapters below it
+
+T = TypeVar("T")
+
+_LoadKey = tuple[str, str, bool, str | None]  # the arguments of `load`
+
+_LOAD_THREADS = 2
+_IDLE_POLL_SECONDS = 0.02
+MAX_SOURCE_CHARS = 1024
+
+
+@dataclass(frozen=True)
+class AdapterPolicy:
+    """What an operator allows while the server runs."""
+
+    root: Path | None  # where sources lie; None: nothing can be loaded by path
+    host_memory_bytes: int  # of all host copies together
+    base_fingerprint: str
+    strict_base: bool = False
+
+
+@dataclass(frozen=True)
+class AdapterView:
+    """What an operator sees of one name."""
+
+    entry: AdapterEntry | BrokenEntry
+    num_requests: int  # that hold its version now
+    num_uses: int  # requests since the start
+    last_used: float | None  # seconds since the epoch
+    in_slot: bool
+
+    def public(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        entry = self.entry
+        if isinstance(entry, BrokenEntry):
+            problem = {"code": entry.code, "message": entry.problem}
+            return {
+                "name": entry.name,
+                "state": "broken",
+                "version": entry.version,
+                "source": entry.source,
+                "error": problem,
+            }
+        return {
+            "name": entry.name,
+            "state": "ready",
+            "version": entry.version,
+            "source": entry.source,
+            "rank": entry.max_rank,
+            "modules_applied": entry.modules_applied,
+            "modules_possible": entry.modules_possible,
+            "num_bytes": entry.num_bytes,
+            "tier": "device" if self.in_slot else "host",
+            "pins": self.num_requests,
+            "num_uses": self.num_uses,
+            "loaded_at": entry.loaded_at,
+            "last_used": self.last_used,
+            "effect": entry.effect,
+            "history": list(entry.history),
+            "notes": list(entry.notes),
+        }
+
+
+class AdapterManager:
+    """All changes of one registry. Public coroutines raise AdapterError for what is refused; then nothing changed."""
+
+    def __init__(
+        self,
+        registry: AdapterRegistry,
+        store: VersionStore,
+        saved: RegistryFile,
+        engine: AsyncEngine,
+        policy: AdapterPolicy,
+        *,
+        probe_token_ids: tuple[int, ...],
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.registry = registry
+        self._store = store
+        self._saved = saved
+        self._engine = engine
+        self._policy = policy
+        self._probe_token_ids = probe_token_ids
+        self._on_change = on_change
+        self._threads = ThreadPoolExecutor(_LOAD_THREADS, thread_name_prefix="guanaco-adapters")
+        self._locks: dict[str, asyncio.Lock] = {}  # by name: its changes happen one after the other
+        self._loads: dict[_LoadKey, asyncio.Task[AdapterEntry]] = {}
+        self._retiring: set[asyncio.Task[None]] = set()
+        self._persistent: set[str] = set()  # names that come back after a restart
+        self._saving = asyncio.Lock()
+
+    def restore(self) -> tuple[str, ...]:
+        """Bring back what was loaded before a restart; remarks for the operator. Called once, before the engine runs.
+
+        A name that is taken by now (by --adapter) stays what it is. One whose copy is gone or damaged is listed as
+        broken.
+        """
+        notes = []
+        records = self._saved.read()
+        for record in records:
+            self._persistent.add(record.name)
+            try:
+                self.registry.check_free(record.name)
+                adapter = self._store.read(record.version)
+                self._check_memory(adapter)
+                self.registry.publish(
+                    record.name, adapter, source=record.source, history=record.history, effect=record.effect
+                )
+            except AdapterError as error:
+                if error.code == "name_taken":
+                    self._persistent.discard(record.name)
+                    notes.append(f"adapter {record.name}: --adapter goes before what was loaded under that name")
+                    continue
+                broken = BrokenEntry(record.name, record.version, record.source, error.code, str(error))
+                self.registry.add_broken(broken)
+                notes.append(f"adapter {record.name} is broken: {error}")
+        self._store.prune(frozenset({v for record in records for v in (record.version, *record.history)}))
+        return tuple(notes)
+
+    async def load(
+        self, name: str, source: str, *, replace: bool = False, expected_version: str | None = None
+    ) -> AdapterEntry:
+        """Read, check, prove and publish the adapter at `source` (below the root) under `name`.
+
+        replace: whether the name may be taken. expected_version: refuse unless the name stands for that version now.
+        From its return on, new requests get the new version; those that run keep theirs. The same load asked for
+        twice at the same time happens once.
+        """
+        key = (name, source, replace, expected_version)
+        running = self._loads.get(key)
+        if running is None:
+            running = asyncio.create_task(self._locked(name, lambda: self._load(*key)))
+            self._loads[key] = running
+            running.add_done_callback(lambda task: self._load_ended(key, task))
+        # A client that leaves does not stop a load that others may wait for.
+        return await asyncio.shield(running)
+
+    async def unload(self, name: str, *, force: bool = False, timeout_seconds: float = 0.0) -> bool:
+        """Forget `name`; requests that run go on, or end with an error if `force`. True if none is left.
+
+        Waits so long for the last of them; afterwards the version is taken off the device in the background.
+        """
+        return await self._locked(name, lambda: self._unload(name, force, timeout_seconds))
+
+    async def rollback(self, name: str, version: str | None = None) -> AdapterEntry:
+        """Make `name` what it was before its last change, or an earlier version of its history."""
+        return await self._locked(name, lambda: self._rollback(name, version))
+
+    def view(self, name: str) -> AdapterView | None:
+        """One name, or None where there is none."""
+        return next((view for view in self.views() if view.entry.name == name), None)
+
+    def views(self) -> tuple[AdapterView, ...]:
+        """All names, the broken ones last."""
+        registry, resident = self.registry, self._engine.resident_adapters
+        ready = [
+            AdapterView(e, registry.num_leases(e.version), *registry.usage(e.name), e.version in resident)
+            for e in registry.entries()
+        ]
+        return (*ready, *(AdapterView(broken, 0, 0, None, False) for broken in registry.broken()))
+
+    async def check(self, name: str, source: str) -> dict[str, Any]:
+        """Everything that `load` checks, without the proof and without keeping anything: what it would take."""
+        check_name(name)
+        path = self._path_of(source)
+        adapter = await self._on_thread(lambda: self._store.ingest(path, name=name, root=self._policy.root, keep=False))
+        self._check_base(adapter)
+        self._check_memory(adapter)
+        return {
+            "version": adapter.version,
+            "rank": adapter.max_rank,
+            "modules_applied": adapter.modules_applied,
+            "modules_possible": adapter.modules_possible,
+            "num_bytes": adapter.num_bytes,
+            "free_bytes": self._policy.host_memory_bytes - self.registry.num_bytes,
+            "notes": list(adapter.notes),
+        }
+
+    async def close(self) -> None:
+        """Stop what runs in the background. What was published stays published."""
+        tasks = [*self._loads.values(), *self._retiring]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _load_ended(self, key: _LoadKey, task: asyncio.Task[AdapterEntry]) -> None:
+        del self._loads[key]
+        if not task.cancelled():
+            task.exception()  # whoever still waits gets it; where nobody does, it is no news for the log
+
+    async def _load(self, name: str, source: str, replace: bool, expected: str | None) -> AdapterEntry:
+        self.registry.check_free(name, replace=replace)
+        self._check_expected(name, expected)
+        path = self._path_of(source)
+        adapter = await self._on_thread(lambda: self._store.ingest(path, name=name, root=self._policy.root))
+        try:
+            self._check_base(adapter)
+            self._check_memory(adapter)
+        except AdapterError:
+            await self._discard(adapter.version)
+            raise
+        return await self._publish(name, adapter, source, replace=replace, expected=expected)
+
+    async def _publish(
+        self, name: str, adapter: LoadedAdapter, source: str, *, replace: bool, expected: str | None = None
+    ) -> AdapterEntry:
+        """Prove a version that is stored, then make it what `name` stands for; or discard it."""
+        before = self.registry.resolve(name)
+        self.registry.stage(adapter)
+        entry = None
+        try:
+            effect = await self._prove(adapter.version)
+            self._check_expected(name, expected)
+            entry = self.registry.publish(name, adapter, source=source, replace=replace, effect=effect)
+        finally:
+            self.registry.release(adapter.version)
+            if entry is None:
+                self._retire(adapter.version)
+        self._persistent.add(name)
+        await self._save()
+        self._on_change()
+        if before is not None and before.version != entry.version:
+            self._retire(before.version)
+        return entry
+
+    async def _prove(self, version: str) -> float:
+        try:
+            effect = await self._engine.probe_adapter(version, self._probe_token_ids)
+        except (ProbeFailed, EngineUnavailable) as error:
+            raise AdapterError("probe_failed", f"the adapter could not be tried out ({error}); try again") from None
+        if not math.isfinite(effect):
+            raise AdapterError("effect_not_finite", "with this adapter the model computes NaN or infinity")
+        if effect == 0:
+            raise AdapterError("zero_effect", "the adapter changes nothing: the logits are those of the base")
+        return effect
+
+    async def _unload(self, name: str, force: bool, timeout_seconds: float) -> bool:
+        entry = self.registry.remove(name)
+        self._persistent.discard(name)
+        await self._save()
+        self._on_change()
+        version = entry.version
+        for earlier in () if isinstance(entry, BrokenEntry) else entry.history:
+            await self._discard(earlier)
+        if isinstance(entry, BrokenEntry) or any(other.version == version for other in self.registry.entries()):
+            await self._discard(version)
+            return True  # nothing to wait for, or another name needs it
+        if force:
+            self._engine.end_adapter(version)
+        retiring = self._retire(version)
+        finished, _ = await asyncio.wait({retiring}, timeout=timeout_seconds)
+        return bool(finished)
+
+    async def _rollback(self, name: str, version: str | None) -> AdapterEntry:
+        entry = self.registry.resolve(name)
+        if entry is None:
+            raise AdapterError("adapter_not_found", "no adapter of that name is loaded", "name")
+        if not entry.history:
+            raise AdapterError("no_history", f"{name} has had no other version to go back to", "name")
+        matching = [old for old in entry.history if old.startswith(version or entry.history[-1])]
+        if len(matching) != 1:
+            raise AdapterError(
+                "version_missing", f"{name} has had no such version, or several; see its history", "version"
+            )
+        adapter = await self._on_thread(lambda: self._store.read(matching[0]))
+        return await self._publish(name, adapter, f"rolled back to {matching[0][:12]}", replace=True)
+
+    def _retire(self, version: str) -> asyncio.Task[None]:
+        """Take a version off device and host as soon as nothing needs it."""
+        task = asyncio.create_task(self._retire_when_idle(version))
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+        return task
+
+    async def _retire_when_idle(self, version: str) -> None:
+        while True:
+            if any(entry.version == version for entry in self.registry.entries()):
+                return  # it came back
+            idle = self.registry.num_leases(version) == 0 and await self._engine.forget_adapter(version)
+            if idle and self.registry.drop(version):
+                await self._discard(version)
+                return
+            await asyncio.sleep(_IDLE_POLL_SECONDS)
+
+    async def _discard(self, version: str) -> None:
+        """Remove the stored copy of a version that no name has now or had before."""
+        wanted = {v for entry in self.registry.entries() for v in (entry.version, *entry.history)}
+        if version not in wanted and not self.registry.knows(version):
+            await self._on_thread(lambda: self._store.remove(version))
+
+    def _path_of(self, source: str) -> Path:
+        root = self._policy.root
+        if root is None:
+            problem = "start the server with --adapter-root DIR: adapters are loaded from below it"
+            raise AdapterError("no_adapter_root", problem, "source")
+        if not source or len(source) > MAX_SOURCE_CHARS or not source.isprintable():
+            problem = f"the path must have 1 to {MAX_SOURCE_CHARS} printable characters"
+            raise AdapterError("bad_source", problem, "source")
+        return root / source  # an absolute path replaces the root; that it leads below it is checked when it is opened
+
+    def _check_expected(self, name: str, expected: str | None) -> None:
+        entry = self.registry.resolve(name)
+        if expected is not None and (entry is None or entry.version != expected):
+            now = "is not loaded" if entry is None else f"stands for version {entry.version}"
+            raise AdapterError("version_conflict", f"{name} {now}, not for the expected one", "expected_version")
+
+    def _check_base(self, adapter: LoadedAdapter) -> None:
+        if self._policy.strict_base:
+            check_base(adapter, self._policy.base_fingerprint)
+
+    def _check_memory(self, adapter: LoadedAdapter) -> None:
+        limit, used = self._policy.host_memory_bytes, self.registry.num_bytes
+        if not self.registry.knows(adapter.version) and used + adapter.num_bytes > limit:
+            problem = (
+                f"it needs {adapter.num_bytes} bytes, and {used} of {limit} are taken: unload another, "
+                "or raise --adapter-host-memory"
+            )
+            raise AdapterError("host_memory_full", problem)
+
+    async def _locked(self, name: str, work: Callable[[], Awaitable[T]]) -> T:
+        lock = self._locks.setdefault(name, asyncio.Lock())
+        try:
+            async with lock:
+                return await work()
+        finally:
+            if not lock.locked() and not getattr(lock, "_waiters", None):
+                self._locks.pop(name, None)
+
+    async def _on_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    async def _save(self) -> None:
+        """Write down what a restart is to bring back. The change itself stands even if that fails; the log says so."""
+        async with self._saving:
+            records = tuple(
+                Saved(entry.name, entry.version, entry.source, entry.history, entry.effect)
+                for entry in self.registry.entries()
+                if entry.name in self._persistent
+            ) + tuple(Saved(b.name, b.version, b.source) for b in self.registry.broken() if b.name in self._persistent)
+            try:
+                await self._on_thread(lambda: self._saved.write(records))
+            except OSError as error:
+                logger.error(
+                    "the list of adapters could not be written (%s): a restart would not know this change", error
+                )

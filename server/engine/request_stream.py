@@ -1,0 +1,131 @@
+"""One request's outputs on the event loop's side: text as it is made, stop strings, exactly one end.
+
+Doesn't know the engine's thread: `async_engine` hands every step's output in. Used by the HTTP API.
+"""
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self
+
+from guanaco.server.engine.detokenizer import Decoder, Detokenizer
+from guanaco.server.engine.request import FinishReason, Request, TokenLogprob, TokenOutput
+
+
+@dataclass(frozen=True)
+class TextOutput:
+    """What one step did for one request. The counts are running totals."""
+
+    text: str  # new text only: whole characters, nothing that may become a stop string
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    prompt_logprobs: tuple[TokenLogprob, ...]
+    finish_reason: FinishReason | None
+    stop_reason: int | str | None
+    error: str | None
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+    queue_seconds: float | None = None  # from the request's arrival to its first step; None: it has had none
+
+
+class StreamOwner(Protocol):
+    """What a stream needs of the engine it belongs to."""
+
+    decoder: Decoder
+
+    def forget(self, request_id: str, *, abort: bool) -> None:
+        """The stream has ended; with `abort`, the engine doesn't know yet."""
+
+
+class RequestStream:
+    """One request's outputs, an async iterator that ends after the one with a finish reason. Closing it early aborts.
+
+    What a slow reader has not taken yet is kept here, and never more than the request may generate.
+    """
+
+    def __init__(self, engine: StreamOwner, request: Request) -> None:
+        self.request = request
+        self._engine = engine
+        self._detokenizer = Detokenizer(engine.decoder, request.params, request.prompt_token_ids)
+        self._outputs: deque[TextOutput] = deque()
+        self._arrived = asyncio.Event()
+        self._num_output_tokens = 0
+        self._num_cached_tokens = 0
+        self.logits: bytes | None = None  # of the first token, where the request wants them
+        self._ended = False  # the last output is there
+        self._closed = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> TextOutput:
+        while not self._outputs:
+            if self._ended or self._closed:
+                raise StopAsyncIteration
+            self._arrived.clear()
+            await self._arrived.wait()
+        return self._outputs.popleft()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """End the request if it has not ended, within a step. Outputs that were not taken are dropped."""
+        self._closed = True
+        self._outputs.clear()
+        self._arrived.set()
+        if not self._ended:
+            self._ended = True
+            self._engine.forget(self.request.request_id, abort=True)
+
+    def deliver(self, output: TokenOutput) -> None:
+        """Take in one step's output; called by the engine, on the loop."""
+        if self._ended:
+            return
+        reason, stop_reason = output.finish_reason, output.stop_reason
+        self.logits = self.logits or output.logits
+        self._num_output_tokens += len(output.token_ids)
+        self._num_cached_tokens = max(self._num_cached_tokens, output.num_cached_tokens)
+        shown = output.token_ids
+        if reason is FinishReason.STOP and not self.request.params.include_stop_str:
+            shown = shown[:-1]  # the eos or stop token itself is no text
+        text = self._detokenizer.append(shown, finished=reason is not None)
+        aborted = False
+        if self._detokenizer.stop_reason is not None:
+            aborted = reason is None
+            reason, stop_reason = FinishReason.STOP, self._detokenizer.stop_reason
+        self._put(output, text, reason, stop_reason)
+        if reason is not None:
+            self._engine.forget(self.request.request_id, abort=aborted)
+
+    def fail(self, error: str) -> None:
+        """End with an error; called by the engine, on the loop."""
+        if not self._ended:
+            failure = TokenOutput(self.request.request_id, (), finish_reason=FinishReason.ERROR, error=error)
+            self._put(failure, "", FinishReason.ERROR, None)
+
+    def _put(self, output: TokenOutput, text: str, reason: FinishReason | None, stop_reason: int | str | None) -> None:
+        self._ended = reason is not None
+        self._outputs.append(
+            TextOutput(
+                text=text,
+                token_ids=output.token_ids,
+                logprobs=output.logprobs,
+                prompt_logprobs=output.prompt_logprobs,
+                finish_reason=reason,
+                stop_reason=stop_reason,
+                error=output.error,
+                num_prompt_tokens=len(self.request.prompt_token_ids),
+                num_cached_tokens=self._num_cached_tokens,
+                num_output_tokens=self._num_output_tokens,
+                queue_seconds=output.queue_seconds,
+            )
+        )
+        self._arrived.set()
