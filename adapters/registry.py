@@ -212,6 +212,10 @@ class AdapterRegistry:
         """Whether the host copy of a version is here."""
         return version in self._snapshot.versions
 
+    def versions(self) -> frozenset[str]:
+        """All versions whose host copy is here, whether or not a name points to them."""
+        return frozenset(self._snapshot.versions)
+
     @property
     def num_bytes(self) -> int:
         """Bytes of all host copies, each version counted once."""

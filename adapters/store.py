@@ -8,6 +8,9 @@ import os
 import re
 import shutil
 import tempfile
+import threading
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from guanaco.adapters.config import CONFIG_NAME, MAX_CONFIG_BYTES
@@ -36,6 +39,8 @@ class VersionStore:
         self._targets = dict(targets)
         self._limits = limits or AdapterLimits()
         self._strict = strict
+        self._lock = threading.Lock()
+        self._fresh: Counter[str] = Counter()  # ingested, and not yet settled: nobody may think them unwanted
         try:
             directory.mkdir(parents=True, exist_ok=True)
             for left in directory.glob(f"{_INCOMING}*"):
@@ -47,7 +52,8 @@ class VersionStore:
         """Copy the adapter at `path` (or in its sub-folder `name`), check the copy, and keep it under its version.
 
         root: where no link may lead out of; none: the adapter's own folder. keep: False only checks. Raises
-        AdapterError for what cannot be served, and for a full disk; then nothing is left.
+        AdapterError for what cannot be served, and for a full disk; then nothing is left. What is kept stays until
+        `settle`, whatever `collect` is told.
         """
         files = AdapterFiles.find(path, name, CONFIG_NAME, root)
         check_weights_exist(files)
@@ -79,15 +85,17 @@ class VersionStore:
         """All that are stored."""
         return frozenset(entry.name for entry in self.directory.iterdir() if _VERSION.fullmatch(entry.name))
 
-    def remove(self, version: str) -> None:
-        """Remove one version; it need not be there."""
-        assert _VERSION.fullmatch(version) is not None
-        shutil.rmtree(self.directory / version, ignore_errors=True)
+    def settle(self, version: str) -> None:
+        """What was ingested is written down where it is wanted, or refused: `collect` may look at it again."""
+        with self._lock:
+            self._fresh[version] -= 1
+            self._fresh += Counter()  # without the zeros
 
-    def prune(self, keep: frozenset[str]) -> None:
-        """Remove all versions but these."""
-        for version in self.versions() - keep:
-            shutil.rmtree(self.directory / version, ignore_errors=True)
+    def collect(self, wanted: Callable[[], frozenset[str]]) -> None:
+        """Remove all versions that are not wanted; `wanted` is asked while nothing can be ingested."""
+        with self._lock:
+            for version in self.versions() - wanted() - self._fresh.keys():
+                shutil.rmtree(self.directory / version, ignore_errors=True)
 
     def _load(self, folder: Path) -> LoadedAdapter:
         return load_adapter(folder, self._targets, limits=self._limits, strict=self._strict)
@@ -105,16 +113,14 @@ class VersionStore:
 
     def _publish(self, incoming: Path, version: str) -> None:
         final = self.directory / version
-        if final.exists():
-            try:
-                self.read(version)
-            except AdapterError:
-                shutil.rmtree(final)  # somebody damaged it; the fresh copy takes its place
-            else:
-                return
         sync_directory(incoming)
-        incoming.rename(final)
+        with self._lock:
+            if final.exists():  # it may have been damaged: the fresh copy takes its place
+                final.rename(self.directory / f"{_INCOMING}{incoming.name}-old")
+            incoming.rename(final)
+            self._fresh[version] += 1
         sync_directory(self.directory)
+        shutil.rmtree(self.directory / f"{_INCOMING}{incoming.name}-old", ignore_errors=True)
 
 
 def sync_directory(path: Path) -> None:

@@ -116,12 +116,9 @@ class AuthMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
-            admin = is_admin_path(scope["path"])
-            ring = self.admin_keys if admin else self.keys
-            if admin and not ring:
-                await _refuse(_ADMIN_DISABLED, scope, receive, send)
-                return
-            if ring:
+            for_admins = is_admin_path(scope["path"])
+            admin = for_admins and bool(self.admin_keys)
+            if ring := self.admin_keys if admin else self.keys:
                 presented = presented_key(scope["headers"])
                 key = ring.find(presented) if presented is not None else None
                 if key is None:
@@ -129,6 +126,9 @@ class AuthMiddleware:
                     return
                 record_of(scope).key_id = key.id
                 scope["guanaco.key"] = key
+            if for_admins and not admin:
+                await _refuse(_ADMIN_DISABLED, scope, receive, send)
+                return
         await self.app(scope, receive, send)
 
 

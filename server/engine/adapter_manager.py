@@ -138,7 +138,7 @@ class AdapterManager:
                 broken = BrokenEntry(record.name, record.version, record.source, error.code, str(error))
                 self.registry.add_broken(broken)
                 notes.append(f"adapter {record.name} is broken: {error}")
-        self._store.prune(frozenset({v for record in records for v in (record.version, *record.history)}))
+        self._store.collect(self._wanted)
         return tuple(notes)
 
     async def load(
@@ -221,10 +221,10 @@ class AdapterManager:
         try:
             self._check_base(adapter)
             self._check_memory(adapter)
-        except AdapterError:
-            await self._discard(adapter.version)
-            raise
-        return await self._publish(name, adapter, source, replace=replace, expected=expected)
+            return await self._publish(name, adapter, source, replace=replace, expected=expected)
+        finally:
+            self._store.settle(adapter.version)
+            await self._collect()
 
     async def _publish(
         self, name: str, adapter: LoadedAdapter, source: str, *, replace: bool, expected: str | None = None
@@ -265,10 +265,8 @@ class AdapterManager:
         await self._save()
         self._on_change()
         version = entry.version
-        for earlier in () if isinstance(entry, BrokenEntry) else entry.history:
-            await self._discard(earlier)
         if isinstance(entry, BrokenEntry) or any(other.version == version for other in self.registry.entries()):
-            await self._discard(version)
+            await self._collect()
             return True  # nothing to wait for, or another name needs it
         if force:
             self._engine.end_adapter(version)
@@ -303,15 +301,18 @@ class AdapterManager:
                 return  # it came back
             idle = self.registry.num_leases(version) == 0 and await self._engine.forget_adapter(version)
             if idle and self.registry.drop(version):
-                await self._discard(version)
+                await self._collect()
                 return
             await asyncio.sleep(_IDLE_POLL_SECONDS)
 
-    async def _discard(self, version: str) -> None:
-        """Remove the stored copy of a version that no name has now or had before."""
-        wanted = {v for entry in self.registry.entries() for v in (entry.version, *entry.history)}
-        if version not in wanted and not self.registry.knows(version):
-            await self._on_thread(lambda: self._store.remove(version))
+    async def _collect(self) -> None:
+        """Remove the stored copies of versions that no name has now or had before, and nobody uses."""
+        await self._on_thread(lambda: self._store.collect(self._wanted))
+
+    def _wanted(self) -> frozenset[str]:
+        entries, broken = self.registry.entries(), self.registry.broken()
+        named = {v for entry in entries for v in (entry.version, *entry.history)} | {b.version for b in broken}
+        return frozenset(named) | self.registry.versions()
 
     def _path_of(self, source: str) -> Path:
         root = self._policy.root

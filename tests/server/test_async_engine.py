@@ -19,8 +19,6 @@ from guanaco.server.engine.async_engine import (
     EngineOverloaded,
     EngineUnavailable,
     QueueCaps,
-    RequestStream,
-    TextOutput,
 )
 from guanaco.server.engine.block_manager import BlockManager
 from guanaco.server.engine.engine import INTERNAL_ERROR, Engine
@@ -33,6 +31,7 @@ from guanaco.server.engine.request import (
     ScheduledBatch,
     StepStats,
 )
+from guanaco.server.engine.request_stream import RequestStream, TextOutput
 from guanaco.server.engine.scheduler import Limits, Scheduler
 
 LIMITS = Limits(max_num_seqs=64, max_num_batched_tokens=256, max_model_len=256, queue_timeout_seconds=0.0)

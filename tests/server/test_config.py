@@ -23,6 +23,7 @@ OTHER_VALUE = {  # a text for each setting that is valid and not its default
     "allow_unauthenticated": "true",
     "offline": "true",
     "quantized_cache": "false",
+    "strict_base": "true",
 }
 NAMES = sorted(Settings.model_fields)
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from guanaco.server.engine.async_engine import EngineOverloaded, EngineUnavailable, Health
-from guanaco.server.engine.request_stream import TextOutput
 from guanaco.server.engine.request import FinishReason, Request, TokenLogprob
+from guanaco.server.engine.request_stream import TextOutput
 
 BOS, EOS, USER, ASSISTANT, SYSTEM, END = range(256, 262)
 SPECIAL_TEXTS = {BOS: "<bos>", EOS: "<eos>", USER: "<user>", ASSISTANT: "<assistant>", SYSTEM: "<system>", END: "<end>"}

@@ -1,0 +1,406 @@
+"""Adapters that come and go while the server runs, over HTTP: each answer must be made by exactly the version that it
+names, old requests keep theirs, and nothing is left behind.
+"""
+
+import json
+import random
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from adapter_server import ADMIN, AdapterServer, make_adapter_server
+from api_server import BASE, WAIT, LiveServer, http_post, make_state
+from engine_server import text_of
+from fake_engine import BOS
+
+from guanaco.adapters.safetensors_file import MAX_HEADER_BYTES
+from guanaco.server.api.auth import ADMIN_PATHS
+
+COMPLETIONS = "/v1/completions"
+# What an operator's or a client's request may end with while adapters change under it.
+DOCUMENTED = {200, 201, 400, 404, 409, 503}
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[AdapterServer]:
+    with make_adapter_server(tmp_path) as made:
+        yield made
+        made.assert_quiet()
+
+
+@pytest.fixture
+def client(server: AdapterServer) -> Iterator[httpx.Client]:
+    with server.client(headers=ADMIN) as made:
+        yield made
+
+
+def put(client: httpx.Client, name: str, source: str, **fields: Any) -> Any:
+    response = client.put(f"/v1/adapters/{name}", json={"source": source, **fields})
+    assert response.status_code in (200, 201), response.text
+    return response.json()
+
+
+def complete(client: httpx.Client, prompt: str = "hi", max_tokens: int = 8, **fields: Any) -> httpx.Response:
+    return client.post(COMPLETIONS, json={"model": BASE, "prompt": prompt, "max_tokens": max_tokens, **fields})
+
+
+def check_text(response: httpx.Response, prompt: str, max_tokens: int) -> str:
+    """The version that made the answer: the one in its header, and every token says so."""
+    assert response.status_code == 200, response.text
+    version = response.headers.get("x-adapter-version", "")
+    assert response.json()["choices"][0]["text"] == text_of((BOS, *prompt.encode()), version, max_tokens)
+    return version
+
+
+def error_code(response: httpx.Response) -> str:
+    return str(response.json()["error"]["code"])
+
+
+def names(client: httpx.Client) -> list[str]:
+    return [model["id"] for model in client.get("/v1/models").json()["data"]]
+
+
+def test_a_load_has_an_effect_at_once_and_an_unload_too(server: AdapterServer, client: httpx.Client) -> None:
+    card = put(client, "a", server.source("a", 1))
+    assert (card["state"], card["rank"], card["modules_applied"], card["effect"]) == ("ready", 2, 2, 1.0)
+    assert names(client) == [BASE, "a"]
+    assert check_text(complete(client, model="a"), "hi", 8) == card["version"]
+    assert client.get("/v1/adapters/a").json()["tier"] == "device"
+    gone = client.delete("/v1/adapters/a").json()
+    assert gone == {"object": "adapter.deleted", "name": "a", "deleted": True, "drained": True}
+    assert names(client) == [BASE]
+    refused = complete(client, model="a")
+    assert (refused.status_code, error_code(refused)) == (404, "model_not_found")
+    assert (server.registry.num_bytes, server.model.slots, server.store.versions()) == (0, {}, frozenset())
+    assert check_text(complete(client), "hi", 8) == ""
+
+
+def test_vllms_routes(server: AdapterServer, client: httpx.Client) -> None:
+    body = {"lora_name": "v", "lora_path": server.source("v", 1)}
+    done = client.post("/v1/load_lora_adapter", json=body)
+    assert (done.status_code, done.text) == (200, "Success: LoRA adapter 'v' added successfully.")
+    again = client.post("/v1/load_lora_adapter", json=body)
+    assert (again.status_code, error_code(again)) == (400, "name_taken")
+    assert "load_inplace" in again.json()["error"]["message"]
+    before = client.get("/v1/adapters/v").json()["version"]
+    server.source("v", 2)
+    assert client.post("/v1/load_lora_adapter", json={**body, "load_inplace": True}).status_code == 200
+    assert check_text(complete(client, model="v"), "hi", 8) not in ("", before)
+    gone = client.post("/v1/unload_lora_adapter", json={"lora_name": "v"})
+    assert (gone.status_code, gone.text) == (200, "Success: LoRA adapter 'v' removed successfully.")
+    assert client.post("/v1/unload_lora_adapter", json={"lora_name": "v"}).status_code == 404
+
+
+def test_who_runs_keeps_the_version_and_who_comes_gets_the_new_one(server: AdapterServer, client: httpx.Client) -> None:
+    old = put(client, "a", server.source("a", 1))["version"]
+    server.model.going.clear()
+    body = {"model": "a", "prompt": "long", "max_tokens": 200}
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(complete, client, "long", 200, model="a")
+        server.wait(lambda: server.registry.num_leases(old) == 1)
+        replaced = threading.Thread(target=put, args=(client, "a", server.source("a2", 2)), daemon=True)
+        replaced.start()
+        server.wait(lambda: server.registry.num_leases(old) == 1 and server.num_in_engine >= 1)
+        server.model.going.set()
+        replaced.join(WAIT)
+        assert check_text(running.result(WAIT), "long", 200) == old
+    new = check_text(client.post(COMPLETIONS, json=body), "long", 200)
+    assert new == client.get("/v1/adapters/a").json()["version"] != old
+    server.wait(lambda: not server.registry.knows(old))
+    assert set(server.model.slots.values()) == {new}
+
+
+def test_removing_waits_or_ends_what_runs(server: AdapterServer, client: httpx.Client) -> None:
+    version = put(client, "a", server.source("a", 1))["version"]
+    for query, drained in (("timeout=0", False), ("force=true", True)):
+        put(client, "a", "a")
+        server.model.going.clear()
+        sock = server.connect()
+        sock.sendall(http_post(COMPLETIONS, {"model": "a", "prompt": "x", "max_tokens": 4000, "stream": True}))
+        server.wait(lambda: server.registry.num_leases(version) == 1 and server.num_in_engine == 1)
+        if drained:
+            server.model.going.set()
+        assert client.delete(f"/v1/adapters/a?{query}").json()["drained"] is drained
+        server.model.going.set()
+        received = b""
+        while data := sock.recv(1 << 16):
+            received += data
+        sock.close()
+        assert (b"adapter_unloaded" in received) is drained
+        assert (b"[DONE]" in received) is not drained
+        server.wait(lambda: not server.registry.knows(version))
+
+
+def test_compare_and_set_history_and_rollback(server: AdapterServer, client: httpx.Client) -> None:
+    first = put(client, "a", server.source("one", 1))["version"]
+    conflict = client.put("/v1/adapters/a", json={"source": server.source("two", 2), "expected_version": "0" * 64})
+    assert (conflict.status_code, error_code(conflict)) == (409, "version_conflict")
+    second = put(client, "a", "two", expected_version=first)["version"]
+    shutil.rmtree(server.root / "one")  # what was loaded does not need its source
+    card = client.post("/v1/adapters/a/rollback", json={}).json()
+    assert (card["version"], card["history"]) == (first, [second])
+    assert check_text(complete(client, model="a"), "hi", 8) == first
+    assert client.post("/v1/adapters/a/rollback", json={"version": second[:8]}).json()["version"] == second
+    for name, status, code in (("b", 404, "adapter_not_found"), ("a", 404, "version_missing")):
+        refused = client.post(f"/v1/adapters/{name}/rollback", json={"version": "abcdef"})
+        assert (refused.status_code, error_code(refused)) == (status, code)
+
+
+def test_check_says_what_a_load_would_take_and_keeps_nothing(server: AdapterServer, client: httpx.Client) -> None:
+    report = client.post("/v1/adapters/a/check", json={"source": server.source("a", 1, rank=3)}).json()
+    assert (report["rank"], report["num_bytes"]) == (3, 4 * 3 * (8 + 8 + 16 + 8))
+    assert (names(client), server.store.versions(), server.registry.num_bytes) == ([BASE], frozenset(), 0)
+    assert put(client, "a", "a")["version"] == report["version"]
+
+
+def test_without_effect_it_is_refused(server: AdapterServer, client: httpx.Client) -> None:
+    version = client.post("/v1/adapters/a/check", json={"source": server.source("a", 1)}).json()["version"]
+    server.model.inert.add(version)
+    refused = client.put("/v1/adapters/a", json={"source": "a"})
+    assert (refused.status_code, error_code(refused)) == (400, "zero_effect")
+    server.wait(lambda: not server.registry.knows(version) and not server.model.slots)
+    server.wait(lambda: not server.store.versions())
+
+
+def test_mixtures(server: AdapterServer, client: httpx.Client) -> None:
+    one, two = (put(client, name, server.source(name, seed))["version"] for seed, name in enumerate("ab"))
+    both = complete(client, adapters=[{"name": "a", "scale": 0.7}, {"name": "b", "scale": -0.3}])
+    assert check_text(both, "hi", 8) == f"{one},{two}"
+    fingerprints = {both.json()["system_fingerprint"]}
+    for adapters in ([("b", -0.3), ("a", 0.7)], [("a", 0.7), ("b", 0.3)], [("a", 1.0)]):
+        answer = complete(client, adapters=[{"name": name, "scale": scale} for name, scale in adapters])
+        fingerprints.add(answer.json()["system_fingerprint"])
+    assert len(fingerprints) == 4
+    assert complete(client, model="a").json()["system_fingerprint"] in fingerprints, "scale 1 is the adapter itself"
+    for fields, status, param in (
+        ({"adapters": [{"name": "a"}, {"name": "a"}]}, 400, "adapters"),
+        ({"adapters": [{"name": "nope"}]}, 404, "adapters[0].name"),
+        ({"adapters": [{"name": "a"}], "model": "b"}, 400, "model"),
+        ({"adapters": [{"name": BASE}]}, 400, "adapters[0].name"),
+        ({"adapters": [{"name": "a", "scale": 17}]}, 400, "adapters[0].scale"),
+        ({"adapters": [{"name": n} for n in "abcd"]}, 400, "adapters"),
+        ({"adapters": {}}, 400, "adapters"),
+    ):
+        refused = complete(client, **fields)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (status, param), refused.text
+
+
+def test_a_restart_brings_back_what_can_be_brought_back(tmp_path: Path) -> None:
+    with make_adapter_server(tmp_path) as server, server.client(headers=ADMIN) as client:
+        versions = {name: put(client, name, server.source(name, seed))["version"] for seed, name in enumerate("abc")}
+        second = put(client, "a", server.source("a2", 9))["version"]
+        client.delete("/v1/adapters/b")
+    shutil.rmtree(tmp_path / "root")
+    damaged = tmp_path / "store" / versions["c"] / "adapter_model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with make_adapter_server(tmp_path) as server, server.client(headers=ADMIN) as client:
+        assert names(client) == [BASE, "a"]
+        assert check_text(complete(client, model="a"), "hi", 8) == second
+        assert client.post("/v1/adapters/a/rollback", json={}).json()["version"] == versions["a"]
+        broken = client.get("/v1/adapters/c").json()
+        assert (broken["state"], broken["version"]) == ("broken", versions["c"])
+        assert complete(client, model="c").status_code == 404
+        assert client.delete("/v1/adapters/c").status_code == 200
+        assert server.store.versions() == {second, versions["a"]}
+
+
+def test_only_the_admin_key_opens_the_admin_routes(server: AdapterServer) -> None:
+    paths = ["/v1/adapters", "/v1/adapters/a", "/v1/adapters/a/check", *ADMIN_PATHS]
+    with server.client() as nobody:
+        for path in paths:
+            for headers in ({}, {"Authorization": "Bearer wrong"}):
+                response = nobody.post(path, headers=headers, json={})
+                assert (response.status_code, error_code(response)[8:]) == (401, "admin_key")
+        assert nobody.get("/v1/models").status_code == 200
+
+
+def test_without_an_admin_key_there_is_no_admin(tmp_path: Path) -> None:
+    for keys, status in (((), 403), (("secret",), 401)):
+        with LiveServer(make_state(keys=keys)) as closed, closed.client() as client:
+            for path in ADMIN_PATHS:
+                assert client.post(path, json={}).status_code == status
+            if keys:
+                response = client.get("/v1/adapters", headers={"Authorization": "Bearer secret"})
+                assert error_code(response) == "admin_disabled"
+
+
+SOURCES: list[tuple[str, Callable[[AdapterServer], str], str]] = [
+    ("outside", lambda s: "../store", "outside_root"),
+    ("absolute", lambda s: "/etc", "outside_root"),
+    ("nothing there", lambda s: "nope", "not_found"),
+    ("a file", lambda s: [(s.root / "f").write_text("x"), "f"][1], "not_a_directory"),
+    ("a line break", lambda s: "a\nb", "bad_source"),
+    ("a link out", lambda s: [(s.root / "l").symlink_to("/etc"), "l"][1], "outside_root"),
+    ("no config", lambda s: [(s.root / "e").mkdir(), "e"][1], "config_missing"),
+    ("a rank beyond the limit", lambda s: s.source("r", 1, rank=65), "rank_too_large"),
+    ("a linked file", lambda s: _linked(s), "outside_root"),
+    ("a huge header", lambda s: _huge_header(s), "header_too_large"),
+]
+
+
+def _linked(server: AdapterServer) -> str:
+    server.source("w", 1)
+    weights = server.root / "w" / "adapter_model.safetensors"
+    weights.rename(server.root.parent / "outside.safetensors")
+    weights.symlink_to(server.root.parent / "outside.safetensors")
+    return "w"
+
+
+def _huge_header(server: AdapterServer) -> str:
+    server.source("h", 1)
+    path = server.root / "h" / "adapter_model.safetensors"
+    path.write_bytes((MAX_HEADER_BYTES + 1).to_bytes(8, "little") + b"{" + b" " * (MAX_HEADER_BYTES + 8))
+    return "h"
+
+
+@pytest.mark.parametrize(("source", "code"), [case[1:] for case in SOURCES], ids=[case[0] for case in SOURCES])
+def test_bad_sources_are_refused_by_code(
+    server: AdapterServer, client: httpx.Client, source: Callable[[AdapterServer], str], code: str
+) -> None:
+    refused = client.put("/v1/adapters/a", json={"source": source(server)})
+    assert (error_code(refused), refused.status_code) == (code, 404 if code == "not_found" else 400), refused.text
+    assert names(client) == [BASE]
+    assert list(server.store.directory.iterdir()) == [], "nothing is left of it"
+
+
+def test_memory_is_bounded(tmp_path: Path) -> None:
+    with make_adapter_server(tmp_path, host_memory=1000) as server, server.client(headers=ADMIN) as client:
+        put(client, "a", server.source("a", 1, rank=4))
+        full = client.put("/v1/adapters/b", json={"source": server.source("b", 2, rank=4)})
+        assert (full.status_code, error_code(full)) == (507, "host_memory_full")
+        put(client, "same", "a")  # the same content takes nothing more
+        client.delete("/v1/adapters/a")
+        client.delete("/v1/adapters/same")
+        put(client, "b", "b")
+
+
+def test_the_same_load_twice_at_once_happens_once(server: AdapterServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads, go = [], threading.Event()
+    ingest = server.store.ingest
+
+    def slow(path: Path, **options: Any) -> Any:
+        reads.append(path)
+        assert go.wait(WAIT)
+        return ingest(path, **options)
+
+    monkeypatch.setattr(server.store, "ingest", slow)
+    source = server.source("a", 1)
+
+    def load(_: int) -> str:
+        with server.client(headers=ADMIN) as client:
+            return str(put(client, "a", source)["version"])
+
+    with ThreadPoolExecutor(6) as threads:
+        loads = threads.map(load, range(6))
+        server.wait(lambda: server.state.lifecycle.num_open == 6)
+        with server.client() as other:  # a slow source delays nobody else
+            assert check_text(complete(other), "hi", 8) == ""
+        go.set()
+        assert len(set(loads)) == 1
+    assert len(reads) == 1
+
+
+def test_replaced_again_and_again_under_load(server: AdapterServer, proof_count: Callable[[int, int], int]) -> None:
+    """Each answer shows exactly one version, and one that was current between its request and its reply."""
+    sources = [server.source(f"s{seed}", seed) for seed in range(5)]
+    stop = threading.Event()
+    checked = []
+
+    def generate(seed: int) -> None:
+        with server.client() as client:
+            while not stop.is_set():
+                prompt = f"prompt {seed % 3}" * 8  # shared between threads: the prefix cache is hit all the time
+                checked.append(check_text(complete(client, prompt, 40, model="a"), prompt, 40))
+
+    with server.client(headers=ADMIN) as client:
+        put(client, "a", sources[0])
+        with ThreadPoolExecutor(4) as threads:
+            running = [threads.submit(generate, seed) for seed in range(4)]
+            try:
+                for turn in range(proof_count(40, 200)):
+                    version = put(client, "a", sources[turn % 5])["version"]
+                    assert check_text(complete(client, model="a"), "hi", 8) == version, "from the reply on"
+            finally:
+                stop.set()
+            for one in running:
+                one.result(WAIT)
+        assert len(set(checked)) > 1
+        server.wait(lambda: len(server.model.slots) == 1)
+        assert len(server.registry._snapshot.versions) == 1
+
+
+def test_storm(server: AdapterServer, proof_count: Callable[[int, int], int]) -> None:
+    """Adapters are loaded, replaced, removed and used at random, many more than there are slots, while their sources
+    are deleted, truncated, overwritten and renamed over: no token of another version, no undocumented status."""
+    num_threads, turns = proof_count(8, 32), proof_count(25, 500)
+    faults = ("delete", "truncate", "garbage", "rename", "chmod", "none", "none", "none")
+    num_tokens, lock = [0], threading.Lock()
+
+    def work(seed: int) -> None:
+        rng = random.Random(seed)
+        with server.client(headers=ADMIN) as client:
+            for _ in range(turns):
+                name = f"n{min(int(rng.paretovariate(0.8)), 64)}"  # Zipf-like
+                roll = rng.random()
+                if roll < 0.15:
+                    source = server.source(f"{seed}-{name}", rng.randrange(1000), rank=rng.choice((1, 2, 8)))
+                    weights = server.root / source / "adapter_model.safetensors"
+                    fault = rng.choice(faults)
+                    damage = threading.Thread(target=_damage, args=(weights, fault), daemon=True)
+                    damage.start()
+                    response = client.put(f"/v1/adapters/{name}", json={"source": source})
+                    damage.join(WAIT)
+                elif roll < 0.2:
+                    force = rng.choice(("true", "false"))
+                    response = client.delete(f"/v1/adapters/{name}?timeout=0&force={force}")
+                else:
+                    prompt, count = f"p{rng.randrange(4)}" * rng.randrange(1, 20), rng.randrange(1, 40)
+                    response = complete(client, prompt, count, model=name)
+                    if response.status_code == 200:
+                        check_text(response, prompt, count)
+                        with lock:
+                            num_tokens[0] += count
+                assert response.status_code in DOCUMENTED, response.text
+                if response.status_code >= 400:
+                    assert error_code(response) != "internal_error", response.text
+
+    with server.client(headers=ADMIN) as client:
+        for index in range(1, 12):
+            put(client, f"n{index}", server.source(f"start{index}", index))
+        with ThreadPoolExecutor(num_threads) as threads:
+            for done in [threads.submit(work, seed) for seed in range(num_threads)]:
+                done.result(WAIT * 20)
+        assert num_tokens[0] >= proof_count(500, 100_000)
+        for view in client.get("/v1/adapters").json()["data"]:
+            assert view["pins"] == 0
+            client.delete(f"/v1/adapters/{view['name']}")
+    server.wait(lambda: not server.model.slots and not server.registry.num_bytes)
+    server.wait(lambda: not server.store.versions())
+    assert json.loads((server.store.directory / "registry.json").read_text())["adapters"] == []
+
+
+def _damage(path: Path, fault: str) -> None:
+    try:
+        match fault:
+            case "delete":
+                path.unlink()
+            case "truncate":
+                with path.open("r+b") as file:
+                    file.truncate(path.stat().st_size // 2)
+            case "garbage":
+                with path.open("r+b") as file:
+                    file.seek(200)
+                    file.write(b"\xff" * 64)
+            case "rename":
+                other = path.with_suffix(".other")
+                other.write_bytes(b"not an adapter")
+                other.rename(path)
+            case "chmod":
+                path.chmod(0)
+    except OSError:
+        pass  # somebody else's turn has replaced the folder meanwhile

@@ -1,0 +1,109 @@
+"""The real HTTP server, engine, registry, store and adapter manager over a made-up model whose every token depends on
+what is in the adapter slots: one token of another version shows.
+"""
+
+from array import array
+from pathlib import Path
+from typing import Any
+
+import torch
+from api_server import BASE, MAX_MODEL_LEN
+from engine_server import BLOCK_SIZE, EngineServer, MadeUpModel, make_engine_server, next_token
+from tiny_adapters import make_adapter
+
+from guanaco.adapters.registry import AdapterRegistry
+from guanaco.adapters.registry_file import RegistryFile
+from guanaco.adapters.slot_table import SlotTable
+from guanaco.adapters.store import VersionStore
+from guanaco.adapters.weights import AdapterLimits
+from guanaco.server.api.auth import KeyRing
+from guanaco.server.api.catalog import Catalog, ServedModel
+from guanaco.server.engine.adapter_manager import AdapterManager, AdapterPolicy
+from guanaco.server.engine.request import SampledToken, ScheduledBatch, ScheduledSequence
+
+TARGETS = {"layers.0.self_attn.q_proj": (8, 8), "layers.0.mlp.down_proj": (16, 8)}
+FINGERPRINT = "f" * 64
+ADMIN = {"Authorization": "Bearer sesame"}
+
+
+class SlotModel(MadeUpModel):
+    """Its tokens come from what was put into the slots, not from what the request says."""
+
+    def __init__(self, registry: AdapterRegistry) -> None:
+        super().__init__()
+        self._registry = registry
+        self.slots: dict[int, str] = {}
+        self.inert: set[str] = set()  # versions that change no logit
+        self._batch_slots: dict[str, int] = {}
+
+    def load_adapter(self, slot: int, version: str) -> None:
+        assert self._registry.host_copy(version).version == version
+        self.slots[slot] = version
+
+    def clear_adapter(self, slot: int) -> None:
+        del self.slots[slot]
+
+    def run(self, batch: ScheduledBatch) -> tuple[SampledToken, ...]:
+        self._batch_slots = batch.adapter_slots
+        return super().run(batch)
+
+    def _token(self, item: ScheduledSequence) -> SampledToken:
+        if not item.needs_sample:
+            return SampledToken(None)
+        request = item.sequence.request
+        found = ",".join(self.slots[self._batch_slots[lora.version]] for lora in request.loras)
+        logits = None
+        if request.params.return_logits:
+            logits = array("f", [1.0 + bool(found and found not in self.inert)] * 8).tobytes()
+        return SampledToken(next_token(tuple(item.sequence.token_ids), found), logits=logits)
+
+
+class AdapterServer(EngineServer):
+    """`root` holds the sources; `restart()` gives a new server over the same store."""
+
+    root: Path
+    store: VersionStore
+    registry: AdapterRegistry
+    manager: AdapterManager
+    model: SlotModel
+
+    def source(self, name: str, seed: int, rank: int = 2, **fields: Any) -> str:
+        """Write an adapter below the root, in place of what is there; its source as the admin routes want it."""
+        make_adapter(self.root / name, TARGETS, rank, seed=seed, modules=("q_proj", "down_proj"), **fields)
+        return name
+
+
+def make_adapter_server(
+    directory: Path, *, num_slots: int = 3, host_memory: int = 1 << 30, **settings: Any
+) -> AdapterServer:
+    made = make_engine_server(max_queued_requests=512, adapter_slots=num_slots, **settings)
+    scheduler = made.scheduler
+    scheduler.slots = SlotTable(num_slots)
+    assert scheduler.blocks.block_size == BLOCK_SIZE
+    made.sock.close()
+    registry = AdapterRegistry(TARGETS, base_names=(BASE,), limits=AdapterLimits(max_rank=64))
+    model = SlotModel(registry)
+    made.state.engine._engine._runner = model
+    root = directory / "root"
+    root.mkdir(exist_ok=True)
+    store = VersionStore(directory / "store", TARGETS, limits=AdapterLimits(max_rank=64))
+    manager = AdapterManager(
+        registry,
+        store,
+        RegistryFile(store.directory / "registry.json"),
+        made.state.engine,
+        AdapterPolicy(root, host_memory, FINGERPRINT),
+        probe_token_ids=(1, 2, 3),
+    )
+    manager.restore()
+    base = ServedModel(BASE, MAX_MODEL_LEN, root=BASE, base_fingerprint=FINGERPRINT)
+    for field, value in (
+        ("catalog", Catalog(base, live=registry)),
+        ("admin_keys", KeyRing(["sesame"])),
+        ("adapters", manager),
+    ):
+        object.__setattr__(made.state, field, value)
+    server = AdapterServer(made.state, model, scheduler)
+    server.root, server.store, server.registry, server.manager = root, store, registry, manager
+    torch.manual_seed(0)
+    return server
