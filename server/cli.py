@@ -24,6 +24,13 @@ app = typer.Typer(
 )
 models_app = typer.Typer(help="The cache of downloaded and quantised models.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
+adapters_app = typer.Typer(help="Adapters: their files here, and those of a running server.", no_args_is_help=True)
+app.add_typer(adapters_app, name="adapters")
+
+_Url = Annotated[str, typer.Option(help="address of the running server")]
+_AdminKey = Annotated[str | None, typer.Option(envvar="GUANACO_ADMIN_KEY", help="the server's admin key")]
+_AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of a table")]
+_URL = "http://127.0.0.1:8000"
 
 EXIT_USAGE = 2  # something the operator can put right; the last line on stderr says what
 
@@ -199,6 +206,92 @@ def models_prune(
 
     with _one_line_errors():
         prune_models(load_settings({"cache": cache} if cache else {}).cache_dir, names or [], yes=yes)
+
+
+def _admin(
+    url: str,
+    admin_key: str | None,
+    as_json: bool,
+    method: str,
+    name: str | None = None,
+    path: str = "",
+    body: dict[str, Any] | None = None,
+) -> None:
+    from guanaco.adapters.registry import check_name
+    from guanaco.server.adapters_command import AdminClient, show
+
+    with _one_line_errors():
+        if name is not None:
+            check_name(name)  # it becomes a part of the address
+        show(AdminClient(url, admin_key).call(method, f"/{name}{path}" if name else path, body), as_json=as_json)
+
+
+@adapters_app.command("list")
+def adapters_list(url: _Url = _URL, admin_key: _AdminKey = None, as_json: _AsJson = False) -> None:
+    """List the adapters of a running server with their state."""
+    _admin(url, admin_key, as_json, "GET")
+
+
+@adapters_app.command("inspect")
+def adapters_inspect(
+    path: Annotated[Path, typer.Argument(help="directory of the adapter")], as_json: _AsJson = False
+) -> None:
+    """Say what an adapter's files hold; no server and no model is needed."""
+    from guanaco.server.adapters_command import inspect_path, show
+
+    with _one_line_errors():
+        show(inspect_path(path), as_json=as_json)
+
+
+@adapters_app.command("check")
+def adapters_check(
+    name: Annotated[str, typer.Argument(help="the name it would get")],
+    source: Annotated[str, typer.Argument(help="path below the server's --adapter-root")],
+    url: _Url = _URL,
+    admin_key: _AdminKey = None,
+    as_json: _AsJson = False,
+) -> None:
+    """Ask a running server whether it would load an adapter, and what that would take."""
+    _admin(url, admin_key, as_json, "POST", name, "/check", {"source": source})
+
+
+@adapters_app.command("load")
+def adapters_load(
+    name: Annotated[str, typer.Argument(help="the name that clients will use")],
+    source: Annotated[str, typer.Argument(help="path below the server's --adapter-root")],
+    expected_version: Annotated[str | None, typer.Option(help="replace only this version")] = None,
+    url: _Url = _URL,
+    admin_key: _AdminKey = None,
+    as_json: _AsJson = False,
+) -> None:
+    """Load an adapter into a running server, or replace the one of that name."""
+    body = {"source": source, **({"expected_version": expected_version} if expected_version else {})}
+    _admin(url, admin_key, as_json, "PUT", name, body=body)
+
+
+@adapters_app.command("unload")
+def adapters_unload(
+    name: Annotated[str, typer.Argument(help="which")],
+    force: Annotated[bool, typer.Option("--force", help="end the requests that use it")] = False,
+    timeout: Annotated[float, typer.Option(min=0, max=300, help="seconds to wait for those requests")] = 10.0,
+    url: _Url = _URL,
+    admin_key: _AdminKey = None,
+    as_json: _AsJson = False,
+) -> None:
+    """Remove an adapter from a running server; requests that use it may finish."""
+    _admin(url, admin_key, as_json, "DELETE", name, f"?timeout={timeout:.3f}&force={str(force).lower()}")
+
+
+@adapters_app.command("rollback")
+def adapters_rollback(
+    name: Annotated[str, typer.Argument(help="which")],
+    to: Annotated[str | None, typer.Option("--to", help="a version of its history (none: the one before)")] = None,
+    url: _Url = _URL,
+    admin_key: _AdminKey = None,
+    as_json: _AsJson = False,
+) -> None:
+    """Make a name what it was before its last change."""
+    _admin(url, admin_key, as_json, "POST", name, "/rollback", {"version": to} if to else {})
 
 
 @app.command()

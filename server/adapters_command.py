@@ -1,0 +1,113 @@
+"""`guanaco adapters`: look at an adapter on this machine, and change those of a running server.
+
+`inspect` and `check` of a path need no server. Talks to the admin routes with httpx. Called by the command line.
+"""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from guanaco.adapters.config import CONFIG_NAME, MAX_CONFIG_BYTES, parse_config
+from guanaco.adapters.files import AdapterFiles
+from guanaco.adapters.safetensors_file import SafetensorsFile
+from guanaco.adapters.weights import BASE_FINGERPRINT_KEY, WEIGHTS_NAME, AdapterLimits, check_weights_exist
+from guanaco.server.errors import CommandError
+from guanaco.server.plan import human_bytes
+
+_TIMEOUT_SECONDS = 600.0  # a large adapter on a slow disk takes a while to be read and tried out
+
+
+class AdminClient:
+    """The admin routes of one running server. CommandError for whatever goes wrong, with the server's own words."""
+
+    def __init__(self, url: str, admin_key: str | None) -> None:
+        if not admin_key:
+            raise CommandError("give the server's admin key: --admin-key, or the variable GUANACO_ADMIN_KEY")
+        self._url = url.rstrip("/").removesuffix("/v1")
+        self._http = httpx.Client(timeout=_TIMEOUT_SECONDS, headers={"Authorization": f"Bearer {admin_key}"})
+
+    def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """The JSON answer to one request."""
+        try:
+            response = self._http.request(method, f"{self._url}/v1/adapters{path}", json=body)
+        except httpx.HTTPError as error:
+            raise CommandError(f"no answer from {self._url} ({error}): is the server running there?") from None
+        try:
+            answer = response.json()
+        except ValueError:
+            raise CommandError(f"{self._url} answered {response.status_code}, and not as guanaco does") from None
+        if response.is_error:
+            error = answer.get("error", {})
+            raise CommandError(f"{error.get('code')}: {error.get('message')}")
+        return answer
+
+
+def show(answer: Any, *, as_json: bool) -> None:
+    """What the server said of one adapter or of all: a table for people, or JSON."""
+    console = Console(highlight=False)
+    if as_json:
+        console.print_json(json.dumps(answer))
+        return
+    if "data" in answer:
+        console.print(_list(answer["data"]))
+        return
+    table = Table.grid(padding=(0, 2))
+    for key, value in answer.items():
+        if key != "object" and value not in (None, [], ""):
+            table.add_row(f"[dim]{key}[/]", escape(_shown(key, value)))
+    console.print(table)
+
+
+def _shown(key: str, value: Any) -> str:
+    if key.endswith("_bytes"):
+        return human_bytes(value)
+    if key in ("loaded_at", "last_used"):
+        return f"{datetime.fromtimestamp(value, UTC):%Y-%m-%d %H:%M:%S} UTC"
+    return str(value)
+
+
+def _list(adapters: list[dict[str, Any]]) -> Table:
+    table = Table("name", "state", "version", "rank", "modules", "size", "tier", "requests", "uses", box=None)
+    for card in adapters:
+        if card["state"] == "broken":
+            table.add_row(
+                escape(card["name"]), "[red]broken[/]", card["version"][:12], escape(card["error"]["message"])
+            )
+            continue
+        table.add_row(
+            escape(card["name"]),
+            card["state"],
+            card["version"][:12],
+            str(card["rank"]),
+            f"{card['modules_applied']}/{card['modules_possible']}",
+            human_bytes(card["num_bytes"]),
+            card["tier"],
+            str(card["pins"]),
+            str(card["num_uses"]),
+        )
+    return table
+
+
+def inspect_path(path: Path) -> dict[str, Any]:
+    """What the files of an adapter say of themselves, without a base model. Raises AdapterError."""
+    files = AdapterFiles.find(path, "default", CONFIG_NAME)
+    config = parse_config(files.read(CONFIG_NAME, MAX_CONFIG_BYTES))
+    check_weights_exist(files)
+    with files.open(WEIGHTS_NAME) as handle:
+        file = SafetensorsFile(handle, WEIGHTS_NAME, AdapterLimits().max_file_bytes)
+        ranks = sorted({t.shape[0] for name, t in file.tensors.items() if ".lora_A" in name and len(t.shape) == 2})
+        return {
+            "path": str(files.directory),
+            "tensors": len(file.tensors),
+            "ranks": ranks,
+            "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in file.tensors.values()}),
+            "num_bytes": sum(t.num_bytes for t in file.tensors.values()),
+            "base_fingerprint": file.metadata.get(BASE_FINGERPRINT_KEY),
+            "notes": list(config.notes),
+        }

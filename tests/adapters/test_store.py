@@ -1,0 +1,144 @@
+"""The private copies of adapter versions: complete or not at all, and never other than what they were."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny_adapters import make_adapter
+
+from guanaco.adapters.errors import AdapterError
+from guanaco.adapters.registry_file import RegistryFile, Saved
+from guanaco.adapters.store import VersionStore
+from guanaco.adapters.weights import WEIGHTS_NAME, AdapterLimits
+
+TARGETS = {"layers.0.self_attn.q_proj": (8, 8)}
+SUPPORT = Path(__file__).resolve().parents[1] / "support"
+
+
+def nothing() -> frozenset[str]:
+    return frozenset()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> VersionStore:
+    return VersionStore(tmp_path / "store", TARGETS)
+
+
+def source(tmp_path: Path, seed: int = 0, rank: int = 2) -> Path:
+    return make_adapter(tmp_path / f"source{seed}", TARGETS, rank, seed=seed, modules=("q_proj",))
+
+
+def test_a_version_outlives_its_source(store: VersionStore, tmp_path: Path) -> None:
+    path = source(tmp_path)
+    loaded = store.ingest(path, name="a")
+    shutil.rmtree(path)
+    again = VersionStore(store.directory, TARGETS).read(loaded.version)
+    (target,) = again.pairs
+    assert again.pairs[target].a.equal(loaded.pairs[target].a)
+    assert store.versions() == {loaded.version}
+
+
+def test_a_refused_adapter_leaves_nothing(store: VersionStore, tmp_path: Path) -> None:
+    path = source(tmp_path)
+    weights = path / WEIGHTS_NAME
+    weights.write_bytes(weights.read_bytes()[:-4])
+    with pytest.raises(AdapterError):
+        store.ingest(path, name="a")
+    small = VersionStore(store.directory, TARGETS, limits=AdapterLimits(max_file_bytes=100))
+    with pytest.raises(AdapterError) as refusal:
+        small.ingest(source(tmp_path, 1), name="a")
+    assert refusal.value.code == "file_too_large"
+    assert list(store.directory.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["changed", "truncated", "swapped", "gone"])
+def test_a_damaged_copy_is_noticed_and_mended_by_a_new_load(store: VersionStore, tmp_path: Path, damage: str) -> None:
+    version = store.ingest(source(tmp_path), name="a").version
+    weights = store.directory / version / WEIGHTS_NAME
+    data = bytearray(weights.read_bytes())
+    match damage:
+        case "changed":
+            data[-1] ^= 1
+            weights.write_bytes(data)
+        case "truncated":
+            weights.write_bytes(data[:-1])
+        case "swapped":
+            shutil.copy(source(tmp_path, 1) / WEIGHTS_NAME, weights)
+        case "gone":
+            shutil.rmtree(store.directory / version)
+    with pytest.raises(AdapterError):
+        store.read(version)
+    assert store.ingest(source(tmp_path), name="a").version == version
+    assert store.read(version).version == version
+
+
+def test_collect_spares_what_was_just_ingested(store: VersionStore, tmp_path: Path) -> None:
+    old, new = (store.ingest(source(tmp_path, seed), name="a").version for seed in range(2))
+    store.settle(old)
+    store.collect(nothing)
+    assert store.versions() == {new}
+    store.ingest(source(tmp_path, 1), name="b")
+    store.settle(new)
+    store.collect(nothing)
+    assert store.versions() == {new}, "one of two loads of it is not settled yet"
+    store.settle(new)
+    store.collect(nothing)
+    assert store.versions() == frozenset()
+
+
+def test_what_a_killed_process_left_is_removed(store: VersionStore) -> None:
+    (store.directory / ".incoming-x").mkdir()
+    (store.directory / ".incoming-x" / "f").write_text("half")
+    VersionStore(store.directory, TARGETS)
+    assert list(store.directory.iterdir()) == []
+
+
+def test_a_version_is_no_path(store: VersionStore) -> None:
+    for version in ("..", "../x", "", "a" * 63, "A" * 64, "a" * 64):
+        with pytest.raises(AdapterError) as refusal:
+            store.read(version)
+        assert refusal.value.code == "version_missing"
+
+
+def test_a_store_that_cannot_be_made_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(AdapterError, match=r"store .* cannot be used"):
+        VersionStore(tmp_path / "file" / "store", TARGETS)
+
+
+def test_killed_at_any_moment_nothing_is_corrupt(tmp_path: Path, proof_count: Callable[[int, int], int]) -> None:
+    program = [sys.executable, str(SUPPORT / "kill_writers.py"), str(tmp_path), str(proof_count(12, 50))]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=300, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "versions read back" in done.stdout
+
+
+def test_the_list_is_written_whole(tmp_path: Path) -> None:
+    file = RegistryFile(tmp_path / "registry.json")
+    assert file.read() == ()
+    records = (Saved("a", "1" * 64, "x", ("2" * 64,), 0.5), Saved("b", "3" * 64, "y"))
+    file.write(records)
+    assert file.read() == records
+    with pytest.raises(TypeError):
+        file.write([Saved("a", object(), "x")])  # type: ignore[arg-type]
+    assert file.read() == records
+    assert [path.name for path in tmp_path.iterdir()] == ["registry.json"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "[]", "{", "{}", '{"format": 2, "adapters": []}', '{"format": 1, "adapters": [1]}'),
+        json.dumps({"format": 1, "adapters": [{"name": "a", "version": 3, "source": ""}]}),
+        json.dumps({"format": 1, "adapters": [{"name": "a", "version": "v", "source": "", "effect": "much"}]}),
+    ],
+)
+def test_a_damaged_list_is_an_error_that_names_it(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "registry.json"
+    path.write_text(text)
+    with pytest.raises(AdapterError, match=r"registry\.json"):
+        RegistryFile(path).read()

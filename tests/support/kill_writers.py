@@ -1,0 +1,64 @@
+"""Run as a program: children that put adapters into a store and write them down, each killed at a random moment; after
+each the store must open, and everything that is written down must be there and be what it was.
+
+    kill_writers.py DIRECTORY NUM_KILLS
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tiny_adapters import make_adapter
+
+from guanaco.adapters.registry_file import RegistryFile, Saved
+from guanaco.adapters.store import VersionStore
+
+TARGETS = {"layers.0.self_attn.q_proj": (64, 64), "layers.0.mlp.down_proj": (64, 64)}
+
+
+def write(directory: Path, rng: random.Random) -> None:
+    """Load and replace until killed, as the adapter manager does: store, write down, collect."""
+    store = VersionStore(directory / "store", TARGETS)
+    file = RegistryFile(store.directory / "registry.json")
+    while True:
+        records = {record.name: record for record in file.read()}
+        name = rng.choice("abc")
+        adapter = store.ingest(directory / f"source{rng.randrange(8)}", name=name)
+        before = (records[name].version,) if name in records else ()
+        records[name] = Saved(name, adapter.version, "source", before)
+        file.write(records.values())
+        store.settle(adapter.version)
+        wanted = frozenset(v for record in records.values() for v in (record.version, *record.history))
+        store.collect(lambda wanted=wanted: wanted)  # type: ignore[misc]
+
+
+def main() -> None:
+    directory, kills = Path(sys.argv[1]), int(sys.argv[2])
+    torch.set_num_threads(1)
+    for seed in range(8):
+        make_adapter(directory / f"source{seed}", TARGETS, 8, seed=seed, modules=("q_proj", "down_proj"))
+    rng, num_seen = random.Random(0), 0
+    for turn in range(kills):
+        child = os.fork()
+        if child == 0:
+            write(directory, random.Random(turn))
+        time.sleep(0.02 + 0.15 * rng.random())
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        store = VersionStore(directory / "store", TARGETS)
+        for record in RegistryFile(store.directory / "registry.json").read():
+            for version in (record.version, *record.history):
+                assert store.read(version).version == version
+                num_seen += 1
+        left = [path.name for path in store.directory.iterdir() if path.name.startswith(".incoming")]
+        assert left == [], left
+    assert num_seen > kills, "the writers never came so far as to write anything down"
+    print(f"{kills} kills, {num_seen} versions read back")
+
+
+if __name__ == "__main__":
+    main()
