@@ -43,8 +43,8 @@ class AdminClient:
         except ValueError:
             raise CommandError(f"{self._url} answered {response.status_code}, and not as guanaco does") from None
         if response.is_error:
-            error = answer.get("error", {})
-            raise CommandError(f"{error.get('code')}: {error.get('message')}")
+            told = answer.get("error", {})
+            raise CommandError(f"{told.get('code')}: {told.get('message')}")
         return answer
 
 

@@ -241,6 +241,20 @@ def test_several_adapters_on_one_row(setting):
     assert relative_error(ours, expected) < ORACLE
 
 
+def test_a_mixture_is_pefts_add_weighted_adapter(setting):
+    ids, order = random_ids(8, 30), ["small", "mlp", "guanaco"]
+    weights = [0.7, -0.3, 0.4]
+    entries = tuple(enumerate(weights))
+    lora = LoraBatch.build([entries] * len(ids), setting.store(order).table, CPU)
+    ours = PagedRun(setting.model).step([(0, ids)], every_row=True, lora=lora)
+    setting.oracle.add_weighted_adapter(order, weights, "mixture", combination_type="cat")
+    try:
+        expected = setting.expected("mixture", ids)
+    finally:
+        setting.oracle.delete_adapter("mixture")
+    assert relative_error(ours, expected) < ORACLE
+
+
 def test_watermark_adapters_sign_their_own_rows(setting, tmp_path):
     """The load tests' adapters: greedy text shows whose it is, here with eight of them and the base in one batch."""
     tokens = list(range(300, 308))
