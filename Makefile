@@ -50,7 +50,8 @@ asan: $(TESTING)
 	@plain=$$(ls kernels/_native*.so) && cp $$plain build/plain.so && trap "cp build/plain.so $$plain" EXIT && \
 	  cp build/asan/guanaco/kernels/_native*.so $$plain && ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
-	  $(BIN)/pytest -s tests/kernels/test_cpu.py tests/kernels/test_ops.py tests/kernels/test_attention.py
+	  $(BIN)/pytest -s tests/kernels/test_cpu.py tests/kernels/test_ops.py tests/kernels/test_attention.py \
+	    tests/kernels/test_draw.py
 
 clean:
 	rm -rf $(VENV) kernels/_native*.so .typing build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

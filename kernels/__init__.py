@@ -6,11 +6,21 @@ provider is chosen once, by name, at start.
 
 import torch
 
-from guanaco.kernels.ops import CPU_ISAS, FusedLayers, LayerWeights, LinearHandle, NativeUnavailable, Ops, PackedWeight
+from guanaco.kernels.ops import (
+    CPU_ISAS,
+    Draw,
+    FusedLayers,
+    LayerWeights,
+    LinearHandle,
+    NativeUnavailable,
+    Ops,
+    PackedWeight,
+)
 
 __all__ = [
     "CPU_ISAS",
     "PROVIDERS",
+    "Draw",
     "FusedLayers",
     "LayerWeights",
     "LinearHandle",

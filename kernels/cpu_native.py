@@ -5,7 +5,7 @@ Knows no tensors. The structs mirror kernels/native/types.h field by field. Call
 
 import ctypes
 import importlib.util
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 
 from guanaco.kernels.ops import CPU_ISAS, NativeUnavailable
@@ -90,7 +90,17 @@ class Batch(Structure):
     )
 
 
-_STRUCTS = (Linear, LoraPair, Lora, Layer, Model, Cache, Batch)
+class Draw(Structure):
+    _fields_ = (
+        ("uniform", c_double),
+        ("temperature", c_float),
+        ("top_p", c_float),
+        ("min_p", c_float),
+        ("top_k", c_int32),
+    )
+
+
+_STRUCTS = (Linear, LoraPair, Lora, Layer, Model, Cache, Batch, Draw)
 _P, _I32, _I64, _F32 = c_void_p, c_int32, c_int64, c_float
 # name → result and argument types; an int32 result is 0, or −1 when memory ran out.
 _FUNCTIONS = {
@@ -106,6 +116,7 @@ _FUNCTIONS = {
     "guanaco_silu_mul": (_I32, (_P, _P, _P, _I32, _I64, _I64, _P, _I32)),
     "guanaco_rope_and_cache": (_I32, (_P, _P, _P, _I64, _I64, _I64, _P, _P, _P, _I32, _P)),
     "guanaco_attention": (_I32, (_P, _P, _P, _I64, _I64, _I64, _F32, _P, _I32, _P)),
+    "guanaco_draw": (_I32, (_P, _P, _I64, _I64, _P, _P)),
     "guanaco_decode": (_I32, (_P, _P, _P, _P, _P, _P, _I32, _P, _I32)),
 }
 

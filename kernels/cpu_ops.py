@@ -16,7 +16,7 @@ from guanaco.kernels import cpu_native as native
 from guanaco.kernels.cpu_lora import DTYPES, LoraOperand, LoraOperands
 from guanaco.kernels.lora_batch import LoraBatch
 from guanaco.kernels.nf4 import GROUP_SIZE, Nf4Weight
-from guanaco.kernels.ops import MODULES_PER_LAYER, LayerWeights, LinearHandle, PackedWeight
+from guanaco.kernels.ops import MODULES_PER_LAYER, Draw, LayerWeights, LinearHandle, PackedWeight
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,6 +176,16 @@ class CpuOps:
             "attention", ctypes.byref(batch), ctypes.byref(cache), heads, kv_heads, head_dim, scale, *pointers
         )
         return out
+
+    def draw(self, logits: Tensor, draws: Sequence[Draw]) -> list[int] | None:
+        assert logits.dtype == torch.float32 and len(draws) == len(logits), (logits.dtype, len(draws))
+        logits = logits.contiguous()
+        structs = (native.Draw * len(draws))(
+            *(native.Draw(d.uniform, d.temperature, d.top_p, d.min_p, d.top_k) for d in draws)
+        )
+        tokens = torch.empty(len(draws), dtype=torch.int64)
+        self._context.call("draw", logits.data_ptr(), *logits.shape, structs, tokens.data_ptr())
+        return tokens.tolist()
 
     def fuse(self, layers: Sequence[LayerWeights], *, head_dim: int, eps: float) -> "CpuLayers":
         """All decoder layers as one call into the library: no Python between their parts."""

@@ -72,6 +72,17 @@ class FusedLayers(Protocol):
         """[t, hidden] → [t, hidden]; caches: one (k, v) pair per layer, written and read. Shapes as in `Ops`."""
 
 
+@dataclass(frozen=True)
+class Draw:
+    """How one token is picked from its logits. temperature 0: the largest; top_k 0, top_p 1, min_p 0 filter nothing."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    uniform: float  # in [0, 1): the noise
+
+
 class Ops(Protocol):
     """Everything a forward pass calls. `t` runs over all tokens of a batch, `s` over its sequences.
 
@@ -137,6 +148,13 @@ class Ops(Protocol):
 
     def lm_head(self, x: Tensor, weight: LinearHandle) -> Tensor:
         """float32 logits [r, vocab] of the rows x [r, hidden]."""
+
+    def draw(self, logits: Tensor, draws: Sequence[Draw]) -> list[int] | None:
+        """One token per row of float32 logits [r, vocab], which may be -infinity in places; of equal ones the lowest.
+
+        Filters keep the likeliest: top_k of them, those before which less than top_p lies, those of at least min_p
+        times the largest. None: this provider leaves it to the caller.
+        """
 
     def fuse(self, layers: Sequence[LayerWeights], *, head_dim: int, eps: float) -> FusedLayers | None:
         """All layers as one op, for a provider to which the calls between them are dear; None: call them singly."""

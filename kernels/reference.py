@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from guanaco.kernels.lora_batch import LoraBatch
 from guanaco.kernels.nf4 import Nf4Weight
-from guanaco.kernels.ops import LayerWeights, LinearHandle, PackedWeight
+from guanaco.kernels.ops import Draw, LayerWeights, LinearHandle, PackedWeight
 
 # Weights decoded at a time where a layer is not kept decoded: 16 MiB of float32.
 TILE_WEIGHTS = 4 << 20
@@ -88,6 +88,9 @@ class ReferenceOps:
 
     def lm_head(self, x: Tensor, weight: LinearHandle) -> Tensor:
         return self._product(x.float(), weight)
+
+    def draw(self, logits: Tensor, draws: Sequence[Draw]) -> list[int] | None:  # noqa: ARG002
+        return None
 
     def fuse(self, layers: Sequence[LayerWeights], *, head_dim: int, eps: float) -> None:
         """Nothing to gain: each op is already many calls into torch."""

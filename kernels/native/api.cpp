@@ -8,6 +8,7 @@
 #include "decoder.h"
 #include "linear.h"
 #include "repack.h"
+#include "sampling.h"
 #include "sequence_ops.h"
 
 using namespace guanaco;
@@ -62,7 +63,7 @@ const char* guanaco_isa_name(int32_t isa) {
 // Sizes of the structs, for the mirror in Python to compare.
 void guanaco_struct_bytes(int32_t* out) {
     const size_t sizes[] = {sizeof(Linear), sizeof(LoraPair), sizeof(Lora),  sizeof(Layer),
-                            sizeof(Model),  sizeof(Cache),    sizeof(Batch)};
+                            sizeof(Model),  sizeof(Cache),    sizeof(Batch), sizeof(Draw)};
     for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) out[i] = int32_t(sizes[i]);
 }
 
@@ -150,6 +151,12 @@ int32_t guanaco_attention(Context* context, const Batch* batch, const Cache* cac
         attention(c, {heads, kv_heads, head_dim}, *batch, *cache, scale, floats(c, q, dtype, t, q_size), mixed);
         deliver(c, mixed, out, dtype, t, q_size);
     });
+}
+
+// out[r]: the token of row r of float32 logits [rows, vocab].
+int32_t guanaco_draw(Context* context, const float* logits, int64_t rows, int64_t vocab, const Draw* draws,
+                     int64_t* out) {
+    return guarded(context, [&](Context& c) { draw(c, logits, rows, vocab, draws, out); });
 }
 
 // All layers: x [tokens, hidden] in x_dtype → y in y_dtype.

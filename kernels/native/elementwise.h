@@ -62,6 +62,13 @@ void silu_mul(const float* gate, const float* up, int64_t n, float* out) {
     for (; i < n; i++) out[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
 }
 
+// e^((x - largest) / temperature)
+void exp_row(const float* x, int64_t n, float largest, float temperature, float* out) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(out + i, vexp((load(x + i) - splat(largest)) / splat(temperature)));
+    for (; i < n; i++) out[i] = vexp(splat((x[i] - largest) / temperature))[0];
+}
+
 // Rotate the pairs (i, i + half) of one head.
 void rotate(const float* x, const float* cos, const float* sin, int64_t half, float* out) {
     int64_t i = 0;

@@ -47,6 +47,7 @@ struct Kernels {
     void (*silu_mul)(const float* gate, const float* up, int64_t n, float* out);
     void (*rotate)(const float* x, const float* cos, const float* sin, int64_t half, float* out);
     void (*add)(const float* x, int64_t n, float* to);
+    void (*exp_row)(const float* x, int64_t n, float largest, float temperature, float* out);
     void (*attend_run)(const AttentionRun& run, const float* q, SoftmaxState* states, float* out, float* scratch);
     void (*merge_runs)(int64_t rows, int64_t n, const SoftmaxState* later, const float* later_out,
                        SoftmaxState* states, float* out);

@@ -77,4 +77,11 @@ struct Batch {
     int32_t cache_dtype;
 };
 
+// How one token is picked: temperature 0 or less takes the largest logit; top_k 0, top_p 1 and min_p 0 filter nothing.
+struct Draw {
+    double uniform;  // in [0, 1)
+    float temperature, top_p, min_p;
+    int32_t top_k;
+};
+
 }  // namespace guanaco

@@ -90,7 +90,7 @@ class ModelRunner:
                 output_ids = item.sequence.token_ids[item.sequence.num_prompt_tokens :]
                 indexes.append(end - 1)
                 rows.append(SamplingRow(request.params, request.prompt_token_ids, output_ids))
-        return sample(logits if len(rows) == len(logits) else logits[indexes], rows, self._eos_ids)
+        return sample(logits if len(rows) == len(logits) else logits[indexes], rows, self._eos_ids, self._model.ops)
 
     def _forward_batch(self, batch: ScheduledBatch, scored: list[range]) -> ForwardBatch:
         size = self._kv.block_size

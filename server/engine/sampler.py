@@ -6,13 +6,16 @@ written. So neither the company in the batch nor a preemption changes what is dr
 
 import hashlib
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from guanaco.kernels import Draw
 from guanaco.server.engine.request import SampledToken, SamplingParams, TokenLogprob
 
 FloatArray = NDArray[np.float32]
@@ -21,6 +24,12 @@ FloatArray = NDArray[np.float32]
 _NUM_CANDIDATES = 1024
 
 NOT_FINITE = "numerical_error"  # SampledToken.error of a row whose logits hold NaN or infinity
+
+
+class Drawing(Protocol):
+    """What may draw tokens instead of the code here: `kernels.Ops`."""
+
+    def draw(self, logits: Tensor, draws: Sequence[Draw]) -> list[int] | None: ...
 
 
 @dataclass(frozen=True)
@@ -42,18 +51,19 @@ def uniform(seed: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def sample(logits: Tensor, rows: list[SamplingRow], eos_ids: frozenset[int]) -> list[SampledToken]:
-    """One token per row of float32 logits [r, vocab]; a row that is not finite gets an error instead."""
+def sample(
+    logits: Tensor, rows: list[SamplingRow], eos_ids: frozenset[int], ops: Drawing | None = None
+) -> list[SampledToken]:
+    """One token per row of float32 logits [r, vocab]; a row that is not finite gets an error instead.
+
+    ops: a kernel provider, which may draw the tokens; the code here is what it is held to.
+    """
     assert logits.shape[0] == len(rows)
     if not rows:
         return []
     finite = torch.isfinite(logits.sum(dim=-1)).tolist()
     adjusted = _adjust(logits, rows, eos_ids)
-    tokens = adjusted.argmax(dim=-1)  # of equal logits the lowest id, on the CPU
-    drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0 and finite[i]]
-    if drawn:
-        tokens[drawn] = _draw(adjusted[drawn], [rows[i] for i in drawn])
-    ids = tokens.tolist()
+    ids = _ids(adjusted, rows, finite, ops)
     reported = [i for i, row in enumerate(rows) if row.params.logprobs is not None and finite[i]]
     logprobs: list[TokenLogprob | None] = [None] * len(rows)
     if reported:
@@ -66,6 +76,28 @@ def sample(logits: Tensor, rows: list[SamplingRow], eos_ids: frozenset[int]) -> 
         SampledToken(token, logprob) if ok else SampledToken(None, error=NOT_FINITE)
         for token, logprob, ok in zip(ids, logprobs, finite, strict=True)
     ]
+
+
+def _ids(logits: Tensor, rows: list[SamplingRow], finite: list[bool], ops: Drawing | None) -> list[int]:
+    if ops is not None and all(finite):
+        found = ops.draw(logits, [_draw_of(row) for row in rows])
+        if found is not None:
+            return found
+    tokens = logits.argmax(dim=-1)  # of equal logits the lowest id, on the CPU
+    drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0 and finite[i]]
+    if drawn:
+        tokens[drawn] = _draw(logits[drawn], [rows[i] for i in drawn])
+    ids: list[int] = tokens.tolist()
+    return ids
+
+
+def _draw_of(row: SamplingRow) -> Draw:
+    params = row.params
+    noise = 0.0
+    if params.temperature > 0:
+        assert params.seed is not None, "the engine gives every request a seed"
+        noise = uniform(params.seed, row.position)
+    return Draw(params.temperature, params.top_k, params.top_p, params.min_p, noise)
 
 
 def token_logprobs(logits: Tensor, token_ids: list[int], num_top: list[int]) -> list[TokenLogprob]:

@@ -1,0 +1,141 @@
+#include "sampling.h"
+
+#include <string.h>
+
+#include <algorithm>
+
+namespace guanaco {
+namespace {
+
+// Buckets of weights by their highest bits (exponent and three bits of the mantissa): a larger weight is never in a
+// lower bucket, so that only two buckets need to be sorted: the one where the filters end, and the one that is drawn.
+constexpr int kShift = 20, kBuckets = 1 << (31 - kShift);
+
+uint32_t bits_of(float weight) {  // of a number that is not negative: in the order of the numbers
+    uint32_t bits;
+    memcpy(&bits, &weight, 4);
+    return bits;
+}
+
+int bucket(float weight) { return int(bits_of(weight) >> kShift); }
+
+// The first of the largest.
+int64_t argmax(const float* x, int64_t n) {
+    int64_t best = 0;
+    for (int64_t i = 1; i < n; i++) {
+        if (x[i] > x[best]) best = i;
+    }
+    return best;
+}
+
+// Inverse transform over weights in the order of their ids. Sums in double: 50,000 floats would blur the edges.
+int64_t pick(const float* weights, int64_t n, double uniform) {
+    double total = 0, sum = 0;
+    for (int64_t i = 0; i < n; i++) total += weights[i];
+    double target = total * uniform;
+    int64_t last = 0;
+    for (int64_t i = 0; i < n; i++) {
+        if (weights[i] == 0) continue;
+        last = i;
+        sum += weights[i];
+        if (sum > target) return i;
+    }
+    return last;  // the sums' rounding: the target was the total itself
+}
+
+class Filtered {
+  public:
+    // keys: room for n.
+    Filtered(const float* weights, int64_t n, uint64_t* keys) : weights_(weights), n_(n), keys_(keys) {
+        for (int64_t i = 0; i < n; i++) {
+            int b = bucket(weights[i]);
+            counts_[b]++;
+            sums_[b] += weights[i];
+        }
+        for (int b = 0; b < kBuckets; b++) total_ += sums_[b];
+    }
+
+    // From likeliest to least likely, equal ones by id, as far as the filters go; the token that crosses top_p included.
+    int64_t pick(const Draw& d) {
+        int64_t count = 0;
+        double sum = 0;
+        int cut = kBuckets - 1, lowest = bucket(d.min_p);  // the largest weight is 1
+        for (; cut > lowest; cut--) {
+            bool ends = (d.top_k > 0 && count + counts_[cut] >= d.top_k) ||
+                        (d.top_p < 1 && sum + sums_[cut] >= d.top_p * total_);
+            if (ends) break;
+            count += counts_[cut];
+            sum += sums_[cut];
+        }
+        double above = sum;
+        int64_t members = sort(cut), last = -1;
+        for (int64_t j = 0; j < members; j++, count++) {
+            float weight = weights_[id(j)];
+            bool passes = (d.top_k <= 0 || count < d.top_k) && (d.top_p >= 1 || sum < d.top_p * total_) &&
+                          weight >= d.min_p;
+            if (count > 0 && !passes) break;
+            sum += weight;
+            last = j;
+        }
+        double target = sum * d.uniform;
+        if (target >= above && last >= 0) return walk(above, target, last);
+        double before = 0;
+        int b = kBuckets - 1;
+        for (; b > cut + 1 && before + sums_[b] <= target; b--) before += sums_[b];
+        while (counts_[b] == 0) b++;  // the sums' rounding went past the last one that is not empty
+        return walk(before, target, sort(b) - 1);
+    }
+
+  private:
+    // The members of a bucket, as sorted keys; how many there are.
+    int64_t sort(int b) {
+        int64_t count = 0;
+        for (int64_t i = 0; i < n_; i++) {
+            if (weights_[i] > 0 && bucket(weights_[i]) == b) {
+                keys_[count++] = uint64_t(0x7fffffff - bits_of(weights_[i])) << 32 | uint64_t(i);
+            }
+        }
+        std::sort(keys_, keys_ + count);
+        return count;
+    }
+
+    int64_t id(int64_t j) const { return int64_t(keys_[j] & 0xffffffff); }
+
+    int64_t walk(double sum, double target, int64_t last) const {
+        for (int64_t j = 0; j < last; j++) {
+            sum += weights_[id(j)];
+            if (sum > target) return id(j);
+        }
+        return id(last);
+    }
+
+    const float* weights_;
+    int64_t n_;
+    uint64_t* keys_;
+    int32_t counts_[kBuckets] = {};
+    double sums_[kBuckets] = {};
+    double total_ = 0;
+};
+
+}  // namespace
+
+void draw(Context& context, const float* logits, int64_t rows, int64_t vocab, const Draw* draws, int64_t* out) {
+    Context::PerThread scratch = context.per_thread(3 * vocab + 2);
+    context.pool.each(rows, [&](int64_t r, int thread) {
+        const float* x = logits + r * vocab;
+        const Draw& d = draws[r];
+        int64_t best = argmax(x, vocab);
+        if (d.temperature <= 0) {
+            out[r] = best;
+            return;
+        }
+        float* weights = scratch.of(thread);
+        // Subtracting the largest first keeps a tiny temperature from overflowing.
+        context.kernels->exp_row(x, vocab, x[best], d.temperature, weights);
+        bool filtered = d.top_k > 0 || d.top_p < 1 || d.min_p > 0;
+        uint64_t* keys = (uint64_t*)(weights + (vocab + 1) / 2 * 2);
+        out[r] = filtered ? Filtered(weights, vocab, keys).pick(d) : pick(weights, vocab, d.uniform);
+    });
+}
+
+}  // namespace guanaco
