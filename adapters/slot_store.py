@@ -28,7 +28,7 @@ class SlotStore:
     @property
     def num_bytes(self) -> int:
         """Bytes of all matrices in the slots; on the CPU they are the host copies' own."""
-        return sum(pair.a.nbytes + pair.b.nbytes for pair in self._table.pairs.values())
+        return sum(pair.a.nbytes + pair.b.nbytes for pair in list(self._table.pairs.values()))
 
     def load(self, slot: int, adapter: LoadedAdapter) -> None:
         """Put `adapter` into `slot`, in place of whatever was there.

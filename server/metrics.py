@@ -23,6 +23,7 @@ FINISH_REASONS = ("stop", "length", "abort", "error")
 # Adapters with series of their own, first come first served; all later ones share one label. A counter that moved
 # between two labels would run backwards, which is why the set only grows.
 MAX_ADAPTER_LABELS = 64
+LOAD_RESULTS = ("ok", "refused", "failed")  # failed: not the adapter's fault
 # No adapter can be called so: the brackets are outside what a served name may hold.
 BASE_LABEL = "(base)"
 OTHER_LABEL = "(other)"
@@ -190,6 +191,12 @@ class Metrics:
         self._adapter_requests = counter("guanaco_adapter_requests", "Requests that ended, by adapter.", "adapter")
         self._adapter_prompt = counter("guanaco_adapter_prompt_tokens", "Prompt tokens, by adapter.", "adapter")
         self._adapter_generation = counter("guanaco_adapter_generation_tokens", "Tokens out, by adapter.", "adapter")
+        self._adapter_loads = counter("guanaco_adapter_loads", "Adapter loads, by how they ended.", "result")
+        for result in LOAD_RESULTS:
+            self._adapter_loads.labels(result)
+        self._adapter_load_seconds = histogram(
+            "guanaco_adapter_load_seconds", "From an operator's request to the published version.", _REQUEST_BUCKETS
+        )
         self._rejected = counter("guanaco_rejected", "Requests answered with an error status, by code.", "reason")
         self._slow_clients = counter("guanaco_slow_clients", "Connections closed because the client did not read.")
         self._step_seconds = histogram("guanaco_step_seconds", "Duration of engine steps.", _STEP_SECONDS_BUCKETS)
@@ -215,6 +222,26 @@ class Metrics:
     def set_heartbeat(self, age_seconds: Callable[[], float]) -> None:
         """Read the engine's heartbeat age through `age_seconds` at every scrape."""
         self._heartbeat.set_function(age_seconds)
+
+    def set_adapter_tiers(
+        self, host_bytes: Callable[[], float], device_bytes: Callable[[], float], evictions: Callable[[], float]
+    ) -> None:
+        """Read at every scrape: bytes of all host copies and of what is in the slots, and evictions since the start.
+        Call once. On the CPU the slots hold the host copies themselves: no byte is there twice."""
+        tiers = Gauge(
+            "guanaco_adapter_bytes", "Bytes of adapters, by where they are.", ["tier"], registry=self.registry
+        )
+        tiers.labels("host").set_function(host_bytes)
+        tiers.labels("device").set_function(device_bytes)
+        evicted = Gauge("guanaco_adapter_evictions", "Adapters that lost their slot.", registry=self.registry)
+        evicted.set_function(evictions)
+
+    def observe_adapter_load(self, result: str, seconds: float) -> None:
+        """result: one of LOAD_RESULTS."""
+        assert result in LOAD_RESULTS, result
+        self._adapter_loads.labels(result).inc()
+        if result == "ok":
+            self._adapter_load_seconds.observe(seconds)
 
     def name_adapters(self, names: dict[str, str]) -> None:
         """Adapter version → served name, for `lora_requests_info`. Unknown versions are shown as OTHER_LABEL."""

@@ -127,10 +127,16 @@ def _adapter_manager(
             policy,
             probe_token_ids=tuple(base.tokenizer.encode(_PROBE_TEXT))[: runtime.plan.max_model_len - 1],
             on_change=name_adapters,
+            on_load=metrics.observe_adapter_load,
         )
         for note in manager.restore():
             logger.warning(note)
     name_adapters()
+    metrics.set_adapter_tiers(
+        host_bytes=lambda: runtime.registry.num_bytes,
+        device_bytes=lambda: runtime.slots.num_bytes,
+        evictions=lambda: runtime.engine.scheduler.slots.num_evictions,
+    )
     return manager
 
 

@@ -61,6 +61,7 @@ class Runtime:
     ops: Ops
     provider_reason: str  # why this provider
     registry: AdapterRegistry
+    slots: SlotStore
     store: VersionStore | None  # of adapters that are loaded while the server runs; None: none are
     plan: MemoryPlan
     engine: Engine
@@ -90,14 +91,16 @@ def build_runtime(settings: Settings, console: Console) -> Runtime:
     base = _load_base(settings, ops, console)
     registry = _load_adapters(settings, base, console)
     plan = _plan(settings, base, registry, ops)
+    slots = SlotStore(base.loaded.model.lora_targets, settings.adapter_slots, ops.device)
     return Runtime(
         base=base,
         ops=ops,
         provider_reason=reason,
         registry=registry,
+        slots=slots,
         store=_open_store(settings, base),
         plan=plan,
-        engine=_build_engine(settings, base, registry, plan, ops),
+        engine=_build_engine(settings, base, registry, plan, ops, slots),
         num_threads=num_threads,
         notes=(*base.notes, *plan.notes, *_adapter_notes(registry, base)),
     )
@@ -237,7 +240,9 @@ def _plan(settings: Settings, base: Base, registry: AdapterRegistry, ops: Ops) -
     )
 
 
-def _build_engine(settings: Settings, base: Base, registry: AdapterRegistry, plan: MemoryPlan, ops: Ops) -> Engine:
+def _build_engine(
+    settings: Settings, base: Base, registry: AdapterRegistry, plan: MemoryPlan, ops: Ops, slots: SlotStore
+) -> Engine:
     if settings.max_num_batched_tokens < settings.max_num_seqs:
         raise CommandError(
             f"--max-num-batched-tokens {settings.max_num_batched_tokens} must be at least "
@@ -251,8 +256,7 @@ def _build_engine(settings: Settings, base: Base, registry: AdapterRegistry, pla
         queue_timeout_seconds=settings.queue_timeout,
     )
     kv = PagedKVCache(model.config, plan.num_blocks, plan.block_size, ops.dtype, ops.device)
-    store = SlotStore(model.lora_targets, settings.adapter_slots, ops.device)
-    runner = ModelRunner(model, kv, registry, store, base.eos_ids)
+    runner = ModelRunner(model, kv, registry, slots, base.eos_ids)
     blocks = BlockManager(plan.num_blocks, plan.block_size)
     return Engine(Scheduler(limits, blocks, SlotTable(settings.adapter_slots), base.eos_ids), runner)
 

@@ -76,9 +76,21 @@ void expand(const Kernels& k, const LoraDelta& delta, const Linear& w, int64_t t
     }
 }
 
+// Asks for a tile's rows of every B before the product, which takes long enough for them to come: there are many short
+// runs, one for each adapter, too many for the hardware to guess.
+void prefetch_expand(const LoraDelta& delta, const Linear& w, int64_t tile) {
+    int64_t n0 = tile * kTileRows, n = std::min<int64_t>(kTileRows, w.n - n0);
+    for (const LoraDelta::Segment& segment : delta.segments) {
+        int64_t row_bytes = segment.pair->rank * element_bytes(segment.pair->dtype);
+        const char* b = (const char*)segment.pair->b + n0 * row_bytes;
+        for (int64_t i = 0; i < n * row_bytes; i += 64) __builtin_prefetch(b + i, 0, 3);
+    }
+}
+
 // Product, bias and LoRA of one block.
 void block(const Kernels& k, const Linear& w, const LoraDelta* delta, const Activations& x, int64_t tile,
            int64_t first, int64_t rows, const Scratch& s, float* delta_block, float* y) {
+    if (delta != nullptr) prefetch_expand(*delta, w, tile);
     tile_product(k, w, x, tile, first, rows, s, y);
     int64_t n0 = tile * kTileRows, n = std::min<int64_t>(kTileRows, w.n - n0);
     if (w.bias != nullptr) {

@@ -7,6 +7,7 @@ background requests, so nobody waits for a load but who asked for it. Knows no H
 import asyncio
 import logging
 import math
+import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ T = TypeVar("T")
 
 _LoadKey = tuple[str, str, bool, str | None]  # the arguments of `load`
 
+_OUR_FAULT = frozenset({"store_failed", "probe_failed"})  # codes of loads that say nothing about the adapter
 _LOAD_THREADS = 2
 _IDLE_POLL_SECONDS = 0.02
 MAX_SOURCE_CHARS = 1024
@@ -98,7 +100,9 @@ class AdapterManager:
         *,
         probe_token_ids: tuple[int, ...],
         on_change: Callable[[], None] = lambda: None,
+        on_load: Callable[[str, float], None] = lambda *_: None,
     ) -> None:
+        """on_change: the names changed. on_load: a load ended as "ok", "refused" or "failed", after so many seconds."""
         self.registry = registry
         self._store = store
         self._saved = saved
@@ -106,6 +110,7 @@ class AdapterManager:
         self._policy = policy
         self._probe_token_ids = probe_token_ids
         self._on_change = on_change
+        self._on_load = on_load
         self._threads = ThreadPoolExecutor(_LOAD_THREADS, thread_name_prefix="guanaco-adapters")
         self._locks: dict[str, asyncio.Lock] = {}  # by name: its changes happen one after the other
         self._loads: dict[_LoadKey, asyncio.Task[AdapterEntry]] = {}
@@ -153,7 +158,7 @@ class AdapterManager:
         key = (name, source, replace, expected_version)
         running = self._loads.get(key)
         if running is None:
-            running = asyncio.create_task(self._locked(name, lambda: self._load(*key)))
+            running = asyncio.create_task(self._timed(self._locked(name, lambda: self._load(*key))))
             self._loads[key] = running
             running.add_done_callback(lambda task: self._load_ended(key, task))
         # A client that leaves does not stop a load that others may wait for.
@@ -207,6 +212,18 @@ class AdapterManager:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _timed(self, load: Awaitable[AdapterEntry]) -> AdapterEntry:
+        started, result = time.monotonic(), "failed"
+        try:
+            entry = await load
+            result = "ok"
+        except AdapterError as error:
+            result = "failed" if error.code in _OUR_FAULT else "refused"
+            raise
+        finally:
+            self._on_load(result, time.monotonic() - started)
+        return entry
 
     def _load_ended(self, key: _LoadKey, task: asyncio.Task[AdapterEntry]) -> None:
         del self._loads[key]

@@ -233,3 +233,15 @@ class TestThroughTheServer:
                 client.get(f"/{name}", headers={"X-Request-Id": name})
         assert count() == before
         assert value(server.state.metrics, "guanaco_rejected_total", reason="model_not_found") == 101
+
+
+def test_adapter_loads_and_tiers() -> None:
+    metrics = Metrics("base", max_model_len=128)
+    metrics.set_adapter_tiers(host_bytes=lambda: 7.0, device_bytes=lambda: 5.0, evictions=lambda: 3.0)
+    for result, seconds in (("ok", 0.5), ("refused", 9.0), ("refused", 9.0)):
+        metrics.observe_adapter_load(result, seconds)
+    read = metrics.registry.get_sample_value
+    assert [read("guanaco_adapter_loads_total", {"result": r}) for r in ("ok", "refused", "failed")] == [1, 2, 0]
+    assert read("guanaco_adapter_load_seconds_sum") == 0.5
+    assert [read("guanaco_adapter_bytes", {"tier": tier}) for tier in ("host", "device")] == [7, 5]
+    assert read("guanaco_adapter_evictions") == 3
