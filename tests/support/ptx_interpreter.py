@@ -197,7 +197,9 @@ def _check_early_clobbers(instructions: Sequence[_Instruction], outputs: list[_O
     for instruction in instructions[: max(last_read, 0)]:
         for name in mentions(instruction.operands[0]):
             if int(name[1:]) < len(outputs) and not outputs[int(name[1:])].early:
-                raise PtxError(f"{name} is written by {instruction.text!r} before the last input is read: it needs '=&'")
+                raise PtxError(
+                    f"{name} is written by {instruction.text!r} before the last input is read: it needs '=&'"
+                )
 
 
 # ---- instructions
