@@ -97,7 +97,7 @@ class Loop:
 
     def bytes_by_width(self) -> Counter[int]:
         """Width of a load → bytes that loads of this width bring in one turn."""
-        return Counter({w: n for w, n in _widths(self.instructions).items()})
+        return Counter(_widths(self.instructions))
 
 
 def _widths(instructions: Iterable[Instruction]) -> dict[int, int]:
@@ -159,7 +159,7 @@ class Function:
 
     @cached_property
     def _dominators(self) -> dict[int, frozenset[int]]:
-        dominators = {n: self._reachable for n in self._reachable} | {0: frozenset({0})}
+        dominators = dict.fromkeys(self._reachable, self._reachable) | {0: frozenset({0})}
         changed = True
         while changed:
             changed = False

@@ -210,9 +210,8 @@ def _main_loop(case: CompileCase, function: sass.Function, lane_units: float) ->
     marks = _marks(name, loop.instructions)
     unrolled = int(marks / (per_unit * lane_units) + 1e-9)
     if unrolled < 1:
-        raise CountError(
-            f"{case.kernel} {case.config}: {marks} x {name} in the main loop, {per_unit * lane_units:g} or more expected"
-        )
+        least = per_unit * lane_units
+        raise CountError(f"{case.kernel} {case.config}: {marks} x {name} in the main loop, {least:g} or more expected")
     return loop, unrolled
 
 
