@@ -42,7 +42,7 @@ def _bandwidth(name: str) -> float:
         if card.name.split(" ")[-1 if card.name.startswith("RTX") else 0] in name:
             return card.bandwidth_bytes
     properties = torch.cuda.get_device_properties(0)
-    return 2 * properties.memory_clock_rate * 1e3 * properties.memory_bus_width / 8
+    return float(2 * properties.memory_clock_rate * 1e3 * properties.memory_bus_width / 8)
 
 
 def _times(rows: int, weight: nf4.Nf4Weight, device: torch.device, dtype: torch.dtype) -> dict[str, float | None]:
@@ -86,4 +86,4 @@ def _microseconds(launch: Callable[[], Any]) -> float:
         ended.record()
         torch.cuda.synchronize()
         times.append(started.elapsed_time(ended) * 1e3)
-    return round(sorted(times)[len(times) // 2], 2)
+    return float(round(sorted(times)[len(times) // 2], 2))
