@@ -172,14 +172,29 @@ def doctor(
 @_with_settings
 def bench(
     settings: Settings,
+    what: Annotated[
+        str, typer.Argument(metavar="[kernels]", help="`kernels`: compile the Triton kernels and count")
+    ] = "",
     adapters: Annotated[str | None, typer.Option(help="DIR:N, stream i uses DIR/a(i mod N)")] = None,
     prompt: Annotated[int, typer.Option(min=1, help="length of the prompt that ppN measures")] = 512,
     batches: Annotated[str, typer.Option(help="numbers of streams, comma-separated")] = "1,4,8,16",
     context: Annotated[int, typer.Option(min=1, help="context of each stream before its tokens are timed")] = 32,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON line, with the keys of the peers' drivers")] = False,
+    targets: Annotated[str | None, typer.Option(help="kernels: such as sm_80,sm_90 (none: all)")] = None,
+    kernels: Annotated[str | None, typer.Option(help="kernels: only these, comma-separated")] = None,
+    bitsandbytes: Annotated[Path | None, typer.Option(help="kernels: count this libbitsandbytes_cuda*.so too")] = None,
 ) -> None:
-    """Time the offline engine: prompt tokens/s, and tokens/s over several streams."""
+    """Time the offline engine: prompt tokens/s, and tokens/s over several streams. Or `bench kernels`."""
+    if what == "kernels":
+        from guanaco.server.bench_kernels import run_bench_kernels
+
+        run_bench_kernels(targets=targets, kernels=kernels, bitsandbytes=bitsandbytes, as_json=as_json)
+        return
     from guanaco.server.bench import run_bench
+    from guanaco.server.errors import CommandError
+
+    if what:
+        raise CommandError(f"bench {what}: expected nothing (the engine) or `kernels`")
 
     run_bench(settings, adapters=adapters, prompt=prompt, batches=batches, context=context, as_json=as_json)
 

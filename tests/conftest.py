@@ -6,8 +6,13 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import ptx_interpreter
 import pytest
 import torch
+
+# Triton reads this when it is first imported (bitsandbytes does that): the kernels run on the CPU in this process.
+# What compiles them, for targets that are not here, is started as its own process without it.
+os.environ["TRITON_INTERPRET"] = "1"
 
 # bitsandbytes loads Triton, which lists its own leaks on standard error when Python ends. The last thing said is to be
 # pytest's summary, which is out by then; a crash at exit still shows in the exit code.
@@ -23,6 +28,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def _one_torch_thread() -> None:
     """Tiny matrices on two threads only wait for each other, by a factor of thirty on a busy machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ptx_in_numpy() -> None:
+    """Triton's interpreter runs inline asm, and doesn't compute on the raw bits of bfloat16."""
+    ptx_interpreter.install()
 
 
 @pytest.fixture(scope="session")

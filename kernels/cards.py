@@ -1,0 +1,67 @@
+"""Graphics cards by their data sheets, and which of memory and instruction issue bounds a kernel on them.
+
+Arithmetic on published figures only: nothing here has been measured, and no card need be present. Called by
+`guanaco bench kernels` and by the tests of the budgets.
+"""
+
+from dataclasses import dataclass
+
+# Four schedulers a multiprocessor, each issues one instruction a clock for 32 lanes, on every card listed.
+_LANE_SLOTS_PER_CLOCK = 4 * 32
+
+
+@dataclass(frozen=True)
+class Card:
+    """One model of card: what NVIDIA's data sheet or architecture paper says."""
+
+    name: str
+    target: str  # compute capability: "sm_80"
+    bandwidth_bytes: float  # per second, of its memory
+    multiprocessors: int
+    clock_hz: float  # boost
+    l2_bytes: int
+
+    @property
+    def slots_per_second(self) -> float:
+        """Instructions times lanes that all multiprocessors together issue in a second."""
+        return self.multiprocessors * self.clock_hz * _LANE_SLOTS_PER_CLOCK
+
+    def slots_per_unit(self, bytes_per_unit: float) -> float:
+        """Issue slots that a unit (a weight) may cost before they, not the memory, are the limit."""
+        return self.slots_per_second * bytes_per_unit / self.bandwidth_bytes
+
+    def floor_seconds(self, num_bytes: float) -> float:
+        return num_bytes / self.bandwidth_bytes
+
+    def issue_seconds(self, units: float, slots_per_unit: float) -> float:
+        return units * slots_per_unit / self.slots_per_second
+
+
+# NVIDIA's data sheets and architecture white papers: T4 (2018), A100 80 GB SXM (2020), GA102 (2020), AD102 and L4
+# (2022 and 2023), H100 SXM (2022), RTX Blackwell and B200 (2024 and 2025). The H100's clock is the 1.76 GHz that its
+# dense peak figures imply, not the 1.98 GHz it may reach: the lower clock is the harder budget.
+CARDS = (
+    Card("T4", "sm_75", 320e9, 40, 1.59e9, 4 << 20),
+    Card("A100 80 GB SXM", "sm_80", 2039e9, 108, 1.41e9, 40 << 20),
+    Card("RTX 3090", "sm_86", 936e9, 82, 1.70e9, 6 << 20),
+    Card("A10", "sm_86", 600e9, 72, 1.70e9, 6 << 20),
+    Card("RTX 4090", "sm_89", 1008e9, 128, 2.52e9, 72 << 20),
+    Card("L4", "sm_89", 300e9, 58, 2.04e9, 48 << 20),
+    Card("H100 SXM", "sm_90", 3350e9, 132, 1.76e9, 50 << 20),
+    Card("B200", "sm_100", 8000e9, 148, 1.85e9, 126 << 20),
+    Card("RTX 5090", "sm_120", 1792e9, 170, 2.41e9, 96 << 20),
+)
+
+
+def hardest_card(target: str) -> Card:
+    """The card of this compute capability that has the fewest issue slots for each byte. KeyError if none is listed."""
+    cards = [card for card in CARDS if card.target == target]
+    if not cards:
+        raise KeyError(f"no card with compute capability {target} is listed")
+    return min(cards, key=lambda card: card.slots_per_second / card.bandwidth_bytes)
+
+
+def predicted_bound(target: str, *, num_bytes: float, units: float, slots_per_unit: float) -> str:
+    """ "memory" or "issue": what limits a launch that moves `num_bytes`, on the target's hardest card."""
+    card = hardest_card(target)
+    return "memory" if card.floor_seconds(num_bytes) >= card.issue_seconds(units, slots_per_unit) else "issue"

@@ -1,0 +1,89 @@
+"""The part of `guanaco bench kernels` that needs an NVIDIA GPU: times beside bitsandbytes and a torch product.
+
+NEVER RUN so far: nobody who wrote this had a GPU. It is kept to launching, timing with events, and dividing.
+"""
+
+import importlib
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from guanaco.kernels import load_ops, nf4
+from guanaco.kernels.cards import CARDS
+
+_SIDE = 4096
+_WARM_UPS = 10
+_ROUNDS = 50
+_FLUSH_BYTES = 256 << 20  # more than any L2: every launch finds its weights in memory
+
+
+def add_times(entries: list[dict[str, Any]]) -> None:
+    """Add microseconds and shares of the roofline to the entries of this GPU's target whose kernel is a product."""
+    device = torch.device("cuda")
+    major, minor = torch.cuda.get_device_capability(device)
+    ours = [e for e in entries if e["target"] == f"sm_{major}{minor}" and e["kernel"] in ("nf4_simt", "nf4_dot")]
+    dtype = torch.bfloat16 if major >= 8 else torch.float16
+    torch.manual_seed(0)
+    weight = nf4.quantize(torch.randn(_SIDE, _SIDE))
+    for rows in sorted({e["rows"] for e in ours}):
+        times = _times(rows, weight, device, dtype)
+        for e in ours:
+            if e["rows"] == rows:
+                e.update(times)
+                floor = e["bytes_floor"] / _bandwidth(torch.cuda.get_device_name(device))
+                e["roofline_share"] = round(floor * 1e6 / times["microseconds"], 3)
+
+
+def _bandwidth(name: str) -> float:
+    """Bytes/s by the data sheet where the card is listed, else as its driver states the memory's clock and width."""
+    for card in CARDS:
+        if card.name.split(" ")[-1 if card.name.startswith("RTX") else 0] in name:
+            return card.bandwidth_bytes
+    properties = torch.cuda.get_device_properties(0)
+    return float(2 * properties.memory_clock_rate * 1e3 * properties.memory_bus_width / 8)
+
+
+def _times(rows: int, weight: nf4.Nf4Weight, device: torch.device, dtype: torch.dtype) -> dict[str, float | None]:
+    x = torch.randn(rows, _SIDE, device=device, dtype=dtype)
+    ops = load_ops("triton", device=device, dtype=dtype)
+    handle = ops.prepare(weight.to(device), None)
+    dense = weight.to(device).dequantize(dtype)
+    return {
+        "microseconds": _microseconds(lambda: ops.linear(x, handle, None, 0)),
+        "torch_bf16_microseconds": _microseconds(lambda: torch.nn.functional.linear(x, dense)),
+        "bitsandbytes_microseconds": _bitsandbytes(x, dense),
+    }
+
+
+def _bitsandbytes(x: torch.Tensor, dense: torch.Tensor) -> float | None:
+    """Its fused product of the same matrix, double-quantised; None where it is not installed."""
+    if find_spec("bitsandbytes") is None:
+        return None
+    # Not a dependency: only this comparison loads it, by name.
+    functional = importlib.import_module("bitsandbytes.functional")
+    autograd = importlib.import_module("bitsandbytes.autograd._functions")
+    packed, state = functional.quantize_4bit(dense, quant_type="nf4", compress_statistics=True)
+    return _microseconds(lambda: autograd.matmul_4bit(x, packed.t(), quant_state=state))
+
+
+def _microseconds(launch: Callable[[], Any]) -> float:
+    """Median of launches replayed from a CUDA graph, each after the L2 cache was overwritten."""
+    for _ in range(_WARM_UPS):
+        launch()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch()
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    times = []
+    for _ in range(_ROUNDS):
+        flush.zero_()
+        started, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        started.record()
+        graph.replay()
+        ended.record()
+        torch.cuda.synchronize()
+        times.append(started.elapsed_time(ended) * 1e3)
+    return float(round(sorted(times)[len(times) // 2], 2))

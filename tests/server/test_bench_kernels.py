@@ -1,0 +1,61 @@
+"""`guanaco bench kernels`: its keys, its errors, and bitsandbytes' shipped binary under the same counter."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from compiling import GUANACO, run_compiling
+
+pytest.importorskip("triton")
+
+from guanaco.server import bench_kernels
+
+KEYS = [
+    "kernel", "target", "rows", "config", "registers", "spills", "local_bytes", "shared_bytes", "occupancy",
+    "issue_slots_per_weight", "tensor_core_instructions", "load_width_bytes", "bytes_floor", "predicted_bound",
+]  # fmt: skip
+
+
+def _library() -> Path:
+    spec = find_spec("bitsandbytes")
+    libraries = sorted(Path(spec.origin).parent.glob("libbitsandbytes_cuda130.so")) if spec and spec.origin else []
+    if not libraries:
+        pytest.skip("bitsandbytes brings no CUDA library here")
+    return libraries[0]
+
+
+def test_bitsandbytes_counts_as_by_hand() -> None:
+    """The instructions of its loops on sm_90 for 32 weights a lane, as they were counted before this counter was."""
+    entries = list(bench_kernels.bitsandbytes_entries(_library(), ["sm_90"]))
+    assert all(list(e) == KEYS for e in entries)
+    slots = {(e["kernel"].split(" ")[1], e["rows"]): e["issue_slots_per_weight"] for e in entries}
+    instructions = {key: round(value * 32, 1) for key, value in slots.items()}
+    assert instructions[("gemm_4bit_simt", 1)] == 279.0  # 8.7 a weight
+    assert instructions[("gemm_4bit_simt", 2)] == 408.0  # 12.8
+    assert instructions[("gemm_4bit_simt", 4)] == pytest.approx(650, abs=0.1)  # 20.3
+    assert instructions[("gemm_4bit_sm80_m16n8k16", 16)] == 260.0  # 8.1
+    assert {e["spills"] for e in entries} == {0}
+    tensor = {e["kernel"].split(" ")[1]: e["tensor_core_instructions"] > 0 for e in entries}
+    assert tensor == {"kgemm_4bit_inference_naive": False, "gemm_4bit_simt": False, "gemm_4bit_sm80_m16n8k16": True}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--targets", "sm_70"], "--targets sm_70: expected some of sm_75"),
+        (["--kernels", "no_such_kernel", "--targets", "sm_80"], "no kernel is called no_such_kernel"),
+    ],
+)
+def test_mistakes_end_with_one_line(arguments: list[str], complaint: str, tmp_path: Path) -> None:
+    process = run_compiling([*GUANACO, "bench", "kernels", "--json", *arguments], tmp_path)
+    assert process.returncode == 2
+    assert complaint in process.stderr.splitlines()[-1]
+    assert process.stdout == ""
+
+
+def test_the_committed_counts_of_bitsandbytes_are_complete() -> None:
+    path = Path(__file__).parent.parent.parent / "loadtest" / "results" / "bitsandbytes-kernels-2026-11-24.json"
+    results = json.loads(path.read_text())
+    assert all(list(e) == KEYS for e in results["kernels"])
+    assert {e["target"] for e in results["kernels"]} >= {"sm_80", "sm_86", "sm_89", "sm_90"}
