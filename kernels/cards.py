@@ -1,4 +1,4 @@
-"""Graphics cards by their data sheets, and which of memory and instruction issue bounds a kernel on them.
+"""Graphics cards by published figures, and which of memory and instruction issue bounds a kernel on them.
 
 Arithmetic on published figures only: nothing here has been measured, and no card need be present. Called by
 `guanaco bench kernels` and by the tests of the budgets.
@@ -37,9 +37,9 @@ class Card:
         return units * slots_per_unit / self.slots_per_second
 
 
-# NVIDIA's data sheets and architecture white papers: T4 (2018), A100 80 GB SXM (2020), GA102 (2020), AD102 and L4
-# (2022 and 2023), H100 SXM (2022), RTX Blackwell and B200 (2024 and 2025). The H100's clock is the 1.76 GHz that its
-# dense peak figures imply, not the 1.98 GHz it may reach: the lower clock is the harder budget.
+# A100, RTX 3090, RTX 4090, L4 and H100 as the project's design pages list them (shared/design/kernels.md); T4, A10,
+# B200, RTX 5090 and all sizes of L2 from memory, not yet compared with a data sheet. Of the H100's clocks the lower one:
+# it is the harder budget.
 CARDS = (
     Card("T4", "sm_75", 320e9, 40, 1.59e9, 4 << 20),
     Card("A100 80 GB SXM", "sm_80", 2039e9, 108, 1.41e9, 40 << 20),

@@ -58,6 +58,7 @@ class Architecture:
 
 _REGISTERS = 65536  # per multiprocessor, every capability here
 _REGISTER_UNIT = 256  # registers are given to a warp in such portions
+# Limits of a multiprocessor, written from memory of the CUDA programming guide's table and not yet compared with it.
 ARCHITECTURES = {
     "sm_75": Architecture(32, 16, 64 << 10, 64 << 10, 0),
     "sm_80": Architecture(64, 32, 164 << 10, 163 << 10, 1024),

@@ -1,0 +1,126 @@
+#!/usr/bin/env python3
+"""What HTTP, streaming and the event loop cost: tokens/s of N streams through the server, against the offline engine.
+
+    .venv/bin/python loadtest/http_vs_offline.py [--model DIR] [--streams 1,8] [--rounds 3]
+
+Server and `guanaco bench` run in turns on the same model and threads, the best of three each; the rate through HTTP is
+that of the time in which all streams run. Medians and ratios go to loadtest/results with their conditions.
+"""
+
+import argparse
+import asyncio
+import datetime
+import json
+import platform
+import re
+import shlex
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import httpx
+
+HERE = Path(__file__).resolve().parent
+GUANACO = str(Path(sys.executable).parent / "guanaco")
+CONTEXT_WORDS = 24  # about the 32 tokens of context that `guanaco bench` gives each stream
+STEPS = 64
+
+
+async def stream(client: httpx.AsyncClient, model: str, number: int) -> list[float]:
+    """The times at which one stream's tokens came."""
+    prompt = " ".join(f"{number}{i}" for i in range(CONTEXT_WORDS // 3))
+    body = {"model": model, "prompt": prompt, "max_tokens": STEPS, "ignore_eos": True, "stream": True, "temperature": 0}
+    body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
+    times: list[float] = []
+    async with client.stream("POST", "/v1/completions", json=body) as response:
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                done = json.loads(line[6:])["usage"]["completion_tokens"]
+                times += [time.perf_counter()] * (done - len(times))
+    assert len(times) == STEPS, f"{len(times)} tokens came"
+    return times
+
+
+async def http_rate(url: str, count: int) -> float:
+    """Tokens/s of all streams together, from the last one's first token to the first one's last."""
+    async with httpx.AsyncClient(base_url=url, timeout=300, verify=False) as client:
+        model = (await client.get("/v1/models")).json()["data"][0]["id"]
+        runs = await asyncio.gather(*(stream(client, model, i) for i in range(count)))
+    start, end = max(times[0] for times in runs), min(times[-1] for times in runs)
+    return sum(start < t <= end for times in runs for t in times) / (end - start)
+
+
+def offline(args: argparse.Namespace) -> dict[str, float]:
+    command = [GUANACO, "bench", "--json", "--batches", args.streams, "--prompt", "32", *model_flags(args)]
+    best: dict[str, float] = {}
+    for _ in range(3):
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/tmp")
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+        best |= {key: max(value, best.get(key, 0)) for key, value in found.items() if re.fullmatch(r"tg\d+", key)}
+    return best
+
+
+def model_flags(args: argparse.Namespace) -> list[str]:
+    return ["--threads", str(args.threads), *(["--model", args.model] if args.model else [])]
+
+
+def through_http(args: argparse.Namespace) -> dict[str, float]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    command = [GUANACO, "serve", "--port", str(port), *model_flags(args)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/tmp")
+    try:
+        for _ in range(1200):
+            try:
+                if httpx.get(f"{url}/health", timeout=5).status_code == 200:
+                    break
+            except httpx.HTTPError:
+                time.sleep(0.1)
+        asyncio.run(http_rate(url, 1))  # what is only done once
+        return {
+            f"tg{n}": max(asyncio.run(http_rate(url, n)) for _ in range(3)) for n in map(int, args.streams.split(","))
+        }
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", help="absolute path; none: the demo")
+    p.add_argument("--streams", default="1,8")
+    p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--rounds", type=int, default=3)
+    args = p.parse_args()
+    samples: dict[str, dict[str, list[float]]] = {"http": defaultdict(list), "offline": defaultdict(list)}
+    started = datetime.datetime.now(datetime.UTC)
+    for _ in range(args.rounds):
+        for name, measure in (("http", through_http), ("offline", offline)):
+            for key, value in measure(args).items():
+                samples[name][key].append(round(value, 2))
+    ratios = {
+        key: round(statistics.median(a / b for a, b in zip(samples["http"][key], values, strict=True)), 3)
+        for key, values in samples["offline"].items()
+    }
+    cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    result = {
+        "date": started.isoformat(timespec="seconds"),
+        "command": "http_vs_offline.py " + shlex.join(sys.argv[1:]),
+        "machine": f"{cpu.group(1) if cpu else 'unknown'}, Python {platform.python_version()}",
+        "http_over_offline": ratios,
+        "samples": samples,
+    }
+    path = HERE / "results" / f"http-{Path(args.model).name if args.model else 'demo'}-{started:%Y-%m-%d}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(samples), ratios, path, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
