@@ -38,8 +38,8 @@ class Card:
 
 
 # A100, RTX 3090, RTX 4090, L4 and H100 as the project's design pages list them (shared/design/kernels.md); T4, A10,
-# B200, RTX 5090 and all sizes of L2 from memory, not yet compared with a data sheet. Of the H100's clocks the lower one:
-# it is the harder budget.
+# B200, RTX 5090 and all sizes of L2 from memory, not yet compared with a data sheet. Of the H100's clocks the lower,
+# which is the harder budget.
 CARDS = (
     Card("T4", "sm_75", 320e9, 40, 1.59e9, 4 << 20),
     Card("A100 80 GB SXM", "sm_80", 2039e9, 108, 1.41e9, 40 << 20),

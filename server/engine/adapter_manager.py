@@ -8,9 +8,10 @@ import asyncio
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -113,6 +114,7 @@ class AdapterManager:
         self._on_load = on_load
         self._threads = ThreadPoolExecutor(_LOAD_THREADS, thread_name_prefix="guanaco-adapters")
         self._locks: dict[str, asyncio.Lock] = {}  # by name: its changes happen one after the other
+        self._lock_users: Counter[str] = Counter()  # who holds or waits for each
         self._loads: dict[_LoadKey, asyncio.Task[AdapterEntry]] = {}
         self._retiring: set[asyncio.Task[None]] = set()
         self._persistent: set[str] = set()  # names that come back after a restart
@@ -193,7 +195,7 @@ class AdapterManager:
         check_name(name)
         path = self._path_of(source)
         adapter = await self._on_thread(lambda: self._store.ingest(path, name=name, root=self._policy.root, keep=False))
-        self._check_base(adapter)
+        adapter = self._checked_base(adapter)
         self._check_memory(adapter)
         return {
             "version": adapter.version,
@@ -236,7 +238,7 @@ class AdapterManager:
         path = self._path_of(source)
         adapter = await self._on_thread(lambda: self._store.ingest(path, name=name, root=self._policy.root))
         try:
-            self._check_base(adapter)
+            adapter = self._checked_base(adapter)
             self._check_memory(adapter)
             return await self._publish(name, adapter, source, replace=replace, expected=expected)
         finally:
@@ -347,9 +349,15 @@ class AdapterManager:
             now = "is not loaded" if entry is None else f"stands for version {entry.version}"
             raise AdapterError("version_conflict", f"{name} {now}, not for the expected one", "expected_version")
 
-    def _check_base(self, adapter: LoadedAdapter) -> None:
-        if self._policy.strict_base:
+    def _checked_base(self, adapter: LoadedAdapter) -> LoadedAdapter:
+        """With a note where it records another base; AdapterError where that is to be refused."""
+        try:
             check_base(adapter, self._policy.base_fingerprint)
+        except AdapterError as error:
+            if self._policy.strict_base:
+                raise
+            return replace(adapter, notes=(*adapter.notes, str(error)))
+        return adapter
 
     def _check_memory(self, adapter: LoadedAdapter) -> None:
         limit, used = self._policy.host_memory_bytes, self.registry.num_bytes
@@ -362,12 +370,14 @@ class AdapterManager:
 
     async def _locked(self, name: str, work: Callable[[], Awaitable[T]]) -> T:
         lock = self._locks.setdefault(name, asyncio.Lock())
+        self._lock_users[name] += 1
         try:
             async with lock:
                 return await work()
         finally:
-            if not lock.locked() and not getattr(lock, "_waiters", None):
-                self._locks.pop(name, None)
+            self._lock_users[name] -= 1
+            if not self._lock_users[name]:
+                del self._lock_users[name], self._locks[name]
 
     async def _on_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)

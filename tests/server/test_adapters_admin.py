@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
-from adapter_server import ADMIN, AdapterServer, make_adapter_server
+from adapter_server import ADMIN, FINGERPRINT, AdapterServer, make_adapter_server
 from api_server import BASE, WAIT, LiveServer, http_post, make_state
 from engine_server import text_of
 from fake_engine import BOS
@@ -165,6 +165,20 @@ def test_without_effect_it_is_refused(server: AdapterServer, client: httpx.Clien
     assert (refused.status_code, error_code(refused)) == (400, "zero_effect")
     server.wait(lambda: not server.registry.knows(version) and not server.model.slots)
     server.wait(lambda: not server.store.versions())
+
+
+def test_another_base_is_noted_or_refused(tmp_path: Path) -> None:
+    """By fingerprint, where the adapter records one; the base's name never matters (make_adapter says "tiny")."""
+    for strict in (False, True):
+        with make_adapter_server(tmp_path, strict_base=strict) as server, server.client(headers=ADMIN) as client:
+            same, other = (server.source(name, 1, base=base) for name, base in (("same", FINGERPRINT), ("o", "0" * 64)))
+            assert put(client, "a", same)["notes"] == []
+            answer = client.put("/v1/adapters/b", json={"source": other})
+            if strict:
+                assert (answer.status_code, error_code(answer)) == (400, "base_mismatch")
+            else:
+                assert "fingerprint 0000" in answer.json()["notes"][0]
+                client.delete("/v1/adapters/b")
 
 
 def test_mixtures(server: AdapterServer, client: httpx.Client) -> None:

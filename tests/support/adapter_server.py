@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from api_server import BASE, MAX_MODEL_LEN
 from engine_server import BLOCK_SIZE, EngineServer, MadeUpModel, make_engine_server, next_token
+from safetensors.torch import load_file, save_file
 from tiny_adapters import make_adapter
 
 from guanaco.adapters.registry import AdapterRegistry
 from guanaco.adapters.registry_file import RegistryFile
 from guanaco.adapters.slot_table import SlotTable
 from guanaco.adapters.store import VersionStore
-from guanaco.adapters.weights import AdapterLimits
+from guanaco.adapters.weights import BASE_FINGERPRINT_KEY, WEIGHTS_NAME, AdapterLimits
 from guanaco.server.api.auth import KeyRing
 from guanaco.server.api.catalog import Catalog, ServedModel
 from guanaco.server.engine.adapter_manager import AdapterManager, AdapterPolicy
@@ -67,14 +68,19 @@ class AdapterServer(EngineServer):
     manager: AdapterManager
     model: SlotModel
 
-    def source(self, name: str, seed: int, rank: int = 2, **fields: Any) -> str:
-        """Write an adapter below the root, in place of what is there; its source as the admin routes want it."""
-        make_adapter(self.root / name, TARGETS, rank, seed=seed, modules=("q_proj", "down_proj"), **fields)
+    def source(self, name: str, seed: int, rank: int = 2, base: str | None = None) -> str:
+        """Write an adapter below the root, in place of what is there; its source as the admin routes want it.
+
+        base: the fingerprint of the base that it says it was trained on."""
+        make_adapter(self.root / name, TARGETS, rank, seed=seed, modules=("q_proj", "down_proj"))
+        if base is not None:
+            weights = self.root / name / WEIGHTS_NAME
+            save_file(load_file(weights), weights, metadata={BASE_FINGERPRINT_KEY: base})
         return name
 
 
 def make_adapter_server(
-    directory: Path, *, num_slots: int = 3, host_memory: int = 1 << 30, **settings: Any
+    directory: Path, *, num_slots: int = 3, host_memory: int = 1 << 30, strict_base: bool = False, **settings: Any
 ) -> AdapterServer:
     made = make_engine_server(max_queued_requests=512, adapter_slots=num_slots, **settings)
     scheduler = made.scheduler
@@ -92,7 +98,7 @@ def make_adapter_server(
         store,
         RegistryFile(store.directory / "registry.json"),
         made.state.engine,
-        AdapterPolicy(root, host_memory, FINGERPRINT),
+        AdapterPolicy(root, host_memory, FINGERPRINT, strict_base),
         probe_token_ids=(1, 2, 3),
     )
     manager.restore()
