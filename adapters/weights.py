@@ -122,8 +122,8 @@ def check_weights_exist(files: AdapterFiles) -> None:
         raise AdapterError("weights_missing", problem, WEIGHTS_NAME)
     shown = printable(pickles[0])
     problem = (
-        f"{shown} is a pickle, which can run code and is never opened here; where you trust it, convert it: "
-        f"safetensors.torch.save_file(torch.load('{shown}', map_location='cpu', weights_only=True), '{WEIGHTS_NAME}')"
+        f"{shown} is a pickle, which can run code and is never opened here; make {WEIGHTS_NAME} of it with "
+        "guanaco adapters convert SRC DST"
     )
     raise AdapterError("unsupported_format", problem, shown)
 

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from guanaco.adapters.config import CONFIG_NAME, MAX_CONFIG_BYTES, parse_config
+from guanaco.adapters.convert import ConvertReport
 from guanaco.adapters.files import AdapterFiles
 from guanaco.adapters.safetensors_file import SafetensorsFile
 from guanaco.adapters.weights import BASE_FINGERPRINT_KEY, WEIGHTS_NAME, AdapterLimits, check_weights_exist
@@ -92,6 +93,18 @@ def _list(adapters: list[dict[str, Any]]) -> Table:
             str(card["num_uses"]),
         )
     return table
+
+
+def show_conversion(report: ConvertReport, target: Path) -> None:
+    """What `convert` did, a line each."""
+    console = Console(highlight=False)
+    dtypes = ", ".join(f"{count} in {dtype}" for dtype, count in report.dtypes.items())
+    sizes = f"{human_bytes(report.source_bytes)} → {human_bytes(report.target_bytes)}"
+    console.print(f"{report.source} → {target}: {report.num_tensors} tensors ({dtypes}), {sizes}", markup=False)
+    if report.num_renamed:
+        console.print(f"{report.num_renamed} tensors got the names that PEFT uses today")
+    for note in report.notes:
+        console.print(note, markup=False)
 
 
 def inspect_path(path: Path) -> dict[str, Any]:

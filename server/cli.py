@@ -258,6 +258,20 @@ def adapters_inspect(
         show(inspect_path(path), as_json=as_json)
 
 
+@adapters_app.command("convert")
+def adapters_convert(
+    src: Annotated[Path, typer.Argument(help="directory of the old adapter: pickled or float32 weights, old config")],
+    dst: Annotated[Path, typer.Argument(help="directory to write; must not exist")],
+    dtype: Annotated[str, typer.Option(help="keep, float32, float16 or bfloat16")] = "keep",
+) -> None:
+    """Make an adapter of 2023 into what the server reads; a pickle is taken apart in a restricted process."""
+    from guanaco.adapters.convert import convert_adapter
+    from guanaco.server.adapters_command import show_conversion
+
+    with _one_line_errors():
+        show_conversion(convert_adapter(src, dst, dtype=dtype), dst)
+
+
 @adapters_app.command("check")
 def adapters_check(
     name: Annotated[str, typer.Argument(help="the name it would get")],

@@ -143,3 +143,14 @@ def test_the_walk_sees(snippet):
 )
 def test_the_walk_leaves_alone(snippet):
     assert list(problems(snippet)) == []
+
+
+def test_only_the_restricted_process_takes_pickles_apart():
+    users = [
+        path.name
+        for path in SOURCES
+        if path.name != "torch_pickle.py" and "torch_pickle" in path.read_text(encoding="utf-8")
+    ]
+    assert users == ["convert_worker.py"]
+    importers = [path.name for path in SOURCES if "import convert_worker" in path.read_text(encoding="utf-8")]
+    assert importers == []
