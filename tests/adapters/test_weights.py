@@ -363,7 +363,7 @@ def test_only_a_pickle_is_refused_and_not_opened(targets, tmp_path, name):
     path, canary = make_adapter(tmp_path / "a", targets, 4), tmp_path / "canary"
     (path / WEIGHTS).unlink()
     (path / name).write_bytes(pickle.dumps(Canary(canary)))
-    with pytest.raises(AdapterError, match="convert it") as error:
+    with pytest.raises(AdapterError, match="guanaco adapters convert") as error:
         load_adapter(path, targets)
     assert (error.value.code, error.value.field) == ("unsupported_format", name)
     assert not canary.exists()
