@@ -48,6 +48,7 @@ class BrokenEntry:
     source: str
     code: str  # of the AdapterError
     problem: str
+    history: tuple[str, ...] = ()  # as of an AdapterEntry: what it may be rolled back to
 
 
 @dataclass(frozen=True)

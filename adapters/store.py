@@ -4,6 +4,7 @@ A source is read once, into a folder of ours; what was copied is what is checked
 appears complete or not at all. Knows no names and no requests. Called by the adapter manager, off the engine thread.
 """
 
+import fcntl
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 from guanaco.adapters.config import CONFIG_NAME, MAX_CONFIG_BYTES
 from guanaco.adapters.errors import AdapterError
@@ -34,7 +36,7 @@ class VersionStore:
         limits: AdapterLimits | None = None,
         strict: bool = False,
     ) -> None:
-        """Raises AdapterError where the directory cannot be written."""
+        """Raises AdapterError where the directory cannot be written, or belongs to a server that runs."""
         self.directory = directory
         self._targets = dict(targets)
         self._limits = limits or AdapterLimits()
@@ -43,6 +45,7 @@ class VersionStore:
         self._fresh: Counter[str] = Counter()  # ingested, and not yet settled: nobody may think them unwanted
         try:
             directory.mkdir(parents=True, exist_ok=True)
+            self._owner = _own(directory)
             for left in directory.glob(f"{_INCOMING}*"):
                 shutil.rmtree(left, ignore_errors=True)
         except OSError as error:
@@ -85,6 +88,10 @@ class VersionStore:
         """All that are stored."""
         return frozenset(entry.name for entry in self.directory.iterdir() if _VERSION.fullmatch(entry.name))
 
+    def close(self) -> None:
+        """Give the directory up to whoever comes next."""
+        self._owner.close()
+
     def settle(self, version: str) -> None:
         """What was ingested is written down where it is wanted, or refused: `collect` may look at it again."""
         with self._lock:
@@ -112,15 +119,38 @@ class VersionStore:
             os.fsync(target.fileno())
 
     def _publish(self, incoming: Path, version: str) -> None:
-        final = self.directory / version
+        """A copy that is there and in order stays: while it were exchanged, a crash could lose both."""
+        final, old = self.directory / version, self.directory / f"{incoming.name}-old"
         sync_directory(incoming)
+        is_intact = self._is_intact(version)
         with self._lock:
-            if final.exists():  # it may have been damaged: the fresh copy takes its place
-                final.rename(self.directory / f"{_INCOMING}{incoming.name}-old")
-            incoming.rename(final)
+            if not (is_intact and final.exists()):
+                if final.exists():
+                    final.rename(old)
+                incoming.rename(final)
             self._fresh[version] += 1
         sync_directory(self.directory)
-        shutil.rmtree(self.directory / f"{_INCOMING}{incoming.name}-old", ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _is_intact(self, version: str) -> bool:
+        try:
+            self.read(version)
+        except AdapterError:
+            return False
+        return True
+
+
+def _own(directory: Path) -> BinaryIO:
+    """The lock of a directory, held until the process ends or the file is closed. AdapterError where it is taken:
+    two servers over one store would each remove what only the other one knows."""
+    file = (directory / ".lock").open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        problem = f"the adapter store {directory} belongs to another server that runs; choose another --adapter-store"
+        raise AdapterError("store_in_use", problem) from None
+    return file
 
 
 def sync_directory(path: Path) -> None:

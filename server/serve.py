@@ -15,6 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from guanaco.adapters.registry_file import RegistryFile
+from guanaco.adapters.store import VersionStore
+from guanaco.adapters.weights import AdapterLimits
 from guanaco.models.chat_template import TemplateError
 from guanaco.server.api.access_log import start_logging
 from guanaco.server.api.auth import KeyRing
@@ -28,7 +30,7 @@ from guanaco.server.engine.async_engine import AsyncEngine, QueueCaps
 from guanaco.server.errors import CommandError
 from guanaco.server.metrics import Metrics
 from guanaco.server.plan import human_bytes
-from guanaco.server.wiring import Runtime, build_runtime
+from guanaco.server.wiring import Base, Runtime, build_runtime
 
 logger = logging.getLogger("guanaco.serve")
 
@@ -111,8 +113,9 @@ def _adapter_manager(
         metrics.name_adapters({entry.version: entry.name for entry in runtime.registry.entries()})
 
     manager = None
-    if runtime.store is not None:
+    if settings.admin_key is not None:
         base = runtime.base
+        store = _open_store(settings, base)
         policy = AdapterPolicy(
             root=None if settings.adapter_root is None else settings.adapter_root.expanduser().absolute(),
             host_memory_bytes=settings.adapter_host_memory,
@@ -121,8 +124,8 @@ def _adapter_manager(
         )
         manager = AdapterManager(
             runtime.registry,
-            runtime.store,
-            RegistryFile(runtime.store.directory / "registry.json"),
+            store,
+            RegistryFile(store.directory / "registry.json"),
             engine,
             policy,
             probe_token_ids=tuple(base.tokenizer.encode(_PROBE_TEXT))[: runtime.plan.max_model_len - 1],
@@ -138,6 +141,16 @@ def _adapter_manager(
         evictions=lambda: runtime.engine.scheduler.slots.num_evictions,
     )
     return manager
+
+
+def _open_store(settings: Settings, base: Base) -> VersionStore:
+    """Each base model has a store of its own: what is an adapter of one is nothing to another."""
+    directory = settings.adapter_store or settings.cache_dir / "adapters"
+    return VersionStore(
+        directory.expanduser().absolute() / base.loaded.fingerprint[:16],
+        base.loaded.model.lora_targets,
+        limits=AdapterLimits(max_rank=settings.max_lora_rank),
+    )
 
 
 def _show_banner(console: Console, settings: Settings, runtime: Runtime, port: int, has_keys: bool) -> None:

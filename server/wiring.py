@@ -17,7 +17,6 @@ from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.registry import AdapterRegistry, parse_adapter_option
 from guanaco.adapters.slot_store import SlotStore
 from guanaco.adapters.slot_table import SlotTable
-from guanaco.adapters.store import VersionStore
 from guanaco.adapters.weights import AdapterLimits, check_base
 from guanaco.kernels import NativeUnavailable, Ops, load_ops
 from guanaco.models.chat_template import ChatTemplate, load_template
@@ -62,7 +61,6 @@ class Runtime:
     provider_reason: str  # why this provider
     registry: AdapterRegistry
     slots: SlotStore
-    store: VersionStore | None  # of adapters that are loaded while the server runs; None: none are
     plan: MemoryPlan
     engine: Engine
     num_threads: int
@@ -98,7 +96,6 @@ def build_runtime(settings: Settings, console: Console) -> Runtime:
         provider_reason=reason,
         registry=registry,
         slots=slots,
-        store=_open_store(settings, base),
         plan=plan,
         engine=_build_engine(settings, base, registry, plan, ops, slots),
         num_threads=num_threads,
@@ -208,18 +205,6 @@ def _load_adapters(settings: Settings, base: Base, console: Console) -> AdapterR
                 check_base(registry.host_copy(entry.version), base.loaded.fingerprint)
             report(name, number, len(options))
     return registry
-
-
-def _open_store(settings: Settings, base: Base) -> VersionStore | None:
-    """Each base model has a store of its own: what is an adapter of one is nothing to another."""
-    if settings.admin_key is None:
-        return None
-    directory = settings.adapter_store or settings.cache_dir / "adapters"
-    return VersionStore(
-        directory.expanduser().absolute() / base.loaded.fingerprint[:16],
-        base.loaded.model.lora_targets,
-        limits=AdapterLimits(max_rank=settings.max_lora_rank),
-    )
 
 
 def _plan(settings: Settings, base: Base, registry: AdapterRegistry, ops: Ops) -> MemoryPlan:

@@ -14,15 +14,5 @@ constexpr int kMaxRows = 6;  // 12 sums, 2 levels and an activation fit the 16 r
 constexpr int kDirectRows = 4;
 }
 }  // namespace guanaco
-#include "attention.h"
-#include "dense.h"
-#include "elementwise.h"
-#include "nf4_tile.h"
 #include "isa_table.h"
-
-namespace guanaco {
-namespace GUANACO_ISA {
-extern const Kernels kTable = GUANACO_TABLE;
-}
-}  // namespace guanaco
 #endif

@@ -15,16 +15,5 @@ constexpr int kMaxRows = 6;  // more, and GCC keeps some of the sums in memory
 constexpr int kDirectRows = 4;
 }
 }  // namespace guanaco
-#include "attention.h"
-#include "dense.h"
-#include "elementwise.h"
-#include "nf4_tile.h"
-
 #include "isa_table.h"
-
-namespace guanaco {
-namespace GUANACO_ISA {
-extern const Kernels kTable = GUANACO_TABLE;
-}
-}  // namespace guanaco
 #endif

@@ -16,16 +16,5 @@ constexpr int kMaxRows = 12;  // a sum each, levels and an activation: well with
 constexpr int kDirectRows = 4;
 }
 }  // namespace guanaco
-#include "attention.h"
-#include "dense.h"
-#include "elementwise.h"
-#include "nf4_tile.h"
-
 #include "isa_table.h"
-
-namespace guanaco {
-namespace GUANACO_ISA {
-extern const Kernels kTable = GUANACO_TABLE;
-}
-}  // namespace guanaco
 #endif

@@ -10,15 +10,4 @@ constexpr int kMaxRows = 6;
 constexpr int kDirectRows = 4;
 }  // namespace GUANACO_ISA
 }  // namespace guanaco
-#include "attention.h"
-#include "dense.h"
-#include "elementwise.h"
-#include "nf4_tile.h"
-
 #include "isa_table.h"
-
-namespace guanaco {
-namespace GUANACO_ISA {
-extern const Kernels kTable = GUANACO_TABLE;
-}
-}  // namespace guanaco

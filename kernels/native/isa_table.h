@@ -1,4 +1,14 @@
-// Last include of an isa_*.cpp: the table of what the headers before it defined.
-#define GUANACO_TABLE                                                                                              \
-    {GUANACO_ISA_NAME, kLayout, quantize_row, nf4_tile, dense_tile, decode_flat, to_float, from_float, rms_norm, \
-     silu_mul, rotate, add, exp_row, attend_run, merge_runs}
+// Last include of an isa_*.cpp: everything that is made once per ISA, on top of the core that the file has chosen, and the
+// table of it.
+#include "attention.h"
+#include "dense.h"
+#include "elementwise.h"
+#include "nf4_tile.h"
+
+namespace guanaco {
+namespace GUANACO_ISA {
+extern const Kernels kTable = {GUANACO_ISA_NAME, kLayout,  quantize_row, nf4_tile, dense_tile, decode_flat, to_float,
+                               from_float,       rms_norm, silu_mul,     rotate,   add,        exp_row,     attend_run,
+                               merge_runs};
+}
+}  // namespace guanaco

@@ -17,7 +17,8 @@ from guanaco.server.api.body import body_schema, parse_object, read_body, valida
 from guanaco.server.api.errors import ApiError, bad_request
 from guanaco.server.api.protocol import Body
 from guanaco.server.api.state import json_response, state_of
-from guanaco.server.engine.adapter_manager import AdapterManager, AdapterRefused, AdapterView
+from guanaco.server.engine.adapter_manager import AdapterManager, AdapterRefused
+from guanaco.server.engine.adapter_view import AdapterView
 
 router = APIRouter(tags=["adapters"])
 

@@ -20,6 +20,7 @@ from guanaco.adapters.registry import AdapterEntry, AdapterRegistry, BrokenEntry
 from guanaco.adapters.registry_file import RegistryFile, Saved
 from guanaco.adapters.store import VersionStore
 from guanaco.adapters.weights import LoadedAdapter, check_base
+from guanaco.server.engine.adapter_view import AdapterView
 from guanaco.server.engine.async_engine import AsyncEngine, EngineUnavailable, ProbeFailed
 
 logger = logging.getLogger(__name__)
@@ -44,48 +45,6 @@ class AdapterPolicy:
     host_memory_bytes: int  # of all host copies together
     base_fingerprint: str
     strict_base: bool = False
-
-
-@dataclass(frozen=True)
-class AdapterView:
-    """What an operator sees of one name."""
-
-    entry: AdapterEntry | BrokenEntry
-    num_requests: int  # that hold its version now
-    num_uses: int  # requests since the start
-    last_used: float | None  # seconds since the epoch
-    in_slot: bool
-
-    def public(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
-        entry = self.entry
-        if isinstance(entry, BrokenEntry):
-            problem = {"code": entry.code, "message": entry.problem}
-            return {
-                "name": entry.name,
-                "state": "broken",
-                "version": entry.version,
-                "source": entry.source,
-                "error": problem,
-            }
-        return {
-            "name": entry.name,
-            "state": "ready",
-            "version": entry.version,
-            "source": entry.source,
-            "rank": entry.max_rank,
-            "modules_applied": entry.modules_applied,
-            "modules_possible": entry.modules_possible,
-            "num_bytes": entry.num_bytes,
-            "tier": "device" if self.in_slot else "host",
-            "pins": self.num_requests,
-            "num_uses": self.num_uses,
-            "loaded_at": entry.loaded_at,
-            "last_used": self.last_used,
-            "effect": entry.effect,
-            "history": list(entry.history),
-            "notes": list(entry.notes),
-        }
 
 
 class AdapterManager:
@@ -118,6 +77,7 @@ class AdapterManager:
         self._loads: dict[_LoadKey, asyncio.Task[AdapterEntry]] = {}
         self._retiring: set[asyncio.Task[None]] = set()
         self._persistent: set[str] = set()  # names that come back after a restart
+        self._shadowed: dict[str, Saved] = {}  # what --adapter goes before; kept for a start without it
         self._saving = asyncio.Lock()
 
     def restore(self) -> tuple[str, ...]:
@@ -140,10 +100,14 @@ class AdapterManager:
             except AdapterError as error:
                 if error.code == "name_taken":
                     self._persistent.discard(record.name)
+                    self._shadowed[record.name] = record
                     notes.append(f"adapter {record.name}: --adapter goes before what was loaded under that name")
                     continue
-                broken = BrokenEntry(record.name, record.version, record.source, error.code, str(error))
-                self.registry.add_broken(broken)
+                self.registry.add_broken(
+                    BrokenEntry(
+                        record.name, record.version, record.source, error.code, str(error), history=record.history
+                    )
+                )
                 notes.append(f"adapter {record.name} is broken: {error}")
         self._store.collect(self._wanted)
         return tuple(notes)
@@ -214,6 +178,7 @@ class AdapterManager:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._store.close()
 
     async def _timed(self, load: Awaitable[AdapterEntry]) -> AdapterEntry:
         started, result = time.monotonic(), "failed"
@@ -246,21 +211,33 @@ class AdapterManager:
             await self._collect()
 
     async def _publish(
-        self, name: str, adapter: LoadedAdapter, source: str, *, replace: bool, expected: str | None = None
+        self,
+        name: str,
+        adapter: LoadedAdapter,
+        source: str,
+        *,
+        replace: bool,
+        expected: str | None = None,
+        history: tuple[str, ...] = (),
     ) -> AdapterEntry:
-        """Prove a version that is stored, then make it what `name` stands for; or discard it."""
+        """Prove a version that is stored, then make it what `name` stands for; or discard it.
+
+        history: of a name that nothing stands for yet, or that is broken.
+        """
         before = self.registry.resolve(name)
         self.registry.stage(adapter)
         entry = None
         try:
             effect = await self._prove(adapter.version)
             self._check_expected(name, expected)
-            entry = self.registry.publish(name, adapter, source=source, replace=replace, effect=effect)
+            history = tuple(earlier for earlier in history if earlier != adapter.version)
+            entry = self.registry.publish(name, adapter, source=source, replace=replace, history=history, effect=effect)
         finally:
             self.registry.release(adapter.version)
             if entry is None:
                 self._retire(adapter.version)
         self._persistent.add(name)
+        self._shadowed.pop(name, None)
         await self._save()
         self._on_change()
         if before is not None and before.version != entry.version:
@@ -281,6 +258,7 @@ class AdapterManager:
     async def _unload(self, name: str, force: bool, timeout_seconds: float) -> bool:
         entry = self.registry.remove(name)
         self._persistent.discard(name)
+        self._shadowed.pop(name, None)
         await self._save()
         self._on_change()
         version = entry.version
@@ -294,7 +272,8 @@ class AdapterManager:
         return bool(finished)
 
     async def _rollback(self, name: str, version: str | None) -> AdapterEntry:
-        entry = self.registry.resolve(name)
+        broken = {entry.name: entry for entry in self.registry.broken()}
+        entry = self.registry.resolve(name) or broken.get(name)
         if entry is None:
             raise AdapterError("adapter_not_found", "no adapter of that name is loaded", "name")
         if not entry.history:
@@ -305,7 +284,8 @@ class AdapterManager:
                 "version_missing", f"{name} has had no such version, or several; see its history", "version"
             )
         adapter = await self._on_thread(lambda: self._store.read(matching[0]))
-        return await self._publish(name, adapter, f"rolled back to {matching[0][:12]}", replace=True)
+        source = f"rolled back to {matching[0][:12]}"
+        return await self._publish(name, adapter, source, replace=True, history=entry.history)
 
     def _retire(self, version: str) -> asyncio.Task[None]:
         """Take a version off device and host as soon as nothing needs it."""
@@ -329,9 +309,9 @@ class AdapterManager:
         await self._on_thread(lambda: self._store.collect(self._wanted))
 
     def _wanted(self) -> frozenset[str]:
-        entries, broken = self.registry.entries(), self.registry.broken()
-        named = {v for entry in entries for v in (entry.version, *entry.history)} | {b.version for b in broken}
-        return frozenset(named) | self.registry.versions()
+        named: list[AdapterEntry | BrokenEntry | Saved] = [*self.registry.entries(), *self.registry.broken()]
+        named += self._shadowed.values()
+        return frozenset(v for one in named for v in (one.version, *one.history)) | self.registry.versions()
 
     def _path_of(self, source: str) -> Path:
         root = self._policy.root
@@ -385,11 +365,10 @@ class AdapterManager:
     async def _save(self) -> None:
         """Write down what a restart is to bring back. The change itself stands even if that fails; the log says so."""
         async with self._saving:
-            records = tuple(
-                Saved(entry.name, entry.version, entry.source, entry.history, entry.effect)
-                for entry in self.registry.entries()
-                if entry.name in self._persistent
-            ) + tuple(Saved(b.name, b.version, b.source) for b in self.registry.broken() if b.name in self._persistent)
+            ready = (Saved(e.name, e.version, e.source, e.history, e.effect) for e in self.registry.entries())
+            broken = (Saved(b.name, b.version, b.source, b.history) for b in self.registry.broken())
+            kept = (record for record in (*ready, *broken) if record.name in self._persistent)
+            records = (*kept, *self._shadowed.values())
             try:
                 await self._on_thread(lambda: self._saved.write(records))
             except OSError as error:

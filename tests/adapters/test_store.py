@@ -23,6 +23,10 @@ def nothing() -> frozenset[str]:
     return frozenset()
 
 
+def content(store: VersionStore) -> list[str]:
+    return sorted(path.name for path in store.directory.iterdir() if path.name != ".lock")
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> VersionStore:
     return VersionStore(tmp_path / "store", TARGETS)
@@ -36,6 +40,7 @@ def test_a_version_outlives_its_source(store: VersionStore, tmp_path: Path) -> N
     path = source(tmp_path)
     loaded = store.ingest(path, name="a")
     shutil.rmtree(path)
+    store.close()
     again = VersionStore(store.directory, TARGETS).read(loaded.version)
     (target,) = again.pairs
     assert again.pairs[target].a.equal(loaded.pairs[target].a)
@@ -48,11 +53,12 @@ def test_a_refused_adapter_leaves_nothing(store: VersionStore, tmp_path: Path) -
     weights.write_bytes(weights.read_bytes()[:-4])
     with pytest.raises(AdapterError):
         store.ingest(path, name="a")
+    store.close()
     small = VersionStore(store.directory, TARGETS, limits=AdapterLimits(max_file_bytes=100))
     with pytest.raises(AdapterError) as refusal:
         small.ingest(source(tmp_path, 1), name="a")
     assert refusal.value.code == "file_too_large"
-    assert list(store.directory.iterdir()) == []
+    assert content(store) == []
 
 
 @pytest.mark.parametrize("damage", ["changed", "truncated", "swapped", "gone"])
@@ -93,8 +99,28 @@ def test_collect_spares_what_was_just_ingested(store: VersionStore, tmp_path: Pa
 def test_what_a_killed_process_left_is_removed(store: VersionStore) -> None:
     (store.directory / ".incoming-x").mkdir()
     (store.directory / ".incoming-x" / "f").write_text("half")
+    store.close()
     VersionStore(store.directory, TARGETS)
-    assert list(store.directory.iterdir()) == []
+    assert content(store) == []
+
+
+def test_a_store_has_one_server(store: VersionStore, tmp_path: Path) -> None:
+    """Two of them would each remove the versions that only the other one knows."""
+    version = store.ingest(source(tmp_path), name="a").version
+    with pytest.raises(AdapterError, match="--adapter-store") as refusal:
+        VersionStore(store.directory, TARGETS)
+    assert refusal.value.code == "store_in_use"
+    assert store.read(version).version == version
+    store.close()
+    VersionStore(store.directory, TARGETS).close()
+
+
+def test_a_copy_in_order_is_not_exchanged(store: VersionStore, tmp_path: Path) -> None:
+    """A crash in the middle of an exchange would lose a version that was there."""
+    version = store.ingest(source(tmp_path), name="a").version
+    before = (store.directory / version).stat().st_ino
+    assert store.ingest(source(tmp_path), name="b").version == version
+    assert (store.directory / version).stat().st_ino == before
 
 
 def test_a_version_is_no_path(store: VersionStore) -> None:

@@ -80,6 +80,13 @@ def test_a_load_has_an_effect_at_once_and_an_unload_too(server: AdapterServer, c
     assert check_text(complete(client), "hi", 8) == ""
 
 
+def test_a_stream_names_its_version_too(server: AdapterServer, client: httpx.Client) -> None:
+    version = put(client, "a", server.source("a", 1))["version"]
+    streamed = complete(client, model="a", stream=True)
+    assert streamed.headers["x-adapter-version"] == version
+    assert "x-adapter-version" not in complete(client, stream=True).headers
+
+
 def test_vllms_routes(server: AdapterServer, client: httpx.Client) -> None:
     body = {"lora_name": "v", "lora_path": server.source("v", 1)}
     done = client.post("/v1/load_lora_adapter", json=body)
@@ -208,19 +215,34 @@ def test_a_restart_brings_back_what_can_be_brought_back(tmp_path: Path) -> None:
     with make_adapter_server(tmp_path) as server, server.client(headers=ADMIN) as client:
         versions = {name: put(client, name, server.source(name, seed))["version"] for seed, name in enumerate("abc")}
         second = put(client, "a", server.source("a2", 9))["version"]
+        worse = put(client, "c", server.source("c2", 10))["version"]
         client.delete("/v1/adapters/b")
     shutil.rmtree(tmp_path / "root")
-    damaged = tmp_path / "store" / versions["c"] / "adapter_model.safetensors"
+    damaged = tmp_path / "store" / worse / "adapter_model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     with make_adapter_server(tmp_path) as server, server.client(headers=ADMIN) as client:
         assert names(client) == [BASE, "a"]
         assert check_text(complete(client, model="a"), "hi", 8) == second
         assert client.post("/v1/adapters/a/rollback", json={}).json()["version"] == versions["a"]
         broken = client.get("/v1/adapters/c").json()
-        assert (broken["state"], broken["version"]) == ("broken", versions["c"])
+        assert (broken["state"], broken["version"]) == ("broken", worse)
         assert complete(client, model="c").status_code == 404
+        put_back = client.post("/v1/adapters/c/rollback", json={}).json()
+        assert (put_back["state"], put_back["version"]) == ("ready", versions["c"])
+        assert check_text(complete(client, model="c"), "hi", 8) == versions["c"]
         assert client.delete("/v1/adapters/c").status_code == 200
-        assert server.store.versions() == {second, versions["a"]}
+        server.wait(lambda: server.store.versions() == {second, versions["a"]})
+
+
+def test_a_name_of_the_command_line_hides_a_loaded_one_and_loses_nothing(tmp_path: Path) -> None:
+    with make_adapter_server(tmp_path) as server, server.client(headers=ADMIN) as client:
+        loaded = put(client, "a", server.source("a", 1))["version"]
+        other = server.root / server.source("other", 2)
+    for hidden in (True, False):
+        taken = {"a": other} if hidden else {}
+        with make_adapter_server(tmp_path, command_line=taken) as server, server.client(headers=ADMIN) as client:
+            put(client, "b", "other")  # any change writes the list anew
+            assert (check_text(complete(client, model="a"), "hi", 8) == loaded) is not hidden
 
 
 def test_only_the_admin_key_opens_the_admin_routes(server: AdapterServer) -> None:
@@ -279,7 +301,7 @@ def test_bad_sources_are_refused_by_code(
     refused = client.put("/v1/adapters/a", json={"source": source(server)})
     assert (error_code(refused), refused.status_code) == (code, 404 if code == "not_found" else 400), refused.text
     assert names(client) == [BASE]
-    assert list(server.store.directory.iterdir()) == [], "nothing is left of it"
+    assert [path.name for path in server.store.directory.iterdir()] == [".lock"], "nothing is left of it"
 
 
 def test_memory_is_bounded(tmp_path: Path) -> None:

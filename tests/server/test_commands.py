@@ -2,13 +2,16 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tiny_adapters import make_adapter
 from tiny_models import make_tiny_llama
 from typer.testing import CliRunner, Result
 
+from guanaco.adapters.weights import BASE_FINGERPRINT_KEY, WEIGHTS_NAME
 from guanaco.kernels import cpu_native
 from guanaco.models.checkpoint import open_checkpoint
 from guanaco.models.config import read_config
@@ -94,6 +97,16 @@ def test_generate_is_repeatable_and_knows_adapters(model: Path, adapters: Path) 
     assert answer("--temperature", 1, "--seed", 3) == answer("--temperature", 1, "--seed", 3)
     assert answer("--adapter", f"x={adapters}/a0", "--name", "x") != answer()
     assert answer("--raw") != answer()
+
+
+def test_another_base_is_a_note_or_refused(model: Path, adapters: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapters / "a0", tmp_path / "other")
+    weights = tmp_path / "other" / WEIGHTS_NAME
+    save_file(load_file(weights), weights, metadata={BASE_FINGERPRINT_KEY: "0" * 64})
+    given = ("generate", "hello", "--model", model, "--adapter", f"o={tmp_path / 'other'}", "--max-tokens", 1)
+    assert _guanaco(*given).exit_code == 0
+    refused = _guanaco(*given, "--strict-base")
+    assert (refused.exit_code, "fingerprint 0000" in refused.output) == (2, True), refused.output
 
 
 def test_generate_refuses_an_unknown_name_and_a_prompt_that_is_too_long(model: Path) -> None:

@@ -157,6 +157,41 @@ def test_a_prefix_that_is_found_changes_nothing(setting: Setting) -> None:
         assert again[name] == greedy_alone(setting, request(setting, name, prompt, *adapters))
 
 
+def test_logits_are_those_of_who_asked(setting: Setting) -> None:
+    """Of the row that the token is drawn from, in company, after prompts of several lengths."""
+    run = Run(setting)
+    wanted = [
+        request(setting, f"r{i}", prompt_of(i, 5 + i), *kind, max_tokens=1, return_logits=i > 0)
+        for i, kind in enumerate([(), ("x",), (), ("y",)])
+    ]
+    got = run(*wanted)
+    for one in wanted:
+        (output,) = run.outputs[one.request_id]
+        if not one.params.return_logits:
+            assert output.logits is None
+            continue
+        assert output.logits is not None
+        logits = torch.frombuffer(bytearray(output.logits), dtype=torch.float32)
+        assert int(logits.argmax()) == got[one.request_id][0]
+        alone = PagedRun(setting.model, seed=5)
+        store = SlotStore(setting.model.lora_targets, 1, CPU)
+        for lora in one.loras:
+            store.load(0, setting.registry.host_copy(lora.version))
+        batch = LoraBatch.build([((0, 1.0),)] * len(one.prompt_token_ids), store.table, CPU) if one.loras else None
+        expected = alone.step([(0, list(one.prompt_token_ids))], lora=batch)[0]
+        assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_forgotten_adapter_leaves_the_device(setting: Setting) -> None:
+    run = Run(setting)
+    first = run(request(setting, "a", prompt_of(1, 9), "x"))["a"]
+    store = run.runner._slots
+    assert store.num_bytes > 0
+    assert run.engine.forget_adapter(setting.version("x"))
+    assert store.num_bytes == 0
+    assert run(request(setting, "b", prompt_of(1, 9), "x"))["b"] == first, "and comes back when it is wanted"
+
+
 def test_a_seed_draws_the_same_in_any_company(setting: Setting) -> None:
     """Sampled, with every filter: alone, among changing others, under preemption, in small chunks."""
     fields = {"temperature": 1.3, "top_p": 0.95, "top_k": 40, "min_p": 0.01, "repetition_penalty": 1.1, "seed": 99}

@@ -33,10 +33,14 @@ class Bench:
         self.now = 0.0
         self.batch = ScheduledBatch((), {}, ())
 
-    def add(self, name: str, length: int, *, first: int = 0, adapters: str = "", **params: object) -> None:
+    def add(
+        self, name: str, length: int, *, first: int = 0, adapters: str = "", background: bool = False, **params: object
+    ) -> None:
         prompt = tuple(range(100 * first + 10, 100 * first + 10 + length))
         loras = tuple(LoraRef(version) for version in adapters)
-        self.scheduler.add(Request(name, prompt, replace(PARAMS, **params), loras, arrival_seconds=self.now))
+        self.scheduler.add(
+            Request(name, prompt, replace(PARAMS, **params), loras, arrival_seconds=self.now, background=background)
+        )
 
     def step(self, token: int = 1) -> list[TokenOutput]:
         self.batch = self.scheduler.schedule(self.now)
@@ -247,3 +251,26 @@ def test_waiting_tokens_are_counted_as_they_come_and_go() -> None:
     assert bench.scheduler.num_waiting_tokens == 13
     bench.scheduler.abort("c")
     assert bench.scheduler.num_waiting_tokens == 6
+
+
+def test_background_work_goes_last_but_not_for_ever() -> None:
+    limits = replace(LIMITS, max_num_seqs=1)
+    bench = Bench(limits=limits)
+    bench.add("probe", 3, background=True, max_tokens=1)
+    bench.add("first", 3, max_tokens=1)
+    bench.step()
+    assert (list(bench.shares), bench.waiting) == (["first"], ["probe"]), "who came later goes before it"
+    bench.add("other", 3, max_tokens=1)
+    order = []
+    for number in range(MAX_PASSED_OVER_STEPS + 3):  # there is always somebody else
+        bench.add(f"r{number}", 3, max_tokens=1)
+        bench.step()
+        order += bench.shares
+    assert order.index("probe") == MAX_PASSED_OVER_STEPS, "one step less: it was passed over once before"
+
+
+def test_background_work_alone_runs_at_once() -> None:
+    bench = Bench()
+    bench.add("probe", 3, background=True, max_tokens=1)
+    bench.step()
+    assert list(bench.shares) == ["probe"]

@@ -1,5 +1,5 @@
 """The real HTTP server, engine, registry, store and adapter manager over a made-up model whose every token depends on
-what is in the adapter slots: one token of another version shows.
+what is in the adapter slots and on whose keys and values it sees: one of another version shows.
 """
 
 from array import array
@@ -36,6 +36,7 @@ class SlotModel(MadeUpModel):
         self.slots: dict[int, str] = {}
         self.inert: set[str] = set()  # versions that change no logit
         self._batch_slots: dict[str, int] = {}
+        self._kv: dict[tuple[int, int], str] = {}  # (block, offset) → who wrote the keys and values there
 
     def load_adapter(self, slot: int, version: str) -> None:
         assert self._registry.host_copy(version).version == version
@@ -48,11 +49,23 @@ class SlotModel(MadeUpModel):
         self._batch_slots = batch.adapter_slots
         return super().run(batch)
 
+    def _write(self, item: ScheduledSequence) -> str:
+        """What is in the request's slots, written to the step's positions; the earlier ones must hold the same. One
+        of another version, left by a stale prefix, makes the tokens those of nobody."""
+        sequence = item.sequence
+        found = ",".join(self.slots[self._batch_slots[lora.version]] for lora in sequence.request.loras)
+        end = sequence.num_computed_tokens + item.num_new_tokens
+        for position in range(sequence.num_computed_tokens, end):
+            self._kv[sequence.block_table[position // BLOCK_SIZE], position % BLOCK_SIZE] = found
+        seen = {self._kv[sequence.block_table[p // BLOCK_SIZE], p % BLOCK_SIZE] for p in range(0, end, BLOCK_SIZE)}
+        return found if seen == {found} else f"{found} over the keys of {seen}"
+
     def _token(self, item: ScheduledSequence) -> SampledToken:
         if not item.needs_sample:
+            self._write(item)
             return SampledToken(None)
         request = item.sequence.request
-        found = ",".join(self.slots[self._batch_slots[lora.version]] for lora in request.loras)
+        found = self._write(item)
         logits = None
         if request.params.return_logits:
             logits = array("f", [1.0 + bool(found and found not in self.inert)] * 8).tobytes()
@@ -80,8 +93,16 @@ class AdapterServer(EngineServer):
 
 
 def make_adapter_server(
-    directory: Path, *, num_slots: int = 3, host_memory: int = 1 << 30, strict_base: bool = False, **settings: Any
+    directory: Path,
+    *,
+    num_slots: int = 3,
+    host_memory: int = 1 << 30,
+    strict_base: bool = False,
+    command_line: dict[str, Path] | None = None,
+    **settings: Any,
 ) -> AdapterServer:
+    """A server that is not started yet. Whatever `directory` holds of an earlier one comes back, after the adapters
+    of the `command_line`."""
     made = make_engine_server(max_queued_requests=512, adapter_slots=num_slots, **settings)
     scheduler = made.scheduler
     scheduler.slots = SlotTable(num_slots)
@@ -101,6 +122,8 @@ def make_adapter_server(
         AdapterPolicy(root, host_memory, FINGERPRINT, strict_base),
         probe_token_ids=(1, 2, 3),
     )
+    for name, path in (command_line or {}).items():
+        registry.load(name, path)
     manager.restore()
     base = ServedModel(BASE, MAX_MODEL_LEN, root=BASE, base_fingerprint=FINGERPRINT)
     for field, value in (

@@ -56,6 +56,7 @@ def main() -> None:
                 num_seen += 1
         left = [path.name for path in store.directory.iterdir() if path.name.startswith(".incoming")]
         assert left == [], left
+        store.close()
     assert num_seen > kills, "the writers never came so far as to write anything down"
     print(f"{kills} kills, {num_seen} versions read back")
 

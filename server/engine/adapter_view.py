@@ -1,0 +1,48 @@
+"""What an operator sees of one adapter's name: plain data, for the admin routes. Made by the adapter manager."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from guanaco.adapters.registry import AdapterEntry, BrokenEntry
+
+
+@dataclass(frozen=True)
+class AdapterView:
+    """What an operator sees of one name."""
+
+    entry: AdapterEntry | BrokenEntry
+    num_requests: int  # that hold its version now
+    num_uses: int  # requests since the start
+    last_used: float | None  # seconds since the epoch
+    in_slot: bool
+
+    def public(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        entry = self.entry
+        if isinstance(entry, BrokenEntry):
+            problem = {"code": entry.code, "message": entry.problem}
+            return {
+                "name": entry.name,
+                "state": "broken",
+                "version": entry.version,
+                "source": entry.source,
+                "error": problem,
+            }
+        return {
+            "name": entry.name,
+            "state": "ready",
+            "version": entry.version,
+            "source": entry.source,
+            "rank": entry.max_rank,
+            "modules_applied": entry.modules_applied,
+            "modules_possible": entry.modules_possible,
+            "num_bytes": entry.num_bytes,
+            "tier": "device" if self.in_slot else "host",
+            "pins": self.num_requests,
+            "num_uses": self.num_uses,
+            "loaded_at": entry.loaded_at,
+            "last_used": self.last_used,
+            "effect": entry.effect,
+            "history": list(entry.history),
+            "notes": list(entry.notes),
+        }
