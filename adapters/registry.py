@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from guanaco.adapters.errors import AdapterError, printable
+from guanaco.adapters.profile import Profile, read_profile
 from guanaco.adapters.weights import AdapterLimits, LoadedAdapter, load_adapter
 
 # One path segment without tricks: it becomes a model id, a URL part, a metrics label and a sub-folder's name.
@@ -37,6 +38,7 @@ class AdapterEntry:
     notes: tuple[str, ...]
     history: tuple[str, ...] = ()  # earlier versions, the latest last
     effect: float | None = None  # largest change of a logit on the probe prompt; None: not measured
+    profile: Profile | None = None  # how it wants to be served
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class BrokenEntry:
     code: str  # of the AdapterError
     problem: str
     history: tuple[str, ...] = ()  # as of an AdapterEntry: what it may be rolled back to
+    profile: Profile | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,10 @@ class AdapterRegistry:
         base_names: tuple[str, ...],
         limits: AdapterLimits | None = None,
         strict: bool = False,
+        templates: frozenset[str] = frozenset(),
     ) -> None:
+        """templates: the names of chat templates that profiles may ask for."""
+        self.templates = templates
         self._targets = dict(targets)
         self._base_names = frozenset(base_names)
         self._limits = limits or AdapterLimits()
@@ -87,7 +93,7 @@ class AdapterRegistry:
         """
         self.check_free(name)
         adapter = load_adapter(path, self._targets, name=name, limits=self._limits, strict=self._strict)
-        return self.publish(name, adapter, source=str(path))
+        return self.publish(name, adapter, source=str(path), profile=read_profile(path, name, self.templates))
 
     def publish(
         self,
@@ -98,6 +104,7 @@ class AdapterRegistry:
         replace: bool = False,
         history: tuple[str, ...] = (),
         effect: float | None = None,
+        profile: Profile | None = None,
     ) -> AdapterEntry:
         """From now on `name` is `adapter`. history: of a name that is new; one that is replaced keeps its own.
 
@@ -122,6 +129,7 @@ class AdapterRegistry:
                 notes=adapter.notes,
                 history=history[-MAX_HISTORY:],
                 effect=effect,
+                profile=profile,
             )
             versions = dict(self._snapshot.versions)
             versions.setdefault(adapter.version, adapter)  # the same content under two names is kept once

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.store import sync_directory
@@ -27,6 +28,7 @@ class Saved:
     source: str
     history: tuple[str, ...] = ()
     effect: float | None = None
+    profile: dict[str, Any] | None = None
 
 
 class RegistryFile:
@@ -74,4 +76,8 @@ def _saved(record: object) -> Saved:
     history = record.get("history", [])
     if not all(isinstance(value, str) for value in (name, version, source, *history)):
         raise TypeError("names, versions and sources are text")
-    return Saved(str(name), str(version), str(source), tuple(history), None if effect is None else float(effect))
+    profile = record.get("profile")
+    if not isinstance(profile, dict | None):
+        raise TypeError("a profile is an object")
+    effect = None if effect is None else float(effect)
+    return Saved(str(name), str(version), str(source), tuple(history), effect, profile)

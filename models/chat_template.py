@@ -21,6 +21,7 @@ from jinja2.utils import Namespace
 
 from guanaco.models.named_templates import NAMED
 
+TEMPLATE_NAMES = frozenset(NAMED)
 MAX_TEMPLATE_CHARS = 1 << 20  # the largest in use, with tools and documents, have some 20,000
 MAX_OUTPUT_CHARS = 1 << 26
 # A product of text or lists may not be longer, nor a power have more bits: "x" * 10**10 is a way to take all memory.

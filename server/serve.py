@@ -17,7 +17,7 @@ from rich.table import Table
 from guanaco.adapters.registry_file import RegistryFile
 from guanaco.adapters.store import VersionStore
 from guanaco.adapters.weights import AdapterLimits
-from guanaco.models.chat_template import TemplateError
+from guanaco.models.chat_template import TemplateError, named_template
 from guanaco.server.api.access_log import start_logging
 from guanaco.server.api.auth import KeyRing
 from guanaco.server.api.catalog import Catalog, ServedModel
@@ -100,6 +100,7 @@ def _api_state(settings: Settings, runtime: Runtime, keys: KeyRing) -> ApiState:
         admin_keys=KeyRing.admin(settings),
         adapters=manager,
         chat_template=base.template,
+        named_template=named_template,
         template_errors=(TemplateError,),
     )
 

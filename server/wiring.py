@@ -19,7 +19,7 @@ from guanaco.adapters.slot_store import SlotStore
 from guanaco.adapters.slot_table import SlotTable
 from guanaco.adapters.weights import AdapterLimits, check_base
 from guanaco.kernels import NativeUnavailable, Ops, load_ops
-from guanaco.models.chat_template import ChatTemplate, load_template
+from guanaco.models.chat_template import TEMPLATE_NAMES, ChatTemplate, load_template
 from guanaco.models.demo import DEMO_NAME, demo_adapters, ensure_demo_model
 from guanaco.models.errors import ModelError
 from guanaco.models.hub import resolve_model
@@ -194,6 +194,7 @@ def _load_adapters(settings: Settings, base: Base, console: Console) -> AdapterR
         base.loaded.model.lora_targets,
         base_names=(base.name,),
         limits=AdapterLimits(max_rank=settings.max_lora_rank),
+        templates=TEMPLATE_NAMES,
     )
     options = [parse_adapter_option(text) for text in settings.adapter]
     if settings.model is None and not options:

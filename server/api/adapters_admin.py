@@ -59,6 +59,7 @@ class UnloadBody(Body):
 class PutBody(Body):
     source: _Source
     expected_version: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    profile: dict[str, Any] | None = None  # instead of the guanaco.json beside the adapter
 
 
 class CheckBody(Body):
@@ -137,7 +138,9 @@ async def put_adapter(request: Request, name: str) -> Response:
     manager, body = _manager(request), await _body(request, PutBody)
     is_new = manager.view(name) is None
     try:
-        await manager.load(name, body.source, replace=True, expected_version=body.expected_version)
+        await manager.load(
+            name, body.source, replace=True, expected_version=body.expected_version, profile=body.profile
+        )
     except AdapterRefused as error:
         raise refusal(error) from None
     return json_response(_card(_view(manager, name)), 201 if is_new else 200)

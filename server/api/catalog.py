@@ -11,11 +11,25 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from guanaco.server.api.auth import ApiKey
 from guanaco.server.api.errors import ApiError, bad_request, model_not_found
 from guanaco.server.api.lifecycle import Admission
 from guanaco.server.engine.request import LoraRef
 
 OWNER = "guanaco"
+
+
+class ServedProfile(Protocol):
+    """How one adapter wants to be served (`adapters.profile.Profile`)."""
+
+    @property
+    def chat_template(self) -> str | None: ...
+    @property
+    def stop(self) -> tuple[str, ...]: ...
+    @property
+    def sampling(self) -> dict[str, float | int]: ...
+    @property
+    def allowed_keys(self) -> tuple[str, ...] | None: ...
 
 
 @dataclass(frozen=True)
@@ -30,6 +44,12 @@ class ServedModel:
     created: int = field(default_factory=lambda: int(time.time()))
     base_fingerprint: str = ""  # of the base's content
     mixture: tuple[LoraRef, ...] = ()  # of a request that names its adapters itself
+    profile: ServedProfile | None = None
+
+    def is_open_to(self, key: ApiKey | None) -> bool:
+        """Whether the holder of a key may use it, or hear of it."""
+        allowed = None if self.profile is None else self.profile.allowed_keys
+        return allowed is None or (key is not None and key.id in allowed)
 
     @property
     def adapter(self) -> str | None:
@@ -74,6 +94,8 @@ class LiveEntry(Protocol):
     def version(self) -> str: ...
     @property
     def loaded_at(self) -> float: ...
+    @property
+    def profile(self) -> ServedProfile | None: ...
 
 
 class LiveAdapters(Protocol):
@@ -97,16 +119,16 @@ class Catalog:
         self._models = {model.name: model for model in (base, *adapters)}
         self._live = live
 
-    def get(self, name: str) -> ServedModel:
-        """The model of that name, to be shown; a 404 where there is none."""
+    def get(self, name: str, key: ApiKey | None) -> ServedModel:
+        """The model of that name, to be shown; a 404 where there is none for this key."""
         model = self._models.get(name)
         if model is None and self._live is not None and (entry := self._live.resolve(name)) is not None:
-            return self._model_of(entry)
-        if model is None:
+            model = self._model_of(entry)
+        if model is None or not model.is_open_to(key):
             raise model_not_found()
         return model
 
-    def acquire(self, name: str, admission: Admission) -> ServedModel:
+    def acquire(self, name: str, key: ApiKey | None, admission: Admission) -> ServedModel:
         """The model of that name, to be used: its version stays until the admission is released."""
         model = self._models.get(name)
         if model is not None:
@@ -115,10 +137,13 @@ class Catalog:
             raise model_not_found()
         live, version = self._live, entry.version
         admission.on_release(lambda: live.release(version))
-        return self._model_of(entry)
+        acquired = self._model_of(entry)
+        if not acquired.is_open_to(key):
+            raise model_not_found()  # not "forbidden": who may not use it need not learn that it is there
+        return acquired
 
     def acquire_mixture(
-        self, model_name: str, adapters: Sequence[tuple[str, float]], admission: Admission
+        self, model_name: str, adapters: Sequence[tuple[str, float]], key: ApiKey | None, admission: Admission
     ) -> ServedModel:
         """The base with several adapters at once, each with a factor of the request's own, in the request's order."""
         if model_name != self.base.name:
@@ -127,7 +152,7 @@ class Catalog:
         loras = []
         for index, (name, scale) in enumerate(adapters):
             try:
-                model = self.acquire(name, admission)
+                model = self.acquire(name, key, admission)
             except ApiError as error:
                 text = f"no adapter is called as adapters[{index}].name says; GET /v1/models lists them"
                 raise ApiError(error.status, "adapter_not_found", text, param=f"adapters[{index}].name") from None
@@ -138,9 +163,11 @@ class Catalog:
             raise bad_request("two of the adapters are the same one: add their scales up", "adapters")
         return replace(self.base, mixture=tuple(loras))
 
-    def all(self) -> tuple[ServedModel, ...]:
+    def all(self, key: ApiKey | None) -> tuple[ServedModel, ...]:
+        """What the holder of a key may use."""
         live = () if self._live is None else self._live.entries()
-        return (*self._models.values(), *(self._model_of(entry) for entry in live))
+        models = (*self._models.values(), *(self._model_of(entry) for entry in live))
+        return tuple(model for model in models if model.is_open_to(key))
 
     def _model_of(self, entry: LiveEntry) -> ServedModel:
         base = self.base
@@ -152,4 +179,5 @@ class Catalog:
             version=entry.version,
             created=int(entry.loaded_at),
             base_fingerprint=base.base_fingerprint,
+            profile=entry.profile,
         )

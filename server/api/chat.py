@@ -17,7 +17,7 @@ from guanaco.server.api.logprobs import chat_logprobs
 from guanaco.server.api.protocol import REFUSED_IN_CHAT, ChatBody, ChatMessage
 from guanaco.server.api.sampling import check_request, sampling_params
 from guanaco.server.api.serving import Prepared, Prompt, acquire_model, check_text_size, serve
-from guanaco.server.api.state import ApiState, ChatTokenizer
+from guanaco.server.api.state import ApiState, ChatTokenizer, Template
 from guanaco.server.engine.request import FinishReason, TokenLogprob
 from guanaco.server.engine.request_stream import TextOutput
 
@@ -39,38 +39,48 @@ def prepare_chat(
     check_request(body, state.tokenizer.vocab_size)
     if body.top_logprobs and not body.logprobs:
         raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
-    model = acquire_model(state, body, admission)
+    model = acquire_model(state, body, key, admission)
+    template = state.template_for(model)
     token_ids = render_messages(
-        state, body.messages, model.max_model_len, add_generation_prompt=body.add_generation_prompt is not False
+        state,
+        template,
+        body.messages,
+        model.max_model_len,
+        add_generation_prompt=body.add_generation_prompt is not False,
     )
     params = sampling_params(
         body,
-        state.defaults,
+        state.defaults_for(model),
         limit=body.token_limit,
         limit_name="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
         num_prompt_tokens=len(token_ids),
         max_model_len=model.max_model_len,
         prompt_name="messages",
         num_logprobs=body.num_logprobs,
-        more_stops=state.template.stop_strings if state.template is not None and not body.ignore_eos else (),
+        more_stops=() if body.ignore_eos else state.stops_of(model),
     )
     prepared = Prepared(body, model, (Prompt(token_ids, params),), state.keys.cache_salt(key, body.cache_salt))
     return prepared, ChatAnswer(body, model, state.tokenizer)
 
 
 def render_messages(
-    state: ApiState, messages: list[ChatMessage], max_model_len: int, *, add_generation_prompt: bool
+    state: ApiState,
+    template: Template | None,
+    messages: list[ChatMessage],
+    max_model_len: int,
+    *,
+    add_generation_prompt: bool,
 ) -> tuple[int, ...]:
     """The conversation as token ids, through the chat template. 400 where it doesn't suit the template."""
     check_text_size(sum(len(message.content.encode()) for message in messages), max_model_len, "messages")
-    if state.template is None:
+    if template is None:
         text = "this model has no chat template: use /v1/completions, or start the server with --chat-template NAME"
         raise bad_request(text, "messages", "no_chat_template")
     try:
         token_ids = state.tokenizer.encode_chat(
             [message.template_message() for message in messages],
             add_generation_prompt=add_generation_prompt,
-            template=state.template,
+            template=template,
         )
     except state.template_errors:
         text = "the model's chat template doesn't take these messages (their roles or their order)"

@@ -38,16 +38,16 @@ def prepare_completion(
     refuse_fields(data, REFUSED)
     body = validate(CompletionBody, data)
     check_request(body, state.tokenizer.vocab_size)
-    model = acquire_model(state, body, admission)
-    prompts = tuple(_prompt(state, body, prompt, model.max_model_len) for prompt in body.prompt)
+    model = acquire_model(state, body, key, admission)
+    prompts = tuple(_prompt(state, body, prompt, model) for prompt in body.prompt)
     prepared = Prepared(body, model, prompts, state.keys.cache_salt(key, body.cache_salt))
     return prepared, CompletionAnswer(body, model, state.tokenizer, prompts)
 
 
-def _prompt(state: ApiState, body: CompletionBody, prompt: protocol.Prompt, max_model_len: int) -> Prompt:
+def _prompt(state: ApiState, body: CompletionBody, prompt: protocol.Prompt, model: ServedModel) -> Prompt:
     """One prompt as token ids. Text gets a BOS as the tokenizer's own rule says; token ids are taken as they are."""
     if isinstance(prompt, str):
-        check_text_size(len(prompt.encode()), max_model_len, "prompt")
+        check_text_size(len(prompt.encode()), model.max_model_len, "prompt")
         token_ids = tuple(state.tokenizer.encode(prompt, add_bos=False if body.add_special_tokens is False else None))
     else:
         token_ids = prompt
@@ -57,14 +57,15 @@ def _prompt(state: ApiState, body: CompletionBody, prompt: protocol.Prompt, max_
         raise bad_request("a prompt is empty", "prompt")
     params = sampling_params(
         body,
-        state.defaults,
+        state.defaults_for(model),
         limit=body.token_limit,
         limit_name="max_tokens",
         num_prompt_tokens=len(token_ids),
-        max_model_len=max_model_len,
+        max_model_len=model.max_model_len,
         prompt_name="prompt",
         num_logprobs=body.num_logprobs,
         prompt_logprobs=body.num_logprobs if body.echo else None,
+        more_stops=() if body.ignore_eos or model.profile is None else model.profile.stop,
     )
     text = None
     skip = body.skip_special_tokens is not False

@@ -4,19 +4,26 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from guanaco.server.api.auth import ApiKey
 from guanaco.server.api.state import json_response, state_of
 
 router = APIRouter()
 
 
+def _key(request: Request) -> ApiKey | None:
+    return request.scope.get("guanaco.key")
+
+
 @router.get("/v1/models", tags=["models"], summary="The base model and its adapters")
 async def list_models(request: Request) -> Response:
-    return json_response({"object": "list", "data": [model.card() for model in state_of(request).catalog.all()]})
+    return json_response(
+        {"object": "list", "data": [model.card() for model in state_of(request).catalog.all(_key(request))]}
+    )
 
 
 @router.get("/v1/models/{name:path}", tags=["models"], summary="One model by its name, slashes included")
 async def get_model(request: Request, name: str) -> Response:
-    return json_response(state_of(request).catalog.get(name).card())
+    return json_response(state_of(request).catalog.get(name, _key(request)).card())
 
 
 @router.head("/health/live", include_in_schema=False)

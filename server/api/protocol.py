@@ -314,8 +314,9 @@ class CompletionBody(GenerationBody):
 
 
 class TokenizeBody(Body):
-    """POST /tokenize: a text as it is, or messages through the chat template."""
+    """POST /tokenize: a text as it is, or messages through the model's chat template (none given: the base's)."""
 
+    model: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     prompt: str | None = None
     messages: (
         Annotated[list[Annotated[ChatMessage, BeforeValidator(_message)]], Field(min_length=1, max_length=MAX_MESSAGES)]

@@ -114,14 +114,14 @@ def name_versions(response: Response, model: ServedModel) -> None:
         response.headers["X-Adapter-Version"] = model.versions
 
 
-def acquire_model(state: ApiState, body: GenerationBody, admission: Admission) -> ServedModel:
+def acquire_model(state: ApiState, body: GenerationBody, key: ApiKey | None, admission: Admission) -> ServedModel:
     """What the request asks for, held until its end. 404 for a name that nothing has."""
     if not body.adapters:
-        return state.catalog.acquire(body.model, admission)
+        return state.catalog.acquire(body.model, key, admission)
     most = state.settings.adapter_slots
     if len(body.adapters) > most:
         raise bad_request(f"at most {most} adapters at once (--adapter-slots)", "adapters")
-    return state.catalog.acquire_mixture(body.model, [(a.name, a.scale) for a in body.adapters], admission)
+    return state.catalog.acquire_mixture(body.model, [(a.name, a.scale) for a in body.adapters], key, admission)
 
 
 def check_text_size(num_bytes: int, max_model_len: int, param: str) -> None:

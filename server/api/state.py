@@ -3,9 +3,9 @@
 Names no concrete tokenizer: the API may not import the models' package, so it says here what it needs of one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import orjson
@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from guanaco.server.api.auth import KeyRing
-from guanaco.server.api.catalog import Catalog
+from guanaco.server.api.catalog import Catalog, ServedModel
 from guanaco.server.api.errors import overloaded
 from guanaco.server.api.lifecycle import Admission, Lifecycle
 from guanaco.server.api.sampling import SamplingDefaults
@@ -31,6 +31,10 @@ class Template(Protocol):
 
     @property
     def stop_strings(self) -> tuple[str, ...]: ...
+
+
+def _no_template(name: str) -> Template:
+    raise LookupError(name)
 
 
 class ChatTokenizer(Protocol):
@@ -69,6 +73,7 @@ class ApiState:
     admin_keys: KeyRing = field(default_factory=KeyRing)
     adapters: AdapterManager | None = None  # None: adapters stay as they were at the start
     chat_template: Template | None = None  # to be used instead of the tokenizer's own
+    named_template: Callable[[str], Template] = field(default=_no_template)  # for profiles
     template_errors: tuple[type[Exception], ...] = ()
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
     workers: ThreadPoolExecutor = field(
@@ -81,10 +86,24 @@ class ApiState:
             raise overloaded()
         return Admission(self.lifecycle)
 
-    @property
-    def template(self) -> Template | None:
-        """The chat template in use."""
+    def template_for(self, model: ServedModel) -> Template | None:
+        """The chat template of a model: its profile's, or the operator's, or the tokenizer's own."""
+        if model.profile is not None and model.profile.chat_template is not None:
+            return self.named_template(model.profile.chat_template)
         return self.chat_template or self.tokenizer.chat_template
+
+    def stops_of(self, model: ServedModel) -> tuple[str, ...]:
+        """What ends a chat answer besides the client's stop strings."""
+        template = self.template_for(model)
+        stops = () if template is None else template.stop_strings
+        return stops if model.profile is None else (*model.profile.stop, *stops)
+
+    def defaults_for(self, model: ServedModel) -> SamplingDefaults:
+        """What a client of a model gets who doesn't say."""
+        if model.profile is None:
+            return self.defaults
+        changes: dict[str, Any] = dict(model.profile.sampling)
+        return replace(self.defaults, **changes)
 
     @property
     def max_admitted(self) -> int:

@@ -10,6 +10,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from guanaco.server.api.auth import ApiKey
 from guanaco.server.api.body import body_schema, parse_object, read_body, validate
 from guanaco.server.api.chat import render_messages
 from guanaco.server.api.errors import bad_request
@@ -24,7 +25,10 @@ router = APIRouter(tags=["tokens"])
 async def tokenize(request: Request) -> Response:
     state = state_of(request)
     body = await read_body(request, state.settings.max_body_bytes)
-    return json_response(await asyncio.get_running_loop().run_in_executor(state.workers, _tokenize, state, body))
+    answer = await asyncio.get_running_loop().run_in_executor(
+        state.workers, _tokenize, state, request.scope.get("guanaco.key"), body
+    )
+    return json_response(answer)
 
 
 @router.post("/detokenize", summary="Token ids to text", openapi_extra=body_schema(DetokenizeBody))
@@ -49,15 +53,22 @@ async def tokenizer_info(request: Request) -> Response:
     )
 
 
-def _tokenize(state: ApiState, raw: bytes) -> dict[str, Any]:
+def _tokenize(state: ApiState, key: ApiKey | None, raw: bytes) -> dict[str, Any]:
     body = validate(TokenizeBody, parse_object(raw))
-    max_model_len = state.catalog.base.max_model_len
+    model = state.catalog.base if body.model is None else state.catalog.get(body.model, key)
+    max_model_len = model.max_model_len
     if (body.prompt is None) == (body.messages is None):
         raise bad_request("give either prompt or messages", "prompt")
     if body.messages is not None:
         with_generation_prompt = body.add_generation_prompt is not False
         token_ids = list(
-            render_messages(state, body.messages, max_model_len, add_generation_prompt=with_generation_prompt)
+            render_messages(
+                state,
+                state.template_for(model),
+                body.messages,
+                max_model_len,
+                add_generation_prompt=with_generation_prompt,
+            )
         )
     else:
         assert body.prompt is not None

@@ -5,17 +5,19 @@ background requests, so nobody waits for a load but who asked for it. Knows no H
 """
 
 import asyncio
+import json
 import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from guanaco.adapters.errors import AdapterError
+from guanaco.adapters.profile import Profile, parse_profile, read_profile
 from guanaco.adapters.registry import AdapterEntry, AdapterRegistry, BrokenEntry, check_name
 from guanaco.adapters.registry_file import RegistryFile, Saved
 from guanaco.adapters.store import VersionStore
@@ -29,7 +31,7 @@ AdapterRefused = AdapterError  # for the API, which knows the engine but not the
 
 T = TypeVar("T")
 
-_LoadKey = tuple[str, str, bool, str | None]  # the arguments of `load`
+_LoadKey = tuple[str, str, bool, str | None, str | None]  # the arguments of `load`, the profile as JSON
 
 _OUR_FAULT = frozenset({"store_failed", "probe_failed"})  # codes of loads that say nothing about the adapter
 _LOAD_THREADS = 2
@@ -95,7 +97,12 @@ class AdapterManager:
                 adapter = self._store.read(record.version)
                 self._check_memory(adapter)
                 self.registry.publish(
-                    record.name, adapter, source=record.source, history=record.history, effect=record.effect
+                    record.name,
+                    adapter,
+                    source=record.source,
+                    history=record.history,
+                    effect=record.effect,
+                    profile=None if record.profile is None else self._profile(record.profile),
                 )
             except AdapterError as error:
                 if error.code == "name_taken":
@@ -105,7 +112,14 @@ class AdapterManager:
                     continue
                 self.registry.add_broken(
                     BrokenEntry(
-                        record.name, record.version, record.source, error.code, str(error), history=record.history
+                        record.name,
+                        record.version,
+                        record.source,
+                        error.code,
+                        str(error),
+                        history=record.history,
+                        # One that is itself at fault is not kept: a roll-back serves without it.
+                        profile=None if error.code == "bad_profile" else self._profile(record.profile or {}),
                     )
                 )
                 notes.append(f"adapter {record.name} is broken: {error}")
@@ -113,15 +127,22 @@ class AdapterManager:
         return tuple(notes)
 
     async def load(
-        self, name: str, source: str, *, replace: bool = False, expected_version: str | None = None
+        self,
+        name: str,
+        source: str,
+        *,
+        replace: bool = False,
+        expected_version: str | None = None,
+        profile: Mapping[str, Any] | None = None,
     ) -> AdapterEntry:
         """Read, check, prove and publish the adapter at `source` (below the root) under `name`.
 
         replace: whether the name may be taken. expected_version: refuse unless the name stands for that version now.
+        profile: how to serve it, as `parse_profile` takes it; None: as the file beside the adapter says.
         From its return on, new requests get the new version; those that run keep theirs. The same load asked for
         twice at the same time happens once.
         """
-        key = (name, source, replace, expected_version)
+        key = (name, source, replace, expected_version, None if profile is None else json.dumps(profile))
         running = self._loads.get(key)
         if running is None:
             running = asyncio.create_task(self._timed(self._locked(name, lambda: self._load(*key))))
@@ -197,15 +218,24 @@ class AdapterManager:
         if not task.cancelled():
             task.exception()  # whoever still waits gets it; where nobody does, it is no news for the log
 
-    async def _load(self, name: str, source: str, replace: bool, expected: str | None) -> AdapterEntry:
+    async def _load(
+        self, name: str, source: str, replace: bool, expected: str | None, profile_json: str | None
+    ) -> AdapterEntry:
         self.registry.check_free(name, replace=replace)
         self._check_expected(name, expected)
         path = self._path_of(source)
+        profile: Profile | None = None
+        if profile_json is not None:
+            profile = self._profile(json.loads(profile_json))
+        else:
+            profile = await self._on_thread(
+                lambda: read_profile(path, name, self.registry.templates, self._policy.root)
+            )
         adapter = await self._on_thread(lambda: self._store.ingest(path, name=name, root=self._policy.root))
         try:
             adapter = self._checked_base(adapter)
             self._check_memory(adapter)
-            return await self._publish(name, adapter, source, replace=replace, expected=expected)
+            return await self._publish(name, adapter, source, profile, replace=replace, expected=expected)
         finally:
             self._store.settle(adapter.version)
             await self._collect()
@@ -215,6 +245,7 @@ class AdapterManager:
         name: str,
         adapter: LoadedAdapter,
         source: str,
+        profile: Profile | None,
         *,
         replace: bool,
         expected: str | None = None,
@@ -231,7 +262,9 @@ class AdapterManager:
             effect = await self._prove(adapter.version)
             self._check_expected(name, expected)
             history = tuple(earlier for earlier in history if earlier != adapter.version)
-            entry = self.registry.publish(name, adapter, source=source, replace=replace, history=history, effect=effect)
+            entry = self.registry.publish(
+                name, adapter, source=source, replace=replace, history=history, effect=effect, profile=profile
+            )
         finally:
             self.registry.release(adapter.version)
             if entry is None:
@@ -285,7 +318,7 @@ class AdapterManager:
             )
         adapter = await self._on_thread(lambda: self._store.read(matching[0]))
         source = f"rolled back to {matching[0][:12]}"
-        return await self._publish(name, adapter, source, replace=True, history=entry.history)
+        return await self._publish(name, adapter, source, entry.profile, replace=True, history=entry.history)
 
     def _retire(self, version: str) -> asyncio.Task[None]:
         """Take a version off device and host as soon as nothing needs it."""
@@ -322,6 +355,9 @@ class AdapterManager:
             problem = f"the path must have 1 to {MAX_SOURCE_CHARS} printable characters"
             raise AdapterError("bad_source", problem, "source")
         return root / source  # an absolute path replaces the root; that it leads below it is checked when it is opened
+
+    def _profile(self, fields: Mapping[str, Any]) -> Profile:
+        return parse_profile(fields, self.registry.templates)
 
     def _check_expected(self, name: str, expected: str | None) -> None:
         entry = self.registry.resolve(name)
@@ -365,8 +401,13 @@ class AdapterManager:
     async def _save(self) -> None:
         """Write down what a restart is to bring back. The change itself stands even if that fails; the log says so."""
         async with self._saving:
-            ready = (Saved(e.name, e.version, e.source, e.history, e.effect) for e in self.registry.entries())
-            broken = (Saved(b.name, b.version, b.source, b.history) for b in self.registry.broken())
+            ready = (
+                Saved(e.name, e.version, e.source, e.history, e.effect, _plain(e.profile))
+                for e in self.registry.entries()
+            )
+            broken = (
+                Saved(b.name, b.version, b.source, b.history, None, _plain(b.profile)) for b in self.registry.broken()
+            )
             kept = (record for record in (*ready, *broken) if record.name in self._persistent)
             records = (*kept, *self._shadowed.values())
             try:
@@ -375,3 +416,7 @@ class AdapterManager:
                 logger.error(
                     "the list of adapters could not be written (%s): a restart would not know this change", error
                 )
+
+
+def _plain(profile: Profile | None) -> dict[str, Any] | None:
+    return None if profile is None else profile.public()

@@ -45,4 +45,5 @@ class AdapterView:
             "effect": entry.effect,
             "history": list(entry.history),
             "notes": list(entry.notes),
+            "profile": None if entry.profile is None else entry.profile.public(),
         }

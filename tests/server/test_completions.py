@@ -202,10 +202,11 @@ class TestTokenRoutes:
             assert answer["count"] == 4
             assert answer["max_model_len"] == MAX_MODEL_LEN
             assert answer["token_strs"][:2] == ["<bos>", "a"]
-            assert "tokens" in client.post("/tokenize", json={"prompt": "a", "add_special_tokens": False}).json()
-            plain = client.post("/tokenize", json={"prompt": "a", "add_special_tokens": False, "model": "x"}).json()
+            plain = client.post("/tokenize", json={"prompt": "a", "add_special_tokens": False, "model": BASE}).json()
             assert plain["tokens"] == [97]
             assert "token_strs" not in plain
+            unknown = client.post("/tokenize", json={"prompt": "a", "model": "nobody"})
+            assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
 
     def test_tokenize_messages_as_chat_does(self, server: LiveServer) -> None:
         messages = [{"role": "user", "content": "hi"}]

@@ -3,12 +3,14 @@ what is in the adapter slots and on whose keys and values it sees: one of anothe
 """
 
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from api_server import BASE, MAX_MODEL_LEN
 from engine_server import BLOCK_SIZE, EngineServer, MadeUpModel, make_engine_server, next_token
+from fake_engine import FakeTemplate
 from safetensors.torch import load_file, save_file
 from tiny_adapters import make_adapter
 
@@ -20,7 +22,7 @@ from guanaco.adapters.weights import BASE_FINGERPRINT_KEY, WEIGHTS_NAME, Adapter
 from guanaco.server.api.auth import KeyRing
 from guanaco.server.api.catalog import Catalog, ServedModel
 from guanaco.server.engine.adapter_manager import AdapterManager, AdapterPolicy
-from guanaco.server.engine.request import SampledToken, ScheduledBatch, ScheduledSequence
+from guanaco.server.engine.request import SampledToken, SamplingParams, ScheduledBatch, ScheduledSequence
 
 TARGETS = {"layers.0.self_attn.q_proj": (8, 8), "layers.0.mlp.down_proj": (16, 8)}
 FINGERPRINT = "f" * 64
@@ -34,6 +36,7 @@ class SlotModel(MadeUpModel):
         super().__init__()
         self._registry = registry
         self.slots: dict[int, str] = {}
+        self.params: SamplingParams | None = None  # of the request that got the latest token
         self.inert: set[str] = set()  # versions that change no logit
         self._batch_slots: dict[str, int] = {}
         self._kv: dict[tuple[int, int], str] = {}  # (block, offset) → who wrote the keys and values there
@@ -65,6 +68,7 @@ class SlotModel(MadeUpModel):
             self._write(item)
             return SampledToken(None)
         request = item.sequence.request
+        self.params = request.params
         found = self._write(item)
         logits = None
         if request.params.return_logits:
@@ -99,6 +103,7 @@ def make_adapter_server(
     host_memory: int = 1 << 30,
     strict_base: bool = False,
     command_line: dict[str, Path] | None = None,
+    keys: Sequence[str] = (),
     **settings: Any,
 ) -> AdapterServer:
     """A server that is not started yet. Whatever `directory` holds of an earlier one comes back, after the adapters
@@ -108,7 +113,9 @@ def make_adapter_server(
     scheduler.slots = SlotTable(num_slots)
     assert scheduler.blocks.block_size == BLOCK_SIZE
     made.sock.close()
-    registry = AdapterRegistry(TARGETS, base_names=(BASE,), limits=AdapterLimits(max_rank=64))
+    registry = AdapterRegistry(
+        TARGETS, base_names=(BASE,), limits=AdapterLimits(max_rank=64), templates=frozenset({"guanaco"})
+    )
     model = SlotModel(registry)
     made.state.engine._engine._runner = model
     root = directory / "root"
@@ -128,7 +135,9 @@ def make_adapter_server(
     base = ServedModel(BASE, MAX_MODEL_LEN, root=BASE, base_fingerprint=FINGERPRINT)
     for field, value in (
         ("catalog", Catalog(base, live=registry)),
+        ("keys", KeyRing(keys)),
         ("admin_keys", KeyRing(["sesame"])),
+        ("named_template", {"guanaco": FakeTemplate(("### Human",))}.__getitem__),
         ("adapters", manager),
     ):
         object.__setattr__(made.state, field, value)
