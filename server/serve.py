@@ -25,7 +25,8 @@ from guanaco.server.api.http_server import bind, serve
 from guanaco.server.api.sampling import SamplingDefaults
 from guanaco.server.api.state import ApiState
 from guanaco.server.config import Settings
-from guanaco.server.engine.adapter_manager import AdapterManager, AdapterPolicy
+from guanaco.server.engine.adapter_manager import AdapterManager
+from guanaco.server.engine.adapter_sources import AdapterPolicy
 from guanaco.server.engine.async_engine import AsyncEngine, QueueCaps
 from guanaco.server.errors import CommandError
 from guanaco.server.metrics import Metrics

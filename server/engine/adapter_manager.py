@@ -1,31 +1,27 @@
 """Adapters that come and go while the engine runs: load, prove, publish, replace, roll back, drain, remove.
 
-Lives on the event loop; reading, copying and hashing happen on threads of its own, and the proof of effect in
-background requests, so nobody waits for a load but who asked for it. Knows no HTTP. Used by the admin routes.
+Lives on the event loop; reading, copying and hashing happen on the threads of `adapter_sources`, and the proof of
+effect in background requests, so nobody waits for a load but who asked for it. Knows no HTTP. Used by the admin routes.
 """
 
 import asyncio
 import json
-import logging
 import math
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from guanaco.adapters.errors import AdapterError
-from guanaco.adapters.profile import Profile, parse_profile, read_profile
+from guanaco.adapters.profile import Profile
 from guanaco.adapters.registry import AdapterEntry, AdapterRegistry, BrokenEntry, check_name
-from guanaco.adapters.registry_file import RegistryFile, Saved
+from guanaco.adapters.registry_file import RegistryFile
 from guanaco.adapters.store import VersionStore
-from guanaco.adapters.weights import LoadedAdapter, check_base
+from guanaco.adapters.weights import LoadedAdapter
+from guanaco.server.engine.adapter_records import AdapterRecords
+from guanaco.server.engine.adapter_sources import AdapterPolicy, AdapterSources
 from guanaco.server.engine.adapter_view import AdapterView
 from guanaco.server.engine.async_engine import AsyncEngine, EngineUnavailable, ProbeFailed
-
-logger = logging.getLogger(__name__)
 
 AdapterRefused = AdapterError  # for the API, which knows the engine but not the adapters below it
 
@@ -34,19 +30,7 @@ T = TypeVar("T")
 _LoadKey = tuple[str, str, bool, str | None, str | None]  # the arguments of `load`, the profile as JSON
 
 _OUR_FAULT = frozenset({"store_failed", "probe_failed"})  # codes of loads that say nothing about the adapter
-_LOAD_THREADS = 2
 _IDLE_POLL_SECONDS = 0.02
-MAX_SOURCE_CHARS = 1024
-
-
-@dataclass(frozen=True)
-class AdapterPolicy:
-    """What an operator allows while the server runs."""
-
-    root: Path | None  # where sources lie; None: nothing can be loaded by path
-    host_memory_bytes: int  # of all host copies together
-    base_fingerprint: str
-    strict_base: bool = False
 
 
 class AdapterManager:
@@ -66,65 +50,22 @@ class AdapterManager:
     ) -> None:
         """on_change: the names changed. on_load: a load ended as "ok", "refused" or "failed", after so many seconds."""
         self.registry = registry
-        self._store = store
-        self._saved = saved
+        self._sources = AdapterSources(registry, store, policy)
+        self._records = AdapterRecords(registry, saved)
         self._engine = engine
-        self._policy = policy
         self._probe_token_ids = probe_token_ids
         self._on_change = on_change
         self._on_load = on_load
-        self._threads = ThreadPoolExecutor(_LOAD_THREADS, thread_name_prefix="guanaco-adapters")
         self._locks: dict[str, asyncio.Lock] = {}  # by name: its changes happen one after the other
         self._lock_users: Counter[str] = Counter()  # who holds or waits for each
         self._loads: dict[_LoadKey, asyncio.Task[AdapterEntry]] = {}
         self._retiring: set[asyncio.Task[None]] = set()
-        self._persistent: set[str] = set()  # names that come back after a restart
-        self._shadowed: dict[str, Saved] = {}  # what --adapter goes before; kept for a start without it
-        self._saving = asyncio.Lock()
 
     def restore(self) -> tuple[str, ...]:
-        """Bring back what was loaded before a restart; remarks for the operator. Called once, before the engine runs.
-
-        A name that is taken by now (by --adapter) stays what it is. One whose copy is gone or damaged is listed as
-        broken.
-        """
-        notes = []
-        records = self._saved.read()
-        for record in records:
-            self._persistent.add(record.name)
-            try:
-                self.registry.check_free(record.name)
-                adapter = self._store.read(record.version)
-                self._check_memory(adapter)
-                self.registry.publish(
-                    record.name,
-                    adapter,
-                    source=record.source,
-                    history=record.history,
-                    effect=record.effect,
-                    profile=None if record.profile is None else self._profile(record.profile),
-                )
-            except AdapterError as error:
-                if error.code == "name_taken":
-                    self._persistent.discard(record.name)
-                    self._shadowed[record.name] = record
-                    notes.append(f"adapter {record.name}: --adapter goes before what was loaded under that name")
-                    continue
-                self.registry.add_broken(
-                    BrokenEntry(
-                        record.name,
-                        record.version,
-                        record.source,
-                        error.code,
-                        str(error),
-                        history=record.history,
-                        # One that is itself at fault is not kept: a roll-back serves without it.
-                        profile=None if error.code == "bad_profile" else self._profile(record.profile or {}),
-                    )
-                )
-                notes.append(f"adapter {record.name} is broken: {error}")
-        self._store.collect(self._wanted)
-        return tuple(notes)
+        """Bring back what was loaded before a restart; remarks for the operator. Called once, at the start."""
+        notes = self._records.restore(self._sources.stored_now, self._sources.profile)
+        self._sources.collect_now(self._records.wanted)
+        return notes
 
     async def load(
         self,
@@ -178,17 +119,14 @@ class AdapterManager:
     async def check(self, name: str, source: str) -> dict[str, Any]:
         """Everything that `load` checks, without the proof and without keeping anything: what it would take."""
         check_name(name)
-        path = self._path_of(source)
-        adapter = await self._on_thread(lambda: self._store.ingest(path, name=name, root=self._policy.root, keep=False))
-        adapter = self._checked_base(adapter)
-        self._check_memory(adapter)
+        adapter = self._sources.checked(await self._sources.ingest(name, source, keep=False))
         return {
             "version": adapter.version,
             "rank": adapter.max_rank,
             "modules_applied": adapter.modules_applied,
             "modules_possible": adapter.modules_possible,
             "num_bytes": adapter.num_bytes,
-            "free_bytes": self._policy.host_memory_bytes - self.registry.num_bytes,
+            "free_bytes": self._sources.free_bytes(),
             "notes": list(adapter.notes),
         }
 
@@ -198,8 +136,7 @@ class AdapterManager:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        self._store.close()
+        self._sources.close()
 
     async def _timed(self, load: Awaitable[AdapterEntry]) -> AdapterEntry:
         started, result = time.monotonic(), "failed"
@@ -223,21 +160,16 @@ class AdapterManager:
     ) -> AdapterEntry:
         self.registry.check_free(name, replace=replace)
         self._check_expected(name, expected)
-        path = self._path_of(source)
-        profile: Profile | None = None
-        if profile_json is not None:
-            profile = self._profile(json.loads(profile_json))
+        if profile_json is None:
+            profile = await self._sources.profile_beside(name, source)
         else:
-            profile = await self._on_thread(
-                lambda: read_profile(path, name, self.registry.templates, self._policy.root)
-            )
-        adapter = await self._on_thread(lambda: self._store.ingest(path, name=name, root=self._policy.root))
+            profile = self._sources.profile(json.loads(profile_json))
+        adapter = await self._sources.ingest(name, source)
         try:
-            adapter = self._checked_base(adapter)
-            self._check_memory(adapter)
+            adapter = self._sources.checked(adapter)
             return await self._publish(name, adapter, source, profile, replace=replace, expected=expected)
         finally:
-            self._store.settle(adapter.version)
+            self._sources.settle(adapter.version)
             await self._collect()
 
     async def _publish(
@@ -269,8 +201,7 @@ class AdapterManager:
             self.registry.release(adapter.version)
             if entry is None:
                 self._retire(adapter.version)
-        self._persistent.add(name)
-        self._shadowed.pop(name, None)
+        self._records.keep(name)
         await self._save()
         self._on_change()
         if before is not None and before.version != entry.version:
@@ -290,8 +221,7 @@ class AdapterManager:
 
     async def _unload(self, name: str, force: bool, timeout_seconds: float) -> bool:
         entry = self.registry.remove(name)
-        self._persistent.discard(name)
-        self._shadowed.pop(name, None)
+        self._records.drop(name)
         await self._save()
         self._on_change()
         version = entry.version
@@ -316,7 +246,7 @@ class AdapterManager:
             raise AdapterError(
                 "version_missing", f"{name} has had no such version, or several; see its history", "version"
             )
-        adapter = await self._on_thread(lambda: self._store.read(matching[0]))
+        adapter = await self._sources.stored(matching[0])
         source = f"rolled back to {matching[0][:12]}"
         return await self._publish(name, adapter, source, entry.profile, replace=True, history=entry.history)
 
@@ -339,50 +269,13 @@ class AdapterManager:
 
     async def _collect(self) -> None:
         """Remove the stored copies of versions that no name has now or had before, and nobody uses."""
-        await self._on_thread(lambda: self._store.collect(self._wanted))
-
-    def _wanted(self) -> frozenset[str]:
-        named: list[AdapterEntry | BrokenEntry | Saved] = [*self.registry.entries(), *self.registry.broken()]
-        named += self._shadowed.values()
-        return frozenset(v for one in named for v in (one.version, *one.history)) | self.registry.versions()
-
-    def _path_of(self, source: str) -> Path:
-        root = self._policy.root
-        if root is None:
-            problem = "start the server with --adapter-root DIR: adapters are loaded from below it"
-            raise AdapterError("no_adapter_root", problem, "source")
-        if not source or len(source) > MAX_SOURCE_CHARS or not source.isprintable():
-            problem = f"the path must have 1 to {MAX_SOURCE_CHARS} printable characters"
-            raise AdapterError("bad_source", problem, "source")
-        return root / source  # an absolute path replaces the root; that it leads below it is checked when it is opened
-
-    def _profile(self, fields: Mapping[str, Any]) -> Profile:
-        return parse_profile(fields, self.registry.templates)
+        await self._sources.collect(self._records.wanted)
 
     def _check_expected(self, name: str, expected: str | None) -> None:
         entry = self.registry.resolve(name)
         if expected is not None and (entry is None or entry.version != expected):
             now = "is not loaded" if entry is None else f"stands for version {entry.version}"
             raise AdapterError("version_conflict", f"{name} {now}, not for the expected one", "expected_version")
-
-    def _checked_base(self, adapter: LoadedAdapter) -> LoadedAdapter:
-        """With a note where it records another base; AdapterError where that is to be refused."""
-        try:
-            check_base(adapter, self._policy.base_fingerprint)
-        except AdapterError as error:
-            if self._policy.strict_base:
-                raise
-            return replace(adapter, notes=(*adapter.notes, str(error)))
-        return adapter
-
-    def _check_memory(self, adapter: LoadedAdapter) -> None:
-        limit, used = self._policy.host_memory_bytes, self.registry.num_bytes
-        if not self.registry.knows(adapter.version) and used + adapter.num_bytes > limit:
-            problem = (
-                f"it needs {adapter.num_bytes} bytes, and {used} of {limit} are taken: unload another, "
-                "or raise --adapter-host-memory"
-            )
-            raise AdapterError("host_memory_full", problem)
 
     async def _locked(self, name: str, work: Callable[[], Awaitable[T]]) -> T:
         lock = self._locks.setdefault(name, asyncio.Lock())
@@ -395,28 +288,5 @@ class AdapterManager:
             if not self._lock_users[name]:
                 del self._lock_users[name], self._locks[name]
 
-    async def _on_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
-
     async def _save(self) -> None:
-        """Write down what a restart is to bring back. The change itself stands even if that fails; the log says so."""
-        async with self._saving:
-            ready = (
-                Saved(e.name, e.version, e.source, e.history, e.effect, _plain(e.profile))
-                for e in self.registry.entries()
-            )
-            broken = (
-                Saved(b.name, b.version, b.source, b.history, None, _plain(b.profile)) for b in self.registry.broken()
-            )
-            kept = (record for record in (*ready, *broken) if record.name in self._persistent)
-            records = (*kept, *self._shadowed.values())
-            try:
-                await self._on_thread(lambda: self._saved.write(records))
-            except OSError as error:
-                logger.error(
-                    "the list of adapters could not be written (%s): a restart would not know this change", error
-                )
-
-
-def _plain(profile: Profile | None) -> dict[str, Any] | None:
-    return None if profile is None else profile.public()
+        await self._records.save(self._sources.on_thread)

@@ -21,7 +21,8 @@ from guanaco.adapters.store import VersionStore
 from guanaco.adapters.weights import BASE_FINGERPRINT_KEY, WEIGHTS_NAME, AdapterLimits
 from guanaco.server.api.auth import KeyRing
 from guanaco.server.api.catalog import Catalog, ServedModel
-from guanaco.server.engine.adapter_manager import AdapterManager, AdapterPolicy
+from guanaco.server.engine.adapter_manager import AdapterManager
+from guanaco.server.engine.adapter_sources import AdapterPolicy
 from guanaco.server.engine.request import SampledToken, SamplingParams, ScheduledBatch, ScheduledSequence
 
 TARGETS = {"layers.0.self_attn.q_proj": (8, 8), "layers.0.mlp.down_proj": (16, 8)}

@@ -1,0 +1,124 @@
+"""Where adapters come from: a source as the operator names it, read, copied, checked; or a version of the store.
+
+Reads on threads of its own, never on the event loop. Names and changes nothing: the adapter manager calls it, and
+publishes what it hands back.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from guanaco.adapters.errors import AdapterError
+from guanaco.adapters.profile import Profile, parse_profile, read_profile
+from guanaco.adapters.registry import AdapterRegistry
+from guanaco.adapters.store import VersionStore
+from guanaco.adapters.weights import LoadedAdapter, check_base
+
+T = TypeVar("T")
+
+_LOAD_THREADS = 2
+MAX_SOURCE_CHARS = 1024
+
+
+@dataclass(frozen=True)
+class AdapterPolicy:
+    """What an operator allows while the server runs."""
+
+    root: Path | None  # where sources lie; None: nothing can be loaded by path
+    host_memory_bytes: int  # of all host copies together
+    base_fingerprint: str
+    strict_base: bool = False
+
+
+class AdapterSources:
+    """Sources below the policy's root, and the versions of one store. Coroutines raise AdapterError."""
+
+    def __init__(self, registry: AdapterRegistry, store: VersionStore, policy: AdapterPolicy) -> None:
+        self._registry = registry
+        self._store = store
+        self._policy = policy
+        self._threads = ThreadPoolExecutor(_LOAD_THREADS, thread_name_prefix="guanaco-adapters")
+
+    async def ingest(self, name: str, source: str, *, keep: bool = True) -> LoadedAdapter:
+        """The adapter at `source`. What is kept is to be settled, whatever happens to it."""
+        path, root = self._path_of(source), self._policy.root
+        return await self.on_thread(lambda: self._store.ingest(path, name=name, root=root, keep=keep))
+
+    def checked(self, adapter: LoadedAdapter) -> LoadedAdapter:
+        """With a note where it records another base. AdapterError where that is to be refused, and where the host has
+        no room for it."""
+        try:
+            check_base(adapter, self._policy.base_fingerprint)
+        except AdapterError as error:
+            if self._policy.strict_base:
+                raise
+            adapter = replace(adapter, notes=(*adapter.notes, str(error)))
+        self.check_memory(adapter)
+        return adapter
+
+    async def profile_beside(self, name: str, source: str) -> Profile | None:
+        """What the file beside an adapter asks for; None where there is none."""
+        path, root = self._path_of(source), self._policy.root
+        return await self.on_thread(lambda: read_profile(path, name, self._registry.templates, root))
+
+    def profile(self, fields: Mapping[str, Any]) -> Profile:
+        """A profile as an operator gives it."""
+        return parse_profile(fields, self._registry.templates)
+
+    async def stored(self, version: str) -> LoadedAdapter:
+        """A version that the store keeps."""
+        return await self.on_thread(lambda: self._store.read(version))
+
+    def stored_now(self, version: str) -> LoadedAdapter:
+        """As `stored`, on the caller's thread and only if the memory has room: for the start, before anybody waits."""
+        adapter = self._store.read(version)
+        self.check_memory(adapter)
+        return adapter
+
+    def settle(self, version: str) -> None:
+        """What was ingested is published by now, or refused: it may be collected."""
+        self._store.settle(version)
+
+    def collect_now(self, wanted: Callable[[], frozenset[str]]) -> None:
+        """Remove the stored copies of versions that are not wanted."""
+        self._store.collect(wanted)
+
+    async def collect(self, wanted: Callable[[], frozenset[str]]) -> None:
+        """As `collect_now`, off the event loop."""
+        await self.on_thread(lambda: self._store.collect(wanted))
+
+    def free_bytes(self) -> int:
+        """How much more the host's copies may take."""
+        return self._policy.host_memory_bytes - self._registry.num_bytes
+
+    def check_memory(self, adapter: LoadedAdapter) -> None:
+        """AdapterError where the host has no room for it."""
+        limit, used = self._policy.host_memory_bytes, self._registry.num_bytes
+        if not self._registry.knows(adapter.version) and used + adapter.num_bytes > limit:
+            problem = (
+                f"it needs {adapter.num_bytes} bytes, and {used} of {limit} are taken: unload another, "
+                "or raise --adapter-host-memory"
+            )
+            raise AdapterError("host_memory_full", problem)
+
+    async def on_thread(self, work: Callable[[], T]) -> T:
+        """Run file work on one of the loading threads."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def close(self) -> None:
+        """Give the threads and the store up."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._store.close()
+
+    def _path_of(self, source: str) -> Path:
+        root = self._policy.root
+        if root is None:
+            problem = "start the server with --adapter-root DIR: adapters are loaded from below it"
+            raise AdapterError("no_adapter_root", problem, "source")
+        if not source or len(source) > MAX_SOURCE_CHARS or not source.isprintable():
+            problem = f"the path must have 1 to {MAX_SOURCE_CHARS} printable characters"
+            raise AdapterError("bad_source", problem, "source")
+        return root / source  # an absolute path replaces the root; that it leads below it is checked when it is opened
