@@ -14,7 +14,7 @@ from torch import Tensor
 
 from guanaco.kernels import cpu_native as native
 from guanaco.kernels.cpu_lora import DTYPES, LoraOperand, LoraOperands
-from guanaco.kernels.lora_batch import LoraBatch
+from guanaco.kernels.lora_batch import LoraBatch, LoraPair
 from guanaco.kernels.nf4 import GROUP_SIZE, Nf4Weight
 from guanaco.kernels.ops import MODULES_PER_LAYER, Draw, LayerWeights, LinearHandle, PackedWeight
 
@@ -78,6 +78,10 @@ class CpuOps:
         if bias32 is not None:
             tensors = (*tensors, bias32)
         return CpuLinear(struct, tensors, in_features, out_features, sum(t.nbytes for t in tensors))
+
+    def place_adapter(self, pairs: Sequence[LoraPair]) -> list[LoraPair]:
+        """The host copies themselves: nothing is copied."""
+        return list(pairs)
 
     def linear(self, x: Tensor, weight: LinearHandle, lora: LoraBatch | None, module: int) -> Tensor:
         operand = None if lora is None else LoraOperands().operand(lora, (module,))

@@ -19,11 +19,12 @@ class LoraPair:
     scale: float  # alpha / rank, or alpha / sqrt(rank) for rsLoRA; never folded into B
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class LoraTable:
     """What is in the adapter slots: `pairs[module, slot]`; an adapter without a key there leaves the module alone."""
 
     pairs: dict[tuple[int, int], LoraPair]
+    changes: int = 0  # counted up by whoever changes `pairs`, so that a provider need not compare them in every step
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from guanaco.kernels.lora_batch import LoraBatch
+from guanaco.kernels.lora_batch import LoraBatch, LoraPair
 from guanaco.kernels.nf4 import Nf4Weight
 
 # Instruction sets of the `cpu` provider, the best first.
@@ -20,7 +20,7 @@ MODULES_PER_LAYER = 7
 
 
 class NativeUnavailable(RuntimeError):
-    """The native kernels cannot be used here; the message says why and what to do."""
+    """A provider's own kernels cannot be used here; the message says why and what to do."""
 
 
 class LinearHandle(Protocol):
@@ -69,7 +69,8 @@ class FusedLayers(Protocol):
         cu_seqlens_q: Tensor,
         lora: LoraBatch | None,
     ) -> Tensor:
-        """[t, hidden] → [t, hidden]; caches: one (k, v) pair per layer, written and read. Shapes as in `Ops`."""
+        """[t, hidden] → [t, hidden], `dtype` or float32; caches: one (k, v) pair per layer, written and read.
+        Shapes as in `Ops`."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Ops(Protocol):
 
     name: str
     device: torch.device
-    dtype: torch.dtype  # float32 or bfloat16: what activations and the KV cache are stored in
+    dtype: torch.dtype  # float32, bfloat16 or (triton) float16: what activations and the KV cache are stored in
     packed_format: str  # names the form that `pack` gives weights; empty: there is none worth keeping
 
     def pack(self, weight: Nf4Weight) -> PackedWeight | Nf4Weight:
@@ -100,6 +101,9 @@ class Ops(Protocol):
     def prepare(self, weight: Nf4Weight | PackedWeight | Tensor, bias: Tensor | None) -> LinearHandle:
         """Take over one linear layer: NF4, packed by an Ops of the same `packed_format`, or a dense [out, in] tensor.
         The caller drops its own reference."""
+
+    def place_adapter(self, pairs: Sequence[LoraPair]) -> list[LoraPair]:
+        """The matrices of one adapter where and as this provider reads them best; called once, when it is loaded."""
 
     def linear(self, x: Tensor, weight: LinearHandle, lora: LoraBatch | None, module: int) -> Tensor:
         """y[t, out] = x[t, in] · Wᵀ + bias, plus the LoRA delta of `module` for the rows that have adapters."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from guanaco.kernels.lora_batch import LoraBatch
+from guanaco.kernels.lora_batch import LoraBatch, LoraPair
 from guanaco.kernels.nf4 import Nf4Weight
 from guanaco.kernels.ops import Draw, LayerWeights, LinearHandle, PackedWeight
 
@@ -73,6 +73,9 @@ class ReferenceOps:
         num_bytes = stored.num_bytes if isinstance(stored, Nf4Weight) else stored.numel() * stored.element_size()
         num_bytes += 0 if bias32 is None else bias32.numel() * 4
         return ReferenceLinear(stored, bias32, in_features, out_features, num_bytes)
+
+    def place_adapter(self, pairs: Sequence[LoraPair]) -> list[LoraPair]:
+        return [LoraPair(pair.a.to(self.device), pair.b.to(self.device), pair.scale) for pair in pairs]
 
     def linear(self, x: Tensor, weight: LinearHandle, lora: LoraBatch | None, module: int) -> Tensor:
         x32 = x.float()

@@ -126,6 +126,11 @@ class LlamaModel:
         layers = [layer.weights() for layer in self._layers]
         self._fused = ops.fuse(layers, head_dim=config.head_dim, eps=config.rms_norm_eps)
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether the provider runs all layers as one op."""
+        return self._fused is not None
+
     def forward(self, batch: ForwardBatch, kv: PagedKVCache) -> Tensor:
         """float32 logits [r, vocab] of the batch's `logit_rows`; K and V of all its rows are written to `kv`."""
         x = self.ops.embedding(batch.token_ids, self._embedding)

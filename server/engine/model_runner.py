@@ -4,19 +4,43 @@ Knows where things are (adapter slots, KV slots), not why: that was the schedule
 the sampler, that touches tensors. Called by the engine, on its thread.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from guanaco.adapters.registry import AdapterRegistry
 from guanaco.adapters.slot_store import SlotStore
-from guanaco.kernels.lora_batch import LoraBatch
+from guanaco.kernels.lora_batch import LoraBatch, LoraTable
 from guanaco.models.forward_batch import ForwardBatch
 from guanaco.models.kv_cache import PagedKVCache
 from guanaco.models.llama import LlamaModel
 from guanaco.server.engine.request import SampledToken, ScheduledBatch, ScheduledSequence, TokenLogprob
 from guanaco.server.engine.sampler import SamplingRow, sample, token_logprobs
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """One step as plain lists: over tokens, over sequences, or over the rows whose logits are wanted."""
+
+    token_ids: list[int]
+    positions: list[int]
+    slot_mapping: list[int]
+    block_tables: list[list[int]]  # per sequence, unpadded
+    context_lens: list[int]  # per sequence
+    ends: list[int]  # [sequences + 1]
+    logit_rows: list[int]
+    row_adapters: list[tuple[tuple[int, float], ...]]  # per token: (adapter slot, factor) entries
+
+
+class DecodePath(Protocol):
+    """Another way to run steps in which every sequence computes one token and is sampled: CUDA graphs."""
+
+    max_rows: int
+
+    def forward(self, rows: StepRows, table: LoraTable) -> Tensor:
+        """float32 logits [sequences, vocab], good until the next call."""
 
 
 class ModelRunner:
@@ -29,7 +53,9 @@ class ModelRunner:
         adapters: AdapterRegistry,
         slots: SlotStore,
         eos_ids: frozenset[int],
+        decode_path: DecodePath | None = None,
     ) -> None:
+        self._decode_path = decode_path
         self._model = model
         self._kv = kv
         self._adapters = adapters
@@ -49,7 +75,7 @@ class ModelRunner:
     def run(self, batch: ScheduledBatch) -> tuple[SampledToken, ...]:
         """One result per scheduled sequence. Writes K and V again if it is run again; nothing else is changed."""
         scored = [_scored_positions(item) for item in batch.sequences]
-        logits = self._model.forward(self._forward_batch(batch, scored), self._kv)
+        logits = self._forward(batch, scored)
         drawn = iter(self._draw(batch, logits, scored))
         results, first = [], 0
         for item, positions in zip(batch.sequences, scored, strict=True):
@@ -92,43 +118,48 @@ class ModelRunner:
                 rows.append(SamplingRow(request.params, request.prompt_token_ids, output_ids))
         return sample(logits if len(rows) == len(logits) else logits[indexes], rows, self._eos_ids, self._model.ops)
 
-    def _forward_batch(self, batch: ScheduledBatch, scored: list[range]) -> ForwardBatch:
+    def _forward(self, batch: ScheduledBatch, scored: list[range]) -> Tensor:
+        rows = self._step_rows(batch, scored)
+        path = self._decode_path
+        decodes = all(item.num_new_tokens == 1 and item.needs_sample for item in batch.sequences)
+        if path is not None and decodes and not any(scored) and len(batch.sequences) <= path.max_rows:
+            return path.forward(rows, self._slots.table)
+        return self._model.forward(self._forward_batch(rows), self._kv)
+
+    def _step_rows(self, batch: ScheduledBatch, scored: list[range]) -> StepRows:
         size = self._kv.block_size
-        token_ids: list[int] = []
-        positions: list[int] = []
-        slot_mapping: list[int] = []
-        context_lens, ends, logit_rows = [], [0], []
+        rows = StepRows([], [], [], [], [], [0], [], [])
         for item, prompt_positions in zip(batch.sequences, scored, strict=True):
             sequence = item.sequence
             start, stop = sequence.num_computed_tokens, sequence.num_computed_tokens + item.num_new_tokens
             wanted = [*prompt_positions, stop - 1] if item.needs_sample else prompt_positions
-            logit_rows += [ends[-1] + position - start for position in wanted]
-            token_ids += sequence.token_ids[start:stop]
-            positions += range(start, stop)
-            slot_mapping += [sequence.block_table[p // size] * size + p % size for p in range(start, stop)]
-            context_lens.append(stop)
-            ends.append(ends[-1] + item.num_new_tokens)
-        num_blocks = max((-(-length // size) for length in context_lens), default=0)
-        tables = [_padded(item.sequence.block_table, num_blocks) for item in batch.sequences]
-        return ForwardBatch(
-            token_ids=self._tensor(token_ids, torch.int64),
-            positions=self._tensor(positions, torch.int64),
-            slot_mapping=self._tensor(slot_mapping, torch.int64),
-            block_tables=self._tensor(tables, torch.int32).view(len(tables), num_blocks),
-            context_lens=self._tensor(context_lens, torch.int32),
-            cu_seqlens_q=self._tensor(ends, torch.int32),
-            logit_rows=self._tensor(logit_rows, torch.int64),
-            lora=self._lora_batch(batch),
-        )
+            rows.logit_rows.extend(rows.ends[-1] + position - start for position in wanted)
+            rows.token_ids.extend(sequence.token_ids[start:stop])
+            rows.positions.extend(range(start, stop))
+            rows.slot_mapping.extend(sequence.block_table[p // size] * size + p % size for p in range(start, stop))
+            rows.block_tables.append(sequence.block_table[: -(-stop // size)])
+            rows.context_lens.append(stop)
+            rows.ends.append(rows.ends[-1] + item.num_new_tokens)
+            entries = tuple((batch.adapter_slots[ref.version], ref.scale) for ref in sequence.request.loras)
+            rows.row_adapters.extend([entries] * item.num_new_tokens)
+        return rows
 
-    def _lora_batch(self, batch: ScheduledBatch) -> LoraBatch | None:
-        if not batch.adapter_slots:
-            return None
-        row_adapters: list[tuple[tuple[int, float], ...]] = []
-        for item in batch.sequences:
-            entries = tuple((batch.adapter_slots[ref.version], ref.scale) for ref in item.sequence.request.loras)
-            row_adapters += [entries] * item.num_new_tokens
-        return LoraBatch.build(row_adapters, self._slots.table, self._device)
+    def _forward_batch(self, rows: StepRows) -> ForwardBatch:
+        num_blocks = max((len(table) for table in rows.block_tables), default=0)
+        tables = [table + [0] * (num_blocks - len(table)) for table in rows.block_tables]
+        lora = None
+        if any(rows.row_adapters):
+            lora = LoraBatch.build(rows.row_adapters, self._slots.table, self._device)
+        return ForwardBatch(
+            token_ids=self._tensor(rows.token_ids, torch.int64),
+            positions=self._tensor(rows.positions, torch.int64),
+            slot_mapping=self._tensor(rows.slot_mapping, torch.int64),
+            block_tables=self._tensor(tables, torch.int32).view(len(tables), num_blocks),
+            context_lens=self._tensor(rows.context_lens, torch.int32),
+            cu_seqlens_q=self._tensor(rows.ends, torch.int32),
+            logit_rows=self._tensor(rows.logit_rows, torch.int64),
+            lora=lora,
+        )
 
     def _tensor(self, values: list[int] | list[list[int]], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self._device)
@@ -148,7 +179,3 @@ def _prompt_logprobs(item: ScheduledSequence, logits: Tensor, positions: range) 
     num_top = item.sequence.request.params.prompt_logprobs or 0
     predicted = [item.sequence.token_ids[position + 1] for position in positions]
     return tuple(token_logprobs(logits, predicted, [num_top] * len(predicted)))
-
-
-def _padded(table: list[int], length: int) -> list[int]:
-    return table[:length] + [0] * (length - len(table))
