@@ -3,6 +3,7 @@
 Knows nothing of what is in them. Called by `weights`; every problem is an AdapterError.
 """
 
+import errno
 import os
 import stat
 from dataclasses import dataclass
@@ -27,20 +28,27 @@ class AdapterFiles:
         `path` may be or contain links, since the operator wrote it; what is in it may not lead out, except in a hub
         cache, where files link to blobs beside. PEFT saves every adapter not called "default" in a sub-folder.
         """
+        try:
+            return cls._find(path, name, config_name, root)
+        except OSError as error:
+            raise AdapterError("unreadable", f"{path} cannot be read: {error.strerror}", "path") from None
+
+    @classmethod
+    def _find(cls, path: Path, name: str, config_name: str, root: Path | None) -> "AdapterFiles":
         given = Path(os.path.realpath(path))
         confined = None if root is None else Path(os.path.realpath(root))
         if confined is not None and not given.is_relative_to(confined):
             # The same answer whether or not there is something: a client must not learn what lies outside.
             raise AdapterError("outside_root", "the path leads out of --adapter-root; name one inside it", "path")
-        if not given.exists():
+        if not _is_there(given):
             raise AdapterError("not_found", f"there is no directory {path}; check the path", "path")
         if not given.is_dir():
             raise AdapterError("not_a_directory", f"{path} is no directory; name the one with {config_name}", "path")
         hub_cache = given.parent.name == "snapshots" and given.parent.parent.name.startswith("models--")
         root = confined or (given.parent.parent if hub_cache else given)
-        if os.path.lexists(given / config_name):
+        if _is_there(given / config_name):
             return cls(given, root)
-        if os.path.lexists(given / name / config_name):
+        if _is_there(given / name / config_name):
             return cls(given / name, root)
         others = sorted(entry.parent.name for entry in given.glob(f"*/{config_name}"))
         hint = f"; these sub-folders have one: {', '.join(others[:8])}" if others else "; is this a PEFT adapter?"
@@ -94,3 +102,14 @@ class AdapterFiles:
                     return bytes(data)
                 data += chunk
         raise AdapterError("file_too_large", f"{name} is larger than {max_bytes} bytes", name)
+
+
+def _is_there(path: Path) -> bool:
+    """Whether something is listed there, be it a link that leads nowhere. Raises OSError where that can't be told."""
+    try:
+        os.lstat(path)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
+            return False  # nothing can be at such a path
+        raise
+    return True

@@ -18,10 +18,11 @@ from typing import BinaryIO
 from guanaco.adapters.config import CONFIG_NAME, MAX_CONFIG_BYTES
 from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.files import AdapterFiles
-from guanaco.adapters.weights import WEIGHTS_NAME, AdapterLimits, LoadedAdapter, check_weights_exist, load_adapter
+from guanaco.adapters.weights import WEIGHTS_NAME, AdapterLimits, LoadedAdapter, check_files, load_adapter
 
 _VERSION = re.compile(r"[0-9a-f]{64}")
 _COPY_BYTES = 1 << 20
+_Stamp = tuple[int, int, int, int]  # of a file: device, inode, size, time of the last change
 _INCOMING = ".incoming-"  # folders that are being filled; what a killed process left of them is removed at start
 
 
@@ -59,12 +60,13 @@ class VersionStore:
         `settle`, whatever `collect` is told.
         """
         files = AdapterFiles.find(path, name, CONFIG_NAME, root)
-        check_weights_exist(files)
+        check_files(files, self._targets, self._limits, strict=self._strict)  # or four gigabytes might be copied for it
         try:
             incoming = Path(tempfile.mkdtemp(prefix=_INCOMING, dir=self.directory))
             try:
-                self._copy(files, CONFIG_NAME, incoming, MAX_CONFIG_BYTES)
-                self._copy(files, WEIGHTS_NAME, incoming, self._limits.max_file_bytes)
+                config = self._copy(files, CONFIG_NAME, incoming, MAX_CONFIG_BYTES)
+                weights = self._copy(files, WEIGHTS_NAME, incoming, self._limits.max_file_bytes)
+                _check_unchanged(files, {CONFIG_NAME: config, WEIGHTS_NAME: weights})
                 adapter = self._load(incoming)
                 if keep:
                     self._publish(incoming, adapter.version)
@@ -107,16 +109,18 @@ class VersionStore:
     def _load(self, folder: Path) -> LoadedAdapter:
         return load_adapter(folder, self._targets, limits=self._limits, strict=self._strict)
 
-    def _copy(self, files: AdapterFiles, name: str, to: Path, max_bytes: int) -> None:
+    def _copy(self, files: AdapterFiles, name: str, to: Path, max_bytes: int) -> _Stamp:
+        """Copy a file; what it was when that began."""
         with files.open(name) as source, (to / name).open("wb") as target:
-            size = 0
-            while chunk := source.read(_COPY_BYTES):
+            stamp, size = _stamp(source), 0
+            while chunk := _read(source, name):
                 size += len(chunk)
                 if size > max_bytes:
                     raise AdapterError("file_too_large", f"{name} is larger than {max_bytes} bytes", name)
                 target.write(chunk)
             target.flush()
             os.fsync(target.fileno())
+        return stamp
 
     def _publish(self, incoming: Path, version: str) -> None:
         """A copy that is there and in order stays: while it were exchanged, a crash could lose both."""
@@ -138,6 +142,27 @@ class VersionStore:
         except AdapterError:
             return False
         return True
+
+
+def _stamp(file: BinaryIO) -> _Stamp:
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _read(source: BinaryIO, name: str) -> bytes:
+    try:
+        return source.read(_COPY_BYTES)
+    except OSError as error:
+        raise AdapterError("unreadable", f"{name} cannot be read: {error.strerror}", name) from None
+
+
+def _check_unchanged(files: AdapterFiles, stamps: dict[str, _Stamp]) -> None:
+    """Half of one version and half of another would be an adapter that nobody made."""
+    for name, stamp in stamps.items():
+        with files.open(name) as again:
+            if _stamp(again) != stamp:
+                problem = f"{name} was changed or exchanged while it was read; load it again when that is done"
+                raise AdapterError("changed_while_reading", problem, name)
 
 
 def _own(directory: Path) -> BinaryIO:

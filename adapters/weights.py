@@ -7,6 +7,8 @@ Called by `registry`, off the engine thread. Everything is checked before memory
 import hashlib
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,17 +75,8 @@ def load_adapter(
 
     strict: refuse config keys that are set and unknown. Raises AdapterError for everything that cannot be honoured.
     """
-    limits = limits or AdapterLimits()
     files = AdapterFiles.find(path, name, CONFIG_NAME)
-    config = parse_config(files.read(CONFIG_NAME, MAX_CONFIG_BYTES), strict=strict)
-    check_weights_exist(files)
-    wanted = config.resolve(targets)
-    if not wanted:
-        raise AdapterError("no_targets", "target_modules matches no module of the base model", "target_modules")
-    with files.open(WEIGHTS_NAME) as handle:
-        file = SafetensorsFile(handle, WEIGHTS_NAME, limits.max_file_bytes)
-        names = _match_names(file.tensors, targets, wanted)
-        _check_pairs({names[key]: stored for key, stored in file.tensors.items()}, targets, wanted, limits)
+    with _opened(files, targets, limits or AdapterLimits(), strict) as (config, wanted, file, names):
         tensors = {names[key]: _finite(tensor, key) for key, tensor in file.read()}
     scales = {target: scale for target, (_, scale) in wanted.items()}
     pairs = _effective_pairs(tensors, scales)
@@ -104,6 +97,36 @@ def load_adapter(
     )
 
 
+def check_files(
+    files: AdapterFiles, targets: dict[str, tuple[int, int]], limits: AdapterLimits, *, strict: bool = False
+) -> None:
+    """All that config and header tell, without a look at the tensors: as `load_adapter`, and for a file of any size at
+    once. Raises AdapterError."""
+    with _opened(files, targets, limits, strict):
+        pass
+
+
+_Side = tuple[str, str]  # (target, "A" or "B")
+_Wanted = dict[str, tuple[int, float]]  # target → (rank, scale)
+
+
+@contextmanager
+def _opened(
+    files: AdapterFiles, targets: dict[str, tuple[int, int]], limits: AdapterLimits, strict: bool
+) -> Iterator[tuple[AdapterConfig, _Wanted, SafetensorsFile, dict[str, _Side]]]:
+    """The config, what it targets, and the open file with what each of its tensors is: all of it fits together."""
+    config = parse_config(files.read(CONFIG_NAME, MAX_CONFIG_BYTES), strict=strict)
+    check_weights_exist(files)
+    wanted = config.resolve(targets)
+    if not wanted:
+        raise AdapterError("no_targets", "target_modules matches no module of the base model", "target_modules")
+    with files.open(WEIGHTS_NAME) as handle:
+        file = SafetensorsFile(handle, WEIGHTS_NAME, limits.max_file_bytes)
+        names = _match_names(file.tensors, targets, wanted)
+        _check_pairs({names[key]: stored for key, stored in file.tensors.items()}, targets, wanted, limits)
+        yield config, wanted, file, names
+
+
 def check_base(adapter: LoadedAdapter, fingerprint: str) -> None:
     """Raises AdapterError where an adapter records another base than this one. Most adapters record none."""
     if adapter.base_fingerprint is not None and adapter.base_fingerprint != fingerprint:
@@ -116,7 +139,10 @@ def check_weights_exist(files: AdapterFiles) -> None:
     """Raises AdapterError where there is no safetensors file, and says what to do with a pickle instead."""
     if files.exists(WEIGHTS_NAME):
         return
-    pickles = sorted(entry.name for entry in files.directory.iterdir() if entry.suffix in PICKLE_SUFFIXES)
+    try:
+        pickles = sorted(entry.name for entry in files.directory.iterdir() if entry.suffix in PICKLE_SUFFIXES)
+    except OSError:  # it may be searched, but not listed
+        pickles = []
     if not pickles:
         problem = f"{files.directory} has no {WEIGHTS_NAME}; was the adapter saved completely?"
         raise AdapterError("weights_missing", problem, WEIGHTS_NAME)
@@ -128,11 +154,8 @@ def check_weights_exist(files: AdapterFiles) -> None:
     raise AdapterError("unsupported_format", problem, shown)
 
 
-_Side = tuple[str, str]  # (target, "A" or "B")
-
-
 def _match_names(
-    tensors: dict[str, StoredTensor], targets: dict[str, tuple[int, int]], wanted: dict[str, tuple[int, float]]
+    tensors: dict[str, StoredTensor], targets: dict[str, tuple[int, int]], wanted: _Wanted
 ) -> dict[str, _Side]:
     """Which half of which module each tensor of the file is; every tensor has a place or is refused by name."""
     names: dict[str, _Side] = {}
@@ -178,7 +201,7 @@ def _unexpected(key: str, otherwise: str) -> AdapterError:
 def _check_pairs(
     stored: dict[_Side, StoredTensor],
     targets: dict[str, tuple[int, int]],
-    wanted: dict[str, tuple[int, float]],
+    wanted: _Wanted,
     limits: AdapterLimits,
 ) -> None:
     """Every targeted module has both matrices, of the base's sizes and the rank that the config states."""

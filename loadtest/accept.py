@@ -66,6 +66,7 @@ def main() -> int:
         "failed": bad,
         "skipped": [f"{c.get('classname')}::{c.get('name')}" for c in cases if c.find("skipped") is not None],
         "proof_counts": counts,
+        "measured": {p.get("name"): p.get("value") for case in cases for p in case.iter("property")},
     }
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"accept-{started.date()}.json"

@@ -26,6 +26,7 @@ _STATUS = {
     "adapter_not_found": 404,
     "not_found": 404,
     "version_missing": 404,
+    "changed_while_reading": 409,
     "name_taken": 409,
     "no_history": 409,
     "version_conflict": 409,

@@ -22,6 +22,7 @@ from guanaco.server.engine.adapter_records import AdapterRecords
 from guanaco.server.engine.adapter_sources import AdapterPolicy, AdapterSources
 from guanaco.server.engine.adapter_view import AdapterView
 from guanaco.server.engine.async_engine import AsyncEngine, EngineUnavailable, ProbeFailed
+from guanaco.server.engine.sampler import NOT_FINITE
 
 AdapterRefused = AdapterError  # for the API, which knows the engine but not the adapters below it
 
@@ -119,6 +120,7 @@ class AdapterManager:
     async def check(self, name: str, source: str) -> dict[str, Any]:
         """Everything that `load` checks, without the proof and without keeping anything: what it would take."""
         check_name(name)
+        await self._sources.profile_beside(name, source)
         adapter = self._sources.checked(await self._sources.ingest(name, source, keep=False))
         return {
             "version": adapter.version,
@@ -212,9 +214,11 @@ class AdapterManager:
         try:
             effect = await self._engine.probe_adapter(version, self._probe_token_ids)
         except (ProbeFailed, EngineUnavailable) as error:
+            if str(error) == NOT_FINITE:
+                raise _not_finite() from None
             raise AdapterError("probe_failed", f"the adapter could not be tried out ({error}); try again") from None
         if not math.isfinite(effect):
-            raise AdapterError("effect_not_finite", "with this adapter the model computes NaN or infinity")
+            raise _not_finite()
         if effect == 0:
             raise AdapterError("zero_effect", "the adapter changes nothing: the logits are those of the base")
         return effect
@@ -290,3 +294,7 @@ class AdapterManager:
 
     async def _save(self) -> None:
         await self._records.save(self._sources.on_thread)
+
+
+def _not_finite() -> AdapterError:
+    return AdapterError("effect_not_finite", "with this adapter the model computes NaN or infinity")
