@@ -1,8 +1,9 @@
-"""Names → immutable adapter versions, and the host copy of each version.
+"""Names → immutable adapter versions, and the host copies of those that are in memory.
 
 Reads come from the event loop (names) and the engine thread (versions) at any time: both see one consistent snapshot
 without a lock. Writes are whole-snapshot swaps under one. A version stays as long as a name points to it or somebody
-holds a lease on it. Knows nothing of slots, requests or HTTP.
+holds a lease on it; whether its copy is in memory is the ledger's to say (`host_table`). Knows nothing of slots,
+requests or HTTP.
 """
 
 import re
@@ -58,7 +59,8 @@ class BrokenEntry:
 class _Snapshot:
     entries: MappingProxyType[str, AdapterEntry]
     broken: MappingProxyType[str, BrokenEntry]
-    versions: MappingProxyType[str, LoadedAdapter]
+    versions: frozenset[str]  # all that are known, wherever they are
+    copies: MappingProxyType[str, LoadedAdapter]  # those in memory
 
 
 class AdapterRegistry:
@@ -84,7 +86,8 @@ class AdapterRegistry:
         self._num_uses: Counter[str] = Counter()  # by name, since the start
         self._last_used: dict[str, float] = {}
         nothing: MappingProxyType[str, AdapterEntry] = MappingProxyType({})
-        self._snapshot = _Snapshot(nothing, MappingProxyType({}), MappingProxyType({}))
+        self._snapshot = _Snapshot(nothing, MappingProxyType({}), frozenset(), MappingProxyType({}))
+        self._staged: dict[str, LoadedAdapter] = {}  # just read, for `staged`
 
     def load(self, name: str, path: Path) -> AdapterEntry:
         """Read, check and publish the adapter at `path` under `name`. Takes as long as the reading does.
@@ -93,7 +96,8 @@ class AdapterRegistry:
         """
         self.check_free(name)
         adapter = load_adapter(path, self._targets, name=name, limits=self._limits, strict=self._strict)
-        return self.publish(name, adapter, source=str(path), profile=read_profile(path, name, self.templates))
+        profile = read_profile(path, name, self.templates)
+        return self.publish(name, adapter, source=str(path), profile=profile, in_memory=True)
 
     def publish(
         self,
@@ -105,8 +109,10 @@ class AdapterRegistry:
         history: tuple[str, ...] = (),
         effect: float | None = None,
         profile: Profile | None = None,
+        in_memory: bool = False,
     ) -> AdapterEntry:
         """From now on `name` is `adapter`. history: of a name that is new; one that is replaced keeps its own.
+        in_memory: keep the copy, too; else it is read (and given to `keep`) when it is wanted.
 
         Raises AdapterError for a bad name, and for one that is taken unless `replace`; then nothing changes.
         """
@@ -131,19 +137,32 @@ class AdapterRegistry:
                 effect=effect,
                 profile=profile,
             )
-            versions = dict(self._snapshot.versions)
-            versions.setdefault(adapter.version, adapter)  # the same content under two names is kept once
-            broken = {other: it for other, it in self._snapshot.broken.items() if other != name}
-            self._swap({**self._snapshot.entries, name: entry}, broken, versions)
+            copies = dict(self._snapshot.copies)
+            if in_memory:
+                copies.setdefault(adapter.version, adapter)  # the same content under two names is kept once
+            self._swap(
+                entries={**self._snapshot.entries, name: entry},
+                broken={other: it for other, it in self._snapshot.broken.items() if other != name},
+                versions=self._snapshot.versions | {adapter.version},
+                copies=copies,
+            )
         return entry
 
     def add_broken(self, entry: BrokenEntry) -> None:
         """List a name that cannot be served. Raises AdapterError for a name that is taken."""
         with self._lock:
             self.check_free(entry.name)
-            self._swap(
-                self._snapshot.entries, {**self._snapshot.broken, entry.name: entry}, dict(self._snapshot.versions)
-            )
+            self._swap(broken={**self._snapshot.broken, entry.name: entry})
+
+    def mark_broken(self, version: str, code: str, problem: str) -> None:
+        """What a name with this version stands for can't be had any more: from now on it is listed as broken."""
+        with self._lock:
+            broken = dict(self._snapshot.broken)
+            for e in self._snapshot.entries.values():
+                if e.version == version:
+                    broken[e.name] = BrokenEntry(e.name, version, e.source, code, problem, e.history, e.profile)
+            entries = {name: e for name, e in self._snapshot.entries.items() if e.version != version}
+            self._swap(entries=entries, broken=broken)
 
     def remove(self, name: str) -> AdapterEntry | BrokenEntry:
         """Forget a name; its version goes when its last lease does. Raises AdapterError where there is none."""
@@ -153,7 +172,7 @@ class AdapterRegistry:
                 raise AdapterError("adapter_not_found", "no adapter of that name is loaded", "name")
             entries = {other: it for other, it in self._snapshot.entries.items() if other != name}
             broken = {other: it for other, it in self._snapshot.broken.items() if other != name}
-            self._swap(entries, broken, dict(self._snapshot.versions))
+            self._swap(entries=entries, broken=broken)
             self._num_uses.pop(name, None)
             self._last_used.pop(name, None)
         return entry
@@ -161,10 +180,30 @@ class AdapterRegistry:
     def stage(self, adapter: LoadedAdapter) -> None:
         """Make a version known that no name points to yet, and take a lease on it, so that it can be tried out."""
         with self._lock:
-            versions = dict(self._snapshot.versions)
-            versions.setdefault(adapter.version, adapter)
             self._leases[adapter.version] += 1
-            self._swap(self._snapshot.entries, self._snapshot.broken, versions)
+            self._staged[adapter.version] = adapter
+            self._swap(versions=self._snapshot.versions | {adapter.version})
+
+    def unstage(self, version: str) -> None:
+        """Give the lease of `stage` back."""
+        with self._lock:
+            self._staged.pop(version, None)
+        self.release(version)
+
+    def staged(self, version: str) -> LoadedAdapter | None:
+        """What was staged and not yet given back: it need not be read."""
+        return self._staged.get(version)
+
+    def keep(self, adapter: LoadedAdapter) -> None:
+        """The copy of a version that is known is in memory now."""
+        with self._lock:
+            if adapter.version in self._snapshot.versions:
+                self._swap(copies={**self._snapshot.copies, adapter.version: adapter})
+
+    def let_go(self, version: str) -> None:
+        """The copy of a version leaves memory; the version stays known."""
+        with self._lock:
+            self._swap(copies={other: it for other, it in self._snapshot.copies.items() if other != version})
 
     def acquire(self, name: str) -> AdapterEntry | None:
         """What `name` stands for now, with a lease on its version: it stays usable until `release`."""
@@ -193,12 +232,12 @@ class AdapterRegistry:
         return self._num_uses.get(name, 0), self._last_used.get(name)
 
     def drop(self, version: str) -> bool:
-        """Let the host copy of a version go, if no name points to it and nobody holds it; whether it is gone."""
+        """Forget a version and its copy, if no name points to it and nobody holds it; whether it is gone."""
         with self._lock:
             if self._leases.get(version, 0) or any(e.version == version for e in self._snapshot.entries.values()):
                 return False
-            versions = {other: it for other, it in self._snapshot.versions.items() if other != version}
-            self._swap(self._snapshot.entries, self._snapshot.broken, versions)
+            copies = {other: it for other, it in self._snapshot.copies.items() if other != version}
+            self._swap(versions=self._snapshot.versions - {version}, copies=copies)
         return True
 
     def resolve(self, name: str) -> AdapterEntry | None:
@@ -214,21 +253,21 @@ class AdapterRegistry:
         return tuple(self._snapshot.broken.values())
 
     def host_copy(self, version: str) -> LoadedAdapter:
-        """The tensors of a version that somebody holds, or that a name points to."""
-        return self._snapshot.versions[version]
+        """The tensors of a version that is in memory. KeyError where it is not."""
+        return self._snapshot.copies[version]
 
     def knows(self, version: str) -> bool:
-        """Whether the host copy of a version is here."""
+        """Whether a version is there, in memory or not."""
         return version in self._snapshot.versions
 
     def versions(self) -> frozenset[str]:
-        """All versions whose host copy is here, whether or not a name points to them."""
-        return frozenset(self._snapshot.versions)
+        """All versions that are there, in memory or not, and whether or not a name points to them."""
+        return self._snapshot.versions
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all host copies, each version counted once."""
-        return sum(adapter.num_bytes for adapter in self._snapshot.versions.values())
+        """Bytes of all copies in memory, each version counted once."""
+        return sum(adapter.num_bytes for adapter in self._snapshot.copies.values())
 
     def check_free(self, name: str, *, replace: bool = False) -> None:
         """Raises AdapterError for what is no name, for a base's, and for one that is taken unless `replace`."""
@@ -241,12 +280,19 @@ class AdapterRegistry:
 
     def _swap(
         self,
-        entries: Mapping[str, AdapterEntry],
-        broken: Mapping[str, BrokenEntry],
-        versions: dict[str, LoadedAdapter],
+        *,
+        entries: Mapping[str, AdapterEntry] | None = None,
+        broken: Mapping[str, BrokenEntry] | None = None,
+        versions: frozenset[str] | None = None,
+        copies: Mapping[str, LoadedAdapter] | None = None,
     ) -> None:
+        """A new snapshot; what is not given stays. The lock is held."""
+        old = self._snapshot
         self._snapshot = _Snapshot(
-            MappingProxyType(dict(entries)), MappingProxyType(dict(broken)), MappingProxyType(versions)
+            old.entries if entries is None else MappingProxyType(dict(entries)),
+            old.broken if broken is None else MappingProxyType(dict(broken)),
+            old.versions if versions is None else versions,
+            old.copies if copies is None else MappingProxyType(dict(copies)),
         )
 
 

@@ -85,7 +85,9 @@ class Settings(BaseSettings):
     adapter_store: Path | None = Field(
         None, description="directory for copies of such adapters; none: adapters/ in the cache"
     )
-    adapter_host_memory: Bytes = Field(4 << 30, description="most memory for all adapters together")
+    adapter_host_memory: Bytes = Field(
+        4 << 30, description="most memory for adapters; the least recently used beyond it wait on disk"
+    )
     strict_base: bool = Field(False, description="refuse an adapter that records another base than this one")
     max_lora_rank: Count = Field(256, description="largest adapter rank that is accepted")
     chat_template: str | None = Field(
@@ -98,6 +100,9 @@ class Settings(BaseSettings):
     max_queued_requests: Count = Field(256, description="requests that may wait; more are refused with 503")
     max_queued_tokens: Count = Field(131072, description="prompt tokens that may wait; more are refused with 503")
     queue_timeout: Seconds = Field(60.0, description="seconds a request may wait before it is refused with 503")
+    adapter_timeout: Seconds = Field(
+        20.0, description="seconds a request may wait for its adapter to be read before it is refused with 503"
+    )
     request_timeout: Seconds = Field(600.0, description="seconds a request may take altogether")
     drain_delay: Seconds = Field(0.0, description="seconds after SIGTERM in which new requests are still accepted")
     drain_timeout: Seconds = Field(30.0, description="seconds that running requests get to finish after SIGTERM")

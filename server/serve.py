@@ -120,7 +120,6 @@ def _adapter_manager(
         store = _open_store(settings, base)
         policy = AdapterPolicy(
             root=None if settings.adapter_root is None else settings.adapter_root.expanduser().absolute(),
-            host_memory_bytes=settings.adapter_host_memory,
             base_fingerprint=base.loaded.fingerprint,
             strict_base=settings.strict_base,
         )

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from guanaco.adapters.errors import AdapterError
+from guanaco.adapters.host_table import HostTable
 from guanaco.adapters.registry import AdapterRegistry, parse_adapter_option
 from guanaco.adapters.slot_store import SlotStore
 from guanaco.adapters.slot_table import SlotTable
@@ -240,11 +241,13 @@ def _build_engine(
         max_num_batched_tokens=settings.max_num_batched_tokens,
         max_model_len=plan.max_model_len,
         queue_timeout_seconds=settings.queue_timeout,
+        adapter_timeout_seconds=settings.adapter_timeout,
     )
     kv = PagedKVCache(model.config, plan.num_blocks, plan.block_size, ops.dtype, ops.device)
     runner = ModelRunner(model, kv, registry, slots, base.eos_ids)
     blocks = BlockManager(plan.num_blocks, plan.block_size)
-    return Engine(Scheduler(limits, blocks, SlotTable(settings.adapter_slots), base.eos_ids), runner)
+    table, host = SlotTable(settings.adapter_slots), HostTable(settings.adapter_host_memory)
+    return Engine(Scheduler(limits, blocks, table, base.eos_ids, host=host), runner)
 
 
 def _adapter_notes(registry: AdapterRegistry, base: Base) -> list[str]:

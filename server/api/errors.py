@@ -112,6 +112,13 @@ _FAILURES = {
     ),
     "engine_dead": ApiError(500, "engine_unavailable", "the engine failed before the answer was complete"),
     "adapter_load_failed": ApiError(500, "adapter_load_failed", "the adapter could not be brought to the device"),
+    "adapter_timeout": ApiError(
+        503, "adapter_timeout", "the adapter could not be read into memory in time; try again later", retry_after=5
+    ),
+    "adapter_read_failed": ApiError(
+        503, "adapter_read_failed", "the adapter could not be read into memory; try again later", retry_after=5
+    ),
+    "adapter_broken": ApiError(500, "adapter_broken", "the server's copy of the adapter is damaged or gone"),
     "adapter_unloaded": ApiError(503, "adapter_unloaded", "the adapter was removed before the answer was complete"),
     "numerical_error": ApiError(500, "numerical_error", "the model produced values that are not numbers"),
 }

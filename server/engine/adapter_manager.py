@@ -20,6 +20,7 @@ from guanaco.adapters.store import VersionStore
 from guanaco.adapters.weights import LoadedAdapter
 from guanaco.server.engine.adapter_records import AdapterRecords
 from guanaco.server.engine.adapter_sources import AdapterPolicy, AdapterSources
+from guanaco.server.engine.adapter_tiers import AdapterTiers
 from guanaco.server.engine.adapter_view import AdapterView
 from guanaco.server.engine.async_engine import AsyncEngine, EngineUnavailable, ProbeFailed
 from guanaco.server.engine.sampler import NOT_FINITE
@@ -54,6 +55,7 @@ class AdapterManager:
         self._sources = AdapterSources(registry, store, policy)
         self._records = AdapterRecords(registry, saved)
         self._engine = engine
+        self.tiers = AdapterTiers(registry, store, engine, self._broke)
         self._probe_token_ids = probe_token_ids
         self._on_change = on_change
         self._on_load = on_load
@@ -63,8 +65,10 @@ class AdapterManager:
         self._retiring: set[asyncio.Task[None]] = set()
 
     def restore(self) -> tuple[str, ...]:
-        """Bring back what was loaded before a restart; remarks for the operator. Called once, at the start."""
-        notes = self._records.restore(self._sources.stored_now, self._sources.profile)
+        """Bring back what was loaded before a restart; remarks for the operator. Once, before the engine runs."""
+        for entry in self.registry.entries():  # those of --adapter, which no store has
+            self.tiers.adopt(self.registry.host_copy(entry.version), is_permanent=True)
+        notes = self._records.restore(self._sources.stored_now, self._sources.profile, self.tiers.adopt)
         self._sources.collect_now(self._records.wanted)
         return notes
 
@@ -110,25 +114,26 @@ class AdapterManager:
 
     def views(self) -> tuple[AdapterView, ...]:
         """All names, the broken ones last."""
-        registry, resident = self.registry, self._engine.resident_adapters
+        registry, tiers = self.registry, self.tiers
         ready = [
-            AdapterView(e, registry.num_leases(e.version), *registry.usage(e.name), e.version in resident)
+            AdapterView(e, registry.num_leases(e.version), *registry.usage(e.name), tiers.tier(e.version))
             for e in registry.entries()
         ]
-        return (*ready, *(AdapterView(broken, 0, 0, None, False) for broken in registry.broken()))
+        return (*ready, *(AdapterView(broken, 0, 0, None, "disk") for broken in registry.broken()))
 
     async def check(self, name: str, source: str) -> dict[str, Any]:
         """Everything that `load` checks, without the proof and without keeping anything: what it would take."""
         check_name(name)
         await self._sources.profile_beside(name, source)
         adapter = self._sources.checked(await self._sources.ingest(name, source, keep=False))
+        self.tiers.check_room(adapter)
         return {
             "version": adapter.version,
             "rank": adapter.max_rank,
             "modules_applied": adapter.modules_applied,
             "modules_possible": adapter.modules_possible,
             "num_bytes": adapter.num_bytes,
-            "free_bytes": self._sources.free_bytes(),
+            "free_bytes": self.tiers.free_bytes,
             "notes": list(adapter.notes),
         }
 
@@ -138,6 +143,7 @@ class AdapterManager:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self.tiers.close()
         self._sources.close()
 
     async def _timed(self, load: Awaitable[AdapterEntry]) -> AdapterEntry:
@@ -193,6 +199,7 @@ class AdapterManager:
         self.registry.stage(adapter)
         entry = None
         try:
+            await self.tiers.register(adapter)
             effect = await self._prove(adapter.version)
             self._check_expected(name, expected)
             history = tuple(earlier for earlier in history if earlier != adapter.version)
@@ -200,7 +207,7 @@ class AdapterManager:
                 name, adapter, source=source, replace=replace, history=history, effect=effect, profile=profile
             )
         finally:
-            self.registry.release(adapter.version)
+            self.registry.unstage(adapter.version)
             if entry is None:
                 self._retire(adapter.version)
         self._records.keep(name)
@@ -267,9 +274,15 @@ class AdapterManager:
                 return  # it came back
             idle = self.registry.num_leases(version) == 0 and await self._engine.forget_adapter(version)
             if idle and self.registry.drop(version):
+                self.tiers.forget(version)
                 await self._collect()
                 return
             await asyncio.sleep(_IDLE_POLL_SECONDS)
+
+    def _broke(self, version: str) -> None:
+        """The stored copy of a version turned out to be damaged or gone: its names are listed as broken already."""
+        self._on_change()
+        self._retire(version)
 
     async def _collect(self) -> None:
         """Remove the stored copies of versions that no name has now or had before, and nobody uses."""

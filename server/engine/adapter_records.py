@@ -30,11 +30,15 @@ class AdapterRecords:
         self._saving = asyncio.Lock()
 
     def restore(
-        self, read: Callable[[str], LoadedAdapter], profile: Callable[[Mapping[str, Any]], Profile]
+        self,
+        read: Callable[[str], LoadedAdapter],
+        profile: Callable[[Mapping[str, Any]], Profile],
+        stays: Callable[[LoadedAdapter], bool],
     ) -> tuple[str, ...]:
         """Publish what was loaded before a restart; remarks for the operator. Called once, before the engine runs.
 
-        read: the adapter of a version; profile: from its fields; both may raise AdapterError. A name that is taken by
+        read: the adapter of a version; profile: from its fields; stays: whether there is room for it in memory. All may
+        raise AdapterError. A name that is taken by
         now (by --adapter) stays what it is. One whose copy is gone or damaged is listed as broken.
         """
         notes = []
@@ -42,13 +46,16 @@ class AdapterRecords:
             self._persistent.add(record.name)
             try:
                 self._registry.check_free(record.name)
+                asked = None if record.profile is None else profile(record.profile)
+                adapter = read(record.version)
                 self._registry.publish(
                     record.name,
-                    read(record.version),
+                    adapter,
                     source=record.source,
                     history=record.history,
                     effect=record.effect,
-                    profile=None if record.profile is None else profile(record.profile),
+                    profile=asked,
+                    in_memory=stays(adapter),
                 )
             except AdapterError as error:
                 if error.code == "name_taken":

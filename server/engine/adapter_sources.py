@@ -28,7 +28,6 @@ class AdapterPolicy:
     """What an operator allows while the server runs."""
 
     root: Path | None  # where sources lie; None: nothing can be loaded by path
-    host_memory_bytes: int  # of all host copies together
     base_fingerprint: str
     strict_base: bool = False
 
@@ -48,15 +47,13 @@ class AdapterSources:
         return await self.on_thread(lambda: self._store.ingest(path, name=name, root=root, keep=keep))
 
     def checked(self, adapter: LoadedAdapter) -> LoadedAdapter:
-        """With a note where it records another base. AdapterError where that is to be refused, and where the host has
-        no room for it."""
+        """With a note where it records another base. AdapterError where that is to be refused."""
         try:
             check_base(adapter, self._policy.base_fingerprint)
         except AdapterError as error:
             if self._policy.strict_base:
                 raise
             adapter = replace(adapter, notes=(*adapter.notes, str(error)))
-        self.check_memory(adapter)
         return adapter
 
     async def profile_beside(self, name: str, source: str) -> Profile | None:
@@ -73,10 +70,8 @@ class AdapterSources:
         return await self.on_thread(lambda: self._store.read(version))
 
     def stored_now(self, version: str) -> LoadedAdapter:
-        """As `stored`, on the caller's thread and only if the memory has room: for the start, before anybody waits."""
-        adapter = self._store.read(version)
-        self.check_memory(adapter)
-        return adapter
+        """As `stored`, on the caller's thread: for the start, before anybody waits."""
+        return self._store.read(version)
 
     def settle(self, version: str) -> None:
         """What was ingested is published by now, or refused: it may be collected."""
@@ -89,20 +84,6 @@ class AdapterSources:
     async def collect(self, wanted: Callable[[], frozenset[str]]) -> None:
         """As `collect_now`, off the event loop."""
         await self.on_thread(lambda: self._store.collect(wanted))
-
-    def free_bytes(self) -> int:
-        """How much more the host's copies may take."""
-        return self._policy.host_memory_bytes - self._registry.num_bytes
-
-    def check_memory(self, adapter: LoadedAdapter) -> None:
-        """AdapterError where the host has no room for it."""
-        limit, used = self._policy.host_memory_bytes, self._registry.num_bytes
-        if not self._registry.knows(adapter.version) and used + adapter.num_bytes > limit:
-            problem = (
-                f"it needs {adapter.num_bytes} bytes, and {used} of {limit} are taken: unload another, "
-                "or raise --adapter-host-memory"
-            )
-            raise AdapterError("host_memory_full", problem)
 
     async def on_thread(self, work: Callable[[], T]) -> T:
         """Run file work on one of the loading threads."""

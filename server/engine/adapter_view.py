@@ -14,7 +14,7 @@ class AdapterView:
     num_requests: int  # that hold its version now
     num_uses: int  # requests since the start
     last_used: float | None  # seconds since the epoch
-    in_slot: bool
+    tier: str  # "device", "host" or "disk"
 
     def public(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -37,7 +37,7 @@ class AdapterView:
             "modules_applied": entry.modules_applied,
             "modules_possible": entry.modules_possible,
             "num_bytes": entry.num_bytes,
-            "tier": "device" if self.in_slot else "host",
+            "tier": self.tier,
             "pins": self.num_requests,
             "num_uses": self.num_uses,
             "loaded_at": entry.loaded_at,

@@ -5,6 +5,7 @@ the loop. Detokenising and stop strings happen on the loop's side. Used by the H
 """
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import threading
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from guanaco.server.engine.detokenizer import Decoder
-from guanaco.server.engine.engine import Engine
+from guanaco.server.engine.engine import AdapterSource, Engine
 from guanaco.server.engine.request import (
     LoraRef,
     Request,
@@ -24,6 +25,7 @@ from guanaco.server.engine.request import (
     StepStats,
 )
 from guanaco.server.engine.request_stream import RequestStream
+from guanaco.server.engine.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +121,7 @@ class AsyncEngine:
         if self._draining:
             raise EngineUnavailable("the server is shutting down", draining=True)
         self._engine.scheduler.check_fits(request)
-        self._check_caps(len(request.prompt_token_ids))
+        self._check_caps(request)
         return self._open(request)
 
     def _open(self, request: Request) -> RequestStream:
@@ -171,23 +173,40 @@ class AsyncEngine:
         return len(users)
 
     async def forget_adapter(self, version: str) -> bool:
-        """Take an adapter version off the device, after all that was sent before; False where it is still in use."""
+        """Take an adapter version off device and host, after all that was sent before; False where it is in use."""
+        return await self.between_steps(lambda engine: engine.forget_adapter(version), otherwise=True)
+
+    async def between_steps(self, work: Callable[[Engine], bool], *, otherwise: bool) -> bool:
+        """Have something done on the engine's thread, after all that was sent before. `otherwise` is the answer of an
+        engine that runs no more; one that does not answer in time says False."""
         if self._death is not None or not self._thread.is_alive():
-            return True  # there is no device to speak of any more
+            return otherwise
         done: asyncio.Future[bool] = self._loop.create_future()
 
-        def forget(engine: Engine) -> None:
-            gone = engine.forget_adapter(version)
-            self._loop.call_soon_threadsafe(_set_result, done, gone)
+        def do(engine: Engine) -> None:
+            self._loop.call_soon_threadsafe(_set_result, done, work(engine))
 
-        self._send(forget)
+        self._send(do)
         finished, _ = await asyncio.wait({done}, timeout=self._step_timeout_seconds)
         return bool(finished) and done.result()
 
+    def send(self, work: Callable[[Engine], None]) -> None:
+        """Have something done on the engine's thread before its next step; from any thread."""
+        self._send(work)
+
+    def on_loop(self, work: Callable[[], object]) -> None:
+        """Have something done on the event loop; from any thread. Nothing happens where the loop is closed."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(work)
+
     @property
-    def resident_adapters(self) -> frozenset[str]:
-        """The versions that have a place on the device; perhaps a step old."""
-        return frozenset(self._engine.scheduler.slots.resident)
+    def ledgers(self) -> Scheduler:
+        """To look at from any thread, perhaps a step old; and to fill before `start`."""
+        return self._engine.scheduler
+
+    def read_adapters_from(self, source: AdapterSource) -> None:
+        """Where adapters that are not in host memory come from. Called before `start`."""
+        self._engine.source = source
 
     def health(self) -> Health:
         if self._death is not None:
@@ -230,16 +249,31 @@ class AsyncEngine:
         if not self._streams:
             self._all_ended.set()
 
-    def _check_caps(self, num_prompt_tokens: int) -> None:
-        """Refuse what would have to wait behind a full queue. The numbers may be a step old."""
-        scheduler = self._engine.scheduler
+    def _check_caps(self, request: Request) -> None:
+        """Refuse what would have to wait behind a full queue. The numbers may be a step old.
+
+        Requests whose adapters are away have a queue of their own, of the same size, and one adapter at most a quarter
+        of it: a source that hangs fills nobody else's queue.
+        """
+        scheduler, caps = self._engine.scheduler, self._caps
         with self._wake:
-            waiting = [item for item in self._inbox if isinstance(item, Request)]
-        num_waiting = len(scheduler.waiting) + len(waiting)
-        num_tokens = scheduler.num_waiting_tokens + sum(len(r.prompt_token_ids) for r in waiting)
+            coming = [item for item in self._inbox if isinstance(item, Request)]
+        is_ready = scheduler.host.is_ready(request.versions)
+        queue = [r for r in coming if scheduler.host.is_ready(r.versions) is is_ready]
+        num_waiting, num_tokens = len(queue), sum(len(r.prompt_token_ids) for r in queue)
+        if is_ready:
+            num_waiting += len(scheduler.waiting)
+            num_tokens += scheduler.num_waiting_tokens
+        else:
+            loading = [sequence.request for sequence in scheduler.loading.sequences[:]]
+            num_waiting += len(loading)
+            num_tokens += sum(len(r.prompt_token_ids) for r in loading)
+            num_same = sum(r.versions == request.versions for r in (*loading, *queue))
+            if num_same >= max(1, caps.max_requests // 4):
+                raise EngineOverloaded(_LEAST_RETRY_SECONDS)
         if num_waiting == 0:
             return  # whatever its length, it is next
-        if num_waiting >= self._caps.max_requests or num_tokens + num_prompt_tokens > self._caps.max_tokens:
+        if num_waiting >= caps.max_requests or num_tokens + len(request.prompt_token_ids) > caps.max_tokens:
             seconds = num_tokens / self._tokens_per_second if self._tokens_per_second else _LEAST_RETRY_SECONDS
             raise EngineOverloaded(min(max(seconds, _LEAST_RETRY_SECONDS), _MOST_RETRY_SECONDS))
 
@@ -266,7 +300,7 @@ class AsyncEngine:
         """Wait for work; False when it is time to stop."""
         with self._wake:
             while not (self._stopping or self._inbox or self._engine.has_work):
-                self._wake.wait()
+                self._wake.wait(self._engine.seconds_left)
             if self._stopping:
                 return False
             messages, self._inbox = self._inbox, deque()

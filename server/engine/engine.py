@@ -45,17 +45,34 @@ class Runner(Protocol):
         """Compute something that always works, and raise if it doesn't."""
 
 
+class AdapterSource(Protocol):
+    """Where adapters that are not in host memory come from: `adapter_tiers.AdapterTiers`, or a made-up one."""
+
+    def start(self, version: str) -> None:
+        """Begin to read a version; `Engine.adapter_read` is called when it is in host memory, or cannot be had."""
+
+    def drop(self, version: str) -> None:
+        """Let the host copy of a version go."""
+
+
 class Engine:
     """Requests in, one StepOutput per step out. Not thread-safe: whoever steps it also adds and aborts."""
 
     def __init__(self, scheduler: Scheduler, runner: Runner, clock: Callable[[], float] = time.monotonic) -> None:
         self.scheduler = scheduler
+        self.source: AdapterSource | None = None  # none: all adapters stay in memory
         self._runner = runner
         self._clock = clock
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        left = self.seconds_left
+        return self.scheduler.has_work or (left is not None and left < 0)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """How long an engine without work may be left alone: until somebody has waited too long for an adapter."""
+        return self.scheduler.loading.seconds_left(self._clock())
 
     def add_request(self, request: Request) -> None:
         """Queue a request; without a seed it gets one here, which it keeps through preemptions.
@@ -66,26 +83,56 @@ class Engine:
             seed = int.from_bytes(os.urandom(7))
             request = replace(request, params=replace(request.params, seed=seed))
         self.scheduler.add(request)
+        self._move_adapters()
 
     def abort(self, request_id: str) -> None:
         """End a request before the next step."""
         self.scheduler.abort(request_id)
 
+    def add_adapter(self, version: str, num_bytes: int, *, is_here: bool = False, is_permanent: bool = False) -> bool:
+        """Tell of an adapter version (as `HostTable.add`); False where host memory has no room for it."""
+        return self.scheduler.host.add(version, num_bytes, is_here=is_here, is_permanent=is_permanent)
+
+    def adapter_read(self, version: str, error: str | None) -> None:
+        """A read that `source` was told to start has ended; with an error, so do those who waited for it."""
+        self.scheduler.adapter_read(version, error)
+        self._move_adapters()
+
     def forget_adapter(self, version: str) -> bool:
-        """Take an adapter version off the device; False where a sequence still holds it."""
-        if self.scheduler.slots.num_pins(version):
+        """Take an adapter version off device and host; False where a request still holds it, or it is being read."""
+        scheduler = self.scheduler
+        if scheduler.slots.num_pins(version) or not scheduler.host.evict(version):
             return False
+        self._clear_slot(version)
+        scheduler.admit_loaded()  # others may take the room
+        self._move_adapters()
+        return True
+
+    def _move_adapters(self) -> None:
+        """Do what the ledger of host memory has decided. A version that leaves it leaves the device too: on the CPU
+        they are the same bytes."""
+        host, source = self.scheduler.host, self.source
+        for version in host.take_evicted():
+            self._clear_slot(version)
+            if source is not None:
+                source.drop(version)
+        for version in host.take_reads():
+            assert source is not None, "an adapter is away, and nobody can read it"
+            source.start(version)
+
+    def _clear_slot(self, version: str) -> None:
         slot = self.scheduler.slots.forget(version)
         if slot is not None:
             self._runner.clear_adapter(slot)
-        return True
 
     def step(self) -> StepOutput:
         """Compute one step. Raises EngineFailure where nothing can be computed any more."""
         started = self._clock()
         batch = self.scheduler.schedule(started)
+        self._move_adapters()
         sampled = self._run(batch)
         outputs = self.scheduler.update(batch, sampled)
+        self._move_adapters()
         return StepOutput(tuple(outputs), self._stats(batch, started))
 
     def _run(self, batch: ScheduledBatch) -> tuple[SampledToken, ...]:
@@ -142,9 +189,10 @@ class Engine:
 
     def _stats(self, batch: ScheduledBatch, started: float) -> StepStats:
         scheduler = self.scheduler
+        waiting = [*scheduler.waiting, *scheduler.loading.sequences]
         return StepStats(
             num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
+            num_waiting=len(waiting),
             num_scheduled_tokens=batch.num_tokens,
             num_preempted=scheduler.counts.num_preempted,
             kv_usage_ratio=scheduler.blocks.usage_ratio,
@@ -152,5 +200,5 @@ class Engine:
             prefix_hits_tokens=scheduler.counts.prefix_hits_tokens,
             step_seconds=self._clock() - started,
             running_adapters=tuple(batch.adapter_slots),
-            waiting_adapters=tuple(sorted({lora.version for s in scheduler.waiting for lora in s.request.loras})),
+            waiting_adapters=tuple(sorted({lora.version for s in waiting for lora in s.request.loras})),
         )

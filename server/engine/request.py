@@ -60,6 +60,11 @@ class Request:
     arrival_seconds: float = 0.0  # monotonic clock; the queue deadline counts from here
     background: bool = False  # goes after everybody else's, within a bound: the engine's own probes
 
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """Of its adapters; none for the base model."""
+        return tuple(lora.version for lora in self.loras)
+
 
 @dataclass(frozen=True, eq=False, slots=True)  # equal content is `block_manager`'s business: chains are long
 class BlockContent:
@@ -72,6 +77,7 @@ class BlockContent:
 
 
 class Status(Enum):
+    LOADING = "loading"  # waits for its adapters to be read into memory
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
@@ -93,8 +99,14 @@ class Sequence:
     finish_reason: FinishReason | None = None
     num_preemptions: int = 0
     queue_seconds: float | None = None  # from its arrival to its first step
-    num_passed_over: int = 0  # steps in which a younger one could go first, for want of an adapter slot
+    num_passed_over: int = 0  # steps in which a younger one could go first, for want of room for its adapters
+    holds_adapters: bool = False  # in host memory: its versions are there or being read, and stay
     num_prompt_logprobs: int = 0  # of the prompt's positions, how many have been reported
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """Of the request's adapters."""
+        return self.request.versions
 
     @property
     def num_tokens(self) -> int:

@@ -8,8 +8,10 @@ hits and recomputing after a preemption all follow from that. Driven by the engi
 from bisect import insort
 from dataclasses import dataclass
 
+from guanaco.adapters.host_table import HostTable
 from guanaco.adapters.slot_table import SlotTable
 from guanaco.server.engine.block_manager import BlockManager, Faults
+from guanaco.server.engine.loading_queue import LoadingQueue
 from guanaco.server.engine.request import (
     FinishReason,
     Request,
@@ -27,7 +29,9 @@ PREFILL_SHARE_WHILE_DECODING = 0.25
 # After so many steps of being passed over for want of an adapter slot, a request lets nobody who needs one pass.
 MAX_PASSED_OVER_STEPS = 32
 
-QUEUE_TIMEOUT = "queue_timeout"  # TokenOutput.error of a request that waited too long
+# TokenOutput.error of a request that waited too long: for its turn, or for its adapters to be read
+QUEUE_TIMEOUT = "queue_timeout"
+ADAPTER_TIMEOUT = "adapter_timeout"
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Limits:
     max_num_batched_tokens: int
     max_model_len: int
     queue_timeout_seconds: float
+    adapter_timeout_seconds: float = 0.0  # that a request waits for adapters that are not in memory; 0: for ever
 
 
 @dataclass
@@ -54,7 +59,8 @@ def _by_arrival(sequence: Sequence) -> int:
 
 
 class Scheduler:
-    """Owns every unfinished sequence; `waiting` and `running` are both in order of arrival.
+    """Owns every unfinished sequence; `waiting` and `running` are both in order of arrival. Those whose adapters are
+    not in host memory are in `loading` before they wait, and hold their adapters there from then to their end.
 
     That order decides everything: who is admitted first, and who is preempted last. So the oldest sequence of all
     always gets on, and since all others are the oldest at some time, so does everybody.
@@ -67,19 +73,23 @@ class Scheduler:
         slots: SlotTable,
         eos_ids: frozenset[int],
         faults: Faults | None = None,
+        host: HostTable | None = None,
     ) -> None:
+        """host: none where all adapters stay in memory."""
         assert limits.max_num_batched_tokens >= limits.max_num_seqs, "every running sequence must get its next token"
         assert limits.max_model_len <= blocks.num_blocks * blocks.block_size, "one sequence must fit"
         self.limits = limits
         self.blocks = blocks
         self.slots = slots
+        self.host = host or HostTable(0)
+        self.loading = LoadingQueue(self.host, limits.adapter_timeout_seconds)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_waiting_tokens = 0  # of all waiting sequences; read from other threads, hence a number of its own
         self.counts = StepCounts()
         self._eos_ids = eos_ids
         self._faults = faults or Faults()
-        self._sequences: dict[str, Sequence] = {}  # by request id: all that wait or run
+        self._sequences: dict[str, Sequence] = {}  # by request id: all that load, wait or run
         self._num_arrived = 0
         self._outputs: list[TokenOutput] = []  # what ended outside of `update`
 
@@ -94,8 +104,11 @@ class Scheduler:
         sequence = Sequence(request, list(request.prompt_token_ids), arrival_number=self._num_arrived)
         self._num_arrived += 1
         self._sequences[request.request_id] = sequence
-        self.waiting.append(sequence)
-        self.num_waiting_tokens += len(request.prompt_token_ids)
+        if request.loras:
+            self.loading.add(sequence)
+            self.admit_loaded()
+        else:
+            self._wait(sequence)
 
     def check_fits(self, request: Request) -> None:
         """ValueError for a request that could never run, with the numbers."""
@@ -107,6 +120,8 @@ class Scheduler:
         versions = {lora.version for lora in request.loras}
         if not self.slots.can_ever_fit(versions):
             raise ValueError(f"{len(versions)} adapters in one request, and there are {self.slots.num_slots} slots")
+        if not self.host.can_ever_fit(versions):
+            raise ValueError("the request's adapters do not fit into the memory for adapters together")
 
     def abort(self, request_id: str) -> None:
         """End a request now, wherever it is. Unknown ids are none of our business: it may just have finished."""
@@ -114,10 +129,19 @@ class Scheduler:
         if sequence is not None:
             self._end(sequence, FinishReason.ABORT)
 
+    def adapter_read(self, version: str, error: str | None) -> None:
+        """A version that `host` wanted read is in memory, or could not be had: then whoever waits for it ends so."""
+        self.host.read_done(version, is_here=error is None)
+        if error is not None:
+            for sequence in [s for s in self.loading.sequences if s.holds_adapters and version in s.versions]:
+                self._end(sequence, FinishReason.ERROR, error=error)
+        self.admit_loaded()
+
     def schedule(self, now: float) -> ScheduledBatch:
         """Decide one step at monotonic time `now` (seconds). May be empty."""
         self.counts = StepCounts()
         self._expire(now)
+        self.admit_loaded(is_step=True)
         if len(self.running) > 1 and self._faults.preempt_now():
             self._preempt(self.running[-1])
         chosen: dict[int, ScheduledSequence] = {}  # by arrival number
@@ -150,6 +174,7 @@ class Scheduler:
                 outputs.append(self._advance(sequence, token))
         outputs += self._outputs
         self._outputs = []
+        self.admit_loaded()  # of who ended, others may take the room
         return outputs
 
     def _advance(self, sequence: Sequence, token: SampledToken) -> TokenOutput:
@@ -185,8 +210,20 @@ class Scheduler:
             return FinishReason.LENGTH, None
         return None, None
 
+    def admit_loaded(self, *, is_step: bool = False) -> None:
+        """Let those wait for their turn whose adapters are in memory, and have those read for which there is room."""
+        for sequence in self.loading.take_ready(is_step=is_step):
+            self._wait(sequence)
+
+    def _wait(self, sequence: Sequence) -> None:
+        sequence.status = Status.WAITING
+        insort(self.waiting, sequence, key=_by_arrival)
+        self.num_waiting_tokens += sequence.num_tokens
+
     def _expire(self, now: float) -> None:
         """Refuse what has waited too long. A preempted sequence has not: it was let in once."""
+        for sequence in self.loading.late(now):
+            self._end(sequence, FinishReason.ERROR, error=ADAPTER_TIMEOUT)
         limit = self.limits.queue_timeout_seconds
         late = []
         for sequence in self.waiting:
@@ -242,7 +279,7 @@ class Scheduler:
         for sequence in self._candidates():
             if budget <= 0 or len(self.running) >= self.limits.max_num_seqs:
                 return
-            versions = tuple(lora.version for lora in sequence.request.loras)
+            versions = sequence.versions
             if versions and reserved:
                 continue
             if versions in refused or (versions and self.slots.plan(versions) is None):
@@ -297,10 +334,8 @@ class Scheduler:
         """Take a sequence's blocks and pins back; it returns to its place in the queue and is recomputed."""
         self.running.remove(sequence)
         self._give_back(sequence)
-        sequence.status = Status.WAITING
         sequence.num_preemptions += 1
-        insort(self.waiting, sequence, key=_by_arrival)
-        self.num_waiting_tokens += sequence.num_tokens
+        self._wait(sequence)
         self.counts.num_preempted += 1
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
@@ -313,8 +348,12 @@ class Scheduler:
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
             self._give_back(sequence)
+        elif sequence.status is Status.LOADING:
+            self.loading.remove(sequence)
         else:
             self._leave_queue(sequence)
+        if sequence.holds_adapters:
+            self.host.unpin(sequence.versions)
         del self._sequences[sequence.request.request_id]
         sequence.status = Status.FINISHED
         sequence.finish_reason = reason
@@ -326,4 +365,4 @@ class Scheduler:
     def _give_back(self, sequence: Sequence) -> None:
         self.blocks.free(sequence)
         if sequence.request.loras:
-            self.slots.unpin([lora.version for lora in sequence.request.loras])
+            self.slots.unpin(sequence.versions)

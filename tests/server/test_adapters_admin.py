@@ -268,14 +268,3 @@ def test_bad_sources_are_refused_by_code(
     assert (error_code(refused), refused.status_code) == (code, 404 if code == "not_found" else 400), refused.text
     assert names(client) == [BASE]
     assert [path.name for path in server.store.directory.iterdir()] == [".lock"], "nothing is left of it"
-
-
-def test_memory_is_bounded(tmp_path: Path) -> None:
-    with make_adapter_server(tmp_path, host_memory=1000) as server, server.client(headers=ADMIN) as client:
-        put(client, "a", server.source("a", 1, rank=4))
-        full = client.put("/v1/adapters/b", json={"source": server.source("b", 2, rank=4)})
-        assert (full.status_code, error_code(full)) == (507, "host_memory_full")
-        put(client, "same", "a")  # the same content takes nothing more
-        client.delete("/v1/adapters/a")
-        client.delete("/v1/adapters/same")
-        put(client, "b", "b")

@@ -14,6 +14,7 @@ from fake_engine import FakeTemplate
 from safetensors.torch import load_file, save_file
 from tiny_adapters import make_adapter
 
+from guanaco.adapters.host_table import HostTable
 from guanaco.adapters.registry import AdapterRegistry
 from guanaco.adapters.registry_file import RegistryFile
 from guanaco.adapters.slot_table import SlotTable
@@ -23,6 +24,7 @@ from guanaco.server.api.auth import KeyRing
 from guanaco.server.api.catalog import Catalog, ServedModel
 from guanaco.server.engine.adapter_manager import AdapterManager
 from guanaco.server.engine.adapter_sources import AdapterPolicy
+from guanaco.server.engine.loading_queue import LoadingQueue
 from guanaco.server.engine.request import SampledToken, SamplingParams, ScheduledBatch, ScheduledSequence
 
 TARGETS = {"layers.0.self_attn.q_proj": (8, 8), "layers.0.mlp.down_proj": (16, 8)}
@@ -109,9 +111,11 @@ def make_adapter_server(
 ) -> AdapterServer:
     """A server that is not started yet. Whatever `directory` holds of an earlier one comes back, after the adapters
     of the `command_line`."""
-    made = make_engine_server(max_queued_requests=512, adapter_slots=num_slots, **settings)
+    made = make_engine_server(**{"max_queued_requests": 512, "adapter_slots": num_slots, **settings})
     scheduler = made.scheduler
     scheduler.slots = SlotTable(num_slots)
+    scheduler.host = HostTable(host_memory)
+    scheduler.loading = LoadingQueue(scheduler.host, made.state.settings.adapter_timeout)
     assert scheduler.blocks.block_size == BLOCK_SIZE
     made.sock.close()
     registry = AdapterRegistry(
@@ -127,7 +131,7 @@ def make_adapter_server(
         store,
         RegistryFile(store.directory / "registry.json"),
         made.state.engine,
-        AdapterPolicy(root, host_memory, FINGERPRINT, strict_base),
+        AdapterPolicy(root, FINGERPRINT, strict_base),
         probe_token_ids=(1, 2, 3),
     )
     for name, path in (command_line or {}).items():

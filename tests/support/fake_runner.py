@@ -98,6 +98,9 @@ class FakeRunner:
             raise RunnerFault("this adapter load fails")
         self.slots[slot] = version
 
+    def clear_adapter(self, slot: int) -> None:
+        self.slots[slot] = None
+
     def run(self, batch: ScheduledBatch) -> tuple[SampledToken, ...]:
         self.num_runs += 1
         try:
