@@ -84,6 +84,11 @@ def test_fma_rounds_once(a: int, b: int, c: int) -> None:
             assert distance < other or (distance == other and found & 1 == 0)
 
 
+def test_the_lanes_below() -> None:
+    masks = evaluate("mov.u32 $0, %lanemask_lt;", "=r,r", [np.zeros(64, np.uint32)])[0]
+    assert masks.tolist() == [(1 << lane) - 1 for lane in range(32)] * 2
+
+
 @given(st.floats(width=32, allow_nan=False))
 def test_bfloat16_is_rounded_as_torch_does(value: float) -> None:
     bits = from_double(np.array([value], np.float64), "bf16")
@@ -170,6 +175,21 @@ def _swap(x, y, PACK: tl.constexpr, N: tl.constexpr):
     tl.store(y + i, tl.inline_asm_elementwise(text, "=r,r", [tl.load(x + i)], tl.int32, is_pure=True, pack=PACK))
 
 
+@triton.jit
+def _pairs(x, y):
+    i = tl.arange(0, 4)[:, None] * 2 + tl.arange(0, 2)[None, :]
+    text: tl.constexpr = "prmt.b32 $0, $1, $2, 0x1054;"
+    tl.store(y + i, tl.inline_asm_elementwise(text, "=r,r,r", [tl.load(x + i)], tl.int16, is_pure=True, pack=2))
+
+
+def test_pack_2_takes_neighbours_of_the_last_axis() -> None:
+    """The lower halves of both, the second one's first."""
+    x = torch.tensor([0x90001, 0x90002, 0x90003, 0x90004, 0x90005, 0x90006, 0x90007, 0x90008], dtype=torch.int32)
+    y = torch.zeros(8, dtype=torch.int16)
+    _pairs[(1,)](x, y)
+    assert y.tolist() == [2, 1, 4, 3, 6, 5, 8, 7]
+
+
 def test_products_of_bfloat16_are_right() -> None:
     x, y = torch.randn(16, 16).bfloat16(), torch.randn(16, 16).bfloat16()
     z = torch.full((16, 16), float("nan"))
@@ -188,5 +208,5 @@ def test_inline_asm_runs_inside_a_kernel() -> None:
     y = torch.zeros_like(x)
     _swap[(1,)](x, y, 1, 32)
     assert torch.equal(y.view(torch.int16).view(-1, 2), x.view(torch.int16).view(-1, 2).flip(1))
-    with pytest.raises(Exception, match="pack=2"):
-        _swap[(1,)](x, y, 2, 32)
+    with pytest.raises(Exception, match="pack=4"):
+        _swap[(1,)](x, y, 4, 32)

@@ -28,19 +28,20 @@ def prove_decode(
     gain: float,
     kind: str,
     order: Sequence[int] = tuple(range(8)),
+    copies: int = 1,
 ) -> None:
     """AssertionError unless the asm makes, of every word, the nearest 16-bit values of gain · NF4 level.
 
     code_of_level: NF4 index 0 … 15 → nibble in the packed word. kind: "f16" or "bf16". order: output place, counted
     in 16-bit halves over the outputs → nibble of the word. The other half of the word varies with the one that is
-    walked through, so that a selector that reads too far is seen.
+    walked through, so that a selector that reads too far is seen. copies: in how many inputs the asm gets the word.
     """
     assert sorted(code_of_level) == list(range(16)), "not a permutation of the codes"
     table = np.empty(16)
     table[list(code_of_level)] = nearest(np.array(nf4.LEVELS) * gain, kind)
     for low, high in ((_PATTERNS, _PATTERNS * 40503 & 0xFFFF), (_PATTERNS * 40503 & 0xFFFF, _PATTERNS)):
         words = low | high << 16
-        outputs = evaluate(asm, constraints, [words])
+        outputs = evaluate(asm, constraints, [words] * copies)
         halves = [h for o in outputs for h in _halves(o)]
         assert len(halves) == 8, f"{len(halves)} weights come out of a word of 8"
         for place, bits in enumerate(halves):

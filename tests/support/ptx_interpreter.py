@@ -124,6 +124,9 @@ class _Machine:
             for i, part in enumerate(parts):
                 value = value | (self.read(part, each).astype(_UINT[width]) << _UINT[width](i * each))
             return value
+        if operand == "%lanemask_lt" and width == 32:
+            lanes = np.arange(int(np.prod(self._shape)), dtype=np.uint32).reshape(self._shape) % np.uint32(32)
+            return (np.uint32(1) << lanes) - np.uint32(1)
         if operand in self._values:
             value = self._values[operand]
             if value.itemsize * 8 != width:
@@ -428,11 +431,14 @@ def _create_inline_asm(
 ) -> _Results:
     from triton.runtime.interpreter import TensorHandle, _get_np_dtype
 
-    if pack != 1:
-        raise PtxError(f"pack={pack}: Triton does not say which elements it groups; use pack=1 on 32-bit words")
     inputs = [v.data.view(_UINT[v.data.itemsize * 8]) for v in values]
     shape = np.broadcast_shapes(*(i.shape for i in inputs))
-    outputs = evaluate(asm, constraints, inputs)
+    if pack == 1:
+        outputs = evaluate(asm, constraints, inputs)
+    elif pack == 2:
+        outputs = _evaluate_pairs(asm, constraints, [np.broadcast_to(i, shape) for i in inputs])
+    else:
+        raise PtxError(f"pack={pack}: Triton does not say which elements it groups; use pack=1 on 32-bit words")
     if len(outputs) != len(types):
         raise PtxError(f"the constraints name {len(outputs)} outputs and Triton expects {len(types)}")
     handles = []
@@ -443,6 +449,20 @@ def _create_inline_asm(
             raise PtxError(f"an output of {bits.itemsize * 8} bits is declared as {scalar}")
         handles.append(TensorHandle(np.array(np.broadcast_to(bits, shape)).view(dtype), scalar))
     return _Results(handles)
+
+
+def _evaluate_pairs(asm: str, constraints: str, inputs: Sequence[Bits]) -> list[Bits]:
+    """pack=2 as it is in the layout of a tensor core's left operand: neighbours of the last axis are one pair.
+
+    Triton leaves open what it groups. Whoever uses pack=2 proves from the machine code that it is these; 32-bit
+    elements come in one register each, 16-bit results leave two to a register, the first in the lower half.
+    """
+    if any(i.itemsize != 4 or i.shape[-1] % 2 for i in inputs):
+        raise PtxError("pack=2 is only evaluated for 32-bit inputs, an even number of them")
+    outputs = evaluate(asm, constraints, [i[..., place::2] for i in inputs for place in (0, 1)])
+    if any(o.itemsize != 4 for o in outputs):
+        raise PtxError("pack=2 is only evaluated for results of 16 bits, two to a 32-bit register")
+    return [np.stack(_halves(o), axis=-1).reshape(*o.shape[:-1], -1) for o in outputs]
 
 
 def _shield_bfloat16(interpreter: Any) -> None:
