@@ -210,3 +210,33 @@ def test_inline_asm_runs_inside_a_kernel() -> None:
     assert torch.equal(y.view(torch.int16).view(-1, 2), x.view(torch.int16).view(-1, 2).flip(1))
     with pytest.raises(Exception, match="pack=4"):
         _swap[(1,)](x, y, 4, 32)
+
+
+@triton.jit
+def _convert(x, y, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(y + i, tl.load(x + i).to(y.dtype.element_ty))
+
+
+def _converted(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    y = torch.zeros(len(x), dtype=dtype)
+    _convert[(1,)](x, y, len(x))
+    return y
+
+
+def test_conversions_round_to_the_nearest() -> None:
+    """All 65,536 upper halves of a float32, with lower halves below, on and above the middle, against torch."""
+    upper = torch.arange(1 << 16, dtype=torch.int64)
+    for lower in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
+        x = (upper << 16 | lower).to(torch.int32).view(torch.float32)
+        torch.testing.assert_close(_converted(x, torch.bfloat16), x.bfloat16(), rtol=0, atol=0, equal_nan=True)
+        saturated = x.clamp(-448.0, 448.0).to(torch.float8_e4m3fn).float()
+        found = _converted(x, torch.float8_e4m3fn).float()
+        torch.testing.assert_close(found, saturated, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_conversions_from_eight_bits_are_exact(dtype: torch.dtype) -> None:
+    codes = torch.arange(256, dtype=torch.int16).to(torch.uint8)
+    for x in (codes.view(torch.float8_e4m3fn), codes.view(torch.int8)):
+        torch.testing.assert_close(_converted(x, dtype), x.to(dtype), rtol=0, atol=0, equal_nan=True)

@@ -1,4 +1,4 @@
-"""Triton's interpreter, made to run what ships: inline PTX in numpy, bit by bit, and bfloat16 products that are right.
+"""Triton's interpreter, made to run what ships: inline PTX in numpy, bit by bit, and bfloat16 and fp8 that are right.
 
 `evaluate` runs the text of one asm block on arrays of bits and knows nothing of Triton; `install` puts it under
 `tl.inline_asm_elementwise`. Called by tests/conftest.py, and by whoever runs kernels with TRITON_INTERPRET=1.
@@ -414,7 +414,7 @@ class _Results:
 
 
 def install() -> None:
-    """Patch Triton's interpreter (3.9, private classes) in this process, once: inline asm, and bfloat16 made safe."""
+    """Patch Triton's interpreter (3.9, private classes) in this process, once: inline asm, bfloat16, e4m3."""
     if find_spec("triton") is None:
         return
     from triton.runtime import interpreter
@@ -424,6 +424,7 @@ def install() -> None:
     interpreter.InterpreterBuilder.guanaco_ptx = True
     interpreter.InterpreterBuilder.create_inline_asm = _create_inline_asm
     _shield_bfloat16(interpreter)
+    _round_as_cards_do(interpreter)
 
 
 def _create_inline_asm(
@@ -504,3 +505,39 @@ def _shield_bfloat16(interpreter: Any) -> None:
         return plain_check(self, inputs)
 
     interpreter.ReduceScanOpInterface.check_tensor = check_tensor
+
+
+def _round_as_cards_do(interpreter: Any) -> None:
+    """Conversions to bfloat16 and e4m3: to the nearest, ties to even, the latter saturating, as `cvt.rn(.satfinite)`.
+
+    As they come they cut bfloat16's low bits off, take an integer's bits for those of a bfloat16, and lose the carry
+    of a mantissa that is rounded up in fp8.
+    """
+    import torch
+    import triton.language as tl
+
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    plain_cast, plain_fp_to_fp = builder.cast_impl, builder.create_fp_to_fp
+
+    def cast(self: Any, source: Any, kind: Any) -> Any:
+        before, after = source.dtype.scalar, kind.scalar
+        if after == tl.bfloat16 and before != tl.bfloat16:
+            single = np.ascontiguousarray(source.data.astype(np.float32)).view(np.uint32)
+            nearest = (single + 0x7FFF + (single >> 16 & 1)) >> 16
+            bits = np.where((single & 0x7FFFFFFF) > 0x7F800000, single >> 16 | 0x40, nearest)
+            return handle(bits.astype(np.uint16), after)
+        if before == tl.bfloat16 and after != tl.float32:
+            return plain_cast(self, plain_cast(self, source, tl.float32), kind)
+        return plain_cast(self, source, kind)
+
+    def fp_to_fp(self: Any, source: Any, kind: Any, rounding: Any) -> Any:
+        before, after = source.dtype.scalar, kind.scalar
+        if before == tl.float8e4nv:
+            values = torch.from_numpy(np.array(source.data)).view(torch.float8_e4m3fn).float().numpy()
+            return cast(self, handle(values, tl.float32), kind)
+        if after == tl.float8e4nv:
+            single = torch.from_numpy(np.array(cast(self, source, tl.float32).data)).clamp(-448.0, 448.0)
+            return handle(single.to(torch.float8_e4m3fn).view(torch.uint8).numpy(), after)
+        return plain_fp_to_fp(self, source, kind, rounding)
+
+    builder.cast_impl, builder.create_fp_to_fp = cast, fp_to_fp

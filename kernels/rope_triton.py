@@ -1,0 +1,156 @@
+"""Rotary embedding and the write to the paged KV cache in one Triton kernel; the cache may be kept in 8 bits.
+
+A quantised cache (int8, float8 e4m3) holds multiples of one float32 scale for each token and head. The scales lie as
+[blocks, kv_heads, block_size], so that those of one head and consecutive positions are read together. Held to float64
+by tests/kernels/test_rope_triton.py in Triton's interpreter; NEVER RUN on a GPU so far. Called by the provider.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from guanaco.kernels.elementwise import straight_case
+from guanaco.kernels.triton_compile import TARGETS, CompileCase
+
+# The largest code of each 8-bit form of the cache. e4m3 conversions exist from compute capability 8.9 on.
+CODE_LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+FP8_TARGETS = ("sm_89", "sm_90", "sm_100", "sm_120")
+
+
+@triton.jit
+def _quantise(low, high, LIMIT: tl.constexpr):
+    """Halves of heads [h, d / 2] as multiples of one scale a head, so that the largest is ±LIMIT; and the scales."""
+    largest = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
+    inverse = tl.where(largest > 0.0, LIMIT / largest, 0.0)[:, None]
+    low, high = low * inverse, high * inverse
+    if LIMIT == 127.0:  # int8: to the nearest; the conversion would cut
+        low, high = tl.floor(low + 0.5), tl.floor(high + 0.5)
+    return low, high, largest / LIMIT
+
+
+@triton.jit
+def _write_heads(
+    cache, scales, slot, head, pair, inside, low, high,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    if LIMIT > 0.0:
+        low, high, scale = _quantise(low, high, LIMIT)
+        first = scales + (slot // BLOCK_SIZE) * HEADS * BLOCK_SIZE + slot % BLOCK_SIZE
+        tl.store(first + head * BLOCK_SIZE, scale, mask=head < HEADS)
+    at = cache + slot * HEADS * HEAD_DIM + head[:, None] * HEAD_DIM + pair[None, :]
+    tl.store(at, low.to(cache.dtype.element_ty), mask=inside)
+    tl.store(at + HEAD_DIM // 2, high.to(cache.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rope_and_cache_kernel(
+    q, k, v, cos, sin, k_cache, v_cache, k_scales, v_scales, slots, rotated, q_stride, k_stride, v_stride,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_HEADS heads of one token: first all of the queries', then all of the keys' together with the values'."""
+    token = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    QUERY_PARTS: tl.constexpr = (HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
+    HALF: tl.constexpr = HEAD_DIM // 2
+    pair = tl.arange(0, PAIRS)
+    c = tl.load(cos + token * HALF + pair, mask=pair < HALF, other=0.0)[None, :]
+    s = tl.load(sin + token * HALF + pair, mask=pair < HALF, other=0.0)[None, :]
+    if part < QUERY_PARTS:
+        head = part * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+        inside = (head < HEADS)[:, None] & (pair < HALF)[None, :]
+        offset = head[:, None] * HEAD_DIM + pair[None, :]
+        low = tl.load(q + token * q_stride + offset, mask=inside, other=0.0).to(tl.float32)
+        high = tl.load(q + token * q_stride + offset + HALF, mask=inside, other=0.0).to(tl.float32)
+        at = rotated + token * HEADS * HEAD_DIM + offset
+        tl.store(at, (low * c - high * s).to(rotated.dtype.element_ty), mask=inside)
+        tl.store(at + HALF, (high * c + low * s).to(rotated.dtype.element_ty), mask=inside)
+    else:
+        slot = tl.load(slots + token)
+        if slot >= 0:
+            head = (part - QUERY_PARTS) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+            inside = (head < KV_HEADS)[:, None] & (pair < HALF)[None, :]
+            offset = head[:, None] * HEAD_DIM + pair[None, :]
+            low = tl.load(k + token * k_stride + offset, mask=inside, other=0.0).to(tl.float32)
+            high = tl.load(k + token * k_stride + offset + HALF, mask=inside, other=0.0).to(tl.float32)
+            turned_low, turned_high = low * c - high * s, high * c + low * s
+            _write_heads(k_cache, k_scales, slot, head, pair, inside, turned_low, turned_high,
+                         KV_HEADS, HEAD_DIM, BLOCK_SIZE, LIMIT)  # fmt: skip
+            low = tl.load(v + token * v_stride + offset, mask=inside, other=0.0).to(tl.float32)
+            high = tl.load(v + token * v_stride + offset + HALF, mask=inside, other=0.0).to(tl.float32)
+            _write_heads(v_cache, v_scales, slot, head, pair, inside, low, high,
+                         KV_HEADS, HEAD_DIM, BLOCK_SIZE, LIMIT)  # fmt: skip
+
+
+def rope_and_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+) -> Tensor:
+    """See `Ops.rope_and_cache`; q, k and v may be slices of one merged tensor (any stride between tokens).
+
+    An int8 or float8_e4m3fn cache takes multiples of one scale for each token and head, which go to k_scales and
+    v_scales, float32 [blocks, kv_heads, block_size]; the values' sums then are v_scales · cache.
+    """
+    t, heads, head_dim = q.shape
+    kv_heads, block_size = k.shape[1], k_cache.shape[1]
+    assert head_dim % 2 == 0
+    assert all(x.stride()[1:] == (head_dim, 1) or x.numel() == 0 for x in (q, k, v)), "heads must be dense"
+    assert k_cache.is_contiguous()
+    assert v_cache.is_contiguous()
+    assert k_cache.shape[2:] == (kv_heads, head_dim)
+    limit = CODE_LIMITS.get(k_cache.dtype, 0.0)
+    assert (limit > 0) == (k_scales is not None) == (v_scales is not None), "a quantised cache has scales, no other"
+    rotated = torch.empty((t, heads, head_dim), dtype=q.dtype, device=q.device)
+    pairs = triton.next_power_of_2(head_dim // 2)
+    block_heads = _block_heads(pairs, heads)
+    if t:
+        rope_and_cache_kernel[(t, triton.cdiv(heads, block_heads) + triton.cdiv(kv_heads, block_heads))](
+            q, k, v, cos, sin, k_cache, v_cache, k_cache if k_scales is None else k_scales,
+            v_cache if v_scales is None else v_scales, slot_mapping, rotated, q.stride(0), k.stride(0), v.stride(0),
+            HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, PAIRS=pairs, BLOCK_HEADS=block_heads,
+            BLOCK_SIZE=block_size, LIMIT=limit, num_warps=1,
+        )  # fmt: skip
+    return rotated
+
+
+def _block_heads(pairs: int, heads: int) -> int:
+    """Heads of one program: 8 pairs, so 16 bytes of 16-bit numbers, for each of a warp's lanes."""
+    return int(min(max(1, 256 // pairs), triton.next_power_of_2(heads)))
+
+
+def compile_cases(target: str) -> list[CompileCase]:
+    """One token of LLaMA-7B, LLaMA-3 8B and the demo; the cache in 16 bits and in 8."""
+    act = "*fp16" if target == "sm_75" else "*bf16"
+    cases = []
+    for name, heads, kv_heads, head_dim in (("7B", 32, 32, 128), ("8B", 32, 8, 128), ("demo", 9, 3, 64)):
+        for cache, limit in ((act, 0.0), ("*i8", 127.0), ("*fp8e4nv", 448.0)):
+            scales = cache if limit == 0 else "*fp32"
+            pairs = head_dim // 2
+            block_heads = _block_heads(pairs, heads)
+            signature = {
+                "q": act, "k": act, "v": act, "cos": "*fp32", "sin": "*fp32", "k_cache": cache, "v_cache": cache,
+                "k_scales": scales, "v_scales": scales, "slots": "*i64", "rotated": act,
+                "q_stride": "i32", "k_stride": "i32", "v_stride": "i32",
+            }  # fmt: skip
+            constexprs = {
+                "HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim, "PAIRS": pairs, "BLOCK_HEADS": block_heads,
+                "BLOCK_SIZE": 16, "LIMIT": limit,
+            }  # fmt: skip
+            # Both sides of the kernel's branch are counted: queries, and keys with values.
+            cases.append(
+                straight_case(
+                    rope_and_cache_kernel, f"{name} {cache[1:]}", signature, constexprs,
+                    units=3 * block_heads * head_dim, bytes_per_unit=2, num_warps=1,
+                    targets=FP8_TARGETS if limit == 448.0 else TARGETS,
+                )
+            )  # fmt: skip
+    return cases
