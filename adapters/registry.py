@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -85,6 +85,8 @@ class AdapterRegistry:
         self._leases: Counter[str] = Counter()
         self._num_uses: Counter[str] = Counter()  # by name, since the start
         self._last_used: dict[str, float] = {}
+        self._alias_names: frozenset[str] = frozenset()
+        self._pinned: frozenset[str] = frozenset()  # versions that aliases lead to
         nothing: MappingProxyType[str, AdapterEntry] = MappingProxyType({})
         self._snapshot = _Snapshot(nothing, MappingProxyType({}), frozenset(), MappingProxyType({}))
         self._staged: dict[str, LoadedAdapter] = {}  # just read, for `staged`
@@ -205,15 +207,23 @@ class AdapterRegistry:
         with self._lock:
             self._swap(copies={other: it for other, it in self._snapshot.copies.items() if other != version})
 
-    def acquire(self, name: str) -> AdapterEntry | None:
-        """What `name` stands for now, with a lease on its version: it stays usable until `release`."""
+    def acquire(self, name: str, version: str | None = None) -> AdapterEntry | None:
+        """What `resolve` says, with a lease on its version: it stays usable until `release`."""
         with self._lock:
-            entry = self._snapshot.entries.get(name)
+            entry = self.resolve(name, version)
             if entry is not None:
                 self._leases[entry.version] += 1
                 self._num_uses[name] += 1
                 self._last_used[name] = time.time()
         return entry
+
+    def hold(self, version: str) -> bool:
+        """Take a lease on a version, if it is known; whether it is."""
+        with self._lock:
+            if not self.knows(version):
+                return False
+            self._leases[version] += 1
+        return True
 
     def release(self, version: str) -> None:
         """Give one lease back."""
@@ -234,15 +244,43 @@ class AdapterRegistry:
     def drop(self, version: str) -> bool:
         """Forget a version and its copy, if no name points to it and nobody holds it; whether it is gone."""
         with self._lock:
-            if self._leases.get(version, 0) or any(e.version == version for e in self._snapshot.entries.values()):
+            if self._leases.get(version, 0) or self.is_wanted(version):
                 return False
             copies = {other: it for other, it in self._snapshot.copies.items() if other != version}
             self._swap(versions=self._snapshot.versions - {version}, copies=copies)
         return True
 
-    def resolve(self, name: str) -> AdapterEntry | None:
-        """What `name` stands for now; None for a name that is not registered."""
-        return self._snapshot.entries.get(name)
+    def resolve(self, name: str, version: str | None = None) -> AdapterEntry | None:
+        """What `name` stands for now, or with a pinned version instead; None where it is not registered."""
+        snapshot = self._snapshot
+        entry = snapshot.entries.get(name)
+        if entry is None or version in (None, entry.version):
+            return entry
+        if version not in self._pinned or version not in snapshot.versions:
+            return None
+        return replace(entry, version=version)
+
+    def is_wanted(self, version: str) -> bool:
+        """Whether a name stands for a version, or an alias leads to it."""
+        return version in self._pinned or any(e.version == version for e in self._snapshot.entries.values())
+
+    def is_taken(self, name: str) -> bool:
+        """Whether it is the base's name, or an adapter's, be it a broken one."""
+        return name in self._base_names or name in self._snapshot.entries or name in self._snapshot.broken
+
+    def heed_aliases(self, names: frozenset[str], pinned: frozenset[str]) -> None:
+        """The names that are aliases, which no adapter may take, and the versions that stay for them."""
+        with self._lock:
+            for gone in self._alias_names - names - self._snapshot.entries.keys():
+                self._num_uses.pop(gone, None)
+                self._last_used.pop(gone, None)
+            self._alias_names, self._pinned = names, pinned
+
+    def count_use(self, alias: str) -> None:
+        """A request came by an alias."""
+        with self._lock:
+            self._num_uses[alias] += 1
+            self._last_used[alias] = time.time()
 
     def entries(self) -> tuple[AdapterEntry, ...]:
         """Every adapter, in the order of registration."""
@@ -275,6 +313,8 @@ class AdapterRegistry:
         if name in self._base_names:
             problem = f"{name} is the base model's name; give the adapter another one, or set --served-model-name"
             raise AdapterError("name_taken", problem, "name")
+        if name in self._alias_names and name not in self._snapshot.entries:
+            raise AdapterError("name_taken", f"{name} is an alias; choose another name, or remove the alias", "name")
         if name in self._snapshot.entries and not replace:
             raise AdapterError("name_taken", f"an adapter called {name} is there already; choose another name", "name")
 

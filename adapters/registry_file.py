@@ -1,21 +1,27 @@
-"""The list of adapters that a restart brings back: one small JSON file, written whole or not at all.
+"""The list of adapters and aliases that a restart brings back: one small JSON file, written whole or not at all.
 
 Knows no tensors; the versions it names are the store's. Called by the adapter manager.
 """
 
 import json
 import os
+import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from guanaco.adapters.aliases import Alias, Revision, Target
 from guanaco.adapters.errors import AdapterError
+from guanaco.adapters.registry import NAME
 from guanaco.adapters.store import sync_directory
 from guanaco.adapters.strict_json import JsonError, parse_object
 
+T = TypeVar("T")
+
 _FORMAT = 1
+_VERSION = re.compile(r"[0-9a-f]{64}")
 _MAX_BYTES = 16 << 20
 
 
@@ -39,23 +45,31 @@ class RegistryFile:
 
     def read(self) -> tuple[Saved, ...]:
         """What was written last; nothing where there is no file. Raises AdapterError for a file that is not ours."""
+        return self._read(lambda content: tuple(_saved(record) for record in content["adapters"]))
+
+    def read_aliases(self) -> tuple[Alias, ...]:
+        """The aliases that were written last; none where there is no file, or an old one. Raises as `read`."""
+        return self._read(lambda content: tuple(_alias(record) for record in content.get("aliases", [])))
+
+    def _read(self, parse: Callable[[dict[str, Any]], tuple[T, ...]]) -> tuple[T, ...]:
         try:
             if self.path.stat().st_size > _MAX_BYTES:
                 raise AdapterError("registry_damaged", f"{self.path} is too large to be ours; move it away")
             content = parse_object(self.path.read_bytes())
             if content["format"] != _FORMAT:
                 raise AdapterError("registry_damaged", f"{self.path} was written by another version; move it away")
-            return tuple(_saved(record) for record in content["adapters"])
+            return parse(content)
         except FileNotFoundError:
             return ()
         except OSError as error:
             raise AdapterError("registry_unreadable", f"{self.path} cannot be read: {error.strerror}") from None
-        except (JsonError, KeyError, TypeError, ValueError):
+        except (JsonError, KeyError, TypeError, ValueError, AttributeError):
             raise AdapterError("registry_damaged", f"{self.path} is damaged; move it away") from None
 
-    def write(self, records: Iterable[Saved]) -> None:
+    def write(self, records: Iterable[Saved], aliases: Iterable[Alias] = ()) -> None:
         """Replace the file. Raises OSError; then the old one is still there."""
-        text = json.dumps({"format": _FORMAT, "adapters": [asdict(record) for record in records]}, indent=1)
+        lists = {"adapters": [asdict(record) for record in records], "aliases": [asdict(alias) for alias in aliases]}
+        text = json.dumps({"format": _FORMAT, **lists}, indent=1)
         handle, temporary = tempfile.mkstemp(prefix=f".{self.path.name}-", dir=self.path.parent)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -81,3 +95,18 @@ def _saved(record: object) -> Saved:
         raise TypeError("a profile is an object")
     effect = None if effect is None else float(effect)
     return Saved(str(name), str(version), str(source), tuple(history), effect, profile)
+
+
+def _alias(record: dict[str, Any]) -> Alias:
+    if NAME.fullmatch(record["name"]) is None:
+        raise ValueError("no name")
+    return Alias(record["name"], _revision(record["now"]), tuple(_revision(past) for past in record["history"]))
+
+
+def _revision(record: dict[str, Any]) -> Revision:
+    targets = tuple(Target(str(t["name"]), t["version"], int(t["weight"])) for t in record["targets"])
+    if not any(target.weight > 0 for target in targets) or any(target.weight < 0 for target in targets):
+        raise ValueError("weights lead somewhere")
+    if any(target.version is not None and _VERSION.fullmatch(target.version) is None for target in targets):
+        raise ValueError("a version is a digest")
+    return Revision(int(record["number"]), float(record["changed_at"]), targets)

@@ -92,7 +92,7 @@ def _api_state(settings: Settings, runtime: Runtime, keys: KeyRing) -> ApiState:
     return ApiState(
         engine=engine,
         tokenizer=base.tokenizer,
-        catalog=Catalog(served, live=runtime.registry),
+        catalog=Catalog(served, live=runtime.registry, aliases=None if manager is None else manager.aliases.table),
         settings=settings,
         metrics=metrics,
         version=version("guanaco"),

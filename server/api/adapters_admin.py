@@ -13,32 +13,19 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from guanaco.server.api.access_log import record_of
-from guanaco.server.api.body import body_schema, parse_object, read_body, validate
+from guanaco.server.api.admin import Name, admin_body, manager_of, refusal
+from guanaco.server.api.body import body_schema
 from guanaco.server.api.errors import ApiError, bad_request
 from guanaco.server.api.protocol import Body
-from guanaco.server.api.state import json_response, state_of
+from guanaco.server.api.state import json_response
 from guanaco.server.engine.adapter_manager import AdapterManager, AdapterRefused
 from guanaco.server.engine.adapter_view import AdapterView
 
 router = APIRouter(tags=["adapters"])
 
-_STATUS = {
-    "adapter_not_found": 404,
-    "not_found": 404,
-    "version_missing": 404,
-    "changed_while_reading": 409,
-    "name_taken": 409,
-    "no_history": 409,
-    "version_conflict": 409,
-    "host_memory_full": 507,
-    "store_failed": 507,
-    "version_damaged": 500,
-    "probe_failed": 503,
-}
 _MAX_TIMEOUT_SECONDS = 300.0
 _DEFAULT_TIMEOUT_SECONDS = 10.0
 
-_Name = Annotated[str, Field(min_length=1, max_length=64)]
 _Source = Annotated[str, Field(min_length=1, max_length=1024)]
 _Version = Annotated[str, Field(pattern="^[0-9a-f]{6,64}$")]
 
@@ -46,7 +33,7 @@ _Version = Annotated[str, Field(pattern="^[0-9a-f]{6,64}$")]
 class LoadBody(Body):
     """vLLM's."""
 
-    lora_name: _Name
+    lora_name: Name
     lora_path: _Source
     load_inplace: bool = False
 
@@ -54,7 +41,7 @@ class LoadBody(Body):
 class UnloadBody(Body):
     """vLLM's."""
 
-    lora_name: _Name
+    lora_name: Name
 
 
 class PutBody(Body):
@@ -71,24 +58,6 @@ class RollbackBody(Body):
     version: _Version | None = None
 
 
-def _manager(request: Request) -> AdapterManager:
-    manager = state_of(request).adapters
-    if manager is None:
-        raise ApiError(403, "admin_disabled", "adapters can't be changed while this server runs")
-    return manager
-
-
-async def _body(request: Request, model: type[Any]) -> Any:
-    state = state_of(request)
-    raw = await read_body(request, state.settings.max_body_bytes)
-    return validate(model, parse_object(raw))
-
-
-def refusal(error: AdapterRefused) -> ApiError:
-    """A refusal as the client gets it."""
-    return ApiError(_STATUS.get(error.code, 400), error.code, str(error), param=error.field)
-
-
 def _card(view: AdapterView) -> dict[str, Any]:
     return {"object": "adapter", **view.public()}
 
@@ -102,7 +71,7 @@ def _view(manager: AdapterManager, name: str) -> AdapterView:
 
 @router.post("/v1/load_lora_adapter", summary="vLLM's: load an adapter", openapi_extra=body_schema(LoadBody))
 async def load_lora_adapter(request: Request) -> Response:
-    manager, body = _manager(request), await _body(request, LoadBody)
+    manager, body = manager_of(request), await admin_body(request, LoadBody)
     record_of(request.scope).model = body.lora_name
     try:
         await manager.load(body.lora_name, body.lora_path, replace=body.load_inplace)
@@ -116,7 +85,7 @@ async def load_lora_adapter(request: Request) -> Response:
 
 @router.post("/v1/unload_lora_adapter", summary="vLLM's: remove an adapter", openapi_extra=body_schema(UnloadBody))
 async def unload_lora_adapter(request: Request) -> Response:
-    manager, body = _manager(request), await _body(request, UnloadBody)
+    manager, body = manager_of(request), await admin_body(request, UnloadBody)
     try:
         await manager.unload(body.lora_name)
     except AdapterRefused as error:
@@ -126,17 +95,17 @@ async def unload_lora_adapter(request: Request) -> Response:
 
 @router.get("/v1/adapters", summary="All adapters with their state")
 async def list_adapters(request: Request) -> Response:
-    return json_response({"object": "list", "data": [_card(view) for view in _manager(request).views()]})
+    return json_response({"object": "list", "data": [_card(view) for view in manager_of(request).views()]})
 
 
 @router.get("/v1/adapters/{name}", summary="One adapter")
 async def get_adapter(request: Request, name: str) -> Response:
-    return json_response(_card(_view(_manager(request), name)))
+    return json_response(_card(_view(manager_of(request), name)))
 
 
 @router.put("/v1/adapters/{name}", summary="Load or replace an adapter", openapi_extra=body_schema(PutBody))
 async def put_adapter(request: Request, name: str) -> Response:
-    manager, body = _manager(request), await _body(request, PutBody)
+    manager, body = manager_of(request), await admin_body(request, PutBody)
     is_new = manager.view(name) is None
     try:
         await manager.load(
@@ -151,7 +120,7 @@ async def put_adapter(request: Request, name: str) -> Response:
     "/v1/adapters/{name}", summary="Remove an adapter: ?timeout=SECONDS to wait, ?force=true to end requests"
 )
 async def delete_adapter(request: Request, name: str) -> Response:
-    manager, query = _manager(request), request.query_params
+    manager, query = manager_of(request), request.query_params
     if unknown := set(query) - {"force", "timeout"}:
         raise bad_request("only force and timeout may be given", sorted(unknown)[0])
     force = query.get("force", "false")
@@ -169,7 +138,7 @@ async def delete_adapter(request: Request, name: str) -> Response:
 
 @router.post("/v1/adapters/{name}/check", summary="Would it load, and fit?", openapi_extra=body_schema(CheckBody))
 async def check_adapter(request: Request, name: str) -> Response:
-    manager, body = _manager(request), await _body(request, CheckBody)
+    manager, body = manager_of(request), await admin_body(request, CheckBody)
     try:
         report = await manager.check(name, body.source)
     except AdapterRefused as error:
@@ -181,7 +150,7 @@ async def check_adapter(request: Request, name: str) -> Response:
     "/v1/adapters/{name}/rollback", summary="Back to an earlier version", openapi_extra=body_schema(RollbackBody)
 )
 async def rollback_adapter(request: Request, name: str) -> Response:
-    manager, body = _manager(request), await _body(request, RollbackBody)
+    manager, body = manager_of(request), await admin_body(request, RollbackBody)
     try:
         await manager.rollback(name, body.version)
     except AdapterRefused as error:

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from guanaco.server.api import adapters_admin, chat, completions, info, tokens
+from guanaco.server.api import adapters_admin, aliases_admin, chat, completions, info, tokens
 from guanaco.server.api.auth import AuthMiddleware
 from guanaco.server.api.errors import HANDLED, handle_error
 from guanaco.server.api.middleware import Gate, RequestScope
@@ -43,7 +43,14 @@ def create_app(state: ApiState) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.api = state
-    for router in (info.router, chat.router, completions.router, tokens.router, adapters_admin.router):
+    for router in (
+        info.router,
+        chat.router,
+        completions.router,
+        tokens.router,
+        adapters_admin.router,
+        aliases_admin.router,
+    ):
         app.include_router(router)
     for error in HANDLED:
         app.add_exception_handler(error, handle_error)

@@ -18,7 +18,7 @@ from guanaco.server.config import Settings, SettingsError
 
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
 # What changes which adapters there are: for the admin key alone, and for nobody where there is none.
-ADMIN_PATHS = ("/v1/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+ADMIN_PATHS = ("/v1/adapters", "/v1/aliases", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 
 
 def is_admin_path(path: str) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from guanaco.server.api.auth import ApiKey
-from guanaco.server.api.errors import ApiError, bad_request, model_not_found
+from guanaco.server.api.errors import ApiError, alias_target_missing, bad_request, model_not_found
 from guanaco.server.api.lifecycle import Admission
 from guanaco.server.engine.request import LoraRef
 
@@ -45,6 +45,7 @@ class ServedModel:
     base_fingerprint: str = ""  # of the base's content
     mixture: tuple[LoraRef, ...] = ()  # of a request that names its adapters itself
     profile: ServedProfile | None = None
+    stands_for: str | None = None  # of an alias: the adapter that this request gets
 
     def is_open_to(self, key: ApiKey | None) -> bool:
         """Whether the holder of a key may use it, or hear of it."""
@@ -53,8 +54,8 @@ class ServedModel:
 
     @property
     def adapter(self) -> str | None:
-        """The name as an adapter's name; None for the base."""
-        return self.name if self.version is not None else None
+        """The adapter's name, whatever it was asked by; None for the base."""
+        return None if self.version is None else self.stands_for or self.name
 
     @property
     def loras(self) -> tuple[LoraRef, ...]:
@@ -102,48 +103,106 @@ class LiveAdapters(Protocol):
     """Adapters that come and go. Safe from any thread."""
 
     def entries(self) -> Sequence[LiveEntry]: ...
-    def resolve(self, name: str) -> LiveEntry | None: ...
-    def acquire(self, name: str) -> LiveEntry | None:
+    def resolve(self, name: str, version: str | None = None) -> LiveEntry | None: ...
+    def acquire(self, name: str, version: str | None = None) -> LiveEntry | None:
         """As `resolve`, and the version stays usable until `release(version)`."""
 
     def release(self, version: str) -> None: ...
+    def count_use(self, alias: str) -> None: ...
+
+
+class AliasTarget(Protocol):
+    """An adapter that an alias leads to, perhaps in one version, and perhaps not loaded."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> str | None: ...
+
+
+class LiveAliases(Protocol):
+    """Names that stand for live adapters. Safe from any thread."""
+
+    def names(self) -> Sequence[str]: ...
+    def follow(self, name: str, key: str) -> AliasTarget | None: ...
+    def leads_to(self, name: str) -> Sequence[AliasTarget]: ...
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks: the key, and the text that a weighted alias chooses by."""
+
+    key: ApiKey | None
+    split_key: str | None = None  # None: the request's id
+    request_id: str = ""
+
+    @property
+    def chosen_by(self) -> str:
+        return self.request_id if self.split_key is None else self.split_key
 
 
 class Catalog:
     """The served models in the order in which they are listed."""
 
     def __init__(
-        self, base: ServedModel, adapters: Iterable[ServedModel] = (), live: LiveAdapters | None = None
+        self,
+        base: ServedModel,
+        adapters: Iterable[ServedModel] = (),
+        live: LiveAdapters | None = None,
+        aliases: LiveAliases | None = None,
     ) -> None:
+        """aliases: over `live`, which goes before them."""
         self.base = base
         self._models = {model.name: model for model in (base, *adapters)}
         self._live = live
+        self._aliases = aliases
 
     def get(self, name: str, key: ApiKey | None) -> ServedModel:
         """The model of that name, to be shown; a 404 where there is none for this key."""
         model = self._models.get(name)
         if model is None and self._live is not None and (entry := self._live.resolve(name)) is not None:
             model = self._model_of(entry)
+        if model is None:
+            model = self._model_of_alias(name, Caller(key))
         if model is None or not model.is_open_to(key):
             raise model_not_found()
         return model
 
-    def acquire(self, name: str, key: ApiKey | None, admission: Admission) -> ServedModel:
+    def acquire(self, name: str, caller: Caller, admission: Admission) -> ServedModel:
         """The model of that name, to be used: its version stays until the admission is released."""
         model = self._models.get(name)
         if model is not None:
             return model
-        if self._live is None or (entry := self._live.acquire(name)) is None:
+        if self._live is None:
             raise model_not_found()
-        live, version = self._live, entry.version
+        live, entry = self._live, self._live.acquire(name)
+        is_alias = entry is None
+        if entry is None:
+            entry = self._acquire_by_alias(name, caller)
+        version = entry.version
         admission.on_release(lambda: live.release(version))
-        acquired = self._model_of(entry)
-        if not acquired.is_open_to(key):
+        acquired = self._model_of(entry, alias=name if is_alias else None)
+        if not acquired.is_open_to(caller.key) or (is_alias and not self._is_alias_open_to(name, caller.key)):
             raise model_not_found()  # not "forbidden": who may not use it need not learn that it is there
+        if is_alias:
+            live.count_use(name)
         return acquired
 
+    def _acquire_by_alias(self, name: str, caller: Caller) -> LiveEntry:
+        """What an alias gives a caller, with a lease. One that is re-pointed meanwhile is asked again."""
+        target = None
+        while self._live is not None and self._aliases is not None:
+            before, target = target, self._aliases.follow(name, caller.chosen_by)
+            if target is None or not self._is_alias_open_to(name, caller.key):
+                break
+            if (entry := self._live.acquire(target.name, target.version)) is not None:
+                return entry
+            if target == before:
+                raise alias_target_missing()
+        raise model_not_found()
+
     def acquire_mixture(
-        self, model_name: str, adapters: Sequence[tuple[str, float]], key: ApiKey | None, admission: Admission
+        self, model_name: str, adapters: Sequence[tuple[str, float]], caller: Caller, admission: Admission
     ) -> ServedModel:
         """The base with several adapters at once, each with a factor of the request's own, in the request's order."""
         if model_name != self.base.name:
@@ -152,8 +211,10 @@ class Catalog:
         loras = []
         for index, (name, scale) in enumerate(adapters):
             try:
-                model = self.acquire(name, key, admission)
+                model = self.acquire(name, caller, admission)
             except ApiError as error:
+                if error.code != "model_not_found":
+                    raise
                 text = f"no adapter is called as adapters[{index}].name says; GET /v1/models lists them"
                 raise ApiError(error.status, "adapter_not_found", text, param=f"adapters[{index}].name") from None
             if model.version is None:
@@ -166,13 +227,36 @@ class Catalog:
     def all(self, key: ApiKey | None) -> tuple[ServedModel, ...]:
         """What the holder of a key may use."""
         live = () if self._live is None else self._live.entries()
-        models = (*self._models.values(), *(self._model_of(entry) for entry in live))
+        models = [*self._models.values(), *(self._model_of(entry) for entry in live)]
+        if self._aliases is not None:
+            caller = Caller(key)
+            models += [m for name in self._aliases.names() if (m := self._model_of_alias(name, caller)) is not None]
         return tuple(model for model in models if model.is_open_to(key))
 
-    def _model_of(self, entry: LiveEntry) -> ServedModel:
+    def _is_alias_open_to(self, name: str, key: ApiKey | None) -> bool:
+        """Whether the holder of a key may use all that an alias leads to; what is not loaded is no secret."""
+        if self._live is None or self._aliases is None:
+            return False
+        targets = self._aliases.leads_to(name)
+        entries = [entry for t in targets if (entry := self._live.resolve(t.name, t.version)) is not None]
+        return all(self._model_of(entry).is_open_to(key) for entry in entries)
+
+    def _model_of_alias(self, name: str, caller: Caller) -> ServedModel | None:
+        """An alias to be shown; None where there is none for this key, or something that it leads to is missing."""
+        if self._live is None or self._aliases is None:
+            return None
+        target = self._aliases.follow(name, caller.chosen_by)
+        if target is None or not self._is_alias_open_to(name, caller.key):
+            return None
+        if any(self._live.resolve(t.name, t.version) is None for t in self._aliases.leads_to(name)):
+            return None
+        entry = self._live.resolve(target.name, target.version)
+        return None if entry is None else self._model_of(entry, alias=name)
+
+    def _model_of(self, entry: LiveEntry, alias: str | None = None) -> ServedModel:
         base = self.base
         return ServedModel(
-            name=entry.name,
+            name=alias or entry.name,
             max_model_len=base.max_model_len,
             root=entry.name,
             parent=base.name,
@@ -180,4 +264,5 @@ class Catalog:
             created=int(entry.loaded_at),
             base_fingerprint=base.base_fingerprint,
             profile=entry.profile,
+            stands_for=entry.name,
         )

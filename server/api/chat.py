@@ -8,9 +8,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from guanaco.server.api.answer import Answer
-from guanaco.server.api.auth import ApiKey
 from guanaco.server.api.body import body_schema, parse_object, refuse_fields, validate
-from guanaco.server.api.catalog import ServedModel
+from guanaco.server.api.catalog import Caller, ServedModel
 from guanaco.server.api.errors import bad_request
 from guanaco.server.api.lifecycle import Admission
 from guanaco.server.api.logprobs import chat_logprobs
@@ -29,9 +28,7 @@ async def chat_completions(request: Request) -> Response:
     return await serve(request, prepare_chat)
 
 
-def prepare_chat(
-    state: ApiState, key: ApiKey | None, raw: bytes, admission: Admission
-) -> tuple[Prepared, "ChatAnswer"]:
+def prepare_chat(state: ApiState, caller: Caller, raw: bytes, admission: Admission) -> tuple[Prepared, "ChatAnswer"]:
     """Validate and tokenise. Runs on a worker thread."""
     data = parse_object(raw)
     refuse_fields(data, REFUSED_IN_CHAT)
@@ -39,7 +36,7 @@ def prepare_chat(
     check_request(body, state.tokenizer.vocab_size)
     if body.top_logprobs and not body.logprobs:
         raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
-    model = acquire_model(state, body, key, admission)
+    model = acquire_model(state, body, caller, admission)
     template = state.template_for(model)
     token_ids = render_messages(
         state,
@@ -59,7 +56,7 @@ def prepare_chat(
         num_logprobs=body.num_logprobs,
         more_stops=() if body.ignore_eos else state.stops_of(model),
     )
-    prepared = Prepared(body, model, (Prompt(token_ids, params),), state.keys.cache_salt(key, body.cache_salt))
+    prepared = Prepared(body, model, (Prompt(token_ids, params),), state.keys.cache_salt(caller.key, body.cache_salt))
     return prepared, ChatAnswer(body, model, state.tokenizer)
 
 

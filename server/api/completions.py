@@ -9,9 +9,8 @@ from starlette.responses import Response
 
 from guanaco.server.api import protocol
 from guanaco.server.api.answer import Answer
-from guanaco.server.api.auth import ApiKey
 from guanaco.server.api.body import body_schema, parse_object, refuse_fields, validate
-from guanaco.server.api.catalog import ServedModel
+from guanaco.server.api.catalog import Caller, ServedModel
 from guanaco.server.api.errors import bad_request
 from guanaco.server.api.lifecycle import Admission
 from guanaco.server.api.logprobs import CompletionLogprobs
@@ -31,16 +30,16 @@ async def completions(request: Request) -> Response:
 
 
 def prepare_completion(
-    state: ApiState, key: ApiKey | None, raw: bytes, admission: Admission
+    state: ApiState, caller: Caller, raw: bytes, admission: Admission
 ) -> tuple[Prepared, "CompletionAnswer"]:
     """Validate and tokenise. Runs on a worker thread."""
     data = parse_object(raw)
     refuse_fields(data, REFUSED)
     body = validate(CompletionBody, data)
     check_request(body, state.tokenizer.vocab_size)
-    model = acquire_model(state, body, key, admission)
+    model = acquire_model(state, body, caller, admission)
     prompts = tuple(_prompt(state, body, prompt, model) for prompt in body.prompt)
-    prepared = Prepared(body, model, prompts, state.keys.cache_salt(key, body.cache_salt))
+    prepared = Prepared(body, model, prompts, state.keys.cache_salt(caller.key, body.cache_salt))
     return prepared, CompletionAnswer(body, model, state.tokenizer, prompts)
 
 

@@ -79,6 +79,11 @@ def model_not_found() -> ApiError:
     return ApiError(404, "model_not_found", "no model of that name is served; GET /v1/models lists them", param="model")
 
 
+def alias_target_missing() -> ApiError:
+    text = "this name is an alias, and what it leads to is not loaded: its operator must load that, or re-point it"
+    return ApiError(404, "alias_target_missing", text, param="model")
+
+
 def draining(retry_after: float = 5.0) -> ApiError:
     return ApiError(503, "server_draining", "this server is shutting down; try another one", retry_after=retry_after)
 

@@ -252,6 +252,8 @@ class GenerationBody(Body):
         WithJsonSchema({"type": "array", "items": AdapterChoice.model_json_schema()}),
     ] = ()
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
+    # Nobody is refused for it, as nobody was before it meant something: weighted aliases choose by it.
+    user: Annotated[str | None, BeforeValidator(lambda value: value if isinstance(value, str) else None)] = None
 
 
 class ChatMessage(Body):

@@ -7,16 +7,15 @@ ends: how a body becomes engine requests, and what an answer looks like.
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from guanaco.server.api.access_log import record_of
 from guanaco.server.api.answer import Answer
-from guanaco.server.api.auth import ApiKey
 from guanaco.server.api.body import read_body
-from guanaco.server.api.catalog import ServedModel
+from guanaco.server.api.catalog import Caller, ServedModel
 from guanaco.server.api.errors import bad_request
 from guanaco.server.api.generation import Generation, until_disconnect
 from guanaco.server.api.lifecycle import Admission
@@ -29,6 +28,8 @@ from guanaco.server.engine.request import Request, SamplingParams
 # No vocabulary of ours has a longer common token: a text of more bytes than this times the context can't fit into it,
 # and is refused before it is tokenised.
 _MAX_BYTES_PER_TOKEN = 64
+SPLIT_KEY_HEADER = "X-Split-Key"
+MAX_SPLIT_KEY_CHARS = 256
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Prepared:
         ]
 
 
-Prepare = Callable[[ApiState, ApiKey | None, bytes, Admission], tuple[Prepared, Answer]]
+Prepare = Callable[[ApiState, Caller, bytes, Admission], tuple[Prepared, Answer]]
 
 
 async def serve(request: HttpRequest, prepare: Prepare) -> Response:
@@ -79,9 +80,9 @@ async def serve(request: HttpRequest, prepare: Prepare) -> Response:
     record.started = time.monotonic()  # the client's upload is not our latency
     admission = state.admit()
     try:
-        key = request.scope.get("guanaco.key")
+        caller = _caller(request)
         loop = asyncio.get_running_loop()
-        prepared, answer = await loop.run_in_executor(state.workers, prepare, state, key, body, admission)
+        prepared, answer = await loop.run_in_executor(state.workers, prepare, state, caller, body, admission)
         record.model, record.adapter_version = prepared.model.name, prepared.model.versions
         record.stream = prepared.stream
         requests = prepared.engine_requests(answer.id, record.started)
@@ -103,6 +104,14 @@ async def serve(request: HttpRequest, prepare: Prepare) -> Response:
     return response
 
 
+def _caller(request: HttpRequest) -> Caller:
+    """A weighted alias chooses by X-Split-Key; without one, by `user`, and without that by the request's id."""
+    split_key = request.headers.get(SPLIT_KEY_HEADER)
+    if split_key is not None and not 1 <= len(split_key) <= MAX_SPLIT_KEY_CHARS:
+        raise bad_request(f"{SPLIT_KEY_HEADER} must have 1 to {MAX_SPLIT_KEY_CHARS} characters", SPLIT_KEY_HEADER)
+    return Caller(request.scope.get("guanaco.key"), split_key, record_of(request.scope).request_id)
+
+
 async def _collect(generation: Generation, answer: Answer) -> None:
     async for index, output in generation:
         answer.add(index, output)
@@ -114,14 +123,16 @@ def name_versions(response: Response, model: ServedModel) -> None:
         response.headers["X-Adapter-Version"] = model.versions
 
 
-def acquire_model(state: ApiState, body: GenerationBody, key: ApiKey | None, admission: Admission) -> ServedModel:
+def acquire_model(state: ApiState, body: GenerationBody, caller: Caller, admission: Admission) -> ServedModel:
     """What the request asks for, held until its end. 404 for a name that nothing has."""
+    if caller.split_key is None and body.user is not None:
+        caller = replace(caller, split_key=body.user)
     if not body.adapters:
-        return state.catalog.acquire(body.model, key, admission)
+        return state.catalog.acquire(body.model, caller, admission)
     most = state.settings.adapter_slots
     if len(body.adapters) > most:
         raise bad_request(f"at most {most} adapters at once (--adapter-slots)", "adapters")
-    return state.catalog.acquire_mixture(body.model, [(a.name, a.scale) for a in body.adapters], key, admission)
+    return state.catalog.acquire_mixture(body.model, [(a.name, a.scale) for a in body.adapters], caller, admission)
 
 
 def check_text_size(num_bytes: int, max_model_len: int, param: str) -> None:

@@ -12,12 +12,14 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
+from guanaco.adapters.aliases import AliasTable
 from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.profile import Profile
-from guanaco.adapters.registry import AdapterEntry, AdapterRegistry, BrokenEntry, check_name
+from guanaco.adapters.registry import AdapterEntry, AdapterRegistry, check_name
 from guanaco.adapters.registry_file import RegistryFile
 from guanaco.adapters.store import VersionStore
 from guanaco.adapters.weights import LoadedAdapter
+from guanaco.server.engine.adapter_aliases import AliasManager
 from guanaco.server.engine.adapter_records import AdapterRecords
 from guanaco.server.engine.adapter_sources import AdapterPolicy, AdapterSources
 from guanaco.server.engine.adapter_tiers import AdapterTiers
@@ -53,7 +55,8 @@ class AdapterManager:
         """on_change: the names changed. on_load: a load ended as "ok", "refused" or "failed", after so many seconds."""
         self.registry = registry
         self._sources = AdapterSources(registry, store, policy)
-        self._records = AdapterRecords(registry, saved)
+        table = AliasTable(registry)
+        self._records = AdapterRecords(registry, table, saved)
         self._engine = engine
         self.tiers = AdapterTiers(registry, store, engine, self._broke)
         self._probe_token_ids = probe_token_ids
@@ -63,6 +66,9 @@ class AdapterManager:
         self._lock_users: Counter[str] = Counter()  # who holds or waits for each
         self._loads: dict[_LoadKey, asyncio.Task[AdapterEntry]] = {}
         self._retiring: set[asyncio.Task[None]] = set()
+        self.aliases = AliasManager(
+            table, registry, self._sources, self.tiers, retire=self._retire, save=self._aliases_changed
+        )
 
     def restore(self) -> tuple[str, ...]:
         """Bring back what was loaded before a restart; remarks for the operator. Once, before the engine runs."""
@@ -114,12 +120,15 @@ class AdapterManager:
 
     def views(self) -> tuple[AdapterView, ...]:
         """All names, the broken ones last."""
-        registry, tiers = self.registry, self.tiers
+        registry, tiers, pointing_to = self.registry, self.tiers, self.aliases.table.pointing_to
         ready = [
-            AdapterView(e, registry.num_leases(e.version), *registry.usage(e.name), tiers.tier(e.version))
+            AdapterView(
+                e, registry.num_leases(e.version), *registry.usage(e.name), tiers.tier(e.version), pointing_to(e.name)
+            )
             for e in registry.entries()
         ]
-        return (*ready, *(AdapterView(broken, 0, 0, None, "disk") for broken in registry.broken()))
+        broken = [AdapterView(b, 0, 0, None, "disk", pointing_to(b.name)) for b in registry.broken()]
+        return (*ready, *broken)
 
     async def check(self, name: str, source: str) -> dict[str, Any]:
         """Everything that `load` checks, without the proof and without keeping anything: what it would take."""
@@ -211,8 +220,9 @@ class AdapterManager:
             if entry is None:
                 self._retire(adapter.version)
         self._records.keep(name)
-        await self._save()
-        self._on_change()
+        for version in await self.aliases.refresh():
+            self._retire(version)
+        await self._changed()
         if before is not None and before.version != entry.version:
             self._retire(before.version)
         return entry
@@ -233,17 +243,20 @@ class AdapterManager:
     async def _unload(self, name: str, force: bool, timeout_seconds: float) -> bool:
         entry = self.registry.remove(name)
         self._records.drop(name)
-        await self._save()
-        self._on_change()
-        version = entry.version
-        if isinstance(entry, BrokenEntry) or any(other.version == version for other in self.registry.entries()):
+        # Not only what the name stood for: aliases lead to earlier versions of it no more.
+        versions = {entry.version, *await self.aliases.refresh()}
+        await self._changed()
+        leaving = [version for version in versions if self.registry.knows(version)]
+        leaving = [version for version in leaving if not self.registry.is_wanted(version)]
+        if not leaving:
             await self._collect()
             return True  # nothing to wait for, or another name needs it
         if force:
-            self._engine.end_adapter(version)
-        retiring = self._retire(version)
-        finished, _ = await asyncio.wait({retiring}, timeout=timeout_seconds)
-        return bool(finished)
+            for version in leaving:
+                self._engine.end_adapter(version)
+        retiring = {self._retire(version) for version in leaving}
+        _, unfinished = await asyncio.wait(retiring, timeout=timeout_seconds)
+        return not unfinished
 
     async def _rollback(self, name: str, version: str | None) -> AdapterEntry:
         broken = {entry.name: entry for entry in self.registry.broken()}
@@ -270,7 +283,7 @@ class AdapterManager:
 
     async def _retire_when_idle(self, version: str) -> None:
         while True:
-            if any(entry.version == version for entry in self.registry.entries()):
+            if self.registry.is_wanted(version):
                 return  # it came back
             idle = self.registry.num_leases(version) == 0 and await self._engine.forget_adapter(version)
             if idle and self.registry.drop(version):
@@ -281,6 +294,7 @@ class AdapterManager:
 
     def _broke(self, version: str) -> None:
         """The stored copy of a version turned out to be damaged or gone: its names are listed as broken already."""
+        self.aliases.table.lose(version)
         self._on_change()
         self._retire(version)
 
@@ -305,8 +319,14 @@ class AdapterManager:
             if not self._lock_users[name]:
                 del self._lock_users[name], self._locks[name]
 
-    async def _save(self) -> None:
+    async def _aliases_changed(self) -> None:
+        await self._changed()
+        await self._collect()
+
+    async def _changed(self) -> None:
+        """Names mean something else from now on: write it down, and tell who keeps a list."""
         await self._records.save(self._sources.on_thread)
+        self._on_change()
 
 
 def _not_finite() -> AdapterError:

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+from guanaco.adapters.aliases import AliasTable
 from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.profile import Profile
 from guanaco.adapters.registry import AdapterEntry, AdapterRegistry, BrokenEntry
@@ -22,8 +23,9 @@ OnThread = Callable[[Callable[[], None]], Awaitable[None]]
 class AdapterRecords:
     """The file of one registry."""
 
-    def __init__(self, registry: AdapterRegistry, saved: RegistryFile) -> None:
+    def __init__(self, registry: AdapterRegistry, aliases: AliasTable, saved: RegistryFile) -> None:
         self._registry = registry
+        self._aliases = aliases
         self._saved = saved
         self._persistent: set[str] = set()  # names that come back after a restart
         self._shadowed: dict[str, Saved] = {}  # what --adapter goes before; kept for a start without it
@@ -76,7 +78,31 @@ class AdapterRecords:
                     )
                 )
                 notes.append(f"adapter {record.name} is broken: {error}")
+        notes += self._restore_aliases(read, stays)
         return tuple(notes)
+
+    def _restore_aliases(
+        self, read: Callable[[str], LoadedAdapter], stays: Callable[[LoadedAdapter], bool]
+    ) -> list[str]:
+        self._aliases.restore(self._saved.read_aliases())
+        notes = [
+            f"alias {alias.name}: --adapter goes before it"
+            for alias in self._aliases.all()
+            if self._registry.is_taken(alias.name)
+        ]
+        for version in sorted(self._aliases.pinned()):
+            if self._registry.knows(version):
+                continue
+            try:
+                adapter = read(version)
+                in_memory = stays(adapter)
+                self._registry.stage(adapter)
+                if in_memory:
+                    self._registry.keep(adapter)
+                self._registry.unstage(version)
+            except AdapterError as error:
+                notes.append(f"an alias leads to version {version[:12]}, which cannot be had: {error}")
+        return notes
 
     def keep(self, name: str) -> None:
         """A restart is to bring `name` back."""
@@ -92,7 +118,9 @@ class AdapterRecords:
         """The versions that a name has now or had before, or that are in use: their stored copies stay."""
         named: list[AdapterEntry | BrokenEntry | Saved] = [*self._registry.entries(), *self._registry.broken()]
         named += self._shadowed.values()
-        return frozenset(v for one in named for v in (one.version, *one.history)) | self._registry.versions()
+        return frozenset(v for one in named for v in (one.version, *one.history)) | (
+            self._registry.versions() | self._aliases.wanted()
+        )
 
     async def save(self, on_thread: OnThread) -> None:
         """Write down what a restart is to bring back. The change itself stands even if that fails; the log says so."""
@@ -107,7 +135,7 @@ class AdapterRecords:
             kept = (record for record in (*ready, *broken) if record.name in self._persistent)
             records = (*kept, *self._shadowed.values())
             try:
-                await on_thread(lambda: self._saved.write(records))
+                await on_thread(lambda: self._saved.write(records, self._aliases.all()))
             except OSError as error:
                 logger.error(
                     "the list of adapters could not be written (%s): a restart would not know this change", error

@@ -15,6 +15,7 @@ class AdapterView:
     num_uses: int  # requests since the start
     last_used: float | None  # seconds since the epoch
     tier: str  # "device", "host" or "disk"
+    aliases: tuple[str, ...] = ()  # that lead to it
 
     def public(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -27,6 +28,7 @@ class AdapterView:
                 "version": entry.version,
                 "source": entry.source,
                 "error": problem,
+                "aliases": list(self.aliases),
             }
         return {
             "name": entry.name,
@@ -45,5 +47,6 @@ class AdapterView:
             "effect": entry.effect,
             "history": list(entry.history),
             "notes": list(entry.notes),
+            "aliases": list(self.aliases),
             "profile": None if entry.profile is None else entry.profile.public(),
         }

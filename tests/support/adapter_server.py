@@ -139,7 +139,7 @@ def make_adapter_server(
     manager.restore()
     base = ServedModel(BASE, MAX_MODEL_LEN, root=BASE, base_fingerprint=FINGERPRINT)
     for field, value in (
-        ("catalog", Catalog(base, live=registry)),
+        ("catalog", Catalog(base, live=registry, aliases=manager.aliases.table)),
         ("keys", KeyRing(keys)),
         ("admin_keys", KeyRing(["sesame"])),
         ("named_template", {"guanaco": FakeTemplate(("### Human",))}.__getitem__),

@@ -1,0 +1,58 @@
+"""What the admin routes share: the adapter manager, bodies, and its refusals in the envelope.
+
+Doesn't know the routes. An AdapterError's code is the client's, and its message is for the operator, who is the client
+here; docs/adapters.md lists the codes.
+"""
+
+from typing import Annotated, Any
+
+from pydantic import Field
+from starlette.requests import Request
+
+from guanaco.server.api.body import parse_object, read_body, validate
+from guanaco.server.api.errors import ApiError
+from guanaco.server.api.state import state_of
+from guanaco.server.engine.adapter_manager import AdapterManager, AdapterRefused
+
+Name = Annotated[str, Field(min_length=1, max_length=64)]
+
+# Of a refusal's code; all others are a 400.
+STATUS = {
+    "adapter_not_found": 404,
+    "not_found": 404,
+    "version_missing": 404,
+    "alias_not_found": 404,
+    "target_not_found": 404,
+    "revision_missing": 404,
+    "changed_while_reading": 409,
+    "alias_cycle": 409,
+    "too_many_aliases": 409,
+    "revision_conflict": 409,
+    "name_taken": 409,
+    "no_history": 409,
+    "version_conflict": 409,
+    "host_memory_full": 507,
+    "store_failed": 507,
+    "version_damaged": 500,
+    "probe_failed": 503,
+}
+
+
+def manager_of(request: Request) -> AdapterManager:
+    """What changes adapters; a 403 where nothing does."""
+    manager = state_of(request).adapters
+    if manager is None:
+        raise ApiError(403, "admin_disabled", "adapters can't be changed while this server runs")
+    return manager
+
+
+async def admin_body(request: Request, model: type[Any]) -> Any:
+    """The request's body as `model`."""
+    state = state_of(request)
+    raw = await read_body(request, state.settings.max_body_bytes)
+    return validate(model, parse_object(raw))
+
+
+def refusal(error: AdapterRefused) -> ApiError:
+    """A refusal as the client gets it."""
+    return ApiError(STATUS.get(error.code, 400), error.code, str(error), param=error.field)
