@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import fast_interpreter
 import ptx_interpreter
 import pytest
 import torch
@@ -34,6 +35,7 @@ def _one_torch_thread() -> None:
 def _ptx_in_numpy() -> None:
     """Triton's interpreter runs inline asm, and doesn't compute on the raw bits of bfloat16."""
     ptx_interpreter.install()
+    fast_interpreter.install()
 
 
 @pytest.fixture(scope="session")
