@@ -1,0 +1,255 @@
+"""Attention by the Triton kernels, in Triton's interpreter, against float64; and what their machine code says."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import attention_cases
+import pytest
+import torch
+from attention_cases import Case, make_case
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tolerances import RELATIVE_L2, relative_l2
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from guanaco.kernels.paged_attention import Tiles, num_splits, paged_attention
+from guanaco.kernels.rope_triton import rope_and_cache
+from guanaco.models.memory import mapped_zeros
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# float16: weights and result are rounded to 11 bits, 2.1e-4 in the root mean square each.
+TOLERANCE = {**RELATIVE_L2, torch.float16: 6e-4}
+# Short tiles, so that short contexts have several of them.
+SHORT = Tiles(16, 4, 16, 2, 2, 16, 16, 4, 2)
+POISONED = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+
+
+@dataclass
+class Attention:
+    """`Ops.paged_attention` by the kernels, as `attention_cases` calls it."""
+
+    programs: int = 64
+    tiles: Tiles | None = SHORT
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def paged_attention(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, contexts: Tensor, starts: Tensor,
+        scale: float,
+    ) -> Tensor:  # fmt: skip
+        out = torch.empty_like(q)
+        most = int(starts.diff().max()) if len(contexts) else 1
+        paged_attention(
+            q, k_cache, v_cache, tables, contexts, starts, scale, out,
+            max_new=most, programs=self.programs, tiles=self.tiles, **self.options,
+        )  # fmt: skip
+        return out
+
+
+def check(case: Case, attention: Attention, tolerance: float | None = None) -> None:
+    """Every sequence of the case; entries of its block table that no position needs point nowhere."""
+    width = case.block_tables.shape[1]
+    unused = torch.arange(width + 3) >= torch.tensor([-(-len(k) // case.k_cache.shape[1]) for k in case.keys])[:, None]
+    case.block_tables = torch.nn.functional.pad(case.block_tables, (0, 3)).masked_fill(unused, 1 << 30)
+    for i, out in enumerate(case.run(attention)):
+        error = relative_l2(out, case.exact(i))
+        assert error <= (tolerance or TOLERANCE[out.dtype]), f"sequence {i}: relative l2 error {error:.3g}"
+
+
+@settings(max_examples=20, **POISONED)
+@given(
+    shapes=st.lists(
+        st.integers(1, 60).flatmap(lambda context: st.tuples(st.just(context), st.integers(1, min(context, 20)))),
+        min_size=1,
+        max_size=6,
+    ),
+    share=st.sampled_from([1, 3, 4, 8]),
+    kv_heads=st.sampled_from([1, 3]),
+    head_dim=st.sampled_from([8, 20, 64, 80, 96, 128]),
+    block_size=st.sampled_from([8, 16, 24, 64]),
+    dtype=st.sampled_from(DTYPES),
+    programs=st.sampled_from([1, 30, 200]),
+    seed=st.integers(0, 1000),
+)
+def test_mixed_batches(
+    nan_poison: None, shapes: list[tuple[int, int]], share: int, kv_heads: int, head_dim: int, block_size: int,
+    dtype: torch.dtype, programs: int, seed: int,
+) -> None:  # fmt: skip
+    heads = kv_heads * share
+    case = make_case(
+        shapes, heads=heads, kv_heads=kv_heads, head_dim=head_dim, block_size=block_size, dtype=dtype, seed=seed
+    )
+    check(case, Attention(programs))
+
+
+@pytest.mark.parametrize("share", [1, 3, 4, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("programs", [1, 40])
+def test_decoding_contexts_from_1_to_1000(nan_poison: None, programs: int, dtype: torch.dtype, share: int) -> None:
+    """With and without splits, in the tiles that are shipped."""
+    contexts = [1, 2, 31, 32, 33, 100, 257, 640, 1000]
+    case = make_case([(c, 1) for c in contexts], heads=share, kv_heads=1, head_dim=64, dtype=dtype, seed=share)
+    check(case, Attention(programs, tiles=None))
+
+
+@pytest.mark.parametrize(("target", "share"), [("sm_75", 3), ("sm_80", 1), ("sm_80", 3), ("sm_80", 8)])
+def test_prompts_in_the_tiles_that_are_shipped(nan_poison: None, target: str, share: int) -> None:
+    """A whole prompt, the end of one, one that fills tiles exactly, and sequences that decode beside them."""
+    shapes = [(150, 150), (1000, 20), (1, 1), (64, 64), (500, 1), (65, 2)]
+    case = make_case(shapes, heads=share, kv_heads=1, head_dim=80, dtype=torch.bfloat16)
+    check(case, Attention(tiles=None, options={"target": target}))
+
+
+def test_a_long_prompt_in_pieces(nan_poison: None) -> None:
+    """One-shot or cut by the scheduler into steps: the same attention."""
+    case = make_case([(400, 350)], block_size=8)
+    attention = Attention(tiles=None)
+    whole = case.run(attention)[0]
+    for size in (64, 333):
+        cuts = [(first, min(first + size, 350)) for first in range(0, 350, size)]
+        pieces = torch.cat([case.run(attention, [0], [cut])[0] for cut in cuts])
+        assert relative_l2(pieces, whole.double()) <= TOLERANCE[torch.float32]
+
+
+def test_large_scores_do_not_overflow(nan_poison: None) -> None:
+    """The softmax is one of differences. Scores of some 3,000 are known to 3,000 · 2^-24 = 2e-4, and so are weights."""
+    for heads in (1, 4):
+        case = make_case([(100, 1), (100, 30)], heads=heads, kv_heads=1, head_dim=16)
+        case.queries = [q * 300 for q in case.queries]
+        check(case, Attention(), tolerance=2e-4)
+
+
+# ---- the same bits
+
+
+def test_one_sequence_does_not_depend_on_the_others_content(nan_poison: None) -> None:
+    """Same shapes, other neighbours: not a bit may change."""
+    shapes = [(50, 3), (50, 1), (45, 1)]
+    first, second, mixed = (make_case(shapes, seed=seed) for seed in (1, 2, 2))
+    for i in (0, 2):
+        blocks = mixed.block_tables[i, : -(-len(first.keys[i]) // 16)].long()
+        mixed.k_cache[blocks], mixed.v_cache[blocks] = first.k_cache[blocks], first.v_cache[blocks]
+        mixed.queries[i] = first.queries[i]
+    ours, theirs, both = (case.run(Attention()) for case in (first, second, mixed))
+    assert [torch.equal(a, b) for a, b in zip(both, (ours[0], theirs[1], ours[2]), strict=True)] == [True] * 3
+
+
+def test_padding_rows_of_a_graph(nan_poison: None) -> None:
+    """A bucket that is larger than the batch: zeros for the padding, the same bits for the others."""
+    for heads in (2, 4):
+        for programs in (1, 100):
+            case = make_case([(40, 1), (7, 1)], heads=heads, kv_heads=2)
+            plain = torch.cat(case.run(Attention(programs)))
+            q = torch.cat([*case.queries, torch.full((2, heads, 16), float("nan"))])
+            tables = torch.nn.functional.pad(case.block_tables, (0, 0, 0, 2), value=1 << 30)
+            contexts, starts = torch.tensor([40, 7, 0, 0], dtype=torch.int32), torch.arange(5, dtype=torch.int32)
+            padded = Attention(programs * 2).paged_attention(
+                q, case.k_cache, case.v_cache, tables, contexts, starts, case.scale
+            )
+            assert torch.equal(padded[:2], plain)
+            assert torch.equal(padded[2:], torch.zeros(2, heads, 16))
+
+
+def test_number_of_splits() -> None:
+    """A power of two that is enough for the card, as far as there are tiles; the batch's lengths play no part."""
+    assert num_splits(1, 8, 4096, 32, 256) == 32
+    assert num_splits(1, 8, 100, 32, 256) == 1
+    assert num_splits(1, 8, 1000, 32, 256) == 8
+    assert num_splits(64, 32, 4096, 32, 256) == 1
+    assert num_splits(1, 1, 1 << 20, 32, 10_000) == 128
+    assert num_splits(1, 3, 0, 32, 256) == 1
+
+
+# ---- caches of 8 bits
+
+
+def quantised(case: Case, stored: torch.dtype) -> dict[str, Any]:
+    """Write the case's keys and values as codes by the kernel that does so; the case is then what the codes mean."""
+    blocks, block_size, kv_heads, head_dim = case.k_cache.shape
+    poison = 113 if stored == torch.int8 else float("nan")
+    caches = [torch.full(case.k_cache.shape, poison, dtype=torch.float32).to(stored) for _ in range(2)]
+    scales = [torch.full((blocks, kv_heads, block_size), float("nan")) for _ in range(2)]
+    for i, (k, v) in enumerate(zip(case.keys, case.values, strict=True)):
+        position = torch.arange(len(k))
+        slots = case.block_tables[i].long()[position // block_size] * block_size + position % block_size
+        angles = torch.zeros(len(k), head_dim // 2)
+        rope_and_cache(k, k, v, angles.cos(), angles.sin(), *caches, slots, *scales)
+        for x, cache, scale in zip((case.keys, case.values), caches, scales, strict=True):
+            flat = cache.flatten(0, 1)[slots].double() * scale.transpose(1, 2).flatten(0, 1)[slots, :, None].double()
+            assert relative_l2(flat, x[i].double()) <= (0.02 if stored == torch.int8 else 0.05)
+            x[i] = flat
+    case.k_cache, case.v_cache = caches
+    return {"k_scales": scales[0], "v_scales": scales[1]}
+
+
+@settings(max_examples=12, **POISONED)
+@given(
+    shapes=st.lists(
+        st.integers(1, 70).flatmap(lambda context: st.tuples(st.just(context), st.integers(1, min(context, 20)))),
+        min_size=1,
+        max_size=4,
+    ),
+    stored=st.sampled_from([torch.int8, torch.float8_e4m3fn]),
+    share=st.sampled_from([1, 3, 8]),
+    head_dim=st.sampled_from([20, 64, 128]),
+    block_size=st.sampled_from([8, 16]),
+    dtype=st.sampled_from(DTYPES),
+    programs=st.sampled_from([1, 60]),
+    small=st.booleans(),
+)
+def test_quantised_caches(
+    nan_poison: None, shapes: list[tuple[int, int]], stored: torch.dtype, share: int, head_dim: int, block_size: int,
+    dtype: torch.dtype, programs: int, small: bool,
+) -> None:  # fmt: skip
+    """Against float64 of the stored codes times their scales; `small`: scales whose products float16 can't hold."""
+    case = make_case(shapes, heads=2 * share, kv_heads=2, head_dim=head_dim, block_size=block_size, dtype=dtype)
+    if small and dtype != torch.float16:
+        case.values = [v * 1e-3 for v in case.values]
+    check(case, Attention(programs, options=quantised(case, stored)))
+
+
+def test_blocks_beyond_two_thousand_million_elements() -> None:
+    """Offsets are 64 bits wide: the sequence lies at the end of a cache that is mapped, but not in memory."""
+    blocks = (1 << 31) // (16 * 64) + 4
+    for heads in (1, 4):
+        case = make_case([(30, 1), (30, 5)], heads=heads, kv_heads=1, head_dim=64)
+        options = quantised(case, torch.int8)
+        caches = [mapped_zeros((blocks, 16, 1, 64), torch.int8) for _ in range(2)]
+        scales = [mapped_zeros((blocks, 1, 16), torch.float32) for _ in range(2)]
+        first = blocks - len(case.k_cache)
+        sources = (case.k_cache, case.v_cache, options["k_scales"], options["v_scales"])
+        for target, source in zip((*caches, *scales), sources, strict=True):
+            target[first:] = source
+        case.k_cache, case.v_cache = caches
+        case.block_tables += first
+        check(case, Attention(options={"k_scales": scales[0], "v_scales": scales[1]}))
+
+
+# ---- planted bugs
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_planted_bugs_are_found(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong block, a context that is one too long or too short, a scale without log2(e): the checks must fail."""
+
+    def case() -> Case:
+        return make_case([(40, 10), (30, 1)], heads=heads, kv_heads=1, head_dim=32)
+
+    check(case(), Attention())
+    wrong = case()
+    wrong.block_tables = wrong.block_tables.roll(1, dims=1)
+    with pytest.raises(AssertionError, match="relative l2"):
+        check(wrong, Attention())
+    for step in (-1, 1):
+        shifted = case()
+        monkeypatch.setattr(
+            attention_cases, "len", lambda x, step=step: len(x) + step * (len(x) in (30, 40)), raising=False
+        )
+        outs = shifted.run(Attention())
+        monkeypatch.undo()
+        assert not all(relative_l2(out, shifted.exact(i)) <= 1e-3 for i, out in enumerate(outs))
+    monkeypatch.setattr(math, "log2", lambda _: 1.0)
+    with pytest.raises(AssertionError, match="relative l2"):
+        check(case(), Attention())
