@@ -3,17 +3,16 @@ the base and of another adapter get their right answers, and nothing is left of 
 """
 
 import ast
-import re
 import time
 import unicodedata
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
 import pytest
 from bad_adapters import CASES, BadAdapter, make
 from bad_weights import CANARY
+from documented import ADAPTER_CODES, REPOSITORY
 from real_server import ADMIN, BASE, RealServer, Traffic, make_real_server, nothing_is_left, obey_permissions
 from tiny_adapters import make_adapter
 
@@ -22,7 +21,6 @@ from guanaco.adapters.weights import _FEATURES
 from guanaco.server.api.adapters_admin import refusal
 from guanaco.server.engine.adapter_manager import AdapterRefused
 
-REPOSITORY = Path(__file__).parents[2]
 # These never come through a route: of converting, of the command line, and of a start that fails.
 ELSEWHERE = {"convert.py", "convert_worker.py", "torch_pickle.py", "registry_file.py"}
 NOT_OF_LOADS = {"bad_option", "store_in_use"}
@@ -99,16 +97,6 @@ def test_there_are_enough_of_them() -> None:
     assert all(400 <= case.status < 500 for case in CASES)
 
 
-def documented() -> dict[str, int]:
-    """code → status, of docs/adapter-codes.md."""
-    found = {}
-    for line in (REPOSITORY / "docs/adapter-codes.md").read_text().splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        status = int(cells[1]) if len(cells) == 3 and cells[1].isdigit() else 400
-        found.update(dict.fromkeys(re.findall(r"`([a-z_]+)`", cells[0]), status))
-    return found
-
-
 def test_every_code_is_documented_with_its_status() -> None:
     sources = [*(REPOSITORY / "adapters").glob("*.py"), *(REPOSITORY / "server").rglob("*.py")]
     raised = {code for code, _ in REFUSED.values()} | {code for _, code, _ in _FEATURES}
@@ -120,7 +108,7 @@ def test_every_code_is_documented_with_its_status() -> None:
                 assert isinstance(node.args[0], ast.Constant | ast.Name), f"{path.name}:{node.lineno}"
                 if isinstance(node.args[0], ast.Constant):
                     raised.add(node.args[0].value)
-    codes = documented()
+    codes = ADAPTER_CODES
     assert codes.keys() == raised - NOT_OF_LOADS
     assert {code: refusal(AdapterRefused(code, "")).status for code in codes} == codes
     own = {case.code: case.status for case in CASES if case.code != "invalid_value"}

@@ -63,7 +63,7 @@ class RealServer(EngineServer):
             "leases": dict(self.registry._leases),
             "names": sorted(entry.name for entry in (*self.registry.entries(), *self.registry.broken())),
             "host copies": sorted(self.registry.versions()),
-            "slots": sorted(self.scheduler.slots.resident),
+            "slots of nobody": sorted(self.scheduler.slots.resident.keys() - self.registry.versions()),
             "stored": sorted(self.stored()),
             "files": sorted(_open_files()),
             "locks": sorted(self.manager._locks),
@@ -187,8 +187,9 @@ def nothing_is_left(server: RealServer) -> Iterator[None]:
     yield
     with suppress(TimeoutError):
         server.wait(lambda: server.holdings() == before)
-    assert server.holdings() == before
-    assert _threads() <= threads
+    after = server.holdings()
+    assert after == before, {name: (before[name], after[name]) for name in after if after[name] != before[name]}
+    assert _threads() <= threads, _threads() - threads
 
 
 def _threads() -> Counter[str]:
