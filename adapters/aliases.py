@@ -219,14 +219,20 @@ class AliasTable:
 
     def pinned(self) -> frozenset[str]:
         """The versions that requests can get by an alias: of names that are loaded."""
-        targets = (target for alias in self._aliases.values() for target in alias.now.targets)
+        return self._pinned_by(self._aliases)
+
+    def _pinned_by(self, aliases: Mapping[str, Alias]) -> frozenset[str]:
+        targets = (target for alias in aliases.values() for target in alias.now.targets)
         found = frozenset(t.version for t in targets if t.version is not None and self._registry.resolve(t.name))
         return found - self._lost
 
     def _swap(self, aliases: Mapping[str, Alias]) -> None:
+        """Readers don't lock: whichever aliases they see, the registry keeps what those lead to."""
+        held = self._pinned_by(aliases)
+        self._registry.heed_aliases(frozenset({*aliases, *self._aliases}), held | self.held)
         self._aliases = MappingProxyType(dict(aliases))
-        self.held = self.pinned()
-        self._registry.heed_aliases(frozenset(aliases), self.held)
+        self.held = held
+        self._registry.heed_aliases(frozenset(aliases), held)
 
     def _found(self, name: str) -> Alias:
         alias = self._aliases.get(name)

@@ -108,6 +108,25 @@ def read_profile(path: Path, name: str, templates: frozenset[str], root: Path | 
     return parse_profile(fields, templates)
 
 
+def named_profile(text: str, templates: frozenset[str]) -> Profile:
+    """The profile that an operator names: a built-in one, or a JSON file. Raises AdapterError ("bad_profile")."""
+    return parse_profile(profile_fields(text), templates)
+
+
+def profile_fields(text: str) -> dict[str, Any]:
+    """As `named_profile`, but only the fields, for a server to check."""
+    if text in BUILT_IN:
+        return {"profile": text}
+    try:
+        with Path(text).expanduser().open("rb") as file:
+            return parse_object(file.read(MAX_PROFILE_BYTES))
+    except OSError as error:
+        problem = f"is neither a built-in profile ({', '.join(BUILT_IN)}) nor a file that can be read: {error.strerror}"
+    except JsonError as error:
+        problem = str(error)
+    raise _bad(text, problem)
+
+
 def _texts(field: str, value: Any, most: int, max_chars: int) -> tuple[str, ...]:
     if not isinstance(value, list | tuple) or len(value) > most:
         raise _bad(field, f"must be a list of at most {most} texts")

@@ -91,14 +91,15 @@ class AdapterRegistry:
         self._snapshot = _Snapshot(nothing, MappingProxyType({}), frozenset(), MappingProxyType({}))
         self._staged: dict[str, LoadedAdapter] = {}  # just read, for `staged`
 
-    def load(self, name: str, path: Path) -> AdapterEntry:
+    def load(self, name: str, path: Path, profile: Profile | None = None) -> AdapterEntry:
         """Read, check and publish the adapter at `path` under `name`. Takes as long as the reading does.
+        profile: how to serve it; None: as the file beside it says.
 
         Raises AdapterError for a bad or taken name, and for everything `load_adapter` refuses; then nothing changes.
         """
         self.check_free(name)
         adapter = load_adapter(path, self._targets, name=name, limits=self._limits, strict=self._strict)
-        profile = read_profile(path, name, self.templates)
+        profile = profile or read_profile(path, name, self.templates)
         return self.publish(name, adapter, source=str(path), profile=profile, in_memory=True)
 
     def publish(
@@ -282,6 +283,12 @@ class AdapterRegistry:
             self._num_uses[alias] += 1
             self._last_used[alias] = time.time()
 
+    def names_by_version(self) -> dict[str, str]:
+        """Version → name, of what names stand for and stood for: requests may still hold the earlier ones."""
+        entries = self._snapshot.entries.values()
+        earlier = {version: entry.name for entry in entries for version in entry.history}
+        return {**earlier, **{entry.version: entry.name for entry in entries}}
+
     def entries(self) -> tuple[AdapterEntry, ...]:
         """Every adapter, in the order of registration."""
         return tuple(self._snapshot.entries.values())
@@ -348,8 +355,14 @@ def check_name(name: str) -> None:
 
 def parse_adapter_option(text: str) -> tuple[str, Path]:
     """`NAME=PATH` of the option --adapter. Raises AdapterError for anything else; the path may contain '='."""
-    name, separator, path = text.partition("=")
-    if not separator or not path:
-        raise AdapterError("bad_option", f"{printable(text)!r} is not of the form NAME=PATH", "adapter")
-    check_name(name)
+    name, path = parse_name_option(text, "PATH")
     return name, Path(path).expanduser()
+
+
+def parse_name_option(text: str, what: str) -> tuple[str, str]:
+    """`NAME=…` of an option. Raises AdapterError for anything else; what is behind the first '=' may contain more."""
+    name, separator, value = text.partition("=")
+    if not separator or not value:
+        raise AdapterError("bad_option", f"{printable(text)!r} is not of the form NAME={what}", "adapter")
+    check_name(name)
+    return name, value

@@ -10,6 +10,7 @@ import re
 import shutil
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,12 @@ from guanaco.adapters.weights import WEIGHTS_NAME, AdapterLimits, LoadedAdapter,
 _VERSION = re.compile(r"[0-9a-f]{64}")
 _COPY_BYTES = 1 << 20
 _Stamp = tuple[int, int, int, int]  # of a file: device, inode, size, time of the last change
+OnStage = Callable[[str, float], None]  # the name of a part of a load, and its seconds
 _INCOMING = ".incoming-"  # folders that are being filled; what a killed process left of them is removed at start
+
+
+def _ignore(stage: str, seconds: float) -> None:
+    pass
 
 
 class VersionStore:
@@ -52,13 +58,16 @@ class VersionStore:
         except OSError as error:
             raise _storage_error(directory, error) from None
 
-    def ingest(self, path: Path, *, name: str, root: Path | None = None, keep: bool = True) -> LoadedAdapter:
+    def ingest(
+        self, path: Path, *, name: str, root: Path | None = None, keep: bool = True, on_stage: OnStage = _ignore
+    ) -> LoadedAdapter:
         """Copy the adapter at `path` (or in its sub-folder `name`), check the copy, and keep it under its version.
 
         root: where no link may lead out of; none: the adapter's own folder. keep: False only checks. Raises
         AdapterError for what cannot be served, and for a full disk; then nothing is left. What is kept stays until
-        `settle`, whatever `collect` is told.
+        `settle`, whatever `collect` is told. on_stage: is told the seconds of "read" and of "ingest".
         """
+        started = time.monotonic()
         files = AdapterFiles.find(path, name, CONFIG_NAME, root)
         check_files(files, self._targets, self._limits, strict=self._strict)  # or four gigabytes might be copied for it
         try:
@@ -67,9 +76,12 @@ class VersionStore:
                 config = self._copy(files, CONFIG_NAME, incoming, MAX_CONFIG_BYTES)
                 weights = self._copy(files, WEIGHTS_NAME, incoming, self._limits.max_file_bytes)
                 _check_unchanged(files, {CONFIG_NAME: config, WEIGHTS_NAME: weights})
+                copied = time.monotonic()
+                on_stage("read", copied - started)
                 adapter = self._load(incoming)
                 if keep:
                     self._publish(incoming, adapter.version)
+                on_stage("ingest", time.monotonic() - copied)
             finally:
                 shutil.rmtree(incoming, ignore_errors=True)
         except OSError as error:

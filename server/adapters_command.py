@@ -81,6 +81,9 @@ def _list(adapters: list[dict[str, Any]]) -> Table:
                 escape(card["name"]), "[red]broken[/]", card["version"][:12], escape(card["error"]["message"])
             )
             continue
+        if card["state"] == "loading":
+            table.add_row(escape(card["name"]), "loading", "", escape(card["source"]))
+            continue
         table.add_row(
             escape(card["name"]),
             card["state"],

@@ -289,12 +289,19 @@ def adapters_load(
     name: Annotated[str, typer.Argument(help="the name that clients will use")],
     source: Annotated[str, typer.Argument(help="path below the server's --adapter-root")],
     expected_version: Annotated[str | None, typer.Option(help="replace only this version")] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="how to serve it: guanaco, or a JSON file (none: the guanaco.json beside it)")
+    ] = None,
     url: _Url = _URL,
     admin_key: _AdminKey = None,
     as_json: _AsJson = False,
 ) -> None:
     """Load an adapter into a running server, or replace the one of that name."""
-    body = {"source": source, **({"expected_version": expected_version} if expected_version else {})}
+    from guanaco.adapters.profile import profile_fields
+
+    body: dict[str, Any] = {"source": source, **({"expected_version": expected_version} if expected_version else {})}
+    with _one_line_errors():
+        body |= {} if profile is None else {"profile": profile_fields(profile)}
     _admin(url, admin_key, as_json, "PUT", name, body=body)
 
 

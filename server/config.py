@@ -53,6 +53,9 @@ class Settings(BaseSettings):
 
     model: str | None = Field(None, description="directory, GGUF file or hub id ORG/NAME@REVISION; none: the demo")
     adapter: Texts = Field((), description="NAME=PATH of a PEFT LoRA adapter; repeat for more (none: the demo's two)")
+    adapter_profile: Texts = Field(
+        (), description="NAME=PROFILE for an adapter of --adapter: guanaco, or a JSON file; repeat for more"
+    )
     served_model_name: str | None = Field(None, description="name of the base model in the API")
     host: str = Field("127.0.0.1", description="address to listen on")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="port to listen on; 0 picks a free one")
@@ -87,6 +90,9 @@ class Settings(BaseSettings):
     )
     adapter_host_memory: Bytes = Field(
         4 << 30, description="most memory for adapters; the least recently used beyond it wait on disk"
+    )
+    metrics_adapters: Count = Field(
+        64, description="adapters with metrics of their own; all others are counted as (other)"
     )
     strict_base: bool = Field(False, description="refuse an adapter that records another base than this one")
     max_lora_rank: Count = Field(256, description="largest adapter rank that is accepted")

@@ -18,15 +18,9 @@ from prometheus_client import (
 )
 from prometheus_client.exposition import choose_encoder
 
-FINISH_REASONS = ("stop", "length", "abort", "error")
+from guanaco.server.adapter_metrics import DEFAULT_ADAPTER_LABELS, AdapterMetrics
 
-# Adapters with series of their own, first come first served; all later ones share one label. A counter that moved
-# between two labels would run backwards, which is why the set only grows.
-MAX_ADAPTER_LABELS = 64
-LOAD_RESULTS = ("ok", "refused", "failed")  # failed: not the adapter's fault
-# No adapter can be called so: the brackets are outside what a served name may hold.
-BASE_LABEL = "(base)"
-OTHER_LABEL = "(other)"
+FINISH_REASONS = ("stop", "length", "abort", "error")
 
 # Bucket edges are vLLM's (vllm/v1/metrics/loggers.py), so that one dashboard reads both servers.
 _TTFT_BUCKETS = (
@@ -76,7 +70,7 @@ class StepNumbers(Protocol):
 class RequestStats:
     """One finished engine request. Seconds; None where it never got so far."""
 
-    adapter: str | None  # served name; None: the base model
+    adapter: str | None  # its name, or MIXTURE_LABEL; None: the base model
     finish_reason: str  # one of FINISH_REASONS
     num_prompt_tokens: int
     num_generation_tokens: int
@@ -86,6 +80,7 @@ class RequestStats:
     queue_seconds: float | None = None
     first_token_seconds: float | None = None
     last_token_seconds: float | None = None
+    mixed_adapters: tuple[str, ...] = ()  # the names of a mixture's
 
 
 def count_buckets(largest: int) -> tuple[int, ...]:
@@ -104,20 +99,23 @@ class Metrics:
     """All series of one server. Methods may be called from any thread."""
 
     def __init__(
-        self, model_name: str, *, max_model_len: int, adapter_slots: int = 0, clock: Callable[[], float] = time.time
+        self,
+        model_name: str,
+        *,
+        max_model_len: int,
+        adapter_slots: int = 0,
+        max_adapter_labels: int = DEFAULT_ADAPTER_LABELS,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # one more line per series, which nothing reads
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self._clock = clock
-        self._adapter_slots = adapter_slots
-        self._adapter_labels: set[str] = set()
-        self._adapter_names: dict[str, str] = {}
-        self._lora_shown: tuple[str, str, str] | None = None
+        self.adapters = AdapterMetrics(self.registry, num_slots=adapter_slots, max_labels=max_adapter_labels)
         self._make_engine_series(model_name)
         self._make_request_series(model_name, max_model_len)
         self._make_own_series()
-        self._show_adapters((), ())
+        self.adapters.show((), (), clock())
 
     def _make_engine_series(self, model_name: str) -> None:
         def gauge(name: str, text: str) -> Gauge:
@@ -139,12 +137,6 @@ class Metrics:
             buckets=_STEP_TOKEN_BUCKETS,
             registry=self.registry,
         ).labels(model_name)
-        self._lora_info = Gauge(
-            "vllm:lora_requests_info",
-            "Adapters of the running and waiting requests; the value is the time of the last change of state.",
-            ["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
-            registry=self.registry,
-        )
 
     def _make_request_series(self, model_name: str, max_model_len: int) -> None:
         def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
@@ -188,15 +180,6 @@ class Metrics:
         def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
             return Histogram(name, text, buckets=buckets, registry=self.registry)
 
-        self._adapter_requests = counter("guanaco_adapter_requests", "Requests that ended, by adapter.", "adapter")
-        self._adapter_prompt = counter("guanaco_adapter_prompt_tokens", "Prompt tokens, by adapter.", "adapter")
-        self._adapter_generation = counter("guanaco_adapter_generation_tokens", "Tokens out, by adapter.", "adapter")
-        self._adapter_loads = counter("guanaco_adapter_loads", "Adapter loads, by how they ended.", "result")
-        for result in LOAD_RESULTS:
-            self._adapter_loads.labels(result)
-        self._adapter_load_seconds = histogram(
-            "guanaco_adapter_load_seconds", "From an operator's request to the published version.", _REQUEST_BUCKETS
-        )
         self._rejected = counter("guanaco_rejected", "Requests answered with an error status, by code.", "reason")
         self._slow_clients = counter("guanaco_slow_clients", "Connections closed because the client did not read.")
         self._step_seconds = histogram("guanaco_step_seconds", "Duration of engine steps.", _STEP_SECONDS_BUCKETS)
@@ -208,9 +191,6 @@ class Metrics:
             "Seconds since the engine moved.",
             registry=self.registry,
         )
-        slots = Gauge("guanaco_adapter_slots", "Adapter places on the device.", ["state"], registry=self.registry)
-        slots.labels("total").set(self._adapter_slots)
-        self._slots_running = slots.labels("running")
 
     def set_cache_config(self, *, block_size: int, num_blocks: int, **other: str | int | float | bool) -> None:
         """Publish the size of the KV cache as vLLM does: labels of a gauge that is always 1. Call once."""
@@ -223,30 +203,6 @@ class Metrics:
         """Read the engine's heartbeat age through `age_seconds` at every scrape."""
         self._heartbeat.set_function(age_seconds)
 
-    def set_adapter_tiers(
-        self, host_bytes: Callable[[], float], device_bytes: Callable[[], float], evictions: Callable[[], float]
-    ) -> None:
-        """Read at every scrape: bytes of all host copies and of what is in the slots, and evictions since the start.
-        Call once. On the CPU the slots hold the host copies themselves: no byte is there twice."""
-        tiers = Gauge(
-            "guanaco_adapter_bytes", "Bytes of adapters, by where they are.", ["tier"], registry=self.registry
-        )
-        tiers.labels("host").set_function(host_bytes)
-        tiers.labels("device").set_function(device_bytes)
-        evicted = Gauge("guanaco_adapter_evictions", "Adapters that lost their slot.", registry=self.registry)
-        evicted.set_function(evictions)
-
-    def observe_adapter_load(self, result: str, seconds: float) -> None:
-        """result: one of LOAD_RESULTS."""
-        assert result in LOAD_RESULTS, result
-        self._adapter_loads.labels(result).inc()
-        if result == "ok":
-            self._adapter_load_seconds.observe(seconds)
-
-    def name_adapters(self, names: dict[str, str]) -> None:
-        """Adapter version → served name, for `lora_requests_info`. Unknown versions are shown as OTHER_LABEL."""
-        self._adapter_names = dict(names)
-
     def observe_step(self, step: StepNumbers) -> None:
         self._running.set(step.num_running)
         self._waiting.set(step.num_waiting)
@@ -258,13 +214,12 @@ class Metrics:
             self._iteration_tokens.observe(step.num_scheduled_tokens)
             self._step_seconds.observe(step.step_seconds)
         running = step.running_adapters if step.num_running else ()  # a last step's adapters run no more
-        self._slots_running.set(len(set(running)))
-        self._show_adapters(running, step.waiting_adapters)
+        self.adapters.show(running, step.waiting_adapters, self._clock())
 
     def observe_tokens(self, adapter: str | None, count: int, gap_seconds: float | None) -> None:
         """`count` tokens of one request came out, `gap_seconds` after its last ones (None: the first)."""
         self._generation_tokens.inc(count)
-        self._adapter_generation.labels(self._adapter_label(adapter)).inc(count)
+        self.adapters.count_generation(adapter, count)
         if gap_seconds is not None:
             self._itl.observe(gap_seconds)
             self._itl_old.observe(gap_seconds)
@@ -272,15 +227,16 @@ class Metrics:
     def observe_prompt(self, adapter: str | None, count: int) -> None:
         """A request was admitted with `count` prompt tokens."""
         self._prompt_tokens.inc(count)
-        self._adapter_prompt.labels(self._adapter_label(adapter)).inc(count)
+        self.adapters.count_prompt(adapter, count)
 
-    def observe_first_token(self, seconds: float) -> None:
+    def observe_first_token(self, adapter: str | None, seconds: float) -> None:
         self._ttft.observe(seconds)
+        self.adapters.observe_first_token(adapter, seconds)
 
     def observe_request(self, stats: RequestStats) -> None:
         """Count one engine request that ended, whatever its end."""
         self._finished[stats.finish_reason].inc()
-        self._adapter_requests.labels(self._adapter_label(stats.adapter)).inc()
+        self.adapters.count_request(stats.adapter, stats.mixed_adapters)
         self._e2e.observe(stats.e2e_seconds)
         self._request_prompt.observe(stats.num_prompt_tokens)
         self._request_generation.observe(stats.num_generation_tokens)
@@ -312,25 +268,3 @@ class Metrics:
         """The exposition and its content type, in the format that the Accept header prefers."""
         encode, content_type = choose_encoder(accept)
         return encode(self.registry), content_type
-
-    def _adapter_label(self, adapter: str | None) -> str:
-        if adapter is None:
-            return BASE_LABEL
-        if adapter not in self._adapter_labels:
-            if len(self._adapter_labels) >= MAX_ADAPTER_LABELS:
-                return OTHER_LABEL
-            self._adapter_labels.add(adapter)
-        return adapter
-
-    def _show_adapters(self, running: Sequence[str], waiting: Sequence[str]) -> None:
-        """One series only: a label set per past combination would grow without end. The new one is there before the
-        old one goes, so that no scrape sees neither."""
-
-        def joined(versions: Sequence[str]) -> str:
-            return ",".join(sorted({self._adapter_names.get(version, OTHER_LABEL) for version in versions}))
-
-        labels = (str(self._adapter_slots), joined(running), joined(waiting))
-        self._lora_info.labels(*labels).set(self._clock())
-        if self._lora_shown not in (None, labels):
-            self._lora_info.remove(*self._lora_shown)
-        self._lora_shown = labels

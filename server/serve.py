@@ -77,7 +77,12 @@ def _is_loopback(host: str) -> bool:
 
 def _api_state(settings: Settings, runtime: Runtime, keys: KeyRing) -> ApiState:
     base, plan = runtime.base, runtime.plan
-    metrics = Metrics(base.name, max_model_len=plan.max_model_len, adapter_slots=settings.adapter_slots)
+    metrics = Metrics(
+        base.name,
+        max_model_len=plan.max_model_len,
+        adapter_slots=settings.adapter_slots,
+        max_adapter_labels=settings.metrics_adapters,
+    )
     metrics.set_cache_config(block_size=plan.block_size, num_blocks=plan.num_blocks)
     engine = AsyncEngine(
         runtime.engine,
@@ -111,9 +116,6 @@ def _adapter_manager(
 ) -> AdapterManager | None:
     """What changes adapters while the server runs, with what was loaded before a restart; None without an admin key."""
 
-    def name_adapters() -> None:
-        metrics.name_adapters({entry.version: entry.name for entry in runtime.registry.entries()})
-
     manager = None
     if settings.admin_key is not None:
         base = runtime.base
@@ -130,16 +132,17 @@ def _adapter_manager(
             engine,
             policy,
             probe_token_ids=tuple(base.tokenizer.encode(_PROBE_TEXT))[: runtime.plan.max_model_len - 1],
-            on_change=name_adapters,
-            on_load=metrics.observe_adapter_load,
+            on_change=lambda: metrics.adapters.set_names(runtime.registry.names_by_version()),
+            on_load=metrics.adapters.observe_load,
+            on_stage=metrics.adapters.observe_stage,
         )
         for note in manager.restore():
             logger.warning(note)
-    name_adapters()
-    metrics.set_adapter_tiers(
-        host_bytes=lambda: runtime.registry.num_bytes,
-        device_bytes=lambda: runtime.slots.num_bytes,
-        evictions=lambda: runtime.engine.scheduler.slots.num_evictions,
+    metrics.adapters.set_names(runtime.registry.names_by_version())
+    scheduler = runtime.engine.scheduler
+    metrics.adapters.set_tiers(
+        sizes={"host": lambda: runtime.registry.num_bytes, "device": lambda: runtime.slots.num_bytes},
+        evictions={"host": lambda: scheduler.host.num_evictions, "device": lambda: scheduler.slots.num_evictions},
     )
     return manager
 

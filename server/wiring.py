@@ -15,7 +15,8 @@ from rich.console import Console
 
 from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.host_table import HostTable
-from guanaco.adapters.registry import AdapterRegistry, parse_adapter_option
+from guanaco.adapters.profile import named_profile
+from guanaco.adapters.registry import AdapterRegistry, parse_adapter_option, parse_name_option
 from guanaco.adapters.slot_store import SlotStore
 from guanaco.adapters.slot_table import SlotTable
 from guanaco.adapters.weights import AdapterLimits, check_base
@@ -200,9 +201,13 @@ def _load_adapters(settings: Settings, base: Base, console: Console) -> AdapterR
     options = [parse_adapter_option(text) for text in settings.adapter]
     if settings.model is None and not options:
         options = list(demo_adapters().items())
+    profiles = dict(parse_name_option(text, "PROFILE") for text in settings.adapter_profile)
+    if unknown := sorted(profiles.keys() - {name for name, _ in options}):
+        raise CommandError(f"--adapter-profile {unknown[0]}: no --adapter is called so")
     with reporting(console, "adapters") as report:
         for number, (name, path) in enumerate(options, start=1):
-            entry = registry.load(name, path)
+            profile = named_profile(profiles[name], TEMPLATE_NAMES) if name in profiles else None
+            entry = registry.load(name, path, profile)
             if settings.strict_base:
                 check_base(registry.host_copy(entry.version), base.loaded.fingerprint)
             report(name, number, len(options))

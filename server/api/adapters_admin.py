@@ -47,7 +47,8 @@ class UnloadBody(Body):
 class PutBody(Body):
     source: _Source
     expected_version: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
-    profile: dict[str, Any] | None = None  # instead of the guanaco.json beside the adapter
+    # Instead of the guanaco.json beside the adapter; a text is the name of a built-in one.
+    profile: dict[str, Any] | Annotated[str, Field(max_length=64)] | None = None
 
 
 class CheckBody(Body):
@@ -107,10 +108,9 @@ async def get_adapter(request: Request, name: str) -> Response:
 async def put_adapter(request: Request, name: str) -> Response:
     manager, body = manager_of(request), await admin_body(request, PutBody)
     is_new = manager.view(name) is None
+    profile = {"profile": body.profile} if isinstance(body.profile, str) else body.profile
     try:
-        await manager.load(
-            name, body.source, replace=True, expected_version=body.expected_version, profile=body.profile
-        )
+        await manager.load(name, body.source, replace=True, expected_version=body.expected_version, profile=profile)
     except AdapterRefused as error:
         raise refusal(error) from None
     return json_response(_card(_view(manager, name)), 201 if is_new else 200)

@@ -11,12 +11,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from guanaco.server.adapter_metrics import MIXTURE_LABEL
 from guanaco.server.api.auth import ApiKey
 from guanaco.server.api.errors import ApiError, alias_target_missing, bad_request, model_not_found
 from guanaco.server.api.lifecycle import Admission
 from guanaco.server.engine.request import LoraRef
 
 OWNER = "guanaco"
+_ALIAS_LOOKS = 4
 
 
 class ServedProfile(Protocol):
@@ -44,6 +46,7 @@ class ServedModel:
     created: int = field(default_factory=lambda: int(time.time()))
     base_fingerprint: str = ""  # of the base's content
     mixture: tuple[LoraRef, ...] = ()  # of a request that names its adapters itself
+    mixed_names: tuple[str, ...] = ()  # the names of the mixture's adapters
     profile: ServedProfile | None = None
     stands_for: str | None = None  # of an alias: the adapter that this request gets
 
@@ -53,8 +56,10 @@ class ServedModel:
         return allowed is None or (key is not None and key.id in allowed)
 
     @property
-    def adapter(self) -> str | None:
-        """The adapter's name, whatever it was asked by; None for the base."""
+    def counted_as(self) -> str | None:
+        """The adapter's name in the metrics, whatever it was asked by; None for the base."""
+        if self.mixture:
+            return MIXTURE_LABEL
         return None if self.version is None else self.stands_for or self.name
 
     @property
@@ -189,17 +194,16 @@ class Catalog:
         return acquired
 
     def _acquire_by_alias(self, name: str, caller: Caller) -> LiveEntry:
-        """What an alias gives a caller, with a lease. One that is re-pointed meanwhile is asked again."""
-        target = None
-        while self._live is not None and self._aliases is not None:
-            before, target = target, self._aliases.follow(name, caller.chosen_by)
+        """What an alias gives a caller, with a lease. It may be re-pointed between two looks: it is asked again."""
+        if self._live is None or self._aliases is None:
+            raise model_not_found()
+        for _ in range(_ALIAS_LOOKS):
+            target = self._aliases.follow(name, caller.chosen_by)
             if target is None or not self._is_alias_open_to(name, caller.key):
-                break
+                raise model_not_found()
             if (entry := self._live.acquire(target.name, target.version)) is not None:
                 return entry
-            if target == before:
-                raise alias_target_missing()
-        raise model_not_found()
+        raise alias_target_missing()
 
     def acquire_mixture(
         self, model_name: str, adapters: Sequence[tuple[str, float]], caller: Caller, admission: Admission
@@ -208,7 +212,7 @@ class Catalog:
         if model_name != self.base.name:
             text = f"with adapters, model must be the base, {self.base.name}: the adapters are added to it"
             raise bad_request(text, "model")
-        loras = []
+        loras, names = [], []
         for index, (name, scale) in enumerate(adapters):
             try:
                 model = self.acquire(name, caller, admission)
@@ -220,9 +224,10 @@ class Catalog:
             if model.version is None:
                 raise bad_request("the base is no adapter", f"adapters[{index}].name")
             loras.append(LoraRef(model.version, scale))
+            names.append(model.stands_for or model.name)
         if len({lora.version for lora in loras}) != len(loras):
             raise bad_request("two of the adapters are the same one: add their scales up", "adapters")
-        return replace(self.base, mixture=tuple(loras))
+        return replace(self.base, mixture=tuple(loras), mixed_names=tuple(names))
 
     def all(self, key: ApiKey | None) -> tuple[ServedModel, ...]:
         """What the holder of a key may use."""

@@ -140,12 +140,12 @@ class Generation:
         return item
 
     def _observe(self, choice: Choice, output: TextOutput) -> None:
-        metrics, adapter = self._state.metrics, self._model.adapter
+        metrics, adapter = self._state.metrics, self._model.counted_as
         now = time.monotonic() - self._record.started
         if (new_tokens := output.num_output_tokens - choice.num_output_tokens) > 0:
             if choice.first_token_seconds is None:
                 choice.first_token_seconds = now
-                metrics.observe_first_token(now)
+                metrics.observe_first_token(adapter, now)
                 metrics.observe_prompt(adapter, choice.num_prompt_tokens)
                 if self._record.ttft_seconds is None:
                     self._record.ttft_seconds = now
@@ -163,7 +163,7 @@ class Generation:
         choice.finish_reason = reason
         self._state.metrics.observe_request(
             RequestStats(
-                adapter=self._model.adapter,
+                adapter=self._model.counted_as,
                 finish_reason=reason,
                 num_prompt_tokens=choice.num_prompt_tokens,
                 num_generation_tokens=choice.num_output_tokens,
@@ -173,6 +173,7 @@ class Generation:
                 queue_seconds=choice.queue_seconds,
                 first_token_seconds=choice.first_token_seconds,
                 last_token_seconds=choice.last_token_seconds,
+                mixed_adapters=self._model.mixed_names,
             )
         )
         if all(other.finish_reason is not None for other in self.choices):

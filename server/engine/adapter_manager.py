@@ -15,15 +15,15 @@ from typing import Any, TypeVar
 from guanaco.adapters.aliases import AliasTable
 from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.profile import Profile
-from guanaco.adapters.registry import AdapterEntry, AdapterRegistry, check_name
+from guanaco.adapters.registry import AdapterEntry, AdapterRegistry, BrokenEntry, check_name
 from guanaco.adapters.registry_file import RegistryFile
-from guanaco.adapters.store import VersionStore
+from guanaco.adapters.store import OnStage, VersionStore
 from guanaco.adapters.weights import LoadedAdapter
 from guanaco.server.engine.adapter_aliases import AliasManager
 from guanaco.server.engine.adapter_records import AdapterRecords
 from guanaco.server.engine.adapter_sources import AdapterPolicy, AdapterSources
 from guanaco.server.engine.adapter_tiers import AdapterTiers
-from guanaco.server.engine.adapter_view import AdapterView
+from guanaco.server.engine.adapter_view import AdapterView, LoadingEntry
 from guanaco.server.engine.async_engine import AsyncEngine, EngineUnavailable, ProbeFailed
 from guanaco.server.engine.sampler import NOT_FINITE
 
@@ -51,10 +51,12 @@ class AdapterManager:
         probe_token_ids: tuple[int, ...],
         on_change: Callable[[], None] = lambda: None,
         on_load: Callable[[str, float], None] = lambda *_: None,
+        on_stage: OnStage = lambda *_: None,
     ) -> None:
-        """on_change: the names changed. on_load: a load ended as "ok", "refused" or "failed", after so many seconds."""
+        """on_change: the names changed. on_load: a load ended as "ok", "refused" or "failed", after so many seconds.
+        on_stage: a part of a load took so many; from any thread."""
         self.registry = registry
-        self._sources = AdapterSources(registry, store, policy)
+        self._sources = AdapterSources(registry, store, policy, on_stage)
         table = AliasTable(registry)
         self._records = AdapterRecords(registry, table, saved)
         self._engine = engine
@@ -62,8 +64,10 @@ class AdapterManager:
         self._probe_token_ids = probe_token_ids
         self._on_change = on_change
         self._on_load = on_load
+        self._on_stage = on_stage
         self._locks: dict[str, asyncio.Lock] = {}  # by name: its changes happen one after the other
         self._lock_users: Counter[str] = Counter()  # who holds or waits for each
+        self._num_loads: Counter[str] = Counter()  # by name, since the start
         self._loads: dict[_LoadKey, asyncio.Task[AdapterEntry]] = {}
         self._retiring: set[asyncio.Task[None]] = set()
         self.aliases = AliasManager(
@@ -119,16 +123,27 @@ class AdapterManager:
         return next((view for view in self.views() if view.entry.name == name), None)
 
     def views(self) -> tuple[AdapterView, ...]:
-        """All names, the broken ones last."""
-        registry, tiers, pointing_to = self.registry, self.tiers, self.aliases.table.pointing_to
-        ready = [
-            AdapterView(
-                e, registry.num_leases(e.version), *registry.usage(e.name), tiers.tier(e.version), pointing_to(e.name)
-            )
-            for e in registry.entries()
-        ]
-        broken = [AdapterView(b, 0, 0, None, "disk", pointing_to(b.name)) for b in registry.broken()]
-        return (*ready, *broken)
+        """All names: those that serve, the broken ones, and last those that are being loaded for the first time."""
+        registry = self.registry
+        loading = {key[0]: key[1] for key in self._loads}
+        entries: list[AdapterEntry | BrokenEntry | LoadingEntry] = [*registry.entries(), *registry.broken()]
+        known = {entry.name for entry in entries}
+        entries += [LoadingEntry(name, source) for name, source in loading.items() if name not in known]
+        return tuple(self._view(entry, loading.get(entry.name)) for entry in entries)
+
+    def _view(self, entry: AdapterEntry | BrokenEntry | LoadingEntry, loading: str | None) -> AdapterView:
+        num_uses, last_used = self.registry.usage(entry.name)
+        version = entry.version if isinstance(entry, AdapterEntry) else None
+        return AdapterView(
+            entry,
+            num_requests=0 if version is None else self.registry.num_leases(version),
+            num_uses=num_uses,
+            last_used=last_used,
+            tier="disk" if version is None else self.tiers.tier(version),
+            num_loads=self._num_loads[entry.name],
+            loading=loading,
+            aliases=self.aliases.table.pointing_to(entry.name),
+        )
 
     async def check(self, name: str, source: str) -> dict[str, Any]:
         """Everything that `load` checks, without the proof and without keeping anything: what it would take."""
@@ -210,6 +225,7 @@ class AdapterManager:
         try:
             await self.tiers.register(adapter)
             effect = await self._prove(adapter.version)
+            published = time.monotonic()
             self._check_expected(name, expected)
             history = tuple(earlier for earlier in history if earlier != adapter.version)
             entry = self.registry.publish(
@@ -223,17 +239,22 @@ class AdapterManager:
         for version in await self.aliases.refresh():
             self._retire(version)
         await self._changed()
+        self._on_stage("publish", time.monotonic() - published)
+        self._num_loads[name] += 1
         if before is not None and before.version != entry.version:
             self._retire(before.version)
         return entry
 
     async def _prove(self, version: str) -> float:
+        started = time.monotonic()
         try:
             effect = await self._engine.probe_adapter(version, self._probe_token_ids)
         except (ProbeFailed, EngineUnavailable) as error:
             if str(error) == NOT_FINITE:
                 raise _not_finite() from None
             raise AdapterError("probe_failed", f"the adapter could not be tried out ({error}); try again") from None
+        finally:
+            self._on_stage("probe", time.monotonic() - started)
         if not math.isfinite(effect):
             raise _not_finite()
         if effect == 0:
@@ -243,6 +264,7 @@ class AdapterManager:
     async def _unload(self, name: str, force: bool, timeout_seconds: float) -> bool:
         entry = self.registry.remove(name)
         self._records.drop(name)
+        self._num_loads.pop(name, None)
         # Not only what the name stood for: aliases lead to earlier versions of it no more.
         versions = {entry.version, *await self.aliases.refresh()}
         await self._changed()

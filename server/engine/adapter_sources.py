@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.profile import Profile, parse_profile, read_profile
 from guanaco.adapters.registry import AdapterRegistry
-from guanaco.adapters.store import VersionStore
+from guanaco.adapters.store import OnStage, VersionStore
 from guanaco.adapters.weights import LoadedAdapter, check_base
 
 T = TypeVar("T")
@@ -35,16 +35,21 @@ class AdapterPolicy:
 class AdapterSources:
     """Sources below the policy's root, and the versions of one store. Coroutines raise AdapterError."""
 
-    def __init__(self, registry: AdapterRegistry, store: VersionStore, policy: AdapterPolicy) -> None:
+    def __init__(
+        self, registry: AdapterRegistry, store: VersionStore, policy: AdapterPolicy, on_stage: OnStage
+    ) -> None:
         self._registry = registry
         self._store = store
         self._policy = policy
+        self._on_stage = on_stage
         self._threads = ThreadPoolExecutor(_LOAD_THREADS, thread_name_prefix="guanaco-adapters")
 
     async def ingest(self, name: str, source: str, *, keep: bool = True) -> LoadedAdapter:
         """The adapter at `source`. What is kept is to be settled, whatever happens to it."""
         path, root = self._path_of(source), self._policy.root
-        return await self.on_thread(lambda: self._store.ingest(path, name=name, root=root, keep=keep))
+        return await self.on_thread(
+            lambda: self._store.ingest(path, name=name, root=root, keep=keep, on_stage=self._on_stage)
+        )
 
     def checked(self, adapter: LoadedAdapter) -> LoadedAdapter:
         """With a note where it records another base. AdapterError where that is to be refused."""

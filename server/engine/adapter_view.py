@@ -7,31 +7,43 @@ from guanaco.adapters.registry import AdapterEntry, BrokenEntry
 
 
 @dataclass(frozen=True)
+class LoadingEntry:
+    """A name that stands for nothing yet."""
+
+    name: str
+    source: str
+
+
+@dataclass(frozen=True)
 class AdapterView:
     """What an operator sees of one name."""
 
-    entry: AdapterEntry | BrokenEntry
+    entry: AdapterEntry | BrokenEntry | LoadingEntry
     num_requests: int  # that hold its version now
     num_uses: int  # requests since the start
     last_used: float | None  # seconds since the epoch
     tier: str  # "device", "host" or "disk"
+    num_loads: int = 0  # how often the name was loaded, replaced or rolled back since the start
+    loading: str | None = None  # the source that is being loaded for it now
     aliases: tuple[str, ...] = ()  # that lead to it
 
     def public(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         entry = self.entry
+        common = {"name": entry.name, "loading": self.loading, "aliases": list(self.aliases)}
+        if isinstance(entry, LoadingEntry):
+            return {**common, "state": "loading", "source": entry.source}
         if isinstance(entry, BrokenEntry):
-            problem = {"code": entry.code, "message": entry.problem}
             return {
-                "name": entry.name,
+                **common,
                 "state": "broken",
                 "version": entry.version,
                 "source": entry.source,
-                "error": problem,
-                "aliases": list(self.aliases),
+                "error": {"code": entry.code, "message": entry.problem},
+                "history": list(entry.history),
             }
         return {
-            "name": entry.name,
+            **common,
             "state": "ready",
             "version": entry.version,
             "source": entry.source,
@@ -41,12 +53,12 @@ class AdapterView:
             "num_bytes": entry.num_bytes,
             "tier": self.tier,
             "pins": self.num_requests,
+            "num_loads": self.num_loads,
             "num_uses": self.num_uses,
             "loaded_at": entry.loaded_at,
             "last_used": self.last_used,
             "effect": entry.effect,
             "history": list(entry.history),
             "notes": list(entry.notes),
-            "aliases": list(self.aliases),
             "profile": None if entry.profile is None else entry.profile.public(),
         }

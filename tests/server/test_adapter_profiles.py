@@ -11,7 +11,8 @@ from adapter_server import ADMIN, AdapterServer, make_adapter_server
 from api_server import BASE
 
 from guanaco.adapters.errors import AdapterError
-from guanaco.adapters.profile import BUILT_IN, MAX_PROFILE_BYTES, PROFILE_NAME, Profile, parse_profile
+from guanaco.adapters.profile import BUILT_IN, MAX_PROFILE_BYTES, PROFILE_NAME, Profile, named_profile, parse_profile
+from guanaco.adapters.registry import parse_name_option
 from guanaco.models.chat_template import TEMPLATE_NAMES, named_template
 from guanaco.server.api.auth import KeyRing
 from guanaco.server.engine.request import SamplingParams
@@ -87,6 +88,31 @@ def test_an_adapter_of_the_command_line_has_one_too(tmp_path: Path) -> None:
     (path / PROFILE_NAME).write_text('{"min_p": 0.25}')
     with make_adapter_server(tmp_path, command_line={"a": path}) as server, server.client(headers=ADMIN) as client:
         assert params_of(server, client, model="a").min_p == 0.25
+
+
+def test_the_built_in_one_by_its_name(server: AdapterServer, client: httpx.Client) -> None:
+    """For the adapters of 2023, which bring none."""
+    assert put(client, "a", server.source("a", 1), profile="guanaco").json()["profile"] == BUILT_IN["guanaco"].public()
+    assert params_of(server, client, model="a").stop_strings == ("### Human", "### Assistant")
+    refused = put(client, "a", "a", profile="vicuna")
+    assert (refused.json()["error"]["code"], refused.json()["error"]["param"]) == ("bad_profile", "profile")
+    assert put(client, "a", "a", profile=1).status_code == 400
+
+
+def test_a_profile_on_the_command_line(tmp_path: Path) -> None:
+    assert named_profile("guanaco", TEMPLATE_NAMES) == BUILT_IN["guanaco"]
+    file = tmp_path / "p.json"
+    file.write_text('{"profile": "guanaco", "top_p": 0.5}')
+    assert named_profile(str(file), TEMPLATE_NAMES).top_p == 0.5
+    for text, said in (("vicuna", "built-in profile"), (str(tmp_path), "built-in profile"), (str(file), "is not JSON")):
+        file.write_text("{")
+        with pytest.raises(AdapterError, match=said) as refused:
+            named_profile(text, TEMPLATE_NAMES)
+        assert refused.value.code == "bad_profile"
+    assert parse_name_option("a=b=c", "PROFILE") == ("a", "b=c")
+    for bad in ("a", "a=", "=b", "a b=c"):
+        with pytest.raises(AdapterError):
+            parse_name_option(bad, "PROFILE")
 
 
 def test_only_allowed_keys_know_of_it(tmp_path: Path) -> None:

@@ -202,6 +202,31 @@ def test_only_who_may_use_all_targets_knows_of_an_alias(tmp_path: Path) -> None:
         assert not server.registry._leases
 
 
+def test_re_pointed_between_two_looks(
+    server: AdapterServer, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that has just read where an alias leads gets what it leads to now, and no error."""
+    one, two = (put(client, "a", server.source(source, seed))["version"] for seed, source in enumerate("xy"))
+    put(client, "a", server.source("z", 9))
+    point(client, "prod", f"a@{one}")
+    table, looks = server.manager.aliases.table, []
+    follow = table.follow
+
+    def then_changed(name: str, key: str) -> Any:
+        target = follow(name, key)
+        looks.append(target)
+        if len(looks) == 1:
+            other = server.client(headers=ADMIN)
+            point(other, "prod", f"a@{two}")
+            other.close()
+            server.wait(lambda: not server.registry.knows(one))
+        return target
+
+    monkeypatch.setattr(table, "follow", then_changed)
+    assert ask(client, "prod") == two
+    assert [target.version for target in looks] == [one, two]
+
+
 def test_re_pointed_again_and_again_under_load(server: AdapterServer, client: httpx.Client) -> None:
     """Between two pinned versions, of which only one is held at a time: every answer is one of them, none is lost."""
     versions = [put(client, "a", server.source(source, seed))["version"] for seed, source in enumerate("xy")]

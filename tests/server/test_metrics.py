@@ -9,7 +9,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families
 
 from guanaco.server.engine.request import StepStats
-from guanaco.server.metrics import MAX_ADAPTER_LABELS, Metrics, RequestStats, count_buckets
+from guanaco.server.metrics import Metrics, RequestStats, count_buckets
 
 # As vLLM's exporter declares them, and what its Grafana dashboard, the production-stack router and the Gateway API's
 # endpoint picker ask for (shared/design/peers.md 4, ecosystem.md 2.10).
@@ -55,7 +55,7 @@ def stats(**fields: object) -> RequestStats:
 @pytest.fixture
 def metrics() -> Metrics:
     made = Metrics(BASE, max_model_len=4096, adapter_slots=4)
-    made.name_adapters({PIRATE_VERSION: PIRATE, TERSE_VERSION: TERSE})
+    made.adapters.set_names({PIRATE_VERSION: PIRATE, TERSE_VERSION: TERSE})
     return made
 
 
@@ -138,7 +138,7 @@ def test_steps(metrics: Metrics) -> None:
 def test_lora_info_is_one_series_with_the_time_as_its_value() -> None:
     now = [1000.0]
     metrics = Metrics(BASE, max_model_len=64, adapter_slots=4, clock=lambda: now[0])
-    metrics.name_adapters({PIRATE_VERSION: PIRATE, TERSE_VERSION: TERSE})
+    metrics.adapters.set_names({PIRATE_VERSION: PIRATE, TERSE_VERSION: TERSE})
 
     def shown() -> list[tuple[dict[str, str], float]]:
         (family,) = [f for f in metrics.registry.collect() if f.name == "vllm:lora_requests_info"]
@@ -167,21 +167,6 @@ def test_request_times(metrics: Metrics) -> None:
     metrics.observe_request(stats(finish_reason="abort", num_generation_tokens=0))
     assert value(metrics, "vllm:request_decode_time_seconds_count") == 1, "it never came to decoding"
     assert value(metrics, "vllm:request_success_total", finished_reason="abort") == 1
-
-
-def test_adapter_labels_are_bounded_and_counters_never_run_backwards(metrics: Metrics) -> None:
-    before: dict[tuple, float] = {}
-    for index in range(MAX_ADAPTER_LABELS * 3):
-        metrics.observe_request(stats(adapter=f"adapter-{index}"))
-        metrics.observe_tokens(f"adapter-{index}", 3, None)
-        family = next(f for f in metrics.registry.collect() if f.name == "guanaco_adapter_requests")
-        now = {tuple(s.labels.items()): s.value for s in family.samples}
-        assert all(now[labels] >= count for labels, count in before.items())
-        before = now
-    metrics.observe_request(stats(adapter=None))
-    assert len(before) == MAX_ADAPTER_LABELS + 1
-    assert value(metrics, "guanaco_adapter_requests_total", adapter="(other)") == MAX_ADAPTER_LABELS * 2
-    assert value(metrics, "guanaco_adapter_requests_total", adapter="(base)") == 1
 
 
 def test_two_servers_in_one_process(metrics: Metrics) -> None:
@@ -233,15 +218,3 @@ class TestThroughTheServer:
                 client.get(f"/{name}", headers={"X-Request-Id": name})
         assert count() == before
         assert value(server.state.metrics, "guanaco_rejected_total", reason="model_not_found") == 101
-
-
-def test_adapter_loads_and_tiers() -> None:
-    metrics = Metrics("base", max_model_len=128)
-    metrics.set_adapter_tiers(host_bytes=lambda: 7.0, device_bytes=lambda: 5.0, evictions=lambda: 3.0)
-    for result, seconds in (("ok", 0.5), ("refused", 9.0), ("refused", 9.0)):
-        metrics.observe_adapter_load(result, seconds)
-    read = metrics.registry.get_sample_value
-    assert [read("guanaco_adapter_loads_total", {"result": r}) for r in ("ok", "refused", "failed")] == [1, 2, 0]
-    assert read("guanaco_adapter_load_seconds_sum") == 0.5
-    assert [read("guanaco_adapter_bytes", {"tier": tier}) for tier in ("host", "device")] == [7, 5]
-    assert read("guanaco_adapter_evictions") == 3

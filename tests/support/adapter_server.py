@@ -133,10 +133,14 @@ def make_adapter_server(
         made.state.engine,
         AdapterPolicy(root, FINGERPRINT, strict_base),
         probe_token_ids=(1, 2, 3),
+        on_change=lambda: made.state.metrics.adapters.set_names(registry.names_by_version()),
+        on_load=made.state.metrics.adapters.observe_load,
+        on_stage=made.state.metrics.adapters.observe_stage,
     )
     for name, path in (command_line or {}).items():
         registry.load(name, path)
     manager.restore()
+    made.state.metrics.adapters.set_names(registry.names_by_version())
     base = ServedModel(BASE, MAX_MODEL_LEN, root=BASE, base_fingerprint=FINGERPRINT)
     for field, value in (
         ("catalog", Catalog(base, live=registry, aliases=manager.aliases.table)),

@@ -30,7 +30,7 @@ def make_state(*, keys: tuple[str, ...] = (), max_model_len: int = MAX_MODEL_LEN
         ServedModel(TERSE, max_model_len, root="terse", parent=BASE, version=TERSE_VERSION),
     ]
     metrics = Metrics(BASE, max_model_len=max_model_len, adapter_slots=4)
-    metrics.name_adapters({PIRATE_VERSION: PIRATE, TERSE_VERSION: TERSE})
+    metrics.adapters.set_names({PIRATE_VERSION: PIRATE, TERSE_VERSION: TERSE})
     return ApiState(
         engine=FakeEngine(),
         tokenizer=FakeTokenizer(),

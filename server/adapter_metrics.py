@@ -1,0 +1,171 @@
+"""What the server counts of its adapters, as Prometheus series whose number no client and no operator can drive up.
+
+The first so many served names have series of their own, and give them up when they go; all others share one label.
+Doesn't know adapters, only their names and versions. A part of `metrics`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+DEFAULT_ADAPTER_LABELS = 64  # adapters with series of their own
+LOAD_RESULTS = ("ok", "refused", "failed")  # failed: not the adapter's fault
+# fetch: from the hub. read: the source, into a copy. ingest: check, hash and keep the copy. probe: try it out in the
+# engine. publish: make the name stand for it and write that down.
+LOAD_STAGES = ("fetch", "read", "ingest", "probe", "publish")
+# No adapter can be called so: the brackets are outside what a served name may hold.
+BASE_LABEL = "(base)"
+MIXTURE_LABEL = "(mixture)"
+OTHER_LABEL = "(other)"
+
+_TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_LOAD_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 600.0)
+
+
+class AdapterMetrics:
+    """The series about adapters in one registry. All but `observe_stage` are for one thread."""
+
+    def __init__(self, registry: CollectorRegistry, *, num_slots: int, max_labels: int) -> None:
+        self._registry = registry
+        self._num_slots = num_slots
+        self._max_labels = max_labels
+        self._labels: set[str] = set()  # names that have series of their own
+        self._served: frozenset[str] = frozenset()
+        self._name_of: dict[str, str] = {}  # version → name
+        self._lora_shown: tuple[str, str, str] | None = None
+        self._by_adapter: list[Counter | Histogram] = []
+        self._make_series_by_adapter()
+        self._make_load_series()
+        slots = Gauge("guanaco_adapter_slots", "Adapter places on the device.", ["state"], registry=registry)
+        slots.labels("total").set(num_slots)
+        self._slots_running = slots.labels("running")
+        self._lora_info = Gauge(
+            "vllm:lora_requests_info",
+            "Adapters of the running and waiting requests; the value is the time of the last change of state.",
+            ["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+            registry=registry,
+        )
+
+    def _make_series_by_adapter(self) -> None:
+        def counter(name: str, text: str) -> Counter:
+            made = Counter(name, text, ["adapter"], registry=self._registry)
+            self._by_adapter.append(made)
+            return made
+
+        self._requests = counter("guanaco_adapter_requests", "Requests that ended, by adapter.")
+        self._prompt = counter("guanaco_adapter_prompt_tokens", "Prompt tokens, by adapter.")
+        self._generation = counter("guanaco_adapter_generation_tokens", "Tokens out, by adapter.")
+        self._mixed = counter("guanaco_adapter_mixture_requests", "Requests that ended and had it in a mixture.")
+        self._ttft = Histogram(
+            "guanaco_adapter_time_to_first_token_seconds",
+            "Arrival to the first token, by adapter.",
+            ["adapter"],
+            buckets=_TTFT_BUCKETS,
+            registry=self._registry,
+        )
+        self._by_adapter.append(self._ttft)
+
+    def _make_load_series(self) -> None:
+        self._loads = Counter(
+            "guanaco_adapter_loads", "Adapter loads, by how they ended.", ["result"], registry=self._registry
+        )
+        for result in LOAD_RESULTS:
+            self._loads.labels(result)
+        self._load_seconds = Histogram(
+            "guanaco_adapter_load_seconds",
+            "From an operator's request to the published version.",
+            buckets=_LOAD_BUCKETS,
+            registry=self._registry,
+        )
+        stages = Histogram(
+            "guanaco_adapter_load_stage_seconds",
+            "The parts of loads, of those that were refused too.",
+            ["stage"],
+            buckets=_LOAD_BUCKETS,
+            registry=self._registry,
+        )
+        self._stages = {stage: stages.labels(stage) for stage in LOAD_STAGES}
+
+    def set_tiers(self, sizes: dict[str, Callable[[], float]], evictions: dict[str, Callable[[], float]]) -> None:
+        """Read at every scrape: bytes by tier, and evictions by the tier that was left. Call once. On the CPU the
+        device holds the host's copies themselves: no byte is there twice."""
+        self._registry.register(_Tiers(sizes, evictions))
+
+    def observe_load(self, result: str, seconds: float) -> None:
+        """result: one of LOAD_RESULTS."""
+        assert result in LOAD_RESULTS, result
+        self._loads.labels(result).inc()
+        if result == "ok":
+            self._load_seconds.observe(seconds)
+
+    def observe_stage(self, stage: str, seconds: float) -> None:
+        """stage: one of LOAD_STAGES."""
+        self._stages[stage].observe(seconds)
+
+    def set_names(self, name_of: dict[str, str]) -> None:
+        """Adapter version → served name: what may have a label. Names that are gone lose theirs, for others to have."""
+        self._name_of, self._served = dict(name_of), frozenset(name_of.values())
+        for gone in self._labels - self._served:
+            self._labels.discard(gone)
+            for series in self._by_adapter:
+                series.remove(gone)
+
+    def count_request(self, adapter: str | None, mixed: Sequence[str]) -> None:
+        """A request ended. mixed: the adapters of a mixture."""
+        self._requests.labels(self._label(adapter)).inc()
+        for name in mixed:
+            self._mixed.labels(self._label(name)).inc()
+
+    def count_prompt(self, adapter: str | None, num_tokens: int) -> None:
+        self._prompt.labels(self._label(adapter)).inc(num_tokens)
+
+    def count_generation(self, adapter: str | None, num_tokens: int) -> None:
+        self._generation.labels(self._label(adapter)).inc(num_tokens)
+
+    def observe_first_token(self, adapter: str | None, seconds: float) -> None:
+        self._ttft.labels(self._label(adapter)).observe(seconds)
+
+    def show(self, running: Sequence[str], waiting: Sequence[str], now: float) -> None:
+        """The versions of the requests that run and wait. One series only: a label set per past combination would
+        grow without end. The new one is there before the old one goes, so that no scrape sees neither."""
+        self._slots_running.set(len(set(running)))
+        labels = (str(self._num_slots), self._joined(running), self._joined(waiting))
+        self._lora_info.labels(*labels).set(now)
+        if self._lora_shown not in (None, labels):
+            self._lora_info.remove(*self._lora_shown)
+        self._lora_shown = labels
+
+    def _joined(self, versions: Sequence[str]) -> str:
+        return ",".join(sorted({self._name_of.get(version, OTHER_LABEL) for version in versions}))
+
+    def _label(self, adapter: str | None) -> str:
+        if adapter is None:
+            return BASE_LABEL
+        if adapter == MIXTURE_LABEL or adapter in self._labels:
+            return adapter
+        if adapter not in self._served or len(self._labels) >= self._max_labels:
+            return OTHER_LABEL
+        self._labels.add(adapter)
+        for series in self._by_adapter:  # all at once: they are removed together
+            series.labels(adapter)
+        return adapter
+
+
+class _Tiers(Collector):
+    def __init__(self, sizes: dict[str, Callable[[], float]], evictions: dict[str, Callable[[], float]]) -> None:
+        self._sizes = sizes
+        self._evictions = evictions
+
+    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+        sizes = GaugeMetricFamily("guanaco_adapter_bytes", "Bytes of adapters, by where they are.", labels=["tier"])
+        for tier, size in self._sizes.items():
+            sizes.add_metric([tier], size())
+        evictions = CounterMetricFamily(
+            "guanaco_adapter_evictions", "Adapters that lost their place, by where it was.", labels=["tier"]
+        )
+        for tier, count in self._evictions.items():
+            evictions.add_metric([tier], count())
+        yield sizes
+        yield evictions
