@@ -1,0 +1,328 @@
+"""y = x · Wᵀ for 5 to 64 rows: NF4 weights decoded in registers, straight into the left operand of the tensor cores.
+
+Two kernels: `nf4_dot` leaves one float32 sum per share of k, `nf4_dot_finish` adds them in a fixed order and does what
+belongs to the output (bias, LoRA, residual, SiLU(gate) · up). No atomics: the same bits every time. Knows packed
+weights and the LoRA operand; no layers. Compiled and counted for sm_80 to sm_120; has never run on a GPU.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from guanaco.kernels.lora_triton import LoraStep, lora_expand
+from guanaco.kernels.triton_compile import CompileCase
+from guanaco.kernels.triton_configs import DOT_MAX_ROWS, DotConfig, dot_config, dot_splits, multiprocessors, target_of
+from guanaco.kernels.triton_pack import TABLE_WORDS, TritonNf4
+
+EPILOGUES = ("none", "add", "silu_mul")
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+
+# A word of eight codes becomes four registers of two float16: codes 2i and 2i + 1 in register i (kernels-depth 5.2).
+# Called with pack=2 for the same word twice, so that register i is element (word, first) and (word, second) of
+# tensor i. Triton leaves open which elements pack=2 groups; tests/kernels/test_nf4_dot.py proves from the PTX of every
+# shipped configuration that both inputs are one word and that the registers go into the products as they are.
+# z is 0, which ptxas doesn't know: it would otherwise move the tables' words from uniform registers before every prmt,
+# one issue slot per weight.
+_T = [f"{word:#010x}" for word in TABLE_WORDS]
+_DECODE = f"""{{
+.reg .b32 z, l, m, h, i, q, v, w, a, b, c, d;
+mov.u32 z, %lanemask_lt; shr.u32 z, z, 31;  // pair $4 $5 to $0 $1 $2 $3
+xor.b32 l, z, {_T[0]}; xor.b32 m, z, {_T[2]}; xor.b32 h, z, {_T[4]}; xor.b32 i, z, {_T[6]};
+shr.u32 q, $4, 16; xor.b32 v, $4, 0x88888888; xor.b32 w, q, 0x8888;
+prmt.b32 a, l, {_T[1]}, $4; prmt.b32 b, m, {_T[3]}, v; xor.b32 a, a, b;
+prmt.b32 c, h, {_T[5]}, $4; prmt.b32 d, i, {_T[7]}, v; xor.b32 c, c, d;
+prmt.b32 $0, a, c, 0x5140; prmt.b32 $1, a, c, 0x7362;
+prmt.b32 a, l, {_T[1]}, q; prmt.b32 b, m, {_T[3]}, w; xor.b32 a, a, b;
+prmt.b32 c, h, {_T[5]}, q; prmt.b32 d, i, {_T[7]}, w; xor.b32 c, c, d;
+prmt.b32 $2, a, c, 0x5140; prmt.b32 $3, a, c, 0x7362;
+}}"""
+DECODE = tl.constexpr(_DECODE)
+CONSTRAINTS = tl.constexpr("=&r,=&r,=&r,=&r,r,r")
+
+
+@triton.jit(do_not_specialize=["rows"])
+def nf4_dot(
+    x, words, absmax, nested, code_map, partial, rows, n, groups_per_split,
+    K: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, DOUBLE_QUANT: tl.constexpr,
+):  # fmt: skip
+    """partial[split, rows, n] = sums over one share of k. Grid: (tiles of n, splits).
+
+    absmax: float32 scales; double-quantised, GROUPS codes of 8 bits in one integer. Inside a group of 64, dot i takes
+    column 8 · word + 2i + p at its place 2 · word + p, on both sides.
+    """
+    IN_ROW: tl.constexpr = K // 64
+    outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    readable = tl.minimum(outputs, n - 1)
+    columns = tl.arange(0, COLUMNS)
+    first = tl.program_id(1) * groups_per_split
+    last = tl.minimum(first + groups_per_split, IN_ROW)
+    word_ptr = words + readable[:, None] * (K // 8) + tl.arange(0, 8)[None, :]
+    place = tl.arange(0, 16)
+    inside = tl.max_contiguous(tl.multiple_of(place // 2 * 8 + place % 2, 2), 2)
+    x_ptr = x + tl.minimum(columns, rows - 1)[:, None] * K + inside[None, :]
+    flat = readable * IN_ROW
+    code_ptr = absmax + readable * (IN_ROW // GROUPS)
+    if DOUBLE_QUANT:
+        coming = tl.load(code_ptr + tl.minimum(first, IN_ROW - GROUPS) // GROUPS)
+    total = tl.zeros((BLOCK_N, COLUMNS), tl.float32)
+    for group in range(first, last, GROUPS):
+        if DOUBLE_QUANT:
+            codes = coming.to(tl.int32)
+            coming = tl.load(code_ptr + tl.minimum(group + GROUPS, last - GROUPS) // GROUPS)
+            # One nested scale for the turn: 256 is a multiple of GROUPS, and so is the flat number here.
+            nest = nested + ((flat + group) >> 8) * 2
+            factor = tl.load(nest)
+            offset = tl.load(nest + 1)
+        for g in tl.static_range(GROUPS):
+            if DOUBLE_QUANT:
+                scale = tl.load(code_map + ((codes >> (8 * g)) & 255)) * factor + offset
+            else:
+                scale = tl.load(absmax + flat + (group + g))
+            word = tl.load(word_ptr + (group + g) * 8)
+            twice = tl.reshape(tl.broadcast_to(word[:, :, None], (BLOCK_N, 8, 2)), (BLOCK_N, 16))
+            w0, w1, w2, w3 = tl.inline_asm_elementwise(
+                DECODE, CONSTRAINTS, [twice], dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True,
+                pack=2,
+            )  # fmt: skip
+            x_here = x_ptr + (group + g) * 64
+            sums = tl.dot(w0, tl.trans(tl.load(x_here)))
+            sums = tl.dot(w1, tl.trans(tl.load(x_here + 2)), sums)
+            sums = tl.dot(w2, tl.trans(tl.load(x_here + 4)), sums)
+            sums = tl.dot(w3, tl.trans(tl.load(x_here + 6)), sums)
+            total += sums * scale[:, None]
+    place_ptr = partial + (tl.program_id(1) * rows + columns)[None, :] * n + outputs[:, None]
+    tl.store(place_ptr, total, mask=(columns < rows)[None, :] & (outputs < n)[:, None])
+
+
+@triton.jit
+def _output(
+    partial, row_factor, bias, outputs, columns, rows, n, module, start1, start2,
+    t, b_table, rank_table, active, factors,
+    SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr, RANK: tl.constexpr,
+    MAX_ACTIVE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """float32 [outputs, columns]: the shares added one after the other, row factor, bias, LoRA (PARTS 0: none)."""
+    known = columns < rows
+    mask = (outputs < n)[:, None] & known[None, :]
+    place = partial + columns[None, :] * n + outputs[:, None]
+    total = tl.load(place, mask=mask, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(place + split * rows * n, mask=mask, other=0.0)
+    total *= tl.load(row_factor + columns, mask=known, other=0.0)[None, :]
+    if HAS_BIAS:
+        total += tl.load(bias + outputs, mask=outputs < n, other=0.0)[:, None]
+    for part in tl.static_range(PARTS):
+        start = start1 * (part == 1) + start2 * (part == 2)
+        end = n
+        if PARTS > 1 and part == 0:
+            end = start1
+        if PARTS > 2 and part == 1:
+            end = start2
+        in_part = (outputs >= start) & (outputs < end)
+        if tl.max(in_part.to(tl.int32), 0) > 0:
+            total = lora_expand(
+                total, outputs - start, in_part, columns, module + part, part, rows, t, b_table, rank_table, active,
+                factors, SLOTS=SLOTS, PARTS=PARTS, RANK=RANK, MAX_ACTIVE=MAX_ACTIVE, ALIGNED=ALIGNED, DOT=True,
+            )  # fmt: skip
+    return total
+
+
+@triton.jit(do_not_specialize=["rows", "module", "start1", "start2"])
+def nf4_dot_finish(
+    partial, y, row_factor, bias, residual, rows, n, module, start1, start2,
+    t, b_table, rank_table, active, factors,
+    BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, EPILOGUE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr, RANK: tl.constexpr, MAX_ACTIVE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """y from the shares. Grid: tiles of y's columns, which for silu_mul are half of n (gate above up)."""
+    outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, COLUMNS)
+    width = n // 2 if EPILOGUE == "silu_mul" else n
+    result = _output(
+        partial, row_factor, bias, outputs, columns, rows, n, module, start1, start2,
+        t, b_table, rank_table, active, factors,
+        SPLITS=SPLITS, HAS_BIAS=HAS_BIAS, PARTS=PARTS, SLOTS=SLOTS, RANK=RANK, MAX_ACTIVE=MAX_ACTIVE, ALIGNED=ALIGNED,
+    )  # fmt: skip
+    place = columns[None, :] * width + outputs[:, None]
+    mask = (outputs < width)[:, None] & (columns < rows)[None, :]
+    if EPILOGUE == "silu_mul":
+        up = _output(
+            partial, row_factor, bias, outputs + width, columns, rows, n, module, start1, start2,
+            t, b_table, rank_table, active, factors,
+            SPLITS=SPLITS, HAS_BIAS=HAS_BIAS, PARTS=PARTS, SLOTS=SLOTS, RANK=RANK, MAX_ACTIVE=MAX_ACTIVE,
+            ALIGNED=ALIGNED,
+        )  # fmt: skip
+        result = result / (1.0 + tl.exp(-result)) * up
+    if EPILOGUE == "add":
+        result += tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + place, result.to(y.dtype.element_ty), mask=mask)
+
+
+_FINISH_BLOCK_N = 32
+_FINISH_WARPS = 2
+
+
+def product(
+    x: Tensor,
+    row_factor: Tensor,
+    weight: TritonNf4,
+    y: Tensor,
+    *,
+    bias: Tensor | None = None,
+    lora: LoraStep | None = None,
+    epilogue: str = "none",
+    residual: Tensor | None = None,
+) -> None:
+    """y[rows, n] = (x · row_factor) · Wᵀ + bias + LoRA, then the epilogue. 1 to 64 rows, all tensors contiguous.
+
+    x float16 [rows, k], row_factor float32 [rows], bias float32 [n]; y float32, float16 or bfloat16. "add": + residual
+    [rows, n], which may be y itself. "silu_mul": gate above up in W, y [rows, n / 2] = SiLU(gate) · up. `lora` is what
+    `shrink` made of the same x; rows without adapters get the bits that they get without it.
+    """
+    rows, k = x.shape
+    assert 1 <= rows <= DOT_MAX_ROWS, rows
+    assert epilogue in EPILOGUES, epilogue
+    assert (epilogue == "add") == (residual is not None), epilogue
+    assert x.dtype == torch.float16, x.dtype
+    assert k == weight.k, (x.shape, weight.n, weight.k)
+    width = weight.n // 2 if epilogue == "silu_mul" else weight.n
+    assert y.shape == (rows, width), (y.shape, rows, width)
+    assert all(t.is_contiguous() for t in (x, y, row_factor, bias, residual) if t is not None)
+    target = target_of(x.device)
+    config = dot_config(target, rows, k)
+    splits = dot_splits(config, weight.n, k, multiprocessors(x.device))
+    partial = torch.empty((splits, rows, weight.n), dtype=torch.float32, device=x.device)
+    # Every share but the last one: a multiple of what a turn of the loop takes.
+    share = -(-k // 64 // (splits * config.groups)) * config.groups
+    nothing = row_factor
+    nf4_dot[(-(-weight.n // config.block_n), splits)](
+        x, weight.words, _codes(weight, config.groups), weight.nested if weight.double_quant else nothing,
+        weight.map if weight.double_quant else nothing, partial, rows, weight.n, share,
+        **_dot_constants(config, k, weight.double_quant), num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    operand = (nothing,) * 5
+    if lora is not None:
+        adapters = lora.lora
+        operand = (lora.t, adapters.b_ptr, adapters.rank, adapters.active_slots, adapters.factors)
+    starts = (*(lora.part_starts if lora is not None else ()), 0, 0, 0)
+    nf4_dot_finish[(-(-width // _FINISH_BLOCK_N),)](
+        partial, y, row_factor, nothing if bias is None else bias, nothing if residual is None else residual, rows,
+        weight.n, lora.modules[0] if lora is not None else 0, starts[1], starts[2], *operand,
+        **_finish_constants(config.columns, splits, epilogue, bias is not None, lora), num_warps=_FINISH_WARPS,
+    )  # fmt: skip
+
+
+def _codes(weight: TritonNf4, groups: int) -> Tensor:
+    """The scales of a row as the kernel loads them: `groups` 8-bit codes in one integer, or float32."""
+    if not weight.double_quant:
+        return weight.absmax
+    return weight.absmax.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[groups])
+
+
+def _dot_constants(config: DotConfig, k: int, double_quant: bool) -> dict[str, Any]:
+    return {
+        "K": k,
+        "BLOCK_N": config.block_n,
+        "COLUMNS": config.columns,
+        "GROUPS": config.groups,
+        "DOUBLE_QUANT": double_quant,
+    }
+
+
+def _finish_constants(
+    columns: int, splits: int, epilogue: str, has_bias: bool, lora: LoraStep | None
+) -> dict[str, Any]:
+    return {
+        "BLOCK_N": _FINISH_BLOCK_N,
+        "COLUMNS": columns,
+        "SPLITS": splits,
+        "EPILOGUE": epilogue,
+        "HAS_BIAS": has_bias,
+        "PARTS": 0 if lora is None else lora.parts,
+        "SLOTS": 1 if lora is None else lora.lora.num_slots,
+        "RANK": 8 if lora is None else lora.lora.max_rank,
+        "MAX_ACTIVE": 1 if lora is None else lora.lora.max_active,
+        "ALIGNED": lora is not None and lora.lora.aligned,
+    }
+
+
+# ---- for ahead-of-time compilation
+
+
+def dot_case(target: str, rows: int, n: int, k: int, *, double_quant: bool = True) -> CompileCase:
+    """`nf4_dot` with the configuration that `rows` rows get on `target`; a unit is a weight."""
+    config = dot_config(target, rows, k)
+    codes = {1: "*u8", 2: "*i16", 4: "*i32"}[config.groups] if double_quant else "*fp32"
+    pointers = {"x": "*fp16", "words": "*i32", "absmax": codes}
+    pointers |= dict.fromkeys(("nested", "code_map", "partial"), "*fp32")
+    splits = dot_splits(config, n, k, 108)
+    scale_bytes = 4.125 if double_quant else 4.5
+    return CompileCase(
+        kernel="nf4_dot",
+        function=nf4_dot,
+        rows=rows,
+        config=f"{n}x{k}, tile {config.block_n}x{config.columns}, {config.groups} groups, {config.num_warps} warps, "
+        f"{config.num_stages} stages" + ("" if double_quant else ", float32 scales"),
+        signature={**pointers, "rows": "i32", "n": "i32", "groups_per_split": "i32"},
+        constexprs=_dot_constants(config, k, double_quant),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        units_per_iteration=config.block_n * 64 * config.groups,
+        marker=("PRMT", 1.5),
+        units=n * k,
+        bytes_floor=int(n * k * scale_bytes / 8) + 2 * rows * k + 4 * splits * rows * n,
+        bytes_per_unit=0.5,
+        not_divisible=("rows", "groups_per_split"),
+        loop_turns={-1: float(config.block_n * k // splits)},
+        targets=TARGETS,
+    )
+
+
+def finish_case(
+    rows: int, n: int, splits: int, *, epilogue: str = "none", adapters: int = 0, parts: int = 1, rank: int = 16
+) -> CompileCase:
+    """`nf4_dot_finish`; a unit is an element of the product, so n · rows of them."""
+    columns = next(c for c in (8, 16, 32, 64) if rows <= c)
+    floats = ("partial", "y", "row_factor", "bias", "residual", "t", "factors")
+    integers = dict.fromkeys(("rows", "n", "module", "start1", "start2"), "i32")
+    tables = {"b_table": "*i64", "rank_table": "*i32", "active": "*i32"}
+    program_units = _FINISH_BLOCK_N * rows * (2 if epilogue == "silu_mul" else 1)
+    return CompileCase(
+        kernel="nf4_dot_finish",
+        function=nf4_dot_finish,
+        rows=rows,
+        config=f"n {n}, {splits} shares, {epilogue}" + (f", {adapters} adapters of rank {rank}" if adapters else ""),
+        signature={**dict.fromkeys(floats, "*fp32"), **tables, **integers},
+        constexprs={
+            **_finish_constants(columns, splits, epilogue, False, None),
+            **({"PARTS": parts, "SLOTS": 16, "RANK": rank, "MAX_ACTIVE": adapters} if adapters else {}),
+            "ALIGNED": adapters > 0,
+        },
+        num_warps=_FINISH_WARPS,
+        units_per_iteration=program_units,
+        marker=("bytes", 4.0),
+        units=n * rows,
+        bytes_floor=4 * rows * n * (splits + 1) + 2 * adapters * rank * n,
+        bytes_per_unit=4.0 * splits,
+        not_divisible=tuple(integers),
+        has_loop=False,
+        # Loops over adapters, each around one over the rank, for every part and for gate and up.
+        loop_turns={2 * i: float(adapters) for i in range(2 * parts if adapters else 0)} | {-1: float(program_units)},
+        targets=TARGETS,
+    )
+
+
+def compile_cases(target: str) -> list[CompileCase]:
+    """What a 7B model launches for every batch size, and the demo's odd k, for which one group is a turn."""
+    if target not in TARGETS:
+        return []
+    cases = [dot_case(target, rows, 4096, 4096) for rows in (8, 16, 32, 64)]
+    cases += [dot_case(target, 16, n, k) for n, k in ((22016, 4096), (4096, 11008))]
+    cases += [dot_case(target, 8, 1536, 576), dot_case(target, 16, 4096, 4096, double_quant=False)]
+    cases += [finish_case(8, 4096, 8), finish_case(8, 4096, 8, epilogue="add", adapters=8)]
+    cases += [finish_case(rows, 22016, 2, epilogue="silu_mul", adapters=8, parts=2) for rows in (16, 64)]
+    return cases
