@@ -15,7 +15,7 @@ from torch import Tensor
 
 from guanaco.kernels.triton_compile import CompileCase
 
-RANK_BUCKETS = (8, 16, 32, 64, 128)
+RANK_BUCKETS = (8, 16, 32, 64, 128, 256)
 _ALIGNMENT = 8  # fp16 elements: ranks and addresses that are multiples of 16 bytes are loaded 16 bytes at a time
 
 
@@ -66,7 +66,7 @@ class LoraStep:
 
 
 def rank_bucket(rank: int) -> int:
-    """The smallest bucket that holds `rank`; AssertionError beyond 128."""
+    """The smallest bucket that holds `rank`; AssertionError beyond the largest."""
     assert 0 <= rank <= RANK_BUCKETS[-1], rank
     return next(b for b in RANK_BUCKETS if rank <= b)
 
@@ -232,3 +232,49 @@ def lora_expand(
                     delta += tl.sum(b_tile.to(tl.float32)[:, :, None] * t_tile[None, :, :], 1)
             acc = tl.where(used[None, :] & in_part[:, None], delta, acc)
     return acc
+
+
+@triton.jit
+def lora_expand_tile(
+    acc, weight_row, inside, first, last, columns, rows, t, b_table, rank_table, active, factors, module,
+    N: tl.constexpr, START1: tl.constexpr, START2: tl.constexpr, SLOTS: tl.constexpr, PARTS: tl.constexpr,
+    RANK: tl.constexpr, MAX_ACTIVE: tl.constexpr, ALIGNED: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """`lora_expand` of a tile of a merged output, in whichever parts the tile lies.
+
+    weight_row int32 [outputs]: rows of the merged matrix, valid where inside; first, last: the lowest and the highest.
+    START1, START2: where the second and the third part begin, N if there is none.
+    """
+    first_part = (first >= START1).to(tl.int32) + (first >= START2).to(tl.int32)
+    last_part = (last >= START1).to(tl.int32) + (last >= START2).to(tl.int32)
+    for part in range(first_part, last_part + 1):
+        start = tl.where(part == 0, 0, tl.where(part == 1, START1, START2))
+        end = tl.where(part == 0, START1, tl.where(part == 1, START2, N))
+        mine = inside & (weight_row >= start) & (weight_row < end)
+        acc = lora_expand(
+            acc, weight_row - start, mine, columns, module + part, part, rows, t, b_table, rank_table, active, factors,
+            SLOTS, PARTS, RANK, MAX_ACTIVE, ALIGNED, DOT,
+        )  # fmt: skip
+    return acc
+
+
+def lora_arguments(step: LoraStep | None, nothing: Tensor) -> tuple[Tensor | int, ...]:
+    """A product's arguments t, b_table, rank_table, active, factors, module; without LoRA they aren't read."""
+    if step is None:
+        return (*(nothing,) * 5, 0)
+    lora = step.lora
+    return step.t, lora.b_ptr, lora.rank, lora.active_slots, lora.factors, step.modules[0]
+
+
+def lora_constants(step: LoraStep | None, n: int) -> dict[str, int | bool]:
+    """A product's constexprs for an output of n rows."""
+    if step is None:
+        return {"SLOTS": 1, "RANK": 8, "MAX_ACTIVE": 0, "ALIGNED": False, "PARTS": 1, "START1": n, "START2": n}
+    assert step.parts <= 3, step.modules
+    assert step.part_starts[0] == 0, step.part_starts
+    starts = (*step.part_starts[1:], n, n)
+    lora = step.lora
+    return {
+        "SLOTS": lora.num_slots, "RANK": lora.max_rank, "MAX_ACTIVE": lora.max_active, "ALIGNED": lora.aligned,
+        "PARTS": step.parts, "START1": starts[0], "START2": starts[1],
+    }  # fmt: skip

@@ -359,9 +359,16 @@ def _execute(machine: _Machine, instruction: _Instruction) -> None:
         values = [machine.read(s, _source_width(kind)) for s in sources]
         machine.write(target, _convert(parts, values), _source_width(parts[-2]))
         return
+    if name == "ld":
+        _load(machine, instruction)
+        return
     if not re.fullmatch(r"[busf]\d+|bf16|b?f16x2", kind):
         raise PtxError(f"{instruction.text}: not evaluated")
     width = _source_width(kind)
+    if parts == ["mad", "wide", "u32"]:
+        factors = [machine.read(s, 32).astype(np.uint64) for s in sources[:2]]
+        machine.write(target, factors[0] * factors[1] + machine.read(sources[2], 64), 64)
+        return
     is_shift = name in ("shl", "shr")
     if name == "lop3":
         *sources, table = sources
@@ -392,6 +399,36 @@ def _execute(machine: _Machine, instruction: _Instruction) -> None:
     else:
         raise PtxError(f"{instruction.text}: not evaluated")
     machine.write(target, result, width)
+
+
+def _load(machine: _Machine, instruction: _Instruction) -> None:
+    """ld.global.nc[.v2|.v4].type: from the addresses themselves, which must be multiples of all that is loaded."""
+    match = re.fullmatch(r"ld\.global\.nc(?:\.v([24]))?\.([bufs])(8|16|32|64)", instruction.opcode)
+    target, source = instruction.operands
+    bracket = re.fullmatch(r"\[\s*(\S+?)\s*\]", source)
+    if match is None or bracket is None:
+        raise PtxError(f"{instruction.text}: not evaluated")
+    count, width = int(match[1] or 1), int(match[3])
+    addresses = machine.read(bracket[1], 64)
+    if (addresses % np.uint64(count * width // 8)).any():
+        raise PtxError(f"{instruction.text}: an address that is not aligned")
+    targets = [t.strip() for t in target.strip("{}").split(",")]
+    if len(targets) != count:
+        raise PtxError(f"{instruction.text}: {count} registers expected")
+    for i, register in enumerate(targets):
+        # Registers may be wider than what is loaded, which is then extended with zeros.
+        if match[2] == "s" and machine.width(register) != width:
+            raise PtxError(f"{instruction.text}: sign extension is not evaluated")
+        machine.write(register, _memory(addresses + np.uint64(i * width // 8), width), machine.width(register))
+
+
+def _memory(addresses: Bits, width: int) -> Bits:
+    from triton._C.libtriton import interpreter
+
+    flat = np.ascontiguousarray(addresses, dtype=np.uint64).reshape(-1)
+    dtype = np.dtype(_UINT[width])
+    loaded = interpreter.load(flat, np.ones(flat.shape, np.bool_), np.zeros(flat.shape, dtype), dtype)
+    return np.asarray(loaded).reshape(addresses.shape)
 
 
 def _bit_field(values: list[Bits], kind: str) -> Bits:
