@@ -189,6 +189,6 @@ def test_a_swapped_slot_is_found(dot: bool) -> None:
 
 
 def test_buckets() -> None:
-    assert [rank_bucket(r) for r in (0, 4, 8, 9, 16, 33, 64, 65, 128)] == [8, 8, 8, 16, 16, 64, 64, 128, 128]
+    assert [rank_bucket(r) for r in (0, 4, 8, 9, 16, 33, 64, 65, 129)] == [8, 8, 8, 16, 16, 64, 64, 128, 256]
     with pytest.raises(AssertionError):
-        rank_bucket(129)
+        rank_bucket(257)
