@@ -252,28 +252,25 @@ class AsyncEngine:
     def _check_caps(self, request: Request) -> None:
         """Refuse what would have to wait behind a full queue. The numbers may be a step old.
 
-        Requests whose adapters are away have a queue of their own, of the same size, and one adapter at most a quarter
-        of it: a source that hangs fills nobody else's queue.
+        Requests whose adapters are away have a queue of their own, of the same size. One adapter gets at most a quarter
+        of that, and three quarters of the other: neither a flood nor a source that hangs fills the others' queue.
         """
         scheduler, caps = self._engine.scheduler, self._caps
         with self._wake:
             coming = [item for item in self._inbox if isinstance(item, Request)]
         is_ready = scheduler.host.is_ready(request.versions)
-        queue = [r for r in coming if scheduler.host.is_ready(r.versions) is is_ready]
-        num_waiting, num_tokens = len(queue), sum(len(r.prompt_token_ids) for r in queue)
-        if is_ready:
-            num_waiting += len(scheduler.waiting)
-            num_tokens += scheduler.num_waiting_tokens
-        else:
-            loading = [sequence.request for sequence in scheduler.loading.sequences[:]]
-            num_waiting += len(loading)
-            num_tokens += sum(len(r.prompt_token_ids) for r in loading)
-            num_same = sum(r.versions == request.versions for r in (*loading, *queue))
-            if num_same >= max(1, caps.max_requests // 4):
-                raise EngineOverloaded(_LEAST_RETRY_SECONDS)
-        if num_waiting == 0:
+        coming = [r for r in coming if scheduler.host.is_ready(r.versions) is is_ready]
+        waiting = scheduler.waiting[:] if is_ready else scheduler.loading.sequences[:]
+        queue = [*(sequence.request for sequence in waiting), *coming]
+        if not queue:
             return  # whatever its length, it is next
-        if num_waiting >= caps.max_requests or num_tokens + len(request.prompt_token_ids) > caps.max_tokens:
+        num_tokens = scheduler.num_waiting_tokens if is_ready else sum(s.num_tokens for s in waiting)
+        num_tokens += sum(len(r.prompt_token_ids) for r in coming)
+        quarter = max(1, caps.max_requests // 4)
+        most = caps.max_requests - quarter if is_ready else quarter
+        is_flood = request.versions and sum(r.versions == request.versions for r in queue) >= max(1, most)
+        is_full = len(queue) >= caps.max_requests or num_tokens + len(request.prompt_token_ids) > caps.max_tokens
+        if is_full or is_flood:
             seconds = num_tokens / self._tokens_per_second if self._tokens_per_second else _LEAST_RETRY_SECONDS
             raise EngineOverloaded(min(max(seconds, _LEAST_RETRY_SECONDS), _MOST_RETRY_SECONDS))
 

@@ -90,6 +90,7 @@ class Sequence:
     request: Request
     token_ids: list[int]  # prompt, then output
     arrival_number: int = 0  # 0, 1, 2 … in order of arrival: who goes first, and who is preempted last
+    arrival_step: int = 0  # the step before which it came
     block_table: list[int] = field(default_factory=list)
     block_contents: list[BlockContent] = field(default_factory=list)  # the namespace, then each full block so far
     num_findable_blocks: int = 0  # of the block table's first ones, how many were offered to the prefix cache
@@ -103,10 +104,8 @@ class Sequence:
     holds_adapters: bool = False  # in host memory: its versions are there or being read, and stay
     num_prompt_logprobs: int = 0  # of the prompt's positions, how many have been reported
 
-    @property
-    def versions(self) -> tuple[str, ...]:
-        """Of the request's adapters."""
-        return self.request.versions
+    def __post_init__(self) -> None:
+        self.versions = self.request.versions  # of its adapters; looked at in every step
 
     @property
     def num_tokens(self) -> int:

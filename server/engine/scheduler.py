@@ -22,6 +22,7 @@ from guanaco.server.engine.request import (
     Status,
     TokenOutput,
 )
+from guanaco.server.engine.turns import LAST, Turns
 
 # While others are decoding, prompts get at most this share of a step, so that a long one widens the gap between the
 # others' tokens by a quarter of a full step, not by a whole one.
@@ -62,8 +63,8 @@ class Scheduler:
     """Owns every unfinished sequence; `waiting` and `running` are both in order of arrival. Those whose adapters are
     not in host memory are in `loading` before they wait, and hold their adapters there from then to their end.
 
-    That order decides everything: who is admitted first, and who is preempted last. So the oldest sequence of all
-    always gets on, and since all others are the oldest at some time, so does everybody.
+    Who is admitted first and preempted last is a matter of `turns`: adapters take turns, and each one's own sequences
+    go in order of arrival. The oldest that runs always gets on, and so does at last everybody.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.num_waiting_tokens = 0  # of all waiting sequences; read from other threads, hence a number of its own
         self.counts = StepCounts()
+        self.turns = Turns()
         self._eos_ids = eos_ids
         self._faults = faults or Faults()
         self._sequences: dict[str, Sequence] = {}  # by request id: all that load, wait or run
@@ -101,7 +103,7 @@ class Scheduler:
         """Queue a request. ValueError for one that could never run: it would block the queue for ever."""
         self.check_fits(request)
         assert request.request_id not in self._sequences, "request ids are unique among those that are open"
-        sequence = Sequence(request, list(request.prompt_token_ids), arrival_number=self._num_arrived)
+        sequence = Sequence(request, list(request.prompt_token_ids), self._num_arrived, self.turns.num_steps)
         self._num_arrived += 1
         self._sequences[request.request_id] = sequence
         if request.loras:
@@ -140,14 +142,14 @@ class Scheduler:
     def schedule(self, now: float) -> ScheduledBatch:
         """Decide one step at monotonic time `now` (seconds). May be empty."""
         self.counts = StepCounts()
+        self.turns.begin_step(self._sequences.values())
         self._expire(now)
         self.admit_loaded(is_step=True)
         if len(self.running) > 1 and self._faults.preempt_now():
-            self._preempt(self.running[-1])
+            self._preempt(self.turns.put_out_first(self.running)[1])
         chosen: dict[int, ScheduledSequence] = {}  # by arrival number
-        budget = self._schedule_running(chosen)
-        if not self.counts.num_preempted:  # who was just put out would come straight back in
-            self._schedule_waiting(chosen, budget, now)
+        budget = self._schedule_decoding(chosen)
+        self._schedule_prompts(chosen, budget, now)
         with_adapters = [item.sequence.request.loras for item in chosen.values() if item.sequence.request.loras]
         adapter_slots = {}
         for version in sorted({lora.version for loras in with_adapters for lora in loras}):
@@ -235,34 +237,23 @@ class Scheduler:
         for sequence in late:
             self._end(sequence, FinishReason.ERROR, error=QUEUE_TIMEOUT)
 
-    def _schedule_running(self, chosen: dict[int, ScheduledSequence]) -> int:
-        """Give every running sequence its share; returns the budget that is left for newcomers.
-
-        Those that need a single token come first, so that no prompt makes them wait; then prompts, oldest first.
-        """
-        budget = self.limits.max_num_batched_tokens
-        decoding: list[Sequence] = []
-        catching_up: list[Sequence] = []
-        for sequence in self.running:
-            missing = len(sequence.token_ids) - sequence.num_computed_tokens
-            (decoding if missing == 1 else catching_up).append(sequence)
-        for sequence in decoding:
-            if sequence.status is Status.RUNNING and self._make_room(sequence, 1, chosen):
+    def _schedule_decoding(self, chosen: dict[int, ScheduledSequence]) -> int:
+        """Give those that need a single token theirs, first of all, so that no prompt makes them wait; returns the
+        budget that is left for prompts."""
+        for sequence in self.running[:]:
+            if sequence.status is not Status.RUNNING or sequence.num_tokens - sequence.num_computed_tokens != 1:
+                continue
+            if self._make_room(sequence, 1, chosen):
                 chosen[sequence.arrival_number] = ScheduledSequence(sequence, 1, True)
-        budget -= len(chosen)
+        budget = self.limits.max_num_batched_tokens - len(chosen)
         if chosen:
             budget = min(budget, max(1, int(self.limits.max_num_batched_tokens * PREFILL_SHARE_WHILE_DECODING)))
-        for sequence in catching_up:
-            num_new = min(budget, sequence.num_tokens - sequence.num_computed_tokens)
-            if num_new and sequence.status is Status.RUNNING and self._make_room(sequence, num_new, chosen):
-                self._choose(sequence, num_new, chosen)
-                budget -= num_new
         return budget
 
     def _make_room(self, sequence: Sequence, num_new: int, chosen: dict[int, ScheduledSequence]) -> bool:
-        """Blocks for the next `num_new` positions, taken from the youngest where none are free. False: not now."""
+        """Blocks for the next `num_new` positions, taken from others where none are free. False: not now."""
         while not self.blocks.allocate(sequence, sequence.num_computed_tokens + num_new):
-            victim = self.running[-1]
+            victim = self.turns.put_out_first(self.running)[1]
             if victim is self.running[0]:
                 # It is alone, so all blocks are its own or free: only a fault can refuse it, and that passes.
                 return False
@@ -272,39 +263,62 @@ class Scheduler:
                 return False
         return True
 
-    def _schedule_waiting(self, chosen: dict[int, ScheduledSequence], budget: int, now: float) -> None:
-        """Admit from the queue while there is room: in order, but for those whose adapters find no slot now."""
+    def _schedule_prompts(self, chosen: dict[int, ScheduledSequence], budget: int, now: float) -> None:
+        """Spend `budget` on prompts, in turn: of those that run, and of those in the queue for whom there is room. Who
+        finds no slot for its adapters lets others pass, and after a while nobody with adapters any more."""
         refused: set[tuple[str, ...]] = set()  # no slot frees up while we admit: what found none finds none
         reserved = False  # somebody has waited too long for a slot: no other adapter goes first
-        for sequence in self._candidates():
-            if budget <= 0 or len(self.running) >= self.limits.max_num_seqs:
-                return
+        full_for = LAST + 1  # whoever has this rank or a higher one finds no place or no blocks
+        prompts = []
+        for rank, sequence in self._in_turn():
+            if budget <= 0:
+                break
             versions = sequence.versions
-            if versions and reserved:
-                continue
-            if versions in refused or (versions and self.slots.plan(versions) is None):
-                refused.add(versions)
-                sequence.num_passed_over += 1
-                reserved = sequence.num_passed_over > MAX_PASSED_OVER_STEPS
-                continue
-            if not self._admit(sequence, versions):
-                return
-            if sequence.queue_seconds is None:
-                sequence.queue_seconds = now - sequence.request.arrival_seconds
+            if sequence.status is Status.WAITING:
+                # After a preemption nobody starts: who was just put out would come straight back in.
+                if rank >= full_for or self.counts.num_preempted or (versions and reserved):
+                    continue
+                if versions in refused or (versions and self.slots.plan(versions) is None):
+                    refused.add(versions)
+                    sequence.num_passed_over += 1
+                    reserved = sequence.num_passed_over > MAX_PASSED_OVER_STEPS
+                    continue
+                if not self._admit_in_turn(sequence, rank, chosen):
+                    full_for = rank
+                    continue
+                if sequence.queue_seconds is None:
+                    sequence.queue_seconds = now - sequence.request.arrival_seconds
             num_new = min(budget, sequence.num_tokens - sequence.num_computed_tokens)
-            self._choose(sequence, num_new, chosen)
-            budget -= num_new
+            if self._make_room(sequence, num_new, chosen):
+                needs_sample = sequence.num_computed_tokens + num_new == sequence.num_tokens
+                chosen[sequence.arrival_number] = ScheduledSequence(sequence, num_new, needs_sample)
+                prompts.append(sequence)
+                budget -= num_new
+        for sequence in prompts:
+            if sequence.arrival_number in chosen:  # it was not put out again
+                self.turns.serve(sequence)
 
-    def _candidates(self) -> list[Sequence]:
-        """Who waits, in the order in which they may go: background work last, but not for ever."""
+    def _in_turn(self) -> list[tuple[int, Sequence]]:
+        """(rank, sequence) of all prompts that run or wait, whose turn it is first; background work last, but not for
+        ever."""
         last = [s for s in self.waiting if s.request.background and s.num_passed_over <= MAX_PASSED_OVER_STEPS]
-        if not last:
-            return self.waiting[:]
         for sequence in last:
-            sequence.num_passed_over += 1
-        return [s for s in self.waiting if s not in last] + last
+            sequence.num_passed_over += not self.counts.num_preempted
+        return self.turns.in_order(self.running, self.waiting, last)
 
-    def _admit(self, sequence: Sequence, versions: tuple[str, ...]) -> bool:
+    def _admit_in_turn(self, sequence: Sequence, rank: int, chosen: dict[int, ScheduledSequence]) -> bool:
+        """Start a sequence, if need be in place of some whose rank is higher: one of an adapter that has more."""
+        while len(self.running) >= self.limits.max_num_seqs or not self._admit(sequence):
+            if not self.running:
+                return False
+            other_rank, other = self.turns.put_out_first(self.running)
+            if other_rank <= rank:
+                return False
+            chosen.pop(other.arrival_number, None)
+            self._preempt(other)
+        return True
+
+    def _admit(self, sequence: Sequence) -> bool:
         """Start a sequence if there are blocks for all of its tokens, one more, and a block for each that runs
         already: with less, one of them would soon be put out again. Else change nothing."""
         prefix = self.blocks.find_prefix(sequence)
@@ -318,17 +332,13 @@ class Scheduler:
             sequence.num_cached_tokens = sequence.num_computed_tokens
             self.counts.prefix_queries_tokens += sequence.num_tokens
             self.counts.prefix_hits_tokens += sequence.num_computed_tokens
-        if versions:
-            plan = self.slots.pin(versions)
+        if sequence.versions:
+            plan = self.slots.pin(sequence.versions)
             assert plan is not None, "planned a moment ago"
         self._leave_queue(sequence)
         sequence.status = Status.RUNNING
         insort(self.running, sequence, key=_by_arrival)
         return True
-
-    def _choose(self, sequence: Sequence, num_new: int, chosen: dict[int, ScheduledSequence]) -> None:
-        needs_sample = sequence.num_computed_tokens + num_new == sequence.num_tokens
-        chosen[sequence.arrival_number] = ScheduledSequence(sequence, num_new, needs_sample)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take a sequence's blocks and pins back; it returns to its place in the queue and is recomputed."""

@@ -256,6 +256,22 @@ def test_one_adapters_queue_is_nobody_elses(tmp_path: Path, monkeypatch: pytest.
                 one.result(WAIT)
 
 
+def test_a_flood_does_not_fill_the_queue(tmp_path: Path) -> None:
+    """Three quarters of it at most are one adapter's; the base and the others find places."""
+    with serving(tmp_path, room=3, max_queued_requests=8, max_num_seqs=1) as server:
+        server.model.going.clear()
+        with ThreadPoolExecutor(9) as threads:
+            waiting = [threads.submit(complete, server, "f") for _ in range(9)]
+            server.wait(lambda: sum(one.done() for one in waiting) == 2)  # one runs, and six wait
+            others = [threads.submit(check, server, name) for name in ("e", BASE)]
+            server.wait(lambda: server.num_in_engine == 9)
+            server.model.going.set()
+            for one in others:
+                one.result(WAIT)
+            ends = sorted(one.result(WAIT).status_code for one in waiting)
+            assert ends == [200] * 7 + [503] * 2
+
+
 def test_a_restart_with_less_memory_serves_them_all(tmp_path: Path) -> None:
     with serving(tmp_path, room=len(NAMES)) as server:
         assert set(tiers(server).values()) <= {"host", "device"}

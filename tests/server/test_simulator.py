@@ -13,11 +13,15 @@ from multiprocessing import get_context
 import pytest
 from simulator import Simulation, World, simulate, simulate_many
 
+from guanaco.adapters.host_table import HostTable
 from guanaco.adapters.slot_table import SlotTable
 from guanaco.server.engine import block_manager
 from guanaco.server.engine.block_manager import BlockManager
+from guanaco.server.engine.engine import Engine
+from guanaco.server.engine.loading_queue import LoadingQueue
 from guanaco.server.engine.request import LoraRef, Request, SamplingParams, Sequence, Status
 from guanaco.server.engine.scheduler import Scheduler
+from guanaco.server.engine.turns import Turns
 
 STEPS_PER_WORLD = 400
 SEEDS_PER_TASK = 50
@@ -46,7 +50,9 @@ def test_a_million_checked_steps(proof_count: Callable[[int, int], int]) -> None
                 counts += report.counts
     print(f"{num_steps} steps in {first_seed} worlds: {dict(counts)}")
     # What was to be tried did happen, and often.
-    for event in ("ended stop", "ended length", "ended abort", "ended error", "preempted", "prefix hits", "refused"):
+    ends = ("ended stop", "ended length", "ended abort", "ended error", "refused")
+    adapters = ("loading", "reads", "failed reads", "evictions", "no room", "removed or replaced", "forgotten")
+    for event in (*ends, *adapters, "preempted", "overtaken", "prefix hits"):
         assert counts[event] > 100, event
 
 
@@ -154,6 +160,61 @@ def _evicts_what_is_held(self: SlotTable, versions, _original=SlotTable.unpin) -
     _original(self, versions)
 
 
+def _lets_go_too_early(self: HostTable, versions, _original=HostTable.unpin) -> None:
+    _original(self, versions)
+    for version in list(versions)[:1]:
+        if self.num_pins(version) > 1:
+            _original(self, [version])
+
+
+def _evicts_what_is_held_in_memory(self: HostTable, versions, _original=HostTable.pin) -> bool:
+    self._idle.update(dict.fromkeys(self._here))
+    return _original(self, versions)
+
+
+def _takes_half(self: HostTable, versions, _original=HostTable.pin) -> bool:
+    """Not all or nothing: what there is room for is held, and read."""
+    return all(_original(self, [version]) for version in dict.fromkeys(versions))
+
+
+def _reads_for_everybody(self: HostTable, versions, _original=HostTable.pin) -> bool:
+    pinned = _original(self, versions)
+    self._reads.update(dict.fromkeys(set(versions) & self._reading))
+    return pinned
+
+
+def _removes_what_is_used(self: HostTable, version: str, _original=HostTable.evict) -> bool:
+    _original(self, version)
+    return True
+
+
+def _removes_from_memory_only(self: HostTable, version: str, *, _original=HostTable.evict) -> bool:
+    gone = _original(self, version)
+    self._evicted.pop(version, None)
+    return gone
+
+
+def _forgets_who_waits(self: Scheduler, version: str, error: str | None) -> None:
+    self.host.read_done(version, is_here=error is None)
+    self.admit_loaded()
+
+
+def _first_come(self: Turns, running, waiting, last, _original=Turns.in_order):
+    return sorted(_original(self, running, waiting, last), key=lambda turn: turn[1].arrival_number)
+
+
+def _no_share(self: Scheduler, chosen, _original=Scheduler._schedule_decoding) -> int:
+    _original(self, chosen)
+    return self.limits.max_num_batched_tokens - len(chosen)
+
+
+def _prompts_first(self: Scheduler, chosen, _original=Scheduler._schedule_decoding) -> int:
+    """Prefill first, as engines of 2023 did it: whoever decodes waits while there are prompts."""
+    if any(s.num_tokens - s.num_computed_tokens > 1 for s in self.running):
+        return self.limits.max_num_batched_tokens
+    return _original(self, chosen)
+
+
 PLANTED = {
     "adapter missing from the prefix key": (block_manager, "root_content", _root_without("adapter")),
     "scale missing from the prefix key": (block_manager, "root_content", _root_without("scale")),
@@ -169,26 +230,28 @@ PLANTED = {
     "the last block of a prompt is shared": (BlockManager, "find_prefix", _shares_the_last_block),
     "a pin too few": (SlotTable, "unpin", _evicts_what_is_held),
     "a broken digest that is trusted": (block_manager, "is_same_content", lambda *_: True),
-    "no share for those that decode": (Scheduler, "_schedule_running", None),
+    "a hold on host memory too few": (HostTable, "unpin", _lets_go_too_early),
+    "a copy that is held is evicted": (HostTable, "pin", _evicts_what_is_held_in_memory),
+    "half of a mixture is held": (HostTable, "pin", _takes_half),
+    "a read for each who waits": (HostTable, "pin", _reads_for_everybody),
+    "a removal that does not wait": (HostTable, "evict", _removes_what_is_used),
+    "a removed copy that stays": (HostTable, "evict", _removes_from_memory_only),
+    "out of memory, still on the device": (Engine, "_clear_slot", lambda *_: None),
+    "a failed read that nobody hears of": (Scheduler, "adapter_read", _forgets_who_waits),
+    "no deadline for those that load": (LoadingQueue, "late", lambda *_: []),
+    "room that nobody is told of": (Scheduler, "admit_loaded", lambda self, *, is_step=False: None),
+    "first come, first served": (Turns, "in_order", _first_come),
+    "the youngest is put out": (Turns, "put_out_first", staticmethod(lambda running: (0, list(running)[-1]))),
+    "no share for those that decode": (Scheduler, "_schedule_decoding", _no_share),
+    "prompts first": (Scheduler, "_schedule_decoding", _prompts_first),
 }
-
-
-def _schedule_prompts_first(self: Scheduler, chosen) -> int:
-    """Prefill first, as engines of 2023 did it: whoever decodes waits."""
-    budget = self.limits.max_num_batched_tokens
-    for sequence in sorted(self.running, key=lambda s: s.num_computed_tokens - s.num_tokens):
-        num_new = min(budget, sequence.num_tokens - sequence.num_computed_tokens)
-        if num_new and sequence.status is Status.RUNNING and self._make_room(sequence, num_new, chosen):
-            self._choose(sequence, num_new, chosen)
-            budget -= num_new
-    return budget
 
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_bug_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within a few thousand steps, where the sound code passes a million."""
     where, attribute, bug = PLANTED[name]
-    monkeypatch.setattr(where, attribute, bug or _schedule_prompts_first)
+    monkeypatch.setattr(where, attribute, bug)
     if name == "a broken digest that is trusted":
         monkeypatch.setattr(block_manager, "chain_digest", _four_bits)
     assert any(_is_found(seed) for seed in range(200))

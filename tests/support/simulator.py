@@ -1,5 +1,6 @@
-"""A seeded world around the engine: clients that come, leave and check every token, faults far denser than in life,
-and the invariants of the scheduler, the block ledger, the prefix cache and the adapter slots after each step.
+"""A seeded world around the engine: clients that come, leave and check every token, adapters that come and go, faults
+far denser than in life, and the invariants of the scheduler, the block ledger, the prefix cache, the adapter slots and
+the host's memory after each step.
 
 Time is a number, chance is a seed: a failure is `Simulation(seed)` again. Runs on `fake_runner`, without torch.
 """
@@ -10,10 +11,13 @@ from dataclasses import dataclass, field
 from random import Random
 
 from fake_runner import FakeRunner, namespace_number, namespace_of_request, next_state, next_token
+from simulated_adapters import BROKEN, SimulatedAdapters
 
+from guanaco.adapters.host_table import HostTable
 from guanaco.adapters.slot_table import SlotTable
 from guanaco.server.engine.block_manager import BlockManager, Faults
 from guanaco.server.engine.engine import ADAPTER_LOAD_FAILED, INTERNAL_ERROR, Engine
+from guanaco.server.engine.loading_queue import MAX_STEPS_WITHOUT_ROOM
 from guanaco.server.engine.request import (
     BlockContent,
     FinishReason,
@@ -21,17 +25,20 @@ from guanaco.server.engine.request import (
     Request,
     SamplingParams,
     ScheduledBatch,
+    ScheduledSequence,
     Sequence,
     Status,
     TokenOutput,
 )
 from guanaco.server.engine.scheduler import (
+    ADAPTER_TIMEOUT,
     MAX_PASSED_OVER_STEPS,
     PREFILL_SHARE_WHILE_DECODING,
     QUEUE_TIMEOUT,
     Limits,
     Scheduler,
 )
+from guanaco.server.engine.turns import LAST
 
 EOS_ID, STOP_ID = 0, 1
 FULL_CHECK_EVERY = 8  # steps between two checks of everything that is held and cached
@@ -48,7 +55,9 @@ class World:
     max_num_batched_tokens: int = 16
     num_slots: int = 2
     num_adapters: int = 4
+    host_room: int = 99  # adapters take 1 to 4
     queue_timeout_seconds: float = 40.0
+    adapter_timeout_seconds: float = 0.0
     vocab_size: int = 24
     submit_chance: float = 0.15
     abort_chance: float = 0.03
@@ -70,7 +79,9 @@ class World:
             max_num_batched_tokens=max_num_seqs + random.randint(0, 24),
             num_slots=random.choice((0, 1, 2, 2, 3)),
             num_adapters=random.choice((1, 2, 4, 6)),
+            host_room=random.choice((4, 6, 8, 99)),
             queue_timeout_seconds=random.choice((0.0, 30.0, 200.0)),
+            adapter_timeout_seconds=random.choice((0.0, 8.0, 100.0)),
             vocab_size=random.choice((8, 24, 50)),
             submit_chance=random.choice((0.1, 0.3, 0.6)),
             abort_chance=random.choice((0.0, 0.02, 0.08)),
@@ -102,6 +113,14 @@ class LedgerRunner(FakeRunner):
     """The fake runner, which also checks that only a block of one holder, and not a findable one, is written."""
 
     blocks: BlockManager
+    adapters: SimulatedAdapters
+
+    def load_adapter(self, slot: int, version: str) -> None:
+        try:
+            self.adapters.check_loaded(version)
+        except AssertionError as error:
+            self.violation = self.violation or error
+        super().load_adapter(slot, version)
 
     def write_allowed(self, block: int) -> None:
         assert self.blocks.num_holders(block) == 1, "a shared block is written"
@@ -109,14 +128,30 @@ class LedgerRunner(FakeRunner):
 
 
 class CheckedScheduler(Scheduler):
-    """The scheduler, with each of its decisions checked against its limits."""
+    """The scheduler, with each of its decisions checked against its limits, and against whose turn it is."""
+
+    def __init__(self, *args: object, **options: object) -> None:
+        super().__init__(*args, **options)
+        self.num_steps = self.num_overtaken = 0
+        self.last_served: dict[tuple[str, ...], int] = {}
+        self.arrived_before: dict[int, int] = {}  # arrival number → steps so far
+        self.turns_before: dict[int, tuple[int, int, bool, int]] = {}
+        self.ranks_before: dict[int, int] = {}
+
+    def add(self, request: Request) -> None:
+        self.arrived_before[self._num_arrived] = self.num_steps
+        super().add(request)
 
     def schedule(self, now: float) -> ScheduledBatch:
         before = list(self.running)
         decoding = [s for s in before if s.num_tokens - s.num_computed_tokens == 1]
         batch = super().schedule(now)
+        self.num_steps += 1
+        for item in batch.sequences:
+            if item.sequence not in decoding:
+                self.last_served[item.sequence.versions] = self.num_steps
         self._check_limits(batch)
-        self._check_order(before)
+        self._check_order(before, self.turns_before)
         scheduled = {item.sequence for item in batch.sequences}
         if not scheduled.isdisjoint(decoding):
             num_prompt_tokens = sum(item.num_new_tokens for item in batch.sequences if item.sequence not in decoding)
@@ -146,24 +181,45 @@ class CheckedScheduler(Scheduler):
             for lora in sequence.request.loras:
                 assert self.slots.num_pins(lora.version) > 0, "a running sequence's adapter is not pinned"
 
-    def _check_order(self, before: list[Sequence]) -> None:
-        """Preempted are the youngest, and never the oldest; admitted are the oldest, but for those without a slot."""
-        for queue in (self.running, self.waiting):
+    def _schedule_prompts(self, chosen: dict[int, ScheduledSequence], budget: int, now: float) -> None:
+        """Remember whose turn it is, by arrival number: worked out as `turns` says, by counting."""
+        everybody, self.turns_before, self.ranks_before = [*self.running, *self.waiting], {}, {}
+        is_prompt = [s.status is Status.WAITING or s.num_tokens - s.num_computed_tokens > 1 for s in everybody]
+        for index, sequence in enumerate(everybody):
+            alike = [other.versions == sequence.versions for other in everybody[:index]]
+            self.ranks_before[sequence.arrival_number] = sum(alike)
+            rank = sum(a and b for a, b in zip(alike, is_prompt, strict=False))
+            came = self.arrived_before[sequence.arrival_number]
+            served = self.last_served.get(sequence.versions, 0)
+            turn = (rank, served, True) if served > came else (rank, came, False)
+            self.turns_before[sequence.arrival_number] = (*turn, sequence.arrival_number)
+        super()._schedule_prompts(chosen, budget, now)
+
+    def _check_order(self, before: list[Sequence], turns: dict[int, tuple[int, int, bool, int]]) -> None:
+        """Whose turn it is starts, but for those without a slot; whose turn is last is put out; never the oldest."""
+        for queue in (self.running, self.waiting, self.loading.sequences):
             numbers = [s.arrival_number for s in queue]
             assert numbers == sorted(numbers), "out of order"
         preempted = [s for s in before if s.status is Status.WAITING]
+        stayed = [s for s in before if s.status is Status.RUNNING]
         if preempted:
             assert before[0].status is Status.RUNNING, "the oldest was preempted"
-            stayed = [s for s in before if s.status is Status.RUNNING]
-            assert stayed[-1].arrival_number < preempted[0].arrival_number, "an older one was preempted"
+            ranks = {s.arrival_number: sum(o.versions == s.versions for o in before[:i]) for i, s in enumerate(before)}
+            first = min((ranks[s.arrival_number], s.arrival_number) for s in preempted)
+            assert all((ranks[s.arrival_number], s.arrival_number) < first for s in stayed), "put out before its turn"
         known = set(before)
-        admitted = [s for s in self.running if s not in known]
+        admitted = [s for s in self.running if s not in known and not s.request.background]
         for sequence in self.waiting:
-            if not admitted or sequence.arrival_number > admitted[-1].arrival_number:
-                break
-            assert sequence.request.loras, "a base request was overtaken"
-            youngest = [s for s in admitted if s.request.loras and s.arrival_number > sequence.arrival_number]
-            assert not youngest or sequence.num_passed_over <= MAX_PASSED_OVER_STEPS, "overtaken for too long"
+            if sequence in known or sequence.arrival_number not in turns or sequence.request.background:
+                continue
+            rank, ranks = self.ranks_before[sequence.arrival_number], self.ranks_before
+            after = [s for s in admitted if turns.get(s.arrival_number, (LAST,)) > turns[sequence.arrival_number]]
+            after = [s for s in after if ranks.get(s.arrival_number, LAST) >= rank]
+            if after:
+                assert sequence.request.loras, "a base request was overtaken"
+                with_adapters = [s for s in after if s.request.loras]
+                assert not with_adapters or sequence.num_passed_over <= MAX_PASSED_OVER_STEPS, "overtaken for too long"
+                self.num_overtaken += 1
 
 
 @dataclass
@@ -205,10 +261,23 @@ class Simulation:
             max_num_batched_tokens=world.max_num_batched_tokens,
             max_model_len=world.max_model_len,
             queue_timeout_seconds=world.queue_timeout_seconds,
+            adapter_timeout_seconds=world.adapter_timeout_seconds,
         )
-        self.scheduler = CheckedScheduler(limits, self.blocks, self.slots, frozenset({EOS_ID}), self.faults)
+        self.host = HostTable(world.host_room)
+        self.scheduler = CheckedScheduler(
+            limits, self.blocks, self.slots, frozenset({EOS_ID}), self.faults, host=self.host
+        )
         self.engine = Engine(self.scheduler, self.runner, clock=lambda: self.now)
         self.clients: dict[str, Client] = {}  # open ones
+        self.adapters = SimulatedAdapters(
+            self.random,
+            self.host,
+            world.num_adapters,
+            room=world.host_room,
+            fault_chance=world.fault_chance,
+            is_used=lambda version: any(version in client.request.versions for client in self.clients.values()),
+        )
+        self.runner.adapters = self.engine.source = self.adapters
         self._states: dict[BlockContent, list[int]] = {}  # what the runner must have written for it
         self._num_made = self._num_submitted = 0
         self._prompts: list[tuple[int, ...]] = [self._fresh_tokens() for _ in range(3)]
@@ -223,17 +292,22 @@ class Simulation:
 
     def finish(self) -> Report:
         """Let everything end, and check that nothing is left."""
-        self.faults.chance = 0.0
-        most = self.report.num_steps + 200 + len(self.clients) * (self.world.max_model_len * 4 + MAX_PASSED_OVER_STEPS)
-        while self.engine.has_work:
+        self.faults.chance = self.adapters.fault_chance = 0.0
+        each = self.world.max_model_len * 4 + MAX_PASSED_OVER_STEPS + MAX_STEPS_WITHOUT_ROOM
+        most = self.report.num_steps + 400 + len(self.clients) * each
+        while self.engine.has_work or self.scheduler.loading.sequences:
+            self.adapters.happen(self.engine)
             self.step()
             assert self.report.num_steps < most, "the last requests do not end"
         assert not self.clients, "a request never ended"
         self.check()
+        self.report.counts += self.adapters.counts
+        self.report.counts["overtaken"] = self.scheduler.num_overtaken
         assert self.blocks.num_free_blocks == self.world.num_blocks
         assert not self.scheduler.waiting
         assert not self.scheduler.running
         assert not self.scheduler._sequences
+        assert not any(self.host.num_pins(version) for version in self.host._sizes)
         assert self.scheduler.num_waiting_tokens == 0
         assert all(self.slots.num_pins(version) == 0 for version in self.slots.resident)
         ended = self.report.counts
@@ -250,6 +324,7 @@ class Simulation:
             self.abort(random.choice(list(self.clients)))
         if random.random() < world.fault_chance:
             self._fault()
+        self.adapters.happen(self.engine)
 
     def _fault(self) -> None:
         kind, runner = self.random.randrange(7), self.runner.faults
@@ -285,9 +360,10 @@ class Simulation:
             prompt = (*prompt, random.randrange(world.vocab_size))
         adapters: tuple[LoraRef, ...] = ()
         if random.random() < 0.7:
-            most = min(world.num_adapters, world.num_slots + (random.random() < 0.02))  # rarely one too many
-            chosen = random.sample(range(world.num_adapters), min(most, random.choice((1, 1, 1, 2))))
-            adapters = tuple(LoraRef(f"v{number}", random.choice((1.0, 1.0, 0.5))) for number in chosen)
+            versions = sorted(set(self.adapters.versions))
+            most = min(len(versions), world.num_slots + (random.random() < 0.02))  # rarely one too many
+            chosen = random.sample(versions, min(most, random.choice((1, 1, 1, 2))))
+            adapters = tuple(LoraRef(version, random.choice((1.0, 1.0, 0.5))) for version in chosen)
         self._num_made += 1
         params = SamplingParams(
             max_tokens=random.choice((1, 5, 12, 30, 100)),
@@ -311,7 +387,8 @@ class Simulation:
     def submit(self, request: Request) -> bool:
         self._num_submitted += 1
         fits = len(request.prompt_token_ids) + 1 <= self.world.max_model_len
-        fits = fits and len({lora.version for lora in request.loras}) <= self.world.num_slots
+        fits = fits and len(set(request.versions)) <= self.world.num_slots
+        fits = fits and self.adapters.fit_together(request.versions)
         try:
             self.engine.add_request(request)
         except ValueError:
@@ -356,8 +433,19 @@ class Simulation:
             assert not left, "there is work, and a step did nothing"
         for request_id, client in self.clients.items():
             assert not client.aborted, f"{request_id} was aborted, and a step later it is still there"
+        self._check_loading()
         if report.num_steps % FULL_CHECK_EVERY == 0:
             self.check()
+
+    def _check_loading(self) -> None:
+        """Whoever waits for adapters waits for something, and not for too long."""
+        loading, limit = self.scheduler.loading.sequences, self.world.adapter_timeout_seconds
+        assert all(not limit or self.now - s.request.arrival_seconds <= limit for s in loading), "waits for too long"
+        if loading and not self.scheduler.waiting and not self.scheduler.running:
+            assert self.adapters.is_reading, "requests wait for adapters that nobody reads"
+        self.report.counts["loading"] += bool(loading)
+        self.adapters.failed.clear()
+        self.adapters.check(self.slots.resident)
 
     def _take(self, output: TokenOutput) -> None:
         """A client gets an output: is it the one that it must be?"""
@@ -402,6 +490,11 @@ class Simulation:
         request, runner = client.request, self.runner
         if error == QUEUE_TIMEOUT:
             return 0 < self.world.queue_timeout_seconds < self.now - request.arrival_seconds and not client.num_tokens
+        if error == ADAPTER_TIMEOUT:
+            limit = self.world.adapter_timeout_seconds
+            return 0 < limit < self.now - request.arrival_seconds and bool(request.loras) and not client.num_tokens
+        if error == BROKEN:
+            return not self.adapters.failed.isdisjoint(request.versions)
         if error == ADAPTER_LOAD_FAILED:
             return not runner.failed_loads.isdisjoint(lora.version for lora in request.loras)
         if error == INTERNAL_ERROR:
@@ -413,9 +506,15 @@ class Simulation:
         scheduler, blocks = self.scheduler, self.blocks
         blocks.check([*scheduler.running, *scheduler.waiting])
         self.slots.check()
+        self.host.check()
         assert all(not s.block_table and s.status is Status.WAITING for s in scheduler.waiting)
         assert all(s.status is Status.RUNNING for s in scheduler.running)
-        assert {s.request.request_id for s in (*scheduler.running, *scheduler.waiting)} == set(scheduler._sequences)
+        everybody = [*scheduler.running, *scheduler.waiting, *scheduler.loading.sequences]
+        assert {s.request.request_id for s in everybody} == set(scheduler._sequences)
+        holds = Counter(version for s in everybody if s.holds_adapters for version in {*s.versions})
+        assert holds == Counter({version: self.host.num_pins(version) for version in self.host._sizes} | holds)
+        assert all(self.host.num_pins(version) == holds[version] for version in self.host._sizes)
+        assert all(s.holds_adapters == bool(s.versions) for s in (*scheduler.running, *scheduler.waiting))
         assert scheduler.num_waiting_tokens == sum(s.num_tokens for s in scheduler.waiting)
         pins = Counter(version for s in scheduler.running for version in {lora.version for lora in s.request.loras})
         assert pins == Counter({version: self.slots.num_pins(version) for version in self.slots.resident} | pins)

@@ -1,0 +1,75 @@
+"""Whose turn it is: adapters take turns, and each one's own requests go in order of arrival.
+
+The base is an adapter like any other here, and so is each mixture. Prompts: first the oldest of each adapter that has
+any, then the second ones, and so on; among equals, the adapter goes first whose prompts were computed least recently,
+and what is new counts from when it came. Places and KV blocks: a request's *rank* is how many of its adapter's are
+before it, running ones first; who finds no room gets that of the highest rank, if that is higher than its own. So what
+there is is divided evenly among the adapters that want it, whoever came first and with how many, and nothing is kept
+free for those that want none. Each adapter's oldest request has rank 0 and is not put out by newcomers, so everybody
+gets on.
+
+Pure: no clock, no randomness. Used by the scheduler.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Iterable
+
+from guanaco.server.engine.request import Sequence, Status
+
+LAST = 1 << 30  # rank of background work: it starts after everybody else's, and puts nobody out
+_FORGET_EVERY = 256  # steps between two looks for adapters that nobody uses any more
+
+
+class Turns:
+    """Counts steps, and remembers when each adapter's prompts were computed last."""
+
+    def __init__(self) -> None:
+        self.num_steps = 0
+        self._served: dict[tuple[str, ...], int] = {}  # by versions
+
+    def begin_step(self, sequences: Collection[Sequence]) -> None:
+        """sequences: all that are unfinished; of adapters without any, nothing is remembered for long."""
+        self.num_steps += 1
+        if self.num_steps % _FORGET_EVERY == 0:
+            alive = {sequence.versions for sequence in sequences}
+            self._served = {versions: step for versions, step in self._served.items() if versions in alive}
+
+    def serve(self, sequence: Sequence) -> None:
+        """Tokens of its prompt are computed in this step."""
+        self._served[sequence.versions] = self.num_steps
+
+    def in_order(
+        self, running: Iterable[Sequence], waiting: Iterable[Sequence], last: Collection[Sequence]
+    ) -> list[tuple[int, Sequence]]:
+        """(rank, sequence) of all whose prompts are not computed yet, whose turn it is first; those in `last` after
+        the others. A sequence that recomputes what it wrote has a prompt, too."""
+        ranks: Counter[tuple[str, ...]] = Counter()
+        num_prompts: Counter[tuple[str, ...]] = Counter()
+        turns = []
+        for sequence in (*running, *waiting):
+            versions = sequence.versions
+            rank = LAST if sequence in last else ranks[versions]
+            ranks[versions] += 1
+            if sequence.status is Status.RUNNING and sequence.num_tokens - sequence.num_computed_tokens == 1:
+                continue
+            number = LAST if sequence in last else num_prompts[versions]
+            num_prompts[versions] += 1
+            served = self._served.get(versions, 0)
+            since = max(served, sequence.arrival_step)
+            turns.append(((number, since, served > sequence.arrival_step, sequence.arrival_number), rank, sequence))
+        turns.sort(key=lambda turn: turn[0])
+        return [(rank, sequence) for _, rank, sequence in turns]
+
+    @staticmethod
+    def put_out_first(running: Iterable[Sequence]) -> tuple[int, Sequence]:
+        """The rank and the sequence whose blocks and place others get first: the youngest of the highest rank. It is
+        the oldest of all only where that is alone."""
+        ranks: Counter[tuple[str, ...]] = Counter()
+        found = None
+        for sequence in running:  # in order of arrival
+            rank = ranks[sequence.versions]
+            ranks[sequence.versions] += 1
+            if found is None or rank >= found[0]:
+                found = (rank, sequence)
+        assert found is not None, "nothing runs"
+        return found

@@ -1,0 +1,146 @@
+"""The adapters of a simulated world: names that come to stand for other versions, removals that wait for whoever runs,
+and a store whose reads take time, fail or hang. Knows what must be in memory, and checks that no more is.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from random import Random
+
+from guanaco.adapters.host_table import HostTable
+from guanaco.server.engine.engine import Engine
+
+BROKEN = "adapter_broken"
+_LONGEST_READ = 8  # steps; one that hangs takes so many times more
+_HANGS = 20
+
+
+class SimulatedAdapters:
+    """An `AdapterSource`, and what an operator does. `is_used` says whether a client holds a version."""
+
+    def __init__(
+        self,
+        random: Random,
+        host: HostTable,
+        num_names: int,
+        *,
+        room: int,
+        fault_chance: float,
+        is_used: Callable[[str], bool],
+    ) -> None:
+        self.counts: Counter[str] = Counter()
+        self.fault_chance = fault_chance
+        self.failed: set[str] = set()  # versions whose read failed since the last step
+        self._random = random
+        self._host = host
+        self._room = room
+        self._is_used = is_used
+        self._sizes: dict[str, int] = {}
+        self._memory: set[str] = set()
+        self._reading: dict[str, int] = {}  # version → steps until it is read
+        self._retired: set[str] = set()
+        self._num_made = 0
+        self._names: dict[int, str] = {}
+        for name in range(num_names):
+            self._name(name, is_permanent=random.random() < 0.1)
+
+    # the engine's side
+
+    def start(self, version: str) -> None:
+        assert version not in self._reading, "read twice at once"
+        assert version not in self._memory, "read although it is in memory"
+        slow = self._random.random() < self.fault_chance
+        self._reading[version] = self._random.randint(0, _LONGEST_READ) * (_HANGS if slow else 1)
+        self.counts["reads"] += 1
+
+    def drop(self, version: str) -> None:
+        self._memory.remove(version)
+        self.counts["evictions"] += 1
+
+    def check_loaded(self, version: str) -> None:
+        """A version goes to the device: it must be in memory."""
+        is_there = version in self._memory or version not in self._sizes  # one of a test's own needs no memory
+        assert is_there, "a version goes to the device that is not in memory"
+
+    # the world's side
+
+    @property
+    def versions(self) -> list[str]:
+        """What the names stand for now."""
+        return list(self._names.values())
+
+    @property
+    def is_reading(self) -> bool:
+        return bool(self._reading)
+
+    def fit_together(self, versions: Iterable[str]) -> bool:
+        return self._host.can_ever_fit(versions)
+
+    def happen(self, engine: Engine) -> None:
+        """What an operator does between two steps, and the reads that end."""
+        random = self._random
+        for version, left in list(self._reading.items()):
+            self._reading[version] = left - 1
+            if left <= 0:
+                del self._reading[version]
+                self._end_read(engine, version, fails=random.random() < self.fault_chance)
+        if random.random() < 0.05:
+            name = random.randrange(len(self._names) or 1)
+            if name in self._names:
+                self._retire(self._names.pop(name))
+                self.counts["removed or replaced"] += 1
+            self._name(name)
+        for version in sorted(self._retired):
+            self._forget(engine, version)
+
+    def check(self, on_device: Iterable[str]) -> None:
+        """Between two steps: memory holds what the ledger says, no more than there may be, and all that is on the
+        device: on a CPU they are the same bytes."""
+        host, here = self._host, self._memory
+        assert {version for version in self._sizes if host.is_known(version) and host.is_ready([version])} == here
+        taken = sum(self._sizes[version] for version in here | self._reading.keys())
+        assert taken == host.num_bytes <= self._room, "more bytes in memory than there may be"
+        assert here.issuperset(set(on_device) & self._sizes.keys()), "a version left memory and not the device"
+        assert self._sizes.keys() >= self._retired, "forgotten too early"
+
+    def _name(self, name: int, *, is_permanent: bool = False) -> None:
+        """Have a name stand for a new version, or for one that another name or an earlier time had."""
+        known = sorted(self._sizes)
+        if known and self._random.random() < 0.2:
+            version = self._random.choice(known)
+            self._retired.discard(version)
+            self._names[name] = version
+            return
+        version, size = f"v{self._num_made}", self._random.randint(1, 4)
+        self._num_made += 1
+        if not self._host.add(version, size, is_permanent=is_permanent and 2 * size < self._room):
+            self.counts["no room"] += 1
+            return
+        if self._host.is_ready([version]):
+            self._memory.add(version)
+        self._sizes[version] = size
+        self._names[name] = version
+
+    def _retire(self, version: str) -> None:
+        if version not in self._names.values():
+            self._retired.add(version)
+
+    def _end_read(self, engine: Engine, version: str, *, fails: bool) -> None:
+        if fails:
+            self.failed.add(version)
+            self.counts["failed reads"] += 1
+        else:
+            self._memory.add(version)
+        engine.adapter_read(version, BROKEN if fails else None)
+
+    def _forget(self, engine: Engine, version: str) -> None:
+        """A removed version goes when its last client has; never before."""
+        if engine.forget_adapter(version):
+            assert version not in self._memory, "a removed version stays in memory"
+            assert version not in engine.scheduler.slots.resident, "a removed version stays on the device"
+            if not self._is_used(version):
+                self._host.remove(version)
+                self._retired.remove(version)
+                del self._sizes[version]
+                self.counts["forgotten"] += 1
+        else:
+            assert self._is_used(version) or version in self._reading, "a version that nobody uses cannot be removed"
