@@ -34,12 +34,15 @@ class AdapterTiers:
         store: VersionStore,
         engine: AsyncEngine,
         on_broken: Callable[[str], None],
+        device_bytes: Callable[[LoadedAdapter], int] = lambda _: 0,
     ) -> None:
-        """on_broken: a version turned out not to be readable; called on the event loop."""
+        """on_broken: a version turned out not to be readable; called on the event loop. device_bytes: what an adapter
+        takes of the device's arena, 0 where there is none."""
         self._registry = registry
         self._store = store
         self._engine = engine
         self._on_broken = on_broken
+        self._device_bytes = device_bytes
         self._threads = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="guanaco-adapter-reads")
         engine.read_adapters_from(self)
 
@@ -57,24 +60,28 @@ class AdapterTiers:
 
         Raises AdapterError for one that is too large ever to be there.
         """
-        host = self._engine.ledgers.host
-        if host.add(adapter.version, adapter.num_bytes, is_here=True, is_permanent=is_permanent):
-            return host.is_ready([adapter.version])
-        if not host.add(adapter.version, adapter.num_bytes):
+        ledgers, version, num_bytes = self._engine.ledgers, adapter.version, adapter.num_bytes
+        device_bytes = self._device_bytes(adapter)
+        if ledgers.add_adapter(version, num_bytes, device_bytes, is_here=True, is_permanent=is_permanent):
+            return ledgers.host.is_ready([version])
+        if not ledgers.add_adapter(version, num_bytes, device_bytes):
             raise self._full(adapter)
         return False
 
     async def register(self, adapter: LoadedAdapter) -> None:
         """Tell of a version that requests may ask for from now on. AdapterError where there is no room for it beside
         what requests hold."""
-        version, num_bytes = adapter.version, adapter.num_bytes
-        if not await self._engine.between_steps(lambda e: e.add_adapter(version, num_bytes), otherwise=True):
+        version, num_bytes, device_bytes = adapter.version, adapter.num_bytes, self._device_bytes(adapter)
+        added = await self._engine.between_steps(
+            lambda engine: engine.add_adapter(version, num_bytes, device_bytes), otherwise=True
+        )
+        if not added:
             raise self._full(adapter)
 
     def forget(self, version: str) -> None:
         """A version exists no more: `AsyncEngine.forget_adapter` took it off device and host, and its last lease is
         given back."""
-        self._engine.send(lambda engine: engine.scheduler.host.remove(version))
+        self._engine.send(lambda engine: engine.scheduler.remove_adapter(version))
 
     def tier(self, version: str) -> str:
         """`device`, `host` or `disk`: the fastest place that has it, perhaps a step ago."""
@@ -85,8 +92,11 @@ class AdapterTiers:
 
     def check_room(self, adapter: LoadedAdapter) -> None:
         """AdapterError where an adapter would find no room now, beside what requests hold."""
-        host = self._engine.ledgers.host
-        if not host.is_known(adapter.version) and adapter.num_bytes > host.num_evictable_bytes:
+        ledgers = self._engine.ledgers
+        too_large = self._device_bytes(adapter) > ledgers.slots.num_bytes
+        if too_large or (
+            not ledgers.host.is_known(adapter.version) and adapter.num_bytes > ledgers.host.num_evictable_bytes
+        ):
             raise self._full(adapter)
 
     @property
@@ -99,7 +109,10 @@ class AdapterTiers:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _full(self, adapter: LoadedAdapter) -> AdapterError:
-        host = self._engine.ledgers.host
+        host, slots = self._engine.ledgers.host, self._engine.ledgers.slots
+        if (device_bytes := self._device_bytes(adapter)) > slots.num_bytes:
+            problem = f"it takes {device_bytes} bytes of the device's {slots.num_bytes}: raise --adapter-device-memory"
+            return AdapterError("device_memory_full", problem)
         problem = (
             f"it needs {adapter.num_bytes} bytes, and {host.num_evictable_bytes} of {host.limit_bytes} are free or "
             "could be: unload another, wait for what runs, or raise --adapter-host-memory"

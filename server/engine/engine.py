@@ -89,9 +89,12 @@ class Engine:
         """End a request before the next step."""
         self.scheduler.abort(request_id)
 
-    def add_adapter(self, version: str, num_bytes: int, *, is_here: bool = False, is_permanent: bool = False) -> bool:
-        """Tell of an adapter version (as `HostTable.add`); False where host memory has no room for it."""
-        return self.scheduler.host.add(version, num_bytes, is_here=is_here, is_permanent=is_permanent)
+    def add_adapter(self, version: str, num_bytes: int, device_bytes: int = 0) -> bool:
+        """Tell of an adapter version that is not in memory yet; False where host or device have no room for it.
+
+        device_bytes: what it takes of the device's arena, 0 where there is none.
+        """
+        return self.scheduler.add_adapter(version, num_bytes, device_bytes)
 
     def adapter_read(self, version: str, error: str | None) -> None:
         """A read that `source` was told to start has ended; with an error, so do those who waited for it."""
@@ -150,6 +153,8 @@ class Engine:
 
     def _load_adapters(self, batch: ScheduledBatch) -> set[str]:
         """Make the step's copies; returns the versions that are not where they should be."""
+        for slot in self.scheduler.slots.take_clears():
+            self._runner.clear_adapter(slot)
         failed = set()
         for slot, version in batch.slot_loads:
             try:

@@ -121,15 +121,35 @@ class Scheduler:
             raise ValueError(f"the prompt has {length} tokens, and a context of {limit} must hold it and one more")
         versions = {lora.version for lora in request.loras}
         if not self.slots.can_ever_fit(versions):
-            raise ValueError(f"{len(versions)} adapters in one request, and there are {self.slots.num_slots} slots")
+            places = f"{self.slots.num_slots} slots and {self.slots.num_bytes} bytes of the device"
+            raise ValueError(f"{len(versions)} adapters in one request: {places} do not hold them")
         if not self.host.can_ever_fit(versions):
-            raise ValueError("the request's adapters do not fit into the memory for adapters together")
+            raise ValueError(f"{len(versions)} adapters in one request: {self.host.limit_bytes} bytes do not hold them")
 
     def abort(self, request_id: str) -> None:
         """End a request now, wherever it is. Unknown ids are none of our business: it may just have finished."""
         sequence = self._sequences.get(request_id)
         if sequence is not None:
             self._end(sequence, FinishReason.ABORT)
+
+    def add_adapter(
+        self, version: str, num_bytes: int, device_bytes: int, *, is_here: bool = False, is_permanent: bool = False
+    ) -> bool:
+        """Tell of an adapter version (as `HostTable.add`) and its bytes in the device's arena; False, and nothing
+        changed, where there is no room for it."""
+        if self.host.is_known(version):
+            return True
+        if device_bytes > self.slots.num_bytes:
+            return False
+        if not self.host.add(version, num_bytes, is_here=is_here, is_permanent=is_permanent):
+            return False
+        self.slots.set_size(version, device_bytes)
+        return True
+
+    def remove_adapter(self, version: str) -> None:
+        """Forget a version that was taken off host and device."""
+        self.host.remove(version)
+        self.slots.set_size(version, 0)
 
     def adapter_read(self, version: str, error: str | None) -> None:
         """A version that `host` wanted read is in memory, or could not be had: then whoever waits for it ends so."""

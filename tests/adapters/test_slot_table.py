@@ -17,14 +17,19 @@ from hypothesis.stateful import (
 from guanaco.adapters.slot_table import SlotTable
 
 VERSIONS = [f"v{i}" for i in range(7)]
+SIZES = dict(zip(VERSIONS, (1, 1, 2, 3, 5, 8, 4), strict=True))
 
 
 class SlotTableMachine(RuleBasedStateMachine):
     """Any order of pins, unpins, loads and removals; a list in order of use is the model of what goes first."""
 
-    @initialize(num_slots=st.integers(0, 4))
-    def start(self, num_slots):
-        self.table = SlotTable(num_slots)
+    @initialize(num_slots=st.integers(0, 4), num_bytes=st.sampled_from((0, 0, 8, 12)))
+    def start(self, num_slots, num_bytes):
+        self.table = SlotTable(num_slots, num_bytes)
+        self.arena = [None] * num_bytes  # whose bytes they are; with 0 there is none, and all is as without sizes
+        for version, size in SIZES.items():
+            if num_bytes:
+                self.table.set_size(version, size)
         self.held = []  # one tuple of versions per running sequence
         self.used = []  # resident versions, least recently unpinned first; pinned ones are skipped when evicting
         self.storage = {}
@@ -43,18 +48,40 @@ class SlotTableMachine(RuleBasedStateMachine):
         num_victims = max(0, len(missing) - (self.table.num_slots - len(self.used)))
         plan = self.table.pin(versions)
         assert plan == expected
-        if num_victims > len(evictable):
+        if num_victims > len(evictable) or (self.arena and not self.can_lie(versions)):
             assert plan is None
             assert self.table.resident == before
             return
         assert plan is not None
-        assert plan.evicted == tuple(evictable[:num_victims])
-        assert {version for _, version in plan.loads} == missing
+        if not self.arena:
+            assert plan.evicted == tuple(evictable[:num_victims])
+        assert not set(plan.evicted) & set(self.pins()), "evicted while it is held"
+        assert {version for _, version in plan.loads} == missing | (set(plan.evicted) & set(versions))
         assert set(plan.slots) == set(versions)
-        self.used = [v for v in self.used if v not in plan.evicted] + sorted(missing)
+        loaded = {version for _, version in plan.loads}
+        self.used = [v for v in self.used if v not in plan.evicted] + sorted(loaded)
         self.held.append(tuple(versions))
         for version in versions:
             assert self.places.setdefault(version, plan.slots[version]) == plan.slots[version], "moved while pinned"
+
+    def can_lie(self, versions):
+        """Whether first fit finds gaps for them, once everything is gone that nobody holds: tried byte by byte."""
+        arena = [None] * len(self.arena)
+        for version in self.pins():
+            self.fill(arena, version, self.table.offset_of(version))
+        held = [version for version in dict.fromkeys(versions) if version not in self.pins()]
+        before = [v for v in held if v not in self.used] + [v for v in self.used if v in held]
+        for version in before:
+            starts = range(len(arena) - SIZES[version] + 1)
+            start = next((i for i in starts if not any(arena[i : i + SIZES[version]])), None)
+            if start is None:
+                return False
+            self.fill(arena, version, start)
+        return True
+
+    @staticmethod
+    def fill(arena, version, offset):
+        arena[offset : offset + SIZES[version]] = [version] * SIZES[version]
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
@@ -69,11 +96,19 @@ class SlotTableMachine(RuleBasedStateMachine):
 
     @rule()
     def step(self):
+        for slot in self.table.take_clears():
+            assert slot not in self.table.resident.values()
+            self.storage.pop(slot, None)
         for slot, version in self.table.take_loads():
             self.storage[slot] = version
+            if self.arena:
+                self.fill(self.arena, version, self.table.offset_of(version))
         for version, slot in self.table.resident.items():
             if self.table.num_pins(version):
                 assert self.storage[slot] == version, "a forward pass would read another adapter's matrices"
+                if self.arena:
+                    start = self.table.offset_of(version)
+                    assert set(self.arena[start : start + SIZES[version]]) == {version}, "others' bytes"
         assert self.table.take_loads() == ()
 
     @rule(slot=st.integers(0, 3))
@@ -109,7 +144,7 @@ class SlotTableMachine(RuleBasedStateMachine):
             self.table.unpin(versions)
         if hasattr(self, "table"):
             assert all(self.table.num_pins(version) == 0 for version in VERSIONS)
-            everything = VERSIONS[: self.table.num_slots]
+            everything = VERSIONS[: self.table.num_slots]  # the smallest
             assert self.table.pin(everything) is not None, "an idle device has room for as many as it has slots"
 
 
@@ -144,6 +179,69 @@ def test_a_request_with_two_adapters_gets_both_or_none():
     assert table.can_ever_fit(["a", "a", "a"])
     assert table.pin(["a", "b"]).loads == ((1, "b"),)
     assert table.num_pins("a") == 2
+
+
+def table_of_bytes(num_slots, num_bytes, **sizes):
+    table = SlotTable(num_slots, num_bytes)
+    for version, size in sizes.items():
+        table.set_size(version, size)
+    return table
+
+
+def test_bytes_run_short_before_places_do():
+    table = table_of_bytes(8, 100, a=40, b=40, c=60, d=101)
+    assert not table.can_ever_fit(["d"])
+    assert not table.can_ever_fit(["b", "c", "a"])
+    for version in "ab":
+        table.pin([version])
+    assert table.pin(["c"]) is None
+    table.unpin(["a"])
+    assert table.pin(["c"]) is None, "its gap is too small, and b is held"
+    table.unpin(["b"])
+    table.take_loads()
+    assert table.pin(["c"]).evicted == ("a", "b")
+    assert table.take_clears() == (0, 1)
+    assert (table.take_loads(), table.offset_of("c"), table.used_bytes) == (((2, "c"),), 0, 60)
+
+
+def test_a_gap_between_two_that_are_held_is_used_as_far_as_it_goes():
+    table = table_of_bytes(8, 100, a=30, b=40, c=30, d=40, e=20, f=25)
+    for version in "abc":
+        table.pin([version])
+    table.unpin(["b"])
+    table.take_loads()
+    assert table.pin(["e"]).evicted == ("b",)
+    assert table.pin(["f"]) is None
+    assert (table.offset_of("a"), table.offset_of("e"), table.offset_of("c")) == (0, 30, 70)
+    table.unpin(["e"])
+    assert table.pin(["d"]).evicted == ("e",)
+    assert table.take_loads() == ((1, "d"),)
+
+
+def test_one_of_a_mixture_that_lies_in_the_others_way_is_copied_again():
+    """With nothing held it would otherwise wait for ever."""
+    table = table_of_bytes(2, 12, a=3, b=9, x=3)
+    for version in "xa":
+        table.pin([version])
+    table.unpin("xa")
+    table.take_loads()
+    plan = table.pin(["a", "b"])
+    assert plan is not None
+    assert set(plan.evicted) == {"x", "a"}
+    assert {version for _, version in table.take_loads()} == {"a", "b"}
+    table.check()
+
+
+def test_a_version_whose_bytes_another_one_had_is_copied_again():
+    table = table_of_bytes(3, 10, a=4, b=4, c=8)
+    table.pin("ab")
+    table.take_loads()
+    table.unpin("ab")
+    table.pin(["c"])
+    assert (table.take_clears(), table.take_loads()) == ((0, 1), ((2, "c"),))
+    table.unpin(["c"])
+    table.pin(["a"])
+    assert table.take_loads() == ((0, "a"),), "its place is the same, its bytes were c's"
 
 
 def test_place_that_changes_hands_twice_in_one_step_is_copied_once():

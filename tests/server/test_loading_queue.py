@@ -172,7 +172,7 @@ def test_an_abort_hands_the_room_on() -> None:
 def test_a_removed_adapter_hands_its_room_on() -> None:
     bench = Bench(room=2)
     bench.source.here.add("fixed")
-    assert bench.engine.add_adapter("fixed", 1, is_permanent=True)
+    assert bench.scheduler.add_adapter("fixed", 1, 0, is_permanent=True)
     bench.add("one", "a")
     bench.read("a")
     bench.add("two", "b")

@@ -194,6 +194,18 @@ def _removes_from_memory_only(self: HostTable, version: str, *, _original=HostTa
     return gone
 
 
+def _lies_over_others(self: SlotTable, missing, without, _original=SlotTable._lay_out):
+    """First fit that forgets whoever was placed a moment ago, and the pinned ones with it."""
+    return _original(self, missing, list(self._offsets)[:-1])
+
+
+def _trusts_stale_bytes(self: SlotTable, versions, _original=SlotTable.pin):
+    stored = list(self._stored)
+    plan = _original(self, versions)
+    self._stored = [new or old for new, old in zip(self._stored, stored, strict=True)]
+    return plan
+
+
 def _forgets_who_waits(self: Scheduler, version: str, error: str | None) -> None:
     self.host.read_done(version, is_here=error is None)
     self.admit_loaded()
@@ -236,6 +248,8 @@ PLANTED = {
     "a read for each who waits": (HostTable, "pin", _reads_for_everybody),
     "a removal that does not wait": (HostTable, "evict", _removes_what_is_used),
     "a removed copy that stays": (HostTable, "evict", _removes_from_memory_only),
+    "bytes of two adapters in one place": (SlotTable, "_lay_out", _lies_over_others),
+    "bytes that another one had are trusted": (SlotTable, "pin", _trusts_stale_bytes),
     "out of memory, still on the device": (Engine, "_clear_slot", lambda *_: None),
     "a failed read that nobody hears of": (Scheduler, "adapter_read", _forgets_who_waits),
     "no deadline for those that load": (LoadingQueue, "late", lambda *_: []),

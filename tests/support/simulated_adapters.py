@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from random import Random
 
-from guanaco.adapters.host_table import HostTable
 from guanaco.server.engine.engine import Engine
+from guanaco.server.engine.scheduler import Scheduler
 
 BROKEN = "adapter_broken"
 _LONGEST_READ = 8  # steps; one that hangs takes so many times more
@@ -20,7 +20,7 @@ class SimulatedAdapters:
     def __init__(
         self,
         random: Random,
-        host: HostTable,
+        scheduler: Scheduler,
         num_names: int,
         *,
         room: int,
@@ -31,7 +31,8 @@ class SimulatedAdapters:
         self.fault_chance = fault_chance
         self.failed: set[str] = set()  # versions whose read failed since the last step
         self._random = random
-        self._host = host
+        self._scheduler = scheduler
+        self._host = scheduler.host
         self._room = room
         self._is_used = is_used
         self._sizes: dict[str, int] = {}
@@ -73,7 +74,9 @@ class SimulatedAdapters:
         return bool(self._reading)
 
     def fit_together(self, versions: Iterable[str]) -> bool:
-        return self._host.can_ever_fit(versions)
+        slots = self._scheduler.slots
+        on_device = 3 * sum(self._sizes.get(version, 0) for version in set(versions))
+        return self._host.can_ever_fit(versions) and (not slots.num_bytes or on_device <= slots.num_bytes)
 
     def happen(self, engine: Engine) -> None:
         """What an operator does between two steps, and the reads that end."""
@@ -112,7 +115,9 @@ class SimulatedAdapters:
             return
         version, size = f"v{self._num_made}", self._random.randint(1, 4)
         self._num_made += 1
-        if not self._host.add(version, size, is_permanent=is_permanent and 2 * size < self._room):
+        device_bytes = 3 * size if self._scheduler.slots.num_bytes else 0
+        is_permanent = is_permanent and 2 * size < self._room
+        if not self._scheduler.add_adapter(version, size, device_bytes, is_permanent=is_permanent):
             self.counts["no room"] += 1
             return
         if self._host.is_ready([version]):
@@ -138,7 +143,7 @@ class SimulatedAdapters:
             assert version not in self._memory, "a removed version stays in memory"
             assert version not in engine.scheduler.slots.resident, "a removed version stays on the device"
             if not self._is_used(version):
-                self._host.remove(version)
+                self._scheduler.remove_adapter(version)
                 self._retired.remove(version)
                 del self._sizes[version]
                 self.counts["forgotten"] += 1

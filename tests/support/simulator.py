@@ -23,6 +23,7 @@ from guanaco.server.engine.request import (
     FinishReason,
     LoraRef,
     Request,
+    SampledToken,
     SamplingParams,
     ScheduledBatch,
     ScheduledSequence,
@@ -56,6 +57,7 @@ class World:
     num_slots: int = 2
     num_adapters: int = 4
     host_room: int = 99  # adapters take 1 to 4
+    arena_bytes: int = 0  # of the device, where adapters take three times as much; 0: none, as on a CPU
     queue_timeout_seconds: float = 40.0
     adapter_timeout_seconds: float = 0.0
     vocab_size: int = 24
@@ -80,6 +82,7 @@ class World:
             num_slots=random.choice((0, 1, 2, 2, 3)),
             num_adapters=random.choice((1, 2, 4, 6)),
             host_room=random.choice((4, 6, 8, 99)),
+            arena_bytes=random.choice((0, 12, 16, 24)),
             queue_timeout_seconds=random.choice((0.0, 30.0, 200.0)),
             adapter_timeout_seconds=random.choice((0.0, 8.0, 100.0)),
             vocab_size=random.choice((8, 24, 50)),
@@ -115,12 +118,26 @@ class LedgerRunner(FakeRunner):
     blocks: BlockManager
     adapters: SimulatedAdapters
 
+    table: SlotTable
+    arena: list[str | None]  # whose matrices each byte of the device's arena holds
+
     def load_adapter(self, slot: int, version: str) -> None:
         try:
             self.adapters.check_loaded(version)
         except AssertionError as error:
             self.violation = self.violation or error
         super().load_adapter(slot, version)
+        self.arena[self._piece(version)] = [version] * self.table._sizes.get(version, 0)
+
+    def run(self, batch: ScheduledBatch) -> tuple[SampledToken, ...]:
+        for version in {version for item in batch.sequences for version in item.sequence.versions}:
+            if set(self.arena[self._piece(version)]) - {version}:
+                self.violation = self.violation or AssertionError("an adapter's matrices are another one's")
+        return super().run(batch)
+
+    def _piece(self, version: str) -> slice:
+        offset = self.table.offset_of(version)
+        return slice(offset, offset + self.table._sizes.get(version, 0))
 
     def write_allowed(self, block: int) -> None:
         assert self.blocks.num_holders(block) == 1, "a shared block is written"
@@ -137,6 +154,7 @@ class CheckedScheduler(Scheduler):
         self.arrived_before: dict[int, int] = {}  # arrival number → steps so far
         self.turns_before: dict[int, tuple[int, int, bool, int]] = {}
         self.ranks_before: dict[int, int] = {}
+        self.preemptions_before: dict[int, int] = {}
 
     def add(self, request: Request) -> None:
         self.arrived_before[self._num_arrived] = self.num_steps
@@ -188,6 +206,7 @@ class CheckedScheduler(Scheduler):
         for index, sequence in enumerate(everybody):
             alike = [other.versions == sequence.versions for other in everybody[:index]]
             self.ranks_before[sequence.arrival_number] = sum(alike)
+            self.preemptions_before[sequence.arrival_number] = sequence.num_preemptions
             rank = sum(a and b for a, b in zip(alike, is_prompt, strict=False))
             came = self.arrived_before[sequence.arrival_number]
             served = self.last_served.get(sequence.versions, 0)
@@ -212,6 +231,8 @@ class CheckedScheduler(Scheduler):
         for sequence in self.waiting:
             if sequence in known or sequence.arrival_number not in turns or sequence.request.background:
                 continue
+            if sequence.num_preemptions > self.preemptions_before[sequence.arrival_number]:
+                continue  # it was let in, and put out again for one of a lower rank
             rank, ranks = self.ranks_before[sequence.arrival_number], self.ranks_before
             after = [s for s in admitted if turns.get(s.arrival_number, (LAST,)) > turns[sequence.arrival_number]]
             after = [s for s in after if ranks.get(s.arrival_number, LAST) >= rank]
@@ -255,7 +276,8 @@ class Simulation:
         self.runner = LedgerRunner(world.num_blocks, world.block_size, world.num_slots, world.vocab_size)
         self.blocks = BlockManager(world.num_blocks, world.block_size, self.faults)
         self.runner.blocks = self.blocks
-        self.slots = SlotTable(world.num_slots)
+        self.slots = SlotTable(world.num_slots, world.arena_bytes)
+        self.runner.table, self.runner.arena = self.slots, [None] * world.arena_bytes
         limits = Limits(
             max_num_seqs=world.max_num_seqs,
             max_num_batched_tokens=world.max_num_batched_tokens,
@@ -271,7 +293,7 @@ class Simulation:
         self.clients: dict[str, Client] = {}  # open ones
         self.adapters = SimulatedAdapters(
             self.random,
-            self.host,
+            self.scheduler,
             world.num_adapters,
             room=world.host_room,
             fault_chance=world.fault_chance,
