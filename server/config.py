@@ -94,6 +94,9 @@ class Settings(BaseSettings):
     metrics_adapters: Count = Field(
         64, description="adapters with metrics of their own; all others are counted as (other)"
     )
+    adapter_device_memory: Bytes = Field(
+        2 << 30, description="most memory of a GPU for adapters that run, exact to their ranks; a CPU needs none"
+    )
     strict_base: bool = Field(False, description="refuse an adapter that records another base than this one")
     max_lora_rank: Count = Field(256, description="largest adapter rank that is accepted")
     chat_template: str | None = Field(

@@ -17,7 +17,7 @@ class MemoryPlan:
     """Sizes in bytes."""
 
     weights_bytes: int
-    adapters_bytes: int
+    adapters_bytes: int  # that all adapters together may take, now or later
     kv_bytes: int
     num_blocks: int
     block_size: int
@@ -45,8 +45,13 @@ class KvRequest:
     max_num_seqs: int
 
 
-def plan_memory(request: KvRequest, *, weights_bytes: int, adapters_bytes: int, free_bytes: int) -> MemoryPlan:
+def plan_memory(
+    request: KvRequest, *, weights_bytes: int, adapters_bytes: int, free_bytes: int, coming_bytes: int = 0
+) -> MemoryPlan:
     """Fit the KV cache into `free_bytes` (what is free after the weights were loaded).
+
+    coming_bytes: what adapters that are not loaded yet may take of those. A cache whose size is not given leaves it to
+    them, as far as that is at most a half.
 
     Raises CommandError where what was asked for cannot be: each message names the flags that would help.
     """
@@ -55,7 +60,8 @@ def plan_memory(request: KvRequest, *, weights_bytes: int, adapters_bytes: int, 
         raise CommandError(
             f"--max-model-len {length} is more than the {request.model_positions} positions that the model knows"
         )
-    budget = request.kv_bytes if request.kv_bytes is not None else int(free_bytes * AUTO_KV_SHARE)
+    for_cache = max(free_bytes - coming_bytes, free_bytes // 2)
+    budget = request.kv_bytes if request.kv_bytes is not None else int(for_cache * AUTO_KV_SHARE)
     useful_blocks = request.max_num_seqs * -(-length // request.block_size)
     num_blocks = min(budget // request.block_bytes, useful_blocks)
     tokens, notes = num_blocks * request.block_size, []
@@ -69,6 +75,11 @@ def plan_memory(request: KvRequest, *, weights_bytes: int, adapters_bytes: int, 
         raise CommandError(
             f"--max-model-len {length} needs a KV cache of {needed} bytes and {budget} are to be had: "
             "raise --kv-cache-memory or lower --max-model-len"
+        )
+    if coming_bytes + num_blocks * request.block_bytes > free_bytes:
+        notes.append(
+            f"adapters may come to take {human_bytes(coming_bytes)} more, and {human_bytes(free_bytes)} are free for "
+            "them and the KV cache: lower --adapter-host-memory"
         )
     if tokens < length:
         notes.append(f"max_model_len lowered from {length} to {tokens}: the KV cache holds no more (--kv-cache-memory)")

@@ -135,6 +135,7 @@ def _adapter_manager(
             on_change=lambda: metrics.adapters.set_names(runtime.registry.names_by_version()),
             on_load=metrics.adapters.observe_load,
             on_stage=metrics.adapters.observe_stage,
+            device_bytes=runtime.slots.bytes_of,
         )
         for note in manager.restore():
             logger.warning(note)

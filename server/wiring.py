@@ -91,7 +91,7 @@ def build_runtime(settings: Settings, console: Console) -> Runtime:
     base = _load_base(settings, ops, console)
     registry = _load_adapters(settings, base, console)
     plan = _plan(settings, base, registry, ops)
-    slots = SlotStore(base.loaded.model.lora_targets, settings.adapter_slots, ops.device)
+    table, slots = _adapter_places(settings, base, registry, ops)
     return Runtime(
         base=base,
         ops=ops,
@@ -99,7 +99,7 @@ def build_runtime(settings: Settings, console: Console) -> Runtime:
         registry=registry,
         slots=slots,
         plan=plan,
-        engine=_build_engine(settings, base, registry, plan, ops, slots),
+        engine=_build_engine(settings, base, registry, plan, ops, table, slots),
         num_threads=num_threads,
         notes=(*base.notes, *plan.notes, *_adapter_notes(registry, base)),
     )
@@ -224,16 +224,50 @@ def _plan(settings: Settings, base: Base, registry: AdapterRegistry, ops: Ops) -
         model_positions=config.max_position_embeddings,
         max_num_seqs=settings.max_num_seqs,
     )
+    loaded, most = registry.num_bytes, settings.adapter_host_memory
+    if loaded > most:
+        raise CommandError(f"the adapters take {loaded} bytes and may take {most}: raise --adapter-host-memory")
+    adapters_bytes = most if settings.admin_key is not None else loaded  # without the key none can be added
     return plan_memory(
         request,
         weights_bytes=base.loaded.weights_bytes,
-        adapters_bytes=registry.num_bytes,
+        adapters_bytes=adapters_bytes,
         free_bytes=look().memory_available_bytes,
+        coming_bytes=adapters_bytes - loaded,
     )
 
 
+def _adapter_places(settings: Settings, base: Base, registry: AdapterRegistry, ops: Ops) -> tuple[SlotTable, SlotStore]:
+    """The ledger of the places on the device, and the places. A device of its own gets an arena for them, at once."""
+    arena_bytes = 0 if ops.device.type == "cpu" else settings.adapter_device_memory
+    table = SlotTable(settings.adapter_slots, arena_bytes)
+    targets = base.loaded.model.lora_targets
+    store = SlotStore(
+        targets,
+        settings.adapter_slots,
+        ops.device,
+        ops.place_adapter,
+        arena_bytes=arena_bytes,
+        offset_of=table.offset_of,
+        element_bytes=2 if ops.name == "triton" else None,  # it keeps float16, whatever the file has
+    )
+    for entry in registry.entries():
+        num_bytes = store.bytes_of(registry.host_copy(entry.version))
+        if num_bytes > arena_bytes:
+            problem = f"adapter {entry.name} takes {num_bytes} bytes of the device and may take {arena_bytes}"
+            raise CommandError(f"{problem}: raise --adapter-device-memory")
+        table.set_size(entry.version, num_bytes)
+    return table, store
+
+
 def _build_engine(
-    settings: Settings, base: Base, registry: AdapterRegistry, plan: MemoryPlan, ops: Ops, slots: SlotStore
+    settings: Settings,
+    base: Base,
+    registry: AdapterRegistry,
+    plan: MemoryPlan,
+    ops: Ops,
+    table: SlotTable,
+    slots: SlotStore,
 ) -> Engine:
     if settings.max_num_batched_tokens < settings.max_num_seqs:
         raise CommandError(
@@ -251,7 +285,7 @@ def _build_engine(
     kv = PagedKVCache(model.config, plan.num_blocks, plan.block_size, ops.dtype, ops.device)
     runner = ModelRunner(model, kv, registry, slots, base.eos_ids)
     blocks = BlockManager(plan.num_blocks, plan.block_size)
-    table, host = SlotTable(settings.adapter_slots), HostTable(settings.adapter_host_memory)
+    host = HostTable(settings.adapter_host_memory)
     return Engine(Scheduler(limits, blocks, table, base.eos_ids, host=host), runner)
 
 

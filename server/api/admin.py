@@ -32,6 +32,7 @@ STATUS = {
     "no_history": 409,
     "version_conflict": 409,
     "host_memory_full": 507,
+    "device_memory_full": 507,
     "store_failed": 507,
     "version_damaged": 500,
     "probe_failed": 503,

@@ -52,15 +52,16 @@ class AdapterManager:
         on_change: Callable[[], None] = lambda: None,
         on_load: Callable[[str, float], None] = lambda *_: None,
         on_stage: OnStage = lambda *_: None,
+        device_bytes: Callable[[LoadedAdapter], int] = lambda _: 0,
     ) -> None:
         """on_change: the names changed. on_load: a load ended as "ok", "refused" or "failed", after so many seconds.
-        on_stage: a part of a load took so many; from any thread."""
+        on_stage: a part of a load took so many; from any thread. device_bytes: as of `AdapterTiers`."""
         self.registry = registry
         self._sources = AdapterSources(registry, store, policy, on_stage)
         table = AliasTable(registry)
         self._records = AdapterRecords(registry, table, saved)
         self._engine = engine
-        self.tiers = AdapterTiers(registry, store, engine, self._broke)
+        self.tiers = AdapterTiers(registry, store, engine, self._broke, device_bytes)
         self._probe_token_ids = probe_token_ids
         self._on_change = on_change
         self._on_load = on_load

@@ -28,6 +28,20 @@ def test_a_small_machine_lowers_the_context_and_says_so() -> None:
     assert "--kv-cache-memory" in plan.notes[0]
 
 
+def test_what_adapters_may_come_to_take_is_left_to_them() -> None:
+    """The cache takes its share of the rest, but never of less than a half; then the operator is told."""
+    free = 1_000_000
+    plans = [plan_memory(ASK, weights_bytes=7, adapters_bytes=5, free_bytes=free, coming_bytes=c) for c in (0, 900_000)]
+    assert [plan.kv_bytes for plan in plans] == [40_000, 40_000], "what can be used, and no more"
+    short = 120_000
+    kept = [plan_memory(ASK, weights_bytes=7, adapters_bytes=5, free_bytes=short, coming_bytes=c) for c in (0, 40_000)]
+    assert [plan.kv_bytes for plan in kept] == [30_000, 20_000]
+    assert not any("--adapter-host-memory" in note for plan in (*plans, *kept) for note in plan.notes)
+    full = plan_memory(ASK, weights_bytes=7, adapters_bytes=5, free_bytes=short, coming_bytes=500_000)
+    assert full.kv_bytes == int(short / 2 * AUTO_KV_SHARE)
+    assert "--adapter-host-memory" in " ".join(full.notes)
+
+
 @pytest.mark.parametrize(
     ("change", "flag"),
     [
