@@ -202,12 +202,15 @@ class CheckedScheduler(Scheduler):
     def _schedule_prompts(self, chosen: dict[int, ScheduledSequence], budget: int, now: float) -> None:
         """Remember whose turn it is, by arrival number: worked out as `turns` says, by counting."""
         everybody, self.turns_before, self.ranks_before = [*self.running, *self.waiting], {}, {}
-        is_prompt = [s.status is Status.WAITING or s.num_tokens - s.num_computed_tokens > 1 for s in everybody]
-        for index, sequence in enumerate(everybody):
-            alike = [other.versions == sequence.versions for other in everybody[:index]]
-            self.ranks_before[sequence.arrival_number] = sum(alike)
+        before: list[tuple[str, ...]] = []
+        prompts: list[tuple[str, ...]] = []
+        for sequence in everybody:
+            self.ranks_before[sequence.arrival_number] = before.count(sequence.versions)
             self.preemptions_before[sequence.arrival_number] = sequence.num_preemptions
-            rank = sum(a and b for a, b in zip(alike, is_prompt, strict=False))
+            before.append(sequence.versions)
+            rank = prompts.count(sequence.versions)
+            if sequence.status is Status.WAITING or sequence.num_tokens - sequence.num_computed_tokens > 1:
+                prompts.append(sequence.versions)
             came = self.arrived_before[sequence.arrival_number]
             served = self.last_served.get(sequence.versions, 0)
             turn = (rank, served, True) if served > came else (rank, came, False)
