@@ -69,7 +69,7 @@ def resolve_model(
                 local_files_only=offline,
                 allow_patterns=list(ALLOWED_FILES),
                 ignore_patterns=list(IGNORED_FILES),
-                tqdm_class=_progress_bar(progress),
+                tqdm_class=progress_bar(progress),
                 endpoint=endpoint,
             )
         )
@@ -122,7 +122,7 @@ def _without_weights(spec: str, repository: str, snapshot: Path, cache_dir: Path
     return ModelError(f"{spec} holds no safetensors weights: give the id of a repository that does")
 
 
-def _progress_bar(progress: Progress | None) -> type[Any]:
+def progress_bar(progress: Progress | None) -> type[Any]:
     """A bar that draws nothing and hands the bytes of the whole download to `progress`."""
 
     class Bar(tqdm):

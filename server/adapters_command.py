@@ -18,6 +18,8 @@ from guanaco.adapters.convert import ConvertReport
 from guanaco.adapters.files import AdapterFiles
 from guanaco.adapters.safetensors_file import SafetensorsFile
 from guanaco.adapters.weights import BASE_FINGERPRINT_KEY, WEIGHTS_NAME, AdapterLimits, check_weights_exist
+from guanaco.server.config import Settings
+from guanaco.server.engine.adapter_hub import AdapterHub, HubAddress
 from guanaco.server.errors import CommandError
 from guanaco.server.plan import human_bytes
 
@@ -108,6 +110,19 @@ def show_conversion(report: ConvertReport, target: Path) -> None:
         console.print(f"{report.num_renamed} tensors got the names that PEFT uses today")
     for note in report.notes:
         console.print(note, markup=False)
+
+
+def pull_adapter(settings: Settings, source: str, directory: Path | None) -> None:
+    """Download an adapter of the hub, and say which commit it is of. Raises AdapterError or CommandError."""
+    address = HubAddress.parse(source if "@" in source else f"{source}@main")
+    if address is None:
+        raise CommandError(f"{source} is no adapter of the hub: write ORG/NAME or ORG/NAME@REVISION")
+    hub = AdapterHub.of(settings)
+    if directory is None:
+        path, pinned = hub.fetch(address)
+    else:
+        path, pinned = directory, hub.pull(address, directory)
+    Console(highlight=False).print(f"{pinned} → {path}", markup=False, soft_wrap=True)
 
 
 def inspect_path(path: Path) -> dict[str, Any]:

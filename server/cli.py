@@ -272,10 +272,30 @@ def adapters_convert(
         show_conversion(convert_adapter(src, dst, dtype=dtype), dst)
 
 
+@adapters_app.command("pull")
+def adapters_pull(
+    source: Annotated[str, typer.Argument(help="ORG/NAME, or ORG/NAME@REVISION")],
+    directory: Annotated[
+        Path | None, typer.Argument(help="directory to write; must not exist (none: only the hub's cache)")
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="the cache directory (none: the configured one)")] = None,
+    hub_token: Annotated[str | None, typer.Option(help="token for gated or private ones (none: HF_TOKEN)")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="only what was downloaded before")] = False,
+) -> None:
+    """Download an adapter: config, safetensors weights and guanaco.json, at one commit."""
+    from guanaco.server.adapters_command import pull_adapter
+
+    given = {"cache": cache, "hub_token": hub_token, "offline": offline or None}
+    with _one_line_errors():
+        pull_adapter(
+            load_settings({key: value for key, value in given.items() if value is not None}), source, directory
+        )
+
+
 @adapters_app.command("check")
 def adapters_check(
     name: Annotated[str, typer.Argument(help="the name it would get")],
-    source: Annotated[str, typer.Argument(help="path below the server's --adapter-root")],
+    source: Annotated[str, typer.Argument(help="path below the server's --adapter-root, or ORG/NAME@REVISION")],
     url: _Url = _URL,
     admin_key: _AdminKey = None,
     as_json: _AsJson = False,
@@ -287,7 +307,7 @@ def adapters_check(
 @adapters_app.command("load")
 def adapters_load(
     name: Annotated[str, typer.Argument(help="the name that clients will use")],
-    source: Annotated[str, typer.Argument(help="path below the server's --adapter-root")],
+    source: Annotated[str, typer.Argument(help="path below the server's --adapter-root, or ORG/NAME@REVISION")],
     expected_version: Annotated[str | None, typer.Option(help="replace only this version")] = None,
     profile: Annotated[
         str | None, typer.Option(help="how to serve it: guanaco, or a JSON file (none: the guanaco.json beside it)")

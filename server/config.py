@@ -85,6 +85,9 @@ class Settings(BaseSettings):
     adapter_root: Path | None = Field(
         None, description="directory that adapters may be loaded from while the server runs"
     )
+    hub_adapters: bool = Field(
+        False, description="allow to load adapters from the hub too, as ORG/NAME@REVISION, while the server runs"
+    )
     adapter_store: Path | None = Field(
         None, description="directory for copies of such adapters; none: adapters/ in the cache"
     )

@@ -25,6 +25,7 @@ from guanaco.server.api.http_server import bind, serve
 from guanaco.server.api.sampling import SamplingDefaults
 from guanaco.server.api.state import ApiState
 from guanaco.server.config import Settings
+from guanaco.server.engine.adapter_hub import AdapterHub
 from guanaco.server.engine.adapter_manager import AdapterManager
 from guanaco.server.engine.adapter_sources import AdapterPolicy
 from guanaco.server.engine.async_engine import AsyncEngine, QueueCaps
@@ -124,6 +125,7 @@ def _adapter_manager(
             root=None if settings.adapter_root is None else settings.adapter_root.expanduser().absolute(),
             base_fingerprint=base.loaded.fingerprint,
             strict_base=settings.strict_base,
+            hub=AdapterHub.of(settings) if settings.hub_adapters else None,
         )
         manager = AdapterManager(
             runtime.registry,

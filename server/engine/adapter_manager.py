@@ -33,7 +33,8 @@ T = TypeVar("T")
 
 _LoadKey = tuple[str, str, bool, str | None, str | None]  # the arguments of `load`, the profile as JSON
 
-_OUR_FAULT = frozenset({"store_failed", "probe_failed"})  # codes of loads that say nothing about the adapter
+# Codes of loads that say nothing about the adapter.
+_OUR_FAULT = frozenset({"store_failed", "probe_failed", "hub_failed", "hub_offline"})
 _IDLE_POLL_SECONDS = 0.02
 
 
@@ -92,7 +93,7 @@ class AdapterManager:
         expected_version: str | None = None,
         profile: Mapping[str, Any] | None = None,
     ) -> AdapterEntry:
-        """Read, check, prove and publish the adapter at `source` (below the root) under `name`.
+        """Read, check, prove and publish the adapter at `source` (below the root, or of the hub) under `name`.
 
         replace: whether the name may be taken. expected_version: refuse unless the name stands for that version now.
         profile: how to serve it, as `parse_profile` takes it; None: as the file beside the adapter says.
@@ -149,10 +150,12 @@ class AdapterManager:
     async def check(self, name: str, source: str) -> dict[str, Any]:
         """Everything that `load` checks, without the proof and without keeping anything: what it would take."""
         check_name(name)
-        await self._sources.profile_beside(name, source)
-        adapter = self._sources.checked(await self._sources.ingest(name, source, keep=False))
+        located = await self._sources.locate(source)
+        await self._sources.profile_beside(name, located)
+        adapter = self._sources.checked(await self._sources.ingest(name, located, keep=False))
         self.tiers.check_room(adapter)
         return {
+            "source": located.source,
             "version": adapter.version,
             "rank": adapter.max_rank,
             "modules_applied": adapter.modules_applied,
@@ -193,14 +196,15 @@ class AdapterManager:
     ) -> AdapterEntry:
         self.registry.check_free(name, replace=replace)
         self._check_expected(name, expected)
+        located = await self._sources.locate(source)
         if profile_json is None:
-            profile = await self._sources.profile_beside(name, source)
+            profile = await self._sources.profile_beside(name, located)
         else:
             profile = self._sources.profile(json.loads(profile_json))
-        adapter = await self._sources.ingest(name, source)
+        adapter = await self._sources.ingest(name, located)
         try:
             adapter = self._sources.checked(adapter)
-            return await self._publish(name, adapter, source, profile, replace=replace, expected=expected)
+            return await self._publish(name, adapter, located.source, profile, replace=replace, expected=expected)
         finally:
             self._sources.settle(adapter.version)
             await self._collect()

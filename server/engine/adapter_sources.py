@@ -5,6 +5,8 @@ publishes what it hands back.
 """
 
 import asyncio
+import os
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -16,10 +18,13 @@ from guanaco.adapters.profile import Profile, parse_profile, read_profile
 from guanaco.adapters.registry import AdapterRegistry
 from guanaco.adapters.store import OnStage, VersionStore
 from guanaco.adapters.weights import LoadedAdapter, check_base
+from guanaco.server.engine.adapter_hub import AdapterHub, HubAddress
 
 T = TypeVar("T")
 
 _LOAD_THREADS = 2
+_HUB_THREADS = 2
+_FETCH_SECONDS = 1800.0
 MAX_SOURCE_CHARS = 1024
 
 
@@ -30,6 +35,16 @@ class AdapterPolicy:
     root: Path | None  # where sources lie; None: nothing can be loaded by path
     base_fingerprint: str
     strict_base: bool = False
+    hub: AdapterHub | None = None  # where org/name@revision comes from; None: nothing does
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where the files of a source are."""
+
+    path: Path
+    root: Path | None  # that no link may lead out of; None: the hub's cache, where files are links
+    source: str  # as it is written down: one of the hub with its commit
 
 
 class AdapterSources:
@@ -43,12 +58,38 @@ class AdapterSources:
         self._policy = policy
         self._on_stage = on_stage
         self._threads = ThreadPoolExecutor(_LOAD_THREADS, thread_name_prefix="guanaco-adapters")
+        # Their own: a hub that is slow must not keep others from the disk.
+        self._hub_threads = ThreadPoolExecutor(_HUB_THREADS, thread_name_prefix="guanaco-hub")
 
-    async def ingest(self, name: str, source: str, *, keep: bool = True) -> LoadedAdapter:
-        """The adapter at `source`. What is kept is to be settled, whatever happens to it."""
-        path, root = self._path_of(source), self._policy.root
+    async def locate(self, source: str) -> Located:
+        """The files of a source: below the root, or fetched from the hub. What is below the root goes first."""
+        self._check_text(source)
+        address, root = HubAddress.parse(source), self._policy.root
+        if address is None or (root is not None and await self.on_thread(lambda: os.path.lexists(root / source))):
+            if root is None:
+                problem = "start the server with --adapter-root DIR: adapters are loaded from below it"
+                raise AdapterError("no_adapter_root", problem, "source")
+            # An absolute path replaces the root; that it leads below it is checked when it is opened.
+            return Located(root / source, root, source)
+        hub = self._policy.hub
+        if hub is None:
+            problem = "nothing below --adapter-root is called so, and --hub-adapters is off: nothing comes from the hub"
+            raise AdapterError("hub_disabled", problem, "source")
+        started = time.monotonic()
+        try:
+            fetching = asyncio.get_running_loop().run_in_executor(self._hub_threads, hub.fetch, address)
+            path, pinned = await asyncio.wait_for(fetching, _FETCH_SECONDS)
+        except TimeoutError:
+            problem = f"{source} was not downloaded within {_FETCH_SECONDS:.0f} s; try again, whole files are kept"
+            raise AdapterError("hub_failed", problem, "source") from None
+        finally:
+            self._on_stage("fetch", time.monotonic() - started)
+        return Located(path, None, str(pinned))
+
+    async def ingest(self, name: str, at: Located, *, keep: bool = True) -> LoadedAdapter:
+        """The adapter of a source. What is kept is to be settled, whatever happens to it."""
         return await self.on_thread(
-            lambda: self._store.ingest(path, name=name, root=root, keep=keep, on_stage=self._on_stage)
+            lambda: self._store.ingest(at.path, name=name, root=at.root, keep=keep, on_stage=self._on_stage)
         )
 
     def checked(self, adapter: LoadedAdapter) -> LoadedAdapter:
@@ -61,10 +102,9 @@ class AdapterSources:
             adapter = replace(adapter, notes=(*adapter.notes, str(error)))
         return adapter
 
-    async def profile_beside(self, name: str, source: str) -> Profile | None:
+    async def profile_beside(self, name: str, at: Located) -> Profile | None:
         """What the file beside an adapter asks for; None where there is none."""
-        path, root = self._path_of(source), self._policy.root
-        return await self.on_thread(lambda: read_profile(path, name, self._registry.templates, root))
+        return await self.on_thread(lambda: read_profile(at.path, name, self._registry.templates, at.root))
 
     def profile(self, fields: Mapping[str, Any]) -> Profile:
         """A profile as an operator gives it."""
@@ -97,14 +137,10 @@ class AdapterSources:
     def close(self) -> None:
         """Give the threads and the store up."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._hub_threads.shutdown(wait=False, cancel_futures=True)
         self._store.close()
 
-    def _path_of(self, source: str) -> Path:
-        root = self._policy.root
-        if root is None:
-            problem = "start the server with --adapter-root DIR: adapters are loaded from below it"
-            raise AdapterError("no_adapter_root", problem, "source")
+    def _check_text(self, source: str) -> None:
         if not source or len(source) > MAX_SOURCE_CHARS or not source.isprintable():
             problem = f"the path must have 1 to {MAX_SOURCE_CHARS} printable characters"
             raise AdapterError("bad_source", problem, "source")
-        return root / source  # an absolute path replaces the root; that it leads below it is checked when it is opened

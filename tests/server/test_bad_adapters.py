@@ -23,7 +23,7 @@ from guanaco.server.engine.adapter_manager import AdapterRefused
 
 # These never come through a route: of converting, of the command line, and of a start that fails.
 ELSEWHERE = {"convert.py", "convert_worker.py", "torch_pickle.py", "registry_file.py"}
-NOT_OF_LOADS = {"bad_option", "store_in_use"}
+NOT_OF_LOADS = {"bad_option", "store_in_use", "target_exists", "target_unwritable"}  # of the command line
 
 
 class Scene(NamedTuple):
@@ -99,12 +99,13 @@ def test_there_are_enough_of_them() -> None:
 
 def test_every_code_is_documented_with_its_status() -> None:
     sources = [*(REPOSITORY / "adapters").glob("*.py"), *(REPOSITORY / "server").rglob("*.py")]
+    sources.append(REPOSITORY / "models/hub_files.py")
     raised = {code for code, _ in REFUSED.values()} | {code for _, code, _ in _FEATURES}
     for path in sources:
         if path.name in ELSEWHERE:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "AdapterError":
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("AdapterError", "HubError"):
                 assert isinstance(node.args[0], ast.Constant | ast.Name), f"{path.name}:{node.lineno}"
                 if isinstance(node.args[0], ast.Constant):
                     raised.add(node.args[0].value)

@@ -24,6 +24,7 @@ OTHER_VALUE = {  # a text for each setting that is valid and not its default
     "offline": "true",
     "quantized_cache": "false",
     "strict_base": "true",
+    "hub_adapters": "true",
 }
 NAMES = sorted(Settings.model_fields)
 

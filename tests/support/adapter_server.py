@@ -22,6 +22,7 @@ from guanaco.adapters.store import VersionStore
 from guanaco.adapters.weights import BASE_FINGERPRINT_KEY, WEIGHTS_NAME, AdapterLimits
 from guanaco.server.api.auth import KeyRing
 from guanaco.server.api.catalog import Catalog, ServedModel
+from guanaco.server.engine.adapter_hub import AdapterHub
 from guanaco.server.engine.adapter_manager import AdapterManager
 from guanaco.server.engine.adapter_sources import AdapterPolicy
 from guanaco.server.engine.loading_queue import LoadingQueue
@@ -107,6 +108,7 @@ def make_adapter_server(
     strict_base: bool = False,
     command_line: dict[str, Path] | None = None,
     keys: Sequence[str] = (),
+    hub: AdapterHub | None = None,
     **settings: Any,
 ) -> AdapterServer:
     """A server that is not started yet. Whatever `directory` holds of an earlier one comes back, after the adapters
@@ -131,7 +133,7 @@ def make_adapter_server(
         store,
         RegistryFile(store.directory / "registry.json"),
         made.state.engine,
-        AdapterPolicy(root, FINGERPRINT, strict_base),
+        AdapterPolicy(root, FINGERPRINT, strict_base, hub),
         probe_token_ids=(1, 2, 3),
         on_change=lambda: made.state.metrics.adapters.set_names(registry.names_by_version()),
         on_load=made.state.metrics.adapters.observe_load,

@@ -24,6 +24,7 @@ class FakeHub:
     break_off: dict[str, int] = field(default_factory=dict)  # name → bytes after which its next answer breaks off
     status_after_break: int | None = None  # what `fail_status` becomes then
     fail_status: int | None = None  # if set: every answer
+    sizes: dict[str, int] = field(default_factory=dict)  # name → what the list of files says instead of the truth
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, Range header
     endpoint: str = ""
 
@@ -85,7 +86,12 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send_json({"id": "org/tiny", "sha": commit, "siblings": [{"rfilename": n} for n in files]})
         if kind == "tree":
             oids = {n: hashlib.sha1(content).hexdigest() for n, content in files.items()}
-            return self._send_json([{"type": "file", "path": n, "size": len(files[n]), "oid": oids[n]} for n in files])
+            return self._send_json(
+                [
+                    {"type": "file", "path": n, "size": self.hub.sizes.get(n, len(files[n])), "oid": oids[n]}
+                    for n in files
+                ]
+            )
         return self._send_file(name, files[name], commit)
 
     def _send_json(self, value: Any) -> None:

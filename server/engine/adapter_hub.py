@@ -1,0 +1,92 @@
+"""Adapters of the Hugging Face Hub as sources: `org/name@revision`, pinned to a commit when it is fetched.
+
+Only the config, the safetensors weights and the profile are ever downloaded. Blocks: whoever calls it has a thread for
+that. Used by the adapter sources, and by `guanaco adapters pull`.
+"""
+
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from guanaco.adapters.config import CONFIG_NAME, MAX_CONFIG_BYTES
+from guanaco.adapters.errors import AdapterError
+from guanaco.adapters.profile import MAX_PROFILE_BYTES, PROFILE_NAME
+from guanaco.adapters.weights import WEIGHTS_NAME, AdapterLimits
+from guanaco.models.hub_files import HubError, Snapshot, fetch_files
+from guanaco.server.config import Settings
+
+_ADDRESS = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})@([A-Za-z0-9][\w./-]{0,127})")
+
+
+@dataclass(frozen=True)
+class HubAddress:
+    repository: str
+    revision: str
+
+    @classmethod
+    def parse(cls, text: str) -> "HubAddress | None":
+        """`org/name@revision`; None for anything else."""
+        match = _ADDRESS.fullmatch(text)
+        return None if match is None or ".." in text else cls(match[1], match[2])
+
+    def __str__(self) -> str:
+        return f"{self.repository}@{self.revision}"
+
+
+@dataclass(frozen=True)
+class AdapterHub:
+    """How the hub is to be asked."""
+
+    cache_dir: Path
+    offline: bool = False
+    token: str | None = None
+    endpoint: str | None = None
+    max_weights_bytes: int = AdapterLimits().max_file_bytes
+
+    @classmethod
+    def of(cls, settings: Settings) -> "AdapterHub":
+        """With the settings that models of the hub have too."""
+        token = None if settings.hub_token is None else settings.hub_token.get_secret_value()
+        return cls(settings.cache_dir / "hub", offline=settings.offline, token=token)
+
+    def fetch(self, address: HubAddress) -> tuple[Path, HubAddress]:
+        """The directory with an adapter's files, in the hub's cache, and the address with its commit. AdapterError."""
+        snapshot = self._fetch(address)
+        return snapshot.path, HubAddress(address.repository, snapshot.commit)
+
+    def pull(self, address: HubAddress, target: Path) -> HubAddress:
+        """Copy an adapter's files into the new directory `target`, which appears whole or not at all. AdapterError."""
+        if os.path.lexists(target):
+            raise AdapterError("target_exists", f"{target} is there already; choose another directory")
+        path, pinned = self.fetch(address)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
+                inner = Path(temporary) / target.name
+                inner.mkdir()
+                for name in (CONFIG_NAME, WEIGHTS_NAME, PROFILE_NAME):
+                    if (path / name).exists():
+                        shutil.copyfile(path / name, inner / name)
+                inner.rename(target)
+        except OSError as error:
+            raise AdapterError("target_unwritable", f"{target} cannot be written: {error.strerror}") from None
+        return pinned
+
+    def _fetch(self, address: HubAddress) -> Snapshot:
+        try:
+            return fetch_files(
+                address.repository,
+                address.revision,
+                {CONFIG_NAME: MAX_CONFIG_BYTES, WEIGHTS_NAME: self.max_weights_bytes, PROFILE_NAME: MAX_PROFILE_BYTES},
+                required=(CONFIG_NAME, WEIGHTS_NAME),
+                cache_dir=self.cache_dir,
+                offline=self.offline,
+                token=self.token,
+                endpoint=self.endpoint,
+            )
+        except HubError as error:
+            code = error.code
+            raise AdapterError(code, str(error), "source") from None
