@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -21,6 +22,7 @@ from real_server import (
     WAIT,
     RealServer,
     Traffic,
+    ask,
     complete,
     make_real_server,
     nothing_is_left,
@@ -109,10 +111,12 @@ class Scene:
         return rng.choice(files) if files else None
 
 
-def scene_of(directory: Path, model: Path) -> RealServer:
+def scene_of(directory: Path, model: Path, **settings: Any) -> RealServer:
     """What was loaded before is read here, and permissions count for that too."""
     with ThreadPoolExecutor(1, initializer=obey_permissions) as thread:
-        return thread.submit(make_real_server, directory, model=model, thread_setup=obey_permissions).result()
+        return thread.submit(
+            make_real_server, directory, model=model, thread_setup=obey_permissions, **settings
+        ).result()
 
 
 @pytest.fixture
@@ -121,7 +125,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def test_file_faults(tmp_path: Path, model: Path, proof_count: Callable[[int, int], int]) -> None:
-    rng, outcomes, count = random.Random(5), Counter[str](), proof_count(50, 500)
+    rng, outcomes, count = random.Random(5), Counter[str](), proof_count(40, 500)
     with scene_of(tmp_path, model) as server, server.client(headers=ADMIN) as admin:
         scene = Scene(server, admin)
         others = {name: (server.root / "s7" / name).read_bytes() for name in (WEIGHTS, CONFIG)}
@@ -158,6 +162,31 @@ def _later(scene: Scene, victim: Path | None, fault: str, rng: random.Random, ot
     victim = victim or scene.store_file(rng)
     if victim is not None:
         damage(victim, fault, rng, others[victim.name])
+
+
+def test_faults_of_what_waits_on_disk(tmp_path: Path, model: Path, proof_count: Callable[[int, int], int]) -> None:
+    """Memory has room for three of four adapters, so requests wait for copies to be read that suffer meanwhile: they
+    get the right answer or are told why there is none, and a new load mends it."""
+    rng, outcomes, count = random.Random(9), Counter[str](), proof_count(16, 250)
+    allowed = frozenset({"adapter_broken", "adapter_read_failed", "model_not_found"})
+    with scene_of(tmp_path, model, adapter_host_memory=250_000) as server, server.client(headers=ADMIN) as admin:
+        scene = Scene(server, admin)
+        others = {name: (server.root / "s7" / name).read_bytes() for name in (WEIGHTS, CONFIG)}
+        expected = {BASE: server.answers(BASE), **scene.resident}
+        with nothing_is_left(server), Traffic(server, expected, allowed=allowed) as traffic:
+            for turn in range(count):
+                number = rng.randrange(len(NAMES))
+                name, source = NAMES[number], f"s{number}"
+                victim = server.store / scene.versions[source] / rng.choice((WEIGHTS, WEIGHTS, CONFIG))
+                damage(victim, FAULTS[turn % len(FAULTS)], rng, others[victim.name])
+                for _ in range(4):
+                    response = ask(admin, rng.choice(NAMES), PROMPTS[0])
+                    outcomes[str(response.status_code)] += 1
+                assert scene.check(name, scene.load(name, source)) == "loaded"
+                assert tuple(complete(admin, name, prompt) for prompt in PROMPTS) == scene.resident[name]
+        assert traffic.wrong == []
+        assert traffic.num_right > count
+        assert traffic.refused.total() + outcomes.total() - outcomes["200"] > 0, "no fault was felt"
 
 
 def test_a_restart_serves_what_is_whole(tmp_path: Path, model: Path) -> None:
