@@ -132,7 +132,8 @@ def test_a_token_opens_and_a_broken_download_goes_on(tmp_path: Path, hub: FakeHu
     settings = asking(hub, tmp_path, token="secret")
     with make_adapter_server(tmp_path, hub=settings) as server, server.client(headers=ADMIN) as client:
         hub.break_off, hub.status_after_break = {"adapter_model.safetensors": 40}, 403
-        assert refused(client, "org/tiny@main") == (502, "hub_failed")
+        # Which of the files, fetched at the same time, meets the hub's refusal first is not ours to say.
+        assert refused(client, "org/tiny@main") in ((502, "hub_failed"), (403, "hub_forbidden"))
         hub.fail_status = None
         assert put(client, "a", "org/tiny@main")["source"] == f"org/tiny@{COMMIT}"
 
