@@ -12,7 +12,8 @@ How a scheduler uses it:
     table.read_done(version, ok)      # its copy is there, or could not be had
     table.unpin(versions)             # the request ended: exactly once per successful pin
 
-A version stays after the last unpin, most recently used last, until another one needs its bytes. One that the table was
+A version stays after the last unpin, most recently used last, until another one needs its bytes; one that an operator
+wants kept (`keep`) is not evicted for others. One that the table was
 never told of (`add`) is none of its business: it counts as ready, and takes nothing.
 """
 
@@ -32,6 +33,7 @@ class HostTable:
         self._here: set[str] = set()
         self._reading: set[str] = set()  # their bytes are taken already
         self._permanent: set[str] = set()  # here, and nowhere else: never evicted for another one
+        self._kept: set[str] = set()  # here or being read, and not to be evicted, since an operator says so
         self._pins: Counter[str] = Counter()  # counts above zero only
         self._idle: dict[str, None] = {}  # here, unpinned, evictable; insertion order is least recently used first
         self._evicted: dict[str, None] = {}  # what `take_…` hands out next
@@ -103,19 +105,34 @@ class HostTable:
                 del self._pins[version]
                 self._settle(version)
 
+    def keep(self, version: str) -> bool:
+        """From now on a version is not evicted for others; one that is away is read. False where there is no room."""
+        if version not in self._sizes:
+            return True
+        if not self.pin([version]):
+            return False
+        self._kept.add(version)
+        self.unpin([version])
+        return True
+
+    def release(self, version: str) -> None:
+        """Take `keep` back."""
+        self._kept.discard(version)
+        self._settle(version)
+
     def is_ready(self, versions: Iterable[str]) -> bool:
         """Whether a copy of each is in memory. Any thread may ask."""
         return all(version in self._here or version not in self._sizes for version in versions)
 
-    def can_ever_fit(self, versions: Iterable[str], *, beside_reads: bool = False) -> bool:
+    def can_ever_fit(self, versions: Iterable[str], *, beside_others: bool = False) -> bool:
         """Whether these versions fit at the same time when nobody else holds any. Any thread may ask.
 
-        beside_reads: … while what is being read now still is.
+        beside_others: … while what an operator keeps stays, and what is being read now still is.
         """
         wanted = set(versions)
         others = self._permanent - wanted
-        if beside_reads:
-            others |= self._reading - wanted
+        if beside_others:
+            others |= (self._kept | self._reading) - wanted
         return sum(self._sizes.get(version, 0) for version in wanted | others) <= self.limit_bytes
 
     def take_evicted(self) -> tuple[str, ...]:
@@ -136,16 +153,23 @@ class HostTable:
             self._here.add(version)
             self._settle(version)
         else:
+            self._kept.discard(version)
             self.num_bytes -= self._sizes[version]
 
     def evict(self, version: str) -> bool:
-        """Let a copy go, permanent or not; False where somebody holds it or it is being read."""
+        """Let a copy go, permanent, kept or not; False where somebody holds it or it is being read."""
         if self._pins[version] or version in self._reading:
             return False
         if version in self._here:
             self._permanent.discard(version)
+            self._kept.discard(version)
             self._drop(version)
         return True
+
+    @property
+    def kept(self) -> frozenset[str]:
+        """What an operator wants kept, and is."""
+        return frozenset(self._kept)
 
     def num_pins(self, version: str) -> int:
         """How many requests hold this version."""
@@ -165,14 +189,16 @@ class HostTable:
         assert self._here | self._reading <= self._sizes.keys(), "a version without a size"
         assert self.num_bytes == sum(self._sizes[version] for version in self._here | self._reading), "bytes"
         assert all(count > 0 for count in self._pins.values()), "a pin count of zero is kept"
-        assert set(self._idle) == self._here - self._pins.keys() - self._permanent, "who may be evicted"
+        assert set(self._idle) == self._here - self._pins.keys() - self._permanent - self._kept, "who may be evicted"
+        assert self._here | self._reading >= self._kept, "a version that is to stay is away"
         assert self._pins.keys() <= self._here | self._reading, "a pinned version is neither here nor being read"
         permanent = sum(self._sizes[version] for version in self._permanent)
         assert self.num_bytes <= max(self.limit_bytes, permanent), "more bytes than there may be"
 
     def _settle(self, version: str) -> None:
         """Now the most recently used that may be evicted, if it may be at all."""
-        if version in self._here and version not in self._pins and version not in self._permanent:
+        is_held = version in self._pins or version in self._permanent or version in self._kept
+        if version in self._here and not is_held:
             self._idle.pop(version, None)
             self._idle[version] = None
 

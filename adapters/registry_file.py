@@ -51,6 +51,10 @@ class RegistryFile:
         """The aliases that were written last; none where there is no file, or an old one. Raises as `read`."""
         return self._read(lambda content: tuple(_alias(record) for record in content.get("aliases", [])))
 
+    def read_pinned(self) -> tuple[str, ...]:
+        """The names that were to stay in memory. Raises as `read`."""
+        return self._read(lambda content: tuple(str(name) for name in content.get("pinned", [])))
+
     def _read(self, parse: Callable[[dict[str, Any]], tuple[T, ...]]) -> tuple[T, ...]:
         try:
             if self.path.stat().st_size > _MAX_BYTES:
@@ -66,10 +70,15 @@ class RegistryFile:
         except (JsonError, KeyError, TypeError, ValueError, AttributeError):
             raise AdapterError("registry_damaged", f"{self.path} is damaged; move it away") from None
 
-    def write(self, records: Iterable[Saved], aliases: Iterable[Alias] = ()) -> None:
+    def write(self, records: Iterable[Saved], aliases: Iterable[Alias] = (), pinned: Iterable[str] = ()) -> None:
         """Replace the file. Raises OSError; then the old one is still there."""
-        lists = {"adapters": [asdict(record) for record in records], "aliases": [asdict(alias) for alias in aliases]}
-        text = json.dumps({"format": _FORMAT, **lists}, indent=1)
+        content = {
+            "format": _FORMAT,
+            "adapters": [asdict(record) for record in records],
+            "aliases": [asdict(alias) for alias in aliases],
+            "pinned": sorted(pinned),
+        }
+        text = json.dumps(content, indent=1)
         handle, temporary = tempfile.mkstemp(prefix=f".{self.path.name}-", dir=self.path.parent)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:

@@ -350,6 +350,18 @@ def adapters_rollback(
     _admin(url, admin_key, as_json, "POST", name, "/rollback", {"version": to} if to else {})
 
 
+@adapters_app.command("pin")
+def adapters_pin(
+    name: Annotated[str, typer.Argument(help="which")],
+    off: Annotated[bool, typer.Option("--off", help="no longer")] = False,
+    url: _Url = _URL,
+    admin_key: _AdminKey = None,
+    as_json: _AsJson = False,
+) -> None:
+    """Keep an adapter in the server's memory, however many others are used."""
+    _admin(url, admin_key, as_json, "POST", name, "/pin", {"pinned": not off})
+
+
 @app.command()
 def version() -> None:
     """Print the version."""

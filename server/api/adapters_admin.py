@@ -55,6 +55,10 @@ class CheckBody(Body):
     source: _Source
 
 
+class PinBody(Body):
+    pinned: bool
+
+
 class RollbackBody(Body):
     version: _Version | None = None
 
@@ -153,6 +157,18 @@ async def rollback_adapter(request: Request, name: str) -> Response:
     manager, body = manager_of(request), await admin_body(request, RollbackBody)
     try:
         await manager.rollback(name, body.version)
+    except AdapterRefused as error:
+        raise refusal(error) from None
+    return json_response(_card(_view(manager, name)))
+
+
+@router.post(
+    "/v1/adapters/{name}/pin", summary="Keep it in the host's memory, or no longer", openapi_extra=body_schema(PinBody)
+)
+async def pin_adapter(request: Request, name: str) -> Response:
+    manager, body = manager_of(request), await admin_body(request, PinBody)
+    try:
+        await manager.pin(name, pinned=body.pinned)
     except AdapterRefused as error:
         raise refusal(error) from None
     return json_response(_card(_view(manager, name)))

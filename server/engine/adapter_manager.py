@@ -20,6 +20,7 @@ from guanaco.adapters.registry_file import RegistryFile
 from guanaco.adapters.store import OnStage, VersionStore
 from guanaco.adapters.weights import LoadedAdapter
 from guanaco.server.engine.adapter_aliases import AliasManager
+from guanaco.server.engine.adapter_pins import AdapterPins
 from guanaco.server.engine.adapter_records import AdapterRecords
 from guanaco.server.engine.adapter_sources import AdapterPolicy, AdapterSources
 from guanaco.server.engine.adapter_tiers import AdapterTiers
@@ -63,6 +64,7 @@ class AdapterManager:
         self._records = AdapterRecords(registry, table, saved)
         self._engine = engine
         self.tiers = AdapterTiers(registry, store, engine, self._broke, device_bytes)
+        self._pins = AdapterPins(registry, engine)
         self._probe_token_ids = probe_token_ids
         self._on_change = on_change
         self._on_load = on_load
@@ -82,7 +84,7 @@ class AdapterManager:
             self.tiers.adopt(self.registry.host_copy(entry.version), is_permanent=True)
         notes = self._records.restore(self._sources.stored_now, self._sources.profile, self.tiers.adopt)
         self._sources.collect_now(self._records.wanted)
-        return notes
+        return (*notes, *self._pins.restore(self._records.pinned()))
 
     async def load(
         self,
@@ -120,6 +122,11 @@ class AdapterManager:
         """Make `name` what it was before its last change, or an earlier version of its history."""
         return await self._locked(name, lambda: self._rollback(name, version))
 
+    async def pin(self, name: str, *, pinned: bool) -> None:
+        """Keep `name` in host memory, whatever version it comes to stand for, until told otherwise."""
+        await self._locked(name, lambda: self._pins.pin(name) if pinned else self._pins.unpin(name))
+        await self._changed()
+
     def view(self, name: str) -> AdapterView | None:
         """One name, or None where there is none."""
         return next((view for view in self.views() if view.entry.name == name), None)
@@ -145,6 +152,7 @@ class AdapterManager:
             num_loads=self._num_loads[entry.name],
             loading=loading,
             aliases=self.aliases.table.pointing_to(entry.name),
+            is_pinned=entry.name in self._pins.names,
         )
 
     async def check(self, name: str, source: str) -> dict[str, Any]:
@@ -270,6 +278,7 @@ class AdapterManager:
         entry = self.registry.remove(name)
         self._records.drop(name)
         self._num_loads.pop(name, None)
+        self._pins.names.discard(name)
         # Not only what the name stood for: aliases lead to earlier versions of it no more.
         versions = {entry.version, *await self.aliases.refresh()}
         await self._changed()
@@ -352,7 +361,8 @@ class AdapterManager:
 
     async def _changed(self) -> None:
         """Names mean something else from now on: write it down, and tell who keeps a list."""
-        await self._records.save(self._sources.on_thread)
+        await self._pins.refresh()
+        await self._records.save(self._sources.on_thread, frozenset(self._pins.names))
         self._on_change()
 
 

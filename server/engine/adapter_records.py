@@ -122,7 +122,11 @@ class AdapterRecords:
             self._registry.versions() | self._aliases.wanted()
         )
 
-    async def save(self, on_thread: OnThread) -> None:
+    def pinned(self) -> tuple[str, ...]:
+        """The names that were to stay in memory before a restart."""
+        return self._saved.read_pinned()
+
+    async def save(self, on_thread: OnThread, pinned: frozenset[str]) -> None:
         """Write down what a restart is to bring back. The change itself stands even if that fails; the log says so."""
         async with self._saving:
             ready = (
@@ -135,7 +139,7 @@ class AdapterRecords:
             kept = (record for record in (*ready, *broken) if record.name in self._persistent)
             records = (*kept, *self._shadowed.values())
             try:
-                await on_thread(lambda: self._saved.write(records, self._aliases.all()))
+                await on_thread(lambda: self._saved.write(records, self._aliases.all(), pinned))
             except OSError as error:
                 logger.error(
                     "the list of adapters could not be written (%s): a restart would not know this change", error

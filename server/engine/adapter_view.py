@@ -26,6 +26,7 @@ class AdapterView:
     num_loads: int = 0  # how often the name was loaded, replaced or rolled back since the start
     loading: str | None = None  # the source that is being loaded for it now
     aliases: tuple[str, ...] = ()  # that lead to it
+    is_pinned: bool = False  # stays in memory, since an operator says so
 
     def public(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -52,6 +53,7 @@ class AdapterView:
             "modules_possible": entry.modules_possible,
             "num_bytes": entry.num_bytes,
             "tier": self.tier,
+            "pinned": self.is_pinned,
             "pins": self.num_requests,
             "num_loads": self.num_loads,
             "num_uses": self.num_uses,

@@ -96,6 +96,16 @@ class Engine:
         """
         return self.scheduler.add_adapter(version, num_bytes, device_bytes)
 
+    def keep_adapters(self, versions: frozenset[str]) -> bool:
+        """These versions stay in host memory, and no others for this reason; False where some find no room."""
+        host = self.scheduler.host
+        for version in host.kept - versions:
+            host.release(version)
+        found = [host.keep(version) for version in sorted(versions - host.kept)]
+        self.scheduler.admit_loaded()  # who was let go leaves room
+        self._move_adapters()
+        return all(found)
+
     def adapter_read(self, version: str, error: str | None) -> None:
         """A read that `source` was told to start has ended; with an error, so do those who waited for it."""
         self.scheduler.adapter_read(version, error)

@@ -50,9 +50,9 @@ class LoadingQueue:
         return ready
 
     def _blocks_others(self, sequence: Sequence) -> bool:
-        """It has waited long enough, and letting nobody else in would help: a read that hangs does not count."""
+        """It has waited long enough, and letting nobody else in would help: not against a read that hangs."""
         has_waited = sequence.num_passed_over > MAX_STEPS_WITHOUT_ROOM
-        return has_waited and self._host.can_ever_fit(sequence.versions, beside_reads=True)
+        return has_waited and self._host.can_ever_fit(sequence.versions, beside_others=True)
 
     def late(self, now: float) -> list[Sequence]:
         """Who has waited too long at monotonic time `now`."""

@@ -32,6 +32,7 @@ class HostTableMachine(RuleBasedStateMachine):
         self.memory = set()  # what really is there
         self.started = set()
         self.permanent = set()
+        self.kept = set()  # by an operator
         if permanent and limit >= SIZES["v0"]:
             self.table.add("v0", SIZES["v0"], is_permanent=True)
             self.permanent, self.used, self.memory = {"v0"}, ["v0"], {"v0"}
@@ -54,21 +55,37 @@ class HostTableMachine(RuleBasedStateMachine):
     @rule(versions=st.lists(VERSIONS, max_size=3), now=st.booleans())
     def pin(self, versions, now):
         versions = [version for version in versions if self.table.is_known(version)]
+        if self.bring(versions, self.table.pin):
+            self.held.append(tuple(versions))
+        if now:
+            self.move()
+
+    @rule(version=VERSIONS)
+    def keep(self, version):
+        if version in self.kept:
+            self.table.release(version)
+            self.kept.remove(version)
+            self.renew(version)
+        elif self.table.is_known(version) and self.bring([version], lambda versions: self.table.keep(*versions)):
+            self.kept.add(version)
+            self.renew(version)
+
+    def bring(self, versions, into):
+        """Have versions held by `into`: whether there is room, and who goes for it, must be as this says."""
         missing = set(versions) - set(self.used) - self.reading
-        idle = [v for v in self.used if v not in self.pins() and v not in versions and v not in self.permanent]
+        idle = [v for v in self.used if v not in self.pins() and v not in versions]
+        idle = [version for version in idle if version not in self.permanent | self.kept]
         needed = self.bytes({*self.used, *self.reading, *missing}) - self.table.limit_bytes
         evicted = []
         while missing and needed > 0 and idle:
             evicted.append(idle.pop(0))
             needed -= SIZES[evicted[-1]]
         fits = not missing or needed <= 0
-        assert self.table.pin(versions) is fits
+        assert into(versions) is fits
         if fits:
-            self.held.append(tuple(versions))
             self.used = [v for v in self.used if v not in evicted]
             self.reading |= missing
-        if now:
-            self.move()
+        return fits
 
     @rule()
     def later(self):
@@ -86,6 +103,7 @@ class HostTableMachine(RuleBasedStateMachine):
             self.used.append(version)
         self.table.read_done(version, is_here=good)
         if not good:  # whoever waits for it ends
+            self.kept.discard(version)
             for versions in [held for held in self.held if version in held]:
                 self.held.remove(versions)
                 self.let_go(versions)
@@ -98,9 +116,13 @@ class HostTableMachine(RuleBasedStateMachine):
     def let_go(self, versions):
         self.table.unpin(versions)
         for version in dict.fromkeys(versions):
-            if version in self.used and version not in self.pins():
-                self.used.remove(version)
-                self.used.append(version)
+            self.renew(version)
+
+    def renew(self, version):
+        """Nobody holds it any more: from now on it is the most recently used."""
+        if version in self.used and version not in self.pins():
+            self.used.remove(version)
+            self.used.append(version)
 
     @rule(version=VERSIONS)
     def remove(self, version):
@@ -112,6 +134,7 @@ class HostTableMachine(RuleBasedStateMachine):
         if gone:
             self.used = [v for v in self.used if v != version]
             self.permanent.discard(version)
+            self.kept.discard(version)
             self.move()
             self.table.remove(version)
 
@@ -120,6 +143,7 @@ class HostTableMachine(RuleBasedStateMachine):
         if not hasattr(self, "table"):
             return
         self.table.check()
+        assert self.table.kept == self.kept
         pins = self.pins()
         assert all(self.table.num_pins(version) == pins[version] for version in SIZES)
         known = [version for version in SIZES if self.table.is_known(version)]
@@ -190,7 +214,7 @@ def test_all_or_nothing():
     assert table.num_pins("a") == 1
     assert table.can_ever_fit(["c", "d"])
     assert not table.can_ever_fit(["a", "c", "d"])
-    assert not table.can_ever_fit(["c"], beside_reads=True)
+    assert not table.can_ever_fit(["c"], beside_others=True)
 
 
 def test_a_read_without_a_waiter_leaves_a_copy_that_can_go():

@@ -177,11 +177,11 @@ def test_who_waits_too_long_is_told_so(tmp_path: Path, monkeypatch: pytest.Monke
         server.wait(lambda: not host_of(server)._pins)
         check(server, "b")
         reads.go.set()
-        server.wait(lambda: tiers_of_ledger(server, "a") == "host")  # it came too late for the one, not for the next
+        server.wait(lambda: tier_of(server, "a") == "host")  # it came too late for the one, not for the next
         check(server, "a")
 
 
-def tiers_of_ledger(server: AdapterServer, name: str) -> str:
+def tier_of(server: AdapterServer, name: str) -> str:
     return server.manager.tiers.tier(version_of(server, name))
 
 
@@ -279,6 +279,50 @@ def test_a_restart_with_less_memory_serves_them_all(tmp_path: Path) -> None:
         assert tiers(server) == {**dict.fromkeys("ab", "host"), **dict.fromkeys("cdef", "disk")}
         for name in NAMES:
             check(server, name)
+
+
+def pin(server: AdapterServer, name: str, pinned: bool = True) -> httpx.Response:
+    with server.client(headers=ADMIN) as client:
+        return client.post(f"/v1/adapters/{name}/pin", json={"pinned": pinned})
+
+
+def test_a_pinned_one_stays_whatever_it_stands_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(tmp_path, room=2) as server, server.client(headers=ADMIN) as client:
+        assert refused(pin(server, "nobody")) == (404, "adapter_not_found")
+        card = pin(server, "a").json()  # it is read, in place of an idle one
+        assert card["pinned"] is True
+        server.wait(lambda: tier_of(server, "a") == "host")
+        for name in NAMES[1:]:
+            check(server, name)
+            assert tier_of(server, "a") != "disk"
+        client.put("/v1/adapters/a", json={"source": server.source("a2", 99, RANK)})
+        reads = Reads(server, monkeypatch)
+        for name in ("d", "e", "a", "d", "e", "a"):
+            check(server, name)
+        assert reads.count[version_of(server, "a")] == 0
+    with make_adapter_server(tmp_path, host_memory=2 * BYTES) as server, server.client(headers=ADMIN) as client:
+        for name in NAMES[1:]:
+            check(server, name)
+            assert tier_of(server, "a") != "disk", "a restart remembers it"
+        assert client.get("/v1/adapters/a").json()["pinned"] is True
+        assert pin(server, "a", False).json()["pinned"] is False
+        for name in NAMES[1:]:
+            check(server, name)
+        assert tier_of(server, "a") == "disk"
+
+
+def test_what_is_pinned_is_no_room_for_others(tmp_path: Path) -> None:
+    with serving(tmp_path, room=2, adapter_timeout=0.3) as server, server.client(headers=ADMIN) as client:
+        assert pin(server, "a").status_code == pin(server, "b").status_code == 200
+        assert refused(pin(server, "c")) == (507, "host_memory_full")
+        assert client.get("/v1/adapters/c").json()["pinned"] is False
+        assert refused(client.put("/v1/adapters/g", json={"source": server.source("g", 7)})) == (
+            507,
+            "host_memory_full",
+        )
+        assert refused(complete(server, "c")) == (503, "adapter_timeout")
+        client.delete("/v1/adapters/b")
+        check(server, "c")
 
 
 def test_adapters_of_the_command_line_stay(tmp_path: Path) -> None:

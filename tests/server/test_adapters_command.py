@@ -37,6 +37,8 @@ def test_an_adapters_life(server: AdapterServer) -> None:
     assert second["version"][:12] in run(server, "list")[1]
     assert json.loads(run(server, "rollback", "a", "--json")[1])["version"] == first
     assert json.loads(run(server, "rollback", "a", "--to", second["version"][:8], "--json")[1]) != first
+    assert json.loads(run(server, "pin", "a", "--json")[1])["pinned"] is True
+    assert json.loads(run(server, "pin", "a", "--off", "--json")[1])["pinned"] is False
     code, text = run(server, "unload", "a", "--force", "--timeout", "1")
     assert (code, "drained  True" in text) == (0, True)
     assert json.loads(run(server, "list", "--json")[1])["data"] == []

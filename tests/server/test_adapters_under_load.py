@@ -16,7 +16,7 @@ from adapter_server import ADMIN, AdapterServer, make_adapter_server
 from api_server import WAIT
 
 # What an operator's or a client's request may end with while adapters change under it.
-DOCUMENTED = {200, 201, 400, 404, 409, 503}
+DOCUMENTED = {200, 201, 400, 404, 409, 503, 507}
 
 
 @pytest.fixture
@@ -81,9 +81,18 @@ def test_replaced_again_and_again_under_load(server: AdapterServer, proof_count:
         assert len(server.registry._snapshot.versions) == 1
 
 
-def test_storm(server: AdapterServer, proof_count: Callable[[int, int], int]) -> None:
-    """Adapters are loaded, replaced, removed and used at random, many more than there are slots, while their sources
-    are deleted, truncated, overwritten and renamed over: no token of another version, no undocumented status."""
+@pytest.mark.parametrize("host_memory", [1 << 30, 2500], ids=["room", "tight"])
+def test_storm(tmp_path: Path, host_memory: int, proof_count: Callable[[int, int], int]) -> None:
+    """Adapters are loaded, replaced, removed, pinned and used at random, many more than there are slots or (tight) than
+    memory holds, while their sources are deleted, truncated, overwritten and renamed over: no token of another version,
+    no undocumented status."""
+    with make_adapter_server(tmp_path, host_memory=host_memory, adapter_timeout=5.0) as server:
+        _storm(server, proof_count)
+        server.assert_quiet()
+        assert (server.scheduler.host.num_evictions > 0) is (host_memory < 1 << 30)
+
+
+def _storm(server: AdapterServer, proof_count: Callable[[int, int], int]) -> None:
     num_threads, turns = proof_count(8, 32), proof_count(25, 500)
     faults = ("delete", "truncate", "garbage", "rename", "chmod", "none", "none", "none")
     num_tokens, lock = [0], threading.Lock()
@@ -105,6 +114,8 @@ def test_storm(server: AdapterServer, proof_count: Callable[[int, int], int]) ->
                 elif roll < 0.2:
                     force = rng.choice(("true", "false"))
                     response = client.delete(f"/v1/adapters/{name}?timeout=0&force={force}")
+                elif roll < 0.22:
+                    response = client.post(f"/v1/adapters/{name}/pin", json={"pinned": rng.random() < 0.4})
                 else:
                     prompt, count = f"p{rng.randrange(4)}" * rng.randrange(1, 20), rng.randrange(1, 40)
                     response = complete(client, prompt, count, model=name)
@@ -113,6 +124,7 @@ def test_storm(server: AdapterServer, proof_count: Callable[[int, int], int]) ->
                         with lock:
                             num_tokens[0] += count
                 assert response.status_code in DOCUMENTED, response.text
+                assert server.registry.num_bytes <= server.scheduler.host.limit_bytes
                 if response.status_code >= 400:
                     assert error_code(response) != "internal_error", response.text
 

@@ -51,7 +51,7 @@ def test_a_million_checked_steps(proof_count: Callable[[int, int], int]) -> None
     print(f"{num_steps} steps in {first_seed} worlds: {dict(counts)}")
     # What was to be tried did happen, and often.
     ends = ("ended stop", "ended length", "ended abort", "ended error", "refused")
-    adapters = ("loading", "reads", "failed reads", "evictions", "no room", "removed or replaced", "forgotten")
+    adapters = ("loading", "reads", "failed reads", "evictions", "no room", "removed or replaced", "forgotten", "kept")
     for event in (*ends, *adapters, "preempted", "overtaken", "prefix hits"):
         assert counts[event] > 100, event
 
@@ -172,6 +172,11 @@ def _evicts_what_is_held_in_memory(self: HostTable, versions, _original=HostTabl
     return _original(self, versions)
 
 
+def _evicts_what_is_kept(self: HostTable, versions, _original=HostTable.pin) -> bool:
+    self._idle.update(dict.fromkeys(self._kept & self._here - self._pins.keys()))
+    return _original(self, versions)
+
+
 def _takes_half(self: HostTable, versions, _original=HostTable.pin) -> bool:
     """Not all or nothing: what there is room for is held, and read."""
     return all(_original(self, [version]) for version in dict.fromkeys(versions))
@@ -244,6 +249,7 @@ PLANTED = {
     "a broken digest that is trusted": (block_manager, "is_same_content", lambda *_: True),
     "a hold on host memory too few": (HostTable, "unpin", _lets_go_too_early),
     "a copy that is held is evicted": (HostTable, "pin", _evicts_what_is_held_in_memory),
+    "what an operator keeps is evicted": (HostTable, "pin", _evicts_what_is_kept),
     "half of a mixture is held": (HostTable, "pin", _takes_half),
     "a read for each who waits": (HostTable, "pin", _reads_for_everybody),
     "a removal that does not wait": (HostTable, "evict", _removes_what_is_used),

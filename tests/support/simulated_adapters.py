@@ -29,6 +29,7 @@ class SimulatedAdapters:
     ) -> None:
         self.counts: Counter[str] = Counter()
         self.fault_chance = fault_chance
+        self.keeps = True  # whether the operator pins adapters now and then
         self.failed: set[str] = set()  # versions whose read failed since the last step
         self._random = random
         self._scheduler = scheduler
@@ -92,6 +93,10 @@ class SimulatedAdapters:
                 self._retire(self._names.pop(name))
                 self.counts["removed or replaced"] += 1
             self._name(name)
+        if self.keeps and random.random() < 0.03:  # at most one is kept: the others must have room
+            versions = sorted(v for v in self._names.values() if 2 * self._sizes[v] <= self._room - 4)
+            kept = frozenset(random.sample(versions, min(len(versions), random.randrange(2))))
+            self.counts["kept"] += engine.keep_adapters(kept) and bool(kept)
         for version in sorted(self._retired):
             self._forget(engine, version)
 

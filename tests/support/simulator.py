@@ -318,6 +318,8 @@ class Simulation:
     def finish(self) -> Report:
         """Let everything end, and check that nothing is left."""
         self.faults.chance = self.adapters.fault_chance = 0.0
+        self.adapters.keeps = False
+        self.engine.keep_adapters(frozenset())
         each = self.world.max_model_len * 4 + MAX_PASSED_OVER_STEPS + MAX_STEPS_WITHOUT_ROOM
         most = self.report.num_steps + 400 + len(self.clients) * each
         while self.engine.has_work or self.scheduler.loading.sequences:
@@ -467,7 +469,8 @@ class Simulation:
         loading, limit = self.scheduler.loading.sequences, self.world.adapter_timeout_seconds
         assert all(not limit or self.now - s.request.arrival_seconds <= limit for s in loading), "waits for too long"
         if loading and not self.scheduler.waiting and not self.scheduler.running:
-            assert self.adapters.is_reading, "requests wait for adapters that nobody reads"
+            # What an operator keeps may be in the way of a mixture, until it is let go.
+            assert self.adapters.is_reading or self.host.kept, "requests wait for adapters that nobody reads"
         self.report.counts["loading"] += bool(loading)
         self.adapters.failed.clear()
         self.adapters.check(self.slots.resident)
