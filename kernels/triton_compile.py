@@ -201,10 +201,13 @@ def _marks(marker: str, instructions: tuple[sass.Instruction, ...]) -> float:
 def _main_loop(case: CompileCase, function: sass.Function, lane_units: float) -> tuple[sass.Loop, int]:
     """The loop with most of the marks, and how many of the source's turns it holds: as many as the marks suffice for.
 
-    Too few marks for one turn mean that this is not the loop that was described, and nothing is claimed of it.
+    It is an innermost one, but for loops inside without any mark: from compute capability 10.0 on, tensor cores are
+    waited for in one. Too few marks for one turn mean that this is not the loop that was described, and nothing is
+    claimed of it.
     """
     name, per_unit = case.marker
-    loops = [loop for loop in function.loops if loop.innermost]
+    marked = [loop for loop in function.loops if _marks(name, loop.instructions)]
+    loops = [loop for loop in marked if not any(other.blocks < loop.blocks for other in marked)]
     if not loops:
         raise CountError(f"{case.kernel} {case.config}: the machine code has no loop")
     loop = max(loops, key=lambda candidate: _marks(name, candidate.instructions))

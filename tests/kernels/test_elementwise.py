@@ -1,5 +1,6 @@
 """The small Triton kernels, in Triton's interpreter, against float64; and what their machine code says."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from guanaco.kernels import elementwise
+from guanaco.kernels.triton_compile import TARGETS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # float16: one rounding to 11 bits is off by 2^-11 = 4.9e-4 of a value at most (and a row may be one element), 2.1e-4
@@ -25,22 +27,22 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def check(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+def check(actual: Tensor, expected: Tensor, dtype: torch.dtype, length: float = 0.0) -> None:
     assert actual.dtype == dtype
     for row in range(len(expected)):
-        assert relative_l2(actual[row], expected[row]) <= TOLERANCE[dtype]
+        assert relative_l2(actual[row], expected[row], length) <= TOLERANCE[dtype]
 
 
-def check_scaled(scaled: elementwise.ScaledRows, expected: Tensor) -> None:
+def check_scaled(scaled: elementwise.ScaledRows, expected: Tensor, length: float = 0.0) -> None:
     """Values, and that every factor is the power of two that it should be."""
     assert scaled.rows.dtype == torch.float16
     mantissa, _ = torch.frexp(scaled.factors)
     assert torch.equal(mantissa, torch.full_like(mantissa, 0.5))
     value = scaled.rows.double() * scaled.factors.double()[:, None]
     for row in range(len(expected)):
-        assert relative_l2(value[row], expected[row]) <= TOLERANCE[torch.float16]
+        assert relative_l2(value[row], expected[row], length) <= TOLERANCE[torch.float16]
         largest = scaled.rows[row].abs().max()
-        assert 4096 <= largest <= 8192 or (largest == 0 and scaled.factors[row] == 1)
+        assert 2048 <= largest <= 4096 or (largest == 0 and scaled.factors[row] == 1)
 
 
 def exact_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -97,9 +99,9 @@ def test_silu_mul(nan_poison: None, t: int, width: int, dtype: torch.dtype, size
     y = elementwise.silu_mul(gate, up)
     if dtype == torch.float16:  # the smallest products fall below its normal numbers; the scaled rows' do not
         torch.testing.assert_close(y, expected.to(dtype), rtol=2**-10, atol=2**-24)
-    else:
-        check(y, expected, dtype)
-    check_scaled(elementwise.silu_mul_scaled(gate, up), expected)
+    else:  # e^-x is known to x · 2^-24 of itself, which only shows where a row has nothing larger
+        check(y, expected, dtype, length=1e-3 if size > 1 else 0.0)
+    check_scaled(elementwise.silu_mul_scaled(gate, up), expected, length=1e-30)  # below, float32 ends
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -146,10 +148,9 @@ def test_argmax_takes_the_first_of_equals(nan_poison: None) -> None:
     assert elementwise.argmax(logits[:, 7:8].contiguous()).tolist() == [0] * 6
 
 
-@pytest.mark.parametrize("target", ["sm_75", "sm_90"])
-def test_machine_code(target: str, tmp_path: Path) -> None:
-    """Every kernel compiles for the target; no spills, no local memory, rows are read 16 bytes at a time."""
-    found = counts([f"elementwise:{target}"], tmp_path)
+def test_machine_code(proof_count: Callable[[int, int], int], tmp_path: Path) -> None:
+    """Every kernel compiles for every target; no spills, no local memory, rows are read 16 bytes at a time."""
+    found = counts([f"elementwise:{target}" for target in TARGETS[: proof_count(1, len(TARGETS))]], tmp_path)
     assert {e["kernel"] for e in found} == {
         "rms_norm", "silu_mul", "scale_rows", "embedding", "argmax_part", "argmax"
     }  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from compiling import run_compiling
 
-from guanaco.kernels import triton_compile
+from guanaco.kernels import sass, triton_compile
 from guanaco.kernels.triton_compile import CompileCase, occupancy
 
 pytest.importorskip("triton")
@@ -65,6 +65,28 @@ def test_tensor_cores_are_found_where_triton_uses_them(planted: dict[str, dict[s
 
 def test_a_case_that_claims_too_many_units_is_refused(planted: dict[str, dict[str, Any]]) -> None:
     assert "512 or more expected" in planted["wrong:sm_80"]["error"]
+
+
+_WAITING = """
+	.section	.text.k,"ax",@progbits
+.text.k:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/                   LDG.E.128 R4, [R2.64] ;
+.L_x_2:
+        /*0020*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R8], R9 ;
+        /*0030*/              @!P0 BRA `(.L_x_2) ;
+        /*0040*/                   FADD R5, R4, R5 ;
+        /*0050*/               @P1 BRA `(.L_x_1) ;
+        /*0060*/                   EXIT ;
+"""
+
+
+def test_a_loop_that_only_waits_does_not_hide_the_one_around_it() -> None:
+    """As tensor cores are waited for on sm_100: five instructions for the four numbers that the load brings."""
+    case = CompileCase("k", None, 1, "", {}, {}, 1, 128, ("bytes", 4.0), 128, 512, 4.0)
+    found = triton_compile.count(case, "sm_100", sass.parse(_WAITING)["k"], sass.Resources(32, 0, 0, 0), 0)
+    assert (found.issue_slots_per_unit, found.unrolled, found.load_width_bytes) == (5 / 4, 1, 16)
 
 
 @pytest.mark.parametrize(
