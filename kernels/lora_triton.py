@@ -194,13 +194,14 @@ def compile_cases(target: str) -> list[CompileCase]:  # noqa: ARG001  the same f
 def lora_expand(
     acc, b_rows, in_part, columns, module, part, rows, t, b_table, rank_table, active, factors,
     SLOTS: tl.constexpr, PARTS: tl.constexpr, RANK: tl.constexpr, MAX_ACTIVE: tl.constexpr, ALIGNED: tl.constexpr,
-    DOT: tl.constexpr,
+    DOT: tl.constexpr, SKIP: tl.constexpr = False,
 ):  # fmt: skip
     """acc [outputs, rows] plus Σ over active adapters of B · t, for the outputs of one part; called in an epilogue.
 
     b_rows int32 [outputs]: rows of B (of the part, not of the merged matrix), read where in_part; columns int32 [rows]:
     rows of the batch. module: of this part. Elements whose row doesn't use an adapter keep their bits. DOT: on tensor
-    cores, B exact in tf32 and t as a sum of two tf32; at least 16 outputs and 8 rows then.
+    cores, B exact in tf32 and t as a sum of two tf32; at least 16 outputs and 8 rows then. SKIP: adapters that none of
+    these rows uses are not read, which pays where a batch is more than one block of rows.
     """
     CHUNK: tl.constexpr = RANK if RANK < 32 else 32
     STEP: tl.constexpr = 16 if DOT and CHUNK < 16 else CHUNK
@@ -217,7 +218,8 @@ def lora_expand(
                 rank = tl.multiple_of(rank, 8)
             place = t + ((index * PARTS + part) * rows + columns) * RANK
             delta = acc
-            for first in range(0, rank, STEP):
+            end = rank * tl.max(used.to(tl.int32), 0) if SKIP else rank
+            for first in range(0, end, STEP):
                 ranks = first + tl.arange(0, STEP)
                 b_mask = in_part[:, None] & (ranks < rank)[None, :]
                 b_tile = tl.load(b + b_rows[:, None].to(tl.int64) * rank + ranks[None, :], mask=b_mask, other=0.0)

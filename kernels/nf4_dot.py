@@ -20,25 +20,34 @@ from guanaco.kernels.triton_pack import TABLE_WORDS, TritonNf4
 EPILOGUES = ("none", "add", "silu_mul")
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
-# A word of eight codes becomes four registers of two float16: codes 2i and 2i + 1 in register i (kernels-depth 5.2).
-# Called with pack=2 for the same word twice, so that register i is element (word, first) and (word, second) of
-# tensor i. Triton leaves open which elements pack=2 groups; tests/kernels/test_nf4_dot.py proves from the PTX of every
-# shipped configuration that both inputs are one word and that the registers go into the products as they are.
-# z is 0, which ptxas doesn't know: it would otherwise move the tables' words from uniform registers before every prmt,
-# one issue slot per weight.
 _T = [f"{word:#010x}" for word in TABLE_WORDS]
-_DECODE = f"""{{
+
+
+def decode_text(word: str, pairs: tuple[str, str, str, str], note: str = "") -> str:
+    """PTX that makes eight float16 of a word of eight codes: codes 2i and 2i + 1 in register pairs[i].
+
+    kernels-depth 5.2 of the design notes: a byte look-up of 16 entries is two permutes, one of which answers with the
+    sign of its table's byte. z is 0, which ptxas doesn't know: it would otherwise move the tables' words from uniform
+    registers before every prmt, one issue slot per weight.
+    """
+    return f"""
 .reg .b32 z, l, m, h, i, q, v, w, a, b, c, d;
-mov.u32 z, %lanemask_lt; shr.u32 z, z, 31;  // pair $4 $5 to $0 $1 $2 $3
+mov.u32 z, %lanemask_lt; shr.u32 z, z, 31;{note}
 xor.b32 l, z, {_T[0]}; xor.b32 m, z, {_T[2]}; xor.b32 h, z, {_T[4]}; xor.b32 i, z, {_T[6]};
-shr.u32 q, $4, 16; xor.b32 v, $4, 0x88888888; xor.b32 w, q, 0x8888;
-prmt.b32 a, l, {_T[1]}, $4; prmt.b32 b, m, {_T[3]}, v; xor.b32 a, a, b;
-prmt.b32 c, h, {_T[5]}, $4; prmt.b32 d, i, {_T[7]}, v; xor.b32 c, c, d;
-prmt.b32 $0, a, c, 0x5140; prmt.b32 $1, a, c, 0x7362;
+shr.u32 q, {word}, 16; xor.b32 v, {word}, 0x88888888; xor.b32 w, q, 0x8888;
+prmt.b32 a, l, {_T[1]}, {word}; prmt.b32 b, m, {_T[3]}, v; xor.b32 a, a, b;
+prmt.b32 c, h, {_T[5]}, {word}; prmt.b32 d, i, {_T[7]}, v; xor.b32 c, c, d;
+prmt.b32 {pairs[0]}, a, c, 0x5140; prmt.b32 {pairs[1]}, a, c, 0x7362;
 prmt.b32 a, l, {_T[1]}, q; prmt.b32 b, m, {_T[3]}, w; xor.b32 a, a, b;
 prmt.b32 c, h, {_T[5]}, q; prmt.b32 d, i, {_T[7]}, w; xor.b32 c, c, d;
-prmt.b32 $2, a, c, 0x5140; prmt.b32 $3, a, c, 0x7362;
-}}"""
+prmt.b32 {pairs[2]}, a, c, 0x5140; prmt.b32 {pairs[3]}, a, c, 0x7362;
+"""
+
+
+# Called with pack=2 for the same word twice, so that register i is element (word, first) and (word, second) of
+# tensor i. Triton leaves open which elements pack=2 groups; tests/kernels/test_nf4_dot_code.py proves from the PTX that
+# both inputs are one word and that the registers go into the products as they are.
+_DECODE = "{" + decode_text("$4", ("$0", "$1", "$2", "$3"), "  // pair $4 $5 to $0 $1 $2 $3") + "}"
 DECODE = tl.constexpr(_DECODE)
 CONSTRAINTS = tl.constexpr("=&r,=&r,=&r,=&r,r,r")
 
@@ -98,23 +107,26 @@ def nf4_dot(
 
 
 @triton.jit
-def _output(
-    partial, row_factor, bias, outputs, columns, rows, n, module, start1, start2,
-    t, b_table, rank_table, active, factors,
+def finished(
+    place, outputs, columns, rows, n, row_factor, bias, module, start1, start2,
+    t, b_table, rank_table, active, factors, share_stride,
     SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr, RANK: tl.constexpr,
-    MAX_ACTIVE: tl.constexpr, ALIGNED: tl.constexpr,
+    MAX_ACTIVE: tl.constexpr, ALIGNED: tl.constexpr, SKIP: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr,
 ):  # fmt: skip
-    """float32 [outputs, columns]: the shares added one after the other, row factor, bias, LoRA (PARTS 0: none)."""
+    """float32 [outputs, columns]: the shares at `place` added one after the other, row factor, bias, LoRA.
+
+    outputs: rows of W, in the parts FROM … TO − 1; columns: rows of the batch; both may run over the end. Also
+    nf4_dequant's, with one share.
+    """
     known = columns < rows
     mask = (outputs < n)[:, None] & known[None, :]
-    place = partial + columns[None, :] * n + outputs[:, None]
     total = tl.load(place, mask=mask, other=0.0)
     for split in tl.static_range(1, SPLITS):
-        total += tl.load(place + split * rows * n, mask=mask, other=0.0)
+        total += tl.load(place + split * share_stride, mask=mask, other=0.0)
     total *= tl.load(row_factor + columns, mask=known, other=0.0)[None, :]
     if HAS_BIAS:
         total += tl.load(bias + outputs, mask=outputs < n, other=0.0)[:, None]
-    for part in tl.static_range(PARTS):
+    for part in tl.static_range(FROM, TO):
         start = start1 * (part == 1) + start2 * (part == 2)
         end = n
         if PARTS > 1 and part == 0:
@@ -126,6 +138,7 @@ def _output(
             total = lora_expand(
                 total, outputs - start, in_part, columns, module + part, part, rows, t, b_table, rank_table, active,
                 factors, SLOTS=SLOTS, PARTS=PARTS, RANK=RANK, MAX_ACTIVE=MAX_ACTIVE, ALIGNED=ALIGNED, DOT=True,
+                SKIP=SKIP,
             )  # fmt: skip
     return total
 
@@ -142,19 +155,21 @@ def nf4_dot_finish(
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, COLUMNS)
     width = n // 2 if EPILOGUE == "silu_mul" else n
-    result = _output(
-        partial, row_factor, bias, outputs, columns, rows, n, module, start1, start2,
-        t, b_table, rank_table, active, factors,
+    shares = partial + columns[None, :] * n
+    result = finished(
+        shares + outputs[:, None], outputs, columns, rows, n, row_factor, bias, module, start1, start2,
+        t, b_table, rank_table, active, factors, rows * n,
         SPLITS=SPLITS, HAS_BIAS=HAS_BIAS, PARTS=PARTS, SLOTS=SLOTS, RANK=RANK, MAX_ACTIVE=MAX_ACTIVE, ALIGNED=ALIGNED,
+        SKIP=False, FROM=0, TO=1 if EPILOGUE == "silu_mul" and PARTS > 0 else PARTS,
     )  # fmt: skip
     place = columns[None, :] * width + outputs[:, None]
     mask = (outputs < width)[:, None] & (columns < rows)[None, :]
     if EPILOGUE == "silu_mul":
-        up = _output(
-            partial, row_factor, bias, outputs + width, columns, rows, n, module, start1, start2,
-            t, b_table, rank_table, active, factors,
+        up = finished(
+            shares + outputs[:, None] + width, outputs + width, columns, rows, n, row_factor, bias, module, start1,
+            start2, t, b_table, rank_table, active, factors, rows * n,
             SPLITS=SPLITS, HAS_BIAS=HAS_BIAS, PARTS=PARTS, SLOTS=SLOTS, RANK=RANK, MAX_ACTIVE=MAX_ACTIVE,
-            ALIGNED=ALIGNED,
+            ALIGNED=ALIGNED, SKIP=False, FROM=1, TO=PARTS,
         )  # fmt: skip
         result = result / (1.0 + tl.exp(-result)) * up
     if EPILOGUE == "add":
@@ -192,6 +207,7 @@ def product(
     width = weight.n // 2 if epilogue == "silu_mul" else weight.n
     assert y.shape == (rows, width), (y.shape, rows, width)
     assert all(t.is_contiguous() for t in (x, y, row_factor, bias, residual) if t is not None)
+    assert epilogue != "silu_mul" or lora is None or tuple(lora.part_starts) == (0, width), lora.part_starts
     target = target_of(x.device)
     config = dot_config(target, rows, k)
     splits = dot_splits(config, weight.n, k, multiprocessors(x.device))
@@ -310,8 +326,8 @@ def finish_case(
         bytes_per_unit=4.0 * splits,
         not_divisible=tuple(integers),
         has_loop=False,
-        # Loops over adapters, each around one over the rank, for every part and for gate and up.
-        loop_turns={2 * i: float(adapters) for i in range(2 * parts if adapters else 0)} | {-1: float(program_units)},
+        # Loops over adapters, each around one over the rank, for every part.
+        loop_turns={2 * i: float(adapters) for i in range(parts if adapters else 0)} | {-1: float(program_units)},
         targets=TARGETS,
     )
 

@@ -227,11 +227,11 @@ def _successors(instruction: Instruction | None, following: int | None, labels: 
         return nexts
     if instruction.jumps:
         target = _TARGET.search(instruction.operands)
-        # .DIV and .CONV lead to the handling of warps that have diverged.
-        if target is None or ".DIV" in instruction.opcode or ".CONV" in instruction.opcode:
+        # .DIV leads to the handling of warps that have diverged; .CONV leads past it, and it follows.
+        if target is None or ".DIV" in instruction.opcode:
             return nexts
         taken = (labels[target[1]],) if target[1] in labels else ()
-        return taken + nexts if _conditional(instruction) else taken
+        return taken + nexts if _conditional(instruction) or ".CONV" in instruction.opcode else taken
     if instruction.name in ("EXIT", "RET", "BRX", "KILL") and not _conditional(instruction):
         return ()
     return nexts

@@ -119,3 +119,22 @@ def test_a_branch_on_an_operand_may_fall_through() -> None:
     function = sass.parse(listing)["k"]
     assert len(function.instructions) == 4
     assert [len(loop.instructions) for loop in function.loops] == [2]
+
+
+def test_a_converged_warp_jumps_past_what_handles_the_others() -> None:
+    """As ptxas writes a maximum over a warp (REDUX) for sm_80."""
+    listing = """
+	.section	.text.k,"ax",@progbits
+        /*0000*/                   BRA.CONV ~URZ, `(.L_x_1) ;
+        /*0010*/                   MOV R6, 0x0 ;
+        /*0020*/                   CALL.REL.NOINC `($__internal_0_$__cuda_sm70_warpsync) ;
+        /*0030*/                   BRA `(.L_x_2) ;
+.L_x_1:
+        /*0040*/                   REDUX.MAX.S32 UR4, R16 ;
+        /*0050*/                   IMAD.U32 R8, RZ, RZ, UR4 ;
+.L_x_2:
+        /*0060*/                   STG.E [R2.64], R8 ;
+        /*0070*/                   EXIT ;
+"""
+    function = sass.parse(listing)["k"]
+    assert [i.name for i in function.instructions] == ["BRA", "REDUX", "IMAD", "STG", "EXIT"]
