@@ -78,7 +78,8 @@ def test_the_second_start_maps_what_the_first_left(
 
 def test_every_isa_of_one_order_shares_them(originals: Path, cache: Path) -> None:
     results = [logits(load(originals / "nf4", cache, name)) for name in NATIVE]
-    assert len(list_cached_models(cache)) == 1
+    orders = {provider_ops(name).packed_format for name in NATIVE}  # AVX-512's is another one than AVX2's
+    assert len(list_cached_models(cache)) == len(orders)
     for other in results[1:]:
         assert relative_error(other, results[0]) < 1e-3  # a rounding of an activation may fall the other way
 

@@ -7,6 +7,7 @@ of the demo.
 import random
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +212,27 @@ def oracle_greedy(oracle: Any, prompt: list[int], num_tokens: int) -> tuple[Tens
 def oracle_logits(oracle: Any, token_ids: list[int]) -> Tensor:
     """float32 [n, vocab] of one sequence."""
     return oracle(torch.tensor([token_ids])).logits[0].float()
+
+
+@cache
+def plain_bitsandbytes() -> None:
+    """On processors with AVX-512, its own PyTorch decoder in place of bitsandbytes' native ones, for this process.
+
+    Those of 0.50.2 are wrong where rows are no multiple of 64, and refuse to pack such rows; with AVX512-BF16 they
+    compute in bfloat16 whatever they are told.
+    """
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return
+    import bitsandbytes
+    from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
+    from bitsandbytes.backends.utils import _get_4bit_code
+
+    def decode(codes: Any, absmax: Any, blocksize: int, quant_type: str, shape: Any, dtype: torch.dtype) -> Tensor:
+        code = _get_4bit_code(quant_type, codes.device)
+        return _dequantize_4bit_compute(codes.view(torch.uint8).reshape(-1), absmax, code, blocksize, shape, dtype)
+
+    _LIBRARY.impl("dequantize_4bit", decode, "CPU", allow_override=True)
+    bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
+
+
+_LIBRARY = torch.library.Library("bitsandbytes", "IMPL")  # what it holds lasts as long as it does
