@@ -102,7 +102,7 @@ class GgufCheckpoint:
                 "the file contradicts itself: get it again"
             )
         self._asked.add(stored_name)
-        data = mapped_zeros((entry.num_bytes,), torch.uint8).numpy()
+        data = mapped_zeros((entry.num_bytes,), torch.uint8, huge=True).numpy()
         self._file.read_into(entry.offset, data)
         return self._decode(stored_name, entry, data, full=full)
 

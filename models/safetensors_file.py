@@ -66,7 +66,7 @@ class SafetensorsFile:
     def read(self, name: str) -> Tensor:
         """The tensor in memory of its own. Raises ModelError if the file has become shorter since it was opened."""
         stored = self.tensors[name]
-        data = mapped_zeros((stored.num_bytes,), torch.uint8)
+        data = mapped_zeros((stored.num_bytes,), torch.uint8, huge=True)
         self._file.read_into(stored.offset, data.numpy())
         return data.view(stored.dtype).view(stored.shape)
 

@@ -24,7 +24,7 @@ inline void dense_lanes(const typename Element<D>::type* w, int64_t w_stride, in
         for (int n = 0; n < N; n++) {
             wn[n] = Element<D>::load8(w + n * w_stride + i);
             // Rows are shorter than what a hardware prefetcher needs to get going.
-            if (M == 1 && i % 32 == 0) __builtin_prefetch(w + (n + N) * w_stride + i, 0, 3);
+            if (M == 1 && i % 32 == 0) __builtin_prefetch(w + (n + N) * w_stride + i, 0, 2);
         }
 #pragma GCC unroll 4
         for (int m = 0; m < M; m++) {

@@ -7,7 +7,7 @@
 
 namespace guanaco {
 namespace GUANACO_ISA {
-extern const Kernels kTable = {GUANACO_ISA_NAME, kLayout,  quantize_row, nf4_tile, dense_tile, decode_flat, to_float,
+extern const Kernels kTable = {GUANACO_ISA_NAME, kLayout,  quantize_row, nf4_tiles, dense_tile, decode_flat, to_float,
                                from_float,       rms_norm, silu_mul,     rotate,   add,        exp_row,     attend_run,
                                merge_runs};
 }

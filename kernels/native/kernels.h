@@ -36,8 +36,8 @@ struct Kernels {
     int32_t layout;  // nf4_layout.h
 
     void (*quantize_row)(const float* x, int64_t groups, int64_t stride, int16_t* integers, float* factors);
-    void (*nf4_tile)(const uint8_t* tile, int64_t groups, const int16_t* x, const float* factors, int64_t stride,
-                     int64_t rows, float* y);
+    void (*nf4_tiles)(const uint8_t* tile, int64_t count, int64_t groups, const int16_t* x, const float* factors,
+                      int64_t stride, int64_t rows, float* y);
     void (*dense_tile)(const void* w, int32_t dtype, int64_t n, int64_t k, const float* const* x, int64_t rows,
                        float* y, int64_t stride);
     void (*decode_flat)(const uint8_t* packed, const float* scales, int64_t first, int64_t count, float* out);

@@ -12,6 +12,8 @@ constexpr int64_t kBlockRows = 128;
 // Bytes of weights in a task, for one row. What one thread prefetches beyond its task is lost to the other: 48 KiB were
 // six per cent slower.
 constexpr int64_t kTaskBytes = 256 << 10;
+// One or two rows take several tiles side by side, so many that there are eight products.
+constexpr int64_t kSideBySide = 8;
 constexpr int64_t kShrinkRows = 32, kShrinkRanks = 16;
 
 int64_t element_bytes(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
@@ -25,34 +27,37 @@ int64_t bytes_of_tile(const Linear& w) {
 // Everything that a thread needs to compute blocks of a product.
 struct Scratch {
     float* y;  // [kBlockRows][16]
-    float* other;  // the same, for SwiGLU's second product and for LoRA's deltas
+    float* other;  // the same, for SwiGLU's second product
+    float* delta;  // the same, for LoRA's
     const float** rows;  // [kBlockRows]
     float* decoded;  // [16][k] for flat weights
 };
 
-// y[m][0 … 16) for rows first … first + rows − 1 and one tile, without bias and LoRA.
-void tile_product(const Kernels& k, const Linear& w, const Activations& x, int64_t tile, int64_t first, int64_t rows,
-                  const Scratch& s, float* y) {
-    int64_t n0 = tile * kTileRows, n = std::min<int64_t>(kTileRows, w.n - n0);
+// y[tile][m][0 … 16) for rows first … first + rows − 1 and `count` neighbouring tiles, without bias and LoRA.
+void tile_products(const Kernels& k, const Linear& w, const Activations& x, int64_t tile, int64_t count, int64_t first,
+                   int64_t rows, const Scratch& s, float* y) {
     if (w.kind == kNf4Tiled) {
         int64_t groups = w.k / kGroup;
-        k.nf4_tile(w.data + tile * tile_bytes(groups), groups, x.integers + first * kGroup, x.factors + first, x.rows,
-                   rows, y);
+        k.nf4_tiles(w.data + tile * tile_bytes(groups), count, groups, x.integers + first * kGroup, x.factors + first,
+                    x.rows, rows, y);
         return;
     }
     for (int64_t m = 0; m < rows; m++) s.rows[m] = x.x + (first + m) * w.k;
-    if (w.kind == kDense) {
-        const uint8_t* data = w.data + n0 * w.k * element_bytes(w.dtype);
-        k.dense_tile(data, w.dtype, n, w.k, s.rows, rows, y, kTileRows);
-        return;
+    for (; count > 0; count--, tile++, y += rows * kTileRows) {
+        int64_t n0 = tile * kTileRows, n = std::min<int64_t>(kTileRows, w.n - n0);
+        if (w.kind == kDense) {
+            const uint8_t* data = w.data + n0 * w.k * element_bytes(w.dtype);
+            k.dense_tile(data, w.dtype, n, w.k, s.rows, rows, y, kTileRows);
+        } else {
+            k.decode_flat(w.data, w.scales, n0 * w.k, n * w.k, s.decoded);
+            k.dense_tile(s.decoded, kFloat32, n, w.k, s.rows, rows, y, kTileRows);
+        }
     }
-    k.decode_flat(w.data, w.scales, n0 * w.k, n * w.k, s.decoded);
-    k.dense_tile(s.decoded, kFloat32, n, w.k, s.rows, rows, y, kTileRows);
 }
 
 // Add scale · B t to the rows of this block that have adapters; all others are left alone, bit for bit.
 void expand(const Kernels& k, const LoraDelta& delta, const Linear& w, int64_t tile, int64_t first, int64_t rows,
-            const Scratch& s, float* delta_block, float* y) {
+            const Scratch& s, float* y) {
     int64_t n0 = tile * kTileRows, n = std::min<int64_t>(kTileRows, w.n - n0);
     for (const LoraDelta::Segment& segment : delta.segments) {
         const Lora& lora = *delta.lora;
@@ -66,11 +71,11 @@ void expand(const Kernels& k, const LoraDelta& delta, const Linear& w, int64_t t
         for (const int32_t* some = from; some < to; some += kBlockRows) {
             int64_t count = std::min<int64_t>(to - some, kBlockRows);
             for (int64_t i = 0; i < count; i++) s.rows[i] = segment.t + (some - begin + i) * rank;
-            k.dense_tile(b, segment.pair->dtype, n, rank, s.rows, count, delta_block, kTileRows);
+            k.dense_tile(b, segment.pair->dtype, n, rank, s.rows, count, s.delta, kTileRows);
             for (int64_t i = 0; i < count; i++) {
                 float scale = lora.scales[some - lora.rows + i] * segment.pair->scale;
                 float* row = y + (some[i] - first) * kTileRows;
-                for (int64_t j = 0; j < n; j++) row[j] += delta_block[i * kTileRows + j] * scale;
+                for (int64_t j = 0; j < n; j++) row[j] += s.delta[i * kTileRows + j] * scale;
             }
         }
     }
@@ -87,36 +92,54 @@ void prefetch_expand(const LoraDelta& delta, const Linear& w, int64_t tile) {
     }
 }
 
-// Product, bias and LoRA of one block.
-void block(const Kernels& k, const Linear& w, const LoraDelta* delta, const Activations& x, int64_t tile,
-           int64_t first, int64_t rows, const Scratch& s, float* delta_block, float* y) {
-    if (delta != nullptr) prefetch_expand(*delta, w, tile);
-    tile_product(k, w, x, tile, first, rows, s, y);
+// Bias and LoRA of one tile's block.
+void complete(const Kernels& k, const Linear& w, const LoraDelta* delta, int64_t tile, int64_t first, int64_t rows,
+              const Scratch& s, float* y) {
     int64_t n0 = tile * kTileRows, n = std::min<int64_t>(kTileRows, w.n - n0);
     if (w.bias != nullptr) {
         for (int64_t m = 0; m < rows; m++) {
             for (int64_t j = 0; j < n; j++) y[m * kTileRows + j] += w.bias[n0 + j];
         }
     }
-    if (delta != nullptr) expand(k, *delta, w, tile, first, rows, s, delta_block, y);
+    if (delta != nullptr) expand(k, *delta, w, tile, first, rows, s, y);
 }
 
-void finish_block(const Kernels& k, const Product& p, const Activations& x, int64_t tile, int64_t first, int64_t rows,
-                  const Scratch& s) {
+// What one tile's block becomes in the result.
+void put(const Kernels& k, const Product& p, int64_t tile, int64_t first, int64_t rows, const float* y,
+         const float* up) {
     int64_t n0 = tile * kTileRows, n = std::min<int64_t>(kTileRows, p.weight->n - n0);
-    float* delta_block = s.other + kBlockRows * kTileRows;
-    block(k, *p.weight, p.delta, x, tile, first, rows, s, delta_block, s.y);
-    if (p.result == Product::kSwiGlu) {
-        block(k, *p.up, p.up_delta, x, tile, first, rows, s, delta_block, s.other);
-    }
-    for (int64_t m = 0; m < rows; m++) {
-        const float* from = s.y + m * kTileRows;
+    for (int64_t m = 0; m < rows; m++, y += kTileRows, up += kTileRows) {
         float* to = p.y + (first + m) * p.stride + n0;
         switch (p.result) {
-            case Product::kStore: memcpy(to, from, size_t(n) * 4); break;
-            case Product::kAdd: k.add(from, n, to); break;
-            case Product::kSwiGlu: k.silu_mul(from, s.other + m * kTileRows, n, to); break;
+            case Product::kStore: memcpy(to, y, size_t(n) * 4); break;
+            case Product::kAdd: k.add(y, n, to); break;
+            case Product::kSwiGlu: k.silu_mul(y, up, n, to); break;
         }
+    }
+}
+
+// `count` neighbouring tiles (count · rows at most kBlockRows), from product to result.
+void finish_tiles(const Kernels& k, const Product& p, const Activations& x, int64_t tile, int64_t count, int64_t first,
+                  int64_t rows, const Scratch& s) {
+    struct Side {
+        const Linear* weight;
+        const LoraDelta* delta;
+        float* y;
+    };
+    const Side sides[] = {{p.weight, p.delta, s.y}, {p.up, p.up_delta, s.other}};
+    for (const Side& side : sides) {
+        if (side.weight == nullptr) continue;
+        for (int64_t t = 0; side.delta != nullptr && t < count; t++) {
+            prefetch_expand(*side.delta, *side.weight, tile + t);
+        }
+        tile_products(k, *side.weight, x, tile, count, first, rows, s, side.y);
+        for (int64_t t = 0; t < count; t++) {
+            complete(k, *side.weight, side.delta, tile + t, first, rows, s, side.y + t * rows * kTileRows);
+        }
+    }
+    for (int64_t t = 0; t < count; t++) {
+        int64_t at = t * rows * kTileRows;
+        put(k, p, tile + t, first, rows, s.y + at, s.other + at);
     }
 }
 
@@ -191,6 +214,7 @@ void multiply(Context& context, const Activations& x, const Product* products, i
     };
     int64_t blocks = (x.rows + kBlockRows - 1) / kBlockRows, num_tasks = 0, decoded = 0;
     int64_t block_rows = blocks == 0 ? 0 : (x.rows + blocks - 1) / blocks;
+    int64_t run = block_rows == 0 || block_rows > 2 ? 1 : kSideBySide / block_rows;
     std::vector<Share> shares;
     for (int i = 0; i < count; i++) {
         const Linear& w = *products[i].weight;
@@ -198,6 +222,9 @@ void multiply(Context& context, const Activations& x, const Product* products, i
         int64_t work = bytes_of_tile(w) * std::max<int64_t>(1, block_rows / 4);
         if (products[i].up != nullptr) work *= 2;
         Share share{tiles_of(w.n), std::max<int64_t>(1, kTaskBytes / work), num_tasks};
+        // No thread is to be idle because a matrix is small.
+        int64_t fair = (share.tiles + context.pool.num_threads() - 1) / context.pool.num_threads();
+        share.tiles_per_task = (std::min(share.tiles_per_task, fair) + run - 1) / run * run;
         num_tasks += blocks * ((share.tiles + share.tiles_per_task - 1) / share.tiles_per_task);
         shares.push_back(share);
         for (const Linear* l : {products[i].weight, products[i].up}) {
@@ -212,7 +239,8 @@ void multiply(Context& context, const Activations& x, const Product* products, i
         while (task < shares[size_t(i)].first_task) i--;
         const Share& share = shares[size_t(i)];
         float* memory = floats.of(thread);
-        Scratch s{memory, memory + block_floats, pointers + thread * kBlockRows, memory + 3 * block_floats};
+        Scratch s{memory, memory + block_floats, memory + 2 * block_floats, pointers + thread * kBlockRows,
+                  memory + 3 * block_floats};
         int64_t tasks_per_block = (share.tiles + share.tiles_per_task - 1) / share.tiles_per_task;
         int64_t index = task - share.first_task;
         int64_t first = std::min(index / tasks_per_block * block_rows, x.rows);
@@ -220,7 +248,10 @@ void multiply(Context& context, const Activations& x, const Product* products, i
         if (rows == 0) return;
         int64_t tile = index % tasks_per_block * share.tiles_per_task;
         int64_t end = std::min(tile + share.tiles_per_task, share.tiles);
-        for (; tile < end; tile++) finish_block(*context.kernels, products[i], x, tile, first, rows, s);
+        for (int64_t some; tile < end; tile += some) {
+            some = std::min(run, end - tile);
+            finish_tiles(*context.kernels, products[i], x, tile, some, first, rows, s);
+        }
     });
 }
 

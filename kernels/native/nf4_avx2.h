@@ -153,6 +153,14 @@ inline void dot_levels(const int16_t* levels, const int16_t* x, I16* out) {
     sums.get(out);
 }
 
+// A group of T neighbouring tiles with M rows; one at a time: sixteen registers hold the sums of one tile.
+constexpr int kTilesAtOnce = 1;
+template <int T, int M>
+inline void dot_tiles(const Decoder& decode, const uint8_t* codes, int64_t, const int16_t* x, I16* out) {
+    static_assert(T == 1, "the stride is not used");
+    dot_codes<M>(decode, codes, x, out);
+}
+
 }  // namespace
 }  // namespace GUANACO_ISA
 }  // namespace guanaco

@@ -110,6 +110,14 @@ inline void dot_codes(const Decoder& decode, const uint8_t* codes, const int16_t
     dot_and_decode<M>(decode, codes, x, levels, out);
 }
 
+// A group of T neighbouring tiles with M rows; one at a time: nothing to gain.
+constexpr int kTilesAtOnce = 1;
+template <int T, int M>
+inline void dot_tiles(const Decoder& decode, const uint8_t* codes, int64_t, const int16_t* x, I16* out) {
+    static_assert(T == 1, "the stride is not used");
+    dot_codes<M>(decode, codes, x, out);
+}
+
 }  // namespace
 }  // namespace GUANACO_ISA
 }  // namespace guanaco

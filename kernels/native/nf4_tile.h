@@ -34,6 +34,31 @@ void multiply_few(const uint8_t* tile, int64_t groups, const int16_t* x, const f
     for (int m = 0; m < M; m++) store16(y + m * kTileRows, multiply(total[m], row_factor));
 }
 
+// The same for T neighbouring tiles at once; y: [T][M][16].
+template <int T, int M>
+void multiply_tiles(const uint8_t* tile, int64_t groups, const int16_t* x, const float* factors, int64_t stride,
+                    float* y) {
+    const int64_t bytes = tile_bytes(groups);
+    const uint8_t* scales = tile + groups * kTileGroupBytes;
+    const Decoder decode;
+    F16 total[T * M];
+    for (int i = 0; i < T * M; i++) total[i] = zero16();
+    for (int64_t g = 0; g < groups; g++, scales += kTileGroupScaleBytes) {
+        I16 products[T * M];
+        dot_tiles<T, M>(decode, tile + g * kTileGroupBytes, bytes, x + g * stride * kGroup, products);
+        for (int t = 0; t < T; t++) {
+            F16 scale = load_scales((const int16_t*)(scales + t * bytes));
+            for (int m = 0; m < M; m++) {
+                total[t * M + m] = accumulate(total[t * M + m], products[t * M + m], scale, factors[g * stride + m]);
+            }
+        }
+    }
+    for (int t = 0; t < T; t++) {
+        F16 row_factor = load16((const float*)(scales + t * bytes));
+        for (int m = 0; m < M; m++) store16(y + (t * M + m) * kTileRows, multiply(total[t * M + m], row_factor));
+    }
+}
+
 // y += products of M rows with one group.
 template <int M>
 inline void take(const I16* products, const float* factors, F16 scale, float* y) {
@@ -97,6 +122,28 @@ void nf4_tile(const uint8_t* tile, int64_t groups, const int16_t* x, const float
         case 3: return multiply_few<3>(tile, groups, x, factors, stride, y);
         case 4: return multiply_few<4>(tile, groups, x, factors, stride, y);
         default: return multiply_many(tile, groups, x, factors, stride, rows, y);
+    }
+}
+
+// `count` neighbouring tiles; y: [count][rows][16].
+void nf4_tiles(const uint8_t* tile, int64_t count, int64_t groups, const int16_t* x, const float* factors,
+               int64_t stride, int64_t rows, float* y) {
+    constexpr int kAll = kTilesAtOnce, kHalf = kAll > 1 ? kAll / 2 : 1;
+    int64_t taken;
+    for (; count > 0; count -= taken, tile += taken * tile_bytes(groups), y += taken * rows * kTileRows) {
+        if (rows == 1 && count >= kAll) {
+            multiply_tiles<kAll, 1>(tile, groups, x, factors, stride, y);
+            taken = kAll;
+        } else if (rows == 1 && count >= kHalf) {
+            multiply_tiles<kHalf, 1>(tile, groups, x, factors, stride, y);
+            taken = kHalf;
+        } else if (rows == 2 && count >= kHalf) {
+            multiply_tiles<kHalf, 2>(tile, groups, x, factors, stride, y);
+            taken = kHalf;
+        } else {
+            nf4_tile(tile, groups, x, factors, stride, rows, y);
+            taken = 1;
+        }
     }
 }
 

@@ -40,17 +40,18 @@ def test_accuracy_of_a_long_row(name: str, rows: int) -> None:
 @pytest.mark.parametrize("name", NATIVE)
 def test_the_largest_numbers_do_not_overflow(name: str) -> None:
     """Every weight and every activation at its bound: the integer sums are as large as they can be."""
-    weight = nf4.quantize(torch.ones(32, 1024))
+    weight = nf4.quantize(torch.ones(300, 1024))
     x = torch.ones(4, 1024) * 3.5
     x[1] *= -1
     ops = provider_ops(name)
-    y = ops.linear(x, ops.prepare(weight, None), None, 0)
-    assert torch.allclose(y, x.sum(1, keepdim=True).expand(4, 32), rtol=2e-4)
+    for rows in (1, 2, 4):  # one and two take several tiles side by side
+        y = ops.linear(x[:rows], ops.prepare(weight, None), None, 0)
+        assert torch.allclose(y, x[:rows].sum(1, keepdim=True).expand(rows, 300), rtol=2e-4)
 
 
 @given(
-    rows=st.integers(1, 150), groups=st.integers(1, 6), out=st.integers(1, 70), dense=st.booleans(),
-    seed=st.integers(0, 10**6),
+    rows=st.integers(1, 3) | st.integers(4, 150), groups=st.integers(1, 6), out=st.integers(1, 330),
+    dense=st.booleans(), seed=st.integers(0, 10**6),
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)
 def test_a_row_gets_the_same_bits_in_any_company_and_on_any_threads(
