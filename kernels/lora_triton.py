@@ -73,26 +73,80 @@ def rank_bucket(rank: int) -> int:
 
 # ---- shrink
 
+# Eight float16 → float32. As asm, so that the layout stays what the pointers have (all lanes along K), and so that what
+# isn't 16-byte aligned needs no kernel of its own.
+_UNPACK = """
+mov.b32 {h0, h1}, r0; mov.b32 {h2, h3}, r1; mov.b32 {h4, h5}, r2; mov.b32 {h6, h7}, r3;
+cvt.f32.f16 $0, h0; cvt.f32.f16 $1, h1; cvt.f32.f16 $2, h2; cvt.f32.f16 $3, h3;
+cvt.f32.f16 $4, h4; cvt.f32.f16 $5, h5; cvt.f32.f16 $6, h6; cvt.f32.f16 $7, h7;
+"""
+_LOAD = tl.constexpr(
+    "{.reg .b32 r<4>; .reg .b16 h<8>; ld.global.nc.v4.b32 {r0, r1, r2, r3}, [$8];" + _UNPACK + "}",
+)
+_LOAD_NARROW = tl.constexpr(
+    "{.reg .b32 r<4>; .reg .b16 h<8>;"
+    + "".join(f"ld.global.nc.u16 h{i}, [$8+{2 * i}];" for i in range(8))
+    + "".join(f"mov.b32 r{i}, {{h{2 * i}, h{2 * i + 1}}};" for i in range(4))
+    + _UNPACK
+    + "}"
+)
+_LOAD_CONSTRAINTS = tl.constexpr("=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,l")
+_FMA = tl.constexpr(
+    "fma.rn.f32 $0, $2, $10, $1;" + "".join(f"fma.rn.f32 $0, ${2 + i}, ${10 + i}, $0;" for i in range(1, 8))
+)
+_FMA_CONSTRAINTS = tl.constexpr("=&f" + 17 * ",f")
+
 
 @triton.jit
-def _nth_used_row(used, first, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """int32 [BLOCK]: rows number first … first + BLOCK − 1 among those that are used, −1 where there are no more."""
-    place = tl.cumsum(used.to(tl.int32), 0) - 1
-    wanted = first + tl.arange(0, BLOCK)
-    hit = used[None, :] & (place[None, :] == wanted[:, None])
-    return tl.sum(tl.where(hit, tl.arange(0, ROWS)[None, :] + 1, 0), 1) - 1
+def _load(pointers, ALIGNED: tl.constexpr):
+    """Eight float32 tensors from eight neighbouring float16 at each pointer."""
+    return tl.inline_asm_elementwise(
+        _LOAD if ALIGNED else _LOAD_NARROW, _LOAD_CONSTRAINTS, [pointers],
+        (tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
+        is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _add_products(total, a, x, inside, TAIL: tl.constexpr):
+    """total [ranks, lanes] + a · x: eights of a [ranks, lanes] and, at the pointers x, of x [lanes]."""
+    a0, a1, a2, a3, a4, a5, a6, a7 = a
+    x0, x1, x2, x3, x4, x5, x6, x7 = _load(x, True)
+    operands = [
+        total, a0, a1, a2, a3, a4, a5, a6, a7, x0[None, :], x1[None, :], x2[None, :], x3[None, :], x4[None, :],
+        x5[None, :], x6[None, :], x7[None, :],
+    ]  # fmt: skip
+    new = tl.inline_asm_elementwise(_FMA, _FMA_CONSTRAINTS, operands, tl.float32, is_pure=True, pack=1)
+    return tl.where(inside[None, :], new, total) if TAIL else new
+
+
+@triton.jit
+def _used_row(used, place, nth, ROWS: tl.constexpr):
+    """The row that is number nth among those that are used; −1 if there are not so many."""
+    return tl.sum(tl.where(used & (place == nth), tl.arange(0, ROWS) + 1, 0), 0) - 1
+
+
+@triton.jit
+def _store_t(t, total, row, base, ranks, rank, scale, factors, row_factor, rows, RANK: tl.constexpr):
+    """One row's sums, scaled: t[base, row, ranks]; zeros from `rank` on; nothing for row −1."""
+    weight = tl.load(factors + row, mask=row >= 0, other=0.0) * tl.load(row_factor + row, mask=row >= 0, other=0.0)
+    sums = tl.where(ranks < rank, tl.sum(total, 1) * (weight * scale), 0.0)
+    tl.store(t + (base * rows + row) * RANK + ranks, sums, mask=ranks < tl.where(row >= 0, RANK, 0))
 
 
 @triton.jit(do_not_specialize=["module", "rows"])
 def lora_shrink(
     x, row_factor, t, a_table, rank_table, scale_table, active, factors, module, rows,
-    K: tl.constexpr, SLOTS: tl.constexpr, PARTS: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_K: tl.constexpr, LANES: tl.constexpr,
+    K: tl.constexpr, SLOTS: tl.constexpr, PARTS: tl.constexpr, RANK: tl.constexpr, ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_RANK: tl.constexpr, LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """t[adapter, part, row, rank] for BLOCK_ROWS rows that use one adapter, BLOCK_RANK rows of A, and all of K.
+    """t[adapter, part, row, rank] for BLOCK_ROWS (1, 2 or 4) rows that use one adapter and BLOCK_RANK rows of A.
 
-    Grid: (rank tiles · parts, max_active, row blocks). LANES: threads; BLOCK_K / LANES neighbours are summed in one.
+    Grid: (rank tiles · parts, max_active, row blocks). LANES: threads; each takes every LANES-th eight of a row.
     """
+    CHUNKS: tl.constexpr = K // 8
+    TAIL: tl.constexpr = CHUNKS % LANES != 0
     part = tl.program_id(0) % PARTS
     first_rank = tl.program_id(0) // PARTS * BLOCK_RANK
     index = tl.program_id(1)
@@ -104,26 +158,42 @@ def lora_shrink(
     if rank == 0:
         return
     every = tl.arange(0, ROWS)
-    factor = tl.load(factors + index * rows + every, mask=every < rows, other=0.0)
-    mine = _nth_used_row(factor != 0, tl.program_id(2) * BLOCK_ROWS, ROWS, BLOCK_ROWS)
-    if tl.max(mine, 0) < 0:
+    factors += index * rows
+    used = tl.load(factors + every, mask=every < rows, other=0.0) != 0
+    place = tl.cumsum(used.to(tl.int32), 0) - 1
+    first = tl.program_id(2) * BLOCK_ROWS
+    row0 = _used_row(used, place, first, ROWS)
+    if row0 < 0:
         return
+    row1 = _used_row(used, place, first + 1, ROWS) if BLOCK_ROWS > 1 else row0
+    row2 = _used_row(used, place, first + 2, ROWS) if BLOCK_ROWS > 2 else row0
+    row3 = _used_row(used, place, first + 3, ROWS) if BLOCK_ROWS > 2 else row0
     ranks = first_rank + tl.arange(0, BLOCK_RANK)
-    a = tl.load(a_table + entry).to(tl.pointer_type(tl.float16)) + ranks[:, None].to(tl.int64) * K
-    total = tl.zeros((BLOCK_ROWS, BLOCK_RANK, LANES), tl.float32)
+    total0 = tl.zeros((BLOCK_RANK, LANES), tl.float32)
+    total1, total2, total3 = total0, total0, total0
     if first_rank < rank:
-        for k in range(0, K, BLOCK_K):
-            columns = k + tl.arange(0, BLOCK_K)
-            a_tile = tl.load(a + columns[None, :], mask=(ranks < rank)[:, None] & (columns < K)[None, :], other=0.0)
-            x_mask = (mine >= 0)[:, None] & (columns < K)[None, :]
-            x_tile = tl.load(x + mine[:, None].to(tl.int64) * K + columns[None, :], mask=x_mask, other=0.0)
-            product = a_tile.to(tl.float32)[None, :, :] * x_tile.to(tl.float32)[:, None, :]
-            total += tl.sum(tl.reshape(product, (BLOCK_ROWS, BLOCK_RANK, LANES, BLOCK_K // LANES)), 3)
-    sums = tl.sum(total, 2)
-    weight = tl.load(factors + index * rows + mine, mask=mine >= 0, other=0.0) * tl.load(scale_table + entry)
-    weight *= tl.load(row_factor + mine, mask=mine >= 0, other=0.0)
-    place = ((index * PARTS + part) * rows + mine[:, None]) * RANK + ranks[None, :]
-    tl.store(t + place, sums * weight[:, None], mask=(mine >= 0)[:, None] & (ranks < RANK)[None, :])
+        # Beyond the rank its last row again, and beyond the used rows the first of them; neither is stored.
+        a_rows = tl.minimum(ranks, rank - 1)[:, None] * K
+        a = tl.load(a_table + entry).to(tl.pointer_type(tl.float16)) + a_rows
+        for start in tl.range(0, CHUNKS, LANES, loop_unroll_factor=UNROLL):
+            chunk = start + tl.arange(0, LANES)
+            inside = chunk < CHUNKS
+            column = (tl.minimum(chunk, CHUNKS - 1) if TAIL else chunk) * 8
+            eights = _load(a + column[None, :], ALIGNED)
+            total0 = _add_products(total0, eights, x + row0 * K + column, inside, TAIL)
+            if BLOCK_ROWS > 1:
+                total1 = _add_products(total1, eights, x + tl.maximum(row1, 0) * K + column, inside, TAIL)
+            if BLOCK_ROWS > 2:
+                total2 = _add_products(total2, eights, x + tl.maximum(row2, 0) * K + column, inside, TAIL)
+                total3 = _add_products(total3, eights, x + tl.maximum(row3, 0) * K + column, inside, TAIL)
+    scale = tl.load(scale_table + entry)
+    base = index * PARTS + part
+    _store_t(t, total0, row0, base, ranks, rank, scale, factors, row_factor, rows, RANK)
+    if BLOCK_ROWS > 1:
+        _store_t(t, total1, row1, base, ranks, rank, scale, factors, row_factor, rows, RANK)
+    if BLOCK_ROWS > 2:
+        _store_t(t, total2, row2, base, ranks, rank, scale, factors, row_factor, rows, RANK)
+        _store_t(t, total3, row3, base, ranks, rank, scale, factors, row_factor, rows, RANK)
 
 
 def shrink(
@@ -142,43 +212,44 @@ def shrink(
     step = LoraStep(t, lora, tuple(modules), tuple(part_starts))
     if lora.rows == 0:
         return step
-    c = shrink_config(lora.rows, lora.max_rank)
+    assert x.data_ptr() % 16 == 0, "x is loaded 16 bytes at a time"
+    c = shrink_config(x.shape[1], lora.rows, lora.max_rank)
     grid = (-(-lora.max_rank // c["BLOCK_RANK"]) * parts, lora.max_active, -(-lora.rows // c["BLOCK_ROWS"]))
     lora_shrink[grid](
         x, row_factor, t, lora.a_ptr, lora.rank, lora.scale, lora.active_slots, lora.factors, modules[0], lora.rows,
-        K=x.shape[1], SLOTS=lora.num_slots, PARTS=parts, RANK=lora.max_rank, **c, num_warps=_SHRINK_WARPS,
+        K=x.shape[1], SLOTS=lora.num_slots, PARTS=parts, RANK=lora.max_rank, ALIGNED=lora.aligned, **c,
+        num_warps=c["LANES"] // 32,
     )  # fmt: skip
     return step
 
 
-_SHRINK_WARPS = 4
+def shrink_config(k: int, rows: int, max_rank: int) -> dict[str, int]:
+    """Tile sizes: few rows of A a program, so that a single adapter fills many; more where rows are short.
 
-
-def shrink_config(rows: int, max_rank: int) -> dict[str, int]:
-    """Tile sizes for a batch of `rows` rows: few rows of A a program, so that a single adapter fills many."""
-    block_rows = min(8, triton.next_power_of_2(rows))
+    One row has one adapter as a rule, and so few programs that each has to have more loads under way.
+    """
     return {
         "ROWS": triton.next_power_of_2(rows),
-        "BLOCK_ROWS": block_rows,
-        "BLOCK_RANK": min(4, max_rank) if block_rows > 1 else 2,
-        "BLOCK_K": 1024,
-        "LANES": 32 * _SHRINK_WARPS,
+        "BLOCK_ROWS": 1 if rows == 1 else 2 if rows == 2 else 4,
+        "BLOCK_RANK": min(max_rank, 16 if k < 2048 else 2 if rows == 1 else 4),
+        "LANES": 128 if k >= 2048 else 32,
+        "UNROLL": 4 if rows == 1 and k >= 2048 else 1,
     }
 
 
 def compile_cases(target: str) -> list[CompileCase]:  # noqa: ARG001  the same for all
     """`lora_shrink` as a 7B model launches it; a unit is an element of A."""
     cases = []
-    for rows, rank, k, parts, active in ((1, 64, 4096, 3, 1), (8, 16, 4096, 3, 8), (8, 64, 11008, 1, 8)):
-        c = shrink_config(rows, rank)
+    for rows, rank, k, parts, active in ((1, 64, 11008, 1, 1), (8, 16, 4096, 3, 8), (8, 64, 11008, 1, 8)):
+        c = shrink_config(k, rows, rank)
         floats = dict.fromkeys(("row_factor", "t", "scale_table", "factors"), "*fp32")
         integers = {"a_table": "*i64", "rank_table": "*i32", "active": "*i32", "module": "i32", "rows": "i32"}
         cases.append(
             CompileCase(
                 kernel="lora_shrink", function=lora_shrink, rows=rows, config=f"rank {rank}, k {k}, {active} adapters",
                 signature={"x": "*fp16", **floats, **integers},
-                constexprs={"K": k, "SLOTS": 16, "PARTS": parts, "RANK": rank, **c},
-                num_warps=_SHRINK_WARPS, units_per_iteration=c["BLOCK_RANK"] * c["BLOCK_K"],
+                constexprs={"K": k, "SLOTS": 16, "PARTS": parts, "RANK": rank, "ALIGNED": True, **c},
+                num_warps=c["LANES"] // 32, units_per_iteration=c["BLOCK_RANK"] * c["LANES"] * 8,
                 marker=("bytes", 2.0 * (1 + c["BLOCK_ROWS"] / c["BLOCK_RANK"])),
                 units=active * parts * rank * k, bytes_floor=2 * active * parts * rank * k + 2 * rows * k,
                 bytes_per_unit=2.0, not_divisible=("module", "rows"), loop_turns={-1: float(c["BLOCK_RANK"] * k)},

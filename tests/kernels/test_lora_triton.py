@@ -52,10 +52,18 @@ def _check_shrink(case: LoraCase, rows: int, k: int, modules: list[int]) -> Lora
     return step
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 8, 9, 33])
-def test_shrink_at_odd_rows(rows: int) -> None:
-    case = make_lora(rows, 1344, [8, 8, 8], [4, 16, 5], padding=1)
-    _check_shrink(case, rows, 1344, [0, 1, 2])
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 9])
+def test_shrink_at_odd_rows(rows: int, aligned: bool) -> None:
+    """Three parts, three adapters and an empty place; matrices at multiples of 16 bytes, and elsewhere."""
+    case = make_lora(rows, 448, [8, 8, 8], [4, 16, 5], padding=1, aligned=aligned)
+    _check_shrink(case, rows, 448, [0, 1, 2])
+
+
+@pytest.mark.parametrize("rows", [1, 4, 33])
+def test_shrink_of_long_rows(rows: int) -> None:
+    """Turns of 1,024 columns and one that is not whole."""
+    _check_shrink(make_lora(rows, 2112, [8], [7]), rows, 2112, [0])
 
 
 @pytest.mark.parametrize("rank", [4, 8, 16, 24, 64, 100, 128])

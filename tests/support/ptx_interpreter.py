@@ -405,11 +405,11 @@ def _load(machine: _Machine, instruction: _Instruction) -> None:
     """ld.global.nc[.v2|.v4].type: from the addresses themselves, which must be multiples of all that is loaded."""
     match = re.fullmatch(r"ld\.global\.nc(?:\.v([24]))?\.([bufs])(8|16|32|64)", instruction.opcode)
     target, source = instruction.operands
-    bracket = re.fullmatch(r"\[\s*(\S+?)\s*\]", source)
+    bracket = re.fullmatch(r"\[\s*([^\s+]+)(?:\s*\+\s*(\d+))?\s*\]", source)
     if match is None or bracket is None:
         raise PtxError(f"{instruction.text}: not evaluated")
     count, width = int(match[1] or 1), int(match[3])
-    addresses = machine.read(bracket[1], 64)
+    addresses = machine.read(bracket[1], 64) + np.uint64(bracket[2] or 0)
     if (addresses % np.uint64(count * width // 8)).any():
         raise PtxError(f"{instruction.text}: an address that is not aligned")
     targets = [t.strip() for t in target.strip("{}").split(",")]
