@@ -48,15 +48,17 @@ _PRODUCT_CONSTRAINTS = tl.constexpr("=f" + 16 * ",r")
 # Loads as asm keep the layout of the pointers: Triton would choose one for each, and exchange data between lanes.
 _LOAD_X = tl.constexpr("ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];")
 _LOAD_X_CONSTRAINTS = tl.constexpr("=r,=r,=r,=r,l")
+_LOAD_CODE = tl.constexpr("ld.global.nc.u8 $0, [$1];")
+_LOAD_CODE_CONSTRAINTS = tl.constexpr("=r,l")
 _LOAD_SCALE = tl.constexpr("ld.global.nc.f32 $0, [$1];")
 _LOAD_SCALE_CONSTRAINTS = tl.constexpr("=f,l")
-# map[absmax] · nested[group / 256, 0] + nested[group / 256, 1]; the number of the group runs over the whole matrix.
+# map[code] · nested[group / 256, 0] + nested[group / 256, 1]; the number of the group runs over the whole matrix.
 _DECODE_SCALE = tl.constexpr("""{
-.reg .b32 c, n; .reg .b64 p, q; .reg .f32 v, s, o;
-ld.global.nc.u8 c, [$1]; mad.wide.u32 p, c, 4, $4; ld.global.nc.f32 v, [p];
+.reg .b32 n; .reg .b64 p, q; .reg .f32 v, s, o;
+mad.wide.u32 p, $1, 4, $4; ld.global.nc.f32 v, [p];
 shr.u32 n, $2, 8; mad.wide.u32 q, n, 8, $3; ld.global.nc.v2.f32 {s, o}, [q]; fma.rn.f32 $0, v, s, o;
 }""")
-_DECODE_SCALE_CONSTRAINTS = tl.constexpr("=f,l,r,l,l")
+_DECODE_SCALE_CONSTRAINTS = tl.constexpr("=f,r,r,l,l")
 
 
 @triton.jit
@@ -74,16 +76,17 @@ def _load_x(pointers):
 
 
 @triton.jit
-def _scales(absmax, nested, code_map, rows, groups, PER_ROW: tl.constexpr, DOUBLE_QUANT: tl.constexpr):
-    """float32 [rows, groups]."""
-    # Two sums, so that the first is one address a lane and a constant for each of its rows.
-    place = (absmax + groups)[None, :] + rows[:, None] * PER_ROW
+def _stored_scales(absmax, rows, start, K: tl.constexpr, GROUPS: tl.constexpr, DOUBLE_QUANT: tl.constexpr):
+    """[rows, GROUPS] from group `start` of each row on, as stored: int32 codes or float32. Beyond the end: the last."""
+    groups = tl.minimum(start + tl.arange(0, GROUPS), K // 64 - 1)
+    place = (absmax + groups)[None, :] + rows[:, None] * (K // 64)
     if DOUBLE_QUANT:
-        flat = rows[:, None] * PER_ROW + groups[None, :]
-        return tl.inline_asm_elementwise(
-            _DECODE_SCALE, _DECODE_SCALE_CONSTRAINTS, [place, flat, nested, code_map], tl.float32, is_pure=True, pack=1
+        stored = tl.inline_asm_elementwise(_LOAD_CODE, _LOAD_CODE_CONSTRAINTS, [place], tl.int32, is_pure=True, pack=1)
+    else:
+        stored = tl.inline_asm_elementwise(
+            _LOAD_SCALE, _LOAD_SCALE_CONSTRAINTS, [place], tl.float32, is_pure=True, pack=1
         )
-    return tl.inline_asm_elementwise(_LOAD_SCALE, _LOAD_SCALE_CONSTRAINTS, [place], tl.float32, is_pure=True, pack=1)
+    return stored
 
 
 @triton.jit
@@ -103,11 +106,14 @@ def _dot(first, second, x, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr):
 
 @triton.jit
 def _turn(
-    s0, s1, s2, s3, start, rows, x0, x1, x2, x3, words, absmax, nested, code_map,
+    s0, s1, s2, s3, start, stored, first_group, rows, x0, x1, x2, x3, words, nested, code_map,
     K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, DOUBLE_QUANT: tl.constexpr,
     TAIL: tl.constexpr,
 ):  # fmt: skip
-    """The sums [BLOCK_N, GROUPS] of every row of x after GROUPS more groups from number `start` of each row on."""
+    """The sums [BLOCK_N, GROUPS] of every row of x after GROUPS more groups from number `start` of each row on.
+
+    stored: these groups' scales, as stored. first_group: number of the first group of row 0 in the whole matrix.
+    """
     groups = start + tl.arange(0, GROUPS)
     columns = start + tl.arange(0, 4 * GROUPS) // 4
     inside = groups < K // 64
@@ -115,10 +121,15 @@ def _turn(
         groups = tl.minimum(groups, K // 64 - 1)
         columns = tl.minimum(columns, K // 64 - 1)
     columns = columns * 8 + tl.arange(0, 4 * GROUPS) % 4
-    scale = _scales(absmax, nested, code_map, rows, groups, K // 64, DOUBLE_QUANT)
+    scale = stored
+    if DOUBLE_QUANT:
+        flat = (first_group + groups)[None, :] + rows[:, None] * (K // 64)
+        scale = tl.inline_asm_elementwise(
+            _DECODE_SCALE, _DECODE_SCALE_CONSTRAINTS, [stored, flat, nested, code_map], tl.float32, is_pure=True, pack=1
+        )
     if TAIL:
         scale = tl.where(inside[None, :], scale, 0.0)
-    place = words + rows[:, None] * (K // 8) + columns[None, :]
+    place = (words + columns)[None, :] + rows[:, None] * (K // 8)
     first = _decode(tl.load(place))
     second = _decode(tl.load(place + 4))
     s0 += scale * _dot(first, second, x0 + columns * 8, BLOCK_N, GROUPS)
@@ -162,10 +173,14 @@ def nf4_simt(
     LAST: tl.constexpr = N // 2 if PAIRED else N
     STEPS: tl.constexpr = K // 64 // GROUPS
     index = tl.arange(0, BLOCK_N)
-    output = tl.program_id(0) * SPAN + index % SPAN
-    inside = output < LAST
-    weight_row = output if LAST % SPAN == 0 else tl.minimum(output, LAST - 1)
-    weight_row += index // SPAN * LAST
+    first = tl.program_id(0) * SPAN
+    output = first + index % SPAN
+    # Rows are counted from the tile's first: constants, which cost nothing where they are added to an address.
+    tile_row = index % SPAN if LAST % SPAN == 0 else tl.minimum(index % SPAN, LAST - 1 - first)
+    tile_row += index // SPAN * LAST
+    first_group = first * (K // 64)
+    words += first.to(tl.int64) * (K // 8)
+    absmax += first.to(tl.int64) * (K // 64)
     row = tl.program_id(1) * ROWS
     # Three rows run as four: the last row twice.
     x0 = x + row * K
@@ -174,14 +189,18 @@ def nf4_simt(
     x3 = x + tl.minimum(row + 3, rows - 1) * K
     s0 = tl.zeros((BLOCK_N, GROUPS), tl.float32)
     s1, s2, s3 = s0, s0, s0
+    stored = _stored_scales(absmax, tile_row, 0, K, GROUPS, DOUBLE_QUANT)
     for step in range(STEPS):
+        # A turn ahead: what a scale is made of comes from memory in two steps, and nothing else could begin meanwhile.
+        following = _stored_scales(absmax, tile_row, (step + 1) * GROUPS, K, GROUPS, DOUBLE_QUANT)
         s0, s1, s2, s3 = _turn(
-            s0, s1, s2, s3, step * GROUPS, weight_row, x0, x1, x2, x3, words, absmax, nested, code_map,
+            s0, s1, s2, s3, step * GROUPS, stored, first_group, tile_row, x0, x1, x2, x3, words, nested, code_map,
             K, ROWS, BLOCK_N, GROUPS, DOUBLE_QUANT, False,
         )  # fmt: skip
+        stored = following
     if STEPS * GROUPS < K // 64:
         s0, s1, s2, s3 = _turn(
-            s0, s1, s2, s3, STEPS * GROUPS, weight_row, x0, x1, x2, x3, words, absmax, nested, code_map,
+            s0, s1, s2, s3, STEPS * GROUPS, stored, first_group, tile_row, x0, x1, x2, x3, words, nested, code_map,
             K, ROWS, BLOCK_N, GROUPS, DOUBLE_QUANT, True,
         )  # fmt: skip
     acc = _sums(s0, s1, s2, s3, BLOCK_N, ROWS)
@@ -189,18 +208,18 @@ def nf4_simt(
     # The factor is a power of two, so it makes no difference whether this product is fused with a later sum.
     acc *= tl.load(row_factor + columns, mask=columns < rows, other=0.0)[None, :]
     if HAS_BIAS:
-        acc += tl.load(bias + weight_row)[:, None]
+        acc += tl.load(bias + first + tile_row)[:, None]
     if MAX_ACTIVE > 0:
-        first = tl.program_id(0) * SPAN
+        last = tl.minimum(first + SPAN, LAST) - 1 + (LAST if PAIRED else 0)
         acc = lora_expand_tile(
-            acc, weight_row, inside, first, tl.minimum(first + SPAN, LAST) - 1 + (LAST if PAIRED else 0), columns, rows,
+            acc, first + tile_row, output < LAST, first, last, columns, rows,
             t, b_table, rank_table, active, factors, module, N, START1, START2, SLOTS, PARTS, RANK, MAX_ACTIVE, ALIGNED,
             False,
         )  # fmt: skip
     if PAIRED:
         gate, up = tl.split(tl.permute(tl.reshape(acc, (2, SPAN, ROWS)), (1, 2, 0)))
         acc = gate / (1.0 + tl.exp(-gate)) * up
-        output = tl.program_id(0) * SPAN + tl.arange(0, SPAN)
+        output = first + tl.arange(0, SPAN)
     place = columns[None, :] * LAST + output[:, None]
     mask = (output < LAST)[:, None] & (columns < rows)[None, :]
     if EPILOGUE == "add":

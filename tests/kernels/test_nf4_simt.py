@@ -63,8 +63,8 @@ def test_odd_sizes(shape: tuple[int, int], rows: int) -> None:
     _check(*shape, rows)
 
 
-@settings(max_examples=12, deadline=None)
-@given(n=st.integers(1, 40), groups=st.integers(1, 80), rows=st.integers(1, 8), double=st.booleans(),
+@settings(max_examples=8, deadline=None)
+@given(n=st.integers(1, 24), groups=st.integers(1, 70), rows=st.integers(1, 8), double=st.booleans(),
        seed=st.integers(0, 99))  # fmt: skip
 def test_any_shape(n: int, groups: int, rows: int, double: bool, seed: int) -> None:
     _check(n, 64 * groups, rows, double_quant=double, seed=seed)

@@ -30,7 +30,8 @@ def test_issue_slots_per_weight(compiled: list[dict[str, Any]]) -> None:
     for budget in (b for b in BUDGETS["issue_slots_per_weight"] if b["kernel"] == "nf4_simt"):
         for c in (c for c in compiled if c["rows"] == budget["rows"]):
             limit = budget["limit"].get(c["target"], budget["limit"]["default"])
-            assert c["issue_slots_per_unit"] <= limit, c
+            # The goal is met, and to be kept: 3.44 and 3.45 for one row.
+            assert c["issue_slots_per_unit"] <= budget.get("goal", limit), c
 
 
 def test_nothing_spills_and_weights_come_in_wide_loads(compiled: list[dict[str, Any]]) -> None:
