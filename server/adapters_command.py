@@ -38,7 +38,7 @@ class AdminClient:
     def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """The JSON answer to one request."""
         try:
-            response = self._http.request(method, f"{self._url}/v1/adapters{path}", json=body)
+            response = self._http.request(method, f"{self._url}/v1{path}", json=body)
         except httpx.HTTPError as error:
             raise CommandError(f"no answer from {self._url} ({error}): is the server running there?") from None
         try:
@@ -58,7 +58,8 @@ def show(answer: Any, *, as_json: bool) -> None:
         console.print_json(json.dumps(answer))
         return
     if "data" in answer:
-        console.print(_list(answer["data"]))
+        is_of_aliases = any(card["object"] == "alias" for card in answer["data"])
+        console.print(_list_aliases(answer["data"]) if is_of_aliases else _list(answer["data"]))
         return
     table = Table.grid(padding=(0, 2))
     for key, value in answer.items():
@@ -75,8 +76,39 @@ def _shown(key: str, value: Any) -> str:
     return str(value)
 
 
+def parse_split(targets: list[str]) -> dict[str, int]:
+    """`TARGET=WEIGHT …`, or one target alone, as the alias routes take them. Raises CommandError."""
+    split = {}
+    for text in targets:
+        target, separator, weight = text.partition("=")
+        if not (weight.isascii() and weight.isdecimal() if separator else len(targets) == 1):
+            raise CommandError(f"{text!r}: write NAME=WEIGHT or NAME@VERSION=WEIGHT, the weight a whole number")
+        if target in split:
+            raise CommandError(f"{target} is there twice: add the weights up")
+        split[target] = int(weight) if separator else 1
+    return split
+
+
+def _list_aliases(aliases: list[dict[str, Any]]) -> Table:
+    table = Table("name", "state", "leads to", "revision", "uses", box=None)
+    for card in aliases:
+        total = sum(card["split"].values())
+        shares = [(_short(target), weight) for target, weight in card["split"].items()]
+        leads_to = ", ".join(name if len(shares) == 1 else f"{name} {weight / total:.0%}" for name, weight in shares)
+        cells = (card["name"], card["state"], leads_to, card["revision"], card["num_uses"])
+        table.add_row(*(escape(str(cell)) for cell in cells))
+    return table
+
+
+def _short(target: str) -> str:
+    name, separator, version = target.partition("@")
+    return f"{name}{separator}{version[:12]}"
+
+
 def _list(adapters: list[dict[str, Any]]) -> Table:
-    table = Table("name", "state", "version", "rank", "modules", "size", "tier", "requests", "uses", box=None)
+    table = Table(
+        "name", "state", "version", "rank", "modules", "size", "tier", "requests", "uses", "aliases", box=None
+    )
     for card in adapters:
         if card["state"] == "broken":
             table.add_row(
@@ -96,6 +128,7 @@ def _list(adapters: list[dict[str, Any]]) -> Table:
             card["tier"],
             str(card["pins"]),
             str(card["num_uses"]),
+            escape(", ".join(card["aliases"])),
         )
     return table
 

@@ -5,15 +5,15 @@ Heavy imports (torch and all that follows) happen inside a verb, so that `--help
 
 import inspect
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_origin
 
 import typer
 
-from guanaco.server.config import Settings, SettingsError, load_settings
+from guanaco.server.adapters_cli import adapters_app, aliases_app
+from guanaco.server.cli_common import one_line_errors
+from guanaco.server.config import Settings, load_settings
 
 app = typer.Typer(
     name="guanaco",
@@ -24,30 +24,8 @@ app = typer.Typer(
 )
 models_app = typer.Typer(help="The cache of downloaded and quantised models.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
-adapters_app = typer.Typer(help="Adapters: their files here, and those of a running server.", no_args_is_help=True)
 app.add_typer(adapters_app, name="adapters")
-
-_Url = Annotated[str, typer.Option(help="address of the running server")]
-_AdminKey = Annotated[str | None, typer.Option(envvar="GUANACO_ADMIN_KEY", help="the server's admin key")]
-_AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of a table")]
-_URL = "http://127.0.0.1:8000"
-
-EXIT_USAGE = 2  # something the operator can put right; the last line on stderr says what
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Errors that the operator can put right end the program with one line and exit code 2, without a traceback."""
-    from guanaco.adapters.errors import AdapterError
-    from guanaco.models.chat_template import TemplateError
-    from guanaco.models.errors import ModelError
-    from guanaco.server.errors import CommandError
-
-    try:
-        yield
-    except (SettingsError, CommandError, ModelError, AdapterError, TemplateError) as error:
-        print(f"guanaco: {error}", file=sys.stderr)
-        raise SystemExit(EXIT_USAGE) from None
+app.add_typer(aliases_app, name="aliases")
 
 
 def _option(name: str) -> inspect.Parameter:
@@ -77,7 +55,7 @@ def _with_settings(verb: Callable[..., None]) -> Callable[..., None]:
         arguments = {p.name: given.pop(p.name) for p in own}
         config_file, print_config = given.pop("config"), given.pop("print_config")
         flags = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v not in (None, [])}
-        with _one_line_errors():
+        with one_line_errors():
             settings = load_settings(flags, config_file)
             if print_config:
                 print(json.dumps(settings.public(), indent=2))
@@ -137,7 +115,7 @@ def chat(
     """Talk to a running server in the terminal; /model NAME switches between the base and its adapters."""
     from guanaco.server.terminal import ChatClient
 
-    with _one_line_errors():
+    with one_line_errors():
         ChatClient(url, api_key=api_key, system=system, max_tokens=max_tokens, temperature=temperature).loop(name)
 
 
@@ -152,7 +130,7 @@ def quantize(
     """Write a bitsandbytes-format NF4 checkpoint, which transformers loads as well."""
     from guanaco.server.quantize_command import run_quantize
 
-    with _one_line_errors():
+    with one_line_errors():
         run_quantize(src, dst, double_quant=double_quant)
 
 
@@ -206,7 +184,7 @@ def models_list(
     """List the cached models with their sizes."""
     from guanaco.server.cache_command import list_models
 
-    with _one_line_errors():
+    with one_line_errors():
         list_models(load_settings({"cache": cache} if cache else {}).cache_dir)
 
 
@@ -219,147 +197,8 @@ def models_prune(
     """Delete cached models; they are made again when needed."""
     from guanaco.server.cache_command import prune_models
 
-    with _one_line_errors():
+    with one_line_errors():
         prune_models(load_settings({"cache": cache} if cache else {}).cache_dir, names or [], yes=yes)
-
-
-def _admin(
-    url: str,
-    admin_key: str | None,
-    as_json: bool,
-    method: str,
-    name: str | None = None,
-    path: str = "",
-    body: dict[str, Any] | None = None,
-) -> None:
-    from guanaco.adapters.registry import check_name
-    from guanaco.server.adapters_command import AdminClient, show
-
-    with _one_line_errors():
-        if name is not None:
-            check_name(name)  # it becomes a part of the address
-        show(AdminClient(url, admin_key).call(method, f"/{name}{path}" if name else path, body), as_json=as_json)
-
-
-@adapters_app.command("list")
-def adapters_list(url: _Url = _URL, admin_key: _AdminKey = None, as_json: _AsJson = False) -> None:
-    """List the adapters of a running server with their state."""
-    _admin(url, admin_key, as_json, "GET")
-
-
-@adapters_app.command("inspect")
-def adapters_inspect(
-    path: Annotated[Path, typer.Argument(help="directory of the adapter")], as_json: _AsJson = False
-) -> None:
-    """Say what an adapter's files hold; no server and no model is needed."""
-    from guanaco.server.adapters_command import inspect_path, show
-
-    with _one_line_errors():
-        show(inspect_path(path), as_json=as_json)
-
-
-@adapters_app.command("convert")
-def adapters_convert(
-    src: Annotated[Path, typer.Argument(help="directory of the old adapter: pickled or float32 weights, old config")],
-    dst: Annotated[Path, typer.Argument(help="directory to write; must not exist")],
-    dtype: Annotated[str, typer.Option(help="keep, float32, float16 or bfloat16")] = "keep",
-) -> None:
-    """Make an adapter of 2023 into what the server reads; a pickle is taken apart in a restricted process."""
-    from guanaco.adapters.convert import convert_adapter
-    from guanaco.server.adapters_command import show_conversion
-
-    with _one_line_errors():
-        show_conversion(convert_adapter(src, dst, dtype=dtype), dst)
-
-
-@adapters_app.command("pull")
-def adapters_pull(
-    source: Annotated[str, typer.Argument(help="ORG/NAME, or ORG/NAME@REVISION")],
-    directory: Annotated[
-        Path | None, typer.Argument(help="directory to write; must not exist (none: only the hub's cache)")
-    ] = None,
-    cache: Annotated[Path | None, typer.Option(help="the cache directory (none: the configured one)")] = None,
-    hub_token: Annotated[str | None, typer.Option(help="token for gated or private ones (none: HF_TOKEN)")] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="only what was downloaded before")] = False,
-) -> None:
-    """Download an adapter: config, safetensors weights and guanaco.json, at one commit."""
-    from guanaco.server.adapters_command import pull_adapter
-
-    given = {"cache": cache, "hub_token": hub_token, "offline": offline or None}
-    with _one_line_errors():
-        pull_adapter(
-            load_settings({key: value for key, value in given.items() if value is not None}), source, directory
-        )
-
-
-@adapters_app.command("check")
-def adapters_check(
-    name: Annotated[str, typer.Argument(help="the name it would get")],
-    source: Annotated[str, typer.Argument(help="path below the server's --adapter-root, or ORG/NAME@REVISION")],
-    url: _Url = _URL,
-    admin_key: _AdminKey = None,
-    as_json: _AsJson = False,
-) -> None:
-    """Ask a running server whether it would load an adapter, and what that would take."""
-    _admin(url, admin_key, as_json, "POST", name, "/check", {"source": source})
-
-
-@adapters_app.command("load")
-def adapters_load(
-    name: Annotated[str, typer.Argument(help="the name that clients will use")],
-    source: Annotated[str, typer.Argument(help="path below the server's --adapter-root, or ORG/NAME@REVISION")],
-    expected_version: Annotated[str | None, typer.Option(help="replace only this version")] = None,
-    profile: Annotated[
-        str | None, typer.Option(help="how to serve it: guanaco, or a JSON file (none: the guanaco.json beside it)")
-    ] = None,
-    url: _Url = _URL,
-    admin_key: _AdminKey = None,
-    as_json: _AsJson = False,
-) -> None:
-    """Load an adapter into a running server, or replace the one of that name."""
-    from guanaco.adapters.profile import profile_fields
-
-    body: dict[str, Any] = {"source": source, **({"expected_version": expected_version} if expected_version else {})}
-    with _one_line_errors():
-        body |= {} if profile is None else {"profile": profile_fields(profile)}
-    _admin(url, admin_key, as_json, "PUT", name, body=body)
-
-
-@adapters_app.command("unload")
-def adapters_unload(
-    name: Annotated[str, typer.Argument(help="which")],
-    force: Annotated[bool, typer.Option("--force", help="end the requests that use it")] = False,
-    timeout: Annotated[float, typer.Option(min=0, max=300, help="seconds to wait for those requests")] = 10.0,
-    url: _Url = _URL,
-    admin_key: _AdminKey = None,
-    as_json: _AsJson = False,
-) -> None:
-    """Remove an adapter from a running server; requests that use it may finish."""
-    _admin(url, admin_key, as_json, "DELETE", name, f"?timeout={timeout:.3f}&force={str(force).lower()}")
-
-
-@adapters_app.command("rollback")
-def adapters_rollback(
-    name: Annotated[str, typer.Argument(help="which")],
-    to: Annotated[str | None, typer.Option("--to", help="a version of its history (none: the one before)")] = None,
-    url: _Url = _URL,
-    admin_key: _AdminKey = None,
-    as_json: _AsJson = False,
-) -> None:
-    """Make a name what it was before its last change."""
-    _admin(url, admin_key, as_json, "POST", name, "/rollback", {"version": to} if to else {})
-
-
-@adapters_app.command("pin")
-def adapters_pin(
-    name: Annotated[str, typer.Argument(help="which")],
-    off: Annotated[bool, typer.Option("--off", help="no longer")] = False,
-    url: _Url = _URL,
-    admin_key: _AdminKey = None,
-    as_json: _AsJson = False,
-) -> None:
-    """Keep an adapter in the server's memory, however many others are used."""
-    _admin(url, admin_key, as_json, "POST", name, "/pin", {"pinned": not off})
 
 
 @app.command()

@@ -88,6 +88,9 @@ class ServedModel:
             "parent": self.parent,
             "max_model_len": self.max_model_len,
             "permission": [],
+            "base_fingerprint": self.base_fingerprint,
+            # Of an alias it may be another one for each request.
+            "version": self.version if self.stands_for in (None, self.name) else None,
         }
 
 

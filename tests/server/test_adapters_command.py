@@ -18,9 +18,9 @@ def server(tmp_path: Path) -> Iterator[AdapterServer]:
         yield made
 
 
-def run(server: AdapterServer, *arguments: str, key: str = "sesame") -> tuple[int, str]:
+def run(server: AdapterServer, *arguments: str, key: str = "sesame", group: str = "adapters") -> tuple[int, str]:
     done = CliRunner().invoke(
-        app, ["adapters", *arguments, "--url", f"{server.url}/v1"], env={"GUANACO_ADMIN_KEY": key, "COLUMNS": "200"}
+        app, [group, *arguments, "--url", f"{server.url}/v1"], env={"GUANACO_ADMIN_KEY": key, "COLUMNS": "200"}
     )
     return done.exit_code, done.output
 
@@ -65,3 +65,51 @@ def test_inspect_needs_no_server(tmp_path: Path) -> None:
     assert (report["ranks"], report["tensors"], report["dtypes"]) == ([5], 4, ["float32"])
     done = CliRunner().invoke(app, ["adapters", "inspect", str(tmp_path)])
     assert done.exit_code == 2
+
+
+def test_an_aliass_life(server: AdapterServer) -> None:
+    def aliases(*arguments: str) -> tuple[int, str]:
+        return run(server, *arguments, group="aliases")
+
+    versions = [
+        json.loads(run(server, "load", "a", server.source(s, n), "--json")[1])["version"] for n, s in enumerate("xy")
+    ]
+    assert json.loads(aliases("set", "prod", "a", "--json")[1])["split"] == {"a": 1}
+    split = json.loads(
+        aliases("set", "prod", f"a@{versions[0][:8]}=90", "a=10", "--expected-revision", "1", "--json")[1]
+    )
+    assert split["split"] == {f"a@{versions[0]}": 90, "a": 10}
+    said = aliases("list")[1]
+    assert (f"a@{versions[0][:12]} 90%, a 10%" in said, "ready" in said) == (True, True)
+    assert "prod" in run(server, "list")[1], "adapters say which aliases lead to them"
+    assert json.loads(aliases("rename", "prod", "live", "--json")[1])["name"] == "live"
+    assert json.loads(aliases("rollback", "live", "--to", "1", "--json")[1])["split"] == {"a": 1}
+    assert [past["revision"] for past in json.loads(aliases("show", "live", "--json")[1])["history"]] == [1, 2]
+    assert aliases("remove", "live")[0] == 0
+    assert json.loads(aliases("list", "--json")[1])["data"] == []
+    for arguments, words in (
+        (("set", "x", "a=b"), "NAME=WEIGHT"),
+        (("set", "x", "a", "b"), "NAME=WEIGHT"),
+        (("set", "x", "a=1", "a=2"), "there twice"),
+        (("set", "x", "nope"), "target_not_found"),
+        (("set", "x/y", "a"), "cannot be an adapter's name"),
+        (("show", "x"), "alias_not_found"),
+    ):
+        code, said = aliases(*arguments)
+        assert (code, words in said, said.count("\n")) == (2, True, 1), said
+
+
+def test_a_profile_and_what_a_list_shows(server: AdapterServer, tmp_path: Path) -> None:
+    source = server.source("a", 1)
+    assert json.loads(run(server, "load", "a", source, "--profile", "guanaco", "--json")[1])["profile"]["top_p"] == 0.9
+    file = tmp_path / "profile.json"
+    file.write_text('{"stop": "END"}')
+    assert json.loads(run(server, "load", "a", source, "--profile", str(file), "--json")[1])["profile"] == {
+        "stop": ["END"]
+    }
+    code, said = run(server, "load", "a", source, "--profile", "vicuna")
+    assert (code, "built-in profile" in said) == (2, True)
+    version = server.registry.entries()[0].version
+    server.registry.mark_broken(version, "version_damaged", "it was changed")
+    said = run(server, "list")[1]
+    assert ("broken" in said, "it was changed" in said) == (True, True)

@@ -26,6 +26,8 @@ def test_models(server: LiveServer) -> None:
             "parent": None,
             "max_model_len": MAX_MODEL_LEN,
             "permission": [],
+            "base_fingerprint": "",
+            "version": None,
         }
         for card in listed["data"]:
             assert "name" not in card, "Open WebUI shows a null name instead of the id"
