@@ -165,8 +165,8 @@ class AsyncEngine:
         raise ProbeFailed(error or "the probe gave nothing")
 
     def end_adapter(self, version: str) -> int:
-        """End every open request that uses an adapter version, with an error; how many there were. Not a probe: somebody
-        may be loading the same content under another name."""
+        """End every open request that uses an adapter version, with an error; how many there were. Not a probe:
+        somebody may be loading the same content under another name."""
         open_streams = [stream for stream in self._streams.values() if not stream.request.background]
         users = [s for s in open_streams if any(lora.version == version for lora in s.request.loras)]
         for stream in users:
