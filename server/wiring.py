@@ -31,9 +31,10 @@ from guanaco.models.tokenizer import Tokenizer, reconcile_special_ids
 from guanaco.server.config import Settings
 from guanaco.server.engine.block_manager import BlockManager
 from guanaco.server.engine.engine import Engine
+from guanaco.server.engine.limits import Limits
 from guanaco.server.engine.model_runner import ModelRunner
 from guanaco.server.engine.request import LoraRef
-from guanaco.server.engine.scheduler import Limits, Scheduler
+from guanaco.server.engine.scheduler import Scheduler
 from guanaco.server.errors import CommandError
 from guanaco.server.machine import look
 from guanaco.server.plan import KvRequest, MemoryPlan, plan_memory

@@ -6,11 +6,11 @@ hits and recomputing after a preemption all follow from that. Driven by the engi
 """
 
 from bisect import insort
-from dataclasses import dataclass
 
 from guanaco.adapters.host_table import HostTable
 from guanaco.adapters.slot_table import SlotTable
 from guanaco.server.engine.block_manager import BlockManager, Faults
+from guanaco.server.engine.limits import Limits, StepCounts
 from guanaco.server.engine.loading_queue import LoadingQueue
 from guanaco.server.engine.request import (
     FinishReason,
@@ -33,26 +33,6 @@ MAX_PASSED_OVER_STEPS = 32
 # TokenOutput.error of a request that waited too long: for its turn, or for its adapters to be read
 QUEUE_TIMEOUT = "queue_timeout"
 ADAPTER_TIMEOUT = "adapter_timeout"
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Bounds of one engine. `max_model_len` tokens of one sequence must fit into the KV cache."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    queue_timeout_seconds: float
-    adapter_timeout_seconds: float = 0.0  # that a request waits for adapters that are not in memory; 0: for ever
-
-
-@dataclass
-class StepCounts:
-    """What one step did, for the metrics."""
-
-    num_preempted: int = 0
-    prefix_queries_tokens: int = 0
-    prefix_hits_tokens: int = 0
 
 
 def _by_arrival(sequence: Sequence) -> int:
@@ -89,6 +69,7 @@ class Scheduler:
         self.num_waiting_tokens = 0  # of all waiting sequences; read from other threads, hence a number of its own
         self.counts = StepCounts()
         self.turns = Turns()
+        self.was_for_newcomers = False  # the last step: others' next tokens waited for it
         self._eos_ids = eos_ids
         self._faults = faults or Faults()
         self._sequences: dict[str, Sequence] = {}  # by request id: all that load, wait or run
@@ -168,8 +149,13 @@ class Scheduler:
         if len(self.running) > 1 and self._faults.preempt_now():
             self._preempt(self.turns.put_out_first(self.running)[1])
         chosen: dict[int, ScheduledSequence] = {}  # by arrival number
-        budget = self._schedule_decoding(chosen)
-        self._schedule_prompts(chosen, budget, now)
+        turns = self._in_turn()
+        if newcomers := self._newcomers(turns):
+            self._schedule_prompts(newcomers, chosen, self._prompts_share, now)
+        self.was_for_newcomers = bool(chosen)
+        if not chosen:
+            budget = self._schedule_decoding(chosen)
+            self._schedule_prompts(turns, chosen, budget, now)
         with_adapters = [item.sequence.request.loras for item in chosen.values() if item.sequence.request.loras]
         adapter_slots = {}
         for version in sorted({lora.version for loras in with_adapters for lora in loras}):
@@ -266,9 +252,11 @@ class Scheduler:
             if self._make_room(sequence, 1, chosen):
                 chosen[sequence.arrival_number] = ScheduledSequence(sequence, 1, True)
         budget = self.limits.max_num_batched_tokens - len(chosen)
-        if chosen:
-            budget = min(budget, max(1, int(self.limits.max_num_batched_tokens * PREFILL_SHARE_WHILE_DECODING)))
-        return budget
+        return min(budget, self._prompts_share) if chosen else budget
+
+    @property
+    def _prompts_share(self) -> int:
+        return max(1, int(self.limits.max_num_batched_tokens * PREFILL_SHARE_WHILE_DECODING))
 
     def _make_room(self, sequence: Sequence, num_new: int, chosen: dict[int, ScheduledSequence]) -> bool:
         """Blocks for the next `num_new` positions, taken from others where none are free. False: not now."""
@@ -283,14 +271,16 @@ class Scheduler:
                 return False
         return True
 
-    def _schedule_prompts(self, chosen: dict[int, ScheduledSequence], budget: int, now: float) -> None:
+    def _schedule_prompts(
+        self, turns: list[tuple[int, Sequence]], chosen: dict[int, ScheduledSequence], budget: int, now: float
+    ) -> None:
         """Spend `budget` on prompts, in turn: of those that run, and of those in the queue for whom there is room. Who
         finds no slot for its adapters lets others pass, and after a while nobody with adapters any more."""
         refused: set[tuple[str, ...]] = set()  # no slot frees up while we admit: what found none finds none
         reserved = False  # somebody has waited too long for a slot: no other adapter goes first
         full_for = LAST + 1  # whoever has this rank or a higher one finds no place or no blocks
         prompts = []
-        for rank, sequence in self._in_turn():
+        for rank, sequence in turns:
             if budget <= 0:
                 break
             versions = sequence.versions
@@ -325,6 +315,15 @@ class Scheduler:
         for sequence in last:
             sequence.num_passed_over += not self.counts.num_preempted
         return self.turns.in_order(self.running, self.waiting, last)
+
+    def _newcomers(self, turns: list[tuple[int, Sequence]]) -> list[tuple[int, Sequence]]:
+        """Of these, who gets a step without the others: the first of each adapter, while another has so many requests
+        that every step with them takes long. Every other step at most, and within the prompts' share: those who decode
+        wait no longer than for prompts in a step of their own."""
+        floods = {versions for versions, n in self.turns.num_open.items() if n >= self.limits.flood_num_seqs}
+        if self.was_for_newcomers or not floods:
+            return []
+        return [(rank, sequence) for rank, sequence in turns if rank == 0 and sequence.versions not in floods]
 
     def _admit_in_turn(self, sequence: Sequence, rank: int, chosen: dict[int, ScheduledSequence]) -> bool:
         """Start a sequence, if need be in place of some whose rank is higher: one of an adapter that has more."""

@@ -25,6 +25,7 @@ class Turns:
 
     def __init__(self) -> None:
         self.num_steps = 0
+        self.num_open: Counter[tuple[str, ...]] = Counter()  # by versions, of those that `in_order` was told of last
         self._served: dict[tuple[str, ...], int] = {}  # by versions
 
     def begin_step(self, sequences: Collection[Sequence]) -> None:
@@ -57,6 +58,7 @@ class Turns:
             served = self._served.get(versions, 0)
             since = max(served, sequence.arrival_step)
             turns.append(((number, since, served > sequence.arrival_step, sequence.arrival_number), rank, sequence))
+        self.num_open = ranks
         turns.sort(key=lambda turn: turn[0])
         return [(rank, sequence) for _, rank, sequence in turns]
 

@@ -12,7 +12,7 @@ import pytest
 from simulator import Simulation, World
 
 from guanaco.server.engine.request import LoraRef, Request, SamplingParams
-from guanaco.server.engine.scheduler import MAX_PASSED_OVER_STEPS, PREFILL_SHARE_WHILE_DECODING
+from guanaco.server.engine.scheduler import MAX_PASSED_OVER_STEPS, PREFILL_SHARE_WHILE_DECODING, Scheduler
 from guanaco.server.engine.turns import Turns
 
 WORLD = World(
@@ -118,16 +118,44 @@ def test_a_flood_leaves_the_others_first_token_within_three_times_of_solo(
 
 
 @pytest.mark.parametrize("flood", FLOODS.values(), ids=FLOODS)
-def test_long_prompts_in_a_flood_take_three_times_the_computing_of_solo(flood: tuple[int, int]) -> None:
+@pytest.mark.parametrize("num_open", [40, 6])
+def test_long_prompts_in_a_flood_take_three_times_the_computing_of_solo(flood: tuple[int, int], num_open: int) -> None:
     """A long prompt takes more steps while others decode, but smaller ones: what counts is the time that they take,
     which is about their tokens'. It shares the prompts' part with the flood half and half."""
-    race = Race(WORLD, flood)
+    race = Race(WORLD, flood, num_open=num_open)  # six are too few for newcomers to get steps of their own
     race.step(60)
     for length in (64, 100, 150, 190):
         _, tokens = race.first_token("light", length)
         slack = WORLD.max_num_batched_tokens + 2 * SHARE  # the step that runs, and the rest of the first and the last
         assert tokens <= 3 * solo(WORLD, length)[1] + slack
         race.step(10)
+
+
+@pytest.mark.parametrize("flood", FLOODS.values(), ids=FLOODS)
+def test_a_short_prompt_does_not_wait_for_a_step_of_the_whole_flood(flood: tuple[int, int]) -> None:
+    """Its adapter's first request is computed without the others: within three times the tokens of solo, once the step
+    has ended that ran when it came."""
+    race = Race(WORLD, flood)
+    race.step(60)
+    for length in (2, 5, SHARE // 2, SHARE):
+        _, tokens = race.first_token("light", length, 1)
+        assert tokens <= 3 * solo(WORLD, length)[1]
+        race.step(3)
+    assert race.simulation.scheduler.num_newcomers, "they got no step"
+
+
+def test_the_flood_decodes_in_every_other_step_at_least() -> None:
+    """However many newcomers there are, each with an adapter of its own."""
+    race = Race(replace(WORLD, num_slots=16, max_num_seqs=32), FLOODS["long answers"], num_open=12)
+    race.step(40)
+    before = {name: client.num_tokens for name, client in race.simulation.clients.items()}
+    for number in range(20):
+        race.submit(f"a{number % 12}", SHARE, 1)
+        race.step()
+    assert race.simulation.scheduler.num_newcomers >= 8
+    for name, num_tokens in before.items():
+        client = race.simulation.clients.get(name)
+        assert client is None or client.num_tokens - num_tokens >= 10
 
 
 def test_several_light_adapters_at_once_each_get_their_turn() -> None:
@@ -200,16 +228,19 @@ def test_no_adapter_starves() -> None:
 
 
 def _no_ranks(self: Turns, running, waiting, last, _original=Turns.in_order):
-    """First come, first served."""
-    return sorted(_original(self, running, waiting, last), key=lambda turn: turn[1].arrival_number)
+    """First come, first served, and nobody counts who has how many."""
+    turns = sorted(_original(self, running, waiting, last), key=lambda turn: turn[1].arrival_number)
+    self.num_open.clear()
+    return turns
 
 
 def _youngest_first(running, _original=Turns.put_out_first):
     return 0, list(running)[-1]
 
 
-PLANTED: dict[str, tuple[str, object, Callable[[], None]]] = {
+PLANTED: dict[str, tuple[type, str, object, Callable[[], None]]] = {
     "first come, first served": (
+        Turns,
         "in_order",
         _no_ranks,
         lambda: test_a_flood_leaves_the_others_first_token_within_three_times_of_solo(
@@ -217,24 +248,32 @@ PLANTED: dict[str, tuple[str, object, Callable[[], None]]] = {
         ),
     ),
     "who has a place keeps it": (
+        Turns,
         "put_out_first",
         staticmethod(_youngest_first),
         lambda: test_a_flood_leaves_the_others_first_token_within_three_times_of_solo(
             WORLD, FLOODS["long answers"], "flood"
         ),
     ),
+    "newcomers share the flood's steps": (
+        Scheduler,
+        "_newcomers",
+        lambda *_: [],
+        lambda: test_a_short_prompt_does_not_wait_for_a_step_of_the_whole_flood(FLOODS["long answers"]),
+    ),
     "no turns among equals": (
+        Turns,
         "serve",
         lambda *_: None,
-        lambda: test_long_prompts_in_a_flood_take_three_times_the_computing_of_solo(FLOODS["long prompts"]),
+        lambda: test_long_prompts_in_a_flood_take_three_times_the_computing_of_solo(FLOODS["long prompts"], 6),
     ),
 }
 
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_unfairness_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    attribute, bug, check = PLANTED[name]
-    monkeypatch.setattr(Turns, attribute, bug)
+    where, attribute, bug, check = PLANTED[name]
+    monkeypatch.setattr(where, attribute, bug)
     monkeypatch.setattr("simulator.CheckedScheduler._check_order", lambda *_: None)  # it would find it, too
     with pytest.raises(AssertionError):
         check()

@@ -52,7 +52,7 @@ def test_a_million_checked_steps(proof_count: Callable[[int, int], int]) -> None
     # What was to be tried did happen, and often.
     ends = ("ended stop", "ended length", "ended abort", "ended error", "refused")
     adapters = ("loading", "reads", "failed reads", "evictions", "no room", "removed or replaced", "forgotten", "kept")
-    for event in (*ends, *adapters, "preempted", "overtaken", "prefix hits"):
+    for event in (*ends, *adapters, "preempted", "overtaken", "steps for newcomers", "prefix hits"):
         assert counts[event] > 100, event
 
 

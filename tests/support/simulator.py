@@ -58,6 +58,7 @@ class World:
     num_adapters: int = 4
     host_room: int = 99  # adapters take 1 to 4
     arena_bytes: int = 0  # of the device, where adapters take three times as much; 0: none, as on a CPU
+    flood_num_seqs: int = 8
     queue_timeout_seconds: float = 40.0
     adapter_timeout_seconds: float = 0.0
     vocab_size: int = 24
@@ -83,6 +84,7 @@ class World:
             num_adapters=random.choice((1, 2, 4, 6)),
             host_room=random.choice((4, 6, 8, 99)),
             arena_bytes=random.choice((0, 12, 16, 24)),
+            flood_num_seqs=random.choice((2, 3, 8)),
             queue_timeout_seconds=random.choice((0.0, 30.0, 200.0)),
             adapter_timeout_seconds=random.choice((0.0, 8.0, 100.0)),
             vocab_size=random.choice((8, 24, 50)),
@@ -149,12 +151,13 @@ class CheckedScheduler(Scheduler):
 
     def __init__(self, *args: object, **options: object) -> None:
         super().__init__(*args, **options)
-        self.num_steps = self.num_overtaken = 0
+        self.num_steps = self.num_overtaken = self.num_newcomers = 0
         self.last_served: dict[tuple[str, ...], int] = {}
         self.arrived_before: dict[int, int] = {}  # arrival number → steps so far
         self.turns_before: dict[int, tuple[int, int, bool, int]] = {}
         self.ranks_before: dict[int, int] = {}
         self.preemptions_before: dict[int, int] = {}
+        self.floods_before: set[tuple[str, ...]] = set()
 
     def add(self, request: Request) -> None:
         self.arrived_before[self._num_arrived] = self.num_steps
@@ -163,6 +166,7 @@ class CheckedScheduler(Scheduler):
     def schedule(self, now: float) -> ScheduledBatch:
         before = list(self.running)
         decoding = [s for s in before if s.num_tokens - s.num_computed_tokens == 1]
+        others_waited = self.was_for_newcomers
         batch = super().schedule(now)
         self.num_steps += 1
         for item in batch.sequences:
@@ -176,8 +180,21 @@ class CheckedScheduler(Scheduler):
             share = max(1, int(self.limits.max_num_batched_tokens * PREFILL_SHARE_WHILE_DECODING))
             assert num_prompt_tokens <= share, "prompts take more than their share while others decode"
         starved = [s for s in decoding if s.status is Status.RUNNING and s not in scheduled]
-        assert not starved or starved == before[:1], "a running sequence did not get its next token"
+        if self.was_for_newcomers:
+            self._check_newcomers(batch)
+            assert not others_waited, "those who decode waited twice"
+        else:
+            assert not starved or starved == before[:1], "a running sequence did not get its next token"
         return batch
+
+    def _check_newcomers(self, batch: ScheduledBatch) -> None:
+        """A step without those who decode: only while one adapter has many, and for the first of the others."""
+        self.num_newcomers += 1
+        floods = self.floods_before
+        assert floods, "others' steps are put off without need"
+        assert all(item.sequence.versions not in floods for item in batch.sequences)
+        assert batch.num_tokens <= max(1, int(self.limits.max_num_batched_tokens * PREFILL_SHARE_WHILE_DECODING))
+        assert all(self.ranks_before[item.sequence.arrival_number] == 0 for item in batch.sequences)
 
     def _check_limits(self, batch: ScheduledBatch) -> None:
         limits, items = self.limits, batch.sequences
@@ -199,7 +216,9 @@ class CheckedScheduler(Scheduler):
             for lora in sequence.request.loras:
                 assert self.slots.num_pins(lora.version) > 0, "a running sequence's adapter is not pinned"
 
-    def _schedule_prompts(self, chosen: dict[int, ScheduledSequence], budget: int, now: float) -> None:
+    def _schedule_prompts(
+        self, turns: list[tuple[int, Sequence]], chosen: dict[int, ScheduledSequence], budget: int, now: float
+    ) -> None:
         """Remember whose turn it is, by arrival number: worked out as `turns` says, by counting."""
         everybody, self.turns_before, self.ranks_before = [*self.running, *self.waiting], {}, {}
         before: list[tuple[str, ...]] = []
@@ -215,7 +234,9 @@ class CheckedScheduler(Scheduler):
             served = self.last_served.get(sequence.versions, 0)
             turn = (rank, served, True) if served > came else (rank, came, False)
             self.turns_before[sequence.arrival_number] = (*turn, sequence.arrival_number)
-        super()._schedule_prompts(chosen, budget, now)
+        counts = Counter(before)
+        self.floods_before = {key for key, count in counts.items() if count >= self.limits.flood_num_seqs}
+        super()._schedule_prompts(turns, chosen, budget, now)
 
     def _check_order(self, before: list[Sequence], turns: dict[int, tuple[int, int, bool, int]]) -> None:
         """Whose turn it is starts, but for those without a slot; whose turn is last is put out; never the oldest."""
@@ -233,6 +254,8 @@ class CheckedScheduler(Scheduler):
         admitted = [s for s in self.running if s not in known and not s.request.background]
         for sequence in self.waiting:
             if sequence in known or sequence.arrival_number not in turns or sequence.request.background:
+                continue
+            if self.was_for_newcomers and sequence.versions in self.floods_before:
                 continue
             if sequence.num_preemptions > self.preemptions_before[sequence.arrival_number]:
                 continue  # it was let in, and put out again for one of a lower rank
@@ -287,6 +310,7 @@ class Simulation:
             max_model_len=world.max_model_len,
             queue_timeout_seconds=world.queue_timeout_seconds,
             adapter_timeout_seconds=world.adapter_timeout_seconds,
+            flood_num_seqs=world.flood_num_seqs,
         )
         self.host = HostTable(world.host_room)
         self.scheduler = CheckedScheduler(
@@ -330,6 +354,7 @@ class Simulation:
         self.check()
         self.report.counts += self.adapters.counts
         self.report.counts["overtaken"] = self.scheduler.num_overtaken
+        self.report.counts["steps for newcomers"] = self.scheduler.num_newcomers
         assert self.blocks.num_free_blocks == self.world.num_blocks
         assert not self.scheduler.waiting
         assert not self.scheduler.running
