@@ -46,16 +46,16 @@ class Tiles:
 
 _AMPERE, _AMPERE_8BIT = Tiles(32, 4, 32, 2, 2, 128, 64, 8, 2), Tiles(32, 4, 64, 2, 2, 64, 32, 4, 1)
 _HOPPER, _HOPPER_8BIT = Tiles(32, 4, 32, 2, 2, 128, 64, 8, 2, True), Tiles(32, 4, 32, 2, 2, 128, 64, 8, 2)
-_TURING = Tiles(32, 4, 32, 4, 1, 32, 32, 8, 1)
+_SIMT = Tiles(32, 4, 32, 4, 1, 32, 32, 8, 1)
 # Chosen by counts (docs/log.md: registers, spills, shared memory, slots); no card has confirmed them. The tensor cores
 # of 8.x and 12.0 want keys and values in registers, which every warp converts for itself from an 8-bit cache: fewer
 # warps there, and no pipeline, which would load 8 bytes at a time.
 TILES = {
-    "sm_75": _TURING, "sm_80": _AMPERE, "sm_86": _AMPERE, "sm_89": _AMPERE, "sm_90": _HOPPER, "sm_100": _HOPPER,
+    "sm_75": _SIMT, "sm_80": _AMPERE, "sm_86": _AMPERE, "sm_89": _AMPERE, "sm_90": _HOPPER, "sm_100": _HOPPER,
     "sm_120": _AMPERE,
 }  # fmt: skip
 TILES_8BIT = {
-    "sm_75": _TURING, "sm_80": _AMPERE_8BIT, "sm_86": _AMPERE_8BIT, "sm_89": _AMPERE_8BIT, "sm_90": _HOPPER_8BIT,
+    "sm_75": _SIMT, "sm_80": _AMPERE_8BIT, "sm_86": _AMPERE_8BIT, "sm_89": _AMPERE_8BIT, "sm_90": _HOPPER_8BIT,
     "sm_100": _HOPPER_8BIT, "sm_120": Tiles(32, 4, 32, 2, 2, 64, 32, 4, 1),
 }  # fmt: skip
 
@@ -91,7 +91,14 @@ class _Shape:
         return self.heads // self.kv_heads
 
     def prefill_rows(self, tiles: Tiles) -> int:
-        return max(tiles.prefill_m, int(triton.next_power_of_2(self.group)))
+        """(token, head of the group) pairs of a tile; half as many where heads are twice as wide as 128."""
+        return max(tiles.prefill_m * 128 // max(128, self.dim), int(triton.next_power_of_2(self.group)), 16)
+
+    def tiles(self, target: str) -> Tiles:
+        """float32 runs without tensor cores everywhere: exact products, tiles that its registers have room for."""
+        if self.element_bytes == 4:
+            return _SIMT
+        return (TILES_8BIT if self.gain else TILES)[target]
 
 
 def num_splits(sequences: int, kv_heads: int, positions: int, tile: int, programs: int) -> int:
@@ -146,7 +153,7 @@ def paged_attention(
     shape = _Shape(heads, k_cache.shape[2], head_dim, k_cache.shape[1], gain, q.element_size())
     scales = (k_cache if k_scales is None else k_scales, v_cache if v_scales is None else v_scales)
     operands = (q, k_cache, v_cache, *scales, block_tables, context_lens, cu_seqlens_q, out)
-    chosen = tiles or (TILES_8BIT if gain else TILES)[target]
+    chosen = tiles or shape.tiles(target)
     if max_new == 1 or sequences > 1:
         _decode(operands, scale * math.log2(math.e), shape, chosen, programs)
     if max_new > 1:
@@ -197,14 +204,14 @@ def _rows_of(group: int) -> int:
 # ---- what `guanaco bench kernels` compiles
 
 _CONTEXT, _SPLITS, _BLOCK_SIZE, _NEW = 2048, 8, 16, 512
-_TRITON_CACHES = {"16 bits": 0.0, "i8": GAINS[torch.int8], "fp8e4nv": GAINS[torch.float8_e4m3fn]}
+_CACHES = {"16 bits": 0.0, "fp32": 0.0, "i8": GAINS[torch.int8], "fp8e4nv": GAINS[torch.float8_e4m3fn]}
 
 
 def _case(function: Any, config: str, target: str, shape: _Shape, cache: str, **config_of: Any) -> CompileCase:
     """One kernel over a context of 2,048 positions: a unit is an element of K or V."""
-    act = "*fp16" if target == "sm_75" else "*bf16"
+    act = "*fp32" if cache == "fp32" else "*fp16" if target == "sm_75" else "*bf16"
     stored = f"*{cache}" if shape.gain else act
-    size = 1.0 if shape.gain else 2.0
+    size = 1.0 if shape.gain else float(shape.element_bytes)
     split, splits = ("prefill" not in function.__name__), config_of.get("SPLITS", 1)
     signature = {
         "q": act, "k_cache": stored, "v_cache": stored, "k_scales": "*fp32" if shape.gain else act,
@@ -226,22 +233,34 @@ def _case(function: Any, config: str, target: str, shape: _Shape, cache: str, **
 
 
 def compile_cases(target: str) -> list[CompileCase]:
-    """Decode and a chunk of a prompt in LLaMA-7B (no groups), LLaMA-3 8B (groups of 4) and the demo (of 3)."""
+    """Decode and a chunk of a prompt in LLaMA-7B (no groups), LLaMA-3 8B (groups of 4) and the demo (of 3).
+
+    Activations have 16 bits, but where the cache is float32.
+    """
     cases = []
     for name, heads, kv_heads, head_dim in (("7B", 32, 32, 128), ("8B", 32, 8, 128), ("demo", 9, 3, 64)):
-        for cache, gain in _TRITON_CACHES.items():
-            if name == "demo" and gain:
+        for cache, gain in _CACHES.items():
+            if (name == "demo" and gain) or (name == "7B" and cache == "fp32"):
                 continue
-            tiles = (TILES_8BIT if gain else TILES)[target]
-            shape = _Shape(heads, kv_heads, head_dim, _BLOCK_SIZE, gain, 2)
+            shape = _Shape(heads, kv_heads, head_dim, _BLOCK_SIZE, gain, 4 if cache == "fp32" else 2)
+            tiles = shape.tiles(target)
             if shape.group == 1:
-                config = {"BLOCK_N": tiles.vector_n, "warps": tiles.vector_warps, "stages": 1}
+                config = {"BLOCK_N": shape.shorter(tiles.vector_n), "warps": tiles.vector_warps, "stages": 1}
                 cases.append(_case(decode_vector, name, target, shape, cache, SPLITS=_SPLITS, **config))
             else:
-                config = {"BLOCK_N": tiles.dot_n, "warps": tiles.dot_warps, "stages": tiles.dot_stages, "BLOCK_M": 16}
+                config = {
+                    "BLOCK_N": shape.shorter(tiles.dot_n),
+                    "warps": tiles.dot_warps,
+                    "stages": tiles.dot_stages,
+                    "BLOCK_M": 16,
+                }
                 cases.append(_case(decode_dot, name, target, shape, cache, SPLITS=_SPLITS, **config))
             if name != "7B" or not gain:  # with 8 bits the same code as 8B's but for two numbers
-                config = {"BLOCK_N": tiles.prefill_n, "warps": tiles.prefill_warps, "stages": tiles.prefill_stages}
+                config = {
+                    "BLOCK_N": shape.shorter(tiles.prefill_n),
+                    "warps": tiles.prefill_warps,
+                    "stages": tiles.prefill_stages,
+                }
                 config |= {"BLOCK_M": shape.prefill_rows(tiles), "APART": tiles.prefill_apart}
                 cases.append(_case(prefill, name, target, shape, cache, **config))
     pointers = ("partial", "maxima", "sums", "contexts", "starts", "out")

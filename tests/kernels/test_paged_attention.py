@@ -266,7 +266,8 @@ def test_planted_bugs_are_found(heads: int, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def _kind(e: dict[str, Any]) -> str:
-    return "16 bits" if "16 bits" in e["config"] else "8 bits"
+    cache = e["config"].partition(", ")[2]
+    return cache if cache in ("16 bits", "fp32") else "8 bits"
 
 
 def test_machine_code(proof_count: Callable[[int, int], int], tmp_path: Path) -> None:
@@ -286,8 +287,10 @@ def test_machine_code(proof_count: Callable[[int, int], int], tmp_path: Path) ->
             assert (e["loop_barriers"], e["loop_shared_operations"]) == (0, 0), e
         if e["kernel"] in ("decode_vector", "decode_dot") and (e["target"], _kind(e)) != ("sm_100", "8 bits"):
             card = hardest_card(e["target"])
-            assert e["kernel_slots_per_unit"] <= card.slots_per_unit(2.0 if _kind(e) == "16 bits" else 1.0), e
-        if (e["kernel"] in ("decode_dot", "prefill")) and e["target"] != "sm_75":
+            assert e["kernel_slots_per_unit"] <= card.slots_per_unit(
+                {"16 bits": 2.0, "fp32": 4.0, "8 bits": 1.0}[_kind(e)]
+            ), e
+        if (e["kernel"] in ("decode_dot", "prefill")) and e["target"] != "sm_75" and _kind(e) != "fp32":
             assert e["tensor_core_instructions"] > 0, e
     for budget in budgets["issue_slots_per_kv_element"]:
         for target in set(budgets["targets"]) & set(targets):
