@@ -1,0 +1,188 @@
+"""Picking tokens in one Triton launch: temperature, top_k, top_p, min_p, and the draw, without a sort.
+
+One program for each row. What a sort would find is found by bisection over the bits of the weights e^((x − max) / T),
+which are numbers in [0, 1] and so in the order of their bits: first the least weight that the filters keep, then the
+weight that the noise falls on; each step adds up the weights above a level. Sums are float32 within a block and
+float64 over blocks, in a fixed order. Held to the sampler's numpy code by tests/kernels/test_sampling_triton.py in
+Triton's interpreter; NEVER RUN on a GPU so far. For the `triton` provider.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from guanaco.kernels.ops import Draw
+from guanaco.kernels.triton_compile import CompileCase
+
+_BLOCK = 2048
+_WARPS = 8
+_ONE_BITS = tl.constexpr(0x3F800000)  # of the largest weight, 1.0
+_STEPS = tl.constexpr(30)  # that bisect [0, 0x3f800000]
+# Keeps the noise below the sum that it is a share of, whatever the rounding of their product.
+_BELOW_ONE = tl.constexpr(1.0 - 1e-15)
+
+
+@triton.jit
+def _weights(logits, start, vocab, largest, temperature, BLOCK: tl.constexpr):
+    column = start + tl.arange(0, BLOCK)
+    x = tl.load(logits + column, mask=column < vocab, other=float("-inf"))
+    return tl.exp((x - largest) / temperature)
+
+
+@triton.jit
+def _above(logits, vocab, largest, temperature, bits, BLOCK: tl.constexpr):
+    """(number, float64 sum) of the weights that are greater than the one with these bits."""
+    level = bits.to(tl.float32, bitcast=True)
+    count = tl.full((), 0, tl.int32)
+    mass = tl.full((), 0.0, tl.float64)
+    for start in range(0, vocab, BLOCK):
+        weight = _weights(logits, start, vocab, largest, temperature, BLOCK)
+        count += tl.sum((weight > level).to(tl.int32))
+        mass += tl.sum(tl.where(weight > level, weight, 0.0)).to(tl.float64)
+    return count, mass
+
+
+@triton.jit
+def _ties(logits, vocab, largest, temperature, bits, BLOCK: tl.constexpr):
+    level = bits.to(tl.float32, bitcast=True)
+    count = tl.full((), 0, tl.int32)
+    for start in range(0, vocab, BLOCK):
+        count += tl.sum((_weights(logits, start, vocab, largest, temperature, BLOCK) == level).to(tl.int32))
+    return count
+
+
+@triton.jit
+def _nth_tie(logits, vocab, largest, temperature, bits, n, BLOCK: tl.constexpr):
+    """The id of tie number n, from 0, in the order of ids."""
+    level = bits.to(tl.float32, bitcast=True)
+    seen = tl.full((), 0, tl.int32)
+    token = tl.full((), 0, tl.int32)
+    for start in range(0, vocab, BLOCK):
+        equal = (_weights(logits, start, vocab, largest, temperature, BLOCK) == level).to(tl.int32)
+        here = (equal == 1) & (seen + tl.cumsum(equal, 0) == n + 1)
+        token += tl.sum(tl.where(here, start + tl.arange(0, BLOCK), 0))
+        seen += tl.sum(equal)
+    return token
+
+
+@triton.jit
+def _filtered(logits, vocab, largest, temperature, top_k, top_p, min_p, noise, BLOCK: tl.constexpr):
+    """From likeliest to least likely, equal ones by id, as far as the filters go; what crosses top_p included."""
+    zero = tl.full((), 0, tl.int32)
+    _, total = _above(logits, vocab, largest, temperature, zero, BLOCK)
+    room = tl.where(top_k > 0, top_k, vocab)
+    share = tl.where(top_p < 1.0, top_p * total, total * 2.0)
+    low, high = zero, zero + _ONE_BITS  # the least level of which something is kept lies in between
+    for _ in range(_STEPS):
+        middle = (low + high) // 2
+        count, mass = _above(logits, vocab, largest, temperature, middle, BLOCK)
+        kept = (count < room) & (mass < share) & (middle.to(tl.float32, bitcast=True).to(tl.float64) >= min_p)
+        low, high = tl.where(kept, low, middle + 1), tl.where(kept, middle, high)
+    cut = high
+    count, mass = _above(logits, vocab, largest, temperature, cut, BLOCK)
+    value = cut.to(tl.float32, bitcast=True).to(tl.float64)
+    crossing = tl.ceil((share - mass) / tl.where(value > 0.0, value, 1.0))
+    ties = tl.minimum(_ties(logits, vocab, largest, temperature, cut, BLOCK), room - count)
+    ties = tl.minimum(ties, tl.maximum(tl.minimum(crossing, 1e9), 1.0).to(tl.int32))
+    target = (mass + ties.to(tl.float64) * value) * tl.minimum(noise, _BELOW_ONE)
+    low, high = cut, zero + _ONE_BITS
+    for _ in range(_STEPS):
+        middle = (low + high) // 2
+        _, mass = _above(logits, vocab, largest, temperature, middle, BLOCK)
+        low, high = tl.where(mass <= target, low, middle + 1), tl.where(mass <= target, middle, high)
+    _, mass = _above(logits, vocab, largest, temperature, high, BLOCK)
+    value = high.to(tl.float32, bitcast=True).to(tl.float64)
+    among = tl.where(high == cut, ties, _ties(logits, vocab, largest, temperature, high, BLOCK))
+    n = tl.floor((target - mass) / tl.where(value > 0.0, value, 1.0)).to(tl.int32)
+    n = tl.maximum(tl.minimum(n, among - 1), 0)
+    return _nth_tie(logits, vocab, largest, temperature, high, n, BLOCK)
+
+
+@triton.jit
+def _unfiltered(logits, vocab, largest, temperature, noise, BLOCK: tl.constexpr):
+    """The id, in their order, that the noise falls on: first the block, then the place in it."""
+    zero = tl.full((), 0, tl.int32)
+    _, total = _above(logits, vocab, largest, temperature, zero, BLOCK)
+    target = total * tl.minimum(noise, _BELOW_ONE)
+    first, before = zero, tl.full((), 0.0, tl.float64)
+    passed = tl.full((), 0.0, tl.float64)
+    found = zero
+    for start in range(0, vocab, BLOCK):
+        weight = _weights(logits, start, vocab, largest, temperature, BLOCK)
+        after = passed + tl.sum(tl.where(weight > 0.0, weight, 0.0)).to(tl.float64)
+        here = (found == 0) & (after > target)
+        first, before = tl.where(here, start, first), tl.where(here, passed, before)
+        found = tl.where(here, 1, found)
+        passed = after
+    weight = _weights(logits, first, vocab, largest, temperature, BLOCK)
+    sums = before + tl.cumsum(weight.to(tl.float64), 0)
+    place = tl.arange(0, BLOCK)
+    # The block's float32 sum may be past the target where the float64 one ends short of it: then its last token.
+    last = tl.max(tl.where(weight > 0.0, place, 0))
+    return first + tl.minimum(tl.min(tl.where((sums > target) & (weight > 0.0), place, BLOCK)), last)
+
+
+@triton.jit
+def draw_kernel(logits, temperatures, top_ks, top_ps, min_ps, noises, tokens, vocab, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * vocab
+    largest = tl.full((), float("-inf"), tl.float32)
+    token = tl.full((), 0, tl.int32)
+    for start in range(0, vocab, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + column, mask=column < vocab, other=float("-inf"))
+        top, place = tl.max(x, 0, return_indices=True, return_indices_tie_break_left=True)
+        token = tl.where(top > largest, start + place, token)
+        largest = tl.maximum(largest, top)
+    temperature = tl.load(temperatures + row)
+    if temperature > 0.0:
+        top_k, top_p, min_p = tl.load(top_ks + row), tl.load(top_ps + row), tl.load(min_ps + row)
+        noise = tl.load(noises + row)
+        if (top_k > 0) | (top_p < 1.0) | (min_p > 0.0):
+            token = _filtered(logits, vocab, largest, temperature, top_k, top_p, min_p, noise, BLOCK)
+        else:
+            token = _unfiltered(logits, vocab, largest, temperature, noise, BLOCK)
+    tl.store(tokens + row, token.to(tl.int64))
+
+
+def draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """int64 [r]: one token per row of float32 logits [r, vocab], as `Ops.draw` states; NaN must not be among them."""
+    r, vocab = logits.shape
+    assert len(draws) == r
+    assert logits.is_contiguous()
+    tokens = torch.empty(r, dtype=torch.int64, device=logits.device)
+    if r == 0:
+        return tokens
+
+    def column(values: list[float], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(logits.device, non_blocking=True)
+
+    draw_kernel[(r,)](
+        logits,
+        column([d.temperature for d in draws], torch.float32),
+        column([d.top_k for d in draws], torch.int32),
+        column([d.top_p for d in draws], torch.float64),
+        column([d.min_p for d in draws], torch.float64),
+        column([d.uniform for d in draws], torch.float64),
+        tokens, vocab, BLOCK=_BLOCK, num_warps=_WARPS,
+    )  # fmt: skip
+    return tokens
+
+
+def compile_cases(target: str) -> list[CompileCase]:  # noqa: ARG001  the same for all
+    """A row of LLaMA-3's vocabulary: a unit is a logit, and the main loop one of the passes over them."""
+    vocab = 128256
+    signature = {
+        "logits": "*fp32", "temperatures": "*fp32", "top_ks": "*i32", "top_ps": "*fp64", "min_ps": "*fp64",
+        "noises": "*fp64", "tokens": "*i64", "vocab": "i32",
+    }  # fmt: skip
+    return [
+        CompileCase(
+            kernel="draw", function=draw_kernel, rows=1, config=f"vocabulary {vocab}", signature=signature,
+            constexprs={"BLOCK": _BLOCK}, num_warps=_WARPS, units_per_iteration=_BLOCK, marker=("bytes", 4.0),
+            units=vocab, bytes_floor=4 * vocab, bytes_per_unit=4.0, loop_turns={-1: float(vocab)},
+        )
+    ]  # fmt: skip
