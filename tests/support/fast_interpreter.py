@@ -35,3 +35,48 @@ def install() -> None:
         return _Kept()
 
     interpreter._patch_lang = patch_once
+    _remember_dtypes(interpreter, language)
+    _remember_shapes(language.core)
+
+
+def _remember_dtypes(interpreter: Any, language: Any) -> None:
+    """It writes the table of numpy's names down anew for every tensor."""
+    original = interpreter._get_np_dtype
+    known: dict[str, Any] = {}
+
+    def numpy_dtype(dtype: Any) -> Any:
+        scalar = dtype.element_ty if isinstance(dtype, language.block_type) else dtype
+        if isinstance(scalar, language.pointer_type):
+            return original(scalar)
+        if scalar.name not in known:
+            known[scalar.name] = original(scalar)
+        return known[scalar.name]
+
+    interpreter._get_np_dtype = numpy_dtype
+
+
+def _remember_shapes(core: Any) -> None:
+    """Every tensor wraps each number of its shape anew, and every type writes its name: the same few each time."""
+    tensors: dict[int, tuple[Any, Any, Any]] = {}  # by identity of the shape, which is kept with it
+    types: dict[tuple[Any, ...], tuple[Any, int, str]] = {}
+    original_tensor, original_type = core.tensor.__init__, core.block_type.__init__
+
+    def tensor(self: Any, handle: Any, type: Any) -> None:
+        shape = type.shape if type.is_block() else None
+        if id(shape) not in tensors:
+            original_tensor(self, handle, type)
+            tensors[id(shape)] = shape, self.shape, self.numel
+            return
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        _, self.shape, self.numel = tensors[id(shape)]
+
+    def block_type(self: Any, element_ty: Any, shape: Any) -> None:
+        key = (element_ty.name, *(s.value if isinstance(s, core.constexpr) else s for s in shape))
+        if key not in types:
+            original_type(self, element_ty, shape)
+            types[key] = self.shape, self.numel, self.name
+            return
+        self.element_ty = element_ty
+        self.shape, self.numel, self.name = types[key]
+
+    core.tensor.__init__, core.block_type.__init__ = tensor, block_type
