@@ -1,8 +1,10 @@
 """The ops that a LLaMA is made of, and the providers that compute them.
 
-`Ops` is the contract; `reference` (plain PyTorch) is its specification, `cpu` is native code for the processor. A
-provider is chosen once, by name, at start.
+`Ops` is the contract; `reference` (plain PyTorch) is its specification, `cpu` is native code for the processor,
+`triton` is for an NVIDIA GPU. A provider is chosen once, by name, at start.
 """
+
+from importlib.util import find_spec
 
 import torch
 
@@ -30,7 +32,7 @@ __all__ = [
     "load_ops",
 ]
 
-PROVIDERS = ("reference", "cpu")
+PROVIDERS = ("reference", "cpu", "triton")
 
 
 def load_ops(
@@ -41,12 +43,14 @@ def load_ops(
     decoded_weights_bytes: int = 0,
     threads: int = 1,
     cpu_isa: str = "auto",
+    side_stream: bool = False,
 ) -> Ops:
     """The provider called `name`.
 
     decoded_weights_bytes: how much memory the reference provider may spend on weights kept decoded (0: none).
     threads, cpu_isa: of the `cpu` provider; a name in CPU_ISAS, or "auto" for the best that this processor has.
-    Raises ValueError for a name that is not in PROVIDERS, NativeUnavailable where the native kernels cannot be used.
+    side_stream: the `triton` provider copies adapters to a GPU on a stream of their own.
+    Raises ValueError for a name that is not in PROVIDERS, NativeUnavailable where its kernels cannot be used.
     """
     if name == "reference":
         from guanaco.kernels.reference import ReferenceOps
@@ -56,4 +60,10 @@ def load_ops(
         from guanaco.kernels.cpu_ops import CpuOps
 
         return CpuOps(dtype=dtype, threads=threads, isa=cpu_isa)
+    if name == "triton":
+        if find_spec("triton") is None:
+            raise NativeUnavailable("the triton provider needs Triton, which is not installed (pip install triton)")
+        from guanaco.kernels.triton_ops import TritonOps
+
+        return TritonOps(device=device, dtype=dtype, side_stream=side_stream)
     raise ValueError(f"unknown kernel provider {name!r}; this build has: {', '.join(PROVIDERS)}")

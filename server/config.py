@@ -62,11 +62,18 @@ class Settings(BaseSettings):
     api_key: Secrets = Field((), description="API key that clients must send; repeat for more")
     api_key_file: Path | None = Field(None, description="file with one API key a line")
     allow_unauthenticated: bool = Field(False, description="listen beyond loopback without an API key")
-    provider: Literal["auto", "reference", "cpu"] = Field("auto", description="kernel provider")
+    provider: Literal["auto", "reference", "cpu", "triton"] = Field(
+        "auto", description="kernel provider; auto: triton where there is an NVIDIA GPU, else cpu"
+    )
+    cuda_graphs: bool = Field(
+        True, description="triton: replay decode steps as CUDA graphs, and copy adapters on a stream of their own"
+    )
     cpu_isa: Literal["auto", "avx512vnni", "avx512", "avx2", "portable"] = Field(
         "auto", description="instruction set of the cpu provider"
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="compute and KV cache dtype")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="compute and KV cache dtype (float16: triton only)"
+    )
     threads: Annotated[int, Field(ge=0)] = Field(
         0, description="compute threads; 0: what the machine or container allows"
     )

@@ -8,6 +8,7 @@ import platform
 import shutil
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
@@ -19,6 +20,7 @@ from guanaco.models.config import LlamaConfig, read_config
 from guanaco.models.errors import ModelError
 from guanaco.models.llama import projection_shapes
 from guanaco.server.config import Settings
+from guanaco.server.gpu import Gpu, find_gpu
 from guanaco.server.machine import Machine, look
 from guanaco.server.plan import human_bytes
 
@@ -54,12 +56,21 @@ def run_doctor(settings: Settings, *, as_json: bool) -> int:
 def _machine(machine: Machine) -> list[Finding]:
     flags = " ".join(machine.cpu_flags) or "none of the instruction sets that the native kernels look for"
     memory = f"{human_bytes(machine.memory_bytes)}, {human_bytes(machine.memory_available_bytes)} available"
-    driver = "an NVIDIA driver is loaded; this version has no GPU kernels, it computes on the CPU"
     return [
         Finding("processor", f"{machine.cpu_name}, {machine.cpu_count} usable ({flags})"),
         Finding("memory", memory),
-        Finding("GPU", driver if machine.has_nvidia_driver else "none; none is needed"),
+        _gpu(find_gpu(), machine),
     ]
+
+
+def _gpu(gpu: Gpu | None, machine: Machine) -> Finding:
+    if gpu is not None:
+        memory = f"{human_bytes(gpu.memory_bytes)}, {human_bytes(gpu.free_bytes)} free"
+        return Finding("GPU", f"{gpu.name}, {gpu.target}, {memory}")
+    if machine.has_nvidia_driver:
+        advice = "install a build of torch with CUDA (pip install torch) to use it"
+        return Finding("GPU", "an NVIDIA driver is loaded, but torch finds no GPU: the CPU computes", advice=advice)
+    return Finding("GPU", "none; none is needed")
 
 
 def _software() -> list[Finding]:
@@ -69,23 +80,34 @@ def _software() -> list[Finding]:
         Finding("Python", f"{platform.python_version()} on {platform.platform()}"),
         Finding("torch", f"{version('torch')}, {'with' if torch.cuda.is_available() else 'without'} CUDA"),
     ]
-    try:
-        triton = f"{version('triton')} (not used by this version)"
-    except PackageNotFoundError:
-        triton = "not installed (not used by this version)"
-    findings.append(Finding("triton", triton))
+    findings.append(_triton())
     compiler = shutil.which("g++") or shutil.which("c++")
     findings.append(Finding("C++ compiler", compiler or "none (only needed when guanaco is installed)"))
     findings.append(_providers())
     return findings
 
 
+def _triton() -> Finding:
+    """Its version, and what of our kernels has run where."""
+    try:
+        found = version("triton")
+    except PackageNotFoundError:
+        return Finding("triton", "not installed (only needed with an NVIDIA GPU)")
+    from guanaco.kernels.triton_ops import HAS_RUN
+
+    return Finding("triton", f"{found}; {HAS_RUN}")
+
+
 def _providers() -> Finding:
+    automatic = "cpu" if find_gpu() is None or find_spec("triton") is None else "triton"
     try:
         isas = available_isas()
     except NativeUnavailable as error:
+        if automatic == "triton":
+            return Finding("kernel providers", "reference, triton; `auto` takes triton")
         return Finding("kernel providers", "reference; `auto` takes it, and it is slow", advice=str(error))
-    return Finding("kernel providers", f"{', '.join(PROVIDERS)} ({', '.join(isas)}); `auto` takes cpu with {isas[0]}")
+    takes = f"cpu with {isas[0]}" if automatic == "cpu" else automatic
+    return Finding("kernel providers", f"{', '.join(PROVIDERS)} ({', '.join(isas)}); `auto` takes {takes}")
 
 
 def _disk(cache_dir: Path) -> Finding:

@@ -10,6 +10,8 @@ from guanaco.server.errors import CommandError
 # Share of the memory that is free once the weights are loaded which the KV cache may take unless a size is given.
 # A quarter: the operator's machine does other things too, and full caches stay full (the prefix cache uses them).
 AUTO_KV_SHARE = 0.25
+# The same of a GPU, after what is set aside for adapters and for a step's own tensors: it is ours, but for a desktop.
+GPU_KV_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,15 @@ class KvRequest:
 
 
 def plan_memory(
-    request: KvRequest, *, weights_bytes: int, adapters_bytes: int, free_bytes: int, coming_bytes: int = 0
+    request: KvRequest,
+    *,
+    weights_bytes: int,
+    adapters_bytes: int,
+    free_bytes: int,
+    coming_bytes: int = 0,
+    share: float = AUTO_KV_SHARE,
 ) -> MemoryPlan:
-    """Fit the KV cache into `free_bytes` (what is free after the weights were loaded).
+    """Fit the KV cache into `share` of `free_bytes` (what is free after the weights were loaded), or the size given.
 
     coming_bytes: what adapters that are not loaded yet may take of those. A cache whose size is not given leaves it to
     them, as far as that is at most a half.
@@ -61,7 +69,7 @@ def plan_memory(
             f"--max-model-len {length} is more than the {request.model_positions} positions that the model knows"
         )
     for_cache = max(free_bytes - coming_bytes, free_bytes // 2)
-    budget = request.kv_bytes if request.kv_bytes is not None else int(for_cache * AUTO_KV_SHARE)
+    budget = request.kv_bytes if request.kv_bytes is not None else int(for_cache * share)
     useful_blocks = request.max_num_seqs * -(-length // request.block_size)
     num_blocks = min(budget // request.block_bytes, useful_blocks)
     tokens, notes = num_blocks * request.block_size, []

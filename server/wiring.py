@@ -36,8 +36,10 @@ from guanaco.server.engine.model_runner import ModelRunner
 from guanaco.server.engine.request import LoraRef
 from guanaco.server.engine.scheduler import Scheduler
 from guanaco.server.errors import CommandError
+from guanaco.server.gpu import Gpu, find_gpu
+from guanaco.server.gpu_wiring import gpu_notes, gpu_reserve_bytes, make_decode_path
 from guanaco.server.machine import look
-from guanaco.server.plan import KvRequest, MemoryPlan, plan_memory
+from guanaco.server.plan import GPU_KV_SHARE, KvRequest, MemoryPlan, plan_memory
 from guanaco.server.progress import reporting
 
 
@@ -102,40 +104,56 @@ def build_runtime(settings: Settings, console: Console) -> Runtime:
         plan=plan,
         engine=_build_engine(settings, base, registry, plan, ops, table, slots),
         num_threads=num_threads,
-        notes=(*base.notes, *plan.notes, *_adapter_notes(registry, base)),
+        notes=(*gpu_notes(settings, ops, base.loaded.model), *base.notes, *plan.notes, *_adapter_notes(registry, base)),
     )
 
 
 def _load_provider(settings: Settings, num_threads: int) -> tuple[Ops, str]:
-    """The kernels, and why these. Where the native ones cannot be used, that is the reason for the reference."""
+    """The kernels, and why these: a GPU's where there is one. Where the native ones cannot be used, that is the reason
+    for the reference."""
+    gpu = find_gpu() if settings.provider in ("auto", "triton") else None
 
     def load(name: str) -> Ops:
         return load_ops(
             name,
-            device=torch.device("cpu"),
-            dtype=_dtype(settings, name),
+            device=torch.device("cuda", 0) if name == "triton" and gpu is not None else torch.device("cpu"),
+            dtype=_dtype(settings, name, gpu),
             decoded_weights_bytes=settings.decoded_weights_memory,
             threads=num_threads,
             cpu_isa=settings.cpu_isa,
+            side_stream=settings.cuda_graphs,
         )
 
     if settings.provider == "reference":
         return load("reference"), "asked for with --provider"
+    without = "no NVIDIA GPU that torch can use"
+    if settings.provider == "triton" or gpu is not None:
+        try:
+            where = f"{gpu.name}, {gpu.target}" if gpu is not None else "Triton's interpreter: for tests only"
+            return load("triton"), where + ("; asked for with --provider" if settings.provider == "triton" else "")
+        except NativeUnavailable as error:
+            if settings.provider == "triton":
+                raise CommandError(str(error)) from None
+            without = f"the GPU is not used: {error}"
     try:
         ops = load("cpu")
     except NativeUnavailable as error:
         if settings.provider == "cpu" or settings.cpu_isa != "auto":
             raise CommandError(str(error)) from None
         return load("reference"), f"slow: {error}"
-    why = "asked for with --provider" if settings.provider == "cpu" else "no GPU kernels in this version"
+    why = "asked for with --provider" if settings.provider == "cpu" else without
     return ops, f"{why}; {getattr(ops, 'isa', '')}"
 
 
-def _dtype(settings: Settings, provider: str) -> torch.dtype:
+def _dtype(settings: Settings, provider: str, gpu: Gpu | None) -> torch.dtype:
     """The native kernels compute in float32 between their ends whatever this is: what they keep in it is K and V."""
-    if settings.dtype == "auto":
-        return torch.float32 if provider == "reference" else torch.bfloat16
-    return torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
+    if settings.dtype == "float16" and provider != "triton":
+        raise CommandError(f"--dtype float16 is for the triton provider; {provider} has float32 and bfloat16")
+    if settings.dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[settings.dtype]
+    if provider == "triton" and gpu is not None and gpu.capability < (8, 0):
+        return torch.float16
+    return torch.float32 if provider == "reference" else torch.bfloat16
 
 
 def _load_base(settings: Settings, ops: Ops, console: Console) -> Base:
@@ -229,12 +247,28 @@ def _plan(settings: Settings, base: Base, registry: AdapterRegistry, ops: Ops) -
     if loaded > most:
         raise CommandError(f"the adapters take {loaded} bytes and may take {most}: raise --adapter-host-memory")
     adapters_bytes = most if settings.admin_key is not None else loaded  # without the key none can be added
+    if ops.device.type == "cuda":
+        return _gpu_plan(settings, base, request)
     return plan_memory(
         request,
         weights_bytes=base.loaded.weights_bytes,
         adapters_bytes=adapters_bytes,
         free_bytes=look().memory_available_bytes,
         coming_bytes=adapters_bytes - loaded,
+    )
+
+
+def _gpu_plan(settings: Settings, base: Base, request: KvRequest) -> MemoryPlan:
+    """On a GPU the adapters' arena is taken at once, and a step's own tensors are left room."""
+    gpu, arena = find_gpu(), settings.adapter_device_memory
+    assert gpu is not None
+    reserve = arena + gpu_reserve_bytes(settings, base.loaded.config)
+    return plan_memory(
+        request,
+        weights_bytes=base.loaded.weights_bytes,
+        adapters_bytes=arena,
+        free_bytes=max(0, gpu.free_bytes - reserve),
+        share=GPU_KV_SHARE,
     )
 
 
@@ -284,7 +318,8 @@ def _build_engine(
         adapter_timeout_seconds=settings.adapter_timeout,
     )
     kv = PagedKVCache(model.config, plan.num_blocks, plan.block_size, ops.dtype, ops.device)
-    runner = ModelRunner(model, kv, registry, slots, base.eos_ids)
+    path = make_decode_path(settings, model, ops, kv, plan.max_model_len)
+    runner = ModelRunner(model, kv, registry, slots, base.eos_ids, path)
     blocks = BlockManager(plan.num_blocks, plan.block_size)
     host = HostTable(settings.adapter_host_memory)
     return Engine(Scheduler(limits, blocks, table, base.eos_ids, host=host), runner)

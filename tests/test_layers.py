@@ -30,6 +30,7 @@ BANNED = {
     "adapters": {"transformers", "fastapi", "pydantic", "peft"},
     "adapters/slot_table.py": {"torch", "transformers", "fastapi", "pydantic", "peft"},
     "server/engine": {"fastapi", "pydantic", "prometheus_client", "torch", "transformers"},
+    "server/engine/cuda_graphs.py": {"fastapi", "pydantic", "prometheus_client", "transformers"},
     "server/engine/model_runner.py": {"fastapi", "pydantic", "prometheus_client", "transformers"},
     "server/engine/sampler.py": {"fastapi", "pydantic", "prometheus_client", "transformers"},
     "server/api": {"torch", "transformers", "safetensors"},

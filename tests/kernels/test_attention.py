@@ -10,7 +10,7 @@ import torch
 from attention_cases import check, make_case
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from providers import PROVIDERS, provider_ops
+from providers import FAST, INTERPRETED, PROVIDERS, provider_ops
 from tolerances import assert_close, relative_l2
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -23,20 +23,21 @@ def make_ops(request: pytest.FixtureRequest) -> MakeOps:
     return partial(provider_ops, request.param)
 
 
-@poisoned
-@given(
-    shapes=st.lists(
+mixed_cases = {
+    "shapes": st.lists(
         st.integers(1, 60).flatmap(lambda context: st.tuples(st.just(context), st.integers(1, min(context, 20)))),
         max_size=6,
     ),
-    share=st.sampled_from([1, 3, 4, 8]),
-    kv_heads=st.sampled_from([1, 3]),
-    head_dim=st.sampled_from([8, 20]),
-    block_size=st.sampled_from([8, 16, 64]),
-    dtype=st.sampled_from(DTYPES),
-    seed=st.integers(0, 1000),
-)
-def test_mixed_batches(
+    "share": st.sampled_from([1, 3, 4, 8]),
+    "kv_heads": st.sampled_from([1, 3]),
+    "head_dim": st.sampled_from([8, 20]),
+    "block_size": st.sampled_from([8, 16, 64]),
+    "dtype": st.sampled_from(DTYPES),
+    "seed": st.integers(0, 1000),
+}
+
+
+def check_mixed_batches(
     make_ops: MakeOps,
     nan_poison: None,
     shapes: list[tuple[int, int]],
@@ -68,6 +69,14 @@ def test_mixed_batches(
     check(case, make_ops(dtype), dtype)
 
 
+test_mixed_batches = pytest.mark.parametrize("make_ops", FAST, indirect=True)(
+    poisoned(given(**mixed_cases)(check_mixed_batches))
+)
+test_mixed_batches_interpreted = pytest.mark.parametrize("make_ops", INTERPRETED, indirect=True)(
+    settings(poisoned, max_examples=6)(given(**mixed_cases)(check_mixed_batches))
+)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_sequences_decode_together(make_ops: MakeOps, dtype: torch.dtype, nan_poison: None) -> None:
     """Contexts from 1 to 1000, so that the batch is cut into groups with padding."""
@@ -84,7 +93,7 @@ def test_a_long_prompt_in_pieces(make_ops: MakeOps, block_size: int, nan_poison:
     whole = case.run(ops)
     for i in range(2):
         assert_close(whole[i], case.exact(i), torch.float32)
-    for size in (1, 64, 333):
+    for size in (64, 333) if ops.name == "triton" else (1, 64, 333):
         pieces = [case.run(ops, [0], [(first, min(first + size, 350))])[0] for first in range(0, 350, size)]
         assert_close(torch.cat(pieces), whole[0], torch.float32)
         if size == 1:

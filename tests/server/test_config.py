@@ -25,6 +25,7 @@ OTHER_VALUE = {  # a text for each setting that is valid and not its default
     "quantized_cache": "false",
     "strict_base": "true",
     "hub_adapters": "true",
+    "cuda_graphs": "false",
 }
 NAMES = sorted(Settings.model_fields)
 

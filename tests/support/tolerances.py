@@ -33,12 +33,21 @@ def relative_l2(actual: Tensor, expected: Tensor, length: float = 0.0) -> float:
 
 
 def assert_close(
-    actual: Tensor, expected: Tensor, dtype: torch.dtype, length: float = 0.0, *, integer_nf4: bool = False
+    actual: Tensor,
+    expected: Tensor,
+    dtype: torch.dtype,
+    length: float = 0.0,
+    *,
+    integer_nf4: bool = False,
+    half_nf4: bool = False,
 ) -> None:
     """`actual`, computed with activations in `dtype`, is the float64 `expected` within the tolerance.
 
-    integer_nf4: it is a product of NF4 weights that the `cpu` provider computes in integers.
+    integer_nf4: it is a product of NF4 weights that the `cpu` provider computes in integers; half_nf4: one that the
+    `triton` provider computes in float16.
     """
     allowed = (INTEGER_NF4_RELATIVE_L2 if integer_nf4 else RELATIVE_L2)[dtype]
+    if half_nf4:
+        allowed = max(allowed, TRITON_NF4_RELATIVE_L2)
     error = relative_l2(actual, expected, length)
     assert error <= allowed, f"relative l2 error {error:.3g} (allowed: {allowed:.3g})"

@@ -1,0 +1,125 @@
+"""The whole engine over the `triton` provider in Triton's interpreter: the reference's tokens.
+
+Two-layer models; the same kernels, launches and buffers as on a GPU, but for the capture of CUDA graphs itself.
+"""
+
+from random import Random
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from oracles import reference_ops
+from tiny_adapters import make_adapter
+from tiny_models import make_tiny_llama
+
+from guanaco.adapters.registry import AdapterRegistry
+from guanaco.adapters.slot_store import SlotStore
+from guanaco.adapters.slot_table import SlotTable
+from guanaco.adapters.weights import AdapterLimits
+from guanaco.kernels import load_ops
+from guanaco.models.kv_cache import PagedKVCache
+from guanaco.models.llama import LlamaModel
+from guanaco.models.loader import load_model
+from guanaco.server.engine.block_manager import BlockManager
+from guanaco.server.engine.cuda_graphs import DecodeGraphs, RunEagerly
+from guanaco.server.engine.engine import Engine
+from guanaco.server.engine.model_runner import ModelRunner
+from guanaco.server.engine.request import LoraRef, Request, SamplingParams
+from guanaco.server.engine.scheduler import Limits, Scheduler
+
+pytest.importorskip("triton")
+
+CPU = torch.device("cpu")
+RANKS = {"x": 8, "y": 5}
+NUM_TOKENS = 3
+MAX_MODEL_LEN, BLOCK_SIZE, NUM_SLOTS, NUM_SEQS = 64, 8, 3, 5
+# Of logits, over two layers: what the products' 3e-4 come to.
+LOGITS_RELATIVE_L2 = 2e-3
+
+
+def triton_ops(dtype: torch.dtype = torch.float32) -> Any:
+    return load_ops("triton", device=CPU, dtype=dtype)
+
+
+class Setting(NamedTuple):
+    reference: LlamaModel
+    triton: LlamaModel
+    registry: AdapterRegistry
+
+    def loras(self, *names: str) -> tuple[LoraRef, ...]:
+        versions = [self.registry.resolve(name) for name in names]
+        return tuple(LoraRef(entry.version, 0.5 if len(names) > 1 else 1.0) for entry in versions if entry)
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    root = tmp_path_factory.mktemp("triton")
+    path = make_tiny_llama(root / "base", intermediate_size=192)
+    model = load_model(path, reference_ops()).model
+    registry = AdapterRegistry(model.lora_targets, base_names=("base",), limits=AdapterLimits(max_rank=64))
+    for seed, (name, rank) in enumerate(RANKS.items()):
+        registry.load(name, make_adapter(root / name, model.lora_targets, rank=rank, seed=seed))
+    return Setting(model, load_model(path, triton_ops()).model, registry)
+
+
+def requests_of(setting: Setting) -> list[Request]:
+    """The base, each adapter, both of them mixed, and an adapter again; prompts of 2 to 19 tokens."""
+    rng = Random(3)
+    users = ((), ("x",), ("y",), ("x", "y"), ("x",))
+    return [
+        Request(
+            f"r{i}",
+            tuple(rng.randrange(3, 384) for _ in range(length)),
+            SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, seed=1),
+            setting.loras(*names),
+        )
+        for i, (names, length) in enumerate(zip(users, (19, 2, 9, 4, 3), strict=True))
+    ]
+
+
+class Run:
+    """An engine of its own over one of the two models."""
+
+    def __init__(self, setting: Setting, model: LlamaModel, *, graphs: bool = False) -> None:
+        kv = PagedKVCache(model.config, 64, BLOCK_SIZE, model.ops.dtype, CPU)
+        store = SlotStore(model.lora_targets, NUM_SLOTS, CPU, model.ops.place_adapter)
+        self.graphs = None
+        if graphs:
+            sizes = {"max_num_seqs": NUM_SEQS, "max_model_len": MAX_MODEL_LEN, "num_slots": NUM_SLOTS}
+            self.graphs = DecodeGraphs(model, model.ops, kv, **sizes, capture=RunEagerly())  # type: ignore[arg-type]
+        runner = ModelRunner(model, kv, setting.registry, store, frozenset(), self.graphs)
+        limits = Limits(NUM_SEQS, 16, max_model_len=MAX_MODEL_LEN, queue_timeout_seconds=0.0)
+        scheduler = Scheduler(limits, BlockManager(64, BLOCK_SIZE), SlotTable(NUM_SLOTS), frozenset())
+        self.engine = Engine(scheduler, runner, clock=lambda: 0.0)
+
+    def __call__(self, requests: list[Request]) -> dict[str, list[int]]:
+        tokens: dict[str, list[int]] = {one.request_id: [] for one in requests}
+        for one in requests:
+            self.engine.add_request(one)
+        while self.engine.has_work:
+            for output in self.engine.step().outputs:
+                tokens[output.request_id] += output.token_ids
+        return tokens
+
+
+@pytest.fixture(scope="module")
+def expected(setting: Setting) -> dict[str, list[int]]:
+    return Run(setting, setting.reference)(requests_of(setting))
+
+
+def test_mixed_adapters_chunked_prompts_and_decode_give_the_references_tokens(
+    setting: Setting, expected: dict[str, list[int]]
+) -> None:
+    assert setting.triton.is_fused
+    assert Run(setting, setting.triton)(requests_of(setting)) == expected
+    assert len({tuple(tokens) for tokens in expected.values()}) == len(expected)
+    assert all(len(tokens) == NUM_TOKENS for tokens in expected.values())
+
+
+def test_decode_steps_over_fixed_buffers_give_the_same(setting: Setting, expected: dict[str, list[int]]) -> None:
+    """What a CUDA graph replays, run eagerly: padded buckets, adapters as data, buffers used again."""
+    run = Run(setting, setting.triton, graphs=True)
+    assert run(requests_of(setting)) == expected
+    assert run.graphs is not None
+    assert run.graphs.num_graphs >= 2
+    assert run([requests_of(setting)[3]]) == {"r3": expected["r3"]}, "a mixture alone: two adapters for one row"
