@@ -4,7 +4,7 @@ NEVER RUN so far: nobody who wrote this had a GPU. It is kept to launching, timi
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,6 +14,8 @@ from guanaco.kernels import load_ops, nf4
 from guanaco.kernels.cards import CARDS
 
 _SIDE = 4096
+_PRODUCTS = ("nf4_simt", "nf4_dot")
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 _WARM_UPS = 10
 _ROUNDS = 50
 _FLUSH_BYTES = 256 << 20  # more than any L2: every launch finds its weights in memory
@@ -23,20 +25,29 @@ def add_times(entries: list[dict[str, Any]]) -> None:
     """Add microseconds and shares of the roofline to the entries of this GPU's target whose kernel is a product."""
     device = torch.device("cuda")
     major, minor = torch.cuda.get_device_capability(device)
-    ours = [e for e in entries if e["target"] == f"sm_{major}{minor}" and e["kernel"] in ("nf4_simt", "nf4_dot")]
-    dtype = torch.bfloat16 if major >= 8 else torch.float16
+    ours = [e for e in entries if e["target"] == f"sm_{major}{minor}" and e["kernel"] in _PRODUCTS]
+    times = {found["rows"]: found for found in product_times(sorted({e["rows"] for e in ours}))}
+    for e in ours:
+        e.update(times[e["rows"]])
+
+
+def product_times(rows: Sequence[int] = _ROWS) -> list[dict[str, Any]]:
+    """For each number of rows: one square matrix multiplied by our kernel, by bitsandbytes, and by torch in 16
+    bits; microseconds, and our share of the roofline."""
+    device = torch.device("cuda")
+    dtype = torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
     torch.manual_seed(0)
     weight = nf4.quantize(torch.randn(_SIDE, _SIDE))
-    for rows in sorted({e["rows"] for e in ours}):
-        times = _times(rows, weight, device, dtype)
-        for e in ours:
-            if e["rows"] == rows:
-                e.update(times)
-                floor = e["bytes_floor"] / _bandwidth(torch.cuda.get_device_name(device))
-                e["roofline_share"] = round(floor * 1e6 / times["microseconds"], 3)
+    found: list[dict[str, Any]] = []
+    for count in rows:
+        times: dict[str, Any] = {"rows": count, **_times(count, weight, device, dtype)}
+        floor = (weight.num_bytes + 4 * count * _SIDE) / bandwidth(torch.cuda.get_device_name(device))
+        times["roofline_share"] = round(floor * 1e6 / times["microseconds"], 3)
+        found.append(times)
+    return found
 
 
-def _bandwidth(name: str) -> float:
+def bandwidth(name: str) -> float:
     """Bytes/s by the data sheet where the card is listed, else as its driver states the memory's clock and width."""
     for card in CARDS:
         if card.name.split(" ")[-1 if card.name.startswith("RTX") else 0] in name:
