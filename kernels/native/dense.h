@@ -26,7 +26,7 @@ inline void dense_lanes(const typename Element<D>::type* w, int64_t w_stride, in
             // Rows are shorter than what a hardware prefetcher needs to get going.
             if (M == 1 && i % 32 == 0) __builtin_prefetch(w + (n + N) * w_stride + i, 0, 2);
         }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
         for (int m = 0; m < M; m++) {
             vf xm = load(x[m] + first + i);
 #pragma GCC unroll 8
@@ -83,8 +83,11 @@ void dense_many(const typename Element<D>::type* w, int64_t k, const float* cons
                     if (i % 32 == 0) __builtin_prefetch(w + (n + N) * k + first + i, 0, 3);
                 }
             }
-            // Threes and twos: a single row has too few sums under way at a time to keep the multipliers busy.
+            // Sixes where there are 32 registers, threes and twos: a single row has too few sums under way at a time to keep the multipliers busy.
             int64_t m = 0;
+            for (; kManyLanes && count - m >= 6; m += 6) {
+                dense_lanes<kFloat32, 6, N>(converted, kChunk, size, x + m, first, lanes + m);
+            }
             for (; count - m > 4 || count - m == 3; m += 3) {
                 dense_lanes<kFloat32, 3, N>(converted, kChunk, size, x + m, first, lanes + m);
             }

@@ -12,6 +12,7 @@ namespace guanaco {
 namespace GUANACO_ISA {
 constexpr int kMaxRows = 6;  // 12 sums, 2 levels and an activation fit the 16 registers
 constexpr int kDirectRows = 4;
+constexpr bool kManyLanes = false;
 }
 }  // namespace guanaco
 #include "isa_table.h"

@@ -13,6 +13,7 @@ namespace guanaco {
 namespace GUANACO_ISA {
 constexpr int kMaxRows = 6;  // more, and GCC keeps some of the sums in memory
 constexpr int kDirectRows = 4;
+constexpr bool kManyLanes = true;  // 32 registers
 }
 }  // namespace guanaco
 #include "isa_table.h"

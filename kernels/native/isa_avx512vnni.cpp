@@ -14,6 +14,7 @@ namespace guanaco {
 namespace GUANACO_ISA {
 constexpr int kMaxRows = 12;  // a sum each, levels and an activation: well within 32 registers
 constexpr int kDirectRows = 4;
+constexpr bool kManyLanes = true;  // 32 registers
 }
 }  // namespace guanaco
 #include "isa_table.h"

@@ -8,6 +8,7 @@ namespace guanaco {
 namespace GUANACO_ISA {
 constexpr int kMaxRows = 6;
 constexpr int kDirectRows = 4;
+constexpr bool kManyLanes = false;
 }  // namespace GUANACO_ISA
 }  // namespace guanaco
 #include "isa_table.h"
