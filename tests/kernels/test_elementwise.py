@@ -88,13 +88,12 @@ def test_rows_of_zeros(nan_poison: None) -> None:
     width=st.sampled_from([1, 33, 1024, 1500]),
     dtype=st.sampled_from(DTYPES),
     size=st.sampled_from([1e-3, 5.0, 60.0]),
-    merged=st.booleans(),
+    merged=st.sampled_from(["both", "gate", "none"]),
 )
-def test_silu_mul(nan_poison: None, t: int, width: int, dtype: torch.dtype, size: float, merged: bool) -> None:
+def test_silu_mul(nan_poison: None, t: int, width: int, dtype: torch.dtype, size: float, merged: str) -> None:
     both = randn(t, 2 * width, seed=1, dtype=dtype) * size
     gate, up = both[:, :width], both[:, width:]
-    if not merged:
-        gate, up = gate.contiguous(), up.contiguous()
+    gate, up = gate if merged != "none" else gate.contiguous(), up if merged == "both" else up.contiguous()
     expected = exact_silu_mul(gate, up)
     y = elementwise.silu_mul(gate, up)
     if dtype == torch.float16:  # the smallest products fall below its normal numbers; the scaled rows' do not
@@ -112,6 +111,14 @@ def test_scaled_rows_keep_the_range(nan_poison: None, size: float, dtype: torch.
     x[1] *= 1e-4
     x[2, 3] *= 1000
     check_scaled(elementwise.scale_rows(x), x.double())
+
+
+def test_the_least_numbers_keep_their_precision(nan_poison: None) -> None:
+    """Rows whose factor would be below float32's normal numbers get the least that is normal."""
+    x = randn(2, 70) * 1e-36
+    scaled = elementwise.scale_rows(x)
+    assert (scaled.factors == 2.0**-126).all()
+    assert relative_l2(scaled.rows.double() * 2.0**-126, x.double()) <= TOLERANCE[torch.float16]
 
 
 def test_what_is_not_finite_stays_so(nan_poison: None) -> None:
