@@ -231,9 +231,12 @@ def nf4_simt(
 
 
 def _config(n: int, k: int, rows: int) -> dict[str, int]:
-    """Tile sizes and warps. 32 groups a warp and turn; warps of a program share a row until the card has enough."""
+    """Tile sizes and warps. 32 groups a warp and turn; warps of a program share a row until the card has enough.
+
+    Eight outputs of two rows would spill on sm_100.
+    """
     batch = 1 if rows == 1 else 2 if rows == 2 else 4
-    block_n = 4 if batch == 4 else 8
+    block_n = 8 if batch == 1 else 4
     warps = 1
     while warps < 4 and n // block_n * warps < _ENOUGH_WARPS and 64 * warps <= k // _GROUP:
         warps *= 2

@@ -1,7 +1,9 @@
 """LoRA's shrink and expand in Triton's interpreter against float64, in NaN-filled memory, at odd ranks and rows."""
 
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -106,6 +108,24 @@ def test_an_empty_batch() -> None:
 
 
 # ---- expand
+
+
+@pytest.fixture(autouse=True)
+def _tensor_cores_cut_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of float32 see 10 bits behind the point, as on tensor cores: the interpreter would take all 23."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    plain = InterpreterBuilder.create_dot
+
+    def cut(handle: TensorHandle) -> TensorHandle:
+        bits = np.ascontiguousarray(handle.data).view(np.uint32) & np.uint32(0xFFFFE000)
+        return TensorHandle(bits.view(np.float32), handle.dtype)
+
+    def create_dot(self: Any, a: TensorHandle, b: TensorHandle, *rest: Any) -> Any:
+        assert a.dtype.scalar == b.dtype.scalar == tl.float32
+        return plain(self, cut(a), cut(b), *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
 
 
 @triton.jit

@@ -15,15 +15,16 @@ OTHERS = ("sm_75", "sm_100", "sm_120")  # compiled, and counted like the rest, t
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Gate and up at every number of rows, where budgets are stated; one row of q, k, v with an adapter elsewhere."""
-    wanted = [f"nf4_simt:{target}:22016x4096" for target in BUDGETS["targets"]]
+    """Gate and up at every number of rows, where budgets are stated and where ptxas came close to spilling; one row of
+    q, k, v with an adapter elsewhere."""
+    wanted = [f"nf4_simt:{target}:22016x4096" for target in (*BUDGETS["targets"], "sm_100")]
     wanted += [f"nf4_simt:{target}:12288x4096 none, rank" for target in OTHERS]
     return counts(wanted, tmp_path_factory.mktemp("compiled"))
 
 
 def test_every_configuration_was_compiled(compiled: list[dict[str, Any]]) -> None:
     found = {(c["target"], c["rows"]) for c in compiled}
-    assert found == {(t, r) for t in BUDGETS["targets"] for r in (1, 2, 4)} | {(t, 1) for t in OTHERS}
+    assert found == {(t, r) for t in (*BUDGETS["targets"], "sm_100") for r in (1, 2, 4)} | {(t, 1) for t in OTHERS}
 
 
 def test_issue_slots_per_weight(compiled: list[dict[str, Any]]) -> None:
