@@ -97,7 +97,7 @@ def main() -> None:
         "ratio": {key: round(among[key] / alone[key], 2) for key in alone},
         "samples": {"solo": [round(s, 4) for s in solo], "under_flood": [round(s, 4) for s in flooded]},
     }
-    path = args.out / f"adapters-flood-{began:%Y-%m-%d}.json"
+    path = args.out / f"adapters-flood-{args.flood}-{began:%Y-%m-%d}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(path, json.dumps(result["first_token_seconds"]), json.dumps(result["ratio"]), sep="\n")
 

@@ -12,6 +12,7 @@ steps; `prepare` puts them back. Results go to loadtest/results, with a picture.
 import argparse
 import asyncio
 import datetime
+import itertools
 import json
 import platform
 import random
@@ -100,10 +101,13 @@ def _targets(client: httpx.Client) -> dict[str, tuple[int, int]]:
     return {f"layers.{i}.self_attn.{name}": size for i in range(30) for name, size in sizes.items()}
 
 
-async def one_round(host: str, models: list[str], seed: int) -> tuple[float, list[float]]:
+_numbers = itertools.count(10_000)  # of prompts: each begins with its own, so that none is found in the prefix cache
+
+
+async def one_round(host: str, models: list[str]) -> tuple[float, list[float]]:
     """(tokens/s of all streams while all run, the streams' first-token times in seconds)"""
     started = time.perf_counter()
-    runs = await asyncio.gather(*(stream(host, m, seed * 100 + i, WORDS, STEPS) for i, m in enumerate(models)))
+    runs = await asyncio.gather(*(stream(host, model, next(_numbers), WORDS, STEPS) for model in models))
     start, end = max(times[0] for times in runs), min(times[-1] for times in runs)
     rate = sum(start < t <= end for times in runs for t in times) / (end - start)
     return rate, [times[0] - started for times in runs]
@@ -112,9 +116,9 @@ async def one_round(host: str, models: list[str], seed: int) -> tuple[float, lis
 def measure_cell(host: str, base: str, there: list[str], distinct: int, args: argparse.Namespace) -> dict[str, Any]:
     """Eight streams over `distinct` adapters, others in each round, chosen among all that are registered."""
     rng, rates, firsts = random.Random(distinct), [], []
-    for turn in range(args.rounds):
+    for _ in range(args.rounds):
         chosen = rng.sample(there, distinct) if distinct else [base]
-        rate, first = asyncio.run(one_round(host, [chosen[i % len(chosen)] for i in range(STREAMS)], turn))
+        rate, first = asyncio.run(one_round(host, [chosen[i % len(chosen)] for i in range(STREAMS)]))
         rates.append(round(rate, 1))
         firsts += first
     return {
@@ -129,9 +133,9 @@ def measure_cell(host: str, base: str, there: list[str], distinct: int, args: ar
 def solo_first_tokens(host: str, there: list[str], count: int = 16) -> dict[str, Any]:
     """First-token times of single requests on an idle server, each for an adapter that was not asked for lately."""
     rng, seconds = random.Random(1), []
-    for number in range(count):
+    for _ in range(count):
         started = time.perf_counter()
-        times = asyncio.run(stream(host, rng.choice(there), 5000 + number, WORDS, 2))
+        times = asyncio.run(stream(host, rng.choice(there), next(_numbers), WORDS, 2))
         seconds.append(times[0] - started)
     return {
         "registered": len(there),
@@ -156,7 +160,7 @@ def measure(args: argparse.Namespace) -> None:
         with server(args.work, rank, args) as client:
             host = str(client.base_url).removeprefix("http://").rstrip("/")
             base = client.get("/v1/models").json()["data"][0]["id"]
-            asyncio.run(one_round(host, [base] * STREAMS, 99))  # what is only done once
+            asyncio.run(one_round(host, [base] * STREAMS))  # what is only done once
             for count in sorted(args.counts, reverse=True):
                 for name in names(client)[count:]:
                     assert client.delete(f"/v1/adapters/{name}").status_code == 200
@@ -205,9 +209,7 @@ def plot(path: Path) -> None:
             chosen = sorted((c["distinct"], c["tokens_per_second"]) for c in cells if c["registered"] == count)
             _line(by_step, chosen, f"{count} registered, rank {rank}", color=colour, linestyle=style)
         single = result["ranks"][rank]["one_request"]
-        _line(first, _first(single), f"rank {rank}, idle server", color="#1f77b4", linestyle=style)
-        busy = [cell for cell in cells if cell["distinct"] == min(8, cell["registered"])]
-        _line(first, _first(busy), f"rank {rank}, 8 requests at once", color="#c0392b", linestyle=style)
+        _line(first, _first(single), f"rank {rank}, one request on an idle server", color="#1f77b4", linestyle=style)
     for axes, title, across in (
         (by_count, "tokens/s by adapters registered", "registered adapters"),
         (by_step, "tokens/s by different adapters in a step", "different adapters in a step (8 streams)"),
