@@ -17,13 +17,14 @@ from guanaco.adapters.slot_store import SlotStore
 from guanaco.adapters.slot_table import SlotTable
 from guanaco.adapters.weights import AdapterLimits
 from guanaco.kernels import load_ops
+from guanaco.kernels.lora_batch import LoraTable
 from guanaco.models.kv_cache import PagedKVCache
 from guanaco.models.llama import LlamaModel
 from guanaco.models.loader import load_model
 from guanaco.server.engine.block_manager import BlockManager
 from guanaco.server.engine.cuda_graphs import DecodeGraphs, RunEagerly
 from guanaco.server.engine.engine import Engine
-from guanaco.server.engine.model_runner import ModelRunner
+from guanaco.server.engine.model_runner import ModelRunner, StepRows
 from guanaco.server.engine.request import LoraRef, Request, SamplingParams
 from guanaco.server.engine.scheduler import Limits, Scheduler
 
@@ -33,8 +34,6 @@ CPU = torch.device("cpu")
 RANKS = {"x": 8, "y": 5}
 NUM_TOKENS = 3
 MAX_MODEL_LEN, BLOCK_SIZE, NUM_SLOTS, NUM_SEQS = 64, 8, 3, 5
-# Of logits, over two layers: what the products' 3e-4 come to.
-LOGITS_RELATIVE_L2 = 2e-3
 
 
 def triton_ops(dtype: torch.dtype = torch.float32) -> Any:
@@ -123,3 +122,17 @@ def test_decode_steps_over_fixed_buffers_give_the_same(setting: Setting, expecte
     assert run.graphs is not None
     assert run.graphs.num_graphs >= 2
     assert run([requests_of(setting)[3]]) == {"r3": expected["r3"]}, "a mixture alone: two adapters for one row"
+
+
+def test_rows_that_pad_a_bucket_write_nowhere(setting: Setting) -> None:
+    """Three rows in a bucket of four: only their own slots of the cache change."""
+    model: Any = setting.triton
+    kv = PagedKVCache(model.config, 8, BLOCK_SIZE, model.ops.dtype, CPU)
+    graphs = DecodeGraphs(model, model.ops, kv, max_num_seqs=4, max_model_len=16, num_slots=1, capture=RunEagerly())
+    slots = [17, 33, 48]
+    rows = StepRows([5, 6, 7], [1, 1, 0], slots, [[2], [4], [6]], [2, 2, 1], [0, 1, 2, 3], [0, 1, 2], [(), (), ()])
+    assert graphs.forward(rows, LoraTable({})).shape[0] == 3
+    for layer in range(model.config.num_layers):
+        for cache in kv.layer(layer):
+            written = cache.flatten(0, 1).flatten(1).any(dim=1).nonzero().flatten().tolist()
+            assert written == slots
