@@ -13,7 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from guanaco.kernels.lora_prompt import PROMPT_ROWS, PROMPT_TARGETS, shrink_prompt
 from guanaco.kernels.triton_compile import CompileCase
+from guanaco.kernels.triton_configs import target_of
 
 RANK_BUCKETS = (8, 16, 32, 64, 128, 256)
 _ALIGNMENT = 8  # fp16 elements: ranks and addresses that are multiples of 16 bytes are loaded 16 bytes at a time
@@ -211,6 +213,10 @@ def shrink(
     t = torch.empty((lora.max_active, parts, lora.rows, lora.max_rank), dtype=torch.float32, device=x.device)
     step = LoraStep(t, lora, tuple(modules), tuple(part_starts))
     if lora.rows == 0:
+        return step
+    if lora.rows >= PROMPT_ROWS and target_of(x.device) in PROMPT_TARGETS:
+        tables = (lora.a_ptr, lora.rank, lora.scale, lora.active_slots, lora.factors)
+        shrink_prompt(x, row_factor, t, tables, modules[0], lora.num_slots, lora.aligned)
         return step
     assert x.data_ptr() % 16 == 0, "x is loaded 16 bytes at a time"
     c = shrink_config(x.shape[1], lora.rows, lora.max_rank)

@@ -110,7 +110,7 @@ def dequantize(weight: TritonNf4, out: Tensor, start: int) -> None:
     nested, code_map = (weight.nested, weight.map) if weight.double_quant else (weight.absmax, weight.absmax)
     nf4_dequant[(-(-count * in_row // _GROUPS),)](
         weight.words, weight.absmax, nested, code_map, out, start * in_row, count * in_row, GROUPS=_GROUPS,
-        DOUBLE_QUANT=weight.double_quant, num_warps=_WARPS,
+        DOUBLE_QUANT=weight.double_quant, num_warps=_WARPS, num_stages=1,
     )  # fmt: skip
 
 
@@ -154,7 +154,7 @@ def product(
         nf4_dequant_finish[(-(-count // _FINISH_OUTPUTS), -(-rows // _FINISH_ROWS))](
             sums, y, row_factor, nothing if bias is None else bias, nothing if residual is None else residual, rows,
             weight.n, first, count, lora.modules[0] if lora is not None else 0, starts[1], starts[2], *operand,
-            **_finish_constants(epilogue, bias is not None, lora), num_warps=_WARPS,
+            **_finish_constants(epilogue, bias is not None, lora), num_warps=_WARPS, num_stages=1,
         )  # fmt: skip
 
 

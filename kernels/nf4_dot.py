@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from guanaco.kernels.lora_triton import LoraStep, lora_expand
+from guanaco.kernels.pack_proof import ungrouped
 from guanaco.kernels.triton_compile import CompileCase
 from guanaco.kernels.triton_configs import DOT_MAX_ROWS, DotConfig, dot_config, dot_splits, multiprocessors, target_of
 from guanaco.kernels.triton_pack import TABLE_WORDS, TritonNf4
@@ -45,8 +46,8 @@ prmt.b32 {pairs[2]}, a, c, 0x5140; prmt.b32 {pairs[3]}, a, c, 0x7362;
 
 
 # Called with pack=2 for the same word twice, so that register i is element (word, first) and (word, second) of
-# tensor i. Triton leaves open which elements pack=2 groups; tests/kernels/test_nf4_dot_code.py proves from the PTX that
-# both inputs are one word and that the registers go into the products as they are.
+# tensor i. Triton leaves open which elements pack=2 groups: pack_proof.py shows from the PTX that both inputs are one
+# word and that the registers go into the products as they are.
 _DECODE = "{" + decode_text("$4", ("$0", "$1", "$2", "$3"), "  // pair $4 $5 to $0 $1 $2 $3") + "}"
 DECODE = tl.constexpr(_DECODE)
 CONSTRAINTS = tl.constexpr("=&r,=&r,=&r,=&r,r,r")
@@ -178,7 +179,11 @@ def nf4_dot_finish(
 
 
 _FINISH_BLOCK_N = 32
-_FINISH_WARPS = 2
+
+
+def _finish_warps(columns: int) -> int:
+    """As few as don't spill: adapters' tiles are small."""
+    return 1 if columns <= 16 else 2
 
 
 def product(
@@ -207,6 +212,7 @@ def product(
     width = weight.n // 2 if epilogue == "silu_mul" else weight.n
     assert y.shape == (rows, width), (y.shape, rows, width)
     assert all(t.is_contiguous() for t in (x, y, row_factor, bias, residual) if t is not None)
+    assert x.data_ptr() % 16 == weight.words.data_ptr() % 16 == 0, "both are loaded 16 bytes at a time"
     assert epilogue != "silu_mul" or lora is None or tuple(lora.part_starts) == (0, width), lora.part_starts
     target = target_of(x.device)
     config = dot_config(target, rows, k)
@@ -215,11 +221,13 @@ def product(
     # Every share but the last one: a multiple of what a turn of the loop takes.
     share = -(-k // 64 // (splits * config.groups)) * config.groups
     nothing = row_factor
-    nf4_dot[(-(-weight.n // config.block_n), splits)](
+    launched = nf4_dot[(-(-weight.n // config.block_n), splits)](
         x, weight.words, _codes(weight, config.groups), weight.nested if weight.double_quant else nothing,
         weight.map if weight.double_quant else nothing, partial, rows, weight.n, share,
         **_dot_constants(config, k, weight.double_quant), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
+    if launched is not None:  # it is in the interpreter
+        _require_proof(launched)
     operand = (nothing,) * 5
     if lora is not None:
         adapters = lora.lora
@@ -228,8 +236,23 @@ def product(
     nf4_dot_finish[(-(-width // _FINISH_BLOCK_N),)](
         partial, y, row_factor, nothing if bias is None else bias, nothing if residual is None else residual, rows,
         weight.n, lora.modules[0] if lora is not None else 0, starts[1], starts[2], *operand,
-        **_finish_constants(config.columns, splits, epilogue, bias is not None, lora), num_warps=_FINISH_WARPS,
+        **_finish_constants(config.columns, splits, epilogue, bias is not None, lora),
+        num_warps=_finish_warps(config.columns), num_stages=1,
     )  # fmt: skip
+
+
+_proven: set[str] = set()
+
+
+def _require_proof(kernel: Any) -> None:
+    """RuntimeError unless the PTX that was compiled shows pack=2's grouping; each variant is read once."""
+    if kernel.hash in _proven:
+        return
+    if wrong := ungrouped(kernel.asm["ptx"]):
+        raise RuntimeError(
+            f"Triton {triton.__version__} compiles nf4_dot to something else than was proven: {wrong[0]}"
+        )
+    _proven.add(kernel.hash)
 
 
 def _codes(weight: TritonNf4, groups: int) -> Tensor:
@@ -318,7 +341,7 @@ def finish_case(
             **({"PARTS": parts, "SLOTS": 16, "RANK": rank, "MAX_ACTIVE": adapters} if adapters else {}),
             "ALIGNED": adapters > 0,
         },
-        num_warps=_FINISH_WARPS,
+        num_warps=_finish_warps(columns),
         units_per_iteration=program_units,
         marker=("bytes", 4.0),
         units=n * rows,

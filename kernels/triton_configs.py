@@ -42,13 +42,15 @@ _HOPPER = (
     DotConfig(32, 64, 2, 2, 3),
     DotConfig(64, 64, 1, 2, 3),
 )
+# ptxas spills a few registers of the tile of 128 x 8 here.
+_BLACKWELL_CONSUMER = (DotConfig(8, 64, 2, 2, 4), *_AMPERE[1:])
 _DOT = {
     "sm_80": _AMPERE,
     "sm_86": _AMPERE,
     "sm_89": _AMPERE,
     "sm_90": _HOPPER,
     "sm_100": _HOPPER,
-    "sm_120": _AMPERE,
+    "sm_120": _BLACKWELL_CONSUMER,
 }
 DOT_MAX_ROWS = 64
 # A program along k has at least so many groups: fewer, and filling the pipeline is most of its time.
@@ -62,7 +64,9 @@ def dot_config(target: str, rows: int, k: int) -> DotConfig:
     config = next(c for c in _DOT[target] if rows <= c.columns)
     if k // 64 % config.groups == 0:
         return config
-    return DotConfig(config.columns, config.block_n, 1, config.num_warps, config.num_stages)
+    # Also spills as 128 x 8 on sm_90 and sm_100.
+    block_n = 64 if config.columns == 8 else config.block_n
+    return DotConfig(config.columns, block_n, 1, config.num_warps, config.num_stages)
 
 
 def dot_splits(config: DotConfig, n: int, k: int, num_multiprocessors: int) -> int:

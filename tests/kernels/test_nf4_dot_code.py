@@ -7,15 +7,20 @@ from typing import Any
 
 import pytest
 from compiling import run_compiling
-from count_dot import ungrouped
 
 pytest.importorskip("triton")
+
+from guanaco.kernels import nf4_dot
+from guanaco.kernels.pack_proof import ungrouped
 
 _SCRIPT = Path(__file__).parent.parent / "support" / "count_dot.py"
 BUDGETS = json.loads((files("guanaco.kernels") / "triton_budgets.json").read_text())
 _OF_16_ROWS = [f"{target}:{rows}" for target in BUDGETS["targets"] for rows in (8, 16)]
-_OTHERS = ["sm_80:32", "sm_80:64", "sm_90:64", "sm_80:odd k", "sm_80:float32 scales", "sm_100:16", "sm_120:16"]
-_FINISH = ["sm_80:finish", "sm_80:finish with adapters", "sm_90:finish gate and up"]
+_OTHERS = [
+    *("sm_80:32", "sm_80:64", "sm_90:64", "sm_80:odd k", "sm_90:8 rows of odd k", "sm_80:float32 scales"),
+    *("sm_100:16", "sm_120:8", "sm_120:16"),
+]
+_FINISH = ["sm_80:finish", "sm_80:finish with adapters", "sm_90:finish gate and up", "sm_100:finish 16"]
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +98,17 @@ mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 { %r5, %r6, %r7, %r8 }, { %r14
 def test_the_proof_can_fail(old: str, new: str, complaint: str) -> None:
     wrong = ungrouped(_GROUPED.replace(old, new) if old else _GROUPED)
     assert complaint in " ".join(wrong) if complaint else wrong == []
+
+
+class _Launched:
+    """What launching a kernel on a GPU returns, as far as it is used."""
+
+    def __init__(self, ptx: str, name: str) -> None:
+        self.asm = {"ptx": ptx}
+        self.hash = name
+
+
+def test_a_variant_without_the_proof_is_refused() -> None:
+    nf4_dot._require_proof(_Launched(_GROUPED, "right"))
+    with pytest.raises(RuntimeError, match="than was proven: a pair of two words"):
+        nf4_dot._require_proof(_Launched(_GROUPED.replace("pair %r1 %r1", "pair %r1 %r2"), "wrong"))

@@ -1,0 +1,37 @@
+"""Proof, from the PTX of a compiled `nf4_dot`, of which elements Triton's pack=2 grouped in it.
+
+Reads text only. Triton leaves the grouping open, and another version might choose layouts in which it is another one:
+the products would be wrong without a word. Called once for every variant that a GPU compiles, and by the tests.
+"""
+
+import re
+
+_PAIR = re.compile(r"// pair (%r\d+) (%r\d+) to (%r\d+) (%r\d+) (%r\d+) (%r\d+)")
+_PRODUCT = re.compile(r"mma\.sync\.aligned\.m16n8k16\S*\s+\{[^}]*\}, \{([^}]*)\}")
+
+
+def ungrouped(ptx: str) -> list[str]:
+    """What speaks against pack=2 taking the two halves of one word, in the order of the products' k. Empty: nothing.
+
+    The decode says in a comment which registers it got and filled. Both inputs must be one register: the two elements
+    are then the two places of one word. All four registers of a product's left operand must come from the same output
+    of four decodes, untouched: their lower half is the even k (PTX ISA, m16n8k16), so the first element is the first
+    place; Triton would have had to swap the halves otherwise.
+    """
+    wrong = []
+    outputs: dict[str, int] = {}
+    for first, second, *filled in _PAIR.findall(ptx):
+        if first != second:
+            wrong.append(f"a pair of two words: {first} {second}")
+        for index, register in enumerate(filled):
+            if register in outputs:
+                wrong.append(f"{register} is filled twice")
+            outputs[register] = index
+    products = [[r.strip() for r in operand.split(",")] for operand in _PRODUCT.findall(ptx)]
+    if not outputs or not products:
+        wrong.append(f"{len(outputs)} decoded registers, {len(products)} products")
+    for operand in products:
+        if len(operand) != 4 or len({outputs.get(r, r) for r in operand}) != 1 or operand[0] not in outputs:
+            wrong.append(f"a left operand that is not decoded as it stands: {operand}")
+    used = {r for operand in products for r in operand}
+    return wrong + [f"{r} is decoded for nothing" for r in outputs.keys() - used]
