@@ -22,6 +22,7 @@ from guanaco.server.errors import CommandError
 # The modules of guanaco.kernels with Triton kernels, each with `compile_cases(target)`.
 KERNEL_FILES = (
     "nf4_simt", "nf4_dot", "nf4_dequant", "lora_triton", "paged_attention", "elementwise", "rope_triton",
+    "sampling_triton",
 )  # fmt: skip
 _SIDE = 4096  # of the square matrix that bitsandbytes' bytes and bounds are stated for
 
