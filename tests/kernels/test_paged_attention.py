@@ -101,7 +101,7 @@ def test_decoding_contexts_from_1_to_1000(nan_poison: None, programs: int, dtype
     check(case, Attention(programs, tiles=None))
 
 
-@pytest.mark.parametrize(("target", "share"), [("sm_75", 3), ("sm_80", 1), ("sm_80", 3), ("sm_80", 8)])
+@pytest.mark.parametrize(("target", "share"), [("sm_75", 3), ("sm_80", 1), ("sm_80", 8), ("sm_90", 1), ("sm_90", 3)])
 def test_prompts_in_the_tiles_that_are_shipped(nan_poison: None, target: str, share: int) -> None:
     """A whole prompt, the end of one, one that fills tiles exactly, and sequences that decode beside them."""
     shapes = [(150, 150), (1000, 20), (1, 1), (64, 64), (500, 1), (65, 2)]
