@@ -7,7 +7,6 @@ shipped bitsandbytes library come from the same counter. Times only exist with a
 import json
 import sys
 from collections.abc import Collection, Iterator
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,21 +18,30 @@ from guanaco.kernels import cards, sass
 from guanaco.kernels.triton_compile import TARGETS, Analysis, CompileCase, CountError, analyse, count, tools
 from guanaco.server.errors import CommandError
 
-# The modules of guanaco.kernels with Triton kernels, each with `compile_cases(target)`.
-KERNEL_FILES = (
-    "nf4_simt", "nf4_dot", "nf4_dequant", "lora_triton", "paged_attention", "elementwise", "rope_triton",
-    "sampling_triton",
-)  # fmt: skip
 _SIDE = 4096  # of the square matrix that bitsandbytes' bytes and bounds are stated for
+
+
+def kernel_files() -> tuple[Any, ...]:
+    """The modules with Triton kernels, each with `compile_cases(target)`. Imported here: they need Triton."""
+    from guanaco.kernels import (
+        elementwise,
+        lora_prompt,
+        lora_triton,
+        nf4_dequant,
+        nf4_dot,
+        nf4_simt,
+        paged_attention,
+        rope_triton,
+        sampling_triton,
+    )
+
+    products = (nf4_simt, nf4_dot, nf4_dequant, lora_triton, lora_prompt)
+    return (*products, paged_attention, elementwise, rope_triton, sampling_triton)
 
 
 def collect_cases(target: str) -> list[CompileCase]:
     """All cases of all kernel files that exist for this target."""
-    cases: list[CompileCase] = []
-    for name in KERNEL_FILES:
-        module: Any = import_module(f"guanaco.kernels.{name}")
-        cases += [case for case in module.compile_cases(target) if target in case.targets]
-    return cases
+    return [case for file in kernel_files() for case in file.compile_cases(target) if target in case.targets]
 
 
 def entry(case: CompileCase, target: str, analysis: Analysis) -> dict[str, Any]:

@@ -5,6 +5,7 @@ waits for one that is slow or damaged waits alone, and every answer is made by t
 import random
 import shutil
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from tiny_adapters import make_adapter
 
 from guanaco.adapters.host_table import HostTable
 from guanaco.adapters.weights import LoadedAdapter
+from guanaco.server.engine.request import SampledToken, ScheduledBatch
 
 RANK = 2
 BYTES = 4 * RANK * (8 + 8 + 16 + 8)  # of one adapter of the tests
@@ -134,6 +136,13 @@ def test_everybody_at_once(tmp_path: Path) -> None:
 def test_a_load_evicts_who_is_idle_and_is_refused_where_nobody_is(tmp_path: Path) -> None:
     with serving(tmp_path, room=1, names="a") as server, server.client(headers=ADMIN) as client:
         sock = server.connect()
+        run = server.model.run
+
+        def slowly(batch: ScheduledBatch) -> tuple[SampledToken, ...]:
+            time.sleep(0.003)  # else a fast machine is done with it before the load is refused
+            return run(batch)
+
+        server.model.run = slowly  # type: ignore[method-assign]
         sock.sendall(http_post("/v1/completions", {"model": "a", "prompt": "x", "max_tokens": 4000, "stream": True}))
         server.wait(lambda: host_of(server).num_pins(version_of(server, "a")) == 1)
         source = server.source("b", 9, RANK)
