@@ -83,7 +83,8 @@ void dense_many(const typename Element<D>::type* w, int64_t k, const float* cons
                     if (i % 32 == 0) __builtin_prefetch(w + (n + N) * k + first + i, 0, 3);
                 }
             }
-            // Sixes where there are 32 registers, threes and twos: a single row has too few sums under way at a time to keep the multipliers busy.
+            // Sixes where there are 32 registers, threes and twos: a single row has too few sums under way at a time to
+            // keep the multipliers busy.
             int64_t m = 0;
             for (; kManyLanes && count - m >= 6; m += 6) {
                 dense_lanes<kFloat32, 6, N>(converted, kChunk, size, x + m, first, lanes + m);
