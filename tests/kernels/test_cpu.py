@@ -254,6 +254,20 @@ def test_layers_do_not_depend_on_threads_or_neighbours(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_layers_of_one_or_two_rows_have_the_bits_that_they_have_in_company(name: str, rows: int) -> None:
+    """So few take several tiles side by side; with adapters, and more tiles than are taken at once."""
+    layers = Layers(provider_ops(name), SIZES)
+    fused = layers.ops.fuse(layers.layers, head_dim=layers.head_dim, eps=1e-5)
+    x = randn(5, SIZES["hidden"], seed=6)
+    entries: list[tuple[tuple[int, float], ...]] = [((0, 1.0),), ((2, 0.5),), (), (), ((0, 1.0),)]
+    company, few = (LoraBatch.build(entries[:n], layers.table, CPU) for n in (5, rows))
+    expected = fused(x, caches=layers.caches, lora=company, **layers.inputs([1] * 5))
+    alone = fused(x[:rows], caches=layers.caches, lora=few, **layers.inputs([1] * rows))
+    assert torch.equal(alone, expected[:rows])
+
+
+@pytest.mark.parametrize("name", NATIVE)
 def test_several_python_threads_share_one_provider(name: str) -> None:
     """Calls of one context take turns; none sees another's memory."""
     ops = provider_ops(name, threads=3)
