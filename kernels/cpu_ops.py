@@ -14,6 +14,7 @@ from torch import Tensor
 
 from guanaco.kernels import cpu_native as native
 from guanaco.kernels.cpu_lora import DTYPES, LoraOperand, LoraOperands
+from guanaco.kernels.layer_cache import LayerCache, Sequences
 from guanaco.kernels.lora_batch import LoraBatch, LoraPair
 from guanaco.kernels.nf4 import GROUP_SIZE, Nf4Weight
 from guanaco.kernels.ops import MODULES_PER_LAYER, Draw, LayerWeights, LinearHandle, PackedWeight
@@ -34,6 +35,7 @@ class CpuOps:
     """The ops on this machine's processor, activations in `dtype`. See `Ops` for shapes."""
 
     name = "cpu"
+    cache_dtypes: tuple[torch.dtype, ...] = ()
 
     def __init__(self, *, dtype: torch.dtype, threads: int, isa: str = "auto") -> None:
         """isa: "auto", or one of `cpu_native.available_isas()`. Raises NativeUnavailable."""
@@ -128,15 +130,7 @@ class CpuOps:
         return y
 
     def rope_and_cache(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        slot_mapping: Tensor,
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, slot_mapping: Tensor
     ) -> Tensor:
         tokens, heads, head_dim = q.shape
         kv_heads = k.shape[1]
@@ -148,36 +142,26 @@ class CpuOps:
         batch = native.Batch(
             num_tokens=tokens, slot_mapping=slot_mapping.data_ptr(), cos=cos.data_ptr(), sin=sin.data_ptr()
         )
-        cache = _cache(k_cache, v_cache, batch)
+        struct = _cache(cache, batch)
         rotated = torch.empty((tokens, heads, head_dim), dtype=self.dtype)
         pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), self._code, rotated.data_ptr())
         self._context.call(
-            "rope_and_cache", ctypes.byref(batch), ctypes.byref(cache), heads, kv_heads, head_dim, *pointers
+            "rope_and_cache", ctypes.byref(batch), ctypes.byref(struct), heads, kv_heads, head_dim, *pointers
         )
         return rotated
 
-    def paged_attention(
-        self,
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        block_tables: Tensor,
-        context_lens: Tensor,
-        cu_seqlens_q: Tensor,
-        scale: float,
-    ) -> Tensor:
+    def paged_attention(self, q: Tensor, cache: LayerCache, sequences: Sequences, scale: float) -> Tensor:
         tokens, heads, head_dim = q.shape
-        kv_heads = k_cache.shape[2]
-        assert k_cache.shape[3] == head_dim and heads % kv_heads == 0, (q.shape, k_cache.shape)
+        kv_heads = cache.k.shape[2]
+        assert cache.k.shape[3] == head_dim and heads % kv_heads == 0, (q.shape, cache.k.shape)
         assert q.dtype == self.dtype, q.dtype
-        q, tables = q.contiguous(), block_tables.contiguous()
-        contexts, starts = context_lens.contiguous(), cu_seqlens_q.contiguous()
-        batch = _sequences(tokens, tables, contexts, starts)
-        cache = _cache(k_cache, v_cache, batch)
+        q, sequences = q.contiguous(), _contiguous(sequences)
+        batch = _batch(tokens, sequences)
+        struct = _cache(cache, batch)
         out = torch.empty((tokens, heads, head_dim), dtype=self.dtype)
         pointers = (q.data_ptr(), self._code, out.data_ptr())
         self._context.call(
-            "attention", ctypes.byref(batch), ctypes.byref(cache), heads, kv_heads, head_dim, scale, *pointers
+            "attention", ctypes.byref(batch), ctypes.byref(struct), heads, kv_heads, head_dim, scale, *pointers
         )
         return out
 
@@ -238,21 +222,19 @@ class CpuLayers:
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        caches: Sequence[tuple[Tensor, Tensor]],
+        caches: Sequence[LayerCache],
         slot_mapping: Tensor,
-        block_tables: Tensor,
-        context_lens: Tensor,
-        cu_seqlens_q: Tensor,
+        sequences: Sequences,
         lora: LoraBatch | None,
     ) -> Tensor:
         tokens = x.shape[0]
         assert x.shape == (tokens, self._hidden) and len(caches) == self._model.num_layers, (x.shape, len(caches))
         assert cos.shape == sin.shape == (tokens, self._model.head_dim // 2), cos.shape
         x, cos, sin, slots = x.contiguous(), cos.contiguous(), sin.contiguous(), slot_mapping.contiguous()
-        tables, contexts, starts = block_tables.contiguous(), context_lens.contiguous(), cu_seqlens_q.contiguous()
-        batch = _sequences(tokens, tables, contexts, starts)
+        sequences = _contiguous(sequences)
+        batch = _batch(tokens, sequences)
         batch.slot_mapping, batch.cos, batch.sin = slots.data_ptr(), cos.data_ptr(), sin.data_ptr()
-        cache_structs = (native.Cache * len(caches))(*(_cache(k, v, batch) for k, v in caches))
+        cache_structs = (native.Cache * len(caches))(*(_cache(cache, batch) for cache in caches))
         operand = None if lora is None else self._lora.operand(lora, self._modules)
         y = torch.empty(x.shape, dtype=self._dtype)
         self._context.call(
@@ -269,7 +251,13 @@ class CpuLayers:
         return y
 
 
-def _sequences(tokens: int, tables: Tensor, contexts: Tensor, starts: Tensor) -> native.Batch:
+def _contiguous(s: Sequences) -> Sequences:
+    return Sequences(s.block_tables.contiguous(), s.context_lens.contiguous(), s.cu_seqlens_q.contiguous())
+
+
+def _batch(tokens: int, sequences: Sequences) -> native.Batch:
+    """Pointers into `sequences`, which the caller keeps."""
+    tables, contexts, starts = sequences.block_tables, sequences.context_lens, sequences.cu_seqlens_q
     assert tables.dtype == contexts.dtype == starts.dtype == torch.int32
     assert starts.numel() == contexts.numel() + 1 == tables.shape[0] + 1, (tables.shape, contexts.shape, starts.shape)
     return native.Batch(
@@ -282,10 +270,9 @@ def _sequences(tokens: int, tables: Tensor, contexts: Tensor, starts: Tensor) ->
     )
 
 
-def _cache(k_cache: Tensor, v_cache: Tensor, batch: native.Batch) -> native.Cache:
+def _cache(cache: LayerCache, batch: native.Batch) -> native.Cache:
     """The cache's pointers; its block size and dtype go into `batch`."""
-    assert k_cache.is_contiguous() and v_cache.is_contiguous(), "a cache that is not contiguous"
-    assert k_cache.shape == v_cache.shape and k_cache.dtype == v_cache.dtype, (k_cache.shape, v_cache.shape)
-    assert k_cache.dtype in (torch.float32, torch.bfloat16), k_cache.dtype
-    batch.block_size, batch.cache_dtype = k_cache.shape[1], DTYPES[k_cache.dtype]
-    return native.Cache(k_cache.data_ptr(), v_cache.data_ptr())
+    assert cache.k.is_contiguous() and cache.v.is_contiguous(), "a cache that is not contiguous"
+    assert cache.k.dtype in (torch.float32, torch.bfloat16), cache.k.dtype
+    batch.block_size, batch.cache_dtype = cache.block_size, DTYPES[cache.k.dtype]
+    return native.Cache(cache.k.data_ptr(), cache.v.data_ptr())

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from guanaco.kernels.layer_cache import LayerCache, Sequences
 from guanaco.kernels.lora_batch import LoraBatch, LoraPair
 from guanaco.kernels.nf4 import Nf4Weight
 
@@ -62,14 +63,12 @@ class FusedLayers(Protocol):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        caches: Sequence[tuple[Tensor, Tensor]],
+        caches: Sequence[LayerCache],
         slot_mapping: Tensor,
-        block_tables: Tensor,
-        context_lens: Tensor,
-        cu_seqlens_q: Tensor,
+        sequences: Sequences,
         lora: LoraBatch | None,
     ) -> Tensor:
-        """[t, hidden] → [t, hidden], `dtype` or float32; caches: one (k, v) pair per layer, written and read.
+        """[t, hidden] → [t, hidden], `dtype` or float32; caches: one per layer, written and read.
         Shapes as in `Ops`."""
 
 
@@ -93,6 +92,7 @@ class Ops(Protocol):
     name: str
     device: torch.device
     dtype: torch.dtype  # float32, bfloat16 or (triton) float16: what activations and the KV cache are stored in
+    cache_dtypes: tuple[torch.dtype, ...]  # 8-bit ones (`layer_cache.CODE_LIMITS`) that a cache may have instead
     packed_format: str  # names the form that `pack` gives weights; empty: there is none worth keeping
 
     def pack(self, weight: Nf4Weight) -> PackedWeight | Nf4Weight:
@@ -115,36 +115,18 @@ class Ops(Protocol):
         """[t, hidden] → [t, hidden]; the mean square in float32."""
 
     def rope_and_cache(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        slot_mapping: Tensor,
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, slot_mapping: Tensor
     ) -> Tensor:
         """Rotate q and k (halves, as Hugging Face stores LLaMA), write k and v to the cache, return the rotated q.
 
         q [t, heads, head_dim]; k, v [t, kv_heads, head_dim]; cos, sin float32 [t, head_dim / 2];
-        caches [blocks, block_size, kv_heads, head_dim]; slot_mapping int64 [t], −1 writes nothing.
+        slot_mapping int64 [t]: KV slot = block · block_size + offset, −1 writes nothing.
         """
 
-    def paged_attention(
-        self,
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        block_tables: Tensor,
-        context_lens: Tensor,
-        cu_seqlens_q: Tensor,
-        scale: float,
-    ) -> Tensor:
+    def paged_attention(self, q: Tensor, cache: LayerCache, sequences: Sequences, scale: float) -> Tensor:
         """Causal attention of each sequence's new tokens over its whole context, decode and chunked prefill alike.
 
-        q [t, heads, head_dim]; block_tables int32 [s, blocks]; context_lens int32 [s] counts this step's tokens too;
-        cu_seqlens_q int32 [s + 1]. Query j of a sequence with n new tokens sees positions ≤ context_len − n + j.
+        q [t, heads, head_dim]. Query j of a sequence with n new tokens sees positions ≤ context_len − n + j.
         """
 
     def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:

@@ -16,9 +16,10 @@ import triton
 from torch import Tensor
 
 from guanaco.kernels.elementwise import straight_case
+from guanaco.kernels.layer_cache import LayerCache, Sequences
 from guanaco.kernels.paged_decode import decode_dot, decode_reduce, decode_vector
 from guanaco.kernels.paged_prefill import prefill
-from guanaco.kernels.rope_triton import FP8_TARGETS
+from guanaco.kernels.rope_triton import FP8_TARGETS, cache_arguments
 from guanaco.kernels.triton_compile import TARGETS, CompileCase
 
 # Weights are raised by this much before they are rounded to 16 bits where values are multiples of a scale: the code's
@@ -113,17 +114,12 @@ def num_splits(sequences: int, kv_heads: int, positions: int, tile: int, program
 
 def paged_attention(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables: Tensor,
-    context_lens: Tensor,
-    cu_seqlens_q: Tensor,
+    cache: LayerCache,
+    sequences: Sequences,
     scale: float,
     out: Tensor,
     *,
     max_new: int,
-    k_scales: Tensor | None = None,
-    v_scales: Tensor | None = None,
     target: str = "sm_80",
     programs: int = 256,
     tiles: Tiles | None = None,
@@ -131,36 +127,31 @@ def paged_attention(
     """Write the attention of `Ops.paged_attention` to out [t, heads, head_dim], which has q's dtype.
 
     max_new: the most new tokens that a sequence of this batch has, or an upper bound; every sequence has at least one,
-    but its context may be empty if it has just one (the padding of a graph: zeros). k_scales and v_scales, float32
-    [blocks, kv_heads, block_size], belong to an int8 or float8_e4m3fn cache; any other has q's dtype.
+    but its context may be empty if it has just one (the padding of a graph: zeros). The cache has q's dtype or 8 bits.
     programs: how many fill the card, which decides how far contexts are split. tiles: others than the target's.
     """
     t, heads, head_dim = q.shape
-    sequences = context_lens.shape[0]
+    tables, count = sequences.block_tables, sequences.context_lens.shape[0]
     assert q.is_contiguous()
     assert out.shape == q.shape
     assert out.dtype == q.dtype
     assert out.is_contiguous()
-    assert k_cache.is_contiguous()
-    assert v_cache.is_contiguous()
-    assert k_cache.shape == v_cache.shape
-    assert block_tables.stride(1) == 1 or block_tables.numel() == 0
-    gain = GAINS.get(k_cache.dtype, 0.0)
-    assert gain > 0 or k_cache.dtype == q.dtype, f"{k_cache.dtype} cache for {q.dtype} queries"
-    assert (gain > 0) == (k_scales is not None) == (v_scales is not None), "a quantised cache has scales, no other"
+    assert all(tensor.is_contiguous() for tensor in cache.tensors)
+    assert tables.stride(1) == 1 or tables.numel() == 0
+    gain = GAINS.get(cache.k.dtype, 0.0)
+    assert gain > 0 or cache.k.dtype == q.dtype, f"{cache.k.dtype} cache for {q.dtype} queries"
     if t == 0:
         return
-    shape = _Shape(heads, k_cache.shape[2], head_dim, k_cache.shape[1], gain, q.element_size())
-    scales = (k_cache if k_scales is None else k_scales, v_cache if v_scales is None else v_scales)
-    operands = (q, k_cache, v_cache, *scales, block_tables, context_lens, cu_seqlens_q, out)
+    shape = _Shape(heads, cache.k.shape[2], head_dim, cache.block_size, gain, q.element_size())
+    operands = (q, *cache_arguments(cache), tables, sequences.context_lens, sequences.cu_seqlens_q, out)
     chosen = tiles or shape.tiles(target)
-    if max_new == 1 or sequences > 1:
+    if max_new == 1 or count > 1:
         _decode(operands, scale * math.log2(math.e), shape, chosen, programs)
     if max_new > 1:
         rows, block_n = shape.prefill_rows(chosen), shape.shorter(chosen.prefill_n)
-        blocks = t // (rows // shape.group) + sequences
+        blocks = t // (rows // shape.group) + count
         prefill[(blocks, shape.kv_heads)](
-            *operands, scale * math.log2(math.e), block_tables.stride(0), sequences,
+            *operands, scale * math.log2(math.e), tables.stride(0), count,
             **shape.constexprs, BLOCK_M=rows, BLOCK_N=block_n, APART=chosen.prefill_apart,
             num_warps=chosen.prefill_warps, num_stages=chosen.prefill_stages,
         )  # fmt: skip

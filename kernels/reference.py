@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from guanaco.kernels.layer_cache import CODE_LIMITS, LayerCache, Sequences, decoded, quantise_heads
 from guanaco.kernels.lora_batch import LoraBatch, LoraPair
 from guanaco.kernels.nf4 import Nf4Weight
 from guanaco.kernels.ops import Draw, LayerWeights, LinearHandle, PackedWeight
@@ -48,6 +49,7 @@ class ReferenceOps:
 
     name = "reference"
     packed_format = ""
+    cache_dtypes = tuple(CODE_LIMITS)
 
     def __init__(self, *, device: torch.device, dtype: torch.dtype, decoded_weights_bytes: int) -> None:
         assert dtype in (torch.float32, torch.bfloat16), dtype
@@ -123,62 +125,42 @@ class ReferenceOps:
         return (F.silu(gate.float()) * up.float()).to(self.dtype)
 
     def rope_and_cache(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        slot_mapping: Tensor,
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, slot_mapping: Tensor
     ) -> Tensor:
         tokens = (slot_mapping >= 0).nonzero().view(-1)
         slots = slot_mapping[tokens]
-        block, offset = slots // k_cache.shape[1], slots % k_cache.shape[1]
-        k_cache[block, offset] = self._rotate(k, cos, sin)[tokens].to(k_cache.dtype)
-        v_cache[block, offset] = v[tokens].to(v_cache.dtype)
-        return self._rotate(q, cos, sin)
+        block, offset = slots // cache.block_size, slots % cache.block_size
+        for x, stored, scales in ((_rotate(k, cos, sin), cache.k, cache.k_scales), (v, cache.v, cache.v_scales)):
+            written = x[tokens]
+            if scales is not None:
+                written, scales[block, :, offset] = quantise_heads(written.float(), stored.dtype)
+            stored[block, offset] = written.to(stored.dtype)
+        return _rotate(q, cos, sin).to(self.dtype)
 
-    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotate the pairs (i, i + head_dim / 2) of each head of x [t, heads, head_dim] by the angles of its token."""
-        low, high = x.float().chunk(2, dim=-1)
-        c, s = cos.unsqueeze(1), sin.unsqueeze(1)
-        return torch.cat((low * c - high * s, high * c + low * s), dim=-1).to(self.dtype)
-
-    def paged_attention(
-        self,
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        block_tables: Tensor,
-        context_lens: Tensor,
-        cu_seqlens_q: Tensor,
-        scale: float,
-    ) -> Tensor:
+    def paged_attention(self, q: Tensor, cache: LayerCache, sequences: Sequences, scale: float) -> Tensor:
         out = torch.empty_like(q)
-        contexts, starts = context_lens.tolist(), cu_seqlens_q.tolist()
+        contexts, starts = sequences.context_lens.tolist(), sequences.cu_seqlens_q.tolist()
         new = [stop - start for start, stop in pairwise(starts)]
-        block_size, heads = k_cache.shape[1], q.shape[1]
+        heads = q.shape[1]
 
-        def gather(cache: Tensor, sequences: list[int], length: int) -> Tensor:
-            """float32 [kv_heads, sequences, length, head_dim], memory of its own."""
-            blocks = block_tables[sequences, : -(-length // block_size)]
-            rows = cache.flatten(1).index_select(0, blocks.reshape(-1)).view(len(sequences), -1, *cache.shape[2:])
-            return rows[:, :length].permute(2, 0, 1, 3).contiguous().float()
+        def gather(indexes: list[int], length: int) -> tuple[Tensor, Tensor]:
+            """Keys and values of some sequences."""
+            blocks = sequences.block_tables[indexes, : -(-length // cache.block_size)]
+            keys = _gather(cache.k, cache.k_scales, blocks, length)
+            return keys, _gather(cache.v, cache.v_scales, blocks, length)
 
-        max_positions = GATHERED_KEYS // (k_cache.shape[2] * k_cache.shape[3])
+        max_positions = GATHERED_KEYS // (cache.k.shape[2] * cache.k.shape[3])
         for group in _decode_groups([(contexts[i], i) for i, n in enumerate(new) if n == 1], max_positions):
             rows = [starts[i] for i in group]
-            limits = context_lens[group].view(-1, 1)
-            keys, values = (gather(cache, group, contexts[group[-1]]) for cache in (k_cache, v_cache))
+            limits = sequences.context_lens[group].view(-1, 1)
+            keys, values = gather(group, contexts[group[-1]])
             # Unwritten positions may hold NaN, and 0 · NaN is NaN: a weight of zero does not hide a value.
             padding = torch.arange(keys.shape[2], device=q.device) >= limits
             values.masked_fill_(padding.unsqueeze(-1), 0.0)
             out[rows] = _attend(q[rows].unsqueeze(1).float(), keys, values, limits, scale).squeeze(1).to(self.dtype)
 
         for i in (i for i, n in enumerate(new) if n > 1):
-            keys, values = (gather(cache, [i], contexts[i]) for cache in (k_cache, v_cache))
+            keys, values = gather([i], contexts[i])
             step = max(1, ATTENTION_SCORES // (heads * contexts[i]))
             for first in range(0, new[i], step):
                 last = min(first + step, new[i])
@@ -188,6 +170,23 @@ class ReferenceOps:
                 result = _attend(rows32, keys[:, :, :seen], values[:, :, :seen], limits, scale)
                 out[starts[i] + first : starts[i] + last] = result.squeeze(0).to(self.dtype)
         return out
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + head_dim / 2) of each head of x [t, heads, head_dim] by the angles of its token, in
+    float32."""
+    low, high = x.float().chunk(2, dim=-1)
+    c, s = cos.unsqueeze(1), sin.unsqueeze(1)
+    return torch.cat((low * c - high * s, high * c + low * s), dim=-1)
+
+
+def _gather(stored: Tensor, scales: Tensor | None, blocks: Tensor, length: int) -> Tensor:
+    """float32 [kv_heads, sequences, length, head_dim], memory of its own, of blocks [sequences, blocks]."""
+    ids = blocks.reshape(-1)
+    chosen = stored.flatten(1).index_select(0, ids).view(-1, *stored.shape[1:])
+    rows = decoded(chosen, None if scales is None else scales.index_select(0, ids))
+    rows = rows.view(len(blocks), -1, *stored.shape[2:])
+    return rows[:, :length].permute(2, 0, 1, 3).contiguous()
 
 
 def _decode_groups(sequences: list[tuple[int, int]], max_positions: int) -> list[list[int]]:

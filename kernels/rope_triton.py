@@ -1,8 +1,7 @@
 """Rotary embedding and the write to the paged KV cache in one Triton kernel; the cache may be kept in 8 bits.
 
-A quantised cache (int8, float8 e4m3) holds multiples of one float32 scale for each token and head. The scales lie as
-[blocks, kv_heads, block_size], so that those of one head and consecutive positions are read together. Held to float64
-by tests/kernels/test_rope_triton.py in Triton's interpreter; NEVER RUN on a GPU so far. Called by the provider.
+`layer_cache.quantise_heads` says what the codes mean. Held to float64 by tests/kernels/test_rope_triton.py in Triton's
+interpreter; NEVER RUN on a GPU so far. Called by the provider.
 """
 
 import torch
@@ -11,10 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from guanaco.kernels.elementwise import straight_case
+from guanaco.kernels.layer_cache import CODE_LIMITS, LayerCache
 from guanaco.kernels.triton_compile import TARGETS, CompileCase
 
-# The largest code of each 8-bit form of the cache. e4m3 conversions exist from compute capability 8.9 on.
-CODE_LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+# e4m3 conversions exist from compute capability 8.9 on.
 FP8_TARGETS = ("sm_89", "sm_90", "sm_100", "sm_120")
 
 
@@ -84,42 +83,31 @@ def rope_and_cache_kernel(
 
 
 def rope_and_cache(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_mapping: Tensor,
-    k_scales: Tensor | None = None,
-    v_scales: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, slot_mapping: Tensor
 ) -> Tensor:
-    """See `Ops.rope_and_cache`; q, k and v may be slices of one merged tensor (any stride between tokens).
-
-    An int8 or float8_e4m3fn cache takes multiples of one scale for each token and head, which go to k_scales and
-    v_scales, float32 [blocks, kv_heads, block_size]; the values' sums then are v_scales · cache.
-    """
+    """See `Ops.rope_and_cache`; q, k and v may be slices of one merged tensor (any stride between tokens)."""
     t, heads, head_dim = q.shape
-    kv_heads, block_size = k.shape[1], k_cache.shape[1]
+    kv_heads = k.shape[1]
     assert head_dim % 2 == 0
     assert all(x.stride()[1:] == (head_dim, 1) or x.numel() == 0 for x in (q, k, v)), "heads must be dense"
-    assert k_cache.is_contiguous()
-    assert v_cache.is_contiguous()
-    assert k_cache.shape[2:] == (kv_heads, head_dim)
-    limit = CODE_LIMITS.get(k_cache.dtype, 0.0)
-    assert (limit > 0) == (k_scales is not None) == (v_scales is not None), "a quantised cache has scales, no other"
+    assert all(tensor.is_contiguous() for tensor in cache.tensors)
+    assert cache.k.shape[2:] == (kv_heads, head_dim)
     rotated = torch.empty((t, heads, head_dim), dtype=q.dtype, device=q.device)
     pairs = triton.next_power_of_2(head_dim // 2)
     block_heads = _block_heads(pairs, heads)
     if t:
         rope_and_cache_kernel[(t, triton.cdiv(heads, block_heads) + triton.cdiv(kv_heads, block_heads))](
-            q, k, v, cos, sin, k_cache, v_cache, k_cache if k_scales is None else k_scales,
-            v_cache if v_scales is None else v_scales, slot_mapping, rotated, q.stride(0), k.stride(0), v.stride(0),
+            q, k, v, cos, sin, *cache_arguments(cache), slot_mapping, rotated, q.stride(0), k.stride(0), v.stride(0),
             HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, PAIRS=pairs, BLOCK_HEADS=block_heads,
-            BLOCK_SIZE=block_size, LIMIT=limit, num_warps=1,
+            BLOCK_SIZE=cache.block_size, LIMIT=CODE_LIMITS.get(cache.k.dtype, 0.0), num_warps=1,
         )  # fmt: skip
     return rotated
+
+
+def cache_arguments(cache: LayerCache) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A kernel's k_cache, v_cache, k_scales, v_scales; scales that there are none of aren't read."""
+    k_scales, v_scales = (cache.k if scales is None else scales for scales in (cache.k_scales, cache.v_scales))
+    return cache.k, cache.v, k_scales, v_scales
 
 
 def _block_heads(pairs: int, heads: int) -> int:

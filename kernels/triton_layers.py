@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from guanaco.kernels import elementwise
+from guanaco.kernels.layer_cache import LayerCache, Sequences
 from guanaco.kernels.lora_batch import LoraBatch
 from guanaco.kernels.nf4 import GROUP_SIZE, NESTED_GROUP_SIZE
 from guanaco.kernels.ops import MODULES_PER_LAYER, LayerWeights
@@ -57,11 +58,9 @@ class TritonLayers:
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        caches: Sequence[tuple[Tensor, Tensor]],
+        caches: Sequence[LayerCache],
         slot_mapping: Tensor,
-        block_tables: Tensor,
-        context_lens: Tensor,
-        cu_seqlens_q: Tensor,
+        sequences: Sequences,
         lora: LoraBatch | None,
     ) -> Tensor:
         assert x.shape[1] == self._hidden and len(caches) == len(self._layers), (x.shape, len(caches))
@@ -69,11 +68,10 @@ class TritonLayers:
         if not stream.shape[0]:
             return stream
         operand = self._ops.operand(lora, x.shape[0])
-        sequences = (block_tables, context_lens, cu_seqlens_q)
         for layer, cache in zip(self._layers, caches, strict=True):
             q, k, v = self._queries(stream, layer, operand)
-            q = self._ops.rope_and_cache(q, k, v, cos, sin, *cache, slot_mapping)
-            mixed = self._ops.paged_attention(q, *cache, *sequences, self._head_dim**-0.5)
+            q = self._ops.rope_and_cache(q, k, v, cos, sin, cache, slot_mapping)
+            mixed = self._ops.paged_attention(q, cache, sequences, self._head_dim**-0.5)
             self._add(stream, mixed.flatten(1), layer.o, operand)
             rows, _ = elementwise.rms_norm_scaled(stream, layer.post_norm, self._eps)
             active = torch.empty((x.shape[0], layer.down.weight.k), dtype=torch.float32, device=x.device)

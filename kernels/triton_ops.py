@@ -16,6 +16,7 @@ from torch import Tensor
 
 from guanaco.kernels import elementwise, nf4_dequant, nf4_dot, nf4_simt, rope_triton
 from guanaco.kernels.elementwise import ScaledRows
+from guanaco.kernels.layer_cache import CODE_LIMITS, LayerCache, Sequences
 from guanaco.kernels.lora_batch import LoraBatch, LoraPair
 from guanaco.kernels.lora_triton import LoraStep, TritonLora, shrink
 from guanaco.kernels.nf4 import Nf4Weight, quantize
@@ -84,6 +85,8 @@ class TritonOps:
             raise NativeUnavailable(
                 f"compute capability {self.capability[0]}.{self.capability[1]} has no bfloat16: use --dtype float16"
             )
+        # Cards before 8.9 have no instructions for e4m3; the interpreter needs none.
+        self.cache_dtypes = tuple(d for d in CODE_LIMITS if d == torch.int8 or not on_gpu or self.capability >= (8, 9))
         self.tables = AdapterTables(device)
         self._copier = PinnedCopier(device) if side_stream and on_gpu else None
         self._operand: tuple[LoraBatch | None, TritonLora | None] = (None, None)
@@ -244,41 +247,21 @@ class TritonOps:
         return elementwise.silu_mul(gate, up)
 
     def rope_and_cache(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        slot_mapping: Tensor,
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, slot_mapping: Tensor
     ) -> Tensor:
         assert k.shape == v.shape and cos.shape == sin.shape == (q.shape[0], q.shape[2] // 2), (q.shape, k.shape)
-        return rope_triton.rope_and_cache(q, k, v, cos, sin, k_cache, v_cache, slot_mapping)
+        return rope_triton.rope_and_cache(q, k, v, cos, sin, cache, slot_mapping)
 
-    def paged_attention(
-        self,
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        block_tables: Tensor,
-        context_lens: Tensor,
-        cu_seqlens_q: Tensor,
-        scale: float,
-    ) -> Tensor:
+    def paged_attention(self, q: Tensor, cache: LayerCache, sequences: Sequences, scale: float) -> Tensor:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if q.shape[0]:
             paged_attention(
                 q.contiguous(),
-                k_cache,
-                v_cache,
-                block_tables,
-                context_lens,
-                cu_seqlens_q,
+                cache,
+                sequences,
                 scale,
                 out,
-                max_new=most_new_tokens(q.shape[0], context_lens.shape[0]),
+                max_new=most_new_tokens(q.shape[0], sequences.context_lens.shape[0]),
                 target=target_of(self.device),
                 programs=_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(self.device),
             )

@@ -5,6 +5,7 @@ Each check yields one row: what was computed, its relative l2 distance from the 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from tolerances import relative_l2
 from torch import Tensor
 
 from guanaco.kernels import Draw, load_ops, nf4
+from guanaco.kernels.layer_cache import LayerCache, decoded
 from guanaco.kernels.lora_batch import LoraBatch, LoraPair, LoraTable
 
 # Issue 4's ceiling for products of NF4 weights; the interpreter's results are at 4e-4 and below.
@@ -20,6 +22,8 @@ NF4_ALLOWED = 1.5e-3
 # float32 in, float32 out, sums in another order; tensor cores may round float32 operands of attention to tf32.
 FLOAT32_ALLOWED, ATTENTION_ALLOWED = 2e-6, 1e-3
 HALF_ALLOWED = 4e-3  # 16-bit activations: one rounding of the result to 8 bits
+# 8-bit caches: a number between two codes may get the other one where the last bit before it differs.
+CODES_ALLOWED = 5e-3
 RANKS = (4, 8, 16, 5, 64, 32, 128, 12)
 
 
@@ -85,6 +89,9 @@ def layer_checks(ops: Any, *, hidden: int, head_dim: int, heads: int, kv_heads: 
     def made(*shape: int, seed: int) -> Tensor:
         return _randn(*shape, seed=seed).to(device, ops.dtype)
 
+    def zeros(shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=kind, device=device)
+
     x, weight = made(tokens, hidden, seed=1), made(hidden, seed=2)
     yield Check("rms_norm", relative_l2(ops.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5)), allowed)
     gate, up = made(tokens, hidden, seed=3), made(tokens, hidden, seed=4)
@@ -94,12 +101,16 @@ def layer_checks(ops: Any, *, hidden: int, head_dim: int, heads: int, kv_heads: 
     q, k, v = (made(tokens, h, head_dim, seed=6 + i) for i, h in enumerate((heads, kv_heads, kv_heads)))
     angles = torch.rand(tokens, head_dim // 2, generator=torch.Generator().manual_seed(0)).to(device) * 6
     slots = torch.tensor([3, 0, -1, 17, 8, 30, 31], device=device)
-    ours, theirs = (torch.zeros(2, 2, 16, kv_heads, head_dim, device=device, dtype=ops.dtype) for _ in range(2))
     arguments = (q, k, v, angles.cos(), angles.sin())
-    rotated = ops.rope_and_cache(*arguments, *ours, slots)
-    expected = reference.rope_and_cache(*arguments, *theirs, slots)
-    yield Check("rope", relative_l2(rotated, expected), allowed)
-    yield Check("KV write", relative_l2(ours, theirs), allowed)
+    for stored in (ops.dtype, *ops.cache_dtypes):
+        ours, theirs = (LayerCache.made((2, 16, kv_heads, head_dim), stored, zeros) for _ in range(2))
+        rotated = ops.rope_and_cache(*arguments, ours, slots)
+        expected = reference.rope_and_cache(*arguments, theirs, slots)
+        yield Check(f"rope beside a cache of {stored}", relative_l2(rotated, expected), allowed)
+        keys = (decoded(cache.k, cache.k_scales) for cache in (ours, theirs))
+        values = (decoded(cache.v, cache.v_scales) for cache in (ours, theirs))
+        error = max(relative_l2(*keys), relative_l2(*values))
+        yield Check(f"KV write, {stored}", error, allowed if stored == ops.dtype else CODES_ALLOWED)
     logits = _randn(5, 1000, seed=9).to(device)
     logits[:, 700] = logits.max() + 1
     logits[:, 900] = logits[:, 700]
@@ -113,19 +124,23 @@ def attention_checks(
     """Decode and chunked prompts over a scattered, poisoned cache, against float64; all sequences in one batch."""
     device = ops.device
     allowed = ATTENTION_ALLOWED if ops.dtype == torch.float32 else HALF_ALLOWED
-    for group in groups:
-        for block_size in block_sizes:
-            for decode in (True, False):
-                chosen = [(context, 1) for context, _ in shapes] if decode else list(shapes)
-                case = make_case(
-                    chosen, heads=2 * group, kv_heads=2, head_dim=head_dim, block_size=block_size, dtype=ops.dtype
-                )
-                expected = [case.exact(i) for i in range(len(chosen))]
-                for name in ("k_cache", "v_cache", "block_tables"):
-                    setattr(case, name, getattr(case, name).to(device))
-                case.queries = [query.to(device) for query in case.queries]
-                with torch.device(device):  # what the case makes on its way
-                    outs = case.run(ops)
-                error = max(relative_l2(out.cpu(), exact) for out, exact in zip(outs, expected, strict=True))
-                kind = "decode" if decode else "prompts"
-                yield Check(f"attention, {kind}, {group} heads a group, blocks of {block_size}", error, allowed)
+    for stored, group, block_size, decode in product((None, *ops.cache_dtypes), groups, block_sizes, (True, False)):
+        chosen = [(context, 1) for context, _ in shapes] if decode else list(shapes)
+        case = make_case(
+            chosen,
+            heads=2 * group,
+            kv_heads=2,
+            head_dim=head_dim,
+            block_size=block_size,
+            dtype=ops.dtype,
+            stored=stored,
+        )
+        expected = [case.exact(i) for i in range(len(chosen))]
+        case.cache = LayerCache(*(tensor.to(device) for tensor in case.cache.tensors))
+        case.block_tables = case.block_tables.to(device)
+        case.queries = [query.to(device) for query in case.queries]
+        with torch.device(device):  # what the case makes on its way
+            outs = case.run(ops)
+        error = max(relative_l2(out.cpu(), exact) for out, exact in zip(outs, expected, strict=True))
+        kind = f"{'decode' if decode else 'prompts'}, cache of {stored or ops.dtype}"
+        yield Check(f"attention, {kind}, {group} heads a group, blocks of {block_size}", error, allowed)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from guanaco.kernels.layer_cache import Sequences
 from guanaco.kernels.lora_batch import LoraBatch
 
 
@@ -14,8 +15,6 @@ class ForwardBatch:
     token_ids: Tensor  # int64 [t]
     positions: Tensor  # int64 [t]          0-based, per sequence
     slot_mapping: Tensor  # int64 [t]       KV slot = block_id * block_size + offset
-    block_tables: Tensor  # int32 [s, blocks]  padded with 0; context_lens says where to stop
-    context_lens: Tensor  # int32 [s]       tokens attended to, this step's included
-    cu_seqlens_q: Tensor  # int32 [s + 1]
+    sequences: Sequences  # block tables, context lengths, first rows
     logit_rows: Tensor  # int64 [r]         rows of t whose logits are wanted
     lora: LoraBatch | None  # None: no row in this batch has an adapter

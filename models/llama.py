@@ -10,6 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from guanaco.kernels import LayerWeights, LinearHandle, Ops, PackedWeight
+from guanaco.kernels.layer_cache import LayerCache
 from guanaco.kernels.nf4 import Nf4Weight
 from guanaco.models.config import LlamaConfig
 from guanaco.models.forward_batch import ForwardBatch
@@ -54,15 +55,12 @@ class Attention:
     o_proj: QuantLinear
     head_dim: int
 
-    def __call__(
-        self, x: Tensor, angles: tuple[Tensor, Tensor], batch: ForwardBatch, kv: tuple[Tensor, Tensor]
-    ) -> Tensor:
+    def __call__(self, x: Tensor, angles: tuple[Tensor, Tensor], batch: ForwardBatch, cache: LayerCache) -> Tensor:
         q = self.q_proj(x, batch.lora).unflatten(-1, (-1, self.head_dim))
         k = self.k_proj(x, batch.lora).unflatten(-1, (-1, self.head_dim))
         v = self.v_proj(x, batch.lora).unflatten(-1, (-1, self.head_dim))
-        q = self.ops.rope_and_cache(q, k, v, *angles, *kv, batch.slot_mapping)
-        scale = self.head_dim**-0.5
-        mixed = self.ops.paged_attention(q, *kv, batch.block_tables, batch.context_lens, batch.cu_seqlens_q, scale)
+        q = self.ops.rope_and_cache(q, k, v, *angles, cache, batch.slot_mapping)
+        mixed = self.ops.paged_attention(q, cache, batch.sequences, self.head_dim**-0.5)
         return self.o_proj(mixed.flatten(-2), batch.lora)
 
 
@@ -89,10 +87,8 @@ class DecoderLayer:
     post_attention_layernorm: RMSNorm
     mlp: MLP
 
-    def __call__(
-        self, x: Tensor, angles: tuple[Tensor, Tensor], batch: ForwardBatch, kv: tuple[Tensor, Tensor]
-    ) -> Tensor:
-        x = x + self.attention(self.input_layernorm(x), angles, batch, kv)
+    def __call__(self, x: Tensor, angles: tuple[Tensor, Tensor], batch: ForwardBatch, cache: LayerCache) -> Tensor:
+        x = x + self.attention(self.input_layernorm(x), angles, batch, cache)
         return x + self.mlp(self.post_attention_layernorm(x), batch)
 
     def weights(self) -> LayerWeights:
@@ -137,8 +133,7 @@ class LlamaModel:
         angles = self._rotary(batch.positions)
         caches = [kv.layer(index) for index in range(self.config.num_layers)]
         if self._fused is not None:
-            sequences = (batch.slot_mapping, batch.block_tables, batch.context_lens, batch.cu_seqlens_q)
-            x = self._fused(x, *angles, caches, *sequences, batch.lora)
+            x = self._fused(x, *angles, caches, batch.slot_mapping, batch.sequences, batch.lora)
         else:
             for layer, cache in zip(self._layers, caches, strict=True):
                 x = layer(x, angles, batch, cache)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from guanaco.kernels.layer_cache import Sequences
 from guanaco.kernels.lora_batch import LoraBatch, LoraTable
 from guanaco.kernels.lora_triton import rank_bucket
 from guanaco.kernels.triton_ops import TritonOps
@@ -169,12 +170,13 @@ class DecodeGraphs:
         buffers.upload()
         tensors = dict(buffers.tensors)
         active_slots, factors = tensors.pop("active_slots"), tensors.pop("factors")
+        sequences = Sequences(*(tensors.pop(name) for name in ("block_tables", "context_lens", "cu_seqlens_q")))
         lora = None
         if shape.active:
             operand = self._ops.tables.over(active_slots, factors, shape.max_rank, shape.aligned)
             none = torch.empty(0, dtype=ints, device=self._ops.device)
             lora = LoraBatch(none, none, none.float(), LoraTable({}), {})
-        batch = ForwardBatch(**tensors, lora=lora)
+        batch = ForwardBatch(**tensors, sequences=sequences, lora=lora)
 
         def run() -> Tensor:
             if lora is not None:

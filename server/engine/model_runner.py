@@ -12,6 +12,7 @@ from torch import Tensor
 
 from guanaco.adapters.registry import AdapterRegistry
 from guanaco.adapters.slot_store import SlotStore
+from guanaco.kernels.layer_cache import Sequences
 from guanaco.kernels.lora_batch import LoraBatch, LoraTable
 from guanaco.models.forward_batch import ForwardBatch
 from guanaco.models.kv_cache import PagedKVCache
@@ -98,9 +99,7 @@ class ModelRunner:
             token_ids=zero,
             positions=zero,
             slot_mapping=zero - 1,
-            block_tables=self._tensor([[0]], torch.int32),
-            context_lens=self._tensor([1], torch.int32),
-            cu_seqlens_q=self._tensor([0, 1], torch.int32),
+            sequences=self._sequences([[0]], [1], [0, 1]),
             logit_rows=zero,
             lora=None,
         )
@@ -145,8 +144,6 @@ class ModelRunner:
         return rows
 
     def _forward_batch(self, rows: StepRows) -> ForwardBatch:
-        num_blocks = max((len(table) for table in rows.block_tables), default=0)
-        tables = [table + [0] * (num_blocks - len(table)) for table in rows.block_tables]
         lora = None
         if any(rows.row_adapters):
             lora = LoraBatch.build(rows.row_adapters, self._slots.table, self._device)
@@ -154,11 +151,18 @@ class ModelRunner:
             token_ids=self._tensor(rows.token_ids, torch.int64),
             positions=self._tensor(rows.positions, torch.int64),
             slot_mapping=self._tensor(rows.slot_mapping, torch.int64),
-            block_tables=self._tensor(tables, torch.int32).view(len(tables), num_blocks),
-            context_lens=self._tensor(rows.context_lens, torch.int32),
-            cu_seqlens_q=self._tensor(rows.ends, torch.int32),
+            sequences=self._sequences(rows.block_tables, rows.context_lens, rows.ends),
             logit_rows=self._tensor(rows.logit_rows, torch.int64),
             lora=lora,
+        )
+
+    def _sequences(self, block_tables: list[list[int]], context_lens: list[int], ends: list[int]) -> Sequences:
+        num_blocks = max((len(table) for table in block_tables), default=0)
+        padded = [table + [0] * (num_blocks - len(table)) for table in block_tables]
+        return Sequences(
+            self._tensor(padded, torch.int32).view(len(padded), num_blocks),
+            self._tensor(context_lens, torch.int32),
+            self._tensor(ends, torch.int32),
         )
 
     def _tensor(self, values: list[int] | list[list[int]], dtype: torch.dtype) -> Tensor:

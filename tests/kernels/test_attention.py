@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from providers import FAST, INTERPRETED, PROVIDERS, provider_ops
 from tolerances import assert_close, relative_l2
 
+from guanaco.kernels.layer_cache import CODE_LIMITS, LayerCache, Sequences
+
 DTYPES = (torch.float32, torch.bfloat16)
 MakeOps = Callable[..., Any]
 poisoned = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -50,11 +52,10 @@ def check_mixed_batches(
 ) -> None:
     if not shapes:
         q = torch.zeros(0, 4, 16, dtype=dtype)
-        cache = torch.zeros(2, 8, 2, 16, dtype=dtype)
+        cache = LayerCache(*torch.zeros(2, 2, 8, 2, 16, dtype=dtype))
         none = torch.zeros(0, dtype=torch.int32)
-        out = make_ops(dtype).paged_attention(
-            q, cache, cache, none.view(0, 0), none, torch.zeros(1, dtype=torch.int32), 0.25
-        )
+        sequences = Sequences(none.view(0, 0), none, torch.zeros(1, dtype=torch.int32))
+        out = make_ops(dtype).paged_attention(q, cache, sequences, 0.25)
         assert out.shape == q.shape
         return
     case = make_case(
@@ -107,7 +108,8 @@ def test_one_sequence_does_not_depend_on_the_others_content(make_ops: MakeOps) -
     for i in (0, 2):
         blocks = mixed.block_tables[i, : -(-len(first.keys[i]) // 16)].long()
         assert torch.equal(mixed.block_tables, first.block_tables)
-        mixed.k_cache[blocks], mixed.v_cache[blocks] = first.k_cache[blocks], first.v_cache[blocks]
+        for theirs, ours in zip(mixed.cache.tensors, first.cache.tensors, strict=True):
+            theirs[blocks] = ours[blocks]
         mixed.queries[i] = first.queries[i]
     ops = make_ops()
     ours, theirs, both = first.run(ops), second.run(ops), mixed.run(ops)
@@ -116,11 +118,22 @@ def test_one_sequence_does_not_depend_on_the_others_content(make_ops: MakeOps) -
     assert torch.equal(both[2], ours[2])
 
 
+@pytest.mark.parametrize("stored", CODE_LIMITS, ids=str)
+def test_a_cache_of_8_bits(stored: torch.dtype, nan_poison: None) -> None:
+    """By the reference, against float64 of what the codes mean; the kernels are in test_paged_attention.py."""
+    shapes = [(60, 20), (33, 1), (1, 1), (16, 16), (40, 1)]
+    for dtype in DTYPES:
+        check(
+            make_case(shapes, heads=6, kv_heads=2, dtype=dtype, stored=stored), provider_ops("reference", dtype), dtype
+        )
+
+
 def test_a_wrong_block_is_found(make_ops: MakeOps) -> None:
     """The planted bug: the comparison must fail with it."""
     case = make_case([(40, 10), (30, 1)], heads=6, kv_heads=3)
     expected = [case.exact(i) for i in range(2)]
     case.block_tables = case.block_tables.roll(1, dims=1)
-    case.k_cache, case.v_cache = case.k_cache.nan_to_num(), case.v_cache.nan_to_num()
+    for tensor in case.cache.tensors:
+        tensor.nan_to_num_()
     for i, out in enumerate(case.run(make_ops())):
         assert not relative_l2(out, expected[i]) <= 1e-2

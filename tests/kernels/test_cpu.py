@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import make_case
+from attention_cases import make_case, poisoned_cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from providers import CPU, PROVIDERS, provider_ops
@@ -15,6 +15,7 @@ from tolerances import relative_l2
 from torch import Tensor
 
 from guanaco.kernels import CPU_ISAS, NativeUnavailable, cpu_native, load_ops, nf4
+from guanaco.kernels.layer_cache import Sequences
 from guanaco.kernels.lora_batch import LoraBatch, LoraPair, LoraTable
 from guanaco.kernels.ops import MODULES_PER_LAYER, LayerWeights
 
@@ -164,12 +165,9 @@ class Layers:
             }
         )
         dtype = ops.dtype
-        self.caches = [
-            tuple(torch.full((30, 8, kv_heads, self.head_dim), float("nan"), dtype=dtype) for _ in range(2))
-            for _ in range(num_layers)
-        ]
+        self.caches = [poisoned_cache((30, 8, kv_heads, self.head_dim), dtype) for _ in range(num_layers)]
 
-    def inputs(self, lengths: list[int]) -> dict[str, Tensor]:
+    def inputs(self, lengths: list[int]) -> dict[str, Any]:
         tables, slots, positions = [], [], []
         for i, length in enumerate(lengths):
             blocks = [7 * i + j for j in range(7)]
@@ -181,15 +179,16 @@ class Layers:
             "cos": angles.cos(),
             "sin": angles.sin(),
             "slot_mapping": torch.tensor(slots),
-            "block_tables": torch.tensor(tables, dtype=torch.int32),
-            "context_lens": torch.tensor(lengths, dtype=torch.int32),
-            "cu_seqlens_q": torch.tensor([0, *lengths]).cumsum(0).int(),
+            "sequences": Sequences(
+                torch.tensor(tables, dtype=torch.int32),
+                torch.tensor(lengths, dtype=torch.int32),
+                torch.tensor([0, *lengths]).cumsum(0).int(),
+            ),
         }
 
-    def one_by_one(self, x: Tensor, lora: LoraBatch, given: dict[str, Tensor]) -> Tensor:
+    def one_by_one(self, x: Tensor, lora: LoraBatch, given: dict[str, Any]) -> Tensor:
         """The same through the single ops, as `models.llama` composes them."""
         ops = self.ops
-        sequences = (given["block_tables"], given["context_lens"], given["cu_seqlens_q"], self.head_dim**-0.5)
         for i, (layer, cache) in enumerate(zip(self.layers, self.caches, strict=True)):
             first = MODULES_PER_LAYER * i
             normed = ops.rms_norm(x, layer.input_norm, 1e-5)
@@ -197,8 +196,8 @@ class Layers:
                 ops.linear(normed, layer.projections[j], lora, first + j).unflatten(-1, (-1, self.head_dim))
                 for j in range(3)
             )
-            q = ops.rope_and_cache(q, k, v, given["cos"], given["sin"], *cache, given["slot_mapping"])
-            mixed = ops.paged_attention(q, *cache, *sequences).flatten(-2)
+            q = ops.rope_and_cache(q, k, v, given["cos"], given["sin"], cache, given["slot_mapping"])
+            mixed = ops.paged_attention(q, cache, given["sequences"], self.head_dim**-0.5).flatten(-2)
             x = x + ops.linear(mixed, layer.projections[3], lora, first + 3)
             normed = ops.rms_norm(x, layer.post_norm, 1e-5)
             gate, up = (ops.linear(normed, layer.projections[j], lora, first + j) for j in (4, 5))
@@ -223,15 +222,15 @@ def test_layers_as_one_op_equal_their_parts(
     entries: list[tuple[tuple[int, float], ...]] = [((0, 1.0),)] * 5 + [()] + [((2, 0.5),)] * 20 + [()]
     lora = LoraBatch.build(entries, layers.table, CPU)
     expected = layers.one_by_one(x, lora, given)
-    written = [cache.clone() for pair in layers.caches for cache in pair]
-    for pair in layers.caches:
-        for cache in pair:
-            cache.fill_(float("nan"))
+    stored = [tensor for cache in layers.caches for tensor in cache.tensors]
+    written = [tensor.clone() for tensor in stored]
+    for tensor in stored:
+        tensor.fill_(float("nan"))
     y = fused(x, caches=layers.caches, lora=lora, **given)
     assert y.dtype == dtype
     # Between its parts the fused op keeps float32, so in bfloat16 it is the more exact of the two.
     assert relative_l2(y, expected) < (1e-6 if dtype == torch.float32 else 2e-2)
-    for mine, other in zip([cache for pair in layers.caches for cache in pair], written, strict=True):
+    for mine, other in zip(stored, written, strict=True):
         assert torch.equal(mine.isnan(), other.isnan())
         assert relative_l2(mine.nan_to_num(), other.nan_to_num()) < (1e-6 if dtype == torch.float32 else 2e-2)
     plain = fused(x, caches=layers.caches, lora=None, **given)

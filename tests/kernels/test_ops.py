@@ -13,6 +13,7 @@ from tolerances import assert_close
 from torch import Tensor
 
 from guanaco.kernels import Ops, nf4
+from guanaco.kernels.layer_cache import LayerCache
 from guanaco.kernels.lora_batch import LoraBatch, LoraPair, LoraTable
 from guanaco.kernels.nf4 import Nf4Weight
 
@@ -236,9 +237,9 @@ def check_rope_and_cache(
     num_slots = 12 * block_size
     slots = torch.randperm(num_slots, generator=generator)[:t]
     slots[torch.rand(t, generator=generator) < 0.3] = -1
-    k_cache, v_cache = (torch.empty(12, block_size, heads[1], head_dim, dtype=dtype) for _ in range(2))
+    cache = LayerCache(*(torch.empty(12, block_size, heads[1], head_dim, dtype=dtype) for _ in range(2)))
     inputs = [tensor.clone() for tensor in (q, k, v)]
-    rotated = make_ops(dtype).rope_and_cache(q, k, v, angles.cos(), angles.sin(), k_cache, v_cache, slots)
+    rotated = make_ops(dtype).rope_and_cache(q, k, v, angles.cos(), angles.sin(), cache, slots)
     assert all(torch.equal(a, b) for a, b in zip(inputs, (q, k, v), strict=True)), "inputs were changed"
 
     def exact(x: Tensor) -> Tensor:
@@ -252,7 +253,7 @@ def check_rope_and_cache(
     assert rotated.dtype == dtype
     assert_close(rotated, exact(q), dtype)
     written = slots >= 0
-    flat_k, flat_v = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
+    flat_k, flat_v = (tensor.flatten(0, 1) for tensor in cache.tensors)
     assert_close(flat_k[slots[written]], exact(k)[written], dtype)
     assert torch.equal(flat_v[slots[written]], v[written])
     untouched = torch.ones(num_slots, dtype=torch.bool)

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ pytest.importorskip("triton")
 
 from guanaco.kernels import triton_compile
 from guanaco.kernels.cards import hardest_card
+from guanaco.kernels.layer_cache import LayerCache, Sequences
 from guanaco.kernels.paged_attention import Tiles, num_splits, paged_attention
-from guanaco.kernels.rope_triton import rope_and_cache
 from guanaco.kernels.triton_compile import TARGETS
 from guanaco.models.memory import mapped_zeros
 
@@ -40,17 +40,14 @@ class Attention:
 
     programs: int = 64
     tiles: Tiles | None = SHORT
-    options: dict[str, Any] = field(default_factory=dict)
+    target: str = "sm_80"
 
-    def paged_attention(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, contexts: Tensor, starts: Tensor,
-        scale: float,
-    ) -> Tensor:  # fmt: skip
+    def paged_attention(self, q: Tensor, cache: LayerCache, sequences: Sequences, scale: float) -> Tensor:
         out = torch.empty_like(q)
-        most = int(starts.diff().max()) if len(contexts) else 1
+        most = int(sequences.cu_seqlens_q.diff().max()) if len(sequences.context_lens) else 1
         paged_attention(
-            q, k_cache, v_cache, tables, contexts, starts, scale, out,
-            max_new=most, programs=self.programs, tiles=self.tiles, **self.options,
+            q, cache, sequences, scale, out,
+            max_new=most, programs=self.programs, tiles=self.tiles, target=self.target,
         )  # fmt: skip
         return out
 
@@ -58,7 +55,7 @@ class Attention:
 def check(case: Case, attention: Attention, tolerance: float | None = None) -> None:
     """Every sequence of the case; entries of its block table that no position needs point nowhere."""
     width = case.block_tables.shape[1]
-    unused = torch.arange(width + 3) >= torch.tensor([-(-len(k) // case.k_cache.shape[1]) for k in case.keys])[:, None]
+    unused = torch.arange(width + 3) >= torch.tensor([-(-len(k) // case.cache.block_size) for k in case.keys])[:, None]
     case.block_tables = torch.nn.functional.pad(case.block_tables, (0, 3)).masked_fill(unused, 1 << 30)
     for i, out in enumerate(case.run(attention)):
         error = relative_l2(out, case.exact(i))
@@ -106,7 +103,7 @@ def test_prompts_in_the_tiles_that_are_shipped(nan_poison: None, target: str, sh
     """A whole prompt, the end of one, one that fills tiles exactly, and sequences that decode beside them."""
     shapes = [(150, 150), (1000, 20), (1, 1), (64, 64), (500, 1), (65, 2)]
     case = make_case(shapes, heads=share, kv_heads=1, head_dim=80, dtype=torch.bfloat16)
-    check(case, Attention(tiles=None, options={"target": target}))
+    check(case, Attention(tiles=None, target=target))
 
 
 def test_a_long_prompt_in_pieces(nan_poison: None) -> None:
@@ -137,7 +134,8 @@ def test_one_sequence_does_not_depend_on_the_others_content(nan_poison: None) ->
     first, second, mixed = (make_case(shapes, seed=seed) for seed in (1, 2, 2))
     for i in (0, 2):
         blocks = mixed.block_tables[i, : -(-len(first.keys[i]) // 16)].long()
-        mixed.k_cache[blocks], mixed.v_cache[blocks] = first.k_cache[blocks], first.v_cache[blocks]
+        for theirs, ours in zip(mixed.cache.tensors, first.cache.tensors, strict=True):
+            theirs[blocks] = ours[blocks]
         mixed.queries[i] = first.queries[i]
     ours, theirs, both = (case.run(Attention()) for case in (first, second, mixed))
     assert [torch.equal(a, b) for a, b in zip(both, (ours[0], theirs[1], ours[2]), strict=True)] == [True] * 3
@@ -152,9 +150,8 @@ def test_padding_rows_of_a_graph(nan_poison: None) -> None:
             q = torch.cat([*case.queries, torch.full((2, heads, 16), float("nan"))])
             tables = torch.nn.functional.pad(case.block_tables, (0, 0, 0, 2), value=1 << 30)
             contexts, starts = torch.tensor([40, 7, 0, 0], dtype=torch.int32), torch.arange(5, dtype=torch.int32)
-            padded = Attention(programs * 2).paged_attention(
-                q, case.k_cache, case.v_cache, tables, contexts, starts, case.scale
-            )
+            sequences = Sequences(tables, contexts, starts)
+            padded = Attention(programs * 2).paged_attention(q, case.cache, sequences, case.scale)
             assert torch.equal(padded[:2], plain)
             assert torch.equal(padded[2:], torch.zeros(2, heads, 16))
 
@@ -170,25 +167,6 @@ def test_number_of_splits() -> None:
 
 
 # ---- caches of 8 bits
-
-
-def quantised(case: Case, stored: torch.dtype) -> dict[str, Any]:
-    """Write the case's keys and values as codes by the kernel that does so; the case is then what the codes mean."""
-    blocks, block_size, kv_heads, head_dim = case.k_cache.shape
-    poison = 113 if stored == torch.int8 else float("nan")
-    caches = [torch.full(case.k_cache.shape, poison, dtype=torch.float32).to(stored) for _ in range(2)]
-    scales = [torch.full((blocks, kv_heads, block_size), float("nan")) for _ in range(2)]
-    for i, (k, v) in enumerate(zip(case.keys, case.values, strict=True)):
-        position = torch.arange(len(k))
-        slots = case.block_tables[i].long()[position // block_size] * block_size + position % block_size
-        angles = torch.zeros(len(k), head_dim // 2)
-        rope_and_cache(k, k, v, angles.cos(), angles.sin(), *caches, slots, *scales)
-        for x, cache, scale in zip((case.keys, case.values), caches, scales, strict=True):
-            flat = cache.flatten(0, 1)[slots].double() * scale.transpose(1, 2).flatten(0, 1)[slots, :, None].double()
-            assert relative_l2(flat, x[i].double()) <= (0.02 if stored == torch.int8 else 0.05)
-            x[i] = flat
-    case.k_cache, case.v_cache = caches
-    return {"k_scales": scales[0], "v_scales": scales[1]}
 
 
 @settings(max_examples=8, **POISONED)
@@ -211,27 +189,25 @@ def test_quantised_caches(
     dtype: torch.dtype, programs: int, small: bool,
 ) -> None:  # fmt: skip
     """Against float64 of the stored codes times their scales; `small`: scales whose products float16 can't hold."""
-    case = make_case(shapes, heads=2 * share, kv_heads=2, head_dim=head_dim, block_size=block_size, dtype=dtype)
-    if small and dtype != torch.float16:
-        case.values = [v * 1e-3 for v in case.values]
-    check(case, Attention(programs, options=quantised(case, stored)))
+    case = make_case(
+        shapes, heads=2 * share, kv_heads=2, head_dim=head_dim, block_size=block_size, dtype=dtype, stored=stored,
+        values_scale=1e-3 if small and dtype != torch.float16 else 1.0,
+    )  # fmt: skip
+    check(case, Attention(programs))
 
 
 def test_blocks_beyond_two_thousand_million_elements() -> None:
     """Offsets are 64 bits wide: the sequence lies at the end of a cache that is mapped, but not in memory."""
     blocks = (1 << 31) // (16 * 64) + 4
     for heads in (1, 4):
-        case = make_case([(30, 1), (30, 5)], heads=heads, kv_heads=1, head_dim=64)
-        options = quantised(case, torch.int8)
-        caches = [mapped_zeros((blocks, 16, 1, 64), torch.int8) for _ in range(2)]
-        scales = [mapped_zeros((blocks, 1, 16), torch.float32) for _ in range(2)]
-        first = blocks - len(case.k_cache)
-        sources = (case.k_cache, case.v_cache, options["k_scales"], options["v_scales"])
-        for target, source in zip((*caches, *scales), sources, strict=True):
+        case = make_case([(30, 1), (30, 5)], heads=heads, kv_heads=1, head_dim=64, stored=torch.int8)
+        large = LayerCache.made((blocks, 16, 1, 64), torch.int8, mapped_zeros)
+        first = blocks - len(case.cache.k)
+        for target, source in zip(large.tensors, case.cache.tensors, strict=True):
             target[first:] = source
-        case.k_cache, case.v_cache = caches
+        case.cache = large
         case.block_tables += first
-        check(case, Attention(options={"k_scales": scales[0], "v_scales": scales[1]}))
+        check(case, Attention())
 
 
 # ---- planted bugs

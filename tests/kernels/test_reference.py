@@ -9,6 +9,7 @@ from tolerances import assert_close
 from torch import Tensor
 
 from guanaco.kernels import load_ops, nf4, reference
+from guanaco.kernels.layer_cache import LayerCache
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -83,6 +84,6 @@ def test_a_cache_that_is_a_view_of_a_larger_tensor() -> None:
     both = torch.zeros(4, 2, 8, 2, 16)  # [blocks, K or V, block_size, kv_heads, head_dim]
     q, k, v = randn(3, 4, 16), randn(3, 2, 16, seed=1), randn(3, 2, 16, seed=2)
     ones, zeros = torch.ones(3, 8), torch.zeros(3, 8)
-    ops.rope_and_cache(q, k, v, ones, zeros, both[:, 0], both[:, 1], torch.tensor([9, 10, 11]))
+    ops.rope_and_cache(q, k, v, ones, zeros, LayerCache(both[:, 0], both[:, 1]), torch.tensor([9, 10, 11]))
     assert torch.equal(both[1, 0, 1:4], k)
     assert torch.equal(both[1, 1, 1:4], v)

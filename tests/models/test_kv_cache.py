@@ -12,7 +12,7 @@ CONFIG = parse_config(
 
 def test_every_layer_has_its_own_zeroed_blocks() -> None:
     cache = PagedKVCache(CONFIG, num_blocks=7, block_size=4, dtype=torch.bfloat16, device=torch.device("cpu"))
-    tensors = [tensor for layer in range(3) for tensor in cache.layer(layer)]
+    tensors = [tensor for layer in range(3) for tensor in cache.layer(layer).tensors]
     assert len({tensor.data_ptr() for tensor in tensors}) == 6
     for tensor in tensors:
         assert tensor.shape == (7, 4, 1, 16)
@@ -23,7 +23,7 @@ def test_every_layer_has_its_own_zeroed_blocks() -> None:
 def test_block_bytes_is_what_a_block_costs() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         cache = PagedKVCache(CONFIG, num_blocks=5, block_size=3, dtype=dtype, device=torch.device("cpu"))
-        total = sum(tensor.nbytes for layer in range(3) for tensor in cache.layer(layer))
+        total = sum(tensor.nbytes for layer in range(3) for tensor in cache.layer(layer).tensors)
         assert total == 5 * block_bytes(CONFIG, 3, dtype)
 
 
@@ -33,7 +33,7 @@ def test_memory_is_committed_only_when_it_is_written() -> None:
     cache = PagedKVCache(CONFIG, num_blocks=(1 << 30) // block_bytes(CONFIG, 16, torch.float32), block_size=16,
                          dtype=torch.float32, device=torch.device("cpu"))  # fmt: skip
     assert _resident_bytes() - before < 64 << 20
-    cache.layer(0)[0].fill_(1.0)
+    cache.layer(0).k.fill_(1.0)
     assert _resident_bytes() - before > 100 << 20
 
 

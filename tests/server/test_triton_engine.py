@@ -133,6 +133,6 @@ def test_rows_that_pad_a_bucket_write_nowhere(setting: Setting) -> None:
     rows = StepRows([5, 6, 7], [1, 1, 0], slots, [[2], [4], [6]], [2, 2, 1], [0, 1, 2, 3], [0, 1, 2], [(), (), ()])
     assert graphs.forward(rows, LoraTable({})).shape[0] == 3
     for layer in range(model.config.num_layers):
-        for cache in kv.layer(layer):
-            written = cache.flatten(0, 1).flatten(1).any(dim=1).nonzero().flatten().tolist()
+        for tensor in kv.layer(layer).tensors:
+            written = tensor.flatten(0, 1).flatten(1).any(dim=1).nonzero().flatten().tolist()
             assert written == slots

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from guanaco.kernels import load_ops
+from guanaco.kernels.layer_cache import Sequences
 from guanaco.kernels.lora_batch import LoraBatch
 from guanaco.kernels.nf4 import Nf4Weight
 from guanaco.models.checkpoint import open_checkpoint
@@ -122,11 +123,13 @@ class PagedRun:
             token_ids=torch.tensor(token_ids, dtype=torch.int64),
             positions=torch.tensor(positions, dtype=torch.int64),
             slot_mapping=torch.tensor(slots, dtype=torch.int64),
-            block_tables=torch.tensor(
-                [self.tables[s] + [0] * (width - len(self.tables[s])) for s, _ in work], dtype=torch.int32
+            sequences=Sequences(
+                torch.tensor(
+                    [self.tables[s] + [0] * (width - len(self.tables[s])) for s, _ in work], dtype=torch.int32
+                ),
+                torch.tensor([self.lengths[s] for s, _ in work], dtype=torch.int32),
+                torch.tensor(ends, dtype=torch.int32),
             ),
-            context_lens=torch.tensor([self.lengths[s] for s, _ in work], dtype=torch.int32),
-            cu_seqlens_q=torch.tensor(ends, dtype=torch.int32),
             logit_rows=torch.tensor(rows, dtype=torch.int64),
             lora=lora,
         )
