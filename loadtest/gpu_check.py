@@ -34,11 +34,13 @@ if not HAS_GPU:
     ptx_interpreter.install()
     fast_interpreter.install()
 
+from answers import Answers, distance  # noqa: E402
 from gpu_kernels import RANKS, Check, attention_checks, layer_checks, product_checks  # noqa: E402
-from gpu_models import SIZES, Streams, kv_bytes, random_adapters, random_model  # noqa: E402
+from gpu_models import BLOCK_SIZE, SIZES, Streams, random_adapters, random_model  # noqa: E402
 
 from guanaco.kernels import load_ops  # noqa: E402
 from guanaco.kernels.triton_ops import HAS_RUN  # noqa: E402
+from guanaco.models.kv_cache import block_bytes  # noqa: E402
 
 DEVICE = torch.device("cuda", 0) if HAS_GPU else torch.device("cpu")
 # What is tried where: real shapes on a GPU, the least that takes every path in the interpreter.
@@ -52,7 +54,14 @@ FULL: dict[str, Any] = {
     "head_dim": 128,
     "block_sizes": [8, 16, 64],
     "engine": {"num_seqs": 8, "max_tokens": 32, "prompt": 40, "ranks": RANKS},
-    "speed": {"batches": [1, 2, 4, 8, 16, 32, 64], "prompt": 128, "steps": 48, "long_prompt": 1024, "warm_up": 4},
+    "speed": {
+        "batches": [1, 2, 4, 8, 16, 32, 64],
+        "prompt": 128,
+        "steps": 48,
+        "long_prompt": 1024,
+        "long_streams": 16,
+        "warm_up": 4,
+    },
     "ranks": [(), (16,) * 8, (64,) * 8],
 }
 # Few steps of few rows: the interpreter takes longest over the kernel for 1 to 4 rows, which `products` tries alone.
@@ -66,7 +75,7 @@ TINY: dict[str, Any] = {
     "head_dim": 16,
     "block_sizes": [8],
     "engine": {"num_seqs": 5, "max_tokens": 2, "prompt": 3, "ranks": (4, 8, 2)},
-    "speed": {"batches": [5], "prompt": 2, "steps": 1, "long_prompt": 20, "warm_up": 0},
+    "speed": {"batches": [5], "prompt": 2, "steps": 1, "long_prompt": 20, "long_streams": 5, "warm_up": 0},
     "ranks": [(8,)],
 }
 
@@ -130,6 +139,10 @@ def dtypes() -> list[torch.dtype]:
 
 # ---- right?
 
+# Largest error of a logit over the largest logit. The model is tiny, so NF4 products are off by 2e-3 of it; where they
+# push numbers over the edge between two 8-bit codes, the difference grows. Rounding to int8 or e4m3 does 4e-2 or 2e-1.
+ENGINE = {torch.float32: 5e-3, torch.int8: 3e-2, torch.float8_e4m3fn: 1e-1}
+
 
 def check_kernels(report: Report, sizes: dict[str, Any]) -> None:
     for dtype in dtypes():
@@ -155,26 +168,35 @@ def check_kernels(report: Report, sizes: dict[str, Any]) -> None:
 
 
 def check_engine(report: Report, sizes: dict[str, Any], folder: Path) -> None:
-    """A tiny model with adapters: the reference's tokens, with and without CUDA graphs, alone and in company."""
+    """A tiny model with adapters: the reference's logits, with and without CUDA graphs, for every kind of cache."""
     engine = sizes["engine"]
-    tokens: dict[str, Any] = {}
-    for kind in ("reference", "eager", "graphs"):
-        provider = "reference" if kind == "reference" else "triton"
-        model = random_model("tiny", load_ops(provider, device=DEVICE, dtype=torch.float32))
-        registry = random_adapters(folder / kind, model, engine["ranks"])
+    model = random_model("tiny", load_ops("triton", device=DEVICE, dtype=torch.float32))
+    oracle = random_model("tiny", load_ops("reference", device=DEVICE, dtype=torch.float32))
+
+    def answers(model: Any, cache: torch.dtype, *, graphs: bool = False) -> Answers:
+        name = f"{model.ops.name}-{cache}-{graphs}"
+        registry = random_adapters(folder / name, model, engine["ranks"])
         streams = Streams.over(
-            model, registry, num_seqs=engine["num_seqs"], context=128, chunk=32, graphs=kind == "graphs"
+            model, registry, num_seqs=engine["num_seqs"], context=128, chunk=32, graphs=graphs, cache=cache
         )
+        streams.keep_logits = True
         names: list[tuple[str, ...]] = [(), *((f"a{i}",) for i in range(len(engine["ranks"]))), ("a0", "a1")]
         for i, adapters in enumerate(names):
             streams.request(engine["prompt"] + i, engine["max_tokens"], *adapters)
-        tokens[kind] = streams.run()
+        found = streams.answers()
         if streams.graphs is not None:
             report.add("engine", Check("CUDA graphs were made", 0.0 if streams.graphs.num_graphs else 1.0, 0.0))
-    for kind in ("eager", "graphs"):
-        wrong = sum(tokens[kind][name] != expected for name, expected in tokens["reference"].items())
-        what = f"{kind}: requests whose tokens are not the reference's, of {len(tokens['reference'])}"
-        report.add("engine", Check(what, float(wrong), 0.0))
+        return found
+
+    for cache in (model.ops.dtype, *model.ops.cache_dtypes):
+        expected = answers(oracle, cache)
+        for graphs in (False, True) if cache == model.ops.dtype or HAS_GPU else (True,):
+            found = distance(answers(model, cache, graphs=graphs), expected)
+            total = sum(len(steps) for steps in expected.values())
+            what = f"{'graphs' if graphs else 'eager'}, cache of {cache}: largest error of a logit, {total} tokens"
+            report.add(
+                "engine", Check(f"{what}, {found.num_steps} before they part", found.largest_error, ENGINE[cache])
+            )
 
 
 # ---- fast?
@@ -212,8 +234,29 @@ def measure(report: Report, size: str, sizes: dict[str, Any], folder: Path) -> N
                     }
                 )  # fmt: skip
             del streams
+    report.speed += [cache_speed(model, size, speed, folder, cache) for cache in (ops.dtype, *ops.cache_dtypes)]
     memory = torch.cuda.max_memory_allocated() if HAS_GPU else None
     report.speed.append({"size": size, "weights_bytes": model.weights_bytes, "peak_bytes": memory})
+
+
+def cache_speed(model: Any, size: str, speed: dict[str, Any], folder: Path, cache: torch.dtype) -> dict[str, Any]:
+    """Decode steps whose contexts are long enough that keys and values count: what the cache's dtype is worth."""
+    count, prompt = speed["long_streams"], speed["long_prompt"]
+    context = prompt + speed["steps"] + 8 + count
+    row = {"size": size, "streams": count, "context": prompt, "cache": str(cache).removeprefix("torch.")}
+    if not kv_fits(model, count * context):
+        return row | {"skipped": "does not fit in the memory that is free"}
+    registry = random_adapters(folder / f"{size}-{row['cache']}", model, ())
+    streams = Streams.over(model, registry, num_seqs=count, context=context, chunk=512, graphs=HAS_GPU, cache=cache)
+    if speed["warm_up"]:
+        streams.step_seconds(count, prompt, speed["warm_up"])
+    seconds = streams.step_seconds(count, prompt, speed["steps"])
+    num_bytes = step_bytes(model, count, prompt, registry, [], cache)
+    return row | {
+        "step_ms": round(seconds * 1e3, 3),
+        "step_bytes": num_bytes,
+        "roofline_share": share(num_bytes, seconds),
+    }
 
 
 def prompt_speed(model: Any, size: str, speed: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -226,16 +269,22 @@ def prompt_speed(model: Any, size: str, speed: dict[str, Any], folder: Path) -> 
 
 def kv_fits(model: Any, num_tokens: int) -> bool:
     """Whether so many tokens' keys and values leave half of the free memory to everything else."""
-    return not HAS_GPU or num_tokens * kv_bytes(model) < torch.cuda.mem_get_info(0)[0] / 2
+    return not HAS_GPU or num_tokens * _token_bytes(model) < torch.cuda.mem_get_info(0)[0] / 2
 
 
-def step_bytes(model: Any, count: int, context: int, registry: Any, adapters: list[str]) -> int:
+def _token_bytes(model: Any, cache: torch.dtype | None = None) -> float:
+    return block_bytes(model.config, BLOCK_SIZE, cache or model.ops.dtype) / BLOCK_SIZE
+
+
+def step_bytes(
+    model: Any, count: int, context: int, registry: Any, adapters: list[str], cache: torch.dtype | None = None
+) -> int:
     """What a decode step must read: weights but the embedding, each adapter once, every stream's keys and values."""
     config = model.config
     embedding = config.vocab_size * config.hidden_size * 2
     entries = [registry.resolve(name) for name in adapters]
     adapters_bytes = sum(entry.num_bytes for entry in entries)
-    return int(model.weights_bytes - embedding + adapters_bytes + count * context * kv_bytes(model))
+    return int(model.weights_bytes - embedding + adapters_bytes + count * context * _token_bytes(model, cache))
 
 
 def share(num_bytes: int, seconds: float) -> float | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from answers import Answers, add_outputs
 from tiny_adapters import make_adapter
 from torch import Tensor
 
@@ -98,12 +99,6 @@ def random_adapters(folder: Path, model: LlamaModel, ranks: Sequence[int]) -> Ad
     return registry
 
 
-def kv_bytes(model: LlamaModel) -> int:
-    """Of keys and values, for one token."""
-    config = model.config
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * model.ops.dtype.itemsize
-
-
 @dataclass
 class Streams:
     """An engine with room for `num_seqs` streams of `context` tokens, and what is asked of it."""
@@ -112,16 +107,25 @@ class Streams:
     registry: AdapterRegistry
     vocab_size: int
     graphs: DecodeGraphs | None
+    keep_logits: bool = False  # copies all logits of a step to the host
     _number: int = 0
 
     @staticmethod
     def over(
-        model: LlamaModel, registry: AdapterRegistry, *, num_seqs: int, context: int, chunk: int, graphs: bool
+        model: LlamaModel,
+        registry: AdapterRegistry,
+        *,
+        num_seqs: int,
+        context: int,
+        chunk: int,
+        graphs: bool,
+        cache: torch.dtype | None = None,
     ) -> "Streams":
+        """cache: dtype of K and V; None: that of the activations."""
         ops: Any = model.ops
         num_blocks = num_seqs * (-(-context // BLOCK_SIZE) + 1) + 1  # nobody has to wait, or is preempted
         slots = max(1, len(registry.entries()))
-        kv = PagedKVCache(model.config, num_blocks, BLOCK_SIZE, ops.dtype, ops.device)
+        kv = PagedKVCache(model.config, num_blocks, BLOCK_SIZE, cache or ops.dtype, ops.device)
         store = SlotStore(model.lora_targets, slots, ops.device, ops.place_adapter)
         path = None
         if graphs:
@@ -140,19 +144,25 @@ class Streams:
         ids = tuple(rng.randrange(3, self.vocab_size) for _ in range(prompt))
         entries = [self.registry.resolve(name) for name in adapters]
         loras = tuple(LoraRef(entry.version, 1.0 / len(entries)) for entry in entries if entry is not None)
-        params = SamplingParams(max_tokens=max_tokens, temperature=0.0, seed=1, ignore_eos=True)
+        params = SamplingParams(
+            max_tokens=max_tokens, temperature=0.0, seed=1, ignore_eos=True, return_logits=self.keep_logits
+        )
         name = f"r{self._number}"
         self._number += 1
         self.engine.add_request(Request(name, ids, params, loras))
         return name
 
-    def run(self) -> dict[str, list[int]]:
-        """All tokens of all requests, by name."""
-        tokens: dict[str, list[int]] = {}
+    def run(self) -> None:
+        """Until nothing is left to do."""
         while self.engine.has_work:
-            for output in self._step().outputs:
-                tokens.setdefault(output.request_id, []).extend(output.token_ids)
-        return tokens
+            self._step()
+
+    def answers(self) -> Answers:
+        """What all requests get, from streams that keep logits."""
+        answers: Answers = {}
+        while self.engine.has_work:
+            add_outputs(answers, self._step().outputs)
+        return answers
 
     def _step(self) -> StepOutput:
         done = self.engine.step()

@@ -74,6 +74,9 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="compute and KV cache dtype (float16: triton only)"
     )
+    kv_cache_dtype: Literal["auto", "int8", "fp8"] = Field(
+        "auto", description="KV cache; auto: as --dtype; 8 bits with scales take half of 16 (triton and reference only)"
+    )
     threads: Annotated[int, Field(ge=0)] = Field(
         0, description="compute threads; 0: what the machine or container allows"
     )

@@ -18,8 +18,10 @@ from guanaco.kernels import PROVIDERS, NativeUnavailable
 from guanaco.kernels.cpu_native import available_isas
 from guanaco.models.config import LlamaConfig, read_config
 from guanaco.models.errors import ModelError
+from guanaco.models.kv_cache import block_bytes
 from guanaco.models.llama import projection_shapes
 from guanaco.server.config import Settings
+from guanaco.server.dtypes import expected_cache_dtype, name_of
 from guanaco.server.gpu import Gpu, find_gpu
 from guanaco.server.machine import Machine, look
 from guanaco.server.plan import human_bytes
@@ -134,9 +136,9 @@ def _fit(settings: Settings, machine: Machine) -> list[Finding]:
     weights = weights_bytes(config)
     fits = weights < machine.memory_available_bytes
     advice = "" if fits else "it needs more memory than is available"
-    value = (
-        f"{settings.model}: about {human_bytes(weights)} in NF4, KV cache {human_bytes(_token_bytes(config))} a token"
-    )
+    dtype = expected_cache_dtype(settings)
+    token = f"{human_bytes(block_bytes(config, 1, dtype))} a token in {name_of(dtype)}"
+    value = f"{settings.model}: about {human_bytes(weights)} in NF4, KV cache {token}"
     return [Finding("model", value, fits, advice)]
 
 
@@ -145,7 +147,3 @@ def weights_bytes(config: LlamaConfig) -> int:
     projections = config.num_layers * sum(n * k for n, k in projection_shapes(config).values())
     heads = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     return int(projections * NF4_BITS / 8) + heads * 2
-
-
-def _token_bytes(config: LlamaConfig) -> int:
-    return 2 * 4 * config.num_layers * config.num_kv_heads * config.head_dim

@@ -25,6 +25,7 @@ from guanaco.server.api.http_server import bind, serve
 from guanaco.server.api.sampling import SamplingDefaults
 from guanaco.server.api.state import ApiState
 from guanaco.server.config import Settings
+from guanaco.server.dtypes import name_of
 from guanaco.server.engine.adapter_hub import AdapterHub
 from guanaco.server.engine.adapter_manager import AdapterManager
 from guanaco.server.engine.adapter_sources import AdapterPolicy
@@ -84,7 +85,8 @@ def _api_state(settings: Settings, runtime: Runtime, keys: KeyRing) -> ApiState:
         adapter_slots=settings.adapter_slots,
         max_adapter_labels=settings.metrics_adapters,
     )
-    metrics.set_cache_config(block_size=plan.block_size, num_blocks=plan.num_blocks)
+    cache_dtype = name_of(runtime.kv_dtype)
+    metrics.set_cache_config(block_size=plan.block_size, num_blocks=plan.num_blocks, cache_dtype=cache_dtype)
     engine = AsyncEngine(
         runtime.engine,
         base.tokenizer,
@@ -166,8 +168,8 @@ def _show_banner(console: Console, settings: Settings, runtime: Runtime, port: i
     url = f"http://{f'[{settings.host}]' if ':' in settings.host else settings.host}:{port}"
     table = Table.grid(padding=(0, 2))
     shape = f"{config.num_layers} layers of {config.hidden_size}, NF4, context {plan.max_model_len}"
-    dtype = str(runtime.ops.dtype).removeprefix("torch.")
-    tokens = f"{plan.num_blocks} blocks of {plan.block_size} = {plan.kv_tokens} tokens"
+    dtype = name_of(runtime.ops.dtype)
+    tokens = f"{name_of(runtime.kv_dtype)}, {plan.num_blocks} blocks of {plan.block_size} = {plan.kv_tokens} tokens"
     rows = [
         ("model", f"[bold]{escape(base.name)}[/]  {shape}"),
         ("provider", f"{runtime.ops.name} ({runtime.provider_reason}), {dtype}, {runtime.num_threads} threads"),

@@ -29,6 +29,7 @@ from guanaco.models.kv_cache import PagedKVCache, block_bytes
 from guanaco.models.loader import LoadedModel, load_model
 from guanaco.models.tokenizer import Tokenizer, reconcile_special_ids
 from guanaco.server.config import Settings
+from guanaco.server.dtypes import cache_dtype, compute_dtype
 from guanaco.server.engine.block_manager import BlockManager
 from guanaco.server.engine.engine import Engine
 from guanaco.server.engine.limits import Limits
@@ -36,7 +37,7 @@ from guanaco.server.engine.model_runner import ModelRunner
 from guanaco.server.engine.request import LoraRef
 from guanaco.server.engine.scheduler import Scheduler
 from guanaco.server.errors import CommandError
-from guanaco.server.gpu import Gpu, find_gpu
+from guanaco.server.gpu import find_gpu
 from guanaco.server.gpu_wiring import gpu_notes, gpu_reserve_bytes, make_decode_path
 from guanaco.server.machine import look
 from guanaco.server.plan import GPU_KV_SHARE, KvRequest, MemoryPlan, plan_memory
@@ -67,6 +68,7 @@ class Runtime:
     registry: AdapterRegistry
     slots: SlotStore
     plan: MemoryPlan
+    kv_dtype: torch.dtype  # of the KV cache
     engine: Engine
     num_threads: int
     notes: tuple[str, ...]
@@ -89,11 +91,12 @@ def build_runtime(settings: Settings, console: Console) -> Runtime:
     """
     num_threads = settings.threads or look().cpu_count
     ops, reason = _load_provider(settings, num_threads)
+    kv_dtype = cache_dtype(settings, ops)
     # The native kernels have threads of their own; torch's would spin beside them after every little op.
     torch.set_num_threads(num_threads if ops.name == "reference" else 1)
     base = _load_base(settings, ops, console)
     registry = _load_adapters(settings, base, console)
-    plan = _plan(settings, base, registry, ops)
+    plan = _plan(settings, base, registry, ops, kv_dtype)
     table, slots = _adapter_places(settings, base, registry, ops)
     return Runtime(
         base=base,
@@ -102,7 +105,8 @@ def build_runtime(settings: Settings, console: Console) -> Runtime:
         registry=registry,
         slots=slots,
         plan=plan,
-        engine=_build_engine(settings, base, registry, plan, ops, table, slots),
+        kv_dtype=kv_dtype,
+        engine=_build_engine(settings, base, registry, plan, ops, kv_dtype, table, slots),
         num_threads=num_threads,
         notes=(*gpu_notes(settings, ops, base.loaded.model), *base.notes, *plan.notes, *_adapter_notes(registry, base)),
     )
@@ -117,7 +121,7 @@ def _load_provider(settings: Settings, num_threads: int) -> tuple[Ops, str]:
         return load_ops(
             name,
             device=torch.device("cuda", 0) if name == "triton" and gpu is not None else torch.device("cpu"),
-            dtype=_dtype(settings, name, gpu),
+            dtype=compute_dtype(settings, name, gpu),
             decoded_weights_bytes=settings.decoded_weights_memory,
             threads=num_threads,
             cpu_isa=settings.cpu_isa,
@@ -143,17 +147,6 @@ def _load_provider(settings: Settings, num_threads: int) -> tuple[Ops, str]:
         return load("reference"), f"slow: {error}"
     why = "asked for with --provider" if settings.provider == "cpu" else without
     return ops, f"{why}; {getattr(ops, 'isa', '')}"
-
-
-def _dtype(settings: Settings, provider: str, gpu: Gpu | None) -> torch.dtype:
-    """The native kernels compute in float32 between their ends whatever this is: what they keep in it is K and V."""
-    if settings.dtype == "float16" and provider != "triton":
-        raise CommandError(f"--dtype float16 is for the triton provider; {provider} has float32 and bfloat16")
-    if settings.dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[settings.dtype]
-    if provider == "triton" and gpu is not None and gpu.capability < (8, 0):
-        return torch.float16
-    return torch.float32 if provider == "reference" else torch.bfloat16
 
 
 def _load_base(settings: Settings, ops: Ops, console: Console) -> Base:
@@ -233,10 +226,10 @@ def _load_adapters(settings: Settings, base: Base, console: Console) -> AdapterR
     return registry
 
 
-def _plan(settings: Settings, base: Base, registry: AdapterRegistry, ops: Ops) -> MemoryPlan:
+def _plan(settings: Settings, base: Base, registry: AdapterRegistry, ops: Ops, kv_dtype: torch.dtype) -> MemoryPlan:
     config = base.loaded.config
     request = KvRequest(
-        block_bytes=block_bytes(config, settings.block_size, ops.dtype),
+        block_bytes=block_bytes(config, settings.block_size, kv_dtype),
         block_size=settings.block_size,
         kv_bytes=settings.kv_cache_memory,
         max_model_len=settings.max_model_len,
@@ -301,6 +294,7 @@ def _build_engine(
     registry: AdapterRegistry,
     plan: MemoryPlan,
     ops: Ops,
+    kv_dtype: torch.dtype,
     table: SlotTable,
     slots: SlotStore,
 ) -> Engine:
@@ -317,7 +311,7 @@ def _build_engine(
         queue_timeout_seconds=settings.queue_timeout,
         adapter_timeout_seconds=settings.adapter_timeout,
     )
-    kv = PagedKVCache(model.config, plan.num_blocks, plan.block_size, ops.dtype, ops.device)
+    kv = PagedKVCache(model.config, plan.num_blocks, plan.block_size, kv_dtype, ops.device)
     path = make_decode_path(settings, model, ops, kv, plan.max_model_len)
     runner = ModelRunner(model, kv, registry, slots, base.eos_ids, path)
     blocks = BlockManager(plan.num_blocks, plan.block_size)

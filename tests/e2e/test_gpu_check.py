@@ -25,6 +25,15 @@ def test_the_whole_flow_runs_without_a_gpu(tmp_path: Path) -> None:
     assert parts == {"engine", *kinds}
     assert "never run on a GPU" in report["environment"]["provider"]
     assert {row["graphs"] for row in report["speed"] if "graphs" in row} == {True, False}
+    kinds = {"float32", "bfloat16", "int8", "float8_e4m3fn"}
+    assert {row["cache"] for row in report["speed"] if "cache" in row} == kinds - {"float32"}
+    for part, of in {
+        "engine": {"float32"},
+        "layers, bfloat16": {"bfloat16"},
+        "attention, float32": {"float32"},
+    }.items():
+        words = " ".join(check["what"] for check in report["checks"] if check["part"] == part)
+        assert {kind for kind in kinds if kind in words} == {"int8", "float8_e4m3fn"} | of
     assert {row["adapters"] for row in report["speed"] if "adapters" in row} == {1}
     table = file.with_suffix(".md").read_text()
     assert "0 wrong, 0 parts that raised" in table

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 import triton
 from triton.runtime import interpreter
 
-from guanaco.kernels import NativeUnavailable, load_ops, nf4, nf4_dequant, nf4_dot, nf4_simt
+from guanaco.kernels import NativeUnavailable, load_ops, nf4, nf4_dequant, nf4_dot, nf4_simt, triton_ops
 from guanaco.kernels.lora_batch import LoraBatch, LoraPair, LoraTable
 from guanaco.kernels.ops import LayerWeights
 from guanaco.kernels.triton_adapters import AdapterTables, half_pair, place_adapter
@@ -39,6 +39,16 @@ def test_the_kernel_follows_from_rows_and_card() -> None:
     assert {rows: turing._kernel(rows) for rows in (1, 8, 9)} == {1: nf4_simt, 8: nf4_simt, 9: nf4_dequant}
     with pytest.raises(NativeUnavailable, match=r"7\.5 has no bfloat16: use --dtype float16"):
         TritonOps(device=CPU, dtype=torch.bfloat16, capability=(7, 5))
+
+
+def test_e4m3_needs_a_card_that_converts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter needs none; a GPU, which `cuda` stands for here, needs 8.9."""
+    assert torch.float8_e4m3fn in TritonOps(device=CPU, dtype=torch.float16, capability=(7, 5)).cache_dtypes
+    monkeypatch.setattr(TritonOps, "self_check", lambda self: None)
+    monkeypatch.setattr(triton_ops, "AdapterTables", lambda device: None)
+    for capability, kinds in {(7, 5): 1, (8, 6): 1, (8, 9): 2, (12, 0): 2}.items():
+        ops = TritonOps(device=torch.device("cuda", 0), dtype=torch.float16, capability=capability)
+        assert ops.cache_dtypes == (torch.int8, torch.float8_e4m3fn)[:kinds]
 
 
 def test_half_precision_as_on_a_card_without_bfloat16() -> None:

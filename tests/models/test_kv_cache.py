@@ -21,10 +21,17 @@ def test_every_layer_has_its_own_zeroed_blocks() -> None:
 
 
 def test_block_bytes_is_what_a_block_costs() -> None:
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn):
         cache = PagedKVCache(CONFIG, num_blocks=5, block_size=3, dtype=dtype, device=torch.device("cpu"))
         total = sum(tensor.nbytes for layer in range(3) for tensor in cache.layer(layer).tensors)
         assert total == 5 * block_bytes(CONFIG, 3, dtype)
+
+
+def test_8_bits_have_scales_of_their_own() -> None:
+    cache = PagedKVCache(CONFIG, num_blocks=7, block_size=4, dtype=torch.int8, device=torch.device("cpu")).layer(1)
+    assert cache.k.dtype == cache.v.dtype == torch.int8
+    assert [tensor.shape for tensor in cache.tensors] == [(7, 4, 1, 16)] * 2 + [(7, 1, 4)] * 2
+    assert block_bytes(CONFIG, 4, torch.int8) == 3 * 2 * 4 * (16 + 4)
 
 
 def test_memory_is_committed_only_when_it_is_written() -> None:

@@ -15,6 +15,7 @@ OTHER_VALUE = {  # a text for each setting that is valid and not its default
     "provider": "reference",
     "cpu_isa": "portable",
     "dtype": "bfloat16",
+    "kv_cache_dtype": "int8",
     "log_level": "debug",
     "cache": "elsewhere",
     "api_key_file": "keys.txt",

@@ -16,7 +16,7 @@ from guanaco.server.cli import app
 from guanaco.server.config import load_settings
 from guanaco.server.errors import CommandError
 from guanaco.server.gpu import Gpu
-from guanaco.server.wiring import _dtype, _load_provider
+from guanaco.server.wiring import _load_provider
 
 T4 = Gpu("Tesla T4", (7, 5), 16 << 30, 15 << 30)
 L4 = Gpu("NVIDIA L4", (8, 9), 24 << 30, 20 << 30)
@@ -60,13 +60,6 @@ def test_a_gpu_that_cannot_be_used_is_the_reason_for_the_cpu(monkeypatch: pytest
     assert "the GPU is not used: Triton is not installed" in _load_provider(load_settings({}), 2)[1]
     with pytest.raises(CommandError, match="Triton is not installed"):
         _load_provider(load_settings({"provider": "triton"}), 2)
-
-
-def test_float16_is_for_the_gpu() -> None:
-    settings = load_settings({"dtype": "float16"})
-    assert _dtype(settings, "triton", T4) == torch.float16
-    with pytest.raises(CommandError, match="--dtype float16 is for the triton provider; cpu has"):
-        _dtype(settings, "cpu", None)
 
 
 def test_without_a_gpu_the_provider_is_refused_with_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
