@@ -4,7 +4,7 @@ feed it plain numbers. Label values come from the catalog of served models or a 
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,8 +17,11 @@ from prometheus_client import (
     disable_created_metrics,
 )
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from guanaco.server.adapter_metrics import DEFAULT_ADAPTER_LABELS, AdapterMetrics
+from guanaco.server.hot_metrics import HotHistogram
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
 
@@ -96,7 +99,8 @@ def count_buckets(largest: int) -> tuple[int, ...]:
 
 
 class Metrics:
-    """All series of one server. Methods may be called from any thread."""
+    """All series of one server. `observe_step` and `observe_tokens`, called for every step and token, and reading are
+    for one thread; the other methods may be called from any."""
 
     def __init__(
         self,
@@ -111,6 +115,10 @@ class Metrics:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self._clock = clock
+        self._step: StepNumbers | None = None  # the last one that is not in the series yet
+        self._num_preempted = self._prefix_queries_tokens = self._prefix_hits_tokens = 0  # not in the series yet
+        self._new_tokens: dict[str | None, int] = {}  # adapter → tokens, too
+        self.registry.register(_First(self._catch_up))
         self.adapters = AdapterMetrics(self.registry, num_slots=adapter_slots, max_labels=max_adapter_labels)
         self._make_engine_series(model_name)
         self._make_request_series(model_name, max_model_len)
@@ -130,13 +138,12 @@ class Metrics:
         self._preemptions = counter("vllm:num_preemptions", "Sequences whose blocks were taken back.")
         self._prefix_queries = counter("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
         self._prefix_hits = counter("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.")
-        self._iteration_tokens = Histogram(
-            "vllm:iteration_tokens_total",
-            "Tokens computed per engine step.",
-            ["model_name"],
-            buckets=_STEP_TOKEN_BUCKETS,
-            registry=self.registry,
-        ).labels(model_name)
+        self._iteration_tokens = HotHistogram(
+            self.registry,
+            {"vllm:iteration_tokens_total": "Tokens computed per engine step."},
+            _STEP_TOKEN_BUCKETS,
+            {"model_name": model_name},
+        )
 
     def _make_request_series(self, model_name: str, max_model_len: int) -> None:
         def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
@@ -153,9 +160,12 @@ class Metrics:
         )
         self._finished = {reason: success.labels(model_name, reason) for reason in FINISH_REASONS}
         self._ttft = histogram("vllm:time_to_first_token_seconds", "Arrival to the first token.", _TTFT_BUCKETS)
-        self._itl = histogram("vllm:inter_token_latency_seconds", "Between two tokens of a request.", _ITL_BUCKETS)
-        # The name of the same series before it was renamed: older dashboards still ask for it.
-        self._itl_old = histogram("vllm:time_per_output_token_seconds", "Old name of the one above.", _ITL_BUCKETS)
+        names = {
+            "vllm:inter_token_latency_seconds": "Between two tokens of a request.",
+            # The name of the same series before it was renamed: older dashboards still ask for it.
+            "vllm:time_per_output_token_seconds": "Old name of vllm:inter_token_latency_seconds.",
+        }
+        self._itl = HotHistogram(self.registry, names, _ITL_BUCKETS, {"model_name": model_name})
         self._tpot = histogram(
             "vllm:request_time_per_output_token_seconds", "Mean per token after the first, per request.", _ITL_BUCKETS
         )
@@ -177,14 +187,15 @@ class Metrics:
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(name, text, labels, registry=self.registry)
 
-        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
-            return Histogram(name, text, buckets=buckets, registry=self.registry)
-
         self._rejected = counter("guanaco_rejected", "Requests answered with an error status, by code.", "reason")
         self._slow_clients = counter("guanaco_slow_clients", "Connections closed because the client did not read.")
-        self._step_seconds = histogram("guanaco_step_seconds", "Duration of engine steps.", _STEP_SECONDS_BUCKETS)
-        self._lag = histogram(
-            "guanaco_event_loop_lag_seconds", "How late the event loop ran a timer: its stalls.", _LAG_BUCKETS
+        names = {"guanaco_step_seconds": "Duration of engine steps."}
+        self._step_seconds = HotHistogram(self.registry, names, _STEP_SECONDS_BUCKETS, {})
+        self._lag = Histogram(
+            "guanaco_event_loop_lag_seconds",
+            "How late the event loop ran a timer: its stalls.",
+            buckets=_LAG_BUCKETS,
+            registry=self.registry,
         )
         self._heartbeat = Gauge(
             "guanaco_engine_heartbeat_age_seconds",
@@ -204,25 +215,38 @@ class Metrics:
         self._heartbeat.set_function(age_seconds)
 
     def observe_step(self, step: StepNumbers) -> None:
-        self._running.set(step.num_running)
-        self._waiting.set(step.num_waiting)
-        self._kv_usage.set(step.kv_usage_ratio)
-        self._preemptions.inc(step.num_preempted)
-        self._prefix_queries.inc(step.prefix_queries_tokens)
-        self._prefix_hits.inc(step.prefix_hits_tokens)
+        self._step = step
+        self._num_preempted += step.num_preempted
+        self._prefix_queries_tokens += step.prefix_queries_tokens
+        self._prefix_hits_tokens += step.prefix_hits_tokens
         if step.num_scheduled_tokens:
             self._iteration_tokens.observe(step.num_scheduled_tokens)
             self._step_seconds.observe(step.step_seconds)
-        running = step.running_adapters if step.num_running else ()  # a last step's adapters run no more
-        self.adapters.show(running, step.waiting_adapters, self._clock())
 
     def observe_tokens(self, adapter: str | None, count: int, gap_seconds: float | None) -> None:
         """`count` tokens of one request came out, `gap_seconds` after its last ones (None: the first)."""
-        self._generation_tokens.inc(count)
-        self.adapters.count_generation(adapter, count)
+        self._new_tokens[adapter] = self._new_tokens.get(adapter, 0) + count
         if gap_seconds is not None:
             self._itl.observe(gap_seconds)
-            self._itl_old.observe(gap_seconds)
+
+    def _catch_up(self) -> None:
+        """Put what steps and tokens have left behind into the series."""
+        for adapter, count in self._new_tokens.items():
+            self._generation_tokens.inc(count)
+            self.adapters.count_generation(adapter, count)
+        self._new_tokens.clear()
+        step, self._step = self._step, None
+        if step is None:
+            return
+        self._running.set(step.num_running)
+        self._waiting.set(step.num_waiting)
+        self._kv_usage.set(step.kv_usage_ratio)
+        self._preemptions.inc(self._num_preempted)
+        self._prefix_queries.inc(self._prefix_queries_tokens)
+        self._prefix_hits.inc(self._prefix_hits_tokens)
+        self._num_preempted = self._prefix_queries_tokens = self._prefix_hits_tokens = 0
+        running = step.running_adapters if step.num_running else ()  # a last step's adapters run no more
+        self.adapters.show(running, step.waiting_adapters, self._clock())
 
     def observe_prompt(self, adapter: str | None, count: int) -> None:
         """A request was admitted with `count` prompt tokens."""
@@ -268,3 +292,14 @@ class Metrics:
         """The exposition and its content type, in the format that the Accept header prefers."""
         encode, content_type = choose_encoder(accept)
         return encode(self.registry), content_type
+
+
+class _First(Collector):
+    """Registered before all others, and so asked before them: a moment to do something before a scrape."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+
+    def collect(self) -> Iterator[Metric]:
+        self._work()
+        return iter(())

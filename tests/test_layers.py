@@ -17,8 +17,9 @@ ALLOWED = {
     "adapters": {"adapters", "kernels"},
     "server/engine": {"server.engine", "kernels", "models", "adapters", "server.config"},
     "server/api": {"server.api", "server.engine", "server.metrics", "server.adapter_metrics", "server.config"},
-    "server/metrics.py": {"server.engine.request", "server.adapter_metrics"},
+    "server/metrics.py": {"server.engine.request", "server.adapter_metrics", "server.hot_metrics"},
     "server/adapter_metrics.py": set(),
+    "server/hot_metrics.py": set(),
     "server/config.py": set(),
     "server/machine.py": set(),
     "server": {"server", "kernels", "models", "adapters"},
@@ -36,6 +37,7 @@ BANNED = {
     "server/api": {"torch", "transformers", "safetensors"},
     "server/metrics.py": {"torch"},
     "server/adapter_metrics.py": {"torch"},
+    "server/hot_metrics.py": {"torch"},
     "server/config.py": {"torch"},
     "server": {"transformers", "peft", "bitsandbytes"},
 }

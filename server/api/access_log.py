@@ -21,8 +21,8 @@ access_logger = logging.getLogger("guanaco.access")
 
 _RECORD = "guanaco.record"
 _QUEUE_SIZE = 10_000  # lines; a log that nobody reads may lose lines, but it must not stop the event loop
-# These write what they handle (event chunks, parameters) at debug level: text of prompts and answers.
-_TALKATIVE = ("sse_starlette", "asyncio", "httpcore", "httpx")
+# These write what they handle (addresses, parameters) at debug level.
+_TALKATIVE = ("asyncio", "httpcore", "httpx")
 
 
 @dataclass
@@ -141,7 +141,8 @@ def start_logging(level: str, stream: BinaryIO | None = None) -> Callable[[], No
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    quiet_talkative_loggers()
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.INFO)  # whatever level is asked for
     if level != "debug":
         logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its steps of starting and ending
     thread.start()
@@ -153,9 +154,3 @@ def start_logging(level: str, stream: BinaryIO | None = None) -> Callable[[], No
             thread.join(1)
 
     return stop
-
-
-def quiet_talkative_loggers() -> None:
-    """Keep libraries from logging texts, whatever level is asked for."""
-    for name in _TALKATIVE:
-        logging.getLogger(name).setLevel(logging.INFO)

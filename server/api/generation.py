@@ -53,7 +53,7 @@ class Generation:
         self._record = record
         self._admission = admission
         self._streams: list[RequestStream] = []
-        self._pumps: list[asyncio.Task[None]] = []
+        self._num_unfinished = 0
         self._mail: deque[tuple[int, TextOutput] | Exception] = deque()
         self._mail_came = asyncio.Event()
         self._deadline: asyncio.TimerHandle | None = None
@@ -94,18 +94,8 @@ class Generation:
         index = len(self._streams)
         self._streams.append(stream)
         self.choices.append(Choice(request, num_prompt_tokens=len(request.prompt_token_ids)))
-        self._pumps.append(asyncio.create_task(self._pump(index, stream)))
-
-    async def _pump(self, index: int, stream: RequestStream) -> None:
-        try:
-            async for output in stream:
-                self._put((index, output))
-                if output.finish_reason is not None:
-                    return
-        except Exception as error:
-            self._put(error)
-        else:
-            self._put(GenerationFailed("the stream ended without a finish"))
+        self._num_unfinished += 1
+        stream.listen(lambda output: self._put((index, output)))
 
     def _put(self, item: tuple[int, TextOutput] | Exception) -> None:
         self._mail.append(item)
@@ -126,7 +116,7 @@ class Generation:
         return self
 
     async def __anext__(self) -> tuple[int, TextOutput]:
-        if all(choice.finish_reason is not None for choice in self.choices):
+        if self._num_unfinished == 0:
             raise StopAsyncIteration
         while not self._mail:
             self._mail_came.clear()
@@ -161,6 +151,7 @@ class Generation:
 
     def _finish(self, choice: Choice, reason: FinishReason) -> None:
         choice.finish_reason = reason
+        self._num_unfinished -= 1
         self._state.metrics.observe_request(
             RequestStats(
                 adapter=self._model.counted_as,
@@ -176,7 +167,7 @@ class Generation:
                 mixed_adapters=self._model.mixed_names,
             )
         )
-        if all(other.finish_reason is not None for other in self.choices):
+        if self._num_unfinished == 0:
             self._admission.release()
 
     async def aclose(self) -> None:
@@ -186,9 +177,6 @@ class Generation:
         self._closed = True
         if self._deadline is not None:
             self._deadline.cancel()
-        for pump in self._pumps:
-            pump.cancel()
-        await asyncio.gather(*self._pumps, return_exceptions=True)
         for stream in self._streams:
             await stream.aclose()
         for choice in self.choices:

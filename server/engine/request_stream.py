@@ -5,16 +5,15 @@ Doesn't know the engine's thread: `async_engine` hands every step's output in. U
 
 import asyncio
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable
 from types import TracebackType
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 from guanaco.server.engine.detokenizer import Decoder, Detokenizer
 from guanaco.server.engine.request import FinishReason, Request, TokenLogprob, TokenOutput
 
 
-@dataclass(frozen=True)
-class TextOutput:
+class TextOutput(NamedTuple):  # made for every token: a dataclass takes several times as long
     """What one step did for one request. The counts are running totals."""
 
     text: str  # new text only: whole characters, nothing that may become a stop string
@@ -40,7 +39,8 @@ class StreamOwner(Protocol):
 
 
 class RequestStream:
-    """One request's outputs, an async iterator that ends after the one with a finish reason. Closing it early aborts.
+    """One request's outputs, an async iterator that ends after the one with a finish reason, or handed to a listener.
+    Closing it early aborts.
 
     What a slow reader has not taken yet is kept here, and never more than the request may generate.
     """
@@ -51,6 +51,7 @@ class RequestStream:
         self._detokenizer = Detokenizer(engine.decoder, request.params, request.prompt_token_ids)
         self._outputs: deque[TextOutput] = deque()
         self._arrived = asyncio.Event()
+        self._listener: Callable[[TextOutput], None] | None = None
         self._num_output_tokens = 0
         self._num_cached_tokens = 0
         self.logits: bytes | None = None  # of the first token, where the request wants them
@@ -75,6 +76,10 @@ class RequestStream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.aclose()
+
+    def listen(self, listener: Callable[[TextOutput], None]) -> None:
+        """Have outputs handed over as they come, on the loop, instead of iterating. Called before the first one."""
+        self._listener = listener
 
     async def aclose(self) -> None:
         """End the request if it has not ended, within a step. Outputs that were not taken are dropped."""
@@ -113,19 +118,21 @@ class RequestStream:
 
     def _put(self, output: TokenOutput, text: str, reason: FinishReason | None, stop_reason: int | str | None) -> None:
         self._ended = reason is not None
-        self._outputs.append(
-            TextOutput(
-                text=text,
-                token_ids=output.token_ids,
-                logprobs=output.logprobs,
-                prompt_logprobs=output.prompt_logprobs,
-                finish_reason=reason,
-                stop_reason=stop_reason,
-                error=output.error,
-                num_prompt_tokens=len(self.request.prompt_token_ids),
-                num_cached_tokens=self._num_cached_tokens,
-                num_output_tokens=self._num_output_tokens,
-                queue_seconds=output.queue_seconds,
-            )
+        made = TextOutput(
+            text=text,
+            token_ids=output.token_ids,
+            logprobs=output.logprobs,
+            prompt_logprobs=output.prompt_logprobs,
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            error=output.error,
+            num_prompt_tokens=len(self.request.prompt_token_ids),
+            num_cached_tokens=self._num_cached_tokens,
+            num_output_tokens=self._num_output_tokens,
+            queue_seconds=output.queue_seconds,
         )
+        if self._listener is not None:
+            self._listener(made)
+            return
+        self._outputs.append(made)
         self._arrived.set()

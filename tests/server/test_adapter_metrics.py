@@ -128,6 +128,7 @@ class TestThroughTheServer:
         put(client, "a", server.source("two", 2))
         shown = server.state.metrics.adapters
         old, new = client.get("/v1/adapters/a").json()["history"][0], client.get("/v1/adapters/a").json()["version"]
+        server.state.metrics.render()  # the steps up to here have been shown
         shown.show((old,), (new, "0" * 64), 1.0)
         labels = {"max_lora": str(shown._num_slots), "running_lora_adapters": "a", "waiting_lora_adapters": "(other),a"}
         assert server.state.metrics.registry.get_sample_value("vllm:lora_requests_info", labels) == 1.0

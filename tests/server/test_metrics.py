@@ -5,10 +5,12 @@ from collections.abc import Iterator
 
 import pytest
 from api_server import BASE, PIRATE, PIRATE_VERSION, TERSE, TERSE_VERSION, LiveServer, chat_body, make_state
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from guanaco.server.engine.request import StepStats
+from guanaco.server.hot_metrics import HotHistogram
 from guanaco.server.metrics import Metrics, RequestStats, count_buckets
 
 # As vLLM's exporter declares them, and what its Grafana dashboard, the production-stack router and the Gateway API's
@@ -133,6 +135,21 @@ def test_steps(metrics: Metrics) -> None:
     assert value(metrics, "guanaco_step_seconds_sum") == 0.02
     assert value(metrics, "guanaco_adapter_slots", state="running") == 2
     assert value(metrics, "guanaco_adapter_slots", state="total") == 4
+
+
+def test_hot_histograms_are_prometheus_clients_own() -> None:
+    """Bucket by bucket, edges and what lies beyond them included, under each of their names."""
+    names, edges, labels = {"a:b_total": "One.", "c": "Two."}, (0.5, 1, 2.5, 1e9), {"model_name": "m"}
+    hot, plain = CollectorRegistry(), CollectorRegistry()
+    fast = HotHistogram(hot, names, edges, labels)
+    slow = [Histogram(name, text, list(labels), buckets=edges, registry=plain) for name, text in names.items()]
+    for number in (0.0, 0.5, 0.5000001, 1, 1.5, 2.5, 3e9):
+        fast.observe(number)
+        for histogram in slow:
+            histogram.labels(**labels).observe(number)
+    found, expected = (sorted(generate_latest(registry).splitlines()) for registry in (hot, plain))
+    assert found == [line for line in expected if b"_created" not in line]
+    assert b'a:b_total_bucket{le="1e+09",model_name="m"} 6.0' in found
 
 
 def test_lora_info_is_one_series_with_the_time_as_its_value() -> None:

@@ -84,8 +84,6 @@ class Script:
     failure: str = "internal"
     raise_on_submit: Exception | None = None
     hide_every: int = 0  # every so many tokens one comes without its text, which comes with the next
-    end_without_finish: bool = False
-    raise_after: int | None = None  # tokens, then an exception that the API can't know
     cached_tokens: int = 0
 
 
@@ -97,22 +95,22 @@ class FakeStream:
         self.request = request
         self.failure: str | None = None
         self.failed = asyncio.Event()
-        self._outputs = self._run()
+        self._work: asyncio.Task[None] | None = None
 
-    def __aiter__(self) -> AsyncIterator[TextOutput]:
-        return self._outputs
+    def listen(self, listener: Callable[[TextOutput], None]) -> None:
+        async def work() -> None:
+            async for output in self._run():
+                listener(output)
 
-    async def __aenter__(self) -> "FakeStream":
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self.aclose()
+        self._work = asyncio.ensure_future(work())
 
     async def aclose(self) -> None:
         if self.request.request_id in self.engine.running:
             self.engine.aborted.append(self.request.request_id)
             self._leave()
-        await self._outputs.aclose()
+        if self._work is not None:
+            self._work.cancel()
+            await asyncio.gather(self._work, return_exceptions=True)
 
     def _leave(self) -> None:
         self.engine.running.pop(self.request.request_id, None)
@@ -133,15 +131,9 @@ class FakeStream:
             await self._pace(script)
             if script.fail_after == position and self.failure is None:
                 self.failure = script.failure
-            if script.raise_after == position:
-                self._leave()
-                raise RuntimeError("SECRET")
             if self.failure is not None:
                 self._leave()
                 yield self._output("", (), (), (), FinishReason.ERROR, None, self.failure, position)
-                return
-            if script.end_without_finish and finish is not None:
-                self._leave()
                 return
             held += piece
             hide = script.hide_every and position % script.hide_every == 0 and finish is None
