@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""How long others wait for their first token while one adapter is flooded, against an idle server.
+"""How long others wait for their first token while one adapter is flooded, against an idle server; and how many tokens
+per second the flood gets, alone and beside the others.
 
     .venv/bin/python loadtest/adapters_scaling.py prepare --counts 8 --ranks 8      # once
     .venv/bin/python loadtest/adapters_flood.py [--flood 64] [--serve "--max-num-seqs 16"]
@@ -14,6 +15,7 @@ import contextlib
 import datetime
 import json
 import random
+import re
 import shlex
 import statistics
 import sys
@@ -21,6 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 from adapters_scaling import HERE, _machine, names, server
 from http_vs_offline import stream
 
@@ -44,15 +47,42 @@ async def first_tokens(host: str, models: list[str], args: argparse.Namespace, s
     return seconds
 
 
-async def under_flood(host: str, victim: str, others: list[str], args: argparse.Namespace) -> list[float]:
+def counted(client: httpx.Client, adapter: str) -> tuple[float, int, int]:
+    """(seconds, prompt tokens, generated tokens) of an adapter so far, by the server's metrics."""
+    text = client.get("/metrics").text
+    found = [
+        int(float(re.findall(rf'^guanaco_adapter_{kind}_tokens_total{{adapter="{adapter}"}} (\S+)', text, re.M)[0]))
+        for kind in ("prompt", "generation")
+    ]
+    return time.perf_counter(), found[0], found[1]
+
+
+def rates(before: tuple[float, int, int], after: tuple[float, int, int]) -> dict[str, float]:
+    """Tokens per second between two of `counted`."""
+    seconds = after[0] - before[0]
+    return {
+        "prompt": round((after[1] - before[1]) / seconds, 1),
+        "generated": round((after[2] - before[2]) / seconds, 1),
+    }
+
+
+async def under_flood(
+    client: httpx.Client, host: str, victim: str, others: list[str], args: argparse.Namespace
+) -> tuple[list[float], dict[str, Any]]:
+    """First-token seconds of the others, and the flood's rates while it is alone and while they come."""
     clients = [asyncio.create_task(flood(host, victim, number, args)) for number in range(args.flood)]
     try:
         await asyncio.sleep(args.warm_up)
-        assert not any(client.done() for client in clients), "the flood broke off"
-        return await first_tokens(host, others, args, 7)
+        moments = [await asyncio.to_thread(counted, client, victim)]
+        await asyncio.sleep(args.alone)
+        moments.append(await asyncio.to_thread(counted, client, victim))
+        assert not any(task.done() for task in clients), "the flood broke off"
+        seconds = await first_tokens(host, others, args, 7)
+        moments.append(await asyncio.to_thread(counted, client, victim))
+        return seconds, {"alone": rates(*moments[:2]), "beside_the_others": rates(*moments[1:])}
     finally:
-        for client in clients:
-            client.cancel()
+        for task in clients:
+            task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.gather(*clients, return_exceptions=True)
 
@@ -74,7 +104,8 @@ def main() -> None:
     p.add_argument("--requests", type=int, default=28, help="of the others")
     p.add_argument("--words", type=int, default=8, help="of a prompt; about four tokens each")
     p.add_argument("--steps", type=int, default=64, help="tokens of each answer of the flood")
-    p.add_argument("--warm-up", type=float, default=8.0, help="seconds of flood before the first of the others")
+    p.add_argument("--warm-up", type=float, default=6.0, help="seconds of flood before it is measured")
+    p.add_argument("--alone", type=float, default=15.0, help="seconds of flood before the first of the others")
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--host-memory", default="6GiB")
     p.add_argument("--serve", type=shlex.split, default=[], help="more flags for guanaco serve")
@@ -87,7 +118,7 @@ def main() -> None:
         assert others, "run prepare first: measure removes most of them"
         asyncio.run(first_tokens(host, others, args, 3))  # what is only done once
         solo = asyncio.run(first_tokens(host, others, args, 5))
-        flooded = asyncio.run(under_flood(host, victim, others, args))
+        flooded, flood_rates = asyncio.run(under_flood(client, host, victim, others, args))
     alone, among = summary(solo), summary(flooded)
     result: dict[str, Any] = {
         "date": began.isoformat(timespec="seconds"),
@@ -95,11 +126,16 @@ def main() -> None:
         "machine": _machine(),
         "first_token_seconds": {"solo": alone, "under_flood": among},
         "ratio": {key: round(among[key] / alone[key], 2) for key in alone},
+        "flood_tokens_per_second": flood_rates,
         "samples": {"solo": [round(s, 4) for s in solo], "under_flood": [round(s, 4) for s in flooded]},
     }
     path = args.out / f"adapters-flood-{args.flood}-{began:%Y-%m-%d}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print(path, json.dumps(result["first_token_seconds"]), json.dumps(result["ratio"]), sep="\n")
+    print(
+        path,
+        *(json.dumps(result[key]) for key in ("first_token_seconds", "ratio", "flood_tokens_per_second")),
+        sep="\n",
+    )
 
 
 if __name__ == "__main__":

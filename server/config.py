@@ -83,6 +83,9 @@ class Settings(BaseSettings):
     max_model_len: Count | None = Field(None, description="longest context in tokens; none: the model's own")
     max_num_seqs: Count = Field(64, description="most sequences that run at once")
     max_num_batched_tokens: Count = Field(512, description="most tokens that one step computes")
+    flood_step_tokens: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="most tokens of a step for one adapter's flood; 0: no limit; none: 32 on a CPU with adapters"
+    )
     block_size: Annotated[int, Field(ge=1, le=256)] = Field(16, description="token positions per KV block")
     kv_cache_memory: Bytes | None = Field(None, description="size of the KV cache, e.g. 2GiB; none: by free memory")
     decoded_weights_memory: Bytes = Field(

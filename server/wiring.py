@@ -43,6 +43,9 @@ from guanaco.server.machine import look
 from guanaco.server.plan import GPU_KV_SHARE, KvRequest, MemoryPlan, plan_memory
 from guanaco.server.progress import reporting
 
+# Of a flood, in each step of a CPU: about as many as a short prompt has, so that who comes waits about twice as long.
+CPU_FLOOD_STEP_TOKENS = 32
+
 
 @dataclass(frozen=True)
 class Base:
@@ -310,6 +313,7 @@ def _build_engine(
         max_model_len=plan.max_model_len,
         queue_timeout_seconds=settings.queue_timeout,
         adapter_timeout_seconds=settings.adapter_timeout,
+        flood_step_tokens=_flood_step_tokens(settings, registry, ops),
     )
     kv = PagedKVCache(model.config, plan.num_blocks, plan.block_size, kv_dtype, ops.device)
     path = make_decode_path(settings, model, ops, kv, plan.max_model_len)
@@ -317,6 +321,15 @@ def _build_engine(
     blocks = BlockManager(plan.num_blocks, plan.block_size)
     host = HostTable(settings.adapter_host_memory)
     return Engine(Scheduler(limits, blocks, table, base.eos_ids, host=host), runner)
+
+
+def _flood_step_tokens(settings: Settings, registry: AdapterRegistry, ops: Ops) -> int:
+    """A step of many rows takes a CPU long, and whoever comes waits for it; a GPU's takes hardly longer than a small
+    one. Where the base is alone, all wait for the same."""
+    if settings.flood_step_tokens is not None:
+        return settings.flood_step_tokens
+    has_others = bool(registry.entries()) or settings.admin_key is not None
+    return CPU_FLOOD_STEP_TOKENS if has_others and ops.device.type == "cpu" else 0
 
 
 def _adapter_notes(registry: AdapterRegistry, base: Base) -> list[str]:

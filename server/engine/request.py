@@ -91,6 +91,7 @@ class Sequence:
     token_ids: list[int]  # prompt, then output
     arrival_number: int = 0  # 0, 1, 2 … in order of arrival: who goes first, and who is preempted last
     arrival_step: int = 0  # the step before which it came
+    last_turn: int = 0  # of all that anybody had in a step, counted: its last
     block_table: list[int] = field(default_factory=list)
     block_contents: list[BlockContent] = field(default_factory=list)  # the namespace, then each full block so far
     num_findable_blocks: int = 0  # of the block table's first ones, how many were offered to the prefix cache

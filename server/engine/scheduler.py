@@ -22,11 +22,9 @@ from guanaco.server.engine.request import (
     Status,
     TokenOutput,
 )
+from guanaco.server.engine.step_share import StepShare
 from guanaco.server.engine.turns import LAST, Turns
 
-# While others are decoding, prompts get at most this share of a step, so that a long one widens the gap between the
-# others' tokens by a quarter of a full step, not by a whole one.
-PREFILL_SHARE_WHILE_DECODING = 0.25
 # After so many steps of being passed over for want of an adapter slot, a request lets nobody who needs one pass.
 MAX_PASSED_OVER_STEPS = 32
 
@@ -73,7 +71,7 @@ class Scheduler:
         self._eos_ids = eos_ids
         self._faults = faults or Faults()
         self._sequences: dict[str, Sequence] = {}  # by request id: all that load, wait or run
-        self._num_arrived = 0
+        self._num_arrived = self._num_turns = 0
         self._outputs: list[TokenOutput] = []  # what ended outside of `update`
 
     @property
@@ -150,12 +148,23 @@ class Scheduler:
             self._preempt(self.turns.put_out_first(self.running)[1])
         chosen: dict[int, ScheduledSequence] = {}  # by arrival number
         turns = self._in_turn()
-        if newcomers := self._newcomers(turns):
-            self._schedule_prompts(newcomers, chosen, self._prompts_share, now)
+        floods = self.turns.floods(self.limits.flood_num_seqs)
+        if floods and not self.was_for_newcomers:
+            share = StepShare(self.limits, floods)
+            share.limit_prompts()
+            self._schedule_prompts(self.turns.newcomers(turns, floods), chosen, share, now)
         self.was_for_newcomers = bool(chosen)
         if not chosen:
-            budget = self._schedule_decoding(chosen)
-            self._schedule_prompts(turns, chosen, budget, now)
+            share = StepShare(self.limits, floods)
+            self._schedule_decoding(chosen, share)
+            if others_decode := bool(chosen):
+                share.limit_prompts()
+            self._schedule_prompts(turns, chosen, share, now)
+            if floods and others_decode:
+                self._schedule_decoding(chosen, share, leave_room=False)
+        for item in chosen.values():
+            self._num_turns += 1
+            item.sequence.last_turn = self._num_turns
         with_adapters = [item.sequence.request.loras for item in chosen.values() if item.sequence.request.loras]
         adapter_slots = {}
         for version in sorted({lora.version for loras in with_adapters for lora in loras}):
@@ -243,20 +252,18 @@ class Scheduler:
         for sequence in late:
             self._end(sequence, FinishReason.ERROR, error=QUEUE_TIMEOUT)
 
-    def _schedule_decoding(self, chosen: dict[int, ScheduledSequence]) -> int:
-        """Give those that need a single token theirs, first of all, so that no prompt makes them wait; returns the
-        budget that is left for prompts."""
-        for sequence in self.running[:]:
-            if sequence.status is not Status.RUNNING or sequence.num_tokens - sequence.num_computed_tokens != 1:
+    def _schedule_decoding(
+        self, chosen: dict[int, ScheduledSequence], share: StepShare, *, leave_room: bool = True
+    ) -> None:
+        """Give those that need a single token theirs, first of all, so that no prompt makes them wait. leave_room: for
+        the prompts of floods, too; without, it is they who get what prompts left."""
+        rest = [sequence for sequence in self.running if sequence.arrival_number not in chosen]
+        for sequence in share.decoding_in_turn(rest):
+            if sequence.status is not Status.RUNNING or not share.has_turn(sequence, leave_room=leave_room):
                 continue
             if self._make_room(sequence, 1, chosen):
                 chosen[sequence.arrival_number] = ScheduledSequence(sequence, 1, True)
-        budget = self.limits.max_num_batched_tokens - len(chosen)
-        return min(budget, self._prompts_share) if chosen else budget
-
-    @property
-    def _prompts_share(self) -> int:
-        return max(1, int(self.limits.max_num_batched_tokens * PREFILL_SHARE_WHILE_DECODING))
+                share.take_decoding(sequence)
 
     def _make_room(self, sequence: Sequence, num_new: int, chosen: dict[int, ScheduledSequence]) -> bool:
         """Blocks for the next `num_new` positions, taken from others where none are free. False: not now."""
@@ -272,17 +279,17 @@ class Scheduler:
         return True
 
     def _schedule_prompts(
-        self, turns: list[tuple[int, Sequence]], chosen: dict[int, ScheduledSequence], budget: int, now: float
+        self, turns: list[tuple[int, Sequence]], chosen: dict[int, ScheduledSequence], share: StepShare, now: float
     ) -> None:
-        """Spend `budget` on prompts, in turn: of those that run, and of those in the queue for whom there is room. Who
+        """Spend `share` on prompts, in turn: of those that run, and of those in the queue for whom there is room. Who
         finds no slot for its adapters lets others pass, and after a while nobody with adapters any more."""
         refused: set[tuple[str, ...]] = set()  # no slot frees up while we admit: what found none finds none
         reserved = False  # somebody has waited too long for a slot: no other adapter goes first
         full_for = LAST + 1  # whoever has this rank or a higher one finds no place or no blocks
         prompts = []
         for rank, sequence in turns:
-            if budget <= 0:
-                break
+            if share.for_prompt(sequence) <= 0:
+                continue
             versions = sequence.versions
             if sequence.status is Status.WAITING:
                 # After a preemption nobody starts: who was just put out would come straight back in.
@@ -298,12 +305,12 @@ class Scheduler:
                     continue
                 if sequence.queue_seconds is None:
                     sequence.queue_seconds = now - sequence.request.arrival_seconds
-            num_new = min(budget, sequence.num_tokens - sequence.num_computed_tokens)
+            num_new = min(share.for_prompt(sequence), sequence.num_tokens - sequence.num_computed_tokens)
             if self._make_room(sequence, num_new, chosen):
                 needs_sample = sequence.num_computed_tokens + num_new == sequence.num_tokens
                 chosen[sequence.arrival_number] = ScheduledSequence(sequence, num_new, needs_sample)
                 prompts.append(sequence)
-                budget -= num_new
+                share.take_prompt(sequence, num_new)
         for sequence in prompts:
             if sequence.arrival_number in chosen:  # it was not put out again
                 self.turns.serve(sequence)
@@ -315,15 +322,6 @@ class Scheduler:
         for sequence in last:
             sequence.num_passed_over += not self.counts.num_preempted
         return self.turns.in_order(self.running, self.waiting, last)
-
-    def _newcomers(self, turns: list[tuple[int, Sequence]]) -> list[tuple[int, Sequence]]:
-        """Of these, who gets a step without the others: the first of each adapter, while another has so many requests
-        that every step with them takes long. Every other step at most, and within the prompts' share: those who decode
-        wait no longer than for prompts in a step of their own."""
-        floods = {versions for versions, n in self.turns.num_open.items() if n >= self.limits.flood_num_seqs}
-        if self.was_for_newcomers or not floods:
-            return []
-        return [(rank, sequence) for rank, sequence in turns if rank == 0 and sequence.versions not in floods]
 
     def _admit_in_turn(self, sequence: Sequence, rank: int, chosen: dict[int, ScheduledSequence]) -> bool:
         """Start a sequence, if need be in place of some whose rank is higher: one of an adapter that has more."""

@@ -62,6 +62,19 @@ class Turns:
         turns.sort(key=lambda turn: turn[0])
         return [(rank, sequence) for _, rank, sequence in turns]
 
+    def floods(self, num_seqs: int) -> frozenset[tuple[str, ...]]:
+        """Versions of the adapters with so many open requests or more, as of the last `in_order`."""
+        return frozenset(versions for versions, count in self.num_open.items() if count >= num_seqs)
+
+    @staticmethod
+    def newcomers(
+        turns: Iterable[tuple[int, Sequence]], floods: frozenset[tuple[str, ...]]
+    ) -> list[tuple[int, Sequence]]:
+        """Of what `in_order` said, who gets a step without the others while there are floods: the first of each other
+        adapter. Every other step at most, and within the prompts' share: those who decode wait no longer than for
+        prompts in a step of their own."""
+        return [(rank, sequence) for rank, sequence in turns if rank == 0 and sequence.versions not in floods]
+
     @staticmethod
     def put_out_first(running: Iterable[Sequence]) -> tuple[int, Sequence]:
         """The rank and the sequence whose blocks and place others get first: the youngest of the highest rank. It is

@@ -1,6 +1,7 @@
 """The private copies of adapter versions: complete or not at all, and never other than what they were."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from kill_writers import BUGS
 from tiny_adapters import make_adapter
 
 from guanaco.adapters.errors import AdapterError
@@ -136,11 +138,22 @@ def test_a_store_that_cannot_be_made_says_so(tmp_path: Path) -> None:
         VersionStore(tmp_path / "file" / "store", TARGETS)
 
 
+def kill_writers(directory: Path, num_kills: int, *bug: str) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, str(SUPPORT / "kill_writers.py"), str(directory), str(num_kills), *bug]
+    return subprocess.run(program, capture_output=True, text=True, timeout=300, check=False, cwd=directory)
+
+
 def test_killed_at_any_moment_nothing_is_corrupt(tmp_path: Path, proof_count: Callable[[int, int], int]) -> None:
-    program = [sys.executable, str(SUPPORT / "kill_writers.py"), str(tmp_path), str(proof_count(12, 50))]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=300, check=False, cwd=tmp_path)
+    done = kill_writers(tmp_path, proof_count(12, 50))
     assert done.returncode == 0, done.stderr
     assert "versions read back" in done.stdout
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_found_by_killing(tmp_path: Path, bug: str) -> None:
+    done = kill_writers(tmp_path, 100, bug)
+    assert done.returncode == 1, f"100 kills did not find it: {done.stdout}"
+    assert re.search("AdapterError: .*(damaged|no version|adapter_config|adapter_model)", done.stderr), done.stderr
 
 
 def test_the_list_is_written_whole(tmp_path: Path) -> None:

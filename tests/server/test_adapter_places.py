@@ -15,7 +15,7 @@ from guanaco.adapters.registry import AdapterRegistry
 from guanaco.kernels.lora_batch import LoraPair
 from guanaco.server.config import Settings
 from guanaco.server.errors import CommandError
-from guanaco.server.wiring import _adapter_places
+from guanaco.server.wiring import CPU_FLOOD_STEP_TOKENS, _adapter_places, _flood_step_tokens
 
 TARGETS = {"layers.0.self_attn.q_proj": (64, 64), "layers.0.mlp.up_proj": (64, 128)}
 RANK = 8
@@ -54,3 +54,24 @@ def test_an_adapter_that_never_fits_is_said_at_the_start(tmp_path: Path) -> None
     places(tmp_path, "meta", adapter_device_memory=HALF_BYTES)
     with pytest.raises(CommandError, match="--adapter-device-memory"):
         places(tmp_path, "meta", adapter_device_memory=HALF_BYTES - 1)
+
+
+@pytest.mark.parametrize(
+    ("device", "settings", "expected"),
+    [
+        ("cpu", {}, CPU_FLOOD_STEP_TOKENS),
+        ("meta", {}, 0),
+        ("cpu", {"flood_step_tokens": 0}, 0),
+        ("meta", {"flood_step_tokens": 5}, 5),
+    ],
+)
+def test_a_flood_has_short_steps_where_steps_take_long(
+    tmp_path: Path, device: str, settings: dict[str, int], expected: int
+) -> None:
+    registry = AdapterRegistry(TARGETS, base_names=())
+    ops: Any = SimpleNamespace(device=torch.device(device))
+    alone = 0 if expected == CPU_FLOOD_STEP_TOKENS else expected
+    assert _flood_step_tokens(Settings(**settings), registry, ops) == alone, "the base is alone"
+    assert _flood_step_tokens(Settings(admin_key="k", **settings), registry, ops) == expected
+    registry.load("a", make_adapter(tmp_path, TARGETS, RANK))
+    assert _flood_step_tokens(Settings(**settings), registry, ops) == expected

@@ -44,7 +44,9 @@ def test_routes() -> None:
 
 def test_settings() -> None:
     about_adapters = {name for name in Settings.model_fields if "adapter" in name or "lora" in name}
-    flags = {"--" + name.replace("_", "-") for name in about_adapters | {"admin_key", "strict_base"}}
+    flags = {
+        "--" + name.replace("_", "-") for name in about_adapters | {"admin_key", "strict_base", "flood_step_tokens"}
+    }
     assert first_column(section("Settings")) == flags
 
 

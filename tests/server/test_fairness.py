@@ -11,8 +11,9 @@ from dataclasses import replace
 import pytest
 from simulator import Simulation, World
 
-from guanaco.server.engine.request import LoraRef, Request, SamplingParams
-from guanaco.server.engine.scheduler import MAX_PASSED_OVER_STEPS, PREFILL_SHARE_WHILE_DECODING, Scheduler
+from guanaco.server.engine.request import LoraRef, Request, SamplingParams, Sequence
+from guanaco.server.engine.scheduler import MAX_PASSED_OVER_STEPS
+from guanaco.server.engine.step_share import PREFILL_SHARE_WHILE_DECODING, StepShare
 from guanaco.server.engine.turns import Turns
 
 WORLD = World(
@@ -27,6 +28,7 @@ WORLD = World(
     fault_chance=0.0,
 )
 SHARE = int(WORLD.max_num_batched_tokens * PREFILL_SHARE_WHILE_DECODING)  # of a step, for prompts while others decode
+SHORT = replace(WORLD, flood_step_tokens=8)  # steps for the flood
 TIGHT = replace(WORLD, num_blocks=60)  # sixteen sequences never fit
 FLOODS = {
     "long answers": (5, 150),
@@ -99,7 +101,7 @@ def solo(world: World, length: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("flood", FLOODS.values(), ids=FLOODS)
-@pytest.mark.parametrize("world", [WORLD, TIGHT], ids=["room", "tight"])
+@pytest.mark.parametrize("world", [WORLD, TIGHT, SHORT], ids=["room", "tight", "short steps"])
 @pytest.mark.parametrize("flooder", ["flood", "base"])
 def test_a_flood_leaves_the_others_first_token_within_three_times_of_solo(
     world: World, flood: tuple[int, int], flooder: str
@@ -142,6 +144,28 @@ def test_a_short_prompt_does_not_wait_for_a_step_of_the_whole_flood(flood: tuple
         assert tokens <= 3 * solo(WORLD, length)[1]
         race.step(3)
     assert race.simulation.scheduler.num_newcomers, "they got no step"
+
+
+@pytest.mark.parametrize("flood", FLOODS.values(), ids=FLOODS)
+@pytest.mark.parametrize("num_open", [40, 9])
+def test_a_flood_has_short_steps(flood: tuple[int, int], num_open: int) -> None:
+    """Whoever comes waits for the step that runs: it is no longer than the limit, and the flood uses all of it, each of
+    its sequences as much as the others. Who else decodes gets a token in every step that is not for newcomers."""
+    race = Race(SHORT, flood, num_open=num_open)
+    race.submit("other", 5, 150)
+    race.step(40)
+    clients, scheduler = race.simulation.clients, race.simulation.scheduler
+    before = {name: client.num_tokens for name, client in clients.items()}
+    tokens, newcomers = race.simulation.report.num_tokens, scheduler.num_newcomers
+    race.step(48)
+    computed = race.simulation.report.num_tokens - tokens
+    assert clients["other-1"].num_tokens - before["other-1"] == 48 - (scheduler.num_newcomers - newcomers)
+    assert computed <= 48 * (SHORT.flood_step_tokens + 1)
+    assert computed >= 40 * SHORT.flood_step_tokens, "it does not use what it may"
+    if flood == FLOODS["long answers"] and num_open == 9:
+        got = [client.num_tokens - before[name] for name, client in clients.items() if name != "other-1"]
+        assert max(got) - min(got) <= 2
+        assert min(got) >= 40
 
 
 def test_the_flood_decodes_in_every_other_step_at_least() -> None:
@@ -238,6 +262,11 @@ def _youngest_first(running, _original=Turns.put_out_first):
     return 0, list(running)[-1]
 
 
+def _wastes(self: StepShare, sequence: Sequence, *, leave_room: bool, _original=StepShare.has_turn) -> bool:
+    """What a flood's prompts leave of its part, nobody gets."""
+    return leave_room and _original(self, sequence, leave_room=leave_room)
+
+
 PLANTED: dict[str, tuple[type, str, object, Callable[[], None]]] = {
     "first come, first served": (
         Turns,
@@ -256,10 +285,22 @@ PLANTED: dict[str, tuple[type, str, object, Callable[[], None]]] = {
         ),
     ),
     "newcomers share the flood's steps": (
-        Scheduler,
-        "_newcomers",
-        lambda *_: [],
+        Turns,
+        "newcomers",
+        staticmethod(lambda *_: []),
         lambda: test_a_short_prompt_does_not_wait_for_a_step_of_the_whole_flood(FLOODS["long answers"]),
+    ),
+    "a flood's part goes to waste": (
+        StepShare,
+        "has_turn",
+        _wastes,
+        lambda: test_a_flood_has_short_steps(FLOODS["long answers"], 9),
+    ),
+    "a flood takes all": (
+        StepShare,
+        "take_decoding",
+        lambda *_: None,
+        lambda: test_a_flood_has_short_steps(FLOODS["long answers"], 40),
     ),
     "no turns among equals": (
         Turns,

@@ -21,6 +21,7 @@ from guanaco.server.engine.engine import Engine
 from guanaco.server.engine.loading_queue import LoadingQueue
 from guanaco.server.engine.request import LoraRef, Request, SamplingParams, Sequence, Status
 from guanaco.server.engine.scheduler import Scheduler
+from guanaco.server.engine.step_share import StepShare
 from guanaco.server.engine.turns import Turns
 
 STEPS_PER_WORLD = 400
@@ -52,7 +53,15 @@ def test_a_million_checked_steps(proof_count: Callable[[int, int], int]) -> None
     # What was to be tried did happen, and often.
     ends = ("ended stop", "ended length", "ended abort", "ended error", "refused")
     adapters = ("loading", "reads", "failed reads", "evictions", "no room", "removed or replaced", "forgotten", "kept")
-    for event in (*ends, *adapters, "preempted", "overtaken", "steps for newcomers", "prefix hits"):
+    for event in (
+        *ends,
+        *adapters,
+        "preempted",
+        "overtaken",
+        "steps for newcomers",
+        "a flood waited its turn",
+        "prefix hits",
+    ):
         assert counts[event] > 100, event
 
 
@@ -220,16 +229,15 @@ def _first_come(self: Turns, running, waiting, last, _original=Turns.in_order):
     return sorted(_original(self, running, waiting, last), key=lambda turn: turn[1].arrival_number)
 
 
-def _no_share(self: Scheduler, chosen, _original=Scheduler._schedule_decoding) -> int:
-    _original(self, chosen)
-    return self.limits.max_num_batched_tokens - len(chosen)
-
-
-def _prompts_first(self: Scheduler, chosen, _original=Scheduler._schedule_decoding) -> int:
+def _prompts_first(self: Scheduler, chosen, share, *, leave_room=True, _original=Scheduler._schedule_decoding) -> None:
     """Prefill first, as engines of 2023 did it: whoever decodes waits while there are prompts."""
-    if any(s.num_tokens - s.num_computed_tokens > 1 for s in self.running):
-        return self.limits.max_num_batched_tokens
-    return _original(self, chosen)
+    if not any(s.num_tokens - s.num_computed_tokens > 1 for s in self.running):
+        _original(self, chosen, share, leave_room=leave_room)
+
+
+def _the_same_ones(self: StepShare, running, _original=StepShare.decoding_in_turn) -> list[Sequence]:
+    """The oldest of a flood get all of its part."""
+    return sorted(_original(self, running), key=lambda sequence: sequence.arrival_number)
 
 
 PLANTED = {
@@ -262,7 +270,9 @@ PLANTED = {
     "room that nobody is told of": (Scheduler, "admit_loaded", lambda self, *, is_step=False: None),
     "first come, first served": (Turns, "in_order", _first_come),
     "the youngest is put out": (Turns, "put_out_first", staticmethod(lambda running: (0, list(running)[-1]))),
-    "no share for those that decode": (Scheduler, "_schedule_decoding", _no_share),
+    "no share for those that decode": (StepShare, "limit_prompts", lambda self: None),
+    "a flood takes all": (StepShare, "take_decoding", lambda self, sequence: None),
+    "always the same ones of a flood": (StepShare, "decoding_in_turn", _the_same_ones),
     "prompts first": (Scheduler, "_schedule_decoding", _prompts_first),
 }
 

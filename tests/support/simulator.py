@@ -10,263 +10,30 @@ from collections import Counter
 from dataclasses import dataclass, field
 from random import Random
 
-from fake_runner import FakeRunner, namespace_number, namespace_of_request, next_state, next_token
+from checked_scheduler import CheckedScheduler
+from fake_runner import namespace_number, namespace_of_request, next_state, next_token
 from simulated_adapters import BROKEN, SimulatedAdapters
+from simulated_world import LedgerRunner, SeededFaults, World
 
 from guanaco.adapters.host_table import HostTable
 from guanaco.adapters.slot_table import SlotTable
-from guanaco.server.engine.block_manager import BlockManager, Faults
+from guanaco.server.engine.block_manager import BlockManager
 from guanaco.server.engine.engine import ADAPTER_LOAD_FAILED, INTERNAL_ERROR, Engine
+from guanaco.server.engine.limits import Limits
 from guanaco.server.engine.loading_queue import MAX_STEPS_WITHOUT_ROOM
 from guanaco.server.engine.request import (
     BlockContent,
     FinishReason,
     LoraRef,
     Request,
-    SampledToken,
     SamplingParams,
-    ScheduledBatch,
-    ScheduledSequence,
-    Sequence,
     Status,
     TokenOutput,
 )
-from guanaco.server.engine.scheduler import (
-    ADAPTER_TIMEOUT,
-    MAX_PASSED_OVER_STEPS,
-    PREFILL_SHARE_WHILE_DECODING,
-    QUEUE_TIMEOUT,
-    Limits,
-    Scheduler,
-)
-from guanaco.server.engine.turns import LAST
+from guanaco.server.engine.scheduler import ADAPTER_TIMEOUT, MAX_PASSED_OVER_STEPS, QUEUE_TIMEOUT
 
 EOS_ID, STOP_ID = 0, 1
 FULL_CHECK_EVERY = 8  # steps between two checks of everything that is held and cached
-
-
-@dataclass(frozen=True)
-class World:
-    """The size of everything in one simulation."""
-
-    block_size: int = 4
-    num_blocks: int = 12
-    max_model_len: int = 40
-    max_num_seqs: int = 4
-    max_num_batched_tokens: int = 16
-    num_slots: int = 2
-    num_adapters: int = 4
-    host_room: int = 99  # adapters take 1 to 4
-    arena_bytes: int = 0  # of the device, where adapters take three times as much; 0: none, as on a CPU
-    flood_num_seqs: int = 8
-    queue_timeout_seconds: float = 40.0
-    adapter_timeout_seconds: float = 0.0
-    vocab_size: int = 24
-    submit_chance: float = 0.15
-    abort_chance: float = 0.03
-    fault_chance: float = 0.03
-    max_open: int = 12
-
-    @staticmethod
-    def of_seed(seed: int) -> "World":
-        random = Random(f"world {seed}")
-        block_size = random.choice((1, 2, 3, 4, 4, 8))
-        max_model_len = random.randint(6, 48)
-        least = -(-max_model_len // block_size)  # one sequence must fit, and hardly more does
-        max_num_seqs = random.choice((1, 2, 3, 4, 4, 6, 8))
-        return World(
-            block_size=block_size,
-            num_blocks=least + random.randint(0, least),
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_seqs + random.randint(0, 24),
-            num_slots=random.choice((0, 1, 2, 2, 3)),
-            num_adapters=random.choice((1, 2, 4, 6)),
-            host_room=random.choice((4, 6, 8, 99)),
-            arena_bytes=random.choice((0, 12, 16, 24)),
-            flood_num_seqs=random.choice((2, 3, 8)),
-            queue_timeout_seconds=random.choice((0.0, 30.0, 200.0)),
-            adapter_timeout_seconds=random.choice((0.0, 8.0, 100.0)),
-            vocab_size=random.choice((8, 24, 50)),
-            submit_chance=random.choice((0.1, 0.3, 0.6)),
-            abort_chance=random.choice((0.0, 0.02, 0.08)),
-            fault_chance=random.choice((0.0, 0.01, 0.05)),
-            max_open=random.choice((4, 8, 12)),
-        )
-
-
-class SeededFaults(Faults):
-    """Faults of ledger and scheduler, as often as `chance` says; `num_fired` tells whether this step had any."""
-
-    def __init__(self, random: Random, chance: float) -> None:
-        self._random = random
-        self.chance = chance
-        self.num_fired = 0
-
-    def _fires(self) -> bool:
-        if self.chance and self._random.random() < self.chance:
-            self.num_fired += 1
-            return True
-        return False
-
-    refuse_allocation = _fires
-    ignore_prefix = _fires
-    preempt_now = _fires
-
-
-class LedgerRunner(FakeRunner):
-    """The fake runner, which also checks that only a block of one holder, and not a findable one, is written."""
-
-    blocks: BlockManager
-    adapters: SimulatedAdapters
-
-    table: SlotTable
-    arena: list[str | None]  # whose matrices each byte of the device's arena holds
-
-    def load_adapter(self, slot: int, version: str) -> None:
-        try:
-            self.adapters.check_loaded(version)
-        except AssertionError as error:
-            self.violation = self.violation or error
-        super().load_adapter(slot, version)
-        self.arena[self._piece(version)] = [version] * self.table._sizes.get(version, 0)
-
-    def run(self, batch: ScheduledBatch) -> tuple[SampledToken, ...]:
-        for version in {version for item in batch.sequences for version in item.sequence.versions}:
-            if set(self.arena[self._piece(version)]) - {version}:
-                self.violation = self.violation or AssertionError("an adapter's matrices are another one's")
-        return super().run(batch)
-
-    def _piece(self, version: str) -> slice:
-        offset = self.table.offset_of(version)
-        return slice(offset, offset + self.table._sizes.get(version, 0))
-
-    def write_allowed(self, block: int) -> None:
-        assert self.blocks.num_holders(block) == 1, "a shared block is written"
-        assert self.blocks.content_of(block) is None, "a block in the prefix cache is written"
-
-
-class CheckedScheduler(Scheduler):
-    """The scheduler, with each of its decisions checked against its limits, and against whose turn it is."""
-
-    def __init__(self, *args: object, **options: object) -> None:
-        super().__init__(*args, **options)
-        self.num_steps = self.num_overtaken = self.num_newcomers = 0
-        self.last_served: dict[tuple[str, ...], int] = {}
-        self.arrived_before: dict[int, int] = {}  # arrival number → steps so far
-        self.turns_before: dict[int, tuple[int, int, bool, int]] = {}
-        self.ranks_before: dict[int, int] = {}
-        self.preemptions_before: dict[int, int] = {}
-        self.floods_before: set[tuple[str, ...]] = set()
-
-    def add(self, request: Request) -> None:
-        self.arrived_before[self._num_arrived] = self.num_steps
-        super().add(request)
-
-    def schedule(self, now: float) -> ScheduledBatch:
-        before = list(self.running)
-        decoding = [s for s in before if s.num_tokens - s.num_computed_tokens == 1]
-        others_waited = self.was_for_newcomers
-        batch = super().schedule(now)
-        self.num_steps += 1
-        for item in batch.sequences:
-            if item.sequence not in decoding:
-                self.last_served[item.sequence.versions] = self.num_steps
-        self._check_limits(batch)
-        self._check_order(before, self.turns_before)
-        scheduled = {item.sequence for item in batch.sequences}
-        if not scheduled.isdisjoint(decoding):
-            num_prompt_tokens = sum(item.num_new_tokens for item in batch.sequences if item.sequence not in decoding)
-            share = max(1, int(self.limits.max_num_batched_tokens * PREFILL_SHARE_WHILE_DECODING))
-            assert num_prompt_tokens <= share, "prompts take more than their share while others decode"
-        starved = [s for s in decoding if s.status is Status.RUNNING and s not in scheduled]
-        if self.was_for_newcomers:
-            self._check_newcomers(batch)
-            assert not others_waited, "those who decode waited twice"
-        else:
-            assert not starved or starved == before[:1], "a running sequence did not get its next token"
-        return batch
-
-    def _check_newcomers(self, batch: ScheduledBatch) -> None:
-        """A step without those who decode: only while one adapter has many, and for the first of the others."""
-        self.num_newcomers += 1
-        floods = self.floods_before
-        assert floods, "others' steps are put off without need"
-        assert all(item.sequence.versions not in floods for item in batch.sequences)
-        assert batch.num_tokens <= max(1, int(self.limits.max_num_batched_tokens * PREFILL_SHARE_WHILE_DECODING))
-        assert all(self.ranks_before[item.sequence.arrival_number] == 0 for item in batch.sequences)
-
-    def _check_limits(self, batch: ScheduledBatch) -> None:
-        limits, items = self.limits, batch.sequences
-        assert batch.num_tokens <= limits.max_num_batched_tokens, "token budget"
-        assert len(self.running) <= limits.max_num_seqs, "too many run"
-        assert len({id(item.sequence) for item in items}) == len(items), "a sequence is twice in a batch"
-        assert len(set(batch.adapter_slots.values())) == len(batch.adapter_slots) <= self.slots.num_slots
-        for item in items:
-            sequence = item.sequence
-            assert sequence.status is Status.RUNNING
-            missing = sequence.num_tokens - sequence.num_computed_tokens
-            assert 1 <= item.num_new_tokens <= missing
-            assert item.needs_sample == (item.num_new_tokens == missing)
-            room = len(sequence.block_table) * self.blocks.block_size
-            assert sequence.num_computed_tokens + item.num_new_tokens <= room, "tokens without a block"
-        for sequence in self.running:
-            most = min(sequence.num_tokens + 1, limits.max_model_len)
-            assert len(sequence.block_table) <= -(-most // self.blocks.block_size), "a sequence holds too many blocks"
-            for lora in sequence.request.loras:
-                assert self.slots.num_pins(lora.version) > 0, "a running sequence's adapter is not pinned"
-
-    def _schedule_prompts(
-        self, turns: list[tuple[int, Sequence]], chosen: dict[int, ScheduledSequence], budget: int, now: float
-    ) -> None:
-        """Remember whose turn it is, by arrival number: worked out as `turns` says, by counting."""
-        everybody, self.turns_before, self.ranks_before = [*self.running, *self.waiting], {}, {}
-        before: list[tuple[str, ...]] = []
-        prompts: list[tuple[str, ...]] = []
-        for sequence in everybody:
-            self.ranks_before[sequence.arrival_number] = before.count(sequence.versions)
-            self.preemptions_before[sequence.arrival_number] = sequence.num_preemptions
-            before.append(sequence.versions)
-            rank = prompts.count(sequence.versions)
-            if sequence.status is Status.WAITING or sequence.num_tokens - sequence.num_computed_tokens > 1:
-                prompts.append(sequence.versions)
-            came = self.arrived_before[sequence.arrival_number]
-            served = self.last_served.get(sequence.versions, 0)
-            turn = (rank, served, True) if served > came else (rank, came, False)
-            self.turns_before[sequence.arrival_number] = (*turn, sequence.arrival_number)
-        counts = Counter(before)
-        self.floods_before = {key for key, count in counts.items() if count >= self.limits.flood_num_seqs}
-        super()._schedule_prompts(turns, chosen, budget, now)
-
-    def _check_order(self, before: list[Sequence], turns: dict[int, tuple[int, int, bool, int]]) -> None:
-        """Whose turn it is starts, but for those without a slot; whose turn is last is put out; never the oldest."""
-        for queue in (self.running, self.waiting, self.loading.sequences):
-            numbers = [s.arrival_number for s in queue]
-            assert numbers == sorted(numbers), "out of order"
-        preempted = [s for s in before if s.status is Status.WAITING]
-        stayed = [s for s in before if s.status is Status.RUNNING]
-        if preempted:
-            assert before[0].status is Status.RUNNING, "the oldest was preempted"
-            ranks = {s.arrival_number: sum(o.versions == s.versions for o in before[:i]) for i, s in enumerate(before)}
-            first = min((ranks[s.arrival_number], s.arrival_number) for s in preempted)
-            assert all((ranks[s.arrival_number], s.arrival_number) < first for s in stayed), "put out before its turn"
-        known = set(before)
-        admitted = [s for s in self.running if s not in known and not s.request.background]
-        for sequence in self.waiting:
-            if sequence in known or sequence.arrival_number not in turns or sequence.request.background:
-                continue
-            if self.was_for_newcomers and sequence.versions in self.floods_before:
-                continue
-            if sequence.num_preemptions > self.preemptions_before[sequence.arrival_number]:
-                continue  # it was let in, and put out again for one of a lower rank
-            rank, ranks = self.ranks_before[sequence.arrival_number], self.ranks_before
-            after = [s for s in admitted if turns.get(s.arrival_number, (LAST,)) > turns[sequence.arrival_number]]
-            after = [s for s in after if ranks.get(s.arrival_number, LAST) >= rank]
-            if after:
-                assert sequence.request.loras, "a base request was overtaken"
-                with_adapters = [s for s in after if s.request.loras]
-                assert not with_adapters or sequence.num_passed_over <= MAX_PASSED_OVER_STEPS, "overtaken for too long"
-                self.num_overtaken += 1
 
 
 @dataclass
@@ -311,6 +78,7 @@ class Simulation:
             queue_timeout_seconds=world.queue_timeout_seconds,
             adapter_timeout_seconds=world.adapter_timeout_seconds,
             flood_num_seqs=world.flood_num_seqs,
+            flood_step_tokens=world.flood_step_tokens,
         )
         self.host = HostTable(world.host_room)
         self.scheduler = CheckedScheduler(
@@ -355,6 +123,7 @@ class Simulation:
         self.report.counts += self.adapters.counts
         self.report.counts["overtaken"] = self.scheduler.num_overtaken
         self.report.counts["steps for newcomers"] = self.scheduler.num_newcomers
+        self.report.counts["a flood waited its turn"] = self.scheduler.num_limited
         assert self.blocks.num_free_blocks == self.world.num_blocks
         assert not self.scheduler.waiting
         assert not self.scheduler.running

@@ -1,0 +1,63 @@
+"""How the tokens of one step are divided: between those who decode and prompts, and between a flood and the others.
+
+While somebody decodes, prompts have a share of the step. While an adapter floods (`Turns.floods`), its rows have at
+most `Limits.flood_step_tokens` of each step, in turn: whoever comes waits for a short step, not for one of them all.
+
+Pure. Made by the scheduler for each step.
+"""
+
+from collections.abc import Collection, Iterable
+
+from guanaco.server.engine.limits import Limits
+from guanaco.server.engine.request import Sequence
+
+# While others are decoding, prompts get at most this share of a step, so that a long one widens the gap between the
+# others' tokens by a quarter of a full step, not by a whole one. Of a flood's part its prompts get as much.
+PREFILL_SHARE_WHILE_DECODING = 0.25
+
+
+class StepShare:
+    """What is left of one step, in tokens."""
+
+    def __init__(self, limits: Limits, floods: Collection[tuple[str, ...]]) -> None:
+        """floods: the versions of adapters that flood."""
+        self._floods = floods if limits.flood_step_tokens else ()
+        self._left = self._prompts_left = limits.max_num_batched_tokens
+        self._flood_left = self._flood_size = limits.flood_step_tokens
+        self._most_for_prompts = max(1, int(limits.max_num_batched_tokens * PREFILL_SHARE_WHILE_DECODING))
+
+    def limit_prompts(self) -> None:
+        """Others decode, or wait for this step: prompts get no more than their share."""
+        self._prompts_left = min(self._left, self._most_for_prompts)
+
+    def for_prompt(self, sequence: Sequence) -> int:
+        """How many tokens of its prompt may be computed in this step."""
+        left = min(self._left, self._prompts_left)
+        return min(left, self._flood_left) if sequence.versions in self._floods else left
+
+    def take_prompt(self, sequence: Sequence, num_tokens: int) -> None:
+        self._prompts_left -= num_tokens
+        self._take(sequence, num_tokens)
+
+    def decoding_in_turn(self, running: Iterable[Sequence]) -> list[Sequence]:
+        """Those of these that need a single token: at last the floods', whose last turn is longest ago first."""
+        decoding = [s for s in running if s.num_tokens - s.num_computed_tokens == 1]
+        if not self._floods:
+            return decoding
+        flood = [sequence for sequence in decoding if sequence.versions in self._floods]
+        others = [sequence for sequence in decoding if sequence.versions not in self._floods]
+        return [*others, *sorted(flood, key=lambda sequence: sequence.last_turn)]
+
+    def has_turn(self, sequence: Sequence, *, leave_room: bool) -> bool:
+        """Whether a sequence may have its next token. leave_room: … with a part left for the floods' prompts."""
+        if self._left <= 0 or sequence.versions not in self._floods:
+            return self._left > 0
+        return self._flood_left > int(self._flood_size * PREFILL_SHARE_WHILE_DECODING * leave_room)
+
+    def take_decoding(self, sequence: Sequence) -> None:
+        self._take(sequence, 1)
+
+    def _take(self, sequence: Sequence, num_tokens: int) -> None:
+        self._left -= num_tokens
+        if sequence.versions in self._floods:
+            self._flood_left -= num_tokens
