@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -116,7 +117,12 @@ class VersionStore:
         """Remove all versions that are not wanted; `wanted` is asked while nothing can be ingested."""
         with self._lock:
             for version in self.versions() - wanted() - self._fresh.keys():
-                shutil.rmtree(self.directory / version, ignore_errors=True)
+                # Out of sight at once: what is called like a version is one, whenever the process is killed.
+                gone = self.directory / f"{_INCOMING}{version}-gone"
+                shutil.rmtree(gone, ignore_errors=True)
+                with suppress(OSError):
+                    (self.directory / version).rename(gone)
+                shutil.rmtree(gone, ignore_errors=True)
 
     def _load(self, folder: Path) -> LoadedAdapter:
         return load_adapter(folder, self._targets, limits=self._limits, strict=self._strict)

@@ -49,6 +49,7 @@ def _write_in_place(self: RegistryFile, records: Iterable[Saved]) -> None:
         for line in json.dumps(content, indent=1).splitlines(keepends=True):
             file.write(line)
             file.flush()
+            os.fsync(file.fileno())  # takes long enough for a kill to come
 
 
 def _publish_file_by_file(self: VersionStore, incoming: Path, version: str) -> None:
