@@ -6,16 +6,12 @@ than their precision. Held to float64 by tests/kernels/test_elementwise.py in Tr
 target by `guanaco bench kernels`; NEVER RUN on a GPU so far. Called by the `triton` provider.
 """
 
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from guanaco.kernels.triton_compile import TARGETS, CompileCase
 
 # A row must fit in the registers of one program: 32 warps of 32 lanes with 32 elements each.
 MAX_ROW = 32768
@@ -241,75 +237,3 @@ def argmax(logits: Tensor) -> Tensor:
         )
         argmax_kernel[(r,)](values, indexes, tokens, parts, PARTS=triton.next_power_of_2(parts), num_warps=1)
     return tokens
-
-
-# ---- what `guanaco bench kernels` compiles
-
-
-def straight_case(
-    function: Any,
-    config: str,
-    signature: Mapping[str, str],
-    constexprs: Mapping[str, Any],
-    *,
-    units: int,
-    bytes_per_unit: float,
-    num_warps: int,
-    targets: Collection[str] = TARGETS,
-) -> CompileCase:
-    """A kernel without a loop, of which one program handles `units` elements that it reads and writes.
-
-    bytes_per_unit: what an element brings from memory over all operands of a row's length.
-    """
-    return CompileCase(
-        kernel=function.__name__.removesuffix("_kernel"), function=function, rows=1, config=config,
-        signature=signature, constexprs=constexprs, num_warps=num_warps, units_per_iteration=units,
-        marker=("bytes", bytes_per_unit), units=units, bytes_floor=int(units * (bytes_per_unit + 2)),
-        bytes_per_unit=bytes_per_unit, has_loop=False, targets=targets,
-    )  # fmt: skip
-
-
-def compile_cases(target: str) -> list[CompileCase]:
-    """Norms and activations of LLaMA-7B and the demo, the longest row of LLaMA-3 8B; activations in 16 bits."""
-    act = "*fp16" if target == "sm_75" else "*bf16"
-    factors, top = {"factors": "*fp32"}, {"TOP": _TOP_EXPONENT}
-    part, integers = {"BLOCK": _VOCAB_BLOCK}, {"values": "*fp32", "indexes": "*i32", "parts": "i32"}
-    plain: dict[str, Any] = {"units": 1024, "bytes_per_unit": 2, "num_warps": _PLAIN_WARPS}
-    cases = [
-        straight_case(
-            embedding_kernel, "7B", {"ids": "*i64", "table": act, "y": act}, {"WIDTH": 4096, "BLOCK": 1024}, **plain
-        ),
-        straight_case(
-            argmax_part_kernel, "part", {"logits": "*fp32", "vocab": "i32", **integers}, part,
-            units=_VOCAB_BLOCK, bytes_per_unit=4, num_warps=_PLAIN_WARPS,
-        ),
-        straight_case(
-            argmax_kernel, "whole", {**integers, "tokens": "*i64"}, {"PARTS": 64},
-            units=64, bytes_per_unit=4, num_warps=1,
-        ),
-    ]  # fmt: skip
-    for name, width in (("7B", 4096), ("demo", 576)):
-        block, warps = _row_block(width)
-        row = {"WIDTH": width, "BLOCK": block, **top}
-        pointers = {"x": act, "residual": act, "weight": act, "y": "*fp16", "summed": act, **factors, "eps": "fp32"}
-        cases += [
-            straight_case(
-                rms_norm_kernel, f"{name} scaled", pointers, {**row, "HAS_RESIDUAL": True, "SCALED": True},
-                units=width, bytes_per_unit=6, num_warps=warps,
-            ),
-            straight_case(
-                scale_rows_kernel, name, {"x": act, "y": "*fp16", **factors}, row,
-                units=width, bytes_per_unit=2, num_warps=warps,
-            ),
-        ]  # fmt: skip
-    pointers = {"gate": act, "up": act, "y": "*fp16", **factors, "gate_stride": "i32", "up_stride": "i32"}
-    for name, width, scaled in (("7B", 11008, True), ("8B", 14336, True), ("7B", 11008, False)):
-        block, warps = _row_block(width) if scaled else (1024, _PLAIN_WARPS)
-        cases.append(
-            straight_case(
-                silu_mul_kernel, f"{name} scaled" if scaled else name, pointers,
-                {"WIDTH": width, "BLOCK": block, "SCALED": scaled, **top},
-                units=min(width, block), bytes_per_unit=4, num_warps=warps,
-            )
-        )  # fmt: skip
-    return cases

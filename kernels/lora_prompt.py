@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from guanaco.kernels.triton_compile import TARGETS, CompileCase
+from guanaco.kernels.triton_compile import TARGETS
 
 # With fewer rows each adapter has few, and the kernel that takes single rows reads less. Triton 3.9 has no tensor-core
 # code for sm_75: the other kernel serves there, whatever the rows.
@@ -77,33 +77,3 @@ def shrink_prompt(
         x, row_factor, t, *tables, module, rows, K=x.shape[1], SLOTS=num_slots, PARTS=parts, RANK=max_rank,
         ALIGNED=aligned, BLOCK_ROWS=_ROWS, BLOCK_RANK=block_rank, BLOCK_K=_K, num_warps=_WARPS, num_stages=_STAGES,
     )  # fmt: skip
-
-
-def compile_cases(target: str) -> list[CompileCase]:  # noqa: ARG001  the same for all
-    """512 rows of a prompt that all use one adapter of rank 64, for q, k and v; a unit is an element of x read."""
-    rows, k, parts, rank = 512, 4096, 3, 64
-    floats = dict.fromkeys(("row_factor", "t", "scale_table", "factors"), "*fp32")
-    integers = {"a_table": "*i64", "rank_table": "*i32", "active": "*i32", "module": "i32", "rows": "i32"}
-    return [
-        CompileCase(
-            kernel="lora_shrink_prompt",
-            function=lora_shrink_prompt,
-            rows=rows,
-            config=f"rank {rank}, k {k}",
-            signature={"x": "*fp16", **floats, **integers},
-            constexprs={
-                "K": k, "SLOTS": 16, "PARTS": parts, "RANK": rank, "ALIGNED": True, "BLOCK_ROWS": _ROWS,
-                "BLOCK_RANK": _block_rank(rank), "BLOCK_K": _K,
-            },
-            num_warps=_WARPS,
-            num_stages=_STAGES,
-            units_per_iteration=_ROWS * _K,
-            marker=("bytes", 4.0),  # of x, and as many of A
-            units=rows * k * parts,
-            bytes_floor=2 * (rows * k + parts * rank * k) + 4 * parts * rows * rank,
-            bytes_per_unit=2.0,
-            not_divisible=("module", "rows"),
-            loop_turns={-1: float(_ROWS * k)},
-            targets=PROMPT_TARGETS,
-        )
-    ]  # fmt: skip

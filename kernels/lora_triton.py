@@ -14,8 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from guanaco.kernels.lora_prompt import PROMPT_ROWS, PROMPT_TARGETS, shrink_prompt
-from guanaco.kernels.triton_compile import CompileCase
-from guanaco.kernels.triton_configs import target_of
+from guanaco.kernels.triton_configs import NO_SPILLS, target_of
 
 RANK_BUCKETS = (8, 16, 32, 64, 128, 256)
 _ALIGNMENT = 8  # fp16 elements: ranks and addresses that are multiples of 16 bytes are loaded 16 bytes at a time
@@ -224,7 +223,7 @@ def shrink(
     lora_shrink[grid](
         x, row_factor, t, lora.a_ptr, lora.rank, lora.scale, lora.active_slots, lora.factors, modules[0], lora.rows,
         K=x.shape[1], SLOTS=lora.num_slots, PARTS=parts, RANK=lora.max_rank, ALIGNED=lora.aligned, **c,
-        num_warps=c["LANES"] // 32,
+        num_warps=c["LANES"] // 32, **NO_SPILLS,
     )  # fmt: skip
     return step
 
@@ -241,27 +240,6 @@ def shrink_config(k: int, rows: int, max_rank: int) -> dict[str, int]:
         "LANES": 128 if k >= 2048 else 32,
         "UNROLL": 4 if rows == 1 and k >= 2048 else 1,
     }
-
-
-def compile_cases(target: str) -> list[CompileCase]:  # noqa: ARG001  the same for all
-    """`lora_shrink` as a 7B model launches it; a unit is an element of A."""
-    cases = []
-    for rows, rank, k, parts, active in ((1, 64, 11008, 1, 1), (8, 16, 4096, 3, 8), (8, 64, 11008, 1, 8)):
-        c = shrink_config(k, rows, rank)
-        floats = dict.fromkeys(("row_factor", "t", "scale_table", "factors"), "*fp32")
-        integers = {"a_table": "*i64", "rank_table": "*i32", "active": "*i32", "module": "i32", "rows": "i32"}
-        cases.append(
-            CompileCase(
-                kernel="lora_shrink", function=lora_shrink, rows=rows, config=f"rank {rank}, k {k}, {active} adapters",
-                signature={"x": "*fp16", **floats, **integers},
-                constexprs={"K": k, "SLOTS": 16, "PARTS": parts, "RANK": rank, "ALIGNED": True, **c},
-                num_warps=c["LANES"] // 32, units_per_iteration=c["BLOCK_RANK"] * c["LANES"] * 8,
-                marker=("bytes", 2.0 * (1 + c["BLOCK_ROWS"] / c["BLOCK_RANK"])),
-                units=active * parts * rank * k, bytes_floor=2 * active * parts * rank * k + 2 * rows * k,
-                bytes_per_unit=2.0, not_divisible=("module", "rows"), loop_turns={-1: float(c["BLOCK_RANK"] * k)},
-            )
-        )  # fmt: skip
-    return cases
 
 
 # ---- expand

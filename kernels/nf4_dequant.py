@@ -14,7 +14,7 @@ from torch import Tensor
 
 from guanaco.kernels.lora_triton import LoraStep
 from guanaco.kernels.nf4_dot import EPILOGUES, decode_text, finished
-from guanaco.kernels.triton_compile import TARGETS, CompileCase
+from guanaco.kernels.triton_configs import NO_SPILLS
 from guanaco.kernels.triton_pack import TritonNf4
 
 # A slice of W in float16: 32 MiB, a square matrix of 4096. Larger ones aren't multiplied any faster, smaller ones are.
@@ -155,6 +155,7 @@ def product(
             sums, y, row_factor, nothing if bias is None else bias, nothing if residual is None else residual, rows,
             weight.n, first, count, lora.modules[0] if lora is not None else 0, starts[1], starts[2], *operand,
             **_finish_constants(epilogue, bias is not None, lora), num_warps=_WARPS, num_stages=1,
+            **NO_SPILLS,
         )  # fmt: skip
 
 
@@ -177,67 +178,3 @@ def _finish_constants(epilogue: str, has_bias: bool, lora: LoraStep | None) -> d
         "MAX_ACTIVE": 1 if lora is None else lora.lora.max_active,
         "ALIGNED": lora is not None and lora.lora.aligned,
     }
-
-
-# ---- for ahead-of-time compilation
-
-
-def compile_cases(target: str) -> list[CompileCase]:  # noqa: ARG001  the same for all
-    """A slice of 4096 x 4096, and the outputs of 512 rows of a prompt with and without eight adapters."""
-    weights = 4096 * 4096
-    cases = [
-        CompileCase(
-            kernel="nf4_dequant",
-            function=nf4_dequant,
-            rows=512,
-            config="double-quantised" if double_quant else "float32 scales",
-            signature={
-                "words": "*i32",
-                "absmax": "*u8" if double_quant else "*fp32",
-                "nested": "*fp32",
-                "code_map": "*fp32",
-                "out": "*fp16",
-                "first_group": "i32",
-                "num_groups": "i32",
-            },
-            constexprs={"GROUPS": _GROUPS, "DOUBLE_QUANT": double_quant},
-            num_warps=_WARPS,
-            units_per_iteration=64 * _GROUPS,
-            marker=("PRMT", 1.5),
-            units=weights,
-            bytes_floor=int(weights * (2 + (4.125 if double_quant else 4.5) / 8)),
-            bytes_per_unit=0.5,
-            not_divisible=("first_group", "num_groups"),
-            has_loop=False,
-            targets=TARGETS,
-        )
-        for double_quant in (True, False)
-    ]
-    return cases + [_finish_case(epilogue, adapters) for epilogue in ("add", "silu_mul") for adapters in (0, 8)]
-
-
-def _finish_case(epilogue: str, adapters: int) -> CompileCase:
-    """A unit is an element of the product. Every block uses all adapters here, which is the worst."""
-    rows, count, halves = 512, 4096, 2 if epilogue == "silu_mul" else 1
-    floats = dict.fromkeys(("sums", "y", "row_factor", "bias", "residual", "t", "factors"), "*fp32")
-    integers = dict.fromkeys(("rows", "n", "first", "count", "module", "start1", "start2"), "i32")
-    units = _FINISH_OUTPUTS * _FINISH_ROWS * halves
-    lora = {"PARTS": halves, "SLOTS": 16, "RANK": 64, "MAX_ACTIVE": adapters, "ALIGNED": True} if adapters else {}
-    return CompileCase(
-        kernel="nf4_dequant_finish",
-        function=nf4_dequant_finish,
-        rows=rows,
-        config=epilogue + (f", {adapters} adapters of rank 64" if adapters else ""),
-        signature={**floats, "b_table": "*i64", "rank_table": "*i32", "active": "*i32", **integers},
-        constexprs={**_finish_constants(epilogue, False, None), **lora},
-        num_warps=_WARPS,
-        units_per_iteration=units,
-        marker=("bytes", 4.0),
-        units=rows * count * halves,
-        bytes_floor=4 * rows * count * (halves + 1) + 2 * 64 * count * halves * adapters,
-        bytes_per_unit=4.0,
-        not_divisible=tuple(integers),
-        has_loop=False,
-        loop_turns={i: float(adapters if i % 2 == 0 else 2) for i in range(2 * halves if adapters else 0)},
-        targets=TARGETS,
-    )

@@ -14,8 +14,15 @@ from torch import Tensor
 
 from guanaco.kernels.lora_triton import LoraStep, lora_expand
 from guanaco.kernels.pack_proof import ungrouped
-from guanaco.kernels.triton_compile import CompileCase
-from guanaco.kernels.triton_configs import DOT_MAX_ROWS, DotConfig, dot_config, dot_splits, multiprocessors, target_of
+from guanaco.kernels.triton_configs import (
+    DOT_MAX_ROWS,
+    NO_SPILLS,
+    DotConfig,
+    dot_config,
+    dot_splits,
+    multiprocessors,
+    target_of,
+)
 from guanaco.kernels.triton_pack import TABLE_WORDS, TritonNf4
 
 EPILOGUES = ("none", "add", "silu_mul")
@@ -53,7 +60,7 @@ DECODE = tl.constexpr(_DECODE)
 CONSTRAINTS = tl.constexpr("=&r,=&r,=&r,=&r,r,r")
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "groups_per_split"])
 def nf4_dot(
     x, words, absmax, nested, code_map, partial, rows, n, groups_per_split,
     K: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, DOUBLE_QUANT: tl.constexpr,
@@ -237,7 +244,7 @@ def product(
         partial, y, row_factor, nothing if bias is None else bias, nothing if residual is None else residual, rows,
         weight.n, lora.modules[0] if lora is not None else 0, starts[1], starts[2], *operand,
         **_finish_constants(config.columns, splits, epilogue, bias is not None, lora),
-        num_warps=_finish_warps(config.columns), num_stages=1,
+        num_warps=_finish_warps(config.columns), num_stages=1, **NO_SPILLS,
     )  # fmt: skip
 
 
@@ -287,81 +294,3 @@ def _finish_constants(
         "MAX_ACTIVE": 1 if lora is None else lora.lora.max_active,
         "ALIGNED": lora is not None and lora.lora.aligned,
     }
-
-
-# ---- for ahead-of-time compilation
-
-
-def dot_case(target: str, rows: int, n: int, k: int, *, double_quant: bool = True) -> CompileCase:
-    """`nf4_dot` with the configuration that `rows` rows get on `target`; a unit is a weight."""
-    config = dot_config(target, rows, k)
-    codes = {1: "*u8", 2: "*i16", 4: "*i32"}[config.groups] if double_quant else "*fp32"
-    pointers = {"x": "*fp16", "words": "*i32", "absmax": codes}
-    pointers |= dict.fromkeys(("nested", "code_map", "partial"), "*fp32")
-    splits = dot_splits(config, n, k, 108)
-    scale_bytes = 4.125 if double_quant else 4.5
-    return CompileCase(
-        kernel="nf4_dot",
-        function=nf4_dot,
-        rows=rows,
-        config=f"{n}x{k}, tile {config.block_n}x{config.columns}, {config.groups} groups, {config.num_warps} warps, "
-        f"{config.num_stages} stages" + ("" if double_quant else ", float32 scales"),
-        signature={**pointers, "rows": "i32", "n": "i32", "groups_per_split": "i32"},
-        constexprs=_dot_constants(config, k, double_quant),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        units_per_iteration=config.block_n * 64 * config.groups,
-        marker=("PRMT", 1.5),
-        units=n * k,
-        bytes_floor=int(n * k * scale_bytes / 8) + 2 * rows * k + 4 * splits * rows * n,
-        bytes_per_unit=0.5,
-        not_divisible=("rows", "groups_per_split"),
-        loop_turns={-1: float(config.block_n * k // splits)},
-        targets=TARGETS,
-    )
-
-
-def finish_case(
-    rows: int, n: int, splits: int, *, epilogue: str = "none", adapters: int = 0, parts: int = 1, rank: int = 16
-) -> CompileCase:
-    """`nf4_dot_finish`; a unit is an element of the product, so n · rows of them."""
-    columns = next(c for c in (8, 16, 32, 64) if rows <= c)
-    floats = ("partial", "y", "row_factor", "bias", "residual", "t", "factors")
-    integers = dict.fromkeys(("rows", "n", "module", "start1", "start2"), "i32")
-    tables = {"b_table": "*i64", "rank_table": "*i32", "active": "*i32"}
-    program_units = _FINISH_BLOCK_N * rows * (2 if epilogue == "silu_mul" else 1)
-    return CompileCase(
-        kernel="nf4_dot_finish",
-        function=nf4_dot_finish,
-        rows=rows,
-        config=f"n {n}, {splits} shares, {epilogue}" + (f", {adapters} adapters of rank {rank}" if adapters else ""),
-        signature={**dict.fromkeys(floats, "*fp32"), **tables, **integers},
-        constexprs={
-            **_finish_constants(columns, splits, epilogue, False, None),
-            **({"PARTS": parts, "SLOTS": 16, "RANK": rank, "MAX_ACTIVE": adapters} if adapters else {}),
-            "ALIGNED": adapters > 0,
-        },
-        num_warps=_finish_warps(columns),
-        units_per_iteration=program_units,
-        marker=("bytes", 4.0),
-        units=n * rows,
-        bytes_floor=4 * rows * n * (splits + 1) + 2 * adapters * rank * n,
-        bytes_per_unit=4.0 * splits,
-        not_divisible=tuple(integers),
-        has_loop=False,
-        # Loops over adapters, each around one over the rank, for every part.
-        loop_turns={2 * i: float(adapters) for i in range(parts if adapters else 0)} | {-1: float(program_units)},
-        targets=TARGETS,
-    )
-
-
-def compile_cases(target: str) -> list[CompileCase]:
-    """What a 7B model launches for every batch size, and the demo's odd k, for which one group is a turn."""
-    if target not in TARGETS:
-        return []
-    cases = [dot_case(target, rows, 4096, 4096) for rows in (8, 16, 32, 64)]
-    cases += [dot_case(target, 16, n, k) for n, k in ((22016, 4096), (4096, 11008))]
-    cases += [dot_case(target, 8, 1536, 576), dot_case(target, 16, 4096, 4096, double_quant=False)]
-    cases += [finish_case(8, 4096, 8), finish_case(8, 4096, 8, epilogue="add", adapters=8)]
-    cases += [finish_case(rows, 22016, 2, epilogue="silu_mul", adapters=8, parts=2) for rows in (16, 64)]
-    return cases

@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from guanaco.kernels.lora_triton import LoraStep, lora_arguments, lora_constants, lora_expand_tile
-from guanaco.kernels.triton_compile import CompileCase
-from guanaco.kernels.triton_pack import CODES_PER_WORD, TABLE_WORDS, TritonNf4
+from guanaco.kernels.triton_configs import NO_SPILLS
+from guanaco.kernels.triton_pack import TABLE_WORDS, TritonNf4
 
 EPILOGUES = ("none", "add", "silu_mul")
 MAX_ROWS = 8  # in passes of four; on cards with tensor cores nf4_dot is better from five on
@@ -281,42 +281,5 @@ def product(
         x, row_factor, weight.words, weight.absmax, nested, code_map, y, rows, row_factor if bias is None else bias,
         y if residual is None else residual, *lora_arguments(lora, row_factor),
         N=weight.n, K=weight.k, DOUBLE_QUANT=weight.double_quant, HAS_BIAS=bias is not None, EPILOGUE=epilogue,
-        **lora_constants(lora, weight.n), **c,
-    )  # fmt: skip
-
-
-def compile_cases(target: str) -> list[CompileCase]:  # noqa: ARG001  the same for all
-    """Gate and up of a 7B model at every number of rows; q, k and v with an adapter, down, and scales in float32."""
-    cases = [_case(22016, 4096, rows, "silu_mul") for rows in (1, 2, 4)]
-    cases.append(_case(12288, 4096, 1, "none", rank=16))
-    cases.append(_case(4096, 11008, 1, "add"))
-    cases.append(_case(12288, 4096, 1, "none", double_quant=False))
-    return cases
-
-
-def _case(
-    n: int, k: int, rows: int, epilogue: str, *, rank: int = 0, double_quant: bool = True
-) -> CompileCase:  # fmt: skip
-    c = _config(n, k, rows)
-    warps = c.pop("num_warps")
-    floats = dict.fromkeys(("row_factor", "nested", "code_map", "y", "bias", "residual", "t", "factors"), "*fp32")
-    config = f"{n}x{k} {epilogue}" + (f", rank {rank}" if rank else "") + ("" if double_quant else ", float32 scales")
-    scale_bytes = int(n * k / _GROUP * (8.25 if double_quant else 32) / 8)
-    return CompileCase(
-        kernel="nf4_simt", function=nf4_simt, rows=rows,
-        config=config,
-        signature={
-            "x": "*fp16", "words": "*i32", "absmax": "*u8" if double_quant else "*fp32", **floats, "rows": "i32",
-            "b_table": "*i64", "rank_table": "*i32", "active": "*i32", "module": "i32",
-        },
-        constexprs={
-            "N": n, "K": k, **c, "DOUBLE_QUANT": double_quant, "HAS_BIAS": False, "EPILOGUE": epilogue,
-            "SLOTS": 16, "RANK": max(rank, 8), "MAX_ACTIVE": rows if rank else 0, "ALIGNED": rank % 8 == 0,
-            "PARTS": 3, "START1": n // 3, "START2": 2 * n // 3,
-        },
-        num_warps=warps, units_per_iteration=c["BLOCK_N"] * c["GROUPS"] * _GROUP,
-        # Twelve byte permutes look up and put together eight weights.
-        marker=("PRMT", 12 / CODES_PER_WORD), units=n * k, has_loop=k // _GROUP >= 2 * c["GROUPS"],
-        bytes_floor=n * k // 2 + scale_bytes + rows * (2 * k + 4 * n) + rank * rows * 2 * (n + k),
-        bytes_per_unit=0.5, not_divisible=("rows", "module"), loop_turns={-1: float(c["BLOCK_N"] * k)},
+        **lora_constants(lora, weight.n), **c, **NO_SPILLS,
     )  # fmt: skip

@@ -15,12 +15,10 @@ import torch
 import triton
 from torch import Tensor
 
-from guanaco.kernels.elementwise import straight_case
 from guanaco.kernels.layer_cache import LayerCache, Sequences
 from guanaco.kernels.paged_decode import decode_dot, decode_reduce, decode_vector
 from guanaco.kernels.paged_prefill import prefill
-from guanaco.kernels.rope_triton import FP8_TARGETS, cache_arguments
-from guanaco.kernels.triton_compile import TARGETS, CompileCase
+from guanaco.kernels.rope_triton import cache_arguments
 
 # Weights are raised by this much before they are rounded to 16 bits where values are multiples of a scale: the code's
 # range, so that weight · scale · gain is at most the largest value itself.
@@ -190,77 +188,3 @@ def _decode(operands: tuple[Tensor, ...], scale: float, shape: _Shape, tiles: Ti
 def _rows_of(group: int) -> int:
     """Rows of the tensor cores' left operand: at least sixteen."""
     return max(16, int(triton.next_power_of_2(group)))
-
-
-# ---- what `guanaco bench kernels` compiles
-
-_CONTEXT, _SPLITS, _BLOCK_SIZE, _NEW = 2048, 8, 16, 512
-_CACHES = {"16 bits": 0.0, "fp32": 0.0, "i8": GAINS[torch.int8], "fp8e4nv": GAINS[torch.float8_e4m3fn]}
-
-
-def _case(function: Any, config: str, target: str, shape: _Shape, cache: str, **config_of: Any) -> CompileCase:
-    """One kernel over a context of 2,048 positions: a unit is an element of K or V."""
-    act = "*fp32" if cache == "fp32" else "*fp16" if target == "sm_75" else "*bf16"
-    stored = f"*{cache}" if shape.gain else act
-    size = 1.0 if shape.gain else float(shape.element_bytes)
-    split, splits = ("prefill" not in function.__name__), config_of.get("SPLITS", 1)
-    signature = {
-        "q": act, "k_cache": stored, "v_cache": stored, "k_scales": "*fp32" if shape.gain else act,
-        "v_scales": "*fp32" if shape.gain else act, "tables": "*i32", "contexts": "*i32", "starts": "*i32", "out": act,
-        **({"partial": "*fp32", "maxima": "*fp32", "sums": "*fp32"} if split else {}),
-        "scale": "fp32", "table_stride": "i32", **({} if split else {"num_sequences": "i32"}),
-    }  # fmt: skip
-    warps, stages = config_of.pop("warps"), config_of.pop("stages")
-    constexprs = {name: value for name, value in (shape.constexprs | config_of).items() if name in function.arg_names}
-    per_turn, elements = 2 * config_of["BLOCK_N"] * shape.head_dim, 2 * _CONTEXT * shape.kv_heads * shape.head_dim
-    tiles = 1 if split else _NEW * shape.group // config_of["BLOCK_M"]  # that each handle all of the cache
-    return CompileCase(
-        kernel=function.__name__, function=function, rows=1 if split else _NEW, config=f"{config}, {cache}",
-        signature=signature, constexprs=constexprs, num_warps=warps, num_stages=stages, units_per_iteration=per_turn,
-        marker=("bytes", size), units=elements * tiles, bytes_floor=int(elements * size), bytes_per_unit=size,
-        loop_turns={-1: elements / shape.kv_heads / splits}, not_divisible=("num_sequences",),
-        targets=FP8_TARGETS if cache == "fp8e4nv" else TARGETS,
-    )  # fmt: skip
-
-
-def compile_cases(target: str) -> list[CompileCase]:
-    """Decode and a chunk of a prompt in LLaMA-7B (no groups), LLaMA-3 8B (groups of 4) and the demo (of 3).
-
-    Activations have 16 bits, but where the cache is float32.
-    """
-    cases = []
-    for name, heads, kv_heads, head_dim in (("7B", 32, 32, 128), ("8B", 32, 8, 128), ("demo", 9, 3, 64)):
-        for cache, gain in _CACHES.items():
-            if (name == "demo" and gain) or (name == "7B" and cache == "fp32"):
-                continue
-            shape = _Shape(heads, kv_heads, head_dim, _BLOCK_SIZE, gain, 4 if cache == "fp32" else 2)
-            tiles = shape.tiles(target)
-            if shape.group == 1:
-                config = {"BLOCK_N": shape.shorter(tiles.vector_n), "warps": tiles.vector_warps, "stages": 1}
-                cases.append(_case(decode_vector, name, target, shape, cache, SPLITS=_SPLITS, **config))
-            else:
-                config = {
-                    "BLOCK_N": shape.shorter(tiles.dot_n),
-                    "warps": tiles.dot_warps,
-                    "stages": tiles.dot_stages,
-                    "BLOCK_M": 16,
-                }
-                cases.append(_case(decode_dot, name, target, shape, cache, SPLITS=_SPLITS, **config))
-            if name != "7B" or not gain:  # with 8 bits the same code as 8B's but for two numbers
-                config = {
-                    "BLOCK_N": shape.shorter(tiles.prefill_n),
-                    "warps": tiles.prefill_warps,
-                    "stages": tiles.prefill_stages,
-                }
-                config |= {"BLOCK_M": shape.prefill_rows(tiles), "APART": tiles.prefill_apart}
-                cases.append(_case(prefill, name, target, shape, cache, **config))
-    pointers = ("partial", "maxima", "sums", "contexts", "starts", "out")
-    kinds = ("*fp32", "*fp32", "*fp32", "*i32", "*i32", "*fp16" if target == "sm_75" else "*bf16")
-    constexprs = {"HEADS": 32, "HEAD_DIM": 128, "DIM": 128, "BLOCK_N": 32, "SPLITS": _SPLITS}
-    cases.append(
-        straight_case(
-            decode_reduce, "7B", dict(zip(pointers, kinds, strict=True)), constexprs,
-            units=_SPLITS * 128, bytes_per_unit=4, num_warps=1,
-        )
-    )  # fmt: skip
-    return cases

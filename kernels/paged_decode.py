@@ -21,7 +21,7 @@ def split_length(context, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
     return tl.maximum(tl.cdiv(tl.cdiv(context, BLOCK_N), SPLITS), 1) * BLOCK_N
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def decode_vector(
     q, k_cache, v_cache, k_scales, v_scales, tables, contexts, starts, out, partial, maxima, sums, scale, table_stride,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -76,7 +76,7 @@ def decode_vector(
         tl.store(sums + part, whole)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def decode_dot(
     q, k_cache, v_cache, k_scales, v_scales, tables, contexts, starts, out, partial, maxima, sums, scale, table_stride,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,

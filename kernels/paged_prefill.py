@@ -24,7 +24,7 @@ def _sequence_of(starts, index, num_sequences, BLOCK_Q: tl.constexpr):
     return low - 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "num_sequences"])
 def prefill(
     q, k_cache, v_cache, k_scales, v_scales, tables, contexts, starts, out, scale, table_stride, num_sequences,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,

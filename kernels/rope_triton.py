@@ -9,9 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from guanaco.kernels.elementwise import straight_case
 from guanaco.kernels.layer_cache import CODE_LIMITS, LayerCache
-from guanaco.kernels.triton_compile import TARGETS, CompileCase
 
 # e4m3 conversions exist from compute capability 8.9 on.
 FP8_TARGETS = ("sm_89", "sm_90", "sm_100", "sm_120")
@@ -113,32 +111,3 @@ def cache_arguments(cache: LayerCache) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _block_heads(pairs: int, heads: int) -> int:
     """Heads of one program: 8 pairs, so 16 bytes of 16-bit numbers, for each of a warp's lanes."""
     return int(min(max(1, 256 // pairs), triton.next_power_of_2(heads)))
-
-
-def compile_cases(target: str) -> list[CompileCase]:
-    """One token of LLaMA-7B, LLaMA-3 8B and the demo; the cache in 16 bits and in 8."""
-    act = "*fp16" if target == "sm_75" else "*bf16"
-    cases = []
-    for name, heads, kv_heads, head_dim in (("7B", 32, 32, 128), ("8B", 32, 8, 128), ("demo", 9, 3, 64)):
-        for cache, limit in ((act, 0.0), ("*i8", 127.0), ("*fp8e4nv", 448.0)):
-            scales = cache if limit == 0 else "*fp32"
-            pairs = head_dim // 2
-            block_heads = _block_heads(pairs, heads)
-            signature = {
-                "q": act, "k": act, "v": act, "cos": "*fp32", "sin": "*fp32", "k_cache": cache, "v_cache": cache,
-                "k_scales": scales, "v_scales": scales, "slots": "*i64", "rotated": act,
-                "q_stride": "i32", "k_stride": "i32", "v_stride": "i32",
-            }  # fmt: skip
-            constexprs = {
-                "HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim, "PAIRS": pairs, "BLOCK_HEADS": block_heads,
-                "BLOCK_SIZE": 16, "LIMIT": limit,
-            }  # fmt: skip
-            # Both sides of the kernel's branch are counted: queries, and keys with values.
-            cases.append(
-                straight_case(
-                    rope_and_cache_kernel, f"{name} {cache[1:]}", signature, constexprs,
-                    units=3 * block_heads * head_dim, bytes_per_unit=2, num_warps=1,
-                    targets=FP8_TARGETS if limit == 448.0 else TARGETS,
-                )
-            )  # fmt: skip
-    return cases

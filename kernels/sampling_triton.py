@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from guanaco.kernels.ops import Draw
-from guanaco.kernels.triton_compile import CompileCase
 
 _BLOCK = 2048
 _WARPS = 8
@@ -170,19 +169,3 @@ def draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
         tokens, vocab, BLOCK=_BLOCK, num_warps=_WARPS,
     )  # fmt: skip
     return tokens
-
-
-def compile_cases(target: str) -> list[CompileCase]:  # noqa: ARG001  the same for all
-    """A row of LLaMA-3's vocabulary: a unit is a logit, and the main loop one of the passes over them."""
-    vocab = 128256
-    signature = {
-        "logits": "*fp32", "temperatures": "*fp32", "top_ks": "*i32", "top_ps": "*fp64", "min_ps": "*fp64",
-        "noises": "*fp64", "tokens": "*i64", "vocab": "i32",
-    }  # fmt: skip
-    return [
-        CompileCase(
-            kernel="draw", function=draw_kernel, rows=1, config=f"vocabulary {vocab}", signature=signature,
-            constexprs={"BLOCK": _BLOCK}, num_warps=_WARPS, units_per_iteration=_BLOCK, marker=("bytes", 4.0),
-            units=vocab, bytes_floor=4 * vocab, bytes_per_unit=4.0, loop_turns={-1: float(vocab)},
-        )
-    ]  # fmt: skip

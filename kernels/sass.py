@@ -112,12 +112,15 @@ def count_tensor_core(instructions: Iterable[Instruction]) -> int:
     return sum(bool(_TENSOR_CORE.match(i.opcode)) for i in instructions)
 
 
-def load_width_at_least(instructions: Iterable[Instruction], num_bytes: float) -> int:
-    """The least width that loads bringing `num_bytes` of one kind can have; 0 if the code loads less than that.
+def load_width(instructions: Iterable[Instruction], num_bytes: float) -> int:
+    """How wide the loads are that bring `num_bytes` of one kind; 0 if the code loads less than that.
 
-    Narrower loads together bring less than `num_bytes`, so the data in question cannot have come through them alone.
+    The widest whose loads bring exactly so much, else the least that they can have: narrower loads together bring less
+    than `num_bytes`, so the data in question cannot have come through them alone.
     """
     widths = _widths(instructions)
+    if exact := [width for width, brought in widths.items() if brought == num_bytes]:
+        return max(exact)
     brought = 0
     for width in sorted(widths):
         brought += widths[width]
@@ -285,7 +288,8 @@ def disassemble(cubin: bytes, tools: Path) -> tuple[dict[str, Function], dict[st
     with tempfile.TemporaryDirectory(prefix="guanaco-sass-") as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        listing = _run(tools / "nvdisasm", "-c", str(path))
+        # Without the analysis of where branches come together, which takes a third of its time and adds nothing here.
+        listing = _run(tools / "nvdisasm", "-c", "-ndf", str(path))
         usage = _run(tools / "cuobjdump", "-res-usage", str(path))
     resources = {}
     for name, text in re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", usage):

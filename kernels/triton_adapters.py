@@ -92,10 +92,12 @@ class AdapterTables:
         max_rank, aligned = self.refresh(batch.table, slots)
         if max_rank == 0:
             return None
-        factors = torch.zeros((len(slots), num_rows), dtype=torch.float32, device=self._device)
-        for column, (rows, scales) in zip(factors, batch.rows_by_slot.values(), strict=True):
+        # Kernels are compiled for a number of adapters. For few numbers, so that not every new mix waits for that.
+        room = 1 << (len(slots) - 1).bit_length()
+        factors = torch.zeros((room, num_rows), dtype=torch.float32, device=self._device)
+        for column, (rows, scales) in zip(factors, batch.rows_by_slot.values(), strict=False):
             column.index_add_(0, rows, scales)
-        active = torch.tensor(slots, dtype=torch.int32, device=self._device)
+        active = torch.tensor(slots + [-1] * (room - len(slots)), dtype=torch.int32, device=self._device)
         return self.over(active, factors, rank_bucket(max_rank), aligned)
 
     def over(self, active_slots: Tensor, factors: Tensor, max_rank: int, aligned: bool) -> TritonLora:

@@ -1,7 +1,7 @@
 """Compiles a Triton kernel for a GPU that is not here and says what the machine code costs.
 
 Knows Triton's compiler and the limits of each compute capability; not what a kernel computes, nor any card's speed
-(cards.py). The kernel files describe themselves as `CompileCase`s; `guanaco bench kernels` calls `analyse`.
+(cards.py). triton_work.py makes a `CompileCase` of each launch of the provider; `guanaco bench kernels` analyses it.
 """
 
 import tempfile
@@ -39,10 +39,11 @@ class CompileCase:
     bytes_floor: int  # that the launch must move
     bytes_per_unit: float  # stored size of a unit: half a byte for a weight
     num_stages: int = 1
+    max_registers: int | None = None  # a thread
     not_divisible: Collection[str] = ()  # pointers and integers that are not multiples of 16
     has_loop: bool = True  # else one program's whole code handles units_per_iteration units
     loop_turns: Mapping[int, float] = field(default_factory=dict)  # of other loops, for the whole kernel's count
-    targets: Collection[str] = TARGETS
+    loaded_units: int = 0  # of a turn, those beyond a row's end included, which are loaded but not counted; 0: as many
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,12 @@ def compile_case(case: CompileCase, target: str) -> Compiled:
             source,
             target=GPUTarget("cuda", int(target.removeprefix("sm_")), _LANES),
             # Said outright because the default of the compiler changes with Triton 3.10.
-            options={"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": True},
+            options={
+                "num_warps": case.num_warps,
+                "num_stages": case.num_stages,
+                "maxnreg": case.max_registers,
+                "enable_fp_fusion": True,
+            },
         )
         return Compiled(kernel.asm["cubin"], kernel.asm["ptx"], kernel.metadata.shared)
 
@@ -157,7 +163,11 @@ class CountError(Exception):
 
 def analyse(case: CompileCase, target: str) -> Analysis:
     """Compile one case for one target and count. CountError if the code doesn't fit the case's description."""
-    compiled = compile_case(case, target)
+    return count_compiled(case, target, compile_case(case, target))
+
+
+def count_compiled(case: CompileCase, target: str, compiled: Compiled) -> Analysis:
+    """The counts of what `compile_case` made."""
     functions, resources = sass.disassemble(compiled.cubin, tools())
     # A division's slow path and the like are functions of their own; the kernel is the one that the case names.
     name = next(n for n in functions if case.function.__name__ in n)
@@ -168,7 +178,10 @@ def count(
     case: CompileCase, target: str, function: sass.Function, resources: sass.Resources, shared_bytes: int
 ) -> Analysis:
     """The counts of a function that is already disassembled; for kernels that somebody else compiled."""
-    lane_units = case.units_per_iteration / (_LANES * case.num_warps)
+    lane_units, lane_loads = (
+        units / (_LANES * case.num_warps)
+        for units in (case.units_per_iteration, case.loaded_units or case.units_per_iteration)
+    )
     loop, unrolled = _main_loop(case, function, lane_units) if case.has_loop else (None, 1)
     counted = loop.instructions if loop else function.instructions
     program_slots = _program_slots(case, function, loop, unrolled)
@@ -183,7 +196,7 @@ def count(
         kernel_slots_per_unit=program_slots,
         unrolled=unrolled,
         tensor_core_instructions=sass.count_tensor_core(function.instructions),
-        load_width_bytes=sass.load_width_at_least(counted, case.bytes_per_unit * lane_units * unrolled),
+        load_width_bytes=sass.load_width(counted, case.bytes_per_unit * lane_loads * unrolled),
         loop_barriers=loop.barriers if loop else 0,
         loop_shared_operations=loop.shared_memory_operations if loop else 0,
         loop_shuffles=loop.count("SHFL") if loop else 0,
@@ -198,25 +211,26 @@ def _marks(marker: str, instructions: tuple[sass.Instruction, ...]) -> float:
     return sum(i.opcode.startswith(marker) for i in instructions)
 
 
-def _main_loop(case: CompileCase, function: sass.Function, lane_units: float) -> tuple[sass.Loop, int]:
+def _main_loop(case: CompileCase, function: sass.Function, lane_units: float) -> tuple[sass.Loop | None, int]:
     """The loop with most of the marks, and how many of the source's turns it holds: as many as the marks suffice for.
 
     It is an innermost one, but for loops inside without any mark: from compute capability 10.0 on, tensor cores are
-    waited for in one. Too few marks for one turn mean that this is not the loop that was described, and nothing is
-    claimed of it.
+    waited for in one. None: ptxas has unrolled all of the program's turns, and no loop is left. Too few marks mean that
+    this is not the code that was described, and nothing is claimed of it.
     """
     name, per_unit = case.marker
     marked = [loop for loop in function.loops if _marks(name, loop.instructions)]
     loops = [loop for loop in marked if not any(other.blocks < loop.blocks for other in marked)]
-    if not loops:
-        raise CountError(f"{case.kernel} {case.config}: the machine code has no loop")
-    loop = max(loops, key=lambda candidate: _marks(name, candidate.instructions))
-    marks = _marks(name, loop.instructions)
+    if not loops and (function.loops or -1 not in case.loop_turns):
+        raise CountError(f"{case.kernel} {case.config}: the machine code has no such loop")
+    loop = max(loops, key=lambda candidate: _marks(name, candidate.instructions), default=None)
+    marks = _marks(name, loop.instructions if loop else function.instructions)
     unrolled = int(marks / (per_unit * lane_units) + 1e-9)
-    if unrolled < 1:
-        least = per_unit * lane_units
+    wanted = 1 if loop else int(case.loop_turns[-1] / case.units_per_iteration)
+    if unrolled < wanted:
+        least = per_unit * lane_units * wanted
         raise CountError(f"{case.kernel} {case.config}: {marks} x {name} in the main loop, {least:g} or more expected")
-    return loop, unrolled
+    return loop, unrolled if loop else wanted
 
 
 def _program_slots(case: CompileCase, function: sass.Function, loop: sass.Loop | None, unrolled: int) -> float:

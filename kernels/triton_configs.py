@@ -4,6 +4,8 @@ Chosen by counting machine code (`guanaco bench kernels`) and by arithmetic on b
 Knows no kernel's code. A tensor on the CPU means Triton's interpreter, which runs what sm_80 gets.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -11,6 +13,8 @@ import torch
 
 from guanaco.kernels.triton_compile import TARGETS
 
+# With all registers that a thread can have as its limit, ptxas does not spill a few so that more threads fit.
+NO_SPILLS = {"maxnreg": 255}
 _INTERPRETED = "sm_80"
 # Few, so that the tests' small shapes are split along k in some cases and not in others.
 _INTERPRETED_MULTIPROCESSORS = 4
@@ -80,12 +84,26 @@ def dot_splits(config: DotConfig, n: int, k: int, num_multiprocessors: int) -> i
 
 def target_of(device: torch.device) -> str:
     """The compute capability of a device as Triton names targets (sm_80), or the next lower listed one."""
-    return _device(device.type, device.index)[0]
+    return (_pretended or _device(device.type, device.index))[0]
 
 
 def multiprocessors(device: torch.device) -> int:
     """How many multiprocessors the device has."""
-    return _device(device.type, device.index)[1]
+    return (_pretended or _device(device.type, device.index))[1]
+
+
+_pretended: tuple[str, int] | None = None
+
+
+@contextmanager
+def pretending(target: str, num_multiprocessors: int) -> Iterator[None]:
+    """Any device counts as a card of this target: for what is compiled ahead of time. Not for several threads."""
+    global _pretended
+    before, _pretended = _pretended, (target, num_multiprocessors)
+    try:
+        yield
+    finally:
+        _pretended = before
 
 
 @lru_cache(maxsize=16)

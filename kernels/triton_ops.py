@@ -28,6 +28,9 @@ from guanaco.kernels.triton_configs import multiprocessors, target_of
 from guanaco.kernels.triton_layers import TritonLayers
 from guanaco.kernels.triton_pack import TritonNf4, can_pack, pack_nf4
 
+# What was counted, and measured against float64, was compiled so; Triton 3.10 is going to have another default.
+triton.knobs.language.default_fp_fusion = True
+
 # What this provider's code has and has not done, for the banner and `doctor`.
 HAS_RUN = "these kernels have never run on a GPU: Triton's interpreter and compiled code only"
 # Of the interpreter, which has no capability: what the kernels are tuned for first.
@@ -74,7 +77,7 @@ class TritonOps:
         """
         assert dtype in (torch.float32, torch.bfloat16, torch.float16), dtype
         on_gpu = device.type == "cuda"
-        if not on_gpu:
+        if device.type == "cpu":
             _need_interpreter()
         self.device = device
         self.dtype = dtype
@@ -91,7 +94,13 @@ class TritonOps:
         self._copier = PinnedCopier(device) if side_stream and on_gpu else None
         self._operand: tuple[LoraBatch | None, TritonLora | None] = (None, None)
         if on_gpu:
-            self.self_check()
+            try:
+                self.self_check()
+            except NativeUnavailable:
+                raise
+            except (RuntimeError, OSError, AssertionError, triton.TritonError) as error:
+                # No C compiler for Triton's launcher, a driver that is too old, a kernel that the card refuses.
+                raise NativeUnavailable(f"the triton kernels don't run here: {str(error).strip()[:300]}") from error
 
     def self_check(self) -> None:
         """A small product by every kernel against float64; NativeUnavailable if one is wrong.

@@ -114,7 +114,9 @@ def merge(parts: Sequence[TritonNf4]) -> TritonNf4:
     code_map = parts[0].map
     nested = [p.nested for p in parts if p.nested is not None]
     aligned = all(p.absmax.numel() % NESTED_GROUP_SIZE == 0 for p in parts[:-1])
-    same_map = code_map is not None and all(p.map is not None and torch.equal(p.map, code_map) for p in parts)
+    same_map = code_map is not None and all(
+        p.map is not None and (p.map is code_map or torch.equal(p.map, code_map)) for p in parts
+    )
     if same_map and aligned:
         return TritonNf4(words, torch.cat([p.absmax for p in parts]), torch.cat(nested), code_map)
     return TritonNf4(words, torch.cat([p.scales() for p in parts]), None, None)

@@ -13,6 +13,7 @@ import datetime
 import json
 import os
 import platform
+import shutil
 import sys
 import tempfile
 import traceback
@@ -26,7 +27,13 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "tests" / "support")]
 HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
+if HAS_GPU:
+    os.environ.pop("TRITON_INTERPRET", None)
+else:
+    if shutil.which("nvidia-smi"):
+        print(
+            f"THERE IS A GPU, but torch {torch.__version__} can't use it: make install with a CUDA build of torch first"
+        )
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is first imported
     import fast_interpreter
     import ptx_interpreter
@@ -83,8 +90,11 @@ TINY: dict[str, Any] = {
 class Report:
     """What was found so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, out: Path) -> None:
+        out.mkdir(parents=True, exist_ok=True)
         self.environment = _environment()
+        self.stem = out / f"gpu-check-{self.environment.get('target', 'interpreter')}-{datetime.date.today()}"
+        self.is_broken = False
         self.checks: list[dict[str, Any]] = []
         self.speed: list[dict[str, Any]] = []
         self.kernels: list[dict[str, Any]] = []
@@ -97,15 +107,27 @@ class Report:
             print(f"  WRONG: {part}: {check.what}: {check.error:.3g} (allowed: {check.allowed:.3g})", flush=True)
 
     def run(self, part: str, work: Callable[[], None]) -> None:
-        """One part; what it raises is noted, and the next ones still run."""
+        """One part; what it raises is noted, and the next ones still run. What was found so far is in the files."""
+        if self.is_broken:
+            self.failures.append({"part": part, "error": "not tried: the GPU's context is lost (see above)"})
+            return
         print(f"== {part}", flush=True)
         try:
             work()
         except Exception as error:
             traceback.print_exc()
             self.failures.append({"part": part, "error": f"{type(error).__name__}: {error}"})
-        if HAS_GPU:
+            if HAS_GPU and "CUDA error" in str(error):  # nothing runs in this process after an illegal access
+                self.is_broken = True
+        if HAS_GPU and not self.is_broken:
             torch.cuda.empty_cache()
+        self.write()
+
+    def write(self) -> None:
+        parts = ("environment", "checks", "failures", "kernels", "speed")
+        content = json.dumps({p: getattr(self, p) for p in parts}, indent=1) + "\n"
+        self.stem.with_suffix(".json").write_text(content)
+        self.stem.with_suffix(".md").write_text(markdown(self))
 
     @property
     def ok(self) -> bool:
@@ -288,12 +310,12 @@ def step_bytes(
 
 
 def share(num_bytes: int, seconds: float) -> float | None:
-    """Of the card's bandwidth by its data sheet."""
+    """Of the card's bandwidth."""
     if not HAS_GPU:
         return None
-    from guanaco.server.bench_kernels_gpu import bandwidth
+    from guanaco.server.bench_kernels_gpu import roofline_share
 
-    return round(num_bytes / seconds / bandwidth(torch.cuda.get_device_name(0)), 3)
+    return roofline_share(num_bytes, seconds)
 
 
 def fits(size: str) -> bool:
@@ -347,7 +369,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sizes", default="7b,13b,33b,65b" if HAS_GPU else "tiny", help=f"of {', '.join(SIZES)}")
     args = parser.parse_args(arguments)
     sizes = FULL if HAS_GPU else TINY
-    report = Report()
+    report = Report(args.out)
     with tempfile.TemporaryDirectory(prefix="guanaco-gpu-") as name:
         folder = Path(name)
         check_kernels(report, sizes)
@@ -358,12 +380,8 @@ def main(arguments: list[str] | None = None) -> int:
                 report.run(f"speed, {size}", lambda size=size: measure(report, size, sizes, folder))  # type: ignore[misc]
             else:
                 report.speed.append({"size": size, "skipped": "does not fit in the memory that is free"})
-    args.out.mkdir(parents=True, exist_ok=True)
-    stem = args.out / f"gpu-check-{report.environment.get('target', 'interpreter')}-{datetime.date.today()}"
-    parts = ("environment", "checks", "failures", "kernels", "speed")
-    stem.with_suffix(".json").write_text(json.dumps({p: getattr(report, p) for p in parts}, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(markdown(report))
-    print(f"{'all is right' if report.ok else 'SOMETHING IS WRONG'}: {stem}.json, {stem}.md")
+    report.write()
+    print(f"{'all is right' if report.ok else 'SOMETHING IS WRONG'}: {report.stem}.json, {report.stem}.md")
     return 0 if report.ok else 1
 
 

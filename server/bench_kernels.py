@@ -1,6 +1,6 @@
 """`guanaco bench kernels`: what the machine code of every Triton kernel costs on every target, on any machine.
 
-Collects the cases that the kernel files describe, has them compiled and counted, and prints one list. Counts of a
+Has what the provider launches (kernels/triton_launches.py) compiled and counted, and prints one list. Counts of a
 shipped bitsandbytes library come from the same counter. Times only exist with a GPU: bench_kernels_gpu.py.
 """
 
@@ -21,27 +21,12 @@ from guanaco.server.errors import CommandError
 _SIDE = 4096  # of the square matrix that bitsandbytes' bytes and bounds are stated for
 
 
-def kernel_files() -> tuple[Any, ...]:
-    """The modules with Triton kernels, each with `compile_cases(target)`. Imported here: they need Triton."""
-    from guanaco.kernels import (
-        elementwise,
-        lora_prompt,
-        lora_triton,
-        nf4_dequant,
-        nf4_dot,
-        nf4_simt,
-        paged_attention,
-        rope_triton,
-        sampling_triton,
-    )
-
-    products = (nf4_simt, nf4_dot, nf4_dequant, lora_triton, lora_prompt)
-    return (*products, paged_attention, elementwise, rope_triton, sampling_triton)
-
-
 def collect_cases(target: str) -> list[CompileCase]:
-    """All cases of all kernel files that exist for this target."""
-    return [case for file in kernel_files() for case in file.compile_cases(target) if target in case.targets]
+    """Every variant of every kernel that the provider launches on this target. Imported here: it needs Triton."""
+    from guanaco.kernels.triton_launches import launches
+    from guanaco.kernels.triton_work import case_of
+
+    return [case_of(launch) for launch in launches(target)]
 
 
 def entry(case: CompileCase, target: str, analysis: Analysis) -> dict[str, Any]:

@@ -41,19 +41,28 @@ def product_times(rows: Sequence[int] = _ROWS) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for count in rows:
         times: dict[str, Any] = {"rows": count, **_times(count, weight, device, dtype)}
-        floor = (weight.num_bytes + 4 * count * _SIDE) / bandwidth(torch.cuda.get_device_name(device))
-        times["roofline_share"] = round(floor * 1e6 / times["microseconds"], 3)
+        times["roofline_share"] = roofline_share(weight.num_bytes + 4 * count * _SIDE, times["microseconds"] * 1e-6)
         found.append(times)
     return found
 
 
-def bandwidth(name: str) -> float:
-    """Bytes/s by the data sheet where the card is listed, else as its driver states the memory's clock and width."""
+def roofline_share(num_bytes: float, seconds: float) -> float | None:
+    """Of the memory's bandwidth; None where nobody says what that is."""
+    known = bandwidth(torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0))
+    return None if known is None else round(num_bytes / seconds / known, 3)
+
+
+def bandwidth(name: str, properties: Any) -> float | None:
+    """Bytes/s as the driver states the memory's clock (kHz) and width, which tells a card's variants apart; else by the
+    data sheet, where a card of this very name is listed."""
+    clock, width = (getattr(properties, key, 0) for key in ("memory_clock_rate", "memory_bus_width"))
+    if clock and width:
+        return float(2 * clock * 1e3 * width / 8)
+    words = name.replace("-", " ").split()
     for card in CARDS:
-        if card.name.split(" ")[-1 if card.name.startswith("RTX") else 0] in name:
+        if all(word in words for word in card.name.split() if word not in ("SXM", "80", "GB")):
             return card.bandwidth_bytes
-    properties = torch.cuda.get_device_properties(0)
-    return float(2 * properties.memory_clock_rate * 1e3 * properties.memory_bus_width / 8)
+    return None
 
 
 def _times(rows: int, weight: nf4.Nf4Weight, device: torch.device, dtype: torch.dtype) -> dict[str, float | None]:

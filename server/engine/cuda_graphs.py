@@ -55,7 +55,8 @@ class CudaCapture:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Only what this thread does counts: another one may touch the GPU meanwhile, to look how much is free.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits = run()
         self._pool = self._pool or graph.pool()
 

@@ -1,17 +1,12 @@
 """Attention by the Triton kernels, in Triton's interpreter, against float64; and what their machine code says."""
 
-import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import attention_cases
 import pytest
 import torch
 from attention_cases import Case, make_case
-from compiled_counts import counts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tolerances import RELATIVE_L2, relative_l2
@@ -19,11 +14,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from guanaco.kernels import triton_compile
-from guanaco.kernels.cards import hardest_card
 from guanaco.kernels.layer_cache import LayerCache, Sequences
 from guanaco.kernels.paged_attention import Tiles, num_splits, paged_attention
-from guanaco.kernels.triton_compile import TARGETS
 from guanaco.models.memory import mapped_zeros
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -236,44 +228,3 @@ def test_planted_bugs_are_found(heads: int, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(math, "log2", lambda _: 1.0)
     with pytest.raises(AssertionError, match="relative l2"):
         check(case(), Attention())
-
-
-# ---- machine code
-
-
-def _kind(e: dict[str, Any]) -> str:
-    cache = e["config"].partition(", ")[2]
-    return cache if cache in ("16 bits", "fp32") else "8 bits"
-
-
-def test_machine_code(proof_count: Callable[[int, int], int], tmp_path: Path) -> None:
-    """Every kernel for every target: no spills, no local memory, 16-byte loads; issue slots as the budgets say.
-
-    For decode they are few enough that memory is the limit on the hardest card of the target, but for 8-bit caches on
-    B200, which has 4.4 slots for a byte.
-    """
-    budgets = json.loads((Path(triton_compile.__file__).parent / "triton_budgets.json").read_text())
-    targets = ("sm_90", *(t for t in TARGETS if t != "sm_90"))[: proof_count(1, len(TARGETS))]
-    found = counts([f"paged_attention:{target}" for target in targets], tmp_path)
-    assert {e["kernel"] for e in found} == {"decode_vector", "decode_dot", "decode_reduce", "prefill"}
-    for e in found:
-        assert (e["spills"], e["local_bytes"], e["load_width_bytes"]) == (0, 0, 16), e
-        assert e["occupancy"] > 0, e
-        if e["kernel"] == "decode_vector":
-            assert (e["loop_barriers"], e["loop_shared_operations"]) == (0, 0), e
-        if e["kernel"] in ("decode_vector", "decode_dot") and (e["target"], _kind(e)) != ("sm_100", "8 bits"):
-            card = hardest_card(e["target"])
-            assert e["kernel_slots_per_unit"] <= card.slots_per_unit(
-                {"16 bits": 2.0, "fp32": 4.0, "8 bits": 1.0}[_kind(e)]
-            ), e
-        if (e["kernel"] in ("decode_dot", "prefill")) and e["target"] != "sm_75" and _kind(e) != "fp32":
-            assert e["tensor_core_instructions"] > 0, e
-    for budget in budgets["issue_slots_per_kv_element"]:
-        for target in set(budgets["targets"]) & set(targets):
-            held = [
-                e for e in found
-                if (e["kernel"], e["target"], _kind(e)) == (budget["kernel"], target, budget["cache"])
-            ]  # fmt: skip
-            limit = budget["limit"].get(target, budget["limit"]["default"])
-            assert held
-            assert max(e["issue_slots_per_unit"] for e in held) <= limit, (budget, target)

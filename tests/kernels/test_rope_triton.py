@@ -1,12 +1,8 @@
 """Rotary embedding and the KV write, in Triton's interpreter, against float64; the cache in 16, 32 and 8 bits."""
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
 from attention_cases import check_codes, poisoned_cache
-from compiled_counts import counts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tolerances import RELATIVE_L2, relative_l2
@@ -14,8 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from guanaco.kernels.rope_triton import FP8_TARGETS, rope_and_cache
-from guanaco.kernels.triton_compile import TARGETS
+from guanaco.kernels.rope_triton import rope_and_cache
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # float16: one rounding to 11 bits is off by 2^-11 = 4.9e-4 of a value at most.
@@ -132,12 +127,3 @@ def test_a_wrong_slot_and_a_wrong_angle_are_found(nan_poison: None) -> None:
     check(keys[rope.slots], turned(rope.k, rope.angles), torch.float32)
     with pytest.raises(AssertionError):
         check(keys[rope.slots.flip(0)], turned(rope.k, rope.angles), torch.float32)
-
-
-def test_machine_code(proof_count: Callable[[int, int], int], tmp_path: Path) -> None:
-    """Every form compiles, e4m3 where cards have it; no spills, no local memory, heads are read 16 bytes at a time."""
-    targets = ("sm_89", *(t for t in TARGETS if t != "sm_89"))[: proof_count(1, len(TARGETS))]
-    found = counts([f"rope_triton:{target}" for target in targets], tmp_path)
-    assert len(found) == sum(9 if target in FP8_TARGETS else 6 for target in targets)
-    for e in found:
-        assert (e["spills"], e["local_bytes"], e["load_width_bytes"]) == (0, 0, 16), e

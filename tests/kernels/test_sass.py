@@ -93,9 +93,10 @@ def test_the_width_that_is_claimed_is_the_least_possible() -> None:
     """16 bytes in four narrow loads and 64 in wide ones: 16 bytes may all have come narrow, 17 can't have."""
     code = [sass.Instruction("LDG.E", "", predicated=False)] * 4
     code += [sass.Instruction("LDG.E.128", "", predicated=False)] * 4
-    assert sass.load_width_at_least(code, 16) == 4
-    assert sass.load_width_at_least(code, 17) == 16
-    assert sass.load_width_at_least(code, 81) == 0
+    assert sass.load_width(code, 16) == 4
+    assert sass.load_width(code, 17) == 16
+    assert sass.load_width(code, 64) == 16, "the wide ones bring just that"
+    assert sass.load_width(code, 81) == 0
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The counter of machine code, on kernels with a loop that was counted by eye and with planted faults."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -111,3 +112,16 @@ def test_interpreted_kernels_are_not_compiled() -> None:
     case = CompileCase("k", None, 1, "", {}, {}, 1, 1, ("bytes", 1.0), 1, 1, 1.0)
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
         triton_compile.compile_case(case, "sm_80")
+
+
+def test_a_loop_that_ptxas_unrolled_whole_is_counted_as_its_turns() -> None:
+    """Two turns of four numbers a lane, ten instructions with what is around; a third turn would be missing."""
+    load = "        /*0000*/                   LDG.E.128 R4, [R2.64] ;\n"
+    rest = "        /*0010*/                   FADD R5, R4, R5 ;\n" * 7 + "        /*0020*/                   EXIT ;\n"
+    function = sass.parse('\t.section\t.text.k,"ax",@progbits\n.text.k:\n' + 2 * load + rest)["k"]
+    case = CompileCase("k", None, 1, "", {}, {}, 1, 128, ("bytes", 4.0), 256, 1024, 4.0, loop_turns={-1: 256.0})
+    found = triton_compile.count(case, "sm_90", function, sass.Resources(32, 0, 0, 0), 0)
+    assert (found.issue_slots_per_unit, found.unrolled, found.load_width_bytes) == (10 / 8, 2, 16)
+    longer = dataclasses.replace(case, loop_turns={-1: 384.0})
+    with pytest.raises(triton_compile.CountError, match="48 or more expected"):
+        triton_compile.count(longer, "sm_90", function, sass.Resources(32, 0, 0, 0), 0)

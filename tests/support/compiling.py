@@ -8,7 +8,9 @@ from pathlib import Path
 TIMEOUT_SECONDS = 280
 
 
-def run_compiling(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+def run_compiling(
+    arguments: list[str], folder: Path, *, timeout: int = TIMEOUT_SECONDS
+) -> subprocess.CompletedProcess[str]:
     """Run Python on a script (or `-m module`) with the interpreter off; whatever is cached stays in `folder`."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
     environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": str(Path(__file__).parent)}
@@ -18,7 +20,7 @@ def run_compiling(arguments: list[str], folder: Path) -> subprocess.CompletedPro
         env=environment,
         capture_output=True,
         text=True,
-        timeout=TIMEOUT_SECONDS,
+        timeout=timeout,
     )
 
 
