@@ -41,9 +41,9 @@ QUICK = [
     *(f"{target}:{pattern}" for target in ("sm_86", "sm_89") for pattern in (_ONE_ROW, _DOT_16)),
     r"sm_80:nf4_simt 1 12288x4096 none bf16.* rank 8 unaligned",
     r"sm_80:nf4_dot 8 576x576, .*",
-    r"sm_80:nf4_dot_finish 16 n 22016, .*, 8 adapters .*",
+    r"sm_90:nf4_dot_finish (8|64) n 22016, .*, 8 adapters .*",
     r"sm_80:(nf4_dequant|lora_shrink_prompt) 512 (3 parts, k 4096|16777216).*",
-    r"sm_90:decode_(vector|dot) \d+ 32/(32|8) heads of 128, (bf16|i8) .* 8 splits.*",
+    r"sm_90:decode_(vector 2|dot 8|dot 16) 32/(32|8) heads of 128, (bf16|i8) .*",
     r"sm_90:decode_vector 8 32/32 heads of 128, i8 .* 2 splits.*",
     r"sm_90:prefill 512 32/8 heads of 128, (bf16|i8) .*",
     r"sm_86:decode_reduce 1 32 heads of 128, 32 .* bf16",
@@ -102,7 +102,15 @@ def test_nothing_spills_or_uses_local_memory_and_everything_fits(counted: list[d
 def test_loads_are_wide(counted: list[dict[str, Any]]) -> None:
     """As many bytes come through loads of 16 as the weights (keys, values, matrices of adapters) have."""
     readers = [e for e in counted if e["kernel"] in READERS and e["constants"].get("ALIGNED", True)]
-    assert [e for e in readers if e["load_width_bytes"] < BUDGETS["load_width_bytes"]] == []
+    for e in readers:
+        # In short rows, whose only turn is counted with all that follows it, narrow loads of other things are as many.
+        # Eight bits of a head of 64 are 64 bytes: two warps' tiles of them come 8 bytes at a time.
+        if (e["kernel"] == "nf4_simt" and not e["has_loop"]) or (_cache(e), e["constants"].get("DIM")) == (
+            "8 bits",
+            64,
+        ):
+            continue
+        assert e["load_width_bytes"] >= BUDGETS["load_width_bytes"], e
 
 
 def test_issue_slots(counted: list[dict[str, Any]]) -> None:
