@@ -2,9 +2,9 @@
 
 One program for each row. What a sort would find is found by bisection over the bits of the weights e^((x − max) / T),
 which are numbers in [0, 1] and so in the order of their bits: first the least weight that the filters keep, then the
-weight that the noise falls on; each step adds up the weights above a level. Sums are float32 within a block and
-float64 over blocks, in a fixed order. Held to the sampler's numpy code by tests/kernels/test_sampling_triton.py in
-Triton's interpreter; NEVER RUN on a GPU so far. For the `triton` provider.
+weight that the noise falls on; each step adds up the weights above a level, in float32 for each place of a block and
+float64 over the places, in a fixed order. Held to the sampler's numpy code by tests/kernels/test_draw.py in Triton's
+interpreter; NEVER RUN on a GPU so far. Called by the `triton` provider.
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,8 @@ from guanaco.kernels.ops import Draw
 
 _BLOCK = 2048
 _WARPS = 8
+_MOST = tl.constexpr(1e38)  # as the reciprocal of a tiny temperature, so that it leaves a difference of 0 at 0
+_SETTINGS = tl.constexpr(5)  # numbers of a Draw
 _ONE_BITS = tl.constexpr(0x3F800000)  # of the largest weight, 1.0
 _STEPS = tl.constexpr(30)  # that bisect [0, 0x3f800000]
 # Keeps the noise below the sum that it is a share of, whatever the rounding of their product.
@@ -25,42 +27,43 @@ _BELOW_ONE = tl.constexpr(1.0 - 1e-15)
 
 
 @triton.jit
-def _weights(logits, start, vocab, largest, temperature, BLOCK: tl.constexpr):
+def _weights(logits, start, vocab, largest, inverse, BLOCK: tl.constexpr):
     column = start + tl.arange(0, BLOCK)
     x = tl.load(logits + column, mask=column < vocab, other=float("-inf"))
-    return tl.exp((x - largest) / temperature)
+    return tl.exp((x - largest) * inverse)
 
 
 @triton.jit
-def _above(logits, vocab, largest, temperature, bits, BLOCK: tl.constexpr):
+def _above(logits, vocab, largest, inverse, bits, BLOCK: tl.constexpr):
     """(number, float64 sum) of the weights that are greater than the one with these bits."""
     level = bits.to(tl.float32, bitcast=True)
-    count = tl.full((), 0, tl.int32)
-    mass = tl.full((), 0.0, tl.float64)
+    count = tl.zeros((BLOCK,), tl.int32)
+    mass = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocab, BLOCK):
-        weight = _weights(logits, start, vocab, largest, temperature, BLOCK)
-        count += tl.sum((weight > level).to(tl.int32))
-        mass += tl.sum(tl.where(weight > level, weight, 0.0)).to(tl.float64)
-    return count, mass
+        weight = _weights(logits, start, vocab, largest, inverse, BLOCK)
+        above = weight > level
+        count += above.to(tl.int32)
+        mass += tl.where(above, weight, 0.0)
+    return tl.sum(count), tl.sum(mass.to(tl.float64))
 
 
 @triton.jit
-def _ties(logits, vocab, largest, temperature, bits, BLOCK: tl.constexpr):
+def _ties(logits, vocab, largest, inverse, bits, BLOCK: tl.constexpr):
     level = bits.to(tl.float32, bitcast=True)
-    count = tl.full((), 0, tl.int32)
+    count = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, vocab, BLOCK):
-        count += tl.sum((_weights(logits, start, vocab, largest, temperature, BLOCK) == level).to(tl.int32))
-    return count
+        count += (_weights(logits, start, vocab, largest, inverse, BLOCK) == level).to(tl.int32)
+    return tl.sum(count)
 
 
 @triton.jit
-def _nth_tie(logits, vocab, largest, temperature, bits, n, BLOCK: tl.constexpr):
+def _nth_tie(logits, vocab, largest, inverse, bits, n, BLOCK: tl.constexpr):
     """The id of tie number n, from 0, in the order of ids."""
     level = bits.to(tl.float32, bitcast=True)
     seen = tl.full((), 0, tl.int32)
     token = tl.full((), 0, tl.int32)
     for start in range(0, vocab, BLOCK):
-        equal = (_weights(logits, start, vocab, largest, temperature, BLOCK) == level).to(tl.int32)
+        equal = (_weights(logits, start, vocab, largest, inverse, BLOCK) == level).to(tl.int32)
         here = (equal == 1) & (seen + tl.cumsum(equal, 0) == n + 1)
         token += tl.sum(tl.where(here, start + tl.arange(0, BLOCK), 0))
         seen += tl.sum(equal)
@@ -68,55 +71,55 @@ def _nth_tie(logits, vocab, largest, temperature, bits, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _filtered(logits, vocab, largest, temperature, top_k, top_p, min_p, noise, BLOCK: tl.constexpr):
+def _filtered(logits, vocab, largest, inverse, top_k, top_p, min_p, noise, BLOCK: tl.constexpr):
     """From likeliest to least likely, equal ones by id, as far as the filters go; what crosses top_p included."""
     zero = tl.full((), 0, tl.int32)
-    _, total = _above(logits, vocab, largest, temperature, zero, BLOCK)
+    _, total = _above(logits, vocab, largest, inverse, zero, BLOCK)
     room = tl.where(top_k > 0, top_k, vocab)
     share = tl.where(top_p < 1.0, top_p * total, total * 2.0)
     low, high = zero, zero + _ONE_BITS  # the least level of which something is kept lies in between
     for _ in range(_STEPS):
         middle = (low + high) // 2
-        count, mass = _above(logits, vocab, largest, temperature, middle, BLOCK)
+        count, mass = _above(logits, vocab, largest, inverse, middle, BLOCK)
         kept = (count < room) & (mass < share) & (middle.to(tl.float32, bitcast=True).to(tl.float64) >= min_p)
         low, high = tl.where(kept, low, middle + 1), tl.where(kept, middle, high)
     cut = high
-    count, mass = _above(logits, vocab, largest, temperature, cut, BLOCK)
+    count, mass = _above(logits, vocab, largest, inverse, cut, BLOCK)
     value = cut.to(tl.float32, bitcast=True).to(tl.float64)
     crossing = tl.ceil((share - mass) / tl.where(value > 0.0, value, 1.0))
-    ties = tl.minimum(_ties(logits, vocab, largest, temperature, cut, BLOCK), room - count)
+    ties = tl.minimum(_ties(logits, vocab, largest, inverse, cut, BLOCK), room - count)
     ties = tl.minimum(ties, tl.maximum(tl.minimum(crossing, 1e9), 1.0).to(tl.int32))
     target = (mass + ties.to(tl.float64) * value) * tl.minimum(noise, _BELOW_ONE)
     low, high = cut, zero + _ONE_BITS
     for _ in range(_STEPS):
         middle = (low + high) // 2
-        _, mass = _above(logits, vocab, largest, temperature, middle, BLOCK)
+        _, mass = _above(logits, vocab, largest, inverse, middle, BLOCK)
         low, high = tl.where(mass <= target, low, middle + 1), tl.where(mass <= target, middle, high)
-    _, mass = _above(logits, vocab, largest, temperature, high, BLOCK)
+    _, mass = _above(logits, vocab, largest, inverse, high, BLOCK)
     value = high.to(tl.float32, bitcast=True).to(tl.float64)
-    among = tl.where(high == cut, ties, _ties(logits, vocab, largest, temperature, high, BLOCK))
+    among = tl.where(high == cut, ties, _ties(logits, vocab, largest, inverse, high, BLOCK))
     n = tl.floor((target - mass) / tl.where(value > 0.0, value, 1.0)).to(tl.int32)
     n = tl.maximum(tl.minimum(n, among - 1), 0)
-    return _nth_tie(logits, vocab, largest, temperature, high, n, BLOCK)
+    return _nth_tie(logits, vocab, largest, inverse, high, n, BLOCK)
 
 
 @triton.jit
-def _unfiltered(logits, vocab, largest, temperature, noise, BLOCK: tl.constexpr):
+def _unfiltered(logits, vocab, largest, inverse, noise, BLOCK: tl.constexpr):
     """The id, in their order, that the noise falls on: first the block, then the place in it."""
-    zero = tl.full((), 0, tl.int32)
-    _, total = _above(logits, vocab, largest, temperature, zero, BLOCK)
-    target = total * tl.minimum(noise, _BELOW_ONE)
-    first, before = zero, tl.full((), 0.0, tl.float64)
-    passed = tl.full((), 0.0, tl.float64)
-    found = zero
+    zero, nothing = tl.full((), 0, tl.int32), tl.full((), 0.0, tl.float64)
+    total = nothing  # added up as below, to the last bit: the noise's share of it is passed in some block
     for start in range(0, vocab, BLOCK):
-        weight = _weights(logits, start, vocab, largest, temperature, BLOCK)
-        after = passed + tl.sum(tl.where(weight > 0.0, weight, 0.0)).to(tl.float64)
+        total += tl.sum(_weights(logits, start, vocab, largest, inverse, BLOCK)).to(tl.float64)
+    target = total * tl.minimum(noise, _BELOW_ONE)
+    first, before, passed, found = zero, nothing, nothing, zero
+    for start in range(0, vocab, BLOCK):
+        weight = _weights(logits, start, vocab, largest, inverse, BLOCK)
+        after = passed + tl.sum(weight).to(tl.float64)
         here = (found == 0) & (after > target)
         first, before = tl.where(here, start, first), tl.where(here, passed, before)
         found = tl.where(here, 1, found)
         passed = after
-    weight = _weights(logits, first, vocab, largest, temperature, BLOCK)
+    weight = _weights(logits, first, vocab, largest, inverse, BLOCK)
     sums = before + tl.cumsum(weight.to(tl.float64), 0)
     place = tl.arange(0, BLOCK)
     # The block's float32 sum may be past the target where the float64 one ends short of it: then its last token.
@@ -125,8 +128,10 @@ def _unfiltered(logits, vocab, largest, temperature, noise, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def draw_kernel(logits, temperatures, top_ks, top_ps, min_ps, noises, tokens, vocab, BLOCK: tl.constexpr):
+def draw_kernel(logits, settings, tokens, vocab, BLOCK: tl.constexpr):
+    """settings float64 [r, 5]: temperature, top_k, top_p, min_p and the noise."""
     row = tl.program_id(0).to(tl.int64)
+    settings += row * _SETTINGS
     logits += row * vocab
     largest = tl.full((), float("-inf"), tl.float32)
     token = tl.full((), 0, tl.int32)
@@ -136,36 +141,31 @@ def draw_kernel(logits, temperatures, top_ks, top_ps, min_ps, noises, tokens, vo
         top, place = tl.max(x, 0, return_indices=True, return_indices_tie_break_left=True)
         token = tl.where(top > largest, start + place, token)
         largest = tl.maximum(largest, top)
-    temperature = tl.load(temperatures + row)
+    temperature = tl.load(settings).to(tl.float32)
     if temperature > 0.0:
-        top_k, top_p, min_p = tl.load(top_ks + row), tl.load(top_ps + row), tl.load(min_ps + row)
-        noise = tl.load(noises + row)
+        inverse = tl.minimum(1.0 / temperature, _MOST)
+        top_k, top_p = tl.load(settings + 1).to(tl.int32), tl.load(settings + 2)
+        min_p, noise = tl.load(settings + 3), tl.load(settings + 4)
         if (top_k > 0) | (top_p < 1.0) | (min_p > 0.0):
-            token = _filtered(logits, vocab, largest, temperature, top_k, top_p, min_p, noise, BLOCK)
+            token = _filtered(logits, vocab, largest, inverse, top_k, top_p, min_p, noise, BLOCK)
         else:
-            token = _unfiltered(logits, vocab, largest, temperature, noise, BLOCK)
+            token = _unfiltered(logits, vocab, largest, inverse, noise, BLOCK)
     tl.store(tokens + row, token.to(tl.int64))
 
 
 def draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """int64 [r]: one token per row of float32 logits [r, vocab], as `Ops.draw` states; NaN must not be among them."""
+    """int64 [r]: one token per row of float32 logits [r, vocab], as `Ops.draw` states; NaN must not be among them.
+
+    One copy to the device, of 40 bytes a row, and nothing back: the tokens are the caller's to fetch.
+    """
     r, vocab = logits.shape
-    assert len(draws) == r
+    assert len(draws) == r, (len(draws), r)
+    assert logits.dtype == torch.float32, logits.dtype
     assert logits.is_contiguous()
     tokens = torch.empty(r, dtype=torch.int64, device=logits.device)
     if r == 0:
         return tokens
-
-    def column(values: list[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(logits.device, non_blocking=True)
-
-    draw_kernel[(r,)](
-        logits,
-        column([d.temperature for d in draws], torch.float32),
-        column([d.top_k for d in draws], torch.int32),
-        column([d.top_p for d in draws], torch.float64),
-        column([d.min_p for d in draws], torch.float64),
-        column([d.uniform for d in draws], torch.float64),
-        tokens, vocab, BLOCK=_BLOCK, num_warps=_WARPS,
-    )  # fmt: skip
+    rows = [(d.temperature, d.top_k, d.top_p, d.min_p, d.uniform) for d in draws]
+    settings = torch.tensor(rows, dtype=torch.float64).to(logits.device)
+    draw_kernel[(r,)](logits, settings, tokens, vocab, BLOCK=_BLOCK, num_warps=_WARPS)
     return tokens

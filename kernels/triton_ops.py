@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from guanaco.kernels import elementwise, nf4_dequant, nf4_dot, nf4_simt, rope_triton
+from guanaco.kernels import elementwise, nf4_dequant, nf4_dot, nf4_simt, rope_triton, sampling_triton
 from guanaco.kernels.elementwise import ScaledRows
 from guanaco.kernels.layer_cache import CODE_LIMITS, LayerCache, Sequences
 from guanaco.kernels.lora_batch import LoraBatch, LoraPair
@@ -277,10 +277,11 @@ class TritonOps:
         return out
 
     def draw(self, logits: Tensor, draws: Sequence[Draw]) -> list[int] | None:
-        """Greedy rows by a kernel whose ties go to the lowest; what is drawn at random is the caller's."""
-        if any(draw.temperature > 0 for draw in draws):
-            return None
-        tokens: list[int] = elementwise.argmax(logits.contiguous()).tolist()
+        """Only the tokens leave the GPU. One row is one program's where noise plays a part; where it plays none in all
+        of them, rows are spread over the card and nothing is copied there."""
+        random = any(draw.temperature > 0 for draw in draws)
+        logits = logits.contiguous()
+        tokens: list[int] = (sampling_triton.draw(logits, draws) if random else elementwise.argmax(logits)).tolist()
         return tokens
 
     def fuse(self, layers: Sequence[LayerWeights], *, head_dim: int, eps: float) -> TritonLayers | None:

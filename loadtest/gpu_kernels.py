@@ -16,6 +16,8 @@ from torch import Tensor
 from guanaco.kernels import Draw, load_ops, nf4
 from guanaco.kernels.layer_cache import LayerCache, decoded
 from guanaco.kernels.lora_batch import LoraBatch, LoraPair, LoraTable
+from guanaco.server.engine.request import SamplingParams
+from guanaco.server.engine.sampler import SamplingRow, sample
 
 # Issue 4's ceiling for products of NF4 weights; the interpreter's results are at 4e-4 and below.
 NF4_ALLOWED = 1.5e-3
@@ -24,6 +26,11 @@ FLOAT32_ALLOWED, ATTENTION_ALLOWED = 2e-6, 1e-3
 HALF_ALLOWED = 4e-3  # 16-bit activations: one rounding of the result to 8 bits
 # 8-bit caches: a number between two codes may get the other one where the last bit before it differs.
 CODES_ALLOWED = 5e-3
+DRAWS: list[dict[str, Any]] = [
+    {"temperature": temperature, **filters}
+    for temperature in (0.3, 1.0, 2.0)
+    for filters in ({}, {"top_p": 0.9}, {"top_k": 40, "top_p": 0.95}, {"min_p": 0.05})
+]
 RANKS = (4, 8, 16, 5, 64, 32, 128, 12)
 
 
@@ -116,6 +123,11 @@ def layer_checks(ops: Any, *, hidden: int, head_dim: int, heads: int, kv_heads: 
     logits[:, 900] = logits[:, 700]
     drawn = ops.draw(logits, [Draw(0.0, 0, 1.0, 0.0, 0.0)] * 5)
     yield Check("argmax, the lowest of equal ones", 0.0 if drawn == [700] * 5 else 1.0, 0.0)
+    logits = _randn(len(DRAWS), 1000, seed=10).to(device) * 3
+    rows = [SamplingRow(SamplingParams(max_tokens=1, seed=i, **draw), (), []) for i, draw in enumerate(DRAWS)]
+    ours, theirs = (sample(logits, rows, frozenset(), drawing) for drawing in (ops, None))
+    parted = sum(a.token_id != b.token_id for a, b in zip(ours, theirs, strict=True))
+    yield Check(f"drawn tokens that are not the sampler's, of {len(rows)}", float(parted), 0.0)
 
 
 def attention_checks(

@@ -3,6 +3,7 @@
 Two-layer models; the same kernels, launches and buffers as on a GPU, but for the capture of CUDA graphs itself.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from guanaco.kernels.lora_batch import LoraTable
 from guanaco.models.kv_cache import PagedKVCache
 from guanaco.models.llama import LlamaModel
 from guanaco.models.loader import load_model
+from guanaco.server.engine import sampler
 from guanaco.server.engine.block_manager import BlockManager
 from guanaco.server.engine.cuda_graphs import DecodeGraphs, RunEagerly
 from guanaco.server.engine.engine import Engine
@@ -134,7 +136,8 @@ def test_decode_steps_over_fixed_buffers_give_the_same(setting: Setting, expecte
     assert run(requests_of(setting)) == expected
     assert run.graphs is not None
     assert run.graphs.num_graphs >= 2
-    assert run([requests_of(setting)[3]]) == {"r3": expected["r3"]}, "a mixture alone: two adapters for one row"
+    (mixture,) = requests_of(setting, num_tokens=2)[3:4]
+    assert run([mixture]) == {"r3": expected["r3"][:2]}, "alone: two adapters for one row"
 
 
 def test_rows_that_pad_a_bucket_write_nowhere(setting: Setting) -> None:
@@ -151,18 +154,31 @@ def test_rows_that_pad_a_bucket_write_nowhere(setting: Setting) -> None:
             assert written == slots
 
 
-# ---- caches of 8 bits
-
-
-EIGHT_BITS = pytest.mark.parametrize("cache", CODE_LIMITS, ids=str)
-
-
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     """Rows that groups of 64 cross: weights that are multiplied in float32; and adapters in the form that is kept."""
     return make_setting(tmp_path_factory.mktemp("odd"), adapters=torch.float16, kind="odd")
 
 
+def test_tokens_are_drawn_where_the_logits_are(odd: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With noise, filters, penalties and a greedy row among them: what the sampler draws for the reference."""
+    ways: list[dict[str, Any]] = [
+        {"temperature": 0.9}, {"temperature": 0.7, "top_p": 0.8}, {"temperature": 0.0},
+        {"temperature": 1.5, "top_k": 20, "frequency_penalty": 0.5}, {"temperature": 1.0, "min_p": 0.05},
+    ]  # fmt: skip
+    requests = [
+        replace(one, params=replace(one.params, seed=7 + i, **ways[i])) for i, one in enumerate(requests_of(odd))
+    ]
+    expected = Run(odd, odd.reference)(requests)
+    monkeypatch.setattr(sampler, "_draw", None)  # the host's, which would need all of them
+    assert Run(odd, odd.triton)(requests) == expected
+    assert expected != Run(odd, odd.reference)(requests_of(odd)), "the noise did play a part"
+
+
+# ---- caches of 8 bits
+
+
+EIGHT_BITS = pytest.mark.parametrize("cache", CODE_LIMITS, ids=str)
 # How far a logit may be off: 1e-6 as a rule, with the same codes, but a number between two codes may get the other one
 # where its last bit differs (1.7e-3 was seen, int8). What rounding to codes itself does here: 2e-2 and 9e-2.
 ONE_CODE = {torch.int8: 5e-3, torch.float8_e4m3fn: 2e-2}
