@@ -19,7 +19,6 @@ class Card:
     bandwidth_bytes: float  # per second, of its memory
     multiprocessors: int
     clock_hz: float  # boost
-    l2_bytes: int
 
     @property
     def slots_per_second(self) -> float:
@@ -37,19 +36,20 @@ class Card:
         return units * slots_per_unit / self.slots_per_second
 
 
-# A100, RTX 3090, RTX 4090, L4 and H100 as the project's design pages list them (shared/design/kernels.md); T4, A10,
-# B200, RTX 5090 and all sizes of L2 from memory, not yet compared with a data sheet. Of the H100's clocks the lower,
-# which is the harder budget.
+# A100, RTX 3090, RTX 4090, L4 and H100 as the project's design pages list them (shared/design/kernels.md); of the
+# H100's clocks the lower, which is the harder budget. T4 as sysrqmts.com/en/gpus/nvidia/tesla/t4 and RTX 5090 as Linux
+# Format's review of May 2025 (pocketmags.com) repeat NVIDIA's figures; L4, A100 and H100 agree with such pages, too.
+# B200's multiprocessors and bandwidth are in several; for its clock they have 1.85 to 2.1 GHz. A10 is from memory.
 CARDS = (
-    Card("T4", "sm_75", 320e9, 40, 1.59e9, 4 << 20),
-    Card("A100 80 GB SXM", "sm_80", 2039e9, 108, 1.41e9, 40 << 20),
-    Card("RTX 3090", "sm_86", 936e9, 82, 1.70e9, 6 << 20),
-    Card("A10", "sm_86", 600e9, 72, 1.70e9, 6 << 20),
-    Card("RTX 4090", "sm_89", 1008e9, 128, 2.52e9, 72 << 20),
-    Card("L4", "sm_89", 300e9, 58, 2.04e9, 48 << 20),
-    Card("H100 SXM", "sm_90", 3350e9, 132, 1.76e9, 50 << 20),
-    Card("B200", "sm_100", 8000e9, 148, 1.85e9, 126 << 20),
-    Card("RTX 5090", "sm_120", 1792e9, 170, 2.41e9, 96 << 20),
+    Card("T4", "sm_75", 320e9, 40, 1.59e9),
+    Card("A100 80 GB SXM", "sm_80", 2039e9, 108, 1.41e9),
+    Card("RTX 3090", "sm_86", 936e9, 82, 1.70e9),
+    Card("A10", "sm_86", 600e9, 72, 1.70e9),
+    Card("RTX 4090", "sm_89", 1008e9, 128, 2.52e9),
+    Card("L4", "sm_89", 300e9, 58, 2.04e9),
+    Card("H100 SXM", "sm_90", 3350e9, 132, 1.76e9),
+    Card("B200", "sm_100", 8000e9, 148, 1.85e9),
+    Card("RTX 5090", "sm_120", 1792e9, 170, 2.41e9),
 )
 
 

@@ -190,7 +190,7 @@ _FINISH_BLOCK_N = 32
 
 def _finish_warps(columns: int) -> int:
     """As few as don't spill: adapters' tiles are small."""
-    return 1 if columns <= 16 else 2
+    return 1 if columns <= 16 else 2 if columns <= 32 else 4
 
 
 def product(

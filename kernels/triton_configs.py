@@ -56,7 +56,9 @@ _DOT = {
     "sm_100": _HOPPER,
     "sm_120": _BLACKWELL_CONSUMER,
 }
-DOT_MAX_ROWS = 64
+COLUMNS = (8, 16, 32, 64)
+DOT_MAX_ROWS = COLUMNS[-1]
+Tiles = dict[tuple[int, int], DotConfig]  # (columns, k)
 # A program along k has at least so many groups: fewer, and filling the pipeline is most of its time.
 _LEAST_GROUPS = 8
 _MOST_SPLITS = 16
@@ -66,6 +68,8 @@ _PROGRAMS_PER_MULTIPROCESSOR = 2
 def dot_config(target: str, rows: int, k: int) -> DotConfig:
     """The tile for 1 to 64 rows. KeyError for targets without tensor-core code in Triton 3.9 (sm_75)."""
     config = next(c for c in _DOT[target] if rows <= c.columns)
+    if _pretended is None and (config.columns, k) in _tuned:
+        return _tuned[config.columns, k]
     if k // 64 % config.groups == 0:
         return config
     # Also spills as 128 x 8 on sm_90 and sm_100.
@@ -93,6 +97,24 @@ def multiprocessors(device: torch.device) -> int:
 
 
 _pretended: tuple[str, int] | None = None
+_tuned: Tiles = {}
+
+
+def use_tuned(tiles: Tiles) -> None:
+    """From now on these, wherever there is one: on the one card of this process, not where another is pretended."""
+    _tuned.update(tiles)
+
+
+@contextmanager
+def tuned(tiles: Tiles) -> Iterator[None]:
+    """`use_tuned` for a while."""
+    before = dict(_tuned)
+    use_tuned(tiles)
+    try:
+        yield
+    finally:
+        _tuned.clear()
+        use_tuned(before)
 
 
 @contextmanager

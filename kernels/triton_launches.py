@@ -146,6 +146,20 @@ class ModelShape:
     kv_heads: int
     head_dim: int = 128
 
+    @property
+    def products(self) -> tuple[tuple[int, int], ...]:
+        """(n, k) of q|k|v, o, gate|up and down."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return (
+            (q + 2 * kv, self.hidden),
+            (self.hidden, q),
+            (2 * self.intermediate, self.hidden),
+            (
+                self.hidden,
+                self.intermediate,
+            ),
+        )
+
 
 # Guanaco's sizes (QLoRA, table 6), LLaMA-3 8B for its groups of heads, and the demo.
 MODELS = {

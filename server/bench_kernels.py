@@ -16,7 +16,10 @@ from rich.table import Table
 
 from guanaco.kernels import cards, sass
 from guanaco.kernels.triton_compile import TARGETS, Analysis, CompileCase, CountError, analyse, count, tools
+from guanaco.server.config import Settings
 from guanaco.server.errors import CommandError
+from guanaco.server.gpu import find_gpu
+from guanaco.server.gpu_wiring import tuned_path
 
 _SIDE = 4096  # of the square matrix that bitsandbytes' bytes and bounds are stated for
 
@@ -135,6 +138,24 @@ def run_bench_kernels(*, targets: str | None, kernels: str | None, bitsandbytes:
         print(json.dumps(entries, indent=1))
         return
     _print_table(entries)
+
+
+def tune_kernels(settings: Settings) -> None:
+    """Time the tiles of `nf4_dot` on the GPU that is here and keep the best. CommandError without one. NEVER RUN."""
+    gpu = find_gpu()
+    if gpu is None:
+        raise CommandError("--tune times kernels on an NVIDIA GPU, and torch finds none")
+    import torch
+
+    from guanaco.kernels import triton_tuning
+    from guanaco.kernels.triton_launches import MODELS
+    from guanaco.server.bench_kernels_gpu import microseconds
+
+    shapes = [shape for model in MODELS.values() for shape in model.products]
+    tiles = triton_tuning.tune(shapes, torch.device("cuda", 0), microseconds)
+    path = tuned_path(settings, gpu.name)
+    triton_tuning.save(path, triton_tuning.card_key(gpu.name, gpu.target), tiles)
+    print(f"{len(tiles)} tiles are faster than the usual ones here: {path}")
 
 
 def _add_times(entries: list[dict[str, Any]]) -> None:

@@ -71,8 +71,8 @@ def _times(rows: int, weight: nf4.Nf4Weight, device: torch.device, dtype: torch.
     handle = ops.prepare(weight.to(device), None)
     dense = weight.to(device).dequantize(dtype)
     return {
-        "microseconds": _microseconds(lambda: ops.linear(x, handle, None, 0)),
-        "torch_bf16_microseconds": _microseconds(lambda: torch.nn.functional.linear(x, dense)),
+        "microseconds": microseconds(lambda: ops.linear(x, handle, None, 0)),
+        "torch_bf16_microseconds": microseconds(lambda: torch.nn.functional.linear(x, dense)),
         "bitsandbytes_microseconds": _bitsandbytes(x, dense),
     }
 
@@ -85,10 +85,10 @@ def _bitsandbytes(x: torch.Tensor, dense: torch.Tensor) -> float | None:
     functional = importlib.import_module("bitsandbytes.functional")
     autograd = importlib.import_module("bitsandbytes.autograd._functions")
     packed, state = functional.quantize_4bit(dense, quant_type="nf4", compress_statistics=True)
-    return _microseconds(lambda: autograd.matmul_4bit(x, packed.t(), quant_state=state))
+    return microseconds(lambda: autograd.matmul_4bit(x, packed.t(), quant_state=state))
 
 
-def _microseconds(launch: Callable[[], Any]) -> float:
+def microseconds(launch: Callable[[], Any]) -> float:
     """Median of launches replayed from a CUDA graph, each after the L2 cache was overwritten."""
     for _ in range(_WARM_UPS):
         launch()

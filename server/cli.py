@@ -161,11 +161,15 @@ def bench(
     targets: Annotated[str | None, typer.Option(help="kernels: such as sm_80,sm_90 (none: all)")] = None,
     kernels: Annotated[str | None, typer.Option(help="kernels: only these, comma-separated")] = None,
     bitsandbytes: Annotated[Path | None, typer.Option(help="kernels: count this libbitsandbytes_cuda*.so too")] = None,
+    tune: Annotated[bool, typer.Option("--tune", help="kernels: time tiles on this GPU, for servers to use")] = False,
 ) -> None:
     """Time the offline engine: prompt tokens/s, and tokens/s over several streams. Or `bench kernels`."""
     if what == "kernels":
-        from guanaco.server.bench_kernels import run_bench_kernels
+        from guanaco.server.bench_kernels import run_bench_kernels, tune_kernels
 
+        if tune:
+            tune_kernels(settings)
+            return
         run_bench_kernels(targets=targets, kernels=kernels, bitsandbytes=bitsandbytes, as_json=as_json)
         return
     from guanaco.server.bench import run_bench

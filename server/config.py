@@ -68,6 +68,9 @@ class Settings(BaseSettings):
     cuda_graphs: bool = Field(
         True, description="triton: replay decode steps as CUDA graphs, and copy adapters on a stream of their own"
     )
+    tuned_kernels: bool = Field(
+        True, description="triton: use the tiles that `guanaco bench kernels --tune` timed on this card, if it did"
+    )
     cpu_isa: Literal["auto", "avx512vnni", "avx512", "avx2", "portable"] = Field(
         "auto", description="instruction set of the cpu provider"
     )

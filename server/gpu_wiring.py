@@ -3,6 +3,9 @@
 Used by `wiring`. Triton is only imported where that provider was chosen.
 """
 
+import re
+from pathlib import Path
+
 from guanaco.kernels import Ops
 from guanaco.models.config import LlamaConfig
 from guanaco.models.kv_cache import PagedKVCache
@@ -10,6 +13,7 @@ from guanaco.models.llama import LlamaModel, projection_shapes
 from guanaco.server.config import Settings
 from guanaco.server.engine.model_runner import DecodePath
 from guanaco.server.errors import CommandError
+from guanaco.server.gpu import find_gpu
 
 # Of the CUDA context, Triton's kernels and the library's workspaces: a guess, never measured.
 _CONTEXT_BYTES = 512 << 20
@@ -39,6 +43,25 @@ def make_decode_path(
         num_slots=settings.adapter_slots,
         capture=CudaCapture(),
     )
+
+
+def tuned_path(settings: Settings, name: str) -> Path:
+    """Where the tiles that were timed on a card of this name are."""
+    return settings.cache_dir / f"tuned-kernels-{re.sub('[^A-Za-z0-9]+', '-', name)}.json"
+
+
+def use_tuned_kernels(settings: Settings, ops: Ops) -> tuple[str, ...]:
+    """Take the tiles that were timed on this card, where they were and are wanted; what to say of it."""
+    if ops.name != "triton" or not settings.tuned_kernels:
+        return ()
+    gpu = find_gpu()
+    if gpu is None:
+        return ()
+    from guanaco.kernels import triton_configs, triton_tuning
+
+    tiles, note = triton_tuning.load(tuned_path(settings, gpu.name), triton_tuning.card_key(gpu.name, gpu.target))
+    triton_configs.use_tuned(tiles)
+    return (f"triton: {note}",) if note else ()
 
 
 def gpu_notes(settings: Settings, ops: Ops, model: LlamaModel) -> list[str]:

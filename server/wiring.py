@@ -38,7 +38,7 @@ from guanaco.server.engine.request import LoraRef
 from guanaco.server.engine.scheduler import Scheduler
 from guanaco.server.errors import CommandError
 from guanaco.server.gpu import find_gpu
-from guanaco.server.gpu_wiring import gpu_notes, gpu_reserve_bytes, make_decode_path
+from guanaco.server.gpu_wiring import gpu_notes, gpu_reserve_bytes, make_decode_path, use_tuned_kernels
 from guanaco.server.machine import look
 from guanaco.server.plan import GPU_KV_SHARE, KvRequest, MemoryPlan, plan_memory
 from guanaco.server.progress import reporting
@@ -94,6 +94,7 @@ def build_runtime(settings: Settings, console: Console) -> Runtime:
     """
     num_threads = settings.threads or look().cpu_count
     ops, reason = _load_provider(settings, num_threads)
+    tuned = use_tuned_kernels(settings, ops)
     kv_dtype = cache_dtype(settings, ops)
     # The native kernels have threads of their own; torch's would spin beside them after every little op.
     torch.set_num_threads(num_threads if ops.name == "reference" else 1)
@@ -111,7 +112,13 @@ def build_runtime(settings: Settings, console: Console) -> Runtime:
         kv_dtype=kv_dtype,
         engine=_build_engine(settings, base, registry, plan, ops, kv_dtype, table, slots),
         num_threads=num_threads,
-        notes=(*gpu_notes(settings, ops, base.loaded.model), *base.notes, *plan.notes, *_adapter_notes(registry, base)),
+        notes=(
+            *gpu_notes(settings, ops, base.loaded.model),
+            *tuned,
+            *base.notes,
+            *plan.notes,
+            *_adapter_notes(registry, base),
+        ),
     )
 
 

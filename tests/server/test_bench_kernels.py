@@ -9,7 +9,7 @@ from compiling import GUANACO, run_compiling
 
 pytest.importorskip("triton")
 
-from guanaco.server import bench_kernels
+from guanaco.server import bench_kernels, bench_kernels_gpu
 
 KEYS = [
     "kernel", "target", "rows", "config", "registers", "spills", "local_bytes", "shared_bytes", "occupancy",
@@ -71,3 +71,29 @@ def test_the_committed_counts_of_bitsandbytes_are_complete() -> None:
     results = json.loads(path.read_text())
     assert all(list(e) == KEYS for e in results["kernels"])
     assert {e["target"] for e in results["kernels"]} >= {"sm_80", "sm_86", "sm_89", "sm_90"}
+
+
+class _Properties:
+    """As the driver states them: kHz and bits."""
+
+    def __init__(self, clock: int, width: int) -> None:
+        self.memory_clock_rate, self.memory_bus_width = clock, width
+
+
+@pytest.mark.parametrize(
+    ("name", "properties", "gigabytes"),
+    [
+        ("NVIDIA H100 80GB HBM3", _Properties(2_619_000, 5120), 3352),
+        ("NVIDIA H100 PCIe", _Properties(1_593_000, 5120), 2039),  # not the SXM's
+        ("NVIDIA L40S", _Properties(9_001_000, 384), 864),  # not the L4's
+        ("NVIDIA L4", object(), 300),  # a torch that does not tell
+        ("NVIDIA GeForce RTX 4090", object(), 1008),
+        ("NVIDIA A100-SXM4-80GB", object(), 2039),
+        ("NVIDIA L40S", object(), None),
+        ("NVIDIA A10G", object(), None),
+    ],
+)
+def test_the_bandwidth_that_shares_are_of(name: str, properties: object, gigabytes: int | None) -> None:
+    found = bench_kernels_gpu.bandwidth(name, properties)
+    assert (found is None) == (gigabytes is None)
+    assert found is None or found / 1e9 == pytest.approx(gigabytes, rel=0.001)

@@ -27,6 +27,7 @@ OTHER_VALUE = {  # a text for each setting that is valid and not its default
     "strict_base": "true",
     "hub_adapters": "true",
     "cuda_graphs": "false",
+    "tuned_kernels": "false",
 }
 NAMES = sorted(Settings.model_fields)
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from typer.testing import CliRunner
 
 pytest.importorskip("triton")
 
+import guanaco.kernels.triton_ops  # noqa: F401  while kernels are made for the interpreter: a test switches that off
 from guanaco.kernels import NativeUnavailable
-from guanaco.server import doctor, wiring
+from guanaco.server import doctor, gpu_wiring, wiring
 from guanaco.server.cli import app
 from guanaco.server.config import load_settings
 from guanaco.server.errors import CommandError
@@ -103,3 +105,27 @@ def test_doctor_says_what_ran_where(monkeypatch: pytest.MonkeyPatch) -> None:
     findings = {f["name"]: f for f in json.loads(CliRunner().invoke(app, ["doctor", "--json"]).stdout)["findings"]}
     assert findings["GPU"]["value"] == "NVIDIA L4, sm_89, 24.0 GiB, 20.0 GiB free"
     assert "`auto` takes triton" in findings["kernel providers"]["value"]
+
+
+def test_tuned_tiles_are_used_unless_they_are_not_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from guanaco.kernels import triton_configs, triton_tuning
+
+    monkeypatch.setattr(gpu_wiring, "find_gpu", lambda: L4)
+    monkeypatch.setattr(triton_configs, "_tuned", {})
+    settings = load_settings({"cache": str(tmp_path)})
+    ops: Any = FakeOps()
+    assert gpu_wiring.use_tuned_kernels(settings, ops) == ()
+    tile = triton_configs.DotConfig(8, 64, 1, 2, 3)
+    path = gpu_wiring.tuned_path(settings, L4.name)
+    triton_tuning.save(path, triton_tuning.card_key(L4.name, L4.target), {(8, 4096): tile})
+    assert gpu_wiring.use_tuned_kernels(load_settings({"cache": str(tmp_path), "tuned_kernels": False}), ops) == ()
+    assert triton_configs._tuned == {}
+    (note,) = gpu_wiring.use_tuned_kernels(settings, ops)
+    assert "1 tiles as they were timed on this card" in note
+    assert triton_configs.dot_config("sm_89", 5, 4096) == tile
+
+
+def test_tuning_needs_a_gpu() -> None:
+    done = CliRunner().invoke(app, ["bench", "kernels", "--tune"])
+    assert done.exit_code == 2
+    assert "--tune times kernels on an NVIDIA GPU" in done.output
