@@ -188,9 +188,9 @@ def nf4_dot_finish(
 _FINISH_BLOCK_N = 32
 
 
-def _finish_warps(columns: int) -> int:
-    """As few as don't spill: adapters' tiles are small."""
-    return 1 if columns <= 16 else 2 if columns <= 32 else 4
+def _finish_warps(columns: int, splits: int) -> int:
+    """As few as don't spill: adapters' tiles are small, but all shares of a tile are on their way at once."""
+    return max(1 if columns <= 16 else 2, columns * splits // 128)
 
 
 def product(
@@ -244,7 +244,7 @@ def product(
         partial, y, row_factor, nothing if bias is None else bias, nothing if residual is None else residual, rows,
         weight.n, lora.modules[0] if lora is not None else 0, starts[1], starts[2], *operand,
         **_finish_constants(config.columns, splits, epilogue, bias is not None, lora),
-        num_warps=_finish_warps(config.columns), num_stages=1, **NO_SPILLS,
+        num_warps=_finish_warps(config.columns, splits), num_stages=1, **NO_SPILLS,
     )  # fmt: skip
 
 
