@@ -1,9 +1,12 @@
 """What the server counts of its adapters, as Prometheus series whose number no client and no operator can drive up.
 
-The first so many served names have series of their own, and give them up when they go; all others share one label.
+So many served names have series of their own: who comes first, for as long as it has traffic. One that is gone, or had
+none for an hour, gives its series up to a name that has; all others share one label. Whose rank is the highest would
+change all the time, and each change would take a series away and begin another at zero.
 Doesn't know adapters, only their names and versions. A part of `metrics`.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -11,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 DEFAULT_ADAPTER_LABELS = 64  # adapters with series of their own
+IDLE_SECONDS = 3600.0  # without traffic: then another one may have the series
 LOAD_RESULTS = ("ok", "refused", "failed")  # failed: not the adapter's fault
 # fetch: from the hub. read: the source, into a copy. ingest: check, hash and keep the copy. probe: try it out in the
 # engine. publish: make the name stand for it and write that down.
@@ -27,11 +31,14 @@ _LOAD_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 6
 class AdapterMetrics:
     """The series about adapters in one registry. All but `observe_stage` are for one thread."""
 
-    def __init__(self, registry: CollectorRegistry, *, num_slots: int, max_labels: int) -> None:
+    def __init__(
+        self, registry: CollectorRegistry, *, num_slots: int, max_labels: int, clock: Callable[[], float] = time.time
+    ) -> None:
         self._registry = registry
         self._num_slots = num_slots
         self._max_labels = max_labels
-        self._labels: set[str] = set()  # names that have series of their own
+        self._clock = clock
+        self._labels: dict[str, float] = {}  # names that have series of their own → when they were counted last
         self._served: frozenset[str] = frozenset()
         self._name_of: dict[str, str] = {}  # version → name
         self._lora_shown: tuple[str, str, str] | None = None
@@ -107,10 +114,8 @@ class AdapterMetrics:
     def set_names(self, name_of: dict[str, str]) -> None:
         """Adapter version → served name: what may have a label. Names that are gone lose theirs, for others to have."""
         self._name_of, self._served = dict(name_of), frozenset(name_of.values())
-        for gone in self._labels - self._served:
-            self._labels.discard(gone)
-            for series in self._by_adapter:
-                series.remove(gone)
+        for gone in self._labels.keys() - self._served:
+            self._give_up(gone)
 
     def count_request(self, adapter: str | None, mixed: Sequence[str]) -> None:
         """A request ended. mixed: the adapters of a mixture."""
@@ -143,14 +148,32 @@ class AdapterMetrics:
     def _label(self, adapter: str | None) -> str:
         if adapter is None:
             return BASE_LABEL
-        if adapter == MIXTURE_LABEL or adapter in self._labels:
+        if adapter == MIXTURE_LABEL:
             return adapter
-        if adapter not in self._served or len(self._labels) >= self._max_labels:
+        now = self._clock()
+        if adapter not in self._labels and (adapter not in self._served or not self._has_room(now)):
             return OTHER_LABEL
-        self._labels.add(adapter)
-        for series in self._by_adapter:  # all at once: they are removed together
-            series.labels(adapter)
+        is_new = adapter not in self._labels
+        self._labels[adapter] = now
+        if is_new:
+            for series in self._by_adapter:  # all at once: they are removed together
+                series.labels(adapter)
         return adapter
+
+    def _has_room(self, now: float) -> bool:
+        """Whether one more name may have series; one that has had no traffic for long gives its up."""
+        if len(self._labels) < self._max_labels:
+            return True
+        idle = min(self._labels, key=self._labels.__getitem__)
+        if now - self._labels[idle] < IDLE_SECONDS:
+            return False
+        self._give_up(idle)
+        return True
+
+    def _give_up(self, name: str) -> None:
+        del self._labels[name]
+        for series in self._by_adapter:
+            series.remove(name)
 
 
 class _Tiers(Collector):

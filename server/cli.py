@@ -91,7 +91,9 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="the user's message (with --raw: the text to continue)")],
     name: Annotated[str | None, typer.Option("--name", "-n", help="the base or an adapter, by its served name")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="most tokens to write")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token each time")] = 0.0,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="0 takes the most likely token each time (none: the profile's, or 0)")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="makes sampling repeatable")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="no chat template")] = False,
 ) -> None:

@@ -119,7 +119,9 @@ class Metrics:
         self._num_preempted = self._prefix_queries_tokens = self._prefix_hits_tokens = 0  # not in the series yet
         self._new_tokens: dict[str | None, int] = {}  # adapter → tokens, too
         self.registry.register(_First(self._catch_up))
-        self.adapters = AdapterMetrics(self.registry, num_slots=adapter_slots, max_labels=max_adapter_labels)
+        self.adapters = AdapterMetrics(
+            self.registry, num_slots=adapter_slots, max_labels=max_adapter_labels, clock=clock
+        )
         self._make_engine_series(model_name)
         self._make_request_series(model_name, max_model_len)
         self._make_own_series()

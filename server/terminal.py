@@ -137,27 +137,39 @@ def generate_once(
     *,
     name: str | None,
     max_tokens: int,
-    temperature: float,
+    temperature: float | None,
     seed: int | None,
     raw: bool,
 ) -> None:
-    """Answer `prompt` with the offline engine and write the text to standard output as it comes."""
+    """Answer `prompt` with the offline engine and write the text to standard output as it comes, as the server would:
+    by the adapter's profile. temperature: None: the profile's, or 0."""
+    from guanaco.adapters.profile import Profile
+    from guanaco.models.chat_template import load_template
     from guanaco.server.engine.detokenizer import Detokenizer
-    from guanaco.server.engine.request import FinishReason, Request, SamplingParams
+    from guanaco.server.engine.request import FinishReason, LoraRef, Request, SamplingParams
     from guanaco.server.wiring import build_runtime
 
     runtime = build_runtime(settings, Console(stderr=True))
-    tokenizer, room = runtime.base.tokenizer, runtime.plan.max_model_len
-    messages = [{"role": "user", "content": prompt}]
-    ids = tokenizer.encode(prompt) if raw else tokenizer.encode_chat(messages, template=runtime.base.template)
+    adapter = runtime.adapter(name)
+    profile = (adapter.profile if adapter is not None else None) or Profile()
+    tokenizer, room, template = runtime.base.tokenizer, runtime.plan.max_model_len, runtime.base.template
+    if profile.chat_template is not None:
+        template = load_template(profile.chat_template)
+    stops, ids = profile.stop, tokenizer.encode(prompt)
+    if not raw:
+        ids = tokenizer.encode_chat([{"role": "user", "content": prompt}], template=template)
+        used = template or tokenizer.chat_template
+        stops = (*stops, *(used.stop_strings if used is not None else ()))
     if len(ids) >= room:
         raise CommandError(f"the prompt has {len(ids)} tokens and the context {room}: nothing is left to write")
-    params = SamplingParams(max_tokens=min(max_tokens, room - len(ids)), temperature=temperature, seed=seed)
+    sampling: dict[str, Any] = {"temperature": 0.0, **profile.sampling}
+    if temperature is not None:
+        sampling["temperature"] = temperature
+    params = SamplingParams(max_tokens=min(max_tokens, room - len(ids)), seed=seed, stop_strings=stops, **sampling)
     detokenizer = Detokenizer(tokenizer, params, ids)
-    runtime.engine.add_request(
-        Request("generate", tuple(ids), params, runtime.loras_of(name), arrival_seconds=time.monotonic())
-    )
-    while runtime.engine.has_work:
+    loras = () if adapter is None else (LoraRef(adapter.version),)
+    runtime.engine.add_request(Request("generate", tuple(ids), params, loras, arrival_seconds=time.monotonic()))
+    while runtime.engine.has_work and detokenizer.stop_reason is None:
         for output in runtime.engine.step().outputs:
             if output.finish_reason is FinishReason.ERROR:
                 raise CommandError(f"the engine ended the request: {output.error}")

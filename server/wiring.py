@@ -16,7 +16,7 @@ from rich.console import Console
 from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.host_table import HostTable
 from guanaco.adapters.profile import named_profile
-from guanaco.adapters.registry import AdapterRegistry, parse_adapter_option, parse_name_option
+from guanaco.adapters.registry import AdapterEntry, AdapterRegistry, parse_adapter_option, parse_name_option
 from guanaco.adapters.slot_store import SlotStore
 from guanaco.adapters.slot_table import SlotTable
 from guanaco.adapters.weights import AdapterLimits, check_base
@@ -34,7 +34,6 @@ from guanaco.server.engine.block_manager import BlockManager
 from guanaco.server.engine.engine import Engine
 from guanaco.server.engine.limits import Limits
 from guanaco.server.engine.model_runner import ModelRunner
-from guanaco.server.engine.request import LoraRef
 from guanaco.server.engine.scheduler import Scheduler
 from guanaco.server.errors import CommandError
 from guanaco.server.gpu import find_gpu
@@ -76,15 +75,15 @@ class Runtime:
     num_threads: int
     notes: tuple[str, ...]
 
-    def loras_of(self, name: str | None) -> tuple[LoraRef, ...]:
-        """The adapters of a served name; none for the base. CommandError for an unknown one."""
+    def adapter(self, name: str | None) -> AdapterEntry | None:
+        """What a served name stands for; None for the base. CommandError for an unknown one."""
         if name is None or name == self.base.name:
-            return ()
+            return None
         entry = self.registry.resolve(name)
         if entry is None:
             known = ", ".join([self.base.name, *(e.name for e in self.registry.entries())])
             raise CommandError(f"nothing is called {name!r} here; there are: {known}")
-        return (LoraRef(entry.version),)
+        return entry
 
 
 def build_runtime(settings: Settings, console: Console) -> Runtime:

@@ -10,7 +10,7 @@ from adapter_client import complete, put
 from adapter_server import ADMIN, AdapterServer, make_adapter_server
 from api_server import BASE
 
-from guanaco.server.adapter_metrics import LOAD_STAGES
+from guanaco.server.adapter_metrics import IDLE_SECONDS, LOAD_STAGES
 from guanaco.server.metrics import Metrics, RequestStats
 
 
@@ -62,6 +62,27 @@ def test_who_goes_gives_its_series_to_others() -> None:
         sizes.add(num_series(metrics))
     assert len(sizes) == 1
     assert requests_by_adapter(metrics)["(other)"] == 20
+
+
+def test_who_is_idle_for_long_gives_its_series_to_who_has_traffic() -> None:
+    now = [0.0]
+    metrics = Metrics("base", max_model_len=128, max_adapter_labels=2, clock=lambda: now[0])
+    metrics.adapters.set_names({name: name for name in "abcd"})
+    for name in "abc":
+        metrics.observe_request(stats(name))
+    now[0] = IDLE_SECONDS - 1
+    for name in "ac":
+        metrics.observe_request(stats(name))
+    assert requests_by_adapter(metrics) == {"a": 2, "b": 1, "(other)": 2}, "b is not idle for long enough"
+    now[0] = IDLE_SECONDS
+    for name in "cad":
+        metrics.observe_request(stats(name))
+    assert requests_by_adapter(metrics) == {"a": 3, "c": 1, "(other)": 3}
+    assert read(metrics, "guanaco_adapter_prompt_tokens_total", adapter="b") is None, "all of its series go together"
+    assert read(metrics, "guanaco_adapter_prompt_tokens_total", adapter="c") == 0
+    now[0] += IDLE_SECONDS
+    metrics.observe_request(stats("b"))
+    assert requests_by_adapter(metrics)["b"] == 1, "it begins at zero again, as after a restart"
 
 
 def test_loads_and_tiers() -> None:

@@ -173,6 +173,27 @@ def test_history_renaming_and_a_restart(tmp_path: Path) -> None:
         assert ask(client, "outer") == one, "a pinned version that its name has left behind comes back too"
 
 
+def test_a_pinned_version_outlives_its_names_history_and_a_name_that_is_gone(tmp_path: Path) -> None:
+    with make_adapter_server(tmp_path) as server, server.client(headers=ADMIN) as client:
+        one, other = (put(client, "a", server.source(source, seed))["version"] for seed, source in enumerate("xy"))
+        point(client, "prod", split={f"a@{one}": 1, f"a@{other}": 0})
+        for seed in range(2, 13):  # the history has eight
+            put(client, "a", server.source("next", seed))
+        assert one not in client.get("/v1/adapters/a").json()["history"]
+        assert ask(client, "prod") == one
+    with make_adapter_server(tmp_path) as server, server.client(headers=ADMIN) as client:
+        assert ask(client, "prod") == one
+        client.put("/v1/aliases/prod", json={"target": f"a@{other}"})
+        assert ask(client, "prod") == other, "a weight of zero keeps it at hand"
+        client.delete("/v1/adapters/a")
+        assert error_code(complete(client, model="prod")) == "alias_target_missing"
+    with make_adapter_server(tmp_path) as server, server.client(headers=ADMIN) as client:
+        assert error_code(complete(client, model="prod")) == "alias_target_missing"
+        assert other in server.store.versions(), "nothing that an alias leads to is collected"
+        put(client, "a", server.source("new", 20))
+        assert ask(client, "prod") == other
+
+
 def test_a_pinned_version_that_is_damaged_is_said_at_the_start(tmp_path: Path) -> None:
     with make_adapter_server(tmp_path) as server, server.client(headers=ADMIN) as client:
         one, two = (put(client, "a", server.source(source, seed))["version"] for seed, source in enumerate("xy"))

@@ -99,6 +99,27 @@ def test_generate_is_repeatable_and_knows_adapters(model: Path, adapters: Path) 
     assert answer("--raw") != answer()
 
 
+def test_generate_heeds_a_profile(model: Path, adapters: Path, tmp_path: Path) -> None:
+    """Template, sampling and stop strings, as the server does."""
+
+    def answer(*arguments: object, profile: dict[str, object] | None = None) -> str:
+        given = ["generate", "hello", "--model", model, "--adapter", f"x={adapters}/a0", "--name", "x", "--seed", 3]
+        if profile is not None:
+            (tmp_path / "profile.json").write_text(json.dumps(profile))
+            given += ["--adapter-profile", f"x={tmp_path / 'profile.json'}"]
+        done = _guanaco(*given, "--max-tokens", 12, *arguments)
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    plain = answer()
+    assert answer(profile={"chat_template": "guanaco"}) != plain
+    assert answer(profile={"temperature": 1.5}) == answer("--temperature", 1.5) != plain
+    assert answer("--temperature", 0, profile={"temperature": 1.5}) == plain, "what is asked for goes first"
+    stop = plain[2:4]
+    assert answer(profile={"stop": [stop]}) == plain[: plain.index(stop)] + "\n"
+    assert answer("--raw", profile={"chat_template": "guanaco"}) == answer("--raw")
+
+
 def test_another_base_is_a_note_or_refused(model: Path, adapters: Path, tmp_path: Path) -> None:
     shutil.copytree(adapters / "a0", tmp_path / "other")
     weights = tmp_path / "other" / WEIGHTS_NAME
