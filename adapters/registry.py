@@ -172,7 +172,7 @@ class AdapterRegistry:
         with self._lock:
             entry = self._snapshot.entries.get(name) or self._snapshot.broken.get(name)
             if entry is None:
-                raise AdapterError("adapter_not_found", "no adapter of that name is loaded", "name")
+                raise AdapterError("adapter_not_found", "no adapter is called so; GET /v1/adapters lists them", "name")
             entries = {other: it for other, it in self._snapshot.entries.items() if other != name}
             broken = {other: it for other, it in self._snapshot.broken.items() if other != name}
             self._swap(entries=entries, broken=broken)

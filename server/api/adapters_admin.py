@@ -8,7 +8,8 @@ import re
 from typing import Annotated, Any
 
 from fastapi import APIRouter
-from pydantic import Field
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
@@ -27,7 +28,23 @@ _MAX_TIMEOUT_SECONDS = 300.0
 _DEFAULT_TIMEOUT_SECONDS = 10.0
 
 _Source = Annotated[str, Field(min_length=1, max_length=1024)]
-_Version = Annotated[str, Field(pattern="^[0-9a-f]{6,64}$")]
+
+
+def _digits_of_a_version(text: str) -> str:
+    if re.fullmatch("[0-9a-f]{6,64}", text) is None:
+        problem = "a version is written as 6 to 64 of its hexadecimal digits; the adapter's card has them"
+        raise PydanticCustomError("value_error", problem)
+    return text
+
+
+def _whole_version(text: str) -> str:
+    if re.fullmatch("[0-9a-f]{64}", text) is None:
+        problem = "the whole version is expected here, all 64 hexadecimal digits, as the adapter's card has it"
+        raise PydanticCustomError("value_error", problem)
+    return text
+
+
+_Version = Annotated[str, AfterValidator(_digits_of_a_version)]
 
 
 class LoadBody(Body):
@@ -46,7 +63,7 @@ class UnloadBody(Body):
 
 class PutBody(Body):
     source: _Source
-    expected_version: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    expected_version: Annotated[str, AfterValidator(_whole_version)] | None = None
     # Instead of the guanaco.json beside the adapter; a text is the name of a built-in one.
     profile: dict[str, Any] | Annotated[str, Field(max_length=64)] | None = None
 
@@ -70,7 +87,7 @@ def _card(view: AdapterView) -> dict[str, Any]:
 def _view(manager: AdapterManager, name: str) -> AdapterView:
     view = manager.view(name)
     if view is None:
-        raise ApiError(404, "adapter_not_found", "no adapter of that name is loaded", param="name")
+        raise ApiError(404, "adapter_not_found", "no adapter is called so; GET /v1/adapters lists them", param="name")
     return view
 
 

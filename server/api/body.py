@@ -56,6 +56,8 @@ def parse_object(body: bytes) -> dict[str, Any]:
     """The body as a JSON object."""
     if body.count(b"[") + body.count(b"{") > _MAX_BRACKETS:
         raise bad_request(f"the body has more than {_MAX_BRACKETS} opening brackets", code="invalid_json")
+    if not body:
+        raise bad_request("the body is empty: send JSON, {} at least", code="invalid_json")
     try:
         value = from_json(body, allow_inf_nan=False)
     except ValueError:

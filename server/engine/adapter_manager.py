@@ -298,7 +298,7 @@ class AdapterManager:
         broken = {entry.name: entry for entry in self.registry.broken()}
         entry = self.registry.resolve(name) or broken.get(name)
         if entry is None:
-            raise AdapterError("adapter_not_found", "no adapter of that name is loaded", "name")
+            raise AdapterError("adapter_not_found", "no adapter is called so; GET /v1/adapters lists them", "name")
         if not entry.history:
             raise AdapterError("no_history", f"{name} has had no other version to go back to", "name")
         matching = [old for old in entry.history if old.startswith(version or entry.history[-1])]

@@ -34,7 +34,7 @@ class AdapterPins:
     async def pin(self, name: str) -> None:
         """Keep an adapter in memory. AdapterError where there is none, or no room beside what is held already."""
         if self._registry.resolve(name) is None:
-            raise AdapterError("adapter_not_found", "no adapter of that name is loaded", "name")
+            raise AdapterError("adapter_not_found", "no adapter is called so; GET /v1/adapters lists them", "name")
         was_pinned = name in self.names
         self.names.add(name)
         if not await self._tell_engine() and not was_pinned:

@@ -268,3 +268,22 @@ def test_bad_sources_are_refused_by_code(
     assert (error_code(refused), refused.status_code) == (code, 404 if code == "not_found" else 400), refused.text
     assert names(client) == [BASE]
     assert [path.name for path in server.store.directory.iterdir()] == [".lock"], "nothing is left of it"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "words"),
+    [
+        ("PUT", "a", b'{"source": "a", "expected_version": "abc"}', "all 64 hexadecimal digits"),
+        ("POST", "a/rollback", b'{"version": "12"}', "6 to 64 of its hexadecimal digits"),
+        ("POST", "a/rollback", b"", "{} at least"),
+        ("POST", "a/pin", b'{"pinned": true}', "GET /v1/adapters lists them"),
+        ("DELETE", "a", b"", "GET /v1/adapters lists them"),
+    ],
+)
+def test_mistakes_are_told_with_what_to_do(
+    client: httpx.Client, method: str, path: str, body: bytes, words: str
+) -> None:
+    headers = {"Content-Type": "application/json"}
+    reply = client.request(method, f"/v1/adapters/{path}", content=body, headers=headers)
+    assert 400 <= reply.status_code < 500
+    assert words in reply.json()["error"]["message"]
