@@ -1,7 +1,8 @@
 """The engine behind an event loop: requests go in, text comes out as it is made, and every request ends with a reason.
 
 One thread steps the engine; messages to it wait for the next step, and each step's results come back with one call into
-the loop. Detokenising and stop strings happen on the loop's side. Used by the HTTP API.
+the loop, when the next step's forward pass begins: before that the loop would only wait for the interpreter, and take
+turns with the engine. Detokenising and stop strings happen on the loop's side. Used by the HTTP API.
 """
 
 import asyncio
@@ -90,6 +91,8 @@ class AsyncEngine:
     ) -> None:
         self.decoder = decoder
         self._engine = engine
+        engine.on_forward = self._post
+        self._output: StepOutput | None = None  # of the last step, until the loop gets it; the engine's thread's own
         self._caps = caps
         self._step_timeout_seconds = step_timeout_seconds
         self._on_step = on_step
@@ -288,12 +291,21 @@ class AsyncEngine:
                 self._busy_since = time.monotonic()
                 output = self._engine.step()
                 self._busy_since = None
-                self._loop.call_soon_threadsafe(self._deliver, output)
+                self._post()  # where the step had no forward pass
+                self._output = output
+                if not self._engine.has_work:
+                    self._post()
         except RuntimeError:
             if not self._loop.is_closed():
                 self._report_death()
         except BaseException:  # SystemExit too: a thread that ends silently would leave every client waiting
             self._report_death()
+
+    def _post(self) -> None:
+        """Give the loop what the last step made."""
+        output, self._output = self._output, None
+        if output is not None:
+            self._loop.call_soon_threadsafe(self._deliver, output)
 
     def _take_messages(self) -> bool:
         """Wait for work; False when it is time to stop."""
@@ -315,6 +327,7 @@ class AsyncEngine:
     def _report_death(self) -> None:
         logger.exception("the engine's thread ends")
         if not self._loop.is_closed():
+            self._post()
             self._loop.call_soon_threadsafe(self._die, "the engine failed")
 
     def _deliver(self, output: StepOutput) -> None:

@@ -38,8 +38,11 @@ class Runner(Protocol):
     def clear_adapter(self, slot: int) -> None:
         """Empty an adapter slot, which no sequence uses."""
 
-    def run(self, batch: ScheduledBatch) -> tuple[SampledToken, ...]:
-        """Compute the batch: one result for each of its sequences. Running the same batch again must be harmless."""
+    def run(self, batch: ScheduledBatch, begin: Callable[[], None]) -> tuple[SampledToken, ...]:
+        """Compute the batch: one result for each of its sequences. Running the same batch again must be harmless.
+
+        `begin` is called when the forward pass begins: for a while, Python is free for other threads.
+        """
 
     def probe(self) -> None:
         """Compute something that always works, and raise if it doesn't."""
@@ -61,6 +64,7 @@ class Engine:
     def __init__(self, scheduler: Scheduler, runner: Runner, clock: Callable[[], float] = time.monotonic) -> None:
         self.scheduler = scheduler
         self.source: AdapterSource | None = None  # none: all adapters stay in memory
+        self.on_forward: Callable[[], None] = lambda: None  # called when a step's forward pass begins
         self._runner = runner
         self._clock = clock
 
@@ -181,7 +185,7 @@ class Engine:
             return
         part = replace(batch, sequences=tuple(batch.sequences[i] for i in indexes), slot_loads=())
         try:
-            results.update(zip(indexes, self._runner.run(part), strict=True))
+            results.update(zip(indexes, self._runner.run(part, self.on_forward), strict=True))
         except Exception:
             if len(indexes) == 1:
                 request_id = batch.sequences[indexes[0]].sequence.request.request_id

@@ -4,6 +4,7 @@ Knows where things are (adapter slots, KV slots), not why: that was the schedule
 the sampler, that touches tensors. Called by the engine, on its thread.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -73,10 +74,11 @@ class ModelRunner:
         self._slots.clear(slot)
 
     @torch.inference_mode()
-    def run(self, batch: ScheduledBatch) -> tuple[SampledToken, ...]:
-        """One result per scheduled sequence. Writes K and V again if it is run again; nothing else is changed."""
+    def run(self, batch: ScheduledBatch, begin: Callable[[], None]) -> tuple[SampledToken, ...]:
+        """One result per scheduled sequence; `begin` is called before the forward pass. Writes K and V again if it is
+        run again; nothing else is changed."""
         scored = [_scored_positions(item) for item in batch.sequences]
-        logits = self._forward(batch, scored)
+        logits = self._forward(batch, scored, begin)
         drawn = iter(self._draw(batch, logits, scored))
         results, first = [], 0
         for item, positions in zip(batch.sequences, scored, strict=True):
@@ -117,13 +119,16 @@ class ModelRunner:
                 rows.append(SamplingRow(request.params, request.prompt_token_ids, output_ids))
         return sample(logits if len(rows) == len(logits) else logits[indexes], rows, self._eos_ids, self._model.ops)
 
-    def _forward(self, batch: ScheduledBatch, scored: list[range]) -> Tensor:
+    def _forward(self, batch: ScheduledBatch, scored: list[range], begin: Callable[[], None]) -> Tensor:
         rows = self._step_rows(batch, scored)
         path = self._decode_path
         decodes = all(item.num_new_tokens == 1 and item.needs_sample for item in batch.sequences)
         if path is not None and decodes and not any(scored) and len(batch.sequences) <= path.max_rows:
+            begin()
             return path.forward(rows, self._slots.table)
-        return self._model.forward(self._forward_batch(rows), self._kv)
+        forward_batch = self._forward_batch(rows)
+        begin()
+        return self._model.forward(forward_batch, self._kv)
 
     def _step_rows(self, batch: ScheduledBatch, scored: list[range]) -> StepRows:
         size = self._kv.block_size

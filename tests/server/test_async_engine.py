@@ -3,8 +3,9 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,12 +56,17 @@ class GatedRunner(FakeRunner):
         self.fatal: BaseException | None = None
         self.seconds_per_step = 0.0
 
-    def run(self, batch: ScheduledBatch) -> tuple[SampledToken, ...]:
+    def run(self, batch: ScheduledBatch, begin: Callable[[], None]) -> tuple[SampledToken, ...]:
+        begin()
         self.going.wait(WAIT)
         time.sleep(self.seconds_per_step)
         if self.fatal is not None:
             raise self.fatal
-        return super().run(batch)
+        return super().run(batch, begin)
+
+
+def _nothing() -> None:
+    pass
 
 
 class Bench:
@@ -130,6 +136,26 @@ def run(test: Any) -> None:
 
 def text_of(wanted: Request, count: int) -> str:
     return Letters().decode(expected_tokens(wanted, count, 50))
+
+
+def test_a_step_is_told_while_the_next_one_computes() -> None:
+    """Its tokens don't wait for the next step's end, and a step that nothing follows is told at once."""
+
+    async def test() -> None:
+        async with running() as bench:
+            steps = threading.Semaphore(0)
+            one_by_one = SimpleNamespace(
+                wait=lambda seconds: steps.acquire(timeout=seconds), set=lambda: steps.release(9)
+            )
+            bench.runner.going = one_by_one  # type: ignore[assignment]
+            stream = bench.engine.submit(request("a", max_tokens=3))
+            for number in range(1, 4):
+                steps.release()
+                assert (await anext(stream)).num_output_tokens == number
+            with pytest.raises(StopAsyncIteration):
+                await anext(stream)
+
+    run(test)
 
 
 def test_three_hundred_streams_get_their_own_tokens() -> None:
@@ -231,7 +257,7 @@ def test_an_engine_that_dies_ends_every_stream_with_a_reason(failure: BaseExcept
     async def test() -> None:
         async with running() as bench:
             bench.runner.going.clear()
-            bench.runner.probe = lambda: bench.runner.run(None)  # type: ignore[method-assign,arg-type]
+            bench.runner.probe = lambda: bench.runner.run(None, _nothing)  # type: ignore[method-assign,arg-type]
             streams = [bench.engine.submit(request(f"r{n}")) for n in range(3)]
             bench.runner.fatal = failure
             bench.runner.going.set()

@@ -3,7 +3,7 @@ what is in the adapter slots and on whose keys and values it sees: one of anothe
 """
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,9 @@ class SlotModel(MadeUpModel):
     def clear_adapter(self, slot: int) -> None:
         del self.slots[slot]
 
-    def run(self, batch: ScheduledBatch) -> tuple[SampledToken, ...]:
+    def run(self, batch: ScheduledBatch, begin: Callable[[], None]) -> tuple[SampledToken, ...]:
         self._batch_slots = batch.adapter_slots
-        return super().run(batch)
+        return super().run(batch, begin)
 
     def _write(self, item: ScheduledSequence) -> str:
         """What is in the request's slots, written to the step's positions; the earlier ones must hold the same. One

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from api_server import MAX_MODEL_LEN, WAIT, LiveServer, make_state
@@ -46,7 +47,8 @@ class MadeUpModel:
     def load_adapter(self, slot: int, version: str) -> None:
         pass
 
-    def run(self, batch: ScheduledBatch) -> tuple[SampledToken, ...]:
+    def run(self, batch: ScheduledBatch, begin: Callable[[], None]) -> tuple[SampledToken, ...]:
+        begin()
         assert self.going.wait(WAIT), "a test forgot to open the gate"
         if self.fail is not None:
             raise self.fail

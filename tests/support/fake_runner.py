@@ -6,6 +6,7 @@ swapped adapter slot or a lost token is a failed assertion at the first step, or
 Used by the simulator, the engine's tests and, behind the real server, by whoever needs a model without a model.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -101,8 +102,9 @@ class FakeRunner:
     def clear_adapter(self, slot: int) -> None:
         self.slots[slot] = None
 
-    def run(self, batch: ScheduledBatch) -> tuple[SampledToken, ...]:
+    def run(self, batch: ScheduledBatch, begin: Callable[[], None]) -> tuple[SampledToken, ...]:
         self.num_runs += 1
+        begin()
         try:
             fails = self._fails(batch)
             # A pass that fails may have written its keys and values.

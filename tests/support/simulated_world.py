@@ -3,6 +3,7 @@
 Parts of `simulator`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
@@ -102,11 +103,11 @@ class LedgerRunner(FakeRunner):
         super().load_adapter(slot, version)
         self.arena[self._piece(version)] = [version] * self.table._sizes.get(version, 0)
 
-    def run(self, batch: ScheduledBatch) -> tuple[SampledToken, ...]:
+    def run(self, batch: ScheduledBatch, begin: Callable[[], None]) -> tuple[SampledToken, ...]:
         for version in {version for item in batch.sequences for version in item.sequence.versions}:
             if set(self.arena[self._piece(version)]) - {version}:
                 self.violation = self.violation or AssertionError("an adapter's matrices are another one's")
-        return super().run(batch)
+        return super().run(batch, begin)
 
     def _piece(self, version: str) -> slice:
         offset = self.table.offset_of(version)
