@@ -138,9 +138,9 @@ def test_a_load_evicts_who_is_idle_and_is_refused_where_nobody_is(tmp_path: Path
         sock = server.connect()
         run = server.model.run
 
-        def slowly(batch: ScheduledBatch) -> tuple[SampledToken, ...]:
+        def slowly(batch: ScheduledBatch, begin: Callable[[], None]) -> tuple[SampledToken, ...]:
             time.sleep(0.003)  # else a fast machine is done with it before the load is refused
-            return run(batch)
+            return run(batch, begin)
 
         server.model.run = slowly  # type: ignore[method-assign]
         sock.sendall(http_post("/v1/completions", {"model": "a", "prompt": "x", "max_tokens": 4000, "stream": True}))

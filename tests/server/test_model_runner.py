@@ -244,9 +244,9 @@ def test_a_probe_runs_the_model_and_disturbs_nobody(setting: Setting, monkeypatc
     run = Run(setting)
     original = run.runner.run
 
-    def probing(batch: Any) -> Any:
+    def probing(*arguments: Any) -> Any:
         run.runner.probe()
-        return original(batch)
+        return original(*arguments)
 
     monkeypatch.setattr(run.runner, "run", probing)
     assert run(*wanted) == quiet
