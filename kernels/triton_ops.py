@@ -37,6 +37,7 @@ HAS_RUN = "these kernels have never run on a GPU: Triton's interpreter and compi
 _INTERPRETED_CAPABILITY = (8, 0)
 # Rows up to which a product is a SIMT kernel's, and up to which a tensor-core kernel's that decodes in registers.
 SIMT_ROWS, DOT_ROWS = 4, 64
+SIMT_ROWS_SM100 = 2  # ptxas has too few registers for the tile of four rows there, and spills
 # Triton 3.9 has no tensor-core code for sm_75: SIMT as long as it reads less than a decoded copy would.
 SIMT_ROWS_SM75 = 8
 # Programs of attention that fill one, which decides how far contexts are split.
@@ -198,7 +199,7 @@ class TritonOps:
         """The file whose `product` is for so many rows."""
         if self.capability < (8, 0):
             return nf4_simt if num_rows <= SIMT_ROWS_SM75 else nf4_dequant
-        if num_rows <= SIMT_ROWS:
+        if num_rows <= (SIMT_ROWS_SM100 if self.capability[0] == 10 else SIMT_ROWS):
             return nf4_simt
         return nf4_dot if num_rows <= DOT_ROWS else nf4_dequant
 
