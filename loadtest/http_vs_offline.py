@@ -47,7 +47,8 @@ class _Recorder(asyncio.Protocol):
         self.pieces.append((time.perf_counter(), data))
 
     def connection_lost(self, _: Exception | None) -> None:
-        self.ended.set_result(None)
+        if not self.ended.done():  # whoever waited may have been cancelled
+            self.ended.set_result(None)
 
 
 async def stream(
