@@ -323,15 +323,22 @@ def lora_arguments(step: LoraStep | None, nothing: Tensor) -> tuple[Tensor | int
     return step.t, lora.b_ptr, lora.rank, lora.active_slots, lora.factors, step.modules[0]
 
 
-def lora_constants(step: LoraStep | None, n: int) -> dict[str, int | bool]:
-    """A product's constexprs for an output of n rows."""
+def lora_constants(step: LoraStep | None) -> dict[str, int | bool]:
+    """A product's constexprs; PARTS 0: no LoRA."""
     if step is None:
-        return {"SLOTS": 1, "RANK": 8, "MAX_ACTIVE": 0, "ALIGNED": False, "PARTS": 1, "START1": n, "START2": n}
-    assert step.parts <= 3, step.modules
-    assert step.part_starts[0] == 0, step.part_starts
-    starts = (*step.part_starts[1:], n, n)
+        return {"PARTS": 0, "SLOTS": 1, "RANK": 8, "MAX_ACTIVE": 1, "ALIGNED": False}
     lora = step.lora
     return {
-        "SLOTS": lora.num_slots, "RANK": lora.max_rank, "MAX_ACTIVE": lora.max_active, "ALIGNED": lora.aligned,
-        "PARTS": step.parts, "START1": starts[0], "START2": starts[1],
+        "PARTS": step.parts, "SLOTS": lora.num_slots, "RANK": lora.max_rank, "MAX_ACTIVE": lora.max_active,
+        "ALIGNED": lora.aligned,
     }  # fmt: skip
+
+
+def lora_starts(step: LoraStep | None, n: int) -> tuple[int, int]:
+    """First outputs, of n, of the second and the third part; n where there is none."""
+    if step is None:
+        return n, n
+    assert step.parts <= 3, step.modules
+    assert step.part_starts[0] == 0, step.part_starts
+    second, third = (*step.part_starts[1:], n, n)[:2]
+    return second, third

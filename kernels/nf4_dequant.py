@@ -5,15 +5,15 @@ belongs to the output (bias, LoRA, residual, SiLU(gate) · up). For any number o
 for which Triton 3.9 has no tensor-core code, from 9 on. Has never run on a GPU.
 """
 
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from guanaco.kernels.lora_triton import LoraStep
-from guanaco.kernels.nf4_dot import EPILOGUES, decode_text, finished
+from guanaco.kernels.lora_triton import LoraStep, lora_arguments, lora_constants, lora_starts
+from guanaco.kernels.nf4_dot import decode_text, finished
+from guanaco.kernels.product_operands import output_width
 from guanaco.kernels.triton_configs import NO_SPILLS
 from guanaco.kernels.triton_pack import TritonNf4
 
@@ -64,8 +64,8 @@ def nf4_dequant(
 
 @triton.jit(do_not_specialize=["rows", "module", "start1", "start2", "first", "count"])
 def nf4_dequant_finish(
-    sums, y, row_factor, bias, residual, rows, n, first, count, module, start1, start2,
-    t, b_table, rank_table, active, factors,
+    sums, y, row_factor, bias, residual, rows, n, first, count,
+    t, b_table, rank_table, active, factors, module, start1, start2,
     OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr, EPILOGUE: tl.constexpr, HAS_BIAS: tl.constexpr, PARTS: tl.constexpr,
     SLOTS: tl.constexpr, RANK: tl.constexpr, MAX_ACTIVE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -81,15 +81,15 @@ def nf4_dequant_finish(
         stride = 2 * count
     place = sums + columns[None, :] * stride + inside[:, None]
     result = finished(
-        place, outputs, columns, rows, n, row_factor, bias, module, start1, start2,
-        t, b_table, rank_table, active, factors, 0,
+        place, outputs, columns, rows, n, row_factor, bias,
+        t, b_table, rank_table, active, factors, module, start1, start2, 0,
         SPLITS=1, HAS_BIAS=HAS_BIAS, PARTS=PARTS, SLOTS=SLOTS, RANK=RANK, MAX_ACTIVE=MAX_ACTIVE, ALIGNED=ALIGNED,
         SKIP=True, FROM=0, TO=1 if EPILOGUE == "silu_mul" and PARTS > 0 else PARTS,
     )  # fmt: skip
     if EPILOGUE == "silu_mul":
         up = finished(
-            place + count, outputs + width, columns, rows, n, row_factor, bias, module, start1, start2,
-            t, b_table, rank_table, active, factors, 0,
+            place + count, outputs + width, columns, rows, n, row_factor, bias,
+            t, b_table, rank_table, active, factors, module, start1, start2, 0,
             SPLITS=1, HAS_BIAS=HAS_BIAS, PARTS=PARTS, SLOTS=SLOTS, RANK=RANK, MAX_ACTIVE=MAX_ACTIVE, ALIGNED=ALIGNED,
             SKIP=True, FROM=1, TO=PARTS,
         )  # fmt: skip
@@ -125,27 +125,18 @@ def product(
     epilogue: str = "none",
     residual: Tensor | None = None,
 ) -> None:
-    """As nf4_dot.product, for any number of rows. Scratch: 32 MiB of decoded weights and [rows, slice] float32."""
+    """y = (x · row_factor) · Wᵀ + bias + LoRA, then the epilogue, as `output_width` has it; any number of rows.
+
+    Scratch: 32 MiB of decoded weights and [rows, slice] float32.
+    """
     rows, k = x.shape
-    assert epilogue in EPILOGUES, epilogue
-    assert (epilogue == "add") == (residual is not None), epilogue
-    assert x.dtype == torch.float16, x.dtype
-    assert k == weight.k, (x.shape, weight.n, weight.k)
-    halves = 2 if epilogue == "silu_mul" else 1
-    width = weight.n // halves
-    assert y.shape == (rows, width), (y.shape, rows, width)
-    assert all(t.is_contiguous() for t in (x, y, row_factor, bias, residual) if t is not None)
-    assert epilogue != "silu_mul" or lora is None or tuple(lora.part_starts) == (0, width), lora.part_starts
+    width = output_width(x, row_factor, weight, y, bias, lora, epilogue, residual)
+    halves = weight.n // width
     if rows == 0:
         return
     most = min(width, max(1, SLICE_WEIGHTS // (halves * k)))
     decoded = torch.empty(halves * most, k, dtype=torch.float16, device=x.device)
     nothing = row_factor
-    operand = (nothing,) * 5
-    if lora is not None:
-        adapters = lora.lora
-        operand = (lora.t, adapters.b_ptr, adapters.rank, adapters.active_slots, adapters.factors)
-    starts = (*(lora.part_starts if lora is not None else ()), 0, 0, 0)
     for first in range(0, width, most):
         count = min(most, width - first)
         for half in range(halves):
@@ -153,9 +144,9 @@ def product(
         sums = _multiply(x, decoded[: halves * count])
         nf4_dequant_finish[(-(-count // _FINISH_OUTPUTS), -(-rows // _FINISH_ROWS))](
             sums, y, row_factor, nothing if bias is None else bias, nothing if residual is None else residual, rows,
-            weight.n, first, count, lora.modules[0] if lora is not None else 0, starts[1], starts[2], *operand,
-            **_finish_constants(epilogue, bias is not None, lora), num_warps=_WARPS, num_stages=1,
-            **NO_SPILLS,
+            weight.n, first, count, *lora_arguments(lora, nothing), *lora_starts(lora, weight.n),
+            OUTPUTS=_FINISH_OUTPUTS, COLUMNS=_FINISH_ROWS, EPILOGUE=epilogue, HAS_BIAS=bias is not None,
+            **lora_constants(lora), num_warps=_WARPS, num_stages=1, **NO_SPILLS,
         )  # fmt: skip
 
 
@@ -164,17 +155,3 @@ def _multiply(x: Tensor, matrix: Tensor) -> Tensor:
     if x.is_cuda:
         return torch.mm(x, matrix.T, out_dtype=torch.float32)
     return x.float() @ matrix.float().T  # torch has the other one for CUDA only
-
-
-def _finish_constants(epilogue: str, has_bias: bool, lora: LoraStep | None) -> dict[str, Any]:
-    return {
-        "OUTPUTS": _FINISH_OUTPUTS,
-        "COLUMNS": _FINISH_ROWS,
-        "EPILOGUE": epilogue,
-        "HAS_BIAS": has_bias,
-        "PARTS": 0 if lora is None else lora.parts,
-        "SLOTS": 1 if lora is None else lora.lora.num_slots,
-        "RANK": 8 if lora is None else lora.lora.max_rank,
-        "MAX_ACTIVE": 1 if lora is None else lora.lora.max_active,
-        "ALIGNED": lora is not None and lora.lora.aligned,
-    }

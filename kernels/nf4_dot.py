@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from guanaco.kernels.lora_triton import LoraStep, lora_expand
+from guanaco.kernels.lora_triton import LoraStep, lora_arguments, lora_constants, lora_expand, lora_starts
 from guanaco.kernels.pack_proof import ungrouped
+from guanaco.kernels.product_operands import output_width
 from guanaco.kernels.triton_configs import (
     DOT_MAX_ROWS,
     NO_SPILLS,
@@ -25,7 +26,6 @@ from guanaco.kernels.triton_configs import (
 )
 from guanaco.kernels.triton_pack import TABLE_WORDS, TritonNf4
 
-EPILOGUES = ("none", "add", "silu_mul")
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 _T = [f"{word:#010x}" for word in TABLE_WORDS]
@@ -116,8 +116,8 @@ def nf4_dot(
 
 @triton.jit
 def finished(
-    place, outputs, columns, rows, n, row_factor, bias, module, start1, start2,
-    t, b_table, rank_table, active, factors, share_stride,
+    place, outputs, columns, rows, n, row_factor, bias,
+    t, b_table, rank_table, active, factors, module, start1, start2, share_stride,
     SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr, RANK: tl.constexpr,
     MAX_ACTIVE: tl.constexpr, ALIGNED: tl.constexpr, SKIP: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr,
 ):  # fmt: skip
@@ -153,8 +153,8 @@ def finished(
 
 @triton.jit(do_not_specialize=["rows", "module", "start1", "start2"])
 def nf4_dot_finish(
-    partial, y, row_factor, bias, residual, rows, n, module, start1, start2,
-    t, b_table, rank_table, active, factors,
+    partial, y, row_factor, bias, residual, rows, n,
+    t, b_table, rank_table, active, factors, module, start1, start2,
     BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, EPILOGUE: tl.constexpr,
     HAS_BIAS: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr, RANK: tl.constexpr, MAX_ACTIVE: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -165,8 +165,8 @@ def nf4_dot_finish(
     width = n // 2 if EPILOGUE == "silu_mul" else n
     shares = partial + columns[None, :] * n
     result = finished(
-        shares + outputs[:, None], outputs, columns, rows, n, row_factor, bias, module, start1, start2,
-        t, b_table, rank_table, active, factors, rows * n,
+        shares + outputs[:, None], outputs, columns, rows, n, row_factor, bias,
+        t, b_table, rank_table, active, factors, module, start1, start2, rows * n,
         SPLITS=SPLITS, HAS_BIAS=HAS_BIAS, PARTS=PARTS, SLOTS=SLOTS, RANK=RANK, MAX_ACTIVE=MAX_ACTIVE, ALIGNED=ALIGNED,
         SKIP=False, FROM=0, TO=1 if EPILOGUE == "silu_mul" and PARTS > 0 else PARTS,
     )  # fmt: skip
@@ -174,8 +174,8 @@ def nf4_dot_finish(
     mask = (outputs < width)[:, None] & (columns < rows)[None, :]
     if EPILOGUE == "silu_mul":
         up = finished(
-            shares + outputs[:, None] + width, outputs + width, columns, rows, n, row_factor, bias, module, start1,
-            start2, t, b_table, rank_table, active, factors, rows * n,
+            shares + outputs[:, None] + width, outputs + width, columns, rows, n, row_factor, bias,
+            t, b_table, rank_table, active, factors, module, start1, start2, rows * n,
             SPLITS=SPLITS, HAS_BIAS=HAS_BIAS, PARTS=PARTS, SLOTS=SLOTS, RANK=RANK, MAX_ACTIVE=MAX_ACTIVE,
             ALIGNED=ALIGNED, SKIP=False, FROM=1, TO=PARTS,
         )  # fmt: skip
@@ -204,23 +204,11 @@ def product(
     epilogue: str = "none",
     residual: Tensor | None = None,
 ) -> None:
-    """y[rows, n] = (x · row_factor) · Wᵀ + bias + LoRA, then the epilogue. 1 to 64 rows, all tensors contiguous.
-
-    x float16 [rows, k], row_factor float32 [rows], bias float32 [n]; y float32, float16 or bfloat16. "add": + residual
-    [rows, n], which may be y itself. "silu_mul": gate above up in W, y [rows, n / 2] = SiLU(gate) · up. `lora` is what
-    `shrink` made of the same x; rows without adapters get the bits that they get without it.
-    """
+    """y = (x · row_factor) · Wᵀ + bias + LoRA, then the epilogue, as `output_width` has it; 1 to 64 rows."""
     rows, k = x.shape
+    width = output_width(x, row_factor, weight, y, bias, lora, epilogue, residual)
     assert 1 <= rows <= DOT_MAX_ROWS, rows
-    assert epilogue in EPILOGUES, epilogue
-    assert (epilogue == "add") == (residual is not None), epilogue
-    assert x.dtype == torch.float16, x.dtype
-    assert k == weight.k, (x.shape, weight.n, weight.k)
-    width = weight.n // 2 if epilogue == "silu_mul" else weight.n
-    assert y.shape == (rows, width), (y.shape, rows, width)
-    assert all(t.is_contiguous() for t in (x, y, row_factor, bias, residual) if t is not None)
     assert x.data_ptr() % 16 == weight.words.data_ptr() % 16 == 0, "both are loaded 16 bytes at a time"
-    assert epilogue != "silu_mul" or lora is None or tuple(lora.part_starts) == (0, width), lora.part_starts
     target = target_of(x.device)
     config = dot_config(target, rows, k)
     splits = dot_splits(config, weight.n, k, multiprocessors(x.device))
@@ -235,15 +223,10 @@ def product(
     )  # fmt: skip
     if launched is not None:  # it is in the interpreter
         _require_proof(launched)
-    operand = (nothing,) * 5
-    if lora is not None:
-        adapters = lora.lora
-        operand = (lora.t, adapters.b_ptr, adapters.rank, adapters.active_slots, adapters.factors)
-    starts = (*(lora.part_starts if lora is not None else ()), 0, 0, 0)
     nf4_dot_finish[(-(-width // _FINISH_BLOCK_N),)](
         partial, y, row_factor, nothing if bias is None else bias, nothing if residual is None else residual, rows,
-        weight.n, lora.modules[0] if lora is not None else 0, starts[1], starts[2], *operand,
-        **_finish_constants(config.columns, splits, epilogue, bias is not None, lora),
+        weight.n, *lora_arguments(lora, nothing), *lora_starts(lora, weight.n), BLOCK_N=_FINISH_BLOCK_N,
+        COLUMNS=config.columns, SPLITS=splits, EPILOGUE=epilogue, HAS_BIAS=bias is not None, **lora_constants(lora),
         num_warps=_finish_warps(config.columns, splits), num_stages=1, **NO_SPILLS,
     )  # fmt: skip
 
@@ -276,21 +259,4 @@ def _dot_constants(config: DotConfig, k: int, double_quant: bool) -> dict[str, A
         "COLUMNS": config.columns,
         "GROUPS": config.groups,
         "DOUBLE_QUANT": double_quant,
-    }
-
-
-def _finish_constants(
-    columns: int, splits: int, epilogue: str, has_bias: bool, lora: LoraStep | None
-) -> dict[str, Any]:
-    return {
-        "BLOCK_N": _FINISH_BLOCK_N,
-        "COLUMNS": columns,
-        "SPLITS": splits,
-        "EPILOGUE": epilogue,
-        "HAS_BIAS": has_bias,
-        "PARTS": 0 if lora is None else lora.parts,
-        "SLOTS": 1 if lora is None else lora.lora.num_slots,
-        "RANK": 8 if lora is None else lora.lora.max_rank,
-        "MAX_ACTIVE": 1 if lora is None else lora.lora.max_active,
-        "ALIGNED": lora is not None and lora.lora.aligned,
     }

@@ -5,16 +5,15 @@ four products a pair of words, everything from there in float32, one scale a gro
 in the loop. The epilogue adds bias, LoRA and residual, or multiplies SiLU(gate) · up. Has never run on a GPU.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from guanaco.kernels.lora_triton import LoraStep, lora_arguments, lora_constants, lora_expand_tile
+from guanaco.kernels.lora_triton import LoraStep, lora_arguments, lora_constants, lora_expand_tile, lora_starts
+from guanaco.kernels.product_operands import output_width
 from guanaco.kernels.triton_configs import NO_SPILLS
 from guanaco.kernels.triton_pack import TABLE_WORDS, TritonNf4
 
-EPILOGUES = ("none", "add", "silu_mul")
 MAX_ROWS = 8  # in passes of four; on cards with tensor cores nf4_dot is better from five on
 _GROUP = 64
 _ENOUGH_WARPS = 1024  # a large card has some 130 multiprocessors, and wants eight warps on each
@@ -166,7 +165,7 @@ def nf4_simt(
     """BLOCK_N outputs of ROWS rows. Grid: (tiles of outputs, passes over rows).
 
     silu_mul: half of the tile's weight rows are of the gate and half of the up matrix, so that one program has both.
-    MAX_ACTIVE 0: no LoRA, and its arguments are not read. START1, START2: first outputs of the second and third part.
+    PARTS 0: no LoRA, and its arguments are not read. START1, START2: first outputs of the second and third part.
     """
     PAIRED: tl.constexpr = EPILOGUE == "silu_mul"
     SPAN: tl.constexpr = BLOCK_N // 2 if PAIRED else BLOCK_N
@@ -209,7 +208,7 @@ def nf4_simt(
     acc *= tl.load(row_factor + columns, mask=columns < rows, other=0.0)[None, :]
     if HAS_BIAS:
         acc += tl.load(bias + first + tile_row)[:, None]
-    if MAX_ACTIVE > 0:
+    if PARTS > 0:
         last = tl.minimum(first + SPAN, LAST) - 1 + (LAST if PAIRED else 0)
         acc = lora_expand_tile(
             acc, first + tile_row, output < LAST, first, last, columns, rows,
@@ -254,26 +253,15 @@ def product(
     epilogue: str = "none",
     residual: Tensor | None = None,
 ) -> None:
-    """y = x · row_factor · Wᵀ + bias + LoRA, then the epilogue; up to MAX_ROWS rows.
-
-    x float16 [rows, k], |x| < 4096; row_factor float32 [rows], powers of two; bias float32 [n]; y [rows, n] float32,
-    float16 or bfloat16. epilogue "add": + residual [rows, n], y's dtype, may be y itself. "silu_mul": the upper half of
-    the weight's rows is the gate's, y [rows, n / 2] = SiLU(gate) · up.
-    """
+    """y = (x · row_factor) · Wᵀ + bias + LoRA, then the epilogue, as `output_width` has it; up to MAX_ROWS rows."""
     rows = x.shape[0]
-    outputs = weight.n // 2 if epilogue == "silu_mul" else weight.n
-    assert epilogue in EPILOGUES, epilogue
-    assert (epilogue == "add") == (residual is not None)
-    assert x.dtype == torch.float16, x.dtype
-    assert x.shape == (rows, weight.k), (x.shape, weight.k)
+    outputs = output_width(x, row_factor, weight, y, bias, lora, epilogue, residual)
     assert rows <= MAX_ROWS, rows
-    assert y.shape == (rows, outputs), (y.shape, rows, outputs)
-    assert all(t.is_contiguous() for t in (x, y, residual) if t is not None)
-    assert residual is None or (residual.shape == y.shape and residual.dtype == y.dtype), (residual.shape, y.shape)
     assert x.data_ptr() % 16 == 0, "x is loaded 16 bytes at a time"
     if rows == 0:
         return
     c = _config(weight.n, weight.k, rows)
+    start1, start2 = lora_starts(lora, weight.n)
     span = c["BLOCK_N"] // 2 if epilogue == "silu_mul" else c["BLOCK_N"]
     # What is not there is not read; some tensor has to be given.
     nested, code_map = (weight.absmax if t is None else t for t in (weight.nested, weight.map))
@@ -281,5 +269,5 @@ def product(
         x, row_factor, weight.words, weight.absmax, nested, code_map, y, rows, row_factor if bias is None else bias,
         y if residual is None else residual, *lora_arguments(lora, row_factor),
         N=weight.n, K=weight.k, DOUBLE_QUANT=weight.double_quant, HAS_BIAS=bias is not None, EPILOGUE=epilogue,
-        **lora_constants(lora, weight.n), **c, **NO_SPILLS,
+        START1=start1, START2=start2, **lora_constants(lora), **c, **NO_SPILLS,
     )  # fmt: skip
