@@ -5,7 +5,6 @@ belongs to the output (bias, LoRA, residual, SiLU(gate) · up). For any number o
 for which Triton 3.9 has no tensor-core code, from 9 on. Has never run on a GPU.
 """
 
-
 import torch
 import triton
 import triton.language as tl
