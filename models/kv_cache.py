@@ -9,7 +9,7 @@ from torch import Tensor
 
 from guanaco.kernels.layer_cache import CODE_LIMITS, LayerCache
 from guanaco.models.config import LlamaConfig
-from guanaco.models.memory import mapped_zeros
+from guanaco.kernels.memory import mapped_zeros
 
 
 class PagedKVCache:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from guanaco.models.memory import mapped_zeros
+from guanaco.kernels.memory import mapped_zeros
 from guanaco.models.raw_file import FileLayout, RawFile
 
 # The format's own limit (safetensors 0.8); the header of a large model is 100 kB.

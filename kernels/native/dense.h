@@ -11,20 +11,27 @@ namespace {
 // How much of k many rows take at a time: four rows of weights, as float32, and a few of activations stay in the
 // first-level cache.
 constexpr int64_t kChunk = 512;
-// Rows of activations from which on weights are converted once for all of them.
-constexpr int64_t kManyRows = 12;
 
-// lanes[m][n] += x[m] · w[n], eight lanes along k, for columns 0 … k − 1 (a multiple of 8).
-template <DType D, int M, int N>
+// Where a block's weights come from: the matrix, in memory or near; or what an earlier block of the same chunk has kept
+// of them in float32.
+enum class From { kMatrix, kMatrixAndKeep, kNear, kKept };
+
+// From the ISA, by its registers: up to kDirectLanes rows are multiplied while the weights are converted, and of more
+// rows the first kKeepLanes; the others take what these kept, kMostLanes at most at a time.
+
+// lanes[m][n] += x[m] · w[n], eight lanes along k, for columns 0 … k − 1 (a multiple of 8). kept: [N][kChunk].
+template <DType D, int M, int N, From F>
 inline void dense_lanes(const typename Element<D>::type* w, int64_t w_stride, int64_t k, const float* const* x,
-                        int64_t first, vf (*lanes)[N]) {
+                        int64_t first, float* kept, vf (*lanes)[N]) {
+    constexpr bool kPrefetch = F == From::kMatrix || F == From::kMatrixAndKeep;
     for (int64_t i = 0; i < k; i += W) {
         vf wn[N];
 #pragma GCC unroll 8
         for (int n = 0; n < N; n++) {
-            wn[n] = Element<D>::load8(w + n * w_stride + i);
+            wn[n] = F == From::kKept ? load(kept + n * kChunk + i) : Element<D>::load8(w + n * w_stride + i);
+            if (F == From::kMatrixAndKeep) store(kept + n * kChunk + i, wn[n]);
             // Rows are shorter than what a hardware prefetcher needs to get going.
-            if (M == 1 && i % 32 == 0) __builtin_prefetch(w + (n + N) * w_stride + i, 0, 2);
+            if (kPrefetch && i % 32 == 0) __builtin_prefetch(w + (n + N) * w_stride + i, 0, 2);
         }
 #pragma GCC unroll 6
         for (int m = 0; m < M; m++) {
@@ -33,6 +40,16 @@ inline void dense_lanes(const typename Element<D>::type* w, int64_t w_stride, in
             for (int n = 0; n < N; n++) lanes[m][n] = fma(xm, wn[n], lanes[m][n]);
         }
     }
+}
+
+// dense_lanes<height>, for a height of 1 … M.
+template <DType D, int M, int N, From F>
+inline void dense_lanes_of(int64_t height, const typename Element<D>::type* w, int64_t w_stride, int64_t k,
+                           const float* const* x, int64_t first, float* kept, vf (*lanes)[N]) {
+    if constexpr (M > 1) {
+        if (height < M) return dense_lanes_of<D, M - 1, N, F>(height, w, w_stride, k, x, first, kept, lanes);
+    }
+    dense_lanes<D, M, N, F>(w, w_stride, k, x, first, kept, lanes);
 }
 
 // y[n] of one row from its lanes, and what is left of k beyond a multiple of eight.
@@ -50,24 +67,25 @@ inline void dense_finish(const typename Element<D>::type* w, int64_t k, const fl
     }
 }
 
-// y[m][n] for M rows x[m] and N rows of w (stride k elements); y has `stride` columns.
+// y[m][n] for M rows x[m] and N rows of w (stride k elements); y has `stride` columns. Not inlined: of several of these in
+// one function, GCC 12 keeps the sums in memory.
 template <DType D, int M, int N>
-inline void dense_block(const typename Element<D>::type* w, int64_t k, const float* const* x, float* y, int64_t stride) {
+__attribute__((noinline)) void dense_block(const typename Element<D>::type* w, int64_t k, const float* const* x,
+                                           float* y, int64_t stride) {
     vf lanes[M][N];
     for (int m = 0; m < M; m++) {
         for (int n = 0; n < N; n++) lanes[m][n] = zero();
     }
-    dense_lanes<D, M, N>(w, k, k / W * W, x, 0, lanes);
+    dense_lanes<D, M, N, From::kMatrix>(w, k, k / W * W, x, 0, nullptr, lanes);
     for (int m = 0; m < M; m++) dense_finish<D, N>(w, k, x[m], lanes[m], y + m * stride);
 }
 
-// The same sums for many rows, at most kMost of them: a chunk of the weights is converted once for all.
-template <DType D>
+// The same sums for many rows, at most kMost at a time: the first of them convert a chunk of the weights for all.
+template <DType D, int N>
 void dense_many(const typename Element<D>::type* w, int64_t k, const float* const* x, int64_t rows, float* y,
                 int64_t stride) {
-    constexpr int N = 4;
     constexpr int64_t kMost = 48;
-    alignas(64) float converted[N * kChunk];
+    alignas(64) float kept[N * kChunk];
     vf lanes[kMost][N];
     int64_t whole = k / W * W;
     for (; rows > 0; rows -= kMost, x += kMost, y += kMost * stride) {
@@ -75,40 +93,31 @@ void dense_many(const typename Element<D>::type* w, int64_t k, const float* cons
         for (int64_t m = 0; m < count; m++) {
             for (int n = 0; n < N; n++) lanes[m][n] = zero();
         }
+        // The blocks after the first have nearly the same height: a single row has too few sums under way at a time to
+        // keep the multipliers busy.
+        int64_t direct = count < kKeepLanes ? count : kKeepLanes;
+        int64_t blocks = (count - direct + kMostLanes - 1) / kMostLanes;
         for (int64_t first = 0; first < whole; first += kChunk) {
             int64_t size = whole - first < kChunk ? whole - first : kChunk;
-            for (int n = 0; n < N; n++) {
-                for (int64_t i = 0; i < size; i += W) {
-                    store(converted + n * kChunk + i, Element<D>::load8(w + n * k + first + i));
-                    if (i % 32 == 0) __builtin_prefetch(w + (n + N) * k + first + i, 0, 3);
-                }
+            dense_lanes_of<D, kKeepLanes, N, From::kMatrixAndKeep>(direct, w + first, k, size, x, first, kept, lanes);
+            for (int64_t b = 0, m = direct; b < blocks; b++) {
+                int64_t some = (count - m + blocks - b - 1) / (blocks - b);
+                dense_lanes_of<D, kMostLanes, N, From::kKept>(some, w, k, size, x + m, first, kept, lanes + m);
+                m += some;
             }
-            // Sixes where there are 32 registers, threes and twos: a single row has too few sums under way at a time to
-            // keep the multipliers busy.
-            int64_t m = 0;
-            for (; kManyLanes && count - m >= 6; m += 6) {
-                dense_lanes<kFloat32, 6, N>(converted, kChunk, size, x + m, first, lanes + m);
-            }
-            for (; count - m > 4 || count - m == 3; m += 3) {
-                dense_lanes<kFloat32, 3, N>(converted, kChunk, size, x + m, first, lanes + m);
-            }
-            for (; count - m >= 2; m += 2) {
-                dense_lanes<kFloat32, 2, N>(converted, kChunk, size, x + m, first, lanes + m);
-            }
-            if (m < count) dense_lanes<kFloat32, 1, N>(converted, kChunk, size, x + m, first, lanes + m);
         }
         for (int64_t m = 0; m < count; m++) dense_finish<D, N>(w, k, x[m], lanes[m], y + m * stride);
     }
 }
 
-template <DType D, int N>
+template <DType D, int N, int M = kDirectLanes>
 void dense_rows(const typename Element<D>::type* w, int64_t k, const float* const* x, int64_t rows, float* y,
                 int64_t stride) {
-    if (N == 4 && rows >= kManyRows) return dense_many<D>(w, k, x, rows, y, stride);
-    int64_t m = 0;
-    // Pairs: three rows' sums and their operands are one more than there are registers.
-    for (; m + 2 <= rows; m += 2) dense_block<D, 2, N>(w, k, x + m, y + m * stride, stride);
-    if (m < rows) dense_block<D, 1, N>(w, k, x + m, y + m * stride, stride);
+    if (rows > M) return dense_many<D, N>(w, k, x, rows, y, stride);
+    if constexpr (M > 1) {
+        if (rows < M) return dense_rows<D, N, M - 1>(w, k, x, rows, y, stride);
+    }
+    dense_block<D, M, N>(w, k, x, y, stride);
 }
 
 template <DType D>
@@ -129,6 +138,34 @@ void dense_tile(const void* w, int32_t dtype, int64_t n, int64_t k, const float*
         case kFloat32: return dense_tile_of<kFloat32>((const float*)w, n, k, x, rows, y, stride);
         case kFloat16: return dense_tile_of<kFloat16>((const uint16_t*)w, n, k, x, rows, y, stride);
         default: return dense_tile_of<kBFloat16>((const uint16_t*)w, n, k, x, rows, y, stride);
+    }
+}
+
+template <DType D>
+void add_row_of(const typename Element<D>::type* w, int64_t n, int64_t k, const float* x, float scale, float* y) {
+    constexpr int N = 8;
+    for (; n >= N; n -= N, w += N * k, y += N) {
+        vf lanes[N] = {};
+        float total[N];
+        dense_lanes<D, 1, N, From::kNear>(w, k, k / W * W, &x, 0, nullptr, &lanes);
+        dense_finish<D, N>(w, k, x, lanes, total);
+        store(y, load(y) + load(total) * splat(scale));
+    }
+    for (; n > 0; n--, w += k, y++) {
+        vf lanes[1] = {};
+        float total;
+        dense_lanes<D, 1, 1, From::kNear>(w, k, k / W * W, &x, 0, nullptr, &lanes);
+        dense_finish<D, 1>(w, k, x, lanes, &total);
+        *y += total * scale;
+    }
+}
+
+// y[0 … n) += scale · w x; w: [n, k] of `dtype`, in a cache.
+void add_row(const void* w, int32_t dtype, int64_t n, int64_t k, const float* x, float scale, float* y) {
+    switch (dtype) {
+        case kFloat32: return add_row_of<kFloat32>((const float*)w, n, k, x, scale, y);
+        case kFloat16: return add_row_of<kFloat16>((const uint16_t*)w, n, k, x, scale, y);
+        default: return add_row_of<kBFloat16>((const uint16_t*)w, n, k, x, scale, y);
     }
 }
 

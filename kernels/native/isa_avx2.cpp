@@ -10,9 +10,11 @@
 #include "nf4_avx2.h"
 namespace guanaco {
 namespace GUANACO_ISA {
-constexpr int kMaxRows = 6;  // 12 sums, 2 levels and an activation fit the 16 registers
+constexpr int kFewRows = 4;
 constexpr int kDirectRows = 4;
-constexpr bool kManyLanes = false;
+constexpr int kMaxRows = 6;  // 12 sums, 2 levels and an activation fit the 16 registers
+constexpr int64_t kPrefetchBytes = 4096;  // about a microsecond of streaming
+constexpr int kDirectLanes = 2, kKeepLanes = 2, kMostLanes = 3;
 }
 }  // namespace guanaco
 #include "isa_table.h"

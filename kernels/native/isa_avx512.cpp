@@ -11,9 +11,11 @@
 #include "nf4_avx512.h"
 namespace guanaco {
 namespace GUANACO_ISA {
+constexpr int kFewRows = 8;
+constexpr int kDirectRows = 6;
 constexpr int kMaxRows = 6;  // more, and GCC keeps some of the sums in memory
-constexpr int kDirectRows = 4;
-constexpr bool kManyLanes = true;  // 32 registers
+constexpr int64_t kPrefetchBytes = 16384;
+constexpr int kDirectLanes = 6, kKeepLanes = 5, kMostLanes = 6;
 }
 }  // namespace guanaco
 #include "isa_table.h"

@@ -6,9 +6,11 @@
 #include "nf4_portable.h"
 namespace guanaco {
 namespace GUANACO_ISA {
-constexpr int kMaxRows = 6;
+constexpr int kFewRows = 4;
 constexpr int kDirectRows = 4;
-constexpr bool kManyLanes = false;
+constexpr int kMaxRows = 6;
+constexpr int64_t kPrefetchBytes = 4096;
+constexpr int kDirectLanes = 2, kKeepLanes = 2, kMostLanes = 3;
 }  // namespace GUANACO_ISA
 }  // namespace guanaco
 #include "isa_table.h"

@@ -8,9 +8,6 @@
 
 namespace guanaco {
 
-// How far ahead of its use the NF4 product asks for weights; about a microsecond of streaming.
-constexpr int64_t kPrefetchBytes = 4096;
-
 constexpr int64_t kPositions = 32;  // cached positions taken together by attention: 16 KB of float32 at 64 dimensions
 constexpr int64_t kSplit = 512;  // positions after which a run of attention ends; a multiple of kPositions
 
@@ -40,6 +37,7 @@ struct Kernels {
                       int64_t stride, int64_t rows, float* y);
     void (*dense_tile)(const void* w, int32_t dtype, int64_t n, int64_t k, const float* const* x, int64_t rows,
                        float* y, int64_t stride);
+    void (*add_row)(const void* w, int32_t dtype, int64_t n, int64_t k, const float* x, float scale, float* y);
     void (*decode_flat)(const uint8_t* packed, const float* scales, int64_t first, int64_t count, float* out);
     void (*to_float)(const void* x, int32_t dtype, int64_t n, float* out);
     void (*from_float)(const float* x, int64_t n, void* out, int32_t dtype);

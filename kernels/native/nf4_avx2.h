@@ -108,7 +108,7 @@ class RowSums {
     __m256i h0_ = none(), h1_ = none(), h2_ = none(), h3_ = none(), h4_ = none(), h5_ = none();
 };
 
-// M (at most kDirectRows) rows against a group's codes, without a detour through memory.
+// M rows against a group's codes, without a detour through memory.
 template <int M>
 inline void dot_codes(const Decoder& decode, const uint8_t* codes, const int16_t* x, I16* out) {
     RowSums<M> sums;

@@ -88,13 +88,13 @@ class Decoder {
     words table_;
 };
 
-// The sums of up to kMaxRows rows. Few rows have several sums each, since one addition waits for the one before.
+// The sums of M rows. Few rows have several sums each, since one addition waits for the one before.
 template <int M>
 class RowSums {
   public:
     // w: levels of pair number `pair`; x: the first row's pair, rows being 64 apart.
     void add(int pair, words w, const int16_t* x) {
-#pragma GCC unroll 12
+#pragma GCC unroll 16
         for (int m = 0; m < M; m++) sums_[m][pair % kParts] = multiply_add(sums_[m][pair % kParts], w, x + m * kGroup);
     }
     void get(I16* out) const {
@@ -109,8 +109,8 @@ class RowSums {
     I16 sums_[M][kParts] = {};
 };
 
-// M (at most kDirectRows) rows against a group's codes; with Keep, the levels are stored for more rows, as int16
-// [32 pairs of inputs][16 rows][2].
+// M rows against a group's codes; with Keep, the levels are stored for more rows, as int16 [32 pairs of inputs][16
+// rows][2]. Decoding hides behind the products: on Zen 4 the look-ups may take ports that vpdpwssd does not.
 template <int M, bool Keep>
 inline void dot_group(const Decoder& decode, const uint8_t* codes, const int16_t* x, int16_t* levels, I16* out) {
     RowSums<M> sums;

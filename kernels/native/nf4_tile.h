@@ -9,7 +9,10 @@ namespace guanaco {
 namespace GUANACO_ISA {
 namespace {
 
-// The next tile follows this one, so running ahead is never in vain.
+// From the ISA: up to kFewRows rows are multiplied while a group is decoded, and of more rows the first kDirectRows;
+// the others take the decoded levels, kMaxRows at most at a time.
+
+// Asks for codes kPrefetchBytes ahead. The next tile follows this one, so running ahead is never in vain.
 inline void prefetch_group(const uint8_t* codes) {
     for (int i = 0; i < kTileGroupBytes; i += 64) __builtin_prefetch(codes + i, 0, 3);
 }
@@ -113,16 +116,21 @@ void multiply_many(const uint8_t* tile, int64_t groups, const int16_t* x, const 
     }
 }
 
+// multiply_few<rows>, for 1 … M rows.
+template <int M>
+void multiply_up_to(const uint8_t* tile, int64_t groups, const int16_t* x, const float* factors, int64_t stride,
+                    int64_t rows, float* y) {
+    if constexpr (M > 1) {
+        if (rows < M) return multiply_up_to<M - 1>(tile, groups, x, factors, stride, rows, y);
+    }
+    multiply_few<M>(tile, groups, x, factors, stride, y);
+}
+
 void nf4_tile(const uint8_t* tile, int64_t groups, const int16_t* x, const float* factors, int64_t stride,
               int64_t rows, float* y) {
-    static_assert(kDirectRows == 4, "the cases below");
-    switch (rows) {
-        case 1: return multiply_few<1>(tile, groups, x, factors, stride, y);
-        case 2: return multiply_few<2>(tile, groups, x, factors, stride, y);
-        case 3: return multiply_few<3>(tile, groups, x, factors, stride, y);
-        case 4: return multiply_few<4>(tile, groups, x, factors, stride, y);
-        default: return multiply_many(tile, groups, x, factors, stride, rows, y);
-    }
+    static_assert(kDirectRows <= kFewRows, "multiply_many() has rows beyond the direct ones");
+    if (rows > kFewRows) return multiply_many(tile, groups, x, factors, stride, rows, y);
+    multiply_up_to<kFewRows>(tile, groups, x, factors, stride, rows, y);
 }
 
 // `count` neighbouring tiles; y: [count][rows][16].
@@ -158,8 +166,7 @@ void quantize_row(const float* x, int64_t groups, int64_t stride, int16_t* integ
             vi bits = (vi)load(xg + i) & 0x7fffffff;  // magnitudes order like their bits, NaN above all
             largest = bits > largest ? bits : largest;
         }
-        int32_t top = 0;
-        for (int i = 0; i < W; i++) top = largest[i] > top ? largest[i] : top;
+        int32_t top = max_of(largest);
         float absmax;
         memcpy(&absmax, &top, 4);
         // Below 1e-30 the reciprocal could overflow; such a group counts as zero.

@@ -175,6 +175,18 @@ inline float max_of(vf v) {
 #endif
 }
 
+inline int32_t max_of(vi v) {
+#if defined(GUANACO_HAS_AVX2)
+    __m256i m = _mm256_max_epi32((__m256i)v, _mm256_permute2x128_si256((__m256i)v, (__m256i)v, 1));
+    m = _mm256_max_epi32(m, _mm256_shuffle_epi32(m, 0x4e));
+    return _mm256_cvtsi256_si32(_mm256_max_epi32(m, _mm256_shuffle_epi32(m, 0xb1)));
+#else
+    int32_t m = v[0];
+    for (int i = 1; i < W; i++) m = v[i] > m ? v[i] : m;
+    return m;
+#endif
+}
+
 inline vf round_to_int(vf x) {
 #if defined(GUANACO_HAS_AVX2)
     return (vf)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
