@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from guanaco.kernels.memory import mapped_zeros
 from guanaco.models.config import Llama3Rope, LlamaConfig, parse_config
 from guanaco.models.errors import ModelError
 from guanaco.models.gguf_table import GgufTensor, read_table
 from guanaco.models.layers import rope_frequencies
-from guanaco.kernels.memory import mapped_zeros
 from guanaco.models.raw_file import FileLayout, RawFile
 
 _TYPES = gguf.GGMLQuantizationType

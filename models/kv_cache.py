@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from guanaco.kernels.layer_cache import CODE_LIMITS, LayerCache
-from guanaco.models.config import LlamaConfig
 from guanaco.kernels.memory import mapped_zeros
+from guanaco.models.config import LlamaConfig
 
 
 class PagedKVCache:

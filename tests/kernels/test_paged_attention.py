@@ -15,8 +15,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from guanaco.kernels.layer_cache import LayerCache, Sequences
-from guanaco.kernels.paged_attention import Tiles, num_splits, paged_attention
 from guanaco.kernels.memory import mapped_zeros
+from guanaco.kernels.paged_attention import Tiles, num_splits, paged_attention
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # float16: weights and result are rounded to 11 bits, 2.1e-4 in the root mean square each.
