@@ -19,6 +19,7 @@ from guanaco.kernels.layer_cache import LayerCache, Sequences
 from guanaco.kernels.paged_decode import decode_dot, decode_reduce, decode_vector
 from guanaco.kernels.paged_prefill import prefill
 from guanaco.kernels.rope_triton import cache_arguments
+from guanaco.kernels.triton_configs import NO_SPILLS
 
 # Weights are raised by this much before they are rounded to 16 bits where values are multiples of a scale: the code's
 # range, so that weight · scale · gain is at most the largest value itself.
@@ -172,7 +173,9 @@ def _decode(operands: tuple[Tensor, ...], scale: float, shape: _Shape, tiles: Ti
     constexprs = {**shape.constexprs, "BLOCK_N": tile, "SPLITS": splits}
     if shape.group == 1:
         constexprs.pop("KV_HEADS")
-        decode_vector[grid](*arguments, **constexprs, num_warps=tiles.vector_warps, num_stages=1)
+        # Without the limit ptxas spills here for sm_100; 16 and 8 bits keep the occupancy that they have without it.
+        options = NO_SPILLS if q.dtype == torch.float32 else {}
+        decode_vector[grid](*arguments, **constexprs, num_warps=tiles.vector_warps, num_stages=1, **options)
     else:
         decode_dot[grid](
             *arguments, **constexprs, BLOCK_M=_rows_of(shape.group),
