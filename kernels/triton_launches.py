@@ -80,18 +80,19 @@ class Recorder:
         """Called by Triton before it looks for a compiled kernel."""
         self._arguments = dict(zip(function.arg_names, args, strict=False)) | options
 
-    def refuse(self, *, key: str, fn: Any, compile: Mapping[str, Any], **_: Any) -> bool:
+    def refuse(self, *, key: str, fn: Any, **others: Any) -> bool:
         """Called by Triton instead of compiling; True: don't."""
         names = fn.jit_function.arg_names
-        attributes = compile["configs"][0]
-        plain = {n: t for n, t in compile["signature"].items() if t != "constexpr"}
+        kernel = others["compile"]
+        attributes = kernel["configs"][0]
+        plain = {n: t for n, t in kernel["signature"].items() if t != "constexpr"}
         self.launches.setdefault(
             f"{fn.module}.{fn.name} {key}",
             Launch(
                 fn.jit_function, self.rows, self._arguments, plain,
-                {names[path[0]]: value for path, value in compile["constants"].items()},
+                {names[path[0]]: value for path, value in kernel["constants"].items()},
                 frozenset(plain) - {names[path[0]] for path, found in attributes.items() if found},
-                json.loads(compile["specialization_data"])["options"],
+                json.loads(kernel["specialization_data"])["options"],
             ),
         )  # fmt: skip
         return True

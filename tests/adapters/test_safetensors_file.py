@@ -149,8 +149,9 @@ def test_dtypes_mixed_at_odd_offsets(tmp_path):
     assert loaded["s"].data_ptr() % 4 == 0
 
 
-def test_tensors_own_their_memory(tmp_path):
-    """Overwriting and truncating the file afterwards changes nothing: no map, no shared buffer."""
+def test_tensors_are_not_the_file(tmp_path):
+    """Overwriting and truncating the file afterwards changes nothing: no map of it. Together they take their own bytes,
+    each from a cache line on."""
     path = tmp_path / "file"
     path.write_bytes(safetensors.torch.save({"a": torch.ones(1000), "b": torch.ones(1000)}))
     with path.open("rb", buffering=0) as handle:
@@ -159,7 +160,9 @@ def test_tensors_own_their_memory(tmp_path):
         handle.write(b"\xff" * 9000)
         handle.truncate(10)
     assert all(bool((tensor == 1).all()) for tensor in loaded.values())
-    assert loaded["a"].untyped_storage().nbytes() == 4000
+    assert {tensor.untyped_storage().data_ptr() for tensor in loaded.values()} == {loaded["a"].data_ptr()}
+    assert loaded["b"].data_ptr() == loaded["a"].data_ptr() + 4032
+    assert loaded["a"].untyped_storage().nbytes() == 2 * 4032
 
 
 def test_limit_on_the_file(tmp_path):
