@@ -81,6 +81,19 @@ def test_a_row_gets_the_same_bits_in_any_company_and_on_any_threads(
 
 
 @pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_dense_rows_longer_than_what_many_rows_take_at_a_time(name: str, dtype: torch.dtype) -> None:
+    """Two chunks of 512 inputs, part of a third, and less than eight at the end; outputs beyond whole tiles."""
+    matrix, x = randn(37, 1100, dtype=dtype), randn(53, 1100, seed=1)
+    ops = provider_ops(name)
+    handle = ops.prepare(matrix, None)
+    alone = torch.cat([ops.lm_head(row[None], handle) for row in x])
+    assert relative_l2(alone, x.double() @ matrix.double().T) < 1e-6
+    for rows in (2, 3, 5, 6, 7, 8, 12, 16, 17, 48, 53):
+        assert torch.equal(ops.lm_head(x[:rows], handle), alone[:rows]), rows
+
+
+@pytest.mark.parametrize("name", NATIVE)
 def test_attention_gives_the_same_bits_however_it_is_shared_out(name: str) -> None:
     """Threads, neighbours and the cutting of a prompt; contexts beyond the runs that attention is divided into."""
     shapes = [(1500, 1), (1500, 7), (40, 40), (700, 650), (1, 1)]
