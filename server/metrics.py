@@ -190,6 +190,7 @@ class Metrics:
             return Counter(name, text, labels, registry=self.registry)
 
         self._rejected = counter("guanaco_rejected", "Requests answered with an error status, by code.", "reason")
+        self._ignored_fields = counter("guanaco_ignored_fields", "Fields of requests that mean nothing here.")
         self._slow_clients = counter("guanaco_slow_clients", "Connections closed because the client did not read.")
         names = {"guanaco_step_seconds": "Duration of engine steps."}
         self._step_seconds = HotHistogram(self.registry, names, _STEP_SECONDS_BUCKETS, {})
@@ -283,6 +284,11 @@ class Metrics:
     def count_rejected(self, reason: str) -> None:
         """`reason` is one of our error codes: a fixed list."""
         self._rejected.labels(reason).inc()
+
+    def count_ignored_fields(self, count: int) -> None:
+        """Their names are the clients' own, and so no label: the answers' X-Ignored-Fields has them."""
+        if count:
+            self._ignored_fields.inc(count)
 
     def count_slow_client(self) -> None:
         self._slow_clients.inc()

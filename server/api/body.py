@@ -6,6 +6,7 @@ conversions between types. Doesn't know what the fields mean. Error messages nev
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -13,6 +14,8 @@ from pydantic_core import from_json
 from starlette.requests import Request
 
 from guanaco.server.api.errors import ApiError, ClientGone, bad_request
+from guanaco.server.api.fields import INSTEAD, RouteFields, asks_for_nothing
+from guanaco.server.api.ignored import Ignored, ignored_fields
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -75,13 +78,44 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> None:
         raise bad_request("the body has an object with the same key twice", code="invalid_json")
 
 
-def refuse_fields(data: Mapping[str, Any], refused: Mapping[str, tuple[Any, ...]], path: str = "") -> None:
-    """400 for a field that would change the answer and isn't supported. `refused` maps each name to the values that
-    ask for nothing and may pass; null always may."""
-    for name, harmless in refused.items():
-        value = data.get(name)
-        if value is not None and value not in harmless:
-            raise bad_request(f"{name} is not supported by this server", path + name, "unsupported_parameter")
+@dataclass(frozen=True)
+class TakenFields:
+    """A body under our own names of its fields, with nothing in it that would have to be refused by name."""
+
+    data: dict[str, Any]
+    ignored: Ignored
+    renamed: Mapping[str, str]  # our name → the name that the client gave
+
+    def validate(self, model: type[Model]) -> Model:
+        """The body as `model`, or a 400 for the first field that is wrong, under the client's name of it."""
+        try:
+            return validate(model, self.data)
+        except ApiError as error:
+            if (alias := self.renamed.get(error.param or "")) is None:
+                raise
+            raise bad_request(error.message.replace(error.param or "", alias, 1), alias, error.code) from None
+
+
+def take_fields(data: dict[str, Any], route: RouteFields) -> TakenFields:
+    """Sort the fields of a body as `route` says.
+
+    400 for a field that would change the answer and isn't supported, and for two names of one field with two values."""
+    for name in route.refused.keys() & data.keys():
+        if not asks_for_nothing(data[name], route.refused[name]):
+            advice = f": {INSTEAD[name]}" if name in INSTEAD else ""
+            raise bad_request(f"{name} is not supported by this server{advice}", name, "unsupported_parameter")
+    ignored = ignored_fields(data, route)
+    ours = {name: value for name, value in data.items() if name not in route.aliases}
+    renamed: dict[str, str] = {}
+    for alias in sorted(route.aliases.keys() & data.keys()):
+        name, value = route.aliases[alias], data[alias]
+        if value is None:
+            continue
+        other = ours.get(name)
+        if other is not None and (other != value or type(other) is not type(value)):
+            raise bad_request(f"{alias} and {renamed.get(name, name)} mean the same: give one of them", alias)
+        ours[name], renamed[name] = value, alias
+    return TakenFields(ours, ignored, renamed)
 
 
 def validate(model: type[Model], data: dict[str, Any]) -> Model:
@@ -90,6 +124,8 @@ def validate(model: type[Model], data: dict[str, Any]) -> Model:
         return model.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        if first["type"] == "extra_forbidden":  # its location ends with the client's own text
+            raise _field_error(first["loc"][:-1], first["type"], "it has a field that isn't known here") from None
         raise _field_error(first["loc"], first["type"], first["msg"]) from None
 
 

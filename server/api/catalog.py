@@ -143,6 +143,7 @@ class Caller:
     key: ApiKey | None
     split_key: str | None = None  # None: the request's id
     request_id: str = ""
+    counts: bool = True  # as a use of the alias that is asked for
 
     @property
     def chosen_by(self) -> str:
@@ -192,7 +193,7 @@ class Catalog:
         acquired = self._model_of(entry, alias=name if is_alias else None)
         if not acquired.is_open_to(caller.key) or (is_alias and not self._is_alias_open_to(name, caller.key)):
             raise model_not_found()  # not "forbidden": who may not use it need not learn that it is there
-        if is_alias:
+        if is_alias and caller.counts:
             live.count_use(name)
         return acquired
 

@@ -8,12 +8,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from guanaco.server.api.answer import Answer
-from guanaco.server.api.body import body_schema, parse_object, refuse_fields, validate
+from guanaco.server.api.body import body_schema, parse_object, take_fields
 from guanaco.server.api.catalog import Caller, ServedModel
 from guanaco.server.api.errors import bad_request
 from guanaco.server.api.lifecycle import Admission
 from guanaco.server.api.logprobs import chat_logprobs
-from guanaco.server.api.protocol import REFUSED_IN_CHAT, ChatBody, ChatMessage
+from guanaco.server.api.protocol import CHAT_FIELDS, ChatBody, ChatMessage
 from guanaco.server.api.sampling import check_request, sampling_params
 from guanaco.server.api.serving import Prepared, Prompt, acquire_model, check_text_size, serve
 from guanaco.server.api.state import ApiState, ChatTokenizer, Template
@@ -30,9 +30,8 @@ async def chat_completions(request: Request) -> Response:
 
 def prepare_chat(state: ApiState, caller: Caller, raw: bytes, admission: Admission) -> tuple[Prepared, "ChatAnswer"]:
     """Validate and tokenise. Runs on a worker thread."""
-    data = parse_object(raw)
-    refuse_fields(data, REFUSED_IN_CHAT)
-    body = validate(ChatBody, data)
+    fields = take_fields(parse_object(raw), CHAT_FIELDS)
+    body = fields.validate(ChatBody)
     check_request(body, state.tokenizer.vocab_size)
     if body.top_logprobs and not body.logprobs:
         raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
@@ -56,7 +55,8 @@ def prepare_chat(state: ApiState, caller: Caller, raw: bytes, admission: Admissi
         num_logprobs=body.num_logprobs,
         more_stops=() if body.ignore_eos else state.stops_of(model),
     )
-    prepared = Prepared(body, model, (Prompt(token_ids, params),), state.keys.cache_salt(caller.key, body.cache_salt))
+    salt = state.keys.cache_salt(caller.key, body.cache_salt)
+    prepared = Prepared(body, model, (Prompt(token_ids, params),), salt, fields.ignored)
     return prepared, ChatAnswer(body, model, state.tokenizer)
 
 

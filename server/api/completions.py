@@ -9,12 +9,12 @@ from starlette.responses import Response
 
 from guanaco.server.api import protocol
 from guanaco.server.api.answer import Answer
-from guanaco.server.api.body import body_schema, parse_object, refuse_fields, validate
+from guanaco.server.api.body import body_schema, parse_object, take_fields
 from guanaco.server.api.catalog import Caller, ServedModel
 from guanaco.server.api.errors import bad_request
 from guanaco.server.api.lifecycle import Admission
 from guanaco.server.api.logprobs import CompletionLogprobs
-from guanaco.server.api.protocol import REFUSED, CompletionBody
+from guanaco.server.api.protocol import COMPLETION_FIELDS, CompletionBody
 from guanaco.server.api.sampling import check_request, sampling_params
 from guanaco.server.api.serving import Prepared, Prompt, acquire_model, check_text_size, serve
 from guanaco.server.api.state import ApiState, ChatTokenizer
@@ -33,13 +33,13 @@ def prepare_completion(
     state: ApiState, caller: Caller, raw: bytes, admission: Admission
 ) -> tuple[Prepared, "CompletionAnswer"]:
     """Validate and tokenise. Runs on a worker thread."""
-    data = parse_object(raw)
-    refuse_fields(data, REFUSED)
-    body = validate(CompletionBody, data)
+    fields = take_fields(parse_object(raw), COMPLETION_FIELDS)
+    body = fields.validate(CompletionBody)
     check_request(body, state.tokenizer.vocab_size)
     model = acquire_model(state, body, caller, admission)
     prompts = tuple(_prompt(state, body, prompt, model) for prompt in body.prompt)
-    prepared = Prepared(body, model, prompts, state.keys.cache_salt(caller.key, body.cache_salt))
+    salt = state.keys.cache_salt(caller.key, body.cache_salt)
+    prepared = Prepared(body, model, prompts, salt, fields.ignored)
     return prepared, CompletionAnswer(body, model, state.tokenizer, prompts)
 
 

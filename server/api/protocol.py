@@ -4,11 +4,22 @@ Says what a request may hold, not what is done with it. Nothing here is echoed: 
 """
 
 import re
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
+
+from guanaco.server.api.fields import (
+    ALIASES,
+    ALIASES_IN_COMPLETIONS,
+    ALIASES_OF_TOKENIZE,
+    REFUSED,
+    REFUSED_IN_CHAT,
+    REFUSED_IN_COMPLETIONS,
+    REFUSED_IN_MESSAGE,
+    RouteFields,
+    asks_for_nothing,
+)
 
 # Limits (shared/design/reliability.md 2.6): what one request may ask for, refused before any work is done for it.
 MAX_MESSAGES = 512
@@ -24,51 +35,6 @@ MAX_LOGIT_BIAS = 300
 MAX_TOTAL_TOKENS = 8192  # n × max_tokens where n > 1, or the context where that is longer
 MAX_SALT_CHARS = 256
 MAX_ADAPTER_SCALE = 16.0  # of one adapter in a mixture, either sign
-
-# Fields that would change the answer and aren't supported, with the values that ask for nothing.
-REFUSED: Mapping[str, tuple[Any, ...]] = {
-    "adapter_id": (),  # LoRAX and TGI: ignoring it would answer with another model than the one meant
-    "adapter_source": (),
-    "allowed_token_ids": (),
-    "audio": (),
-    "bad_words": ([],),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
-    "custom_logit_processor": (),
-    "documents": ([],),
-    "ebnf": (),
-    "function_call": ("none",),
-    "functions": ([],),
-    "grammar": (),
-    "guided_choice": (),
-    "guided_decoding_backend": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_json_object": (False,),
-    "guided_regex": (),
-    "guided_whitespace_pattern": (),
-    "json_schema": (),
-    "logits_processors": ([],),
-    "lora_path": (),
-    "lora_request": (),
-    "merged_adapters": (),
-    "modalities": (["text"],),
-    "prompt_embeds": (),
-    "prompt_logprobs": (),
-    "regex": (),
-    "response_format": ({"type": "text"},),
-    "structural_tag": (),
-    "structured_outputs": (),
-    "suffix": ("",),
-    "tool_choice": ("none",),
-    "tools": ([],),
-    "truncate_prompt_tokens": (),
-    "use_beam_search": (False,),
-    "web_search_options": (),
-}
-REFUSED_IN_CHAT: Mapping[str, tuple[Any, ...]] = {**REFUSED, "echo": (False,)}
-_REFUSED_IN_MESSAGE: Mapping[str, tuple[Any, ...]] = {"tool_calls": ([],), "function_call": (), "audio": ()}
 
 
 def _fail(message: str) -> PydanticCustomError:
@@ -197,7 +163,7 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 class Body(BaseModel):
-    """What all bodies share: strict types, finite numbers, unknown fields ignored."""
+    """What all bodies share: strict types and finite numbers. `fields` says what happens to fields that aren't here."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
 
@@ -208,7 +174,11 @@ class StreamOptions(Body):
 
 
 class AdapterChoice(Body):
-    """One adapter of a mixture: delta = scale · its own. Negative scales take away, zero switches off."""
+    """One adapter of a mixture: delta = scale · its own. Negative scales take away, zero switches off.
+
+    A field besides the two (`weight`, `path`) is refused: it could only change the mixture."""
+
+    model_config = ConfigDict(extra="forbid")
 
     name: Annotated[str, Field(min_length=1, max_length=64)]
     scale: Annotated[float, Field(ge=-MAX_ADAPTER_SCALE, le=MAX_ADAPTER_SCALE)] = 1.0
@@ -220,6 +190,15 @@ def _adapter_choices(value: object) -> object:
     if not isinstance(value, list) or not value:
         raise _fail("give a list of objects with name and scale; leave the field out for none")
     return tuple(value)
+
+
+AdapterChoices = Annotated[
+    tuple[AdapterChoice, ...],
+    BeforeValidator(_adapter_choices),
+    WithJsonSchema({"type": "array", "items": AdapterChoice.model_json_schema()}),
+]
+# Nobody is refused for it, as nobody was before it meant something: weighted aliases choose by it.
+User = Annotated[str | None, BeforeValidator(lambda value: value if isinstance(value, str) else None)]
 
 
 class GenerationBody(Body):
@@ -246,14 +225,9 @@ class GenerationBody(Body):
     logit_bias: LogitBias = ()
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    adapters: Annotated[
-        tuple[AdapterChoice, ...],
-        BeforeValidator(_adapter_choices),
-        WithJsonSchema({"type": "array", "items": AdapterChoice.model_json_schema()}),
-    ] = ()
+    adapters: AdapterChoices = ()
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
-    # Nobody is refused for it, as nobody was before it meant something: weighted aliases choose by it.
-    user: Annotated[str | None, BeforeValidator(lambda value: value if isinstance(value, str) else None)] = None
+    user: User = None
 
 
 class ChatMessage(Body):
@@ -270,8 +244,8 @@ class ChatMessage(Body):
 def _message(value: object) -> object:
     if not isinstance(value, dict):
         raise _fail("each message must be an object with role and content")
-    for name, harmless in _REFUSED_IN_MESSAGE.items():
-        if value.get(name) is not None and value[name] not in harmless:
+    for name, neutral in REFUSED_IN_MESSAGE.items():
+        if not asks_for_nothing(value.get(name), neutral):
             raise _fail(f"{name} is not supported in a message")
     if value.get("content") is None and value.get("role") != "assistant":
         raise _fail("a message must have content")
@@ -319,6 +293,8 @@ class TokenizeBody(Body):
     """POST /tokenize: a text as it is, or messages through the model's chat template (none given: the base's)."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    adapters: AdapterChoices = ()
+    user: User = None
     prompt: str | None = None
     messages: (
         Annotated[list[Annotated[ChatMessage, BeforeValidator(_message)]], Field(min_length=1, max_length=MAX_MESSAGES)]
@@ -332,4 +308,22 @@ class TokenizeBody(Body):
 class DetokenizeBody(Body):
     """POST /detokenize."""
 
+    model: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     tokens: Annotated[tuple[int, ...], BeforeValidator(lambda value: _token_ids(value, 2**20)), _schema(**_IDS_SCHEMA)]
+    skip_special_tokens: bool | None = None  # SGLang's; false where it isn't given, as in vLLM
+
+
+_CHAT, _COMPLETION = frozenset(ChatBody.model_fields), frozenset(CompletionBody.model_fields)
+CHAT_FIELDS = RouteFields(_CHAT, REFUSED_IN_CHAT, ALIASES)
+COMPLETION_FIELDS = RouteFields(_COMPLETION, REFUSED_IN_COMPLETIONS, ALIASES_IN_COMPLETIONS)
+# Routers send a whole chat request to /tokenize: it takes and refuses the same fields.
+_TOKENIZE = frozenset(TokenizeBody.model_fields)
+TOKENIZE_CHAT_FIELDS = RouteFields(
+    _CHAT | _TOKENIZE,
+    {**REFUSED_IN_CHAT, "add_special": (False,)},
+    {**ALIASES, "with_pieces": "return_token_strs"},
+)
+TOKENIZE_PROMPT_FIELDS = RouteFields(
+    _COMPLETION | _TOKENIZE, REFUSED_IN_COMPLETIONS, {**ALIASES_IN_COMPLETIONS, **ALIASES_OF_TOKENIZE}
+)
+DETOKENIZE_FIELDS = RouteFields(frozenset(DetokenizeBody.model_fields), REFUSED, {})

@@ -18,8 +18,9 @@ from guanaco.server.api.body import read_body
 from guanaco.server.api.catalog import Caller, ServedModel
 from guanaco.server.api.errors import bad_request
 from guanaco.server.api.generation import Generation, until_disconnect
+from guanaco.server.api.ignored import Ignored
 from guanaco.server.api.lifecycle import Admission
-from guanaco.server.api.protocol import GenerationBody
+from guanaco.server.api.protocol import GenerationBody, TokenizeBody
 from guanaco.server.api.sampling import context_exceeded, for_choice
 from guanaco.server.api.sse import stream_generation
 from guanaco.server.api.state import ApiState, json_response, state_of
@@ -49,6 +50,7 @@ class Prepared:
     model: ServedModel
     prompts: tuple[Prompt, ...]
     cache_salt: str
+    ignored: Ignored
 
     @property
     def stream(self) -> bool:
@@ -80,9 +82,10 @@ async def serve(request: HttpRequest, prepare: Prepare) -> Response:
     record.started = time.monotonic()  # the client's upload is not our latency
     admission = state.admit()
     try:
-        caller = _caller(request)
+        caller = caller_of(request)
         loop = asyncio.get_running_loop()
         prepared, answer = await loop.run_in_executor(state.workers, prepare, state, caller, body, admission)
+        state.metrics.count_ignored_fields(prepared.ignored.count)
         record.model, record.adapter_version = prepared.model.name, prepared.model.versions
         record.stream = prepared.stream
         requests = prepared.engine_requests(answer.id, record.started)
@@ -93,18 +96,18 @@ async def serve(request: HttpRequest, prepare: Prepare) -> Response:
     answer.generation = generation
     if prepared.stream:
         response = await stream_generation(request, generation, answer)
-        name_versions(response, prepared.model)
+        _add_headers(response, prepared)
         return response
     try:
         await until_disconnect(request.receive, _collect(generation, answer))
     finally:
         await generation.aclose()
     response = json_response(answer.whole())
-    name_versions(response, prepared.model)
+    _add_headers(response, prepared)
     return response
 
 
-def _caller(request: HttpRequest) -> Caller:
+def caller_of(request: HttpRequest) -> Caller:
     """A weighted alias chooses by X-Split-Key; without one, by `user`, and without that by the request's id."""
     split_key = request.headers.get(SPLIT_KEY_HEADER)
     if split_key is not None and not 1 <= len(split_key) <= MAX_SPLIT_KEY_CHARS:
@@ -117,22 +120,26 @@ async def _collect(generation: Generation, answer: Answer) -> None:
         answer.add(index, output)
 
 
-def name_versions(response: Response, model: ServedModel) -> None:
-    """Say in a header which content of which adapters made the answer."""
-    if model.versions is not None:
-        response.headers["X-Adapter-Version"] = model.versions
+def _add_headers(response: Response, prepared: Prepared) -> None:
+    """Say which content of which adapters made the answer, and which fields of the request meant nothing."""
+    if prepared.model.versions is not None:
+        response.headers["X-Adapter-Version"] = prepared.model.versions
+    prepared.ignored.name_in(response)
 
 
-def acquire_model(state: ApiState, body: GenerationBody, caller: Caller, admission: Admission) -> ServedModel:
+def acquire_model(
+    state: ApiState, body: GenerationBody | TokenizeBody, caller: Caller, admission: Admission
+) -> ServedModel:
     """What the request asks for, held until its end. 404 for a name that nothing has."""
+    name = state.catalog.base.name if body.model is None else body.model
     if caller.split_key is None and body.user is not None:
         caller = replace(caller, split_key=body.user)
     if not body.adapters:
-        return state.catalog.acquire(body.model, caller, admission)
+        return state.catalog.acquire(name, caller, admission)
     most = state.settings.adapter_slots
     if len(body.adapters) > most:
         raise bad_request(f"at most {most} adapters at once (--adapter-slots)", "adapters")
-    return state.catalog.acquire_mixture(body.model, [(a.name, a.scale) for a in body.adapters], caller, admission)
+    return state.catalog.acquire_mixture(name, [(a.name, a.scale) for a in body.adapters], caller, admission)
 
 
 def check_text_size(num_bytes: int, max_model_len: int, param: str) -> None:

@@ -4,38 +4,55 @@ Asked for by lm-eval (so that it needs no copy of the tokenizer) and by vllm-rou
 """
 
 import asyncio
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from guanaco.server.api.auth import ApiKey
-from guanaco.server.api.body import body_schema, parse_object, read_body, validate
+from guanaco.server.api.body import body_schema, parse_object, read_body, take_fields
+from guanaco.server.api.catalog import Caller, ServedModel
 from guanaco.server.api.chat import render_messages
 from guanaco.server.api.errors import bad_request
-from guanaco.server.api.protocol import DetokenizeBody, TokenizeBody
-from guanaco.server.api.serving import check_text_size
+from guanaco.server.api.ignored import Ignored
+from guanaco.server.api.lifecycle import Admission, Lifecycle
+from guanaco.server.api.protocol import (
+    DETOKENIZE_FIELDS,
+    TOKENIZE_CHAT_FIELDS,
+    TOKENIZE_PROMPT_FIELDS,
+    DetokenizeBody,
+    TokenizeBody,
+)
+from guanaco.server.api.serving import acquire_model, caller_of, check_text_size
 from guanaco.server.api.state import ApiState, json_response, state_of
 
 router = APIRouter(tags=["tokens"])
+
+Work = Callable[[ApiState, Caller, bytes], tuple[dict[str, Any], Ignored]]
 
 
 @router.post("/tokenize", summary="Text or messages to token ids", openapi_extra=body_schema(TokenizeBody))
 async def tokenize(request: Request) -> Response:
     state = state_of(request)
     body = await read_body(request, state.settings.max_body_bytes)
-    answer = await asyncio.get_running_loop().run_in_executor(
-        state.workers, _tokenize, state, request.scope.get("guanaco.key"), body
-    )
-    return json_response(answer)
+    return await _answer(state, _tokenize, caller_of(request), body)
 
 
 @router.post("/detokenize", summary="Token ids to text", openapi_extra=body_schema(DetokenizeBody))
 async def detokenize(request: Request) -> Response:
     state = state_of(request)
     body = await read_body(request, state.settings.max_body_bytes)
-    return json_response(await asyncio.get_running_loop().run_in_executor(state.workers, _detokenize, state, body))
+    return await _answer(state, _detokenize, caller_of(request), body)
+
+
+async def _answer(state: ApiState, work: Work, caller: Caller, raw: bytes) -> Response:
+    answer, ignored = await asyncio.get_running_loop().run_in_executor(state.workers, work, state, caller, raw)
+    state.metrics.count_ignored_fields(ignored.count)
+    response = json_response(answer)
+    ignored.name_in(response)
+    return response
 
 
 @router.get("/tokenizer_info", summary="Special tokens and sizes of the tokenizer")
@@ -53,12 +70,15 @@ async def tokenizer_info(request: Request) -> Response:
     )
 
 
-def _tokenize(state: ApiState, key: ApiKey | None, raw: bytes) -> dict[str, Any]:
-    body = validate(TokenizeBody, parse_object(raw))
-    model = state.catalog.base if body.model is None else state.catalog.get(body.model, key)
-    max_model_len = model.max_model_len
-    if (body.prompt is None) == (body.messages is None):
+def _tokenize(state: ApiState, caller: Caller, raw: bytes) -> tuple[dict[str, Any], Ignored]:
+    """Fields that chat or completions refuse are refused here, too: the ids are those that they would use."""
+    data = parse_object(raw)
+    if (data.get("prompt") is None) == (data.get("messages") is None):
         raise bad_request("give either prompt or messages", "prompt")
+    fields = take_fields(data, TOKENIZE_PROMPT_FIELDS if data.get("messages") is None else TOKENIZE_CHAT_FIELDS)
+    body = fields.validate(TokenizeBody)
+    model = _model(state, body, caller)
+    max_model_len = model.max_model_len
     if body.messages is not None:
         with_generation_prompt = body.add_generation_prompt is not False
         token_ids = list(
@@ -77,11 +97,24 @@ def _tokenize(state: ApiState, key: ApiKey | None, raw: bytes) -> dict[str, Any]
     answer: dict[str, Any] = {"count": len(token_ids), "max_model_len": max_model_len, "tokens": token_ids}
     if body.return_token_strs:
         answer["token_strs"] = [state.tokenizer.token_text(token) for token in token_ids]
-    return answer
+    return answer, fields.ignored
 
 
-def _detokenize(state: ApiState, raw: bytes) -> dict[str, Any]:
-    body = validate(DetokenizeBody, parse_object(raw))
+def _model(state: ApiState, body: TokenizeBody, caller: Caller) -> ServedModel:
+    """The model that chat would take for these fields. Nothing is generated, so nothing is held or counted."""
+    lease = Admission(Lifecycle())
+    try:
+        return acquire_model(state, body, replace(caller, counts=False), lease)
+    finally:
+        lease.release()
+
+
+def _detokenize(state: ApiState, caller: Caller, raw: bytes) -> tuple[dict[str, Any], Ignored]:
+    fields = take_fields(parse_object(raw), DETOKENIZE_FIELDS)
+    body = fields.validate(DetokenizeBody)
+    if body.model is not None:
+        state.catalog.get(body.model, caller.key)  # all models share one tokenizer, but an unknown name is an error
     if any(token >= state.tokenizer.vocab_size for token in body.tokens):
         raise bad_request(f"a token id is beyond the vocabulary of {state.tokenizer.vocab_size}", "tokens")
-    return {"prompt": state.tokenizer.decode(body.tokens, skip_special_tokens=False)}
+    text = state.tokenizer.decode(body.tokens, skip_special_tokens=bool(body.skip_special_tokens))
+    return {"prompt": text}, fields.ignored

@@ -237,7 +237,8 @@ def test_generated_bodies_never_break_the_server(server: LiveServer, proof_count
     )
     @given(_bodies, st.sampled_from(sorted(ROUTES.values())), st.data())
     def check(body: dict, path: str, data: st.DataObject) -> None:
-        raw = json.dumps(body).encode("utf-8", "surrogatepass")
+        other = "prompt" if path == ROUTES["chat"] else "messages"  # refused there, whatever else is right
+        raw = json.dumps({k: v for k, v in body.items() if k != other}).encode("utf-8", "surrogatepass")
         if data.draw(st.integers(0, 9)) == 0 and raw:  # one in ten has a byte changed
             at = data.draw(st.integers(0, len(raw) - 1))
             raw = raw[:at] + bytes([data.draw(st.integers(0, 255))]) + raw[at + 1 :]

@@ -1,0 +1,378 @@
+"""What the routes do with fields that their own schemas don't have: refused by name, other names of ours, harmless.
+
+The lists come from the published request schemas of OpenAI, vLLM, SGLang, llama.cpp, TGI, LoRAX, mistral.rs, Ollama and
+Triton with TensorRT-LLM. A field that selects an adapter or changes the answer is never dropped silently. A field on no
+list is ignored, and the answer names it. Knows names and values only; `body` applies the lists.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Neutral = tuple[Any, ...]  # the values of a refused field that ask for nothing, and pass; null always does
+
+_ADAPTERS: Mapping[str, Neutral] = {
+    "adapter": (),
+    "adapter_id": (),
+    "adapter_ids": ([],),
+    "adapter_name": (),
+    "adapter_names": ([],),
+    "adapter_parameters": (),
+    "adapter_scale": (),
+    "adapter_source": (),
+    "adapter_version": (),
+    "adapter_weights": ([],),
+    "base_model": (),
+    "control_vector": (),
+    "control_vectors": ([],),
+    "lora": (),
+    "lora_adapter": (),
+    "lora_adapters": ([],),
+    "lora_config": (),
+    "lora_dir": (),
+    "lora_id": (),
+    "lora_int_id": (),
+    "lora_name": (),
+    "lora_names": ([],),
+    "lora_path": (),
+    "lora_request": (),
+    "lora_scale": (),
+    "lora_scales": ([],),
+    "lora_task_id": (),
+    "lora_weight": (),
+    "lora_weights": ([],),
+    "loras": ([],),
+    "merged_adapters": (),
+    "model_id": (),
+    "model_name": (),
+    "models": ([],),
+    "peft_adapter": (),
+    "prompt_adapter": (),
+    "prompt_adapter_request": (),
+    "prompt_table_extra_id": (),
+}
+_SAMPLING: Mapping[str, Neutral] = {
+    "adaptive_target": (-1,),
+    "adaptive_decay": (0.9,),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "banned_tokens": ([],),
+    "beam_width": (1,),
+    "cfg_scale": (1,),
+    "custom_logit_processor": (),
+    "diversity_penalty": (0,),
+    "do_sample": (True,),
+    "dry_allowed_length": (2,),
+    "dry_base": (1.75,),
+    "dry_multiplier": (0,),
+    "dry_penalty_last_n": (-1, 0),
+    "dry_range": (0,),
+    "dry_sequence_breakers": (["\n", ":", '"', "*"],),
+    "dynamic_temperature": (False,),
+    "dynatemp_exponent": (1,),
+    "dynatemp_high": (1,),
+    "dynatemp_low": (1,),
+    "dynatemp_range": (0,),
+    "early_stopping": (False,),
+    "embedding_bias": (),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1,),
+    "end_id": (),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "exponential_decay_length_penalty": (),
+    "forced_decoder_ids": ([],),
+    "guidance_scale": (1,),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "max_length": (),
+    "min_keep": (0,),
+    "min_length": (0,),
+    "mirostat": (0,),
+    "mirostat_eta": (0.1,),
+    "mirostat_mode": (0,),
+    "mirostat_tau": (5,),
+    "negative_prompt": ("",),
+    "no_repeat_ngram_size": (0,),
+    "num_beams": (1,),
+    "penalize_newline": (False,),
+    "penalize_nl": (False,),
+    "penalty_alpha": (0,),
+    "presence_penalty_range": (0,),
+    "prompt_ignore_length": (0,),
+    "repeat_last_n": (-1,),
+    "repetition_decay": (0,),
+    "repetition_detection": (),
+    "repetition_penalty_range": (0,),
+    "runtime_top_k": (),
+    "runtime_top_p": (),
+    "sampler_order": ([],),
+    "sampler_priority": ([],),
+    "samplers": ([],),
+    "sampler_seq": (),
+    "smoothing_curve": (1,),
+    "smoothing_factor": (0,),
+    "suppress_tokens": ([],),
+    "temperature_last": (False,),
+    "tfs": (1,),
+    "tfs_z": (1,),
+    "top_a": (0,),
+    "top_n_sigma": (-1, 0),
+    "top_p_decay": (1,),
+    "top_p_min": (0,),
+    "top_p_reset_ids": (),
+    "typ_p": (1,),
+    "typical": (1,),
+    "typical_p": (1,),
+    "use_beam_search": (False,),
+    "watermark": (False,),
+    "xtc_probability": (0,),
+    "xtc_threshold": (0.1,),
+}
+_PROMPT: Mapping[str, Neutral] = {
+    "apply_chat_template": (),
+    "audio_data": ([],),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "content": (),
+    "context": ([],),
+    "continue_final_message": (False,),
+    "custom_params": ({},),
+    "documents": ([],),
+    "enable_thinking": (False,),
+    "extra_body": ({},),
+    "extra_key": (),
+    "generation_prompt": ("",),
+    "image_data": ([],),
+    "images": ([],),
+    "input": (),
+    "input_embeds": (),
+    "input_extra": ([],),
+    "input_ids": (),
+    "input_prefix": ("",),
+    "input_suffix": ("",),
+    "inputs": (),
+    "instructions": ("",),
+    "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+    "multi_modal_data": ({},),
+    "multimodal_data": ([],),
+    "nvext": ({},),
+    "options": ({},),
+    "parameters": ({},),
+    "parse_special": (),
+    "prompt_embeds": (),
+    "prompt_template": (),
+    "prompt_token_ids": (),
+    "raw": (False,),
+    "reasoning": ({},),
+    "sampling_params": ({},),
+    "session_params": ({},),
+    "suffix": ("",),
+    "system": ("",),
+    "system_prompt": ("",),
+    "task": (),
+    "template": ("",),
+    "text": (),
+    "text_input": (),
+    "thinking": (False, {"type": "disabled"}),
+    "tool_prompt": ("",),
+    "truncate": (False,),
+    "truncate_prompt_tokens": (),
+    "truncate_sequence": (False,),
+    "truncation": (False, "disabled"),
+    "truncation_side": (),
+    "truncation_strategy": ("disabled",),
+    "video_data": ([],),
+    "vllm_xargs": ({},),
+}
+_OUTPUT: Mapping[str, Neutral] = {
+    "audio": (),
+    "chat_format": (0,),
+    "chat_parser": (),
+    "choice": (),
+    "decoder_input_details": (False,),
+    "details": (False,),
+    "ebnf": (),
+    "format": ("",),
+    "function_call": ("none",),
+    "functions": ([],),
+    "grammar": ("",),
+    "grammar_lazy": (False,),
+    "grammar_triggers": ([],),
+    "guided_choice": (),
+    "guided_decoding_backend": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_json_object": (False,),
+    "guided_regex": (),
+    "guided_whitespace_pattern": (),
+    "json_mode": (False,),
+    "json_object": (False,),
+    "json_schema": (),
+    "lark": (),
+    "logprob_start_len": (-1,),
+    "modalities": (["text"],),
+    "n_indent": (0,),
+    "n_probs": (0,),
+    "no_stop_trim": (False,),
+    "parse_tool_calls": (False,),
+    "post_sampling_probs": (False,),
+    "preserved_tokens": ([],),
+    "prompt_logprobs": (),
+    "reasoning_budget": (-1,),
+    "reasoning_budget_tokens": (-1,),
+    "reasoning_format": ("none", "auto"),
+    "regex": (),
+    "response_fields": ([],),
+    "response_format": ({"type": "text"},),
+    "return_context_logits": (False,),
+    "return_full_text": (False,),
+    "return_generation_logits": (False,),
+    "return_hidden_states": (False,),
+    "return_k_alternatives": (0,),
+    "return_log_probs": (False,),
+    "return_logprob": (False,),
+    "return_meta_info": (False,),
+    "return_prompt_token_ids": (False,),
+    "return_routed_experts": (False,),
+    "return_token_ids": (False,),
+    "return_tokens": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "schema": (),
+    "stop_regex": ([], ""),
+    "stop_words": ([],),
+    "structural_tag": (),
+    "structured_outputs": (),
+    "t_max_predict_ms": (-1, 0),
+    "thinking_budget": (-1, 0),
+    "thinking_token_budget": (-1, 0),
+    "token_ids_logprob": ([],),
+    "tool_choice": ("none",),
+    "tools": ([],),
+    "top_logprobs_num": (0,),
+    "top_n_tokens": (0,),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+REFUSED: Mapping[str, Neutral] = {**_ADAPTERS, **_SAMPLING, **_PROMPT, **_OUTPUT}
+REFUSED_IN_CHAT: Mapping[str, Neutral] = {**REFUSED, "echo": (False,), "prompt": ("",), "add_special_tokens": (False,)}
+REFUSED_IN_COMPLETIONS: Mapping[str, Neutral] = {**REFUSED, "messages": ([],), "top_logprobs": (0,)}
+REFUSED_IN_MESSAGE: Mapping[str, Neutral] = {
+    "audio": (),
+    "documents": ([],),
+    "function_call": (),
+    "images": ([],),
+    "partial": (False,),
+    "prefix": (False,),
+    "refusal": ("",),
+    "task": (),
+    "tool_calls": ([],),
+    "tool_name": (),
+    "tools": ([],),
+    "videos": ([],),
+    "wo_eos": (False,),
+}
+
+_TO_MIX = "put an adapter's name into model, or give adapters: [{name, scale}]"
+_TOP_LEVEL = "put the fields that it holds into the body itself"
+_PROMPTS = "give prompt, or messages where the route takes them"
+INSTEAD: Mapping[str, str] = {
+    **dict.fromkeys(_ADAPTERS, _TO_MIX),
+    **dict.fromkeys(("extra_body", "nvext", "options", "parameters", "sampling_params"), _TOP_LEVEL),
+    **dict.fromkeys(("content", "input", "input_ids", "inputs", "prompt_token_ids", "text", "text_input"), _PROMPTS),
+    **dict.fromkeys(("runtime_top_k",), "use top_k"),
+    **dict.fromkeys(("runtime_top_p",), "use top_p"),
+    "base_model": "put the name into model",
+    "do_sample": "for greedy answers, use temperature 0",
+    "end_id": "use stop_token_ids",
+    "extra_key": "use cache_salt",
+    "max_length": "use max_tokens, which doesn't count the prompt",
+    "messages": "use /v1/chat/completions",
+    "min_length": "use min_tokens, which doesn't count the prompt",
+    "model_id": "put the name into model",
+    "model_name": "put the name into model",
+    "models": "put one name into model",
+    "n_probs": "use logprobs",
+    "no_stop_trim": "use include_stop_str_in_output",
+    "prompt": "use /v1/completions",
+    "prompt_logprobs": "use /v1/completions with echo and logprobs",
+    "repeat_last_n": "repetition_penalty looks at the whole context",
+    "return_full_text": "use /v1/completions with echo",
+    "return_log_probs": "use logprobs",
+    "return_logprob": "use logprobs",
+    "stop_words": "use stop",
+    "system": "use a message of the role system",
+    "system_prompt": "use a message of the role system",
+    "top_logprobs": "use logprobs with a number",
+    "top_logprobs_num": "use logprobs",
+    "top_n_tokens": "use logprobs",
+}
+
+# Other servers' names of a field, with exactly the same meaning.
+ALIASES: Mapping[str, str] = {
+    "ignore_eos_token": "ignore_eos",  # LoRAX
+    "max_new_tokens": "max_tokens",  # TGI, LoRAX, SGLang
+    "max_output_tokens": "max_tokens",  # OpenAI's Responses
+    "min_new_tokens": "min_tokens",  # SGLang
+    "n_cmpl": "n",  # llama.cpp
+    "n_predict": "max_tokens",  # llama.cpp
+    "num_predict": "max_tokens",  # Ollama
+    "random_seed": "seed",  # Triton, Mistral
+    "repeat_penalty": "repetition_penalty",  # llama.cpp, Ollama
+    "sampling_seed": "seed",  # SGLang
+    "stop_sequences": "stop",  # TGI, Triton
+}
+ALIASES_IN_COMPLETIONS: Mapping[str, str] = {**ALIASES, "max_completion_tokens": "max_tokens"}
+ALIASES_OF_TOKENIZE: Mapping[str, str] = {"add_special": "add_special_tokens", "with_pieces": "return_token_strs"}
+
+# Fields that change nothing about the answer here: bookkeeping, routing and speed of other servers.
+HARMLESS = frozenset(
+    (
+        *("metadata", "moderation", "prediction", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
+        *("safety_identifier", "service_tier", "store", "parallel_tool_calls"),
+        *("request_id", "rid", "priority", "session_id", "conversation_id", "custom_labels", "log_metrics"),
+        *("api_token", "keep_alive", "stream_interval", "separate_reasoning", "stream_reasoning", "include_reasoning"),
+        *("spaces_between_special_tokens", "background", "request_timeout"),
+        "reasoning_effort",  # the LLaMA family has no such setting
+        # llama.cpp: where and how it computes; a context that is too long is an error here, so nothing is shifted
+        *("id_slot", "slot_id", "cache_prompt", "n_cache_reuse", "n_keep", "num_keep", "n_discard", "backend_sampling"),
+        *("speculative.n_max", "speculative.n_min", "speculative.p_min", "speculative.type"),
+        # one prompt computed by several machines
+        *("kv_transfer_params", "ec_transfer_params", "bootstrap_host", "bootstrap_port", "bootstrap_room"),
+        *("routed_dp_rank", "disagg_prefill_dp_rank", "data_parallel_rank", "disaggregated_params"),
+        # about images and sounds, which are refused
+        *("images_config", "max_dynamic_patch", "min_dynamic_patch", "use_audio_in_video"),
+    )
+)
+# In a message: what other models gave besides the answer, which chat templates of the LLaMA family leave out.
+HARMLESS_IN_MESSAGE = frozenset(
+    (
+        *("name", "id", "annotations", "cache_control", "citations", "created", "provider_specific_fields", "status"),
+        *("reasoning", "reasoning_content", "reasoning_details", "thinking", "type", "weight"),
+    )
+)
+HARMLESS_IN_PART = frozenset(("type", "text", "cache_control", "annotations"))
+HARMLESS_IN_STREAM_OPTIONS = frozenset(("include_obfuscation",))
+
+
+@dataclass(frozen=True)
+class RouteFields:
+    """What one route does with each field of its body."""
+
+    own: frozenset[str]  # its schema's
+    refused: Mapping[str, Neutral]
+    aliases: Mapping[str, str]
+    harmless: frozenset[str] = HARMLESS
+
+    def ignored(self, names: Iterable[str]) -> list[str]:
+        """The names that are on no list."""
+        lists = (self.own, self.refused, self.aliases, self.harmless)
+        return [name for name in names if not any(name in known for known in lists)]
+
+
+def asks_for_nothing(value: object, neutral: Neutral) -> bool:
+    """Whether a refused field's value may pass. A number is no truth value: 1 is not true."""
+    return value is None or any(
+        value == allowed and isinstance(value, bool) == isinstance(allowed, bool) for allowed in neutral
+    )
