@@ -7,8 +7,6 @@ whether the result fits one is for `weights`. Called by the command line; the se
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from guanaco.adapters.files import AdapterFiles
 from guanaco.adapters.safetensors_file import SafetensorsFile
 from guanaco.adapters.strict_json import JsonError, parse_object
 from guanaco.adapters.weights import WEIGHTS_NAME, AdapterLimits
+from guanaco.models.restricted_process import ProcessEnded, ProcessTimeout, RestrictedProcess
 
 PICKLED_NAMES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
 DTYPES = {"keep": "keep", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -131,32 +130,24 @@ def _run_worker(
             "dtype": dtype,
             "max_bytes": limits.max_file_bytes,
         }
+        handles = (source.fileno(), output.fileno())
+        seconds = _BASE_SECONDS + size / _BYTES_PER_SECOND
         try:
-            done = subprocess.run(  # noqa: S603 - our own module, by this interpreter
-                [sys.executable, "-I", "-m", _WORKER],
-                input=json.dumps(request).encode(),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                pass_fds=(source.fileno(), output.fileno()),
-                cwd="/",
-                env={"OPENBLAS_NUM_THREADS": "1"},
-                timeout=_BASE_SECONDS + size / _BYTES_PER_SECOND,
-                check=False,
-                start_new_session=True,
-            )
-        except subprocess.TimeoutExpired:
+            with RestrictedProcess(_WORKER, pass_fds=handles) as process:
+                data = process.exchange(json.dumps(request).encode(), seconds=seconds, max_bytes=_MAX_ANSWER_BYTES)
+        except ProcessTimeout:
             raise AdapterError("conversion_failed", f"converting {weights} took too long and was stopped") from None
+        except ProcessEnded as error:
+            problem = f"the process that reads {weights} was stopped ({error}); the file is not in order"
+            raise AdapterError("conversion_failed", problem, weights) from None
         os.fsync(output.fileno())
-    return _answer(done, weights), size
+    return _answer(data, weights), size
 
 
-def _answer(done: "subprocess.CompletedProcess[bytes]", weights: str) -> dict[str, Any]:
+def _answer(data: bytes, weights: str) -> dict[str, Any]:
     """What the process said, which is believed no more than the file that it read."""
-    if done.returncode != 0 or len(done.stdout) > _MAX_ANSWER_BYTES:
-        problem = f"the process that reads {weights} was stopped (status {done.returncode}); the file is not in order"
-        raise AdapterError("conversion_failed", problem, weights)
     try:
-        answer = parse_object(done.stdout)
+        answer = parse_object(data)
     except JsonError:
         raise AdapterError("conversion_failed", f"the process that reads {weights} gave no answer", weights) from None
     if "code" in answer:

@@ -1,16 +1,15 @@
 """The restricted process behind `convert`: reads one stranger's file, writes one safetensors file, and can do no more.
 
 Both files arrive open. Before the first byte is read, limits take away new files, sockets, processes, memory and time.
-Runs as `python -I -m guanaco.adapters.convert_worker`, started by `convert` alone; imports neither torch nor pickle.
+Runs as `python -I -m guanaco.adapters.convert_worker LIFELINE`, started by `convert` alone. Imports neither torch nor
+pickle.
 """
 
 import codecs
-import ctypes
 import json
 import math
 import os
 import re
-import resource
 import struct
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ import numpy as np
 from guanaco.adapters.errors import AdapterError, printable
 from guanaco.adapters.strict_json import JsonError, parse_object
 from guanaco.adapters.torch_pickle import TorchFile
+from guanaco.models.restricted_process import Budget, follow_parent, read_frame, restrict, write_frame
 
 MAX_HEADER_BYTES = 1 << 20
 MAX_TENSORS = 4096
@@ -28,27 +28,19 @@ ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _BASE_MEMORY_BYTES = 1 << 30  # what Python and numpy reserve, with room
 _BYTES_PER_CPU_SECOND = 20e6
-_PR_SET_NO_NEW_PRIVS = 38  # linux/prctl.h
 
 # Adapters that were not written by save_pretrained have `.default` (or another name) before `.weight`.
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[A-Za-z0-9_-]+))?\.weight")
 _PREFIX = "base_model.model."
 
 
-def restrict(input_bytes: int, output_bytes: int) -> None:
-    """Give up everything that converting a file of this size does not need. There is no way back."""
-    limits = {
-        resource.RLIMIT_NOFILE: 0,  # no further file, socket or pipe; those that are open stay open
-        resource.RLIMIT_NPROC: 0,
-        resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_FSIZE: output_bytes,
-        resource.RLIMIT_AS: _BASE_MEMORY_BYTES + 3 * input_bytes,
-        resource.RLIMIT_CPU: 20 + int(input_bytes / _BYTES_PER_CPU_SECOND),
-    }
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "PR_SET_NO_NEW_PRIVS")
-    for limit, value in limits.items():
-        resource.setrlimit(limit, (value, value))
+def budget(input_bytes: int, output_bytes: int) -> Budget:
+    """What converting a file of this size may take."""
+    return Budget(
+        memory_bytes=_BASE_MEMORY_BYTES + 3 * input_bytes,
+        file_bytes=output_bytes,
+        cpu_seconds=20 + int(input_bytes / _BYTES_PER_CPU_SECOND),
+    )
 
 
 class SafetensorsSource:
@@ -212,12 +204,16 @@ def convert(source: BinaryIO, target: BinaryIO, *, is_pickle: bool, dtype: str, 
 
 def main() -> None:
     """One request on standard input, one answer on standard output; both JSON."""
-    request = json.loads(sys.stdin.buffer.read())
+    follow_parent(int(sys.argv[1]))
+    message = read_frame(sys.stdin.buffer)
+    if message is None:
+        return
+    request = json.loads(message)
     with os.fdopen(request["source"], "rb") as source, os.fdopen(request["target"], "wb") as target:
         # Python opens what it needs for messages and codecs on first use; none of that works afterwards.
         for codec in ("unicode_escape", "cp437"):  # of messages; of names in archives that are not marked as UTF-8
             codecs.lookup(codec)
-        restrict(os.fstat(source.fileno()).st_size, request["max_bytes"] + MAX_HEADER_BYTES + 8)
+        restrict(budget(os.fstat(source.fileno()).st_size, request["max_bytes"] + MAX_HEADER_BYTES + 8))
         try:
             answer = convert(
                 source,
@@ -230,7 +226,7 @@ def main() -> None:
             answer = {"code": error.code, "message": str(error), "field": error.field}
         except MemoryError:
             answer = {"code": "bad_pickle", "message": "the file asks for more memory than it can need", "field": None}
-    sys.stdout.write(json.dumps(answer))
+    write_frame(sys.stdout.buffer, json.dumps(answer).encode())
 
 
 if __name__ == "__main__":

@@ -3,3 +3,15 @@
 
 class ModelError(Exception):
     """A model that cannot be loaded or run here: the command line prints the message as one line and exits with 2."""
+
+
+class TemplateError(Exception):
+    """A chat template that is wrong, refuses the messages, or does what the sandbox does not allow.
+
+    code: "template_error" for these; "template_timeout" and "template_too_large" where it took more time, memory or
+    output than it may; "template_busy" and "template_unavailable" where it was not rendered at all.
+    """
+
+    def __init__(self, message: str, code: str = "template_error") -> None:
+        super().__init__(message)
+        self.code = code

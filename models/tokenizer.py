@@ -14,7 +14,7 @@ from typing import Any
 
 from tokenizers import AddedToken
 
-from guanaco.models.chat_template import ChatTemplate, TemplateError
+from guanaco.models.chat_template import MAX_OUTPUT_CHARS, ChatTemplate, TemplateError
 from guanaco.models.tokenizer_files import TokenizerFiles, read_tokenizer
 from guanaco.models.tokenizer_json import SPACE
 
@@ -70,8 +70,9 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = True,
         template: ChatTemplate | None = None,
+        max_chars: int = MAX_OUTPUT_CHARS,
     ) -> list[int]:
-        """Ids of a conversation through `template`, or the model's own if that is None.
+        """Ids of a conversation through `template`, or the model's own if that is None. max_chars: of the prompt.
 
         What the template writes as control tokens becomes them; what the messages' strings hold stays text. BOS comes
         from a template that is complete, and otherwise from the tokenizer's rule. Raises TemplateError.
@@ -89,9 +90,10 @@ class Tokenizer:
                 eos_token=names.pop("eos_token", None),
                 add_generation_prompt=add_generation_prompt,
                 special_tokens=names,
+                max_chars=max_chars,
             )
         except TemplateError as error:
-            raise TemplateError(self._control.unmark(str(error))) from error
+            raise TemplateError(self._control.unmark(str(error)), error.code) from error
         ids = [self._control.real_ids.get(index, index) for index in self._encode(self._control.substitute(text))]
         if not template.is_complete and self._adds_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
@@ -140,7 +142,9 @@ class Tokenizer:
         if files.chat_template is None:
             return files.notes, None
         try:
-            return files.notes, ChatTemplate(files.chat_template, name="of the model")
+            template = ChatTemplate(files.chat_template, name="of the model")
+            template.try_out(self._names)
+            return (*files.notes, *template.notes), template
         except TemplateError as error:
             return (*files.notes, f"{error}: give another one with --chat-template"), None
 

@@ -18,6 +18,7 @@ from guanaco.adapters.registry_file import RegistryFile
 from guanaco.adapters.store import VersionStore
 from guanaco.adapters.weights import AdapterLimits
 from guanaco.models.chat_template import TemplateError, named_template
+from guanaco.models.template_renderer import shared_renderer
 from guanaco.server.api.access_log import start_logging
 from guanaco.server.api.auth import KeyRing
 from guanaco.server.api.catalog import Catalog, ServedModel
@@ -55,6 +56,7 @@ def run_server(settings: Settings) -> int:
     try:
         return serve(state, sock, on_started=lambda: _show_banner(console, settings, runtime, port, bool(keys)))
     finally:
+        shared_renderer().close()  # a template that is being rendered would delay the end
         stop_logging()
 
 

@@ -179,6 +179,7 @@ def _load_base(settings: Settings, ops: Ops, console: Console) -> Base:
     with reporting(console, "load") as report:
         cache = settings.cache_dir if settings.quantized_cache else None
         loaded = load_model(path, ops, cache_dir=cache, progress=report)
+    template = None if settings.chat_template is None else load_template(settings.chat_template)
     tokenizer = Tokenizer.from_directory(path)
     generation_config = _generation_config(path)
     special = reconcile_special_ids(
@@ -192,10 +193,10 @@ def _load_base(settings: Settings, ops: Ops, console: Console) -> Base:
         root=root,
         loaded=loaded,
         tokenizer=tokenizer,
-        template=None if settings.chat_template is None else load_template(settings.chat_template),
+        template=template,
         eos_ids=frozenset(special.eos_ids),
         generation_config=generation_config,
-        notes=(*loaded.notes, *special.notes),
+        notes=(*loaded.notes, *tokenizer.notes, *special.notes, *(() if template is None else template.notes)),
     )
 
 

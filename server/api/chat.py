@@ -10,12 +10,12 @@ from starlette.responses import Response
 from guanaco.server.api.answer import Answer
 from guanaco.server.api.body import body_schema, parse_object, take_fields
 from guanaco.server.api.catalog import Caller, ServedModel
-from guanaco.server.api.errors import bad_request
+from guanaco.server.api.errors import ApiError, bad_request
 from guanaco.server.api.lifecycle import Admission
 from guanaco.server.api.logprobs import chat_logprobs
 from guanaco.server.api.protocol import CHAT_FIELDS, ChatBody, ChatMessage
 from guanaco.server.api.sampling import check_request, sampling_params
-from guanaco.server.api.serving import Prepared, Prompt, acquire_model, check_text_size, serve
+from guanaco.server.api.serving import MAX_BYTES_PER_TOKEN, Prepared, Prompt, acquire_model, check_text_size, serve
 from guanaco.server.api.state import ApiState, ChatTokenizer, Template
 from guanaco.server.engine.request import FinishReason, TokenLogprob
 from guanaco.server.engine.request_stream import TextOutput
@@ -78,13 +78,35 @@ def render_messages(
             [message.template_message() for message in messages],
             add_generation_prompt=add_generation_prompt,
             template=template,
+            max_chars=max_model_len * MAX_BYTES_PER_TOKEN,
         )
-    except state.template_errors:
-        text = "the model's chat template doesn't take these messages (their roles or their order)"
-        raise bad_request(text, "messages", "template_error") from None
+    except state.template_errors as error:
+        raise _template_problem(getattr(error, "code", "template_error")) from None
     if not token_ids:
         raise bad_request("the messages come to no tokens at all", "messages")
     return tuple(token_ids)
+
+
+def _template_problem(code: str) -> ApiError:
+    """What a client is told of a chat template that gave no prompt. `code` is the template error's own."""
+    instead = "ask the server's operator for another chat template, or use /v1/completions"
+    match code:
+        case "template_timeout":
+            text = f"the model's chat template took too long with these messages and was stopped: {instead}"
+        case "template_too_large":
+            text = f"the model's chat template made more of these messages than the context holds: {instead}"
+        case "template_busy":
+            text = "the model's chat template is slow, and another chat is being prepared with it; try again later"
+            return ApiError(503, code, text, param="messages", retry_after=1)
+        case "template_unavailable":
+            text = "the server could not start the process that prepares chats; its log has the reason"
+            return ApiError(503, code, text, retry_after=5)
+        case _:
+            code, text = (
+                "template_error",
+                "the model's chat template doesn't take these messages (their roles or their order)",
+            )
+    return bad_request(text, "messages", code)
 
 
 @dataclass

@@ -28,7 +28,7 @@ from guanaco.server.engine.request import Request, SamplingParams
 
 # No vocabulary of ours has a longer common token: a text of more bytes than this times the context can't fit into it,
 # and is refused before it is tokenised.
-_MAX_BYTES_PER_TOKEN = 64
+MAX_BYTES_PER_TOKEN = 64
 SPLIT_KEY_HEADER = "X-Split-Key"
 MAX_SPLIT_KEY_CHARS = 256
 
@@ -144,5 +144,5 @@ def acquire_model(
 
 def check_text_size(num_bytes: int, max_model_len: int, param: str) -> None:
     """400 for a text that has more tokens than the context, whatever they are."""
-    if num_bytes > max_model_len * _MAX_BYTES_PER_TOKEN:
-        raise context_exceeded(num_bytes // _MAX_BYTES_PER_TOKEN, max_model_len, param)
+    if num_bytes > max_model_len * MAX_BYTES_PER_TOKEN:
+        raise context_exceeded(num_bytes // MAX_BYTES_PER_TOKEN, max_model_len, param)

@@ -53,14 +53,20 @@ class ChatTokenizer(Protocol):
     def token_bytes(self, token_id: int) -> bytes: ...
     def token_text(self, token_id: int) -> str: ...
     def encode_chat(
-        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, template: Any = None
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        template: Any = None,
+        max_chars: int = ...,
     ) -> list[int]: ...
 
 
 @dataclass(frozen=True)
 class ApiState:
     """Everything that the HTTP side needs. `template_errors` are the exceptions that a chat template raises when the
-    messages don't suit it; their text may quote the messages, and stays here."""
+    messages don't suit it, or when it takes too long or too much: their `code` says which. Their text may quote the
+    messages, and stays here."""
 
     engine: AsyncEngine
     tokenizer: ChatTokenizer

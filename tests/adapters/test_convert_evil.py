@@ -67,9 +67,9 @@ def test_damaged_files_are_refused_or_read_and_nothing_else(data):
 
 _TRIES = """
 import json, os, socket, sys, threading
-from guanaco.adapters.convert_worker import restrict
+from guanaco.adapters.convert_worker import budget, restrict
 sys.stdout.write("")
-restrict(1000, 1000)
+restrict(budget(1000, 1000))
 def attempt(function):
     try:
         function()

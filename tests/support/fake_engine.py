@@ -55,7 +55,12 @@ class FakeTokenizer:
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
     def encode_chat(
-        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, template: Any = None
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        template: Any = None,
+        max_chars: int = 1 << 24,
     ) -> list[int]:
         if messages[0]["role"] == "assistant":
             raise TemplateProblem("SECRET: a conversation can't begin with " + messages[0]["content"])
