@@ -58,6 +58,7 @@ def _prompt(state: ApiState, body: CompletionBody, prompt: protocol.Prompt, mode
         body,
         state.defaults_for(model),
         limit=body.token_limit,
+        default_limit=protocol.DEFAULT_COMPLETION_TOKENS,
         limit_name="max_tokens",
         num_prompt_tokens=len(token_ids),
         max_model_len=model.max_model_len,

@@ -25,12 +25,13 @@ from guanaco.server.api.fields import (
 MAX_MESSAGES = 512
 MAX_CHOICES = 8  # n
 MAX_PROMPTS = 32
-MAX_STOP_STRINGS = 4
+MAX_STOP_STRINGS = 16  # OpenAI: 4; lm-eval's own tasks send six
 MAX_STOP_CHARS = 128
 MAX_STOP_TOKEN_IDS = 64
 MAX_TOP_K = 1000
 MAX_TOP_LOGPROBS = 20
-MAX_COMPLETION_LOGPROBS = 5
+MAX_COMPLETION_LOGPROBS = 20  # OpenAI: 5
+DEFAULT_COMPLETION_TOKENS = 16  # max_tokens of a text completion, as OpenAI documents it; in chat: the room left
 MAX_LOGIT_BIAS = 300
 MAX_TOTAL_TOKENS = 8192  # n × max_tokens where n > 1, or the context where that is longer
 MAX_SALT_CHARS = 256

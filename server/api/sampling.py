@@ -69,9 +69,11 @@ def sampling_params(
     num_logprobs: int | None,
     prompt_logprobs: int | None = None,
     more_stops: tuple[str, ...] = (),
+    default_limit: int | None = None,
 ) -> SamplingParams:
     """The engine's parameters for one prompt. 400 where prompt and `limit` tokens don't fit into the context.
 
+    Without a limit, `default_limit` tokens are generated, or as many as there is room for; None: as there is room for.
     `limit_name` and `prompt_name` are the fields that errors name; `more_stops` are stop strings besides the client's.
     """
     room = max_model_len - num_prompt_tokens
@@ -88,7 +90,8 @@ def sampling_params(
     most = max(MAX_TOTAL_TOKENS, max_model_len)
     if limit is not None and limit * body.n > most:
         raise bad_request(f"n times {limit_name} may be at most {most}", "n")
-    max_tokens = limit if limit is not None else min(room, most // body.n)
+    free = min(room, most // body.n)
+    max_tokens = limit if limit is not None else free if default_limit is None else min(free, default_limit)
     if (body.min_tokens or 0) > max_tokens:
         raise bad_request(f"min_tokens is more than the {max_tokens} tokens that may be generated", "min_tokens")
     return SamplingParams(

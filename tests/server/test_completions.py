@@ -166,9 +166,30 @@ def test_text_offsets_point_into_the_text(server: LiveServer) -> None:
     assert [t for chunk in streamed for t in chunk["tokens"]] == choice["logprobs"]["tokens"]
 
 
-def test_default_length_is_the_room_left(server: LiveServer) -> None:
+def test_default_length_is_openais(server: LiveServer) -> None:
     post(server, prompt="abc")
-    assert server.engine.requests[-1].params.max_tokens == MAX_MODEL_LEN - 4
+    assert server.engine.requests[-1].params.max_tokens == 16
+    post(server, prompt="x" * (MAX_MODEL_LEN - 6))
+    assert server.engine.requests[-1].params.max_tokens == 5, "no more than there is room for"
+    answer = post(server, prompt="abc", stream=False, max_tokens=None)
+    assert answer["choices"][0]["finish_reason"] == "length"
+    error = post(server, 400, prompt="abc", min_tokens=17)["error"]
+    assert error["param"] == "min_tokens"
+    assert "16 tokens" in error["message"]
+
+
+def test_as_many_stop_strings_as_lm_evals_tasks_send(server: LiveServer) -> None:
+    stops = [f"stop {i}" for i in range(16)]
+    post(server, prompt="abc", stop=stops)
+    assert server.engine.requests[-1].params.stop_strings == tuple(stops)
+    error = post(server, 400, prompt="abc", stop=[*stops, "one more"])["error"]
+    assert (error["param"], "16" in error["message"]) == ("stop", True)
+
+
+def test_twenty_logprobs(server: LiveServer) -> None:
+    choice = post(server, prompt="abc", logprobs=20, max_tokens=2)["choices"][0]
+    assert [len(top) for top in choice["logprobs"]["top_logprobs"]] == [20, 20]
+    assert post(server, 400, prompt="abc", logprobs=21)["error"]["param"] == "logprobs"
 
 
 @pytest.mark.parametrize(
@@ -188,7 +209,7 @@ def test_context_limits(server: LiveServer, body: dict, param: str) -> None:
 
 
 def test_end_of_sequence_counts_as_a_token(server: LiveServer) -> None:
-    answer = post(server, prompt="abc")
+    answer = post(server, prompt="abc", max_tokens=1000)
     reply = reply_of(server.engine.requests[-1])
     assert answer["choices"][0]["text"] == reply
     assert answer["usage"]["completion_tokens"] == len(reply) + 1

@@ -12,7 +12,10 @@ from fake_engine import reply_of
 from guanaco.server.api import sse
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-BODIES = {CHAT: chat_body("hello", stream=True), COMPLETIONS: {"model": BASE, "prompt": "hello", "stream": True}}
+BODIES = {
+    CHAT: chat_body("hello", stream=True),
+    COMPLETIONS: {"model": BASE, "prompt": "hello", "stream": True, "max_tokens": 1000},
+}
 both_routes = pytest.mark.parametrize("route", [CHAT, COMPLETIONS])
 
 

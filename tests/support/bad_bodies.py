@@ -34,7 +34,7 @@ _FIELDS: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (-2.01, 2.01, 1e308, *_NOT_NUMBERS),
     "frequency_penalty": (-2.01, 2.01, *_NOT_NUMBERS),
     "repetition_penalty": (0, -1, 2.01, *_NOT_NUMBERS),
-    "stop": ("", ["a", ""], ["x"] * 5, "x" * 129, ["x" * 129], 5, True, {}, [5], [None], [["a"]]),
+    "stop": ("", ["a", ""], ["x"] * 17, "x" * 129, ["x" * 129], 5, True, {}, [5], [None], [["a"]]),
     "stop_token_ids": ("5", 5, ["5"], [5.0], [True], [-1], [2**31], [262], [1] * 65, {}, [None]),
     "logit_bias": (
         *([], "x", 5, True, {"a": 1}, {"-1": 1}, {"1.0": 1}, {"": 1}, {" 1": 1}, {"1": "1"}, {"1": True}, {"1": None}),
@@ -132,7 +132,7 @@ _CHAT_FIELDS: dict[str, tuple[Any, ...]] = {
 }
 _COMPLETION_FIELDS: dict[str, tuple[Any, ...]] = {
     "prompt": _PROMPTS,
-    "logprobs": (6, -1, "1", True, 1.0, []),
+    "logprobs": (21, -1, "1", True, 1.0, []),
     "echo": ("true", 1, 0, []),
     "add_special_tokens": ("true", 1),
 }
