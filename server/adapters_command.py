@@ -1,6 +1,7 @@
 """`guanaco adapters`: look at an adapter on this machine, and change those of a running server.
 
-`inspect` and `check` of a path need no server. Talks to the admin routes with httpx. Called by the command line.
+`inspect` and `check` of a path need no server. Talks to the admin routes with httpx2, which the hub's client
+uses as well. Called by the command line.
 """
 
 import json
@@ -8,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -18,6 +19,7 @@ from guanaco.adapters.convert import ConvertReport
 from guanaco.adapters.files import AdapterFiles
 from guanaco.adapters.safetensors_file import SafetensorsFile
 from guanaco.adapters.weights import BASE_FINGERPRINT_KEY, WEIGHTS_NAME, AdapterLimits, check_weights_exist
+from guanaco.server.cli_common import bearer, server_root
 from guanaco.server.config import Settings
 from guanaco.server.engine.adapter_hub import AdapterHub, HubAddress
 from guanaco.server.errors import CommandError
@@ -32,21 +34,24 @@ class AdminClient:
     def __init__(self, url: str, admin_key: str | None) -> None:
         if not admin_key:
             raise CommandError("give the server's admin key: --admin-key, or the variable GUANACO_ADMIN_KEY")
-        self._url = url.rstrip("/").removesuffix("/v1")
-        self._http = httpx.Client(timeout=_TIMEOUT_SECONDS, headers={"Authorization": f"Bearer {admin_key}"})
+        self._url = server_root(url)
+        headers = {"Authorization": bearer(admin_key, "--admin-key")}
+        self._http = httpx2.Client(timeout=_TIMEOUT_SECONDS, headers=headers)
 
     def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """The JSON answer to one request."""
         try:
             response = self._http.request(method, f"{self._url}/v1{path}", json=body)
-        except httpx.HTTPError as error:
+        except httpx2.HTTPError as error:
             raise CommandError(f"no answer from {self._url} ({error}): is the server running there?") from None
         try:
             answer = response.json()
         except ValueError:
             raise CommandError(f"{self._url} answered {response.status_code}, and not as guanaco does") from None
         if response.is_error:
-            told = answer.get("error", {})
+            told = answer.get("error") if isinstance(answer, dict) else None
+            if not isinstance(told, dict):
+                raise CommandError(f"{self._url} answered {response.status_code}, and not as guanaco does")
             raise CommandError(f"{told.get('code')}: {told.get('message')}")
         return answer
 

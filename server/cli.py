@@ -21,6 +21,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 models_app = typer.Typer(help="The cache of downloaded and quantised models.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
@@ -210,9 +211,28 @@ def models_prune(
 @app.command()
 def version() -> None:
     """Print the version."""
+    print(_installed_version())
+
+
+def _installed_version() -> str:
     from importlib.metadata import version as installed
 
-    print(installed("guanaco"))
+    return installed("guanaco")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"guanaco {_installed_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _of_every_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version, and stop")
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:
