@@ -51,7 +51,7 @@ asan: $(TESTING)
 	  cp build/asan/guanaco/kernels/_native*.so $$plain && ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
 	  $(BIN)/pytest -s tests/kernels/test_cpu.py tests/kernels/test_ops.py tests/kernels/test_attention.py \
-	    tests/kernels/test_draw.py
+	    tests/kernels/test_draw.py tests/kernels/test_draw_edges.py
 
 clean:
 	rm -rf $(VENV) kernels/_native*.so .typing build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

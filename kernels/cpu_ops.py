@@ -167,6 +167,7 @@ class CpuOps:
 
     def draw(self, logits: Tensor, draws: Sequence[Draw]) -> list[int] | None:
         assert logits.dtype == torch.float32 and len(draws) == len(logits), (logits.dtype, len(draws))
+        assert logits.shape[1] > 0, "a vocabulary without tokens"
         logits = logits.contiguous()
         structs = (native.Draw * len(draws))(
             *(native.Draw(d.uniform, d.temperature, d.top_p, d.min_p, d.top_k) for d in draws)

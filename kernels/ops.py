@@ -74,7 +74,11 @@ class FusedLayers(Protocol):
 
 @dataclass(frozen=True)
 class Draw:
-    """How one token is picked from its logits. temperature 0: the largest; top_k 0, top_p 1, min_p 0 filter nothing."""
+    """How one token is picked from its logits. temperature 0: the largest; top_k 0, top_p 1, min_p 0 filter nothing.
+
+    Providers hold the temperature in float32, where 7e-46 and less is 0, and the shares in float64. The likeliest token
+    passes every filter, however small top_p and however large min_p.
+    """
 
     temperature: float
     top_k: int

@@ -18,6 +18,7 @@ from guanaco.kernels.ops import Draw
 
 _BLOCK = 2048
 _WARPS = 8
+_COLDEST, _HOTTEST = 1.2e-38, 1e37  # temperatures whose reciprocal is a normal float32, which a GPU doesn't make 0
 _MOST = tl.constexpr(1e38)  # as the reciprocal of a tiny temperature, so that it leaves a difference of 0 at 0
 _SETTINGS = tl.constexpr(5)  # numbers of a Draw
 _ONE_BITS = tl.constexpr(0x3F800000)  # of the largest weight, 1.0
@@ -165,7 +166,14 @@ def draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     tokens = torch.empty(r, dtype=torch.int64, device=logits.device)
     if r == 0:
         return tokens
-    rows = [(d.temperature, d.top_k, d.top_p, d.min_p, d.uniform) for d in draws]
-    settings = torch.tensor(rows, dtype=torch.float64).to(logits.device)
+    settings = torch.tensor([_settings(d, vocab) for d in draws], dtype=torch.float64).to(logits.device)
     draw_kernel[(r,)](logits, settings, tokens, vocab, BLOCK=_BLOCK, num_warps=_WARPS)
     return tokens
+
+
+def _settings(draw: Draw, vocab: int) -> tuple[float, int, float, float, float]:
+    """The numbers of a Draw as the kernel takes them: within the ranges in which it counts right."""
+    temperature = torch.tensor(draw.temperature, dtype=torch.float32).item()
+    if temperature > 0:
+        temperature = min(max(temperature, _COLDEST), _HOTTEST)
+    return temperature, min(draw.top_k, vocab), draw.top_p, min(draw.min_p, 1.0), draw.uniform

@@ -1,5 +1,6 @@
 #include "sampling.h"
 
+#include <float.h>
 #include <string.h>
 
 #include <algorithm>
@@ -19,23 +20,44 @@ uint32_t bits_of(float weight) {  // of a number that is not negative: in the or
 
 int bucket(float weight) { return int(bits_of(weight) >> kShift); }
 
-// The first of the largest.
+// The first of the largest, NaN left out; 0 where all are NaN.
 int64_t argmax(const float* x, int64_t n) {
     int64_t best = 0;
-    for (int64_t i = 1; i < n; i++) {
+    while (best < n - 1 && x[best] != x[best]) best++;
+    for (int64_t i = best + 1; i < n; i++) {
         if (x[i] > x[best]) best = i;
     }
-    return best;
+    return x[best] != x[best] ? 0 : best;
 }
 
+// A weight that can be drawn. NaN compares as false: it counts as none.
+bool counts(float weight) { return weight > 0; }
+
+// The numbers of a Draw with a meaning for every value: NaN filters nothing, and what is beyond an end is that end.
+struct Settings {
+    explicit Settings(const Draw& d)
+        : uniform(d.uniform >= 0 ? std::min(d.uniform, 1 - DBL_EPSILON / 2) : 0),
+          temperature(d.temperature > 0 ? float(std::min(d.temperature, double(FLT_MAX))) : 0),
+          top_p(d.top_p < 1 ? std::max(d.top_p, 0.0) : 1),
+          min_p(d.min_p > 0 ? std::min(d.min_p, 1.0) : 0),
+          top_k(std::max(d.top_k, int64_t(0))) {}
+    bool filtered() const { return top_k > 0 || top_p < 1 || min_p > 0; }
+
+    double uniform;
+    float temperature;  // 0 also where float32 doesn't hold it
+    double top_p, min_p;
+    int64_t top_k;
+};
+
 // Inverse transform over weights in the order of their ids. Sums in double: 50,000 floats would blur the edges.
+// -1 where no weight counts.
 int64_t pick(const float* weights, int64_t n, double uniform) {
     double total = 0, sum = 0;
-    for (int64_t i = 0; i < n; i++) total += weights[i];
+    for (int64_t i = 0; i < n; i++) total += counts(weights[i]) ? weights[i] : 0;
     double target = total * uniform;
-    int64_t last = 0;
+    int64_t last = -1;
     for (int64_t i = 0; i < n; i++) {
-        if (weights[i] == 0) continue;
+        if (!counts(weights[i])) continue;
         last = i;
         sum += weights[i];
         if (sum > target) return i;
@@ -48,6 +70,7 @@ class Filtered {
     // keys: room for n.
     Filtered(const float* weights, int64_t n, uint64_t* keys) : weights_(weights), n_(n), keys_(keys) {
         for (int64_t i = 0; i < n; i++) {
+            if (!counts(weights[i])) continue;  // the bits of a negative NaN would name a bucket that isn't there
             int b = bucket(weights[i]);
             counts_[b]++;
             sums_[b] += weights[i];
@@ -55,15 +78,19 @@ class Filtered {
         for (int b = 0; b < kBuckets; b++) total_ += sums_[b];
     }
 
-    // From likeliest to least likely, equal ones by id, as far as the filters go; the token that crosses top_p included.
-    int64_t pick(const Draw& d) {
+    // From likeliest to least likely, equal ones by id, as far as the filters go; the token that crosses top_p included,
+    // and the likeliest one always. -1 where no weight counts.
+    int64_t pick(const Settings& d) {
+        int highest = kBuckets - 1;
+        while (highest >= 0 && counts_[highest] == 0) highest--;
+        if (highest < 0) return -1;
         int64_t count = 0;
         double sum = 0;
-        int cut = kBuckets - 1, lowest = bucket(d.min_p);  // the largest weight is 1
+        int cut = highest, lowest = std::min(bucket(float(d.min_p)), highest);
         for (; cut > lowest; cut--) {
             bool ends = (d.top_k > 0 && count + counts_[cut] >= d.top_k) ||
                         (d.top_p < 1 && sum + sums_[cut] >= d.top_p * total_);
-            if (ends) break;
+            if (counts_[cut] > 0 && ends) break;
             count += counts_[cut];
             sum += sums_[cut];
         }
@@ -80,9 +107,9 @@ class Filtered {
         double target = sum * d.uniform;
         if (target >= above && last >= 0) return walk(above, target, last);
         double before = 0;
-        int b = kBuckets - 1;
+        int b = highest;  // above the cut: something is kept there, since the target is below the sum of it
         for (; b > cut + 1 && before + sums_[b] <= target; b--) before += sums_[b];
-        while (counts_[b] == 0) b++;  // the sums' rounding went past the last one that is not empty
+        while (b < highest && counts_[b] == 0) b++;  // the sums' rounding went past the last one that is not empty
         return walk(before, target, sort(b) - 1);
     }
 
@@ -91,7 +118,7 @@ class Filtered {
     int64_t sort(int b) {
         int64_t count = 0;
         for (int64_t i = 0; i < n_; i++) {
-            if (weights_[i] > 0 && bucket(weights_[i]) == b) {
+            if (counts(weights_[i]) && bucket(weights_[i]) == b) {
                 keys_[count++] = uint64_t(0x7fffffff - bits_of(weights_[i])) << 32 | uint64_t(i);
             }
         }
@@ -123,18 +150,16 @@ void draw(Context& context, const float* logits, int64_t rows, int64_t vocab, co
     Context::PerThread scratch = context.per_thread(3 * vocab + 2);
     context.pool.each(rows, [&](int64_t r, int thread) {
         const float* x = logits + r * vocab;
-        const Draw& d = draws[r];
+        const Settings d(draws[r]);
         int64_t best = argmax(x, vocab);
-        if (d.temperature <= 0) {
-            out[r] = best;
-            return;
-        }
+        out[r] = best;
+        if (d.temperature == 0) return;
         float* weights = scratch.of(thread);
         // Subtracting the largest first keeps a tiny temperature from overflowing.
         context.kernels->exp_row(x, vocab, x[best], d.temperature, weights);
-        bool filtered = d.top_k > 0 || d.top_p < 1 || d.min_p > 0;
         uint64_t* keys = (uint64_t*)(weights + (vocab + 1) / 2 * 2);
-        out[r] = filtered ? Filtered(weights, vocab, keys).pick(d) : pick(weights, vocab, d.uniform);
+        int64_t token = d.filtered() ? Filtered(weights, vocab, keys).pick(d) : pick(weights, vocab, d.uniform);
+        if (token >= 0) out[r] = token;
     });
 }
 

@@ -5,8 +5,8 @@
 
 namespace guanaco {
 
-// out[r] = the token of row r of logits [rows, vocab]; which may hold -infinity (a token that is forbidden), but not in
-// every place, and no NaN.
+// out[r] = the token of row r of logits [rows, vocab], vocab >= 1; -infinity forbids a token. Whatever the numbers are
+// (NaN, infinities, filters that keep nothing), out[r] is in [0, vocab): where no token can be drawn, the largest one.
 void draw(Context& context, const float* logits, int64_t rows, int64_t vocab, const Draw* draws, int64_t* out);
 
 }  // namespace guanaco

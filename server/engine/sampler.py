@@ -25,6 +25,9 @@ _NUM_CANDIDATES = 1024
 
 NOT_FINITE = "numerical_error"  # SampledToken.error of a row whose logits hold NaN or infinity
 
+_FLOAT32 = np.finfo(np.float32)
+_LARGEST = float(_FLOAT32.max)
+
 
 class Drawing(Protocol):
     """What may draw tokens instead of the code here: `kernels.Ops`."""
@@ -61,9 +64,11 @@ def sample(
     assert logits.shape[0] == len(rows)
     if not rows:
         return []
-    finite = torch.isfinite(logits.sum(dim=-1)).tolist()
+    finite = _finite(logits)
     adjusted = _adjust(logits, rows, eos_ids)
     ids = _ids(adjusted, rows, finite, ops)
+    # A provider's fault must neither end up in a client's answer nor index the embedding of the next step.
+    finite = [ok and 0 <= token < logits.shape[1] for ok, token in zip(finite, ids, strict=True)]
     reported = [i for i, row in enumerate(rows) if row.params.logprobs is not None and finite[i]]
     logprobs: list[TokenLogprob | None] = [None] * len(rows)
     if reported:
@@ -78,13 +83,24 @@ def sample(
     ]
 
 
+def _finite(logits: Tensor) -> list[bool]:
+    """For each row, whether all its numbers are finite. A finite sum shows it; large numbers are looked at singly."""
+    finite: list[bool] = torch.isfinite(logits.sum(dim=-1)).tolist()
+    return [ok or bool(torch.isfinite(row).all()) for ok, row in zip(finite, logits, strict=True)]
+
+
+def _temperature(params: SamplingParams) -> float:
+    """As float32 holds it. What is too small for float32 is 0 there, and 0 is argmax."""
+    return float(np.float32(min(params.temperature, _LARGEST)))
+
+
 def _ids(logits: Tensor, rows: list[SamplingRow], finite: list[bool], ops: Drawing | None) -> list[int]:
     if ops is not None and all(finite):
         found = ops.draw(logits, [_draw_of(row) for row in rows])
         if found is not None:
             return found
     tokens = logits.argmax(dim=-1)  # of equal logits the lowest id, on the CPU
-    drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0 and finite[i]]
+    drawn = [i for i, row in enumerate(rows) if _temperature(row.params) > 0 and finite[i]]
     if drawn:
         tokens[drawn] = _draw(logits[drawn], [rows[i] for i in drawn])
     ids: list[int] = tokens.tolist()
@@ -92,12 +108,12 @@ def _ids(logits: Tensor, rows: list[SamplingRow], finite: list[bool], ops: Drawi
 
 
 def _draw_of(row: SamplingRow) -> Draw:
-    params = row.params
+    params, temperature = row.params, _temperature(row.params)
     noise = 0.0
-    if params.temperature > 0:
+    if temperature > 0:
         assert params.seed is not None, "the engine gives every request a seed"
         noise = uniform(params.seed, row.position)
-    return Draw(params.temperature, params.top_k, params.top_p, params.min_p, noise)
+    return Draw(temperature, params.top_k, params.top_p, params.min_p, noise)
 
 
 def token_logprobs(logits: Tensor, token_ids: list[int], num_top: list[int]) -> list[TokenLogprob]:
@@ -113,13 +129,14 @@ def token_logprobs(logits: Tensor, token_ids: list[int], num_top: list[int]) -> 
 
 
 def _adjust(logits: Tensor, rows: list[SamplingRow], eos_ids: frozenset[int]) -> Tensor:
-    """The logits with penalties, biases and forbidden tokens applied; the input itself where no row asks for any."""
+    """The logits with penalties, biases and forbidden tokens applied; the input itself where no row asks for any.
+
+    A row of finite logits keeps a finite one, and gets no infinity but that of the forbidden tokens.
+    """
     out = logits
     for index, row in enumerate(rows):
         params = row.params
-        banned = sorted(params.stop_token_ids | eos_ids) if row.position < params.min_tokens else []
-        if params.ignore_eos and banned:
-            banned = sorted(params.stop_token_ids)
+        banned = _banned(row, eos_ids, logits.shape[1])
         if not (_has_penalty(params) or params.logit_bias or banned):
             continue
         if out is logits:
@@ -129,9 +146,21 @@ def _adjust(logits: Tensor, rows: list[SamplingRow], eos_ids: frozenset[int]) ->
         if params.logit_bias:
             ids, biases = zip(*params.logit_bias, strict=True)
             out[index, list(ids)] += torch.tensor(biases, dtype=out.dtype, device=out.device)
+        out[index].clamp_(-_LARGEST, _LARGEST)  # a tiny repetition penalty makes large quotients
         if banned:
             out[index, banned] = -torch.inf
     return out
+
+
+def _banned(row: SamplingRow, eos_ids: frozenset[int], vocab: int) -> list[int]:
+    """The ends that may not be drawn before min_tokens. None where they are the whole vocabulary: something must be
+    drawn, and no end ends a request before min_tokens."""
+    params = row.params
+    if row.position >= params.min_tokens:
+        return []
+    ends = params.stop_token_ids if params.ignore_eos else params.stop_token_ids | eos_ids
+    banned = sorted(token for token in ends if token < vocab)  # a file may name ends that have no logit
+    return banned if len(banned) < vocab else []
 
 
 def _has_penalty(params: SamplingParams) -> bool:
@@ -145,7 +174,8 @@ def _penalise(logits: Tensor, row: SamplingRow) -> None:
     if params.repetition_penalty != 1.0:
         seen = torch.tensor(sorted({*row.prompt_ids, *row.output_ids}), device=logits.device)
         values = logits[seen]
-        penalty = params.repetition_penalty
+        # Float32 makes a smaller one 0, and 0 / 0 is NaN.
+        penalty = max(params.repetition_penalty, float(_FLOAT32.tiny))
         logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
     if row.output_ids and (params.presence_penalty or params.frequency_penalty):
         ids, counts = torch.tensor(row.output_ids, device=logits.device).unique(return_counts=True)
@@ -155,7 +185,7 @@ def _penalise(logits: Tensor, row: SamplingRow) -> None:
 def _draw(logits: Tensor, rows: list[SamplingRow]) -> Tensor:
     """int64 [r]: inverse transform sampling from each row's filtered distribution, its tokens from likeliest to least
     likely (equal ones by id) where a filter is set, by id where none is."""
-    temperature = torch.tensor([row.params.temperature for row in rows], dtype=torch.float32, device=logits.device)
+    temperature = torch.tensor([_temperature(row.params) for row in rows], device=logits.device)
     # Subtracting the maximum first keeps a tiny temperature from overflowing to infinity.
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature.unsqueeze(1)
     # numpy sorts 50,000 floats in 0.2 ms where torch takes 5 (Zen 3, 2026-11-24).

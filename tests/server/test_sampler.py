@@ -201,3 +201,57 @@ def test_the_likeliest_token_has_one_number() -> None:
 
 def test_no_rows() -> None:
     assert sample(torch.empty(0, 10), [], EOS) == []
+
+
+@pytest.mark.parametrize("temperature", [-0.0, 5e-324, 7e-46, 1.4e-45, 1e-40, 1.2e-38])
+@pytest.mark.parametrize("filters", [{}, {"top_p": 5e-324}, {"min_p": 1.0}, {"top_k": 1000, "min_p": -0.0}])
+def test_a_temperature_below_float32_is_argmax(temperature: float, filters: dict[str, float]) -> None:
+    """It became 0 in float32, and 0 / 0 is no number."""
+    logits = logits_of(3, 50)
+    assert set(draw(logits, replace(DRAW, temperature=temperature, **filters), 20)) == {int(logits.argmax())}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("penalty", [5e-324, 7e-46, 1.4e-45, 1e-40, 1.2e-38, 1e-9])
+@pytest.mark.parametrize("params", [GREEDY, DRAW, replace(DRAW, top_p=0.9, logprobs=1)])
+def test_a_tiny_repetition_penalty_leaves_numbers(penalty: float, params: SamplingParams) -> None:
+    """Quotients that overflow are the largest float32; a logit of 0 stays 0."""
+    logits = torch.tensor([[0.0, 3.0, -1.0, 2.0, -0.0]])
+    rows = [row(replace(params, repetition_penalty=penalty, seed=seed), (0, 2, 3), [4]) for seed in range(20)]
+    tokens = sample(logits.expand(20, -1), rows, EOS)
+    assert {(token.token_id, token.error) for token in tokens} == {(3, None)}, "the one that is seen and positive"
+
+
+def test_a_row_of_huge_numbers_is_finite() -> None:
+    """Their sum overflows; none of them does."""
+    logits = torch.tensor([[3e38, 2.9e38, 3.1e38, -3e38], [0.0, 1.0, math.inf, 0.0]])
+    first, second = sample(logits, [row(GREEDY)] * 2, EOS)
+    assert (first.token_id, first.error) == (2, None)
+    assert second.error == NOT_FINITE
+
+
+def test_bans_that_leave_nothing_are_none() -> None:
+    """min_tokens over a vocabulary of which every token is an end: one is drawn, and does not end the request."""
+    logits = torch.tensor([[0.0, 1.0, 5.0]])
+    for params in (GREEDY, DRAW, replace(DRAW, top_p=0.9)):
+        token = sample(logits, [row(replace(params, min_tokens=3, stop_token_ids=frozenset({0, 1})))], EOS)[0]
+        assert token.error is None
+        assert token.token_id in (0, 1, 2)
+
+
+def test_ends_beyond_the_logits_are_left_out() -> None:
+    logits = torch.tensor([[0.0, 1.0, 5.0]])
+    assert sample(logits, [row(replace(GREEDY, min_tokens=3))], frozenset({2, 3, 32_000}))[0].token_id == 1
+
+
+@pytest.mark.parametrize("wrong", [-1, 3, 2**40])
+def test_an_id_that_is_no_token_is_an_error_of_its_row(wrong: int) -> None:
+    """Whatever a provider returns: the next step would read the embedding there."""
+
+    class Faulty:
+        def draw(self, logits: Tensor, draws: object) -> list[int]:
+            return [1, wrong]
+
+    logits = torch.tensor([[0.0, 1.0, 5.0]] * 2)
+    first, second = sample(logits, [row(DRAW), row(replace(DRAW, logprobs=1))], EOS, Faulty())
+    assert (first.token_id, first.error) == (1, None)
+    assert (second.token_id, second.error) == (None, NOT_FINITE)
