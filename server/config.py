@@ -138,6 +138,13 @@ class Settings(BaseSettings):
         60.0, description="seconds without progress of a busy engine after which it counts as stuck"
     )
     max_body_bytes: Bytes = Field(4 << 20, description="largest request body")
+    max_body_memory: Bytes = Field(
+        256 << 20, description="most memory for all request bodies at once, but two always fit; more get 503 or 429"
+    )
+    max_token_requests: Count = Field(
+        32, description="most requests to /tokenize and /detokenize at once; more are refused with 429"
+    )
+    max_connections: Count = Field(1024, description="most connections at once; more are refused with 503")
     header_timeout: Seconds = Field(10.0, description="seconds a client may take to send its request head")
     body_timeout: Seconds = Field(30.0, description="seconds a client may take to send its request body")
     keep_alive_timeout: Seconds = Field(30.0, description="seconds an idle connection is kept")

@@ -54,8 +54,9 @@ def manager_of(request: Request) -> AdapterManager:
 async def admin_body(request: Request, model: type[Any]) -> Any:
     """The request's body as `model`."""
     state = state_of(request)
-    raw = await read_body(request, state.settings.max_body_bytes)
-    return validate(model, parse_object(raw))
+    with state.intake.body(request.scope.get("guanaco.key")) as held:
+        raw = await read_body(request, state.settings.max_body_bytes, held)
+        return validate(model, parse_object(raw))
 
 
 def refusal(error: AdapterRefused) -> ApiError:

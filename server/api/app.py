@@ -72,7 +72,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     finally:
         lag.cancel()
         await asyncio.gather(lag, return_exceptions=True)
-        state.workers.shutdown(wait=False, cancel_futures=True)
+        state.shut_down_workers()
         if state.adapters is not None:
             await state.adapters.close()
         try:

@@ -16,6 +16,7 @@ from starlette.requests import Request
 from guanaco.server.api.errors import ApiError, ClientGone, bad_request
 from guanaco.server.api.fields import INSTEAD, RouteFields, asks_for_nothing
 from guanaco.server.api.ignored import Ignored, ignored_fields
+from guanaco.server.api.intake import HeldBody
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -25,9 +26,9 @@ _MAX_MESSAGE = 300
 _MAX_BRACKETS = 100_000
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The whole body. 413 beyond `max_bytes` (announced or counted), 415 for anything that isn't plain JSON;
-    ClientGone where the client leaves before its end."""
+async def read_body(request: Request, max_bytes: int, held: HeldBody) -> bytes:
+    """The whole body, counted in `held`. 413 beyond `max_bytes` (announced or counted), 415 for anything that isn't
+    plain JSON, 503 or 429 where memory has no room for it; ClientGone where the client leaves before its end."""
     headers = request.headers
     if headers.get("content-encoding", "identity").strip().lower() not in ("identity", ""):
         raise ApiError(415, "unsupported_encoding", "compressed bodies are not read: send the JSON as it is")
@@ -37,16 +38,20 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     if "charset" in parameters.lower() and "utf-8" not in parameters.lower():
         raise ApiError(415, "unsupported_media_type", "send the JSON in UTF-8")
     announced = headers.get("content-length", "")
-    if announced.isascii() and announced.isdecimal() and int(announced) > max_bytes:
-        raise _too_large(max_bytes)
+    if announced.isascii() and announced.isdecimal():
+        if int(announced) > max_bytes:
+            raise _too_large(max_bytes)
+        held.expect(int(announced))
     body = bytearray()
     while True:
         message = await request.receive()
         if message["type"] == "http.disconnect":
             raise ClientGone
-        body += message.get("body", b"")
-        if len(body) > max_bytes:
+        piece = message.get("body", b"")
+        if len(body) + len(piece) > max_bytes:
             raise _too_large(max_bytes)
+        held.add(len(piece))
+        body += piece
         if not message.get("more_body", False):
             return bytes(body)
 

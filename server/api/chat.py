@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from guanaco.server.api.answer import Answer
-from guanaco.server.api.body import body_schema, parse_object, take_fields
+from guanaco.server.api.body import body_schema, take_fields
 from guanaco.server.api.catalog import Caller, ServedModel
 from guanaco.server.api.errors import ApiError, bad_request
 from guanaco.server.api.lifecycle import Admission
@@ -28,9 +28,11 @@ async def chat_completions(request: Request) -> Response:
     return await serve(request, prepare_chat)
 
 
-def prepare_chat(state: ApiState, caller: Caller, raw: bytes, admission: Admission) -> tuple[Prepared, "ChatAnswer"]:
+def prepare_chat(
+    state: ApiState, caller: Caller, data: dict[str, Any], admission: Admission
+) -> tuple[Prepared, "ChatAnswer"]:
     """Validate and tokenise. Runs on a worker thread."""
-    fields = take_fields(parse_object(raw), CHAT_FIELDS)
+    fields = take_fields(data, CHAT_FIELDS)
     body = fields.validate(ChatBody)
     check_request(body, state.tokenizer.vocab_size)
     if body.top_logprobs and not body.logprobs:

@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from guanaco.server.api import protocol
 from guanaco.server.api.answer import Answer
-from guanaco.server.api.body import body_schema, parse_object, take_fields
+from guanaco.server.api.body import body_schema, take_fields
 from guanaco.server.api.catalog import Caller, ServedModel
 from guanaco.server.api.errors import bad_request
 from guanaco.server.api.lifecycle import Admission
@@ -30,10 +30,10 @@ async def completions(request: Request) -> Response:
 
 
 def prepare_completion(
-    state: ApiState, caller: Caller, raw: bytes, admission: Admission
+    state: ApiState, caller: Caller, data: dict[str, Any], admission: Admission
 ) -> tuple[Prepared, "CompletionAnswer"]:
     """Validate and tokenise. Runs on a worker thread."""
-    fields = take_fields(parse_object(raw), COMPLETION_FIELDS)
+    fields = take_fields(data, COMPLETION_FIELDS)
     body = fields.validate(CompletionBody)
     check_request(body, state.tokenizer.vocab_size)
     model = acquire_model(state, body, caller, admission)

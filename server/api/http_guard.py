@@ -12,7 +12,10 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from guanaco.server.api.auth import OPEN_PATHS
 from guanaco.server.api.errors import ApiError
+
+_SPARE_URLS = frozenset(path.encode() for path in OPEN_PATHS)
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,10 @@ class ConnectionLimits:
     max_fields: int = 100
     max_body_bytes: int = 32 << 20  # read and thrown away; what the application reads has its own, smaller limit
     max_chunks: int = 16_384  # a body in a million chunks of one byte costs seconds
+    max_connections: int = 1024
+    # So many more may ask for the open paths: whoever watches the server must not take a full one for a dead one.
+    max_spare_connections: int = 32
+    spare_header_seconds: float = 1.0
 
 
 class _Phase(Enum):
@@ -57,10 +64,17 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         self._body_bytes = 0
         self._num_chunks = 0
         self._refusal: ApiError | None = None
+        self._is_spare = False  # beyond the most connections: for the open paths alone
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._expect_bytes(self.limits.header_seconds)
+        most = self.limits.max_connections
+        if len(self.connections) > most + self.limits.max_spare_connections:
+            self.count_refused("too_many_connections")
+            transport.abort()
+            return
+        self._is_spare = len(self.connections) > most
+        self._expect_bytes(self.limits.spare_header_seconds if self._is_spare else self.limits.header_seconds)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_read_timer()
@@ -103,9 +117,14 @@ class GuardedHttpProtocol(HttpToolsProtocol):
             self._stop(_head_too_large())
 
     def on_headers_complete(self) -> None:
+        if self._is_spare and self.url.partition(b"?")[0] not in _SPARE_URLS:
+            text = "too many connections are open; try again later, and keep fewer open"
+            self._stop(ApiError(503, "too_many_connections", text, retry_after=1.0))
         runs_now = self._is_idle
         super().on_headers_complete()
         self._phase = _Phase.BODY
+        if self._is_spare:
+            self.cycle.keep_alive = False
         if runs_now:
             self._expect_bytes(self.limits.body_seconds)
         else:  # pipelined: nothing is read until its turn comes
@@ -161,6 +180,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
             head = [
                 STATUS_LINE[refusal.status],
                 *(name + b": " + value + b"\r\n" for name, value in self.server_state.default_headers),
+                *(f"{name}: {value}\r\n".encode() for name, value in refusal.headers().items()),
                 b"content-type: application/json\r\nconnection: close\r\n",
                 b"content-length: %d\r\n\r\n" % len(body),
             ]

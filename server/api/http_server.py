@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import resource
 import socket
 from collections.abc import Callable
 from types import FrameType
@@ -28,6 +29,7 @@ EXIT_BY_SIGNAL = 128  # plus the signal's number, as shells report it
 # After the engine has ended a request its last bytes still have to be written; after that the connections are cut.
 _FLUSH_SECONDS = 5.0
 _BACKLOG = 2048
+_OTHER_FILES = 256  # besides connections: models, adapters, logs, spare connections
 # A body over the limit is answered with 413, and then read and thrown away up to this many times the limit: closing
 # earlier would reset the connection, and most clients send all of the body before they read the answer.
 _DISCARD_FACTOR = 8
@@ -67,6 +69,7 @@ def make_server(state: ApiState, on_started: Callable[[], None] = lambda: None) 
         body_seconds=settings.body_timeout,
         keep_alive_seconds=settings.keep_alive_timeout,
         max_body_bytes=settings.max_body_bytes * _DISCARD_FACTOR,
+        max_connections=_affordable_connections(settings.max_connections),
     )
     config = uvicorn.Config(
         create_app(state),
@@ -82,6 +85,20 @@ def make_server(state: ApiState, on_started: Callable[[], None] = lambda: None) 
         log_config=None,
     )
     return GuanacoServer(config, state, on_started)
+
+
+def _affordable_connections(wanted: int) -> int:
+    """As many connections as this process may have files for, after asking for more. Without a file for the next
+    connection nobody could be refused."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    need = wanted + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < need:
+        soft = need if hard == resource.RLIM_INFINITY else min(need, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    affordable = wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - _OTHER_FILES))
+    if affordable < wanted:
+        logger.warning("only %d connections at once: raise the limit of open files (ulimit -n)", affordable)
+    return affordable
 
 
 class GuanacoServer(uvicorn.Server):

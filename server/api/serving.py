@@ -4,19 +4,21 @@ read → parse, validate and tokenise on a worker thread → submit → answer, 
 ends: how a body becomes engine requests, and what an answer looks like.
 """
 
-import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from guanaco.server.api.access_log import record_of
 from guanaco.server.api.answer import Answer
-from guanaco.server.api.body import read_body
+from guanaco.server.api.auth import ApiKey
+from guanaco.server.api.body import parse_object, read_body
 from guanaco.server.api.catalog import Caller, ServedModel
 from guanaco.server.api.errors import bad_request
+from guanaco.server.api.fair_pool import FairPool, Lane
 from guanaco.server.api.generation import Generation, until_disconnect
 from guanaco.server.api.ignored import Ignored
 from guanaco.server.api.lifecycle import Admission
@@ -29,6 +31,7 @@ from guanaco.server.engine.request import Request, SamplingParams
 # No vocabulary of ours has a longer common token: a text of more bytes than this times the context can't fit into it,
 # and is refused before it is tokenised.
 MAX_BYTES_PER_TOKEN = 64
+_PARSED_ON_LOOP_BYTES = 16 << 10
 SPLIT_KEY_HEADER = "X-Split-Key"
 MAX_SPLIT_KEY_CHARS = 256
 
@@ -72,19 +75,23 @@ class Prepared:
         ]
 
 
-Prepare = Callable[[ApiState, Caller, bytes, Admission], tuple[Prepared, Answer]]
+Prepare = Callable[[ApiState, Caller, dict[str, Any], Admission], tuple[Prepared, Answer]]
 
 
 async def serve(request: HttpRequest, prepare: Prepare) -> Response:
     """Answer one request. Everything that fails before the first output is raised; `errors` has the table."""
     state, record = state_of(request), record_of(request.scope)
-    body = await read_body(request, state.settings.max_body_bytes)
-    record.started = time.monotonic()  # the client's upload is not our latency
-    admission = state.admit()
+    with state.intake.body(key_of(request)) as held:
+        body = await read_body(request, state.settings.max_body_bytes, held)
+        record.started = time.monotonic()  # the client's upload is not our latency
+        admission = state.admit()
+        try:
+            prepared, answer = await _prepare(request, body, prepare, admission)
+        except BaseException:
+            admission.release()
+            raise
+        del body
     try:
-        caller = caller_of(request)
-        loop = asyncio.get_running_loop()
-        prepared, answer = await loop.run_in_executor(state.workers, prepare, state, caller, body, admission)
         state.metrics.count_ignored_fields(prepared.ignored.count)
         record.model, record.adapter_version = prepared.model.name, prepared.model.versions
         record.stream = prepared.stream
@@ -107,12 +114,33 @@ async def serve(request: HttpRequest, prepare: Prepare) -> Response:
     return response
 
 
+async def _prepare(
+    request: HttpRequest, body: bytes, prepare: Prepare, admission: Admission
+) -> tuple[Prepared, Answer]:
+    state, caller = state_of(request), caller_of(request)
+    data = await parse(state.preparation, state.lane(caller.key), body)
+    lane = state.lane(caller.key, data.get("model"))
+    return await state.preparation.run(lane, prepare, state, caller, data, admission)
+
+
+async def parse(pool: FairPool, lane: Lane, body: bytes) -> dict[str, Any]:
+    """The body as a JSON object. A small one is parsed on the loop: that is over before a thread had begun."""
+    if len(body) <= _PARSED_ON_LOOP_BYTES:
+        return parse_object(body)
+    return await pool.run(lane, parse_object, body)
+
+
+def key_of(request: HttpRequest) -> ApiKey | None:
+    key: ApiKey | None = request.scope.get("guanaco.key")
+    return key
+
+
 def caller_of(request: HttpRequest) -> Caller:
     """A weighted alias chooses by X-Split-Key; without one, by `user`, and without that by the request's id."""
     split_key = request.headers.get(SPLIT_KEY_HEADER)
     if split_key is not None and not 1 <= len(split_key) <= MAX_SPLIT_KEY_CHARS:
         raise bad_request(f"{SPLIT_KEY_HEADER} must have 1 to {MAX_SPLIT_KEY_CHARS} characters", SPLIT_KEY_HEADER)
-    return Caller(request.scope.get("guanaco.key"), split_key, record_of(request.scope).request_id)
+    return Caller(key_of(request), split_key, record_of(request.scope).request_id)
 
 
 async def _collect(generation: Generation, answer: Answer) -> None:

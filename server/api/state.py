@@ -4,17 +4,19 @@ Names no concrete tokenizer: the API may not import the models' package, so it s
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from guanaco.server.api.auth import KeyRing
+from guanaco.server.api.auth import ApiKey, KeyRing
 from guanaco.server.api.catalog import Catalog, ServedModel
-from guanaco.server.api.errors import overloaded
+from guanaco.server.api.errors import ApiError, overloaded
+from guanaco.server.api.fair_pool import FairPool, Lane
+from guanaco.server.api.intake import Intake
 from guanaco.server.api.lifecycle import Admission, Lifecycle
 from guanaco.server.api.sampling import SamplingDefaults
 from guanaco.server.config import Settings
@@ -22,8 +24,11 @@ from guanaco.server.engine.adapter_manager import AdapterManager
 from guanaco.server.engine.async_engine import AsyncEngine
 from guanaco.server.metrics import Metrics
 
-# Parsing and tokenising run here, off the event loop: a body of megabytes must not delay everybody's next token.
+# Parsing and tokenising run off the event loop: a body of megabytes must not delay everybody's next token. Each kind of
+# work has threads of its own, so that one kind can't hold up another.
 _PREPARE_THREADS = 2
+_TOKEN_THREADS = 1
+_ANSWER_THREADS = 1
 
 
 class Template(Protocol):
@@ -82,9 +87,34 @@ class ApiState:
     named_template: Callable[[str], Template] = field(default=_no_template)  # for profiles
     template_errors: tuple[type[Exception], ...] = ()
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
-    workers: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(_PREPARE_THREADS, thread_name_prefix="guanaco-prepare")
-    )
+    # For requests that generate; for /tokenize and /detokenize; for writing large answers.
+    preparation: FairPool = field(default_factory=lambda: FairPool(_PREPARE_THREADS, "guanaco-prepare"))
+    token_work: FairPool = field(default_factory=lambda: FairPool(_TOKEN_THREADS, "guanaco-tokens"))
+    answer_work: FairPool = field(default_factory=lambda: FairPool(_ANSWER_THREADS, "guanaco-answer"))
+
+    @cached_property
+    def intake(self) -> Intake:
+        return Intake(
+            max_token_requests=self.settings.max_token_requests,
+            # A key gets half of it, and one body must fit into that.
+            max_body_memory=max(self.settings.max_body_memory, 2 * self.settings.max_body_bytes),
+            has_keys=bool(self.keys),
+        )
+
+    def lane(self, key: ApiKey | None, model: object = None) -> Lane:
+        """Where a request waits for a thread: by its key, and there by the model it names. All names that nothing has
+        are one, or a flood of made-up names would get a turn for each."""
+        tenant = None if key is None else key.id
+        if not isinstance(model, str):
+            return Lane(tenant)
+        try:
+            return Lane(tenant, self.catalog.get(model, key).name)
+        except ApiError:
+            return Lane(tenant)
+
+    def shut_down_workers(self) -> None:
+        for pool in (self.preparation, self.token_work, self.answer_work):
+            pool.shutdown()
 
     def admit(self) -> Admission:
         """A place for one request that is ready to be prepared; 503 where all are taken."""
@@ -123,4 +153,8 @@ def state_of(request: Request) -> ApiState:
 
 
 def json_response(content: object, status: int = 200) -> Response:
-    return Response(orjson.dumps(content), status, media_type="application/json")
+    return encoded_response(orjson.dumps(content), status)
+
+
+def encoded_response(content: bytes, status: int = 200) -> Response:
+    return Response(content, status, media_type="application/json")

@@ -3,7 +3,6 @@
 Asked for by lm-eval (so that it needs no copy of the tokenizer) and by vllm-router's cache-aware policy.
 """
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,9 +11,10 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from guanaco.server.api.body import body_schema, parse_object, read_body, take_fields
+from guanaco.server.api.body import body_schema, read_body, take_fields
 from guanaco.server.api.catalog import Caller, ServedModel
 from guanaco.server.api.chat import render_messages
+from guanaco.server.api.encode import encode
 from guanaco.server.api.errors import bad_request
 from guanaco.server.api.ignored import Ignored
 from guanaco.server.api.lifecycle import Admission, Lifecycle
@@ -25,34 +25,22 @@ from guanaco.server.api.protocol import (
     DetokenizeBody,
     TokenizeBody,
 )
-from guanaco.server.api.serving import acquire_model, caller_of, check_text_size
-from guanaco.server.api.state import ApiState, json_response, state_of
+from guanaco.server.api.serving import acquire_model, caller_of, check_text_size, key_of, parse
+from guanaco.server.api.state import ApiState, encoded_response, json_response, state_of
 
 router = APIRouter(tags=["tokens"])
 
-Work = Callable[[ApiState, Caller, bytes], tuple[dict[str, Any], Ignored]]
+Work = Callable[[ApiState, Caller, dict[str, Any]], tuple[dict[str, Any], Ignored]]
 
 
 @router.post("/tokenize", summary="Text or messages to token ids", openapi_extra=body_schema(TokenizeBody))
 async def tokenize(request: Request) -> Response:
-    state = state_of(request)
-    body = await read_body(request, state.settings.max_body_bytes)
-    return await _answer(state, _tokenize, caller_of(request), body)
+    return await _serve(request, _tokenize)
 
 
 @router.post("/detokenize", summary="Token ids to text", openapi_extra=body_schema(DetokenizeBody))
 async def detokenize(request: Request) -> Response:
-    state = state_of(request)
-    body = await read_body(request, state.settings.max_body_bytes)
-    return await _answer(state, _detokenize, caller_of(request), body)
-
-
-async def _answer(state: ApiState, work: Work, caller: Caller, raw: bytes) -> Response:
-    answer, ignored = await asyncio.get_running_loop().run_in_executor(state.workers, work, state, caller, raw)
-    state.metrics.count_ignored_fields(ignored.count)
-    response = json_response(answer)
-    ignored.name_in(response)
-    return response
+    return await _serve(request, _detokenize)
 
 
 @router.get("/tokenizer_info", summary="Special tokens and sizes of the tokenizer")
@@ -70,9 +58,28 @@ async def tokenizer_info(request: Request) -> Response:
     )
 
 
-def _tokenize(state: ApiState, caller: Caller, raw: bytes) -> tuple[dict[str, Any], Ignored]:
+async def _serve(request: Request, work: Work) -> Response:
+    """Answer one request. It has a place before its body is read, and its turn comes by key and model."""
+    state, key = state_of(request), key_of(request)
+    with state.intake.token_request(key), state.intake.body(key) as held:
+        body = await read_body(request, state.settings.max_body_bytes, held)
+        caller = caller_of(request)
+        data = await parse(state.token_work, state.lane(key), body)
+        lane = state.lane(key, data.get("model"))
+        answer, ignored = await state.token_work.run(lane, _encoded, work, state, caller, data)
+    state.metrics.count_ignored_fields(ignored.count)
+    response = encoded_response(answer)
+    ignored.name_in(response)
+    return response
+
+
+def _encoded(work: Work, state: ApiState, caller: Caller, data: dict[str, Any]) -> tuple[bytes, Ignored]:
+    answer, ignored = work(state, caller, data)
+    return encode(answer), ignored
+
+
+def _tokenize(state: ApiState, caller: Caller, data: dict[str, Any]) -> tuple[dict[str, Any], Ignored]:
     """Fields that chat or completions refuse are refused here, too: the ids are those that they would use."""
-    data = parse_object(raw)
     if (data.get("prompt") is None) == (data.get("messages") is None):
         raise bad_request("give either prompt or messages", "prompt")
     fields = take_fields(data, TOKENIZE_PROMPT_FIELDS if data.get("messages") is None else TOKENIZE_CHAT_FIELDS)
@@ -109,8 +116,8 @@ def _model(state: ApiState, body: TokenizeBody, caller: Caller) -> ServedModel:
         lease.release()
 
 
-def _detokenize(state: ApiState, caller: Caller, raw: bytes) -> tuple[dict[str, Any], Ignored]:
-    fields = take_fields(parse_object(raw), DETOKENIZE_FIELDS)
+def _detokenize(state: ApiState, caller: Caller, data: dict[str, Any]) -> tuple[dict[str, Any], Ignored]:
+    fields = take_fields(data, DETOKENIZE_FIELDS)
     body = fields.validate(DetokenizeBody)
     if body.model is not None:
         state.catalog.get(body.model, caller.key)  # all models share one tokenizer, but an unknown name is an error
