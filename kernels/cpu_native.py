@@ -93,10 +93,10 @@ class Batch(Structure):
 class Draw(Structure):
     _fields_ = (
         ("uniform", c_double),
-        ("temperature", c_double),
-        ("top_p", c_double),
-        ("min_p", c_double),
-        ("top_k", c_int64),
+        ("temperature", c_float),
+        ("top_p", c_float),
+        ("min_p", c_float),
+        ("top_k", c_int32),
     )
 
 

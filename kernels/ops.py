@@ -76,8 +76,8 @@ class FusedLayers(Protocol):
 class Draw:
     """How one token is picked from its logits. temperature 0: the largest; top_k 0, top_p 1, min_p 0 filter nothing.
 
-    Providers hold the temperature in float32, where 7e-46 and less is 0, and the shares in float64. The likeliest token
-    passes every filter, however small top_p and however large min_p.
+    Temperature, top_p and min_p count as float32 holds them: 7e-46 and less is 0 there. The likeliest token passes
+    every filter, at a top_p of 0 as well.
     """
 
     temperature: float

@@ -173,7 +173,7 @@ def draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
 
 def _settings(draw: Draw, vocab: int) -> tuple[float, int, float, float, float]:
     """The numbers of a Draw as the kernel takes them: within the ranges in which it counts right."""
-    temperature = torch.tensor(draw.temperature, dtype=torch.float32).item()
+    temperature, top_p, min_p = torch.tensor((draw.temperature, draw.top_p, draw.min_p), dtype=torch.float32).tolist()
     if temperature > 0:
         temperature = min(max(temperature, _COLDEST), _HOTTEST)
-    return temperature, min(draw.top_k, vocab), draw.top_p, min(draw.min_p, 1.0), draw.uniform
+    return temperature, min(draw.top_k, vocab), top_p, min(min_p, 1.0), draw.uniform

@@ -37,16 +37,16 @@ bool counts(float weight) { return weight > 0; }
 struct Settings {
     explicit Settings(const Draw& d)
         : uniform(d.uniform >= 0 ? std::min(d.uniform, 1 - DBL_EPSILON / 2) : 0),
-          temperature(d.temperature > 0 ? float(std::min(d.temperature, double(FLT_MAX))) : 0),
-          top_p(d.top_p < 1 ? std::max(d.top_p, 0.0) : 1),
-          min_p(d.min_p > 0 ? std::min(d.min_p, 1.0) : 0),
-          top_k(std::max(d.top_k, int64_t(0))) {}
+          temperature(d.temperature > 0 ? std::min(d.temperature, FLT_MAX) : 0),
+          top_p(d.top_p < 1 ? std::max(d.top_p, 0.0f) : 1),
+          min_p(d.min_p > 0 ? std::min(d.min_p, 1.0f) : 0),
+          top_k(std::max(d.top_k, 0)) {}
     bool filtered() const { return top_k > 0 || top_p < 1 || min_p > 0; }
 
     double uniform;
-    float temperature;  // 0 also where float32 doesn't hold it
-    double top_p, min_p;
-    int64_t top_k;
+    float temperature;
+    double top_p, min_p;  // a top_p of 0 (the request's was below float32) keeps the likeliest token
+    int32_t top_k;
 };
 
 // Inverse transform over weights in the order of their ids. Sums in double: 50,000 floats would blur the edges.

@@ -78,11 +78,10 @@ struct Batch {
 };
 
 // How one token is picked: temperature 0 or less takes the largest logit; top_k 0, top_p 1 and min_p 0 filter nothing.
-// In double as the request gave them: float32 turns a tiny top_p into 0 and one just below 1 into 1.
 struct Draw {
     double uniform;  // in [0, 1)
-    double temperature, top_p, min_p;
-    int64_t top_k;
+    float temperature, top_p, min_p;
+    int32_t top_k;
 };
 
 }  // namespace guanaco
