@@ -102,7 +102,8 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of ids; those outside of the vocabulary are nothing."""
         known = [index for index in ids if 0 <= index < self.vocab_size]
-        return str(self._backend.decode(known, skip_special_tokens=skip_special_tokens))
+        # Only the batched calls release the interpreter's lock: a long text would stop every stream.
+        return str(self._backend.decode_batch([known], skip_special_tokens=skip_special_tokens)[0])
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token stands for: perhaps a part of a character, for a control token its name."""
@@ -124,7 +125,8 @@ class Tokenizer:
     def _encode(self, text: str) -> list[int]:
         # Half a surrogate pair is no character; JSON can carry it all the same.
         clean = text.encode("utf-8", "replace").decode("utf-8")
-        return list(self._backend.encode(clean, add_special_tokens=False).ids)
+        # As in `decode`; the fast one leaves out the offsets, which nobody asks for.
+        return list(self._backend.encode_batch_fast([clean], add_special_tokens=False)[0].ids)
 
     def _id_of(self, name: str) -> int | None:
         return self._backend.token_to_id(self._names[name]) if name in self._names else None

@@ -144,6 +144,10 @@ class Settings(BaseSettings):
     max_token_requests: Count = Field(
         32, description="most requests to /tokenize and /detokenize at once; more are refused with 429"
     )
+    max_answer_tokens: Count = Field(1 << 18, description="most tokens of one answer, all its choices together")
+    max_answer_logprobs: Count = Field(
+        1 << 18, description="most log-probabilities in one answer, those of alternatives and of the prompt included"
+    )
     max_connections: Count = Field(1024, description="most connections at once; more are refused with 503")
     header_timeout: Seconds = Field(10.0, description="seconds a client may take to send its request head")
     body_timeout: Seconds = Field(30.0, description="seconds a client may take to send its request body")

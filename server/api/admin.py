@@ -4,6 +4,7 @@ Doesn't know the routes. An AdapterError's code is the client's, and its message
 here; docs/adapters.md lists the codes.
 """
 
+import asyncio
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -56,7 +57,7 @@ async def admin_body(request: Request, model: type[Any]) -> Any:
     state = state_of(request)
     with state.intake.body(request.scope.get("guanaco.key")) as held:
         raw = await read_body(request, state.settings.max_body_bytes, held)
-        return validate(model, parse_object(raw))
+        return validate(model, await asyncio.to_thread(parse_object, raw))
 
 
 def refusal(error: AdapterRefused) -> ApiError:

@@ -8,10 +8,15 @@ import time
 from abc import ABC, abstractmethod
 from typing import Any
 
+import orjson
+
 from guanaco.server.api.catalog import ServedModel
+from guanaco.server.api.encode import encode
 from guanaco.server.api.generation import Generation
 from guanaco.server.api.protocol import GenerationBody
 from guanaco.server.engine.request_stream import TextOutput
+
+_FEW_CHOICES = 8
 
 
 class Answer(ABC):
@@ -42,9 +47,22 @@ class Answer(ABC):
     def add(self, index: int, output: TextOutput) -> None:
         """Take an output of a choice, for `choices`."""
 
+    @property
     @abstractmethod
-    def choices(self) -> list[dict[str, Any]]:
-        """All choices, complete."""
+    def num_choices(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def has_logprobs(self) -> bool: ...
+
+    @abstractmethod
+    def choice(self, index: int) -> dict[str, Any]:
+        """A choice that was collected, as an entry of `choices`."""
+
+    @property
+    def is_large(self) -> bool:
+        """Whether the whole answer may take longer to write than the event loop has time."""
+        return self.has_logprobs or self.num_choices > _FEW_CHOICES
 
     def chunk(self, index: int, output: TextOutput) -> dict[str, Any] | None:
         """The chunk for one output. No chunk for an output without text (half a character, say): load tools take each
@@ -63,8 +81,12 @@ class Answer(ABC):
             return None
         return {**self._head, "object": self.chunk_name, "choices": [], "usage": self._usage()}
 
-    def whole(self) -> dict[str, Any]:
-        return {**self._head, "object": self.object_name, "choices": self.choices(), "usage": self._usage()}
+    def encoded(self) -> bytes:
+        """The whole answer as JSON, made choice by choice: the entries of one are gone before the next one's come."""
+        around = orjson.dumps({**self._head, "object": self.object_name, "choices": [], "usage": self._usage()})
+        before, after = around.split(b'"choices":[]', 1)
+        choices = b",".join(encode(self.choice(index)) for index in range(self.num_choices))
+        return before + b'"choices":[' + choices + b"]" + after
 
     def _usage(self) -> dict[str, Any]:
         assert self.generation is not None, "an answer is bound to its generation before it is asked for anything"

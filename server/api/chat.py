@@ -133,6 +133,14 @@ class ChatAnswer(Answer):
         self._with_logprobs = bool(body.logprobs)
         self._choices = [_Choice() for _ in range(body.n)]
 
+    @property
+    def num_choices(self) -> int:
+        return len(self._choices)
+
+    @property
+    def has_logprobs(self) -> bool:
+        return self._with_logprobs
+
     def choice_chunk(self, index: int, output: TextOutput) -> dict[str, Any] | None:
         choice = self._choices[index]
         choice.logprobs += output.logprobs
@@ -148,7 +156,7 @@ class ChatAnswer(Answer):
         return {
             "index": index,
             "delta": delta,
-            "logprobs": chat_logprobs(self._tokenizer, logprobs) if self._with_logprobs else None,
+            "logprobs": chat_logprobs(self._tokenizer, logprobs) if self.has_logprobs else None,
             "finish_reason": output.finish_reason,
             "stop_reason": output.stop_reason,
         }
@@ -159,14 +167,12 @@ class ChatAnswer(Answer):
         choice.logprobs += output.logprobs
         choice.finish_reason, choice.stop_reason = output.finish_reason, output.stop_reason
 
-    def choices(self) -> list[dict[str, Any]]:
-        return [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": "".join(choice.texts), "refusal": None},
-                "logprobs": chat_logprobs(self._tokenizer, choice.logprobs) if self._with_logprobs else None,
-                "finish_reason": choice.finish_reason,
-                "stop_reason": choice.stop_reason,
-            }
-            for index, choice in enumerate(self._choices)
-        ]
+    def choice(self, index: int) -> dict[str, Any]:
+        choice = self._choices[index]
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": "".join(choice.texts), "refusal": None},
+            "logprobs": chat_logprobs(self._tokenizer, choice.logprobs) if self.has_logprobs else None,
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+        }

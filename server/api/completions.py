@@ -118,8 +118,16 @@ class CompletionAnswer(Answer):
         choice.logprobs += output.logprobs
         choice.finish_reason, choice.stop_reason = output.finish_reason, output.stop_reason
 
-    def choices(self) -> list[dict[str, Any]]:
-        return [self._take(index) for index in range(len(self._choices))]
+    @property
+    def num_choices(self) -> int:
+        return len(self._choices)
+
+    @property
+    def has_logprobs(self) -> bool:
+        return self._with_logprobs
+
+    def choice(self, index: int) -> dict[str, Any]:
+        return self._take(index)
 
     def _take(self, index: int) -> dict[str, Any]:
         """What has gathered of a choice, as an entry of `choices`; nothing of it is shown again."""

@@ -5,7 +5,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from guanaco.server.api.auth import ApiKey
-from guanaco.server.api.state import json_response, state_of
+from guanaco.server.api.encode import encode
+from guanaco.server.api.state import encoded_response, json_response, state_of
 
 router = APIRouter()
 
@@ -16,9 +17,12 @@ def _key(request: Request) -> ApiKey | None:
 
 @router.get("/v1/models", tags=["models"], summary="The base model and its adapters")
 async def list_models(request: Request) -> Response:
-    return json_response(
-        {"object": "list", "data": [model.card() for model in state_of(request).catalog.all(_key(request))]}
-    )
+    state, key = state_of(request), _key(request)
+
+    def cards() -> bytes:
+        return encode({"object": "list", "data": [model.card() for model in state.catalog.all(key)]})
+
+    return encoded_response(await state.answer_work.run(state.lane(key), cards))  # there may be thousands
 
 
 @router.get("/v1/models/{name:path}", tags=["models"], summary="One model by its name, slashes included")

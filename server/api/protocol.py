@@ -230,6 +230,11 @@ class GenerationBody(Body):
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
     user: User = None
 
+    @property
+    def token_limit(self) -> int | None:
+        """What the client says of a choice's tokens."""
+        return self.max_tokens
+
 
 class ChatMessage(Body):
     """One message. Roles tool and function belong to tools, which aren't supported."""
@@ -280,10 +285,6 @@ class CompletionBody(GenerationBody):
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None = None
     add_special_tokens: bool | None = None
-
-    @property
-    def token_limit(self) -> int | None:
-        return self.max_tokens
 
     @property
     def num_logprobs(self) -> int | None:

@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from guanaco.server.api.access_log import record_of
 from guanaco.server.api.answer import Answer
+from guanaco.server.api.answer_size import most_tokens_a_choice
 from guanaco.server.api.auth import ApiKey
 from guanaco.server.api.body import parse_object, read_body
 from guanaco.server.api.catalog import Caller, ServedModel
@@ -25,7 +26,7 @@ from guanaco.server.api.lifecycle import Admission
 from guanaco.server.api.protocol import GenerationBody, TokenizeBody
 from guanaco.server.api.sampling import context_exceeded, for_choice
 from guanaco.server.api.sse import stream_generation
-from guanaco.server.api.state import ApiState, json_response, state_of
+from guanaco.server.api.state import ApiState, encoded_response, state_of
 from guanaco.server.engine.request import Request, SamplingParams
 
 # No vocabulary of ours has a longer common token: a text of more bytes than this times the context can't fit into it,
@@ -58,6 +59,12 @@ class Prepared:
     @property
     def stream(self) -> bool:
         return bool(self.body.stream)
+
+    def shortened(self, max_tokens: int) -> "Prepared":
+        """The same with at most so many tokens for each choice."""
+        params = [replace(p.params, max_tokens=min(p.params.max_tokens, max_tokens)) for p in self.prompts]
+        prompts = [replace(prompt, params=its) for prompt, its in zip(self.prompts, params, strict=True)]
+        return replace(self, prompts=tuple(prompts))
 
     def engine_requests(self, answer_id: str, arrival_seconds: float) -> list[Request]:
         """n requests for each prompt, in the order of the choices' indexes."""
@@ -109,7 +116,11 @@ async def serve(request: HttpRequest, prepare: Prepare) -> Response:
         await until_disconnect(request.receive, _collect(generation, answer))
     finally:
         await generation.aclose()
-    response = json_response(answer.whole())
+    if answer.is_large:
+        content = await state.answer_work.run(state.lane(key_of(request)), answer.encoded)
+    else:
+        content = answer.encoded()
+    response = encoded_response(content)
     _add_headers(response, prepared)
     return response
 
@@ -120,7 +131,10 @@ async def _prepare(
     state, caller = state_of(request), caller_of(request)
     data = await parse(state.preparation, state.lane(caller.key), body)
     lane = state.lane(caller.key, data.get("model"))
-    return await state.preparation.run(lane, prepare, state, caller, data, admission)
+    prepared, answer = await state.preparation.run(lane, prepare, state, caller, data, admission)
+    sizes = [(len(prompt.token_ids), prompt.params) for prompt in prepared.prompts]
+    most = most_tokens_a_choice(prepared.body, sizes, state.settings)
+    return prepared if most is None else prepared.shortened(most), answer
 
 
 async def parse(pool: FairPool, lane: Lane, body: bytes) -> dict[str, Any]:

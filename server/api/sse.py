@@ -5,7 +5,7 @@ event and without `[DONE]`, so that no `[DONE]` always means incomplete.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import orjson
 from starlette.requests import Request
@@ -14,9 +14,12 @@ from starlette.types import Receive, Scope, Send
 
 from guanaco.server.api.access_log import RequestRecord, record_of
 from guanaco.server.api.answer import Answer
+from guanaco.server.api.encode import encode
 from guanaco.server.api.errors import ClientGone, as_api_error, is_unforeseen
 from guanaco.server.api.generation import Generation, until_disconnect
 from guanaco.server.api.middleware import log_unforeseen
+from guanaco.server.api.state import state_of
+from guanaco.server.engine.request_stream import TextOutput
 
 DONE = b"data: [DONE]\n\n"
 _PING = b": ping\n\n"
@@ -25,6 +28,7 @@ _PING = b": ping\n\n"
 PING_SECONDS = 15.0
 # So long the status line waits for the first output, so that what fails before it is a plain JSON error.
 FIRST_OUTPUT_PATIENCE_SECONDS = 15.0
+_FEW_LOGPROBS = 64  # tokens whose log-probabilities are written on the loop
 
 
 def event(data: object) -> bytes:
@@ -74,13 +78,31 @@ async def stream_generation(request: Request, generation: Generation, answer: An
     except BaseException:
         await generation.aclose()
         raise
-    return EventStream(generation, _events(generation, answer, record_of(request.scope)))
+    pool, lane = state_of(request).answer_work, state_of(request).lane(request.scope.get("guanaco.key"))
+
+    async def off_loop(index: int, output: TextOutput) -> bytes | None:
+        return await pool.run(lane, _large_event, answer, index, output)
+
+    return EventStream(generation, _events(generation, answer, record_of(request.scope), off_loop))
 
 
-async def _events(generation: Generation, answer: Answer, record: RequestRecord) -> AsyncIterator[bytes]:
+def _large_event(answer: Answer, index: int, output: TextOutput) -> bytes | None:
+    chunk = answer.chunk(index, output)
+    return None if chunk is None else b"data: " + encode(chunk) + b"\n\n"
+
+
+async def _events(
+    generation: Generation,
+    answer: Answer,
+    record: RequestRecord,
+    off_loop: Callable[[int, TextOutput], Awaitable[bytes | None]],
+) -> AsyncIterator[bytes]:
     try:
         async for index, output in generation:
-            if (chunk := answer.chunk(index, output)) is not None:
+            if len(output.prompt_logprobs) + len(output.logprobs) > _FEW_LOGPROBS:  # an echoed prompt's come at once
+                if (large := await off_loop(index, output)) is not None:
+                    yield large
+            elif (chunk := answer.chunk(index, output)) is not None:
                 yield event(chunk)
         if (last := answer.usage_chunk()) is not None:
             yield event(last)

@@ -3,6 +3,9 @@
 import json
 import re
 import shutil
+import sys
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -587,3 +590,35 @@ def test_a_tokenizer_that_names_nothing_believes_the_config(files: Path) -> None
     tokenizer = Tokenizer.from_directory(files)
     assert (tokenizer.bos_id, tokenizer.eos_ids) == (None, (0,))  # <|endoftext|>
     assert reconcile_special_ids(1, 2, None, tokenizer) == SpecialIds(1, (0, 2), ())
+
+
+@pytest.mark.parametrize("work", ["encode", "decode"])
+def test_other_threads_run_while_a_long_text_is_tokenised(demo_model_dir: Path, work: str) -> None:
+    """With a switch interval of minutes another thread only runs where the tokenizer gives the interpreter up."""
+    tokenizer = Tokenizer.from_directory(demo_model_dir)
+    ids = tokenizer.encode("hello, world " * 2000)
+    counts, stop = [0], threading.Event()
+
+    def count() -> None:
+        while not stop.is_set():
+            counts[0] += 1
+            time.sleep(0)
+
+    interval = sys.getswitchinterval()
+    thread = threading.Thread(target=count, daemon=True)
+    sys.setswitchinterval(1000)
+    try:
+        thread.start()
+        before = counts[0]
+        for _ in range(200):  # it may be waiting for a processor
+            if work == "encode":
+                tokenizer.encode("hello, world " * 2000)
+            else:
+                tokenizer.decode(ids)
+            if (after := counts[0]) > before:
+                break
+    finally:
+        sys.setswitchinterval(interval)
+        stop.set()
+        thread.join()
+    assert after > before
