@@ -12,7 +12,15 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from guanaco.server.service_links import is_service_link
 
 ENV_PREFIX = "GUANACO_"
 
@@ -163,10 +171,11 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return (
-            init_settings,
-            env_settings,
-        )  # no .env file and no secrets directory: nothing is read that was not named
+        assert isinstance(env_settings, EnvSettingsSource)
+        links = {name for name in env_settings.env_vars if _is_link(name, env_settings.env_vars[name] or "")}
+        env_settings.env_vars = {k: v for k, v in env_settings.env_vars.items() if k not in links}
+        # no .env file and no secrets directory: nothing is read that was not named
+        return init_settings, env_settings
 
     @property
     def cache_dir(self) -> Path:
@@ -182,16 +191,17 @@ def load_settings(flags: Mapping[str, Any], config_file: Path | None = None) -> 
 
     Raises SettingsError with one line that names the flag, variable or key at fault.
     """
-    variables = {name for name in os.environ if name.startswith(ENV_PREFIX)}
+    variables = {name for name, text in os.environ.items() if name.startswith(ENV_PREFIX) and not _is_link(name, text)}
     known = {ENV_PREFIX + name.upper(): name for name in Settings.model_fields}
     hint = "no setting is called so (guanaco serve --help lists them)"
+    set_here = {known[name] for name in variables & known.keys() if os.environ[name]}
     for variable in sorted(variables - known.keys()):
         raise SettingsError(f"unknown environment variable {variable}: {hint}")
     values = _read_yaml(config_file) if config_file else {}
     for key in values:
         if key not in Settings.model_fields:
             raise SettingsError(f"unknown key {key!r} in {config_file}: {hint}")
-    from_file = {key: value for key, value in values.items() if not os.environ.get(ENV_PREFIX + key.upper())}
+    from_file = {key: value for key, value in values.items() if key not in set_here}
     try:
         return Settings(**{**from_file, **flags})
     except ValidationError as error:
@@ -199,6 +209,11 @@ def load_settings(flags: Mapping[str, Any], config_file: Path | None = None) -> 
         name = str(first["loc"][0]) if first["loc"] else "settings"
         message = str(first["msg"]).removeprefix("Value error, ")
         raise SettingsError(f"{_where(name, flags, from_file, config_file)}: {message}") from None
+
+
+def _is_link(variable: str, value: str) -> bool:
+    is_ours = variable.upper().startswith(ENV_PREFIX)
+    return is_ours and is_service_link(variable[len(ENV_PREFIX) :], value)
 
 
 def _where(name: str, flags: Mapping[str, Any], from_file: Mapping[str, Any], config_file: Path | None) -> str:

@@ -106,6 +106,61 @@ def test_what_is_wrong_is_named_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+# What a pod is given where services are called `guanaco`, `guanaco-gpu` and `guanaco-model`, and by `docker --link`.
+SERVICE_LINKS = {
+    "GUANACO_SERVICE_HOST": "10.96.3.7",
+    "GUANACO_SERVICE_PORT": "80",
+    "GUANACO_SERVICE_PORT_HTTP": "80",
+    "GUANACO_SERVICE_PORT_METRICS_V2": "9090",
+    "GUANACO_PORT": "tcp://10.96.3.7:80",
+    "GUANACO_PORT_80_TCP": "tcp://10.96.3.7:80",
+    "GUANACO_PORT_80_TCP_PROTO": "tcp",
+    "GUANACO_PORT_80_TCP_PORT": "80",
+    "GUANACO_PORT_80_TCP_ADDR": "10.96.3.7",
+    "GUANACO_PORT_53_UDP_ADDR": "fd00::7",
+    "GUANACO_GPU_SERVICE_HOST": "10.96.3.8",
+    "GUANACO_GPU_SERVICE_PORT": "8000",
+    "GUANACO_GPU_PORT": "tcp://[fd00::8]:8000",
+    "GUANACO_GPU_PORT_8000_SCTP": "sctp://10.96.3.8:8000",
+    "GUANACO_MODEL_SERVICE_HOST": "10.96.3.9",
+    "GUANACO_MODEL_PORT": "tcp://10.96.3.9:8000",
+    "GUANACO_NAME": "/web/guanaco",
+    "GUANACO_ENV_PATH": "/usr/bin",
+}
+
+
+def test_service_links_are_no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("port: 1234")
+    for name, value in SERVICE_LINKS.items():
+        monkeypatch.setenv(name, value)
+    assert load_settings({}) == Settings.model_construct(**{n: f.default for n, f in Settings.model_fields.items()})
+    assert load_settings({}, config).port == 1234, "a link does not hide the file's value"
+    assert load_settings({"port": "99"}, config).port == 99
+    monkeypatch.setenv("GUANACO_PORT", "4321")
+    assert load_settings({}, config).port == 4321
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("GUANACO_PORT", "http://10.0.0.1"),
+        ("GUANACO_PORT", "tcp//10.0.0.1:80"),
+        ("GUANACO_PORTS", "8000"),
+        ("GUANACO_SERVICE_HOTS", "10.0.0.1"),
+        ("GUANACO_SERVICE", "x"),
+        ("GUANACO_PORT_HTTP", "80"),
+        ("GUANACO_PORT_80", "80"),
+        ("GUANACO_NAME", "smol"),
+        ("GUANACO_MAX_PORT", "80"),
+    ],
+)
+def test_a_typing_error_is_no_service_link(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=name):
+        load_settings({})
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"absent\.yaml: No such file"):
         load_settings({}, tmp_path / "absent.yaml")

@@ -1,0 +1,27 @@
+"""Variables that Kubernetes and Docker put into a container for each service, by the service's name.
+
+A service called `guanaco` or `guanaco-gpu` makes variables that start as our own do: `GUANACO_PORT=tcp://10.0.0.1:80`,
+`GUANACO_SERVICE_HOST`, `GUANACO_GPU_PORT_80_TCP_ADDR`. They say nothing about settings. Used by `config`.
+"""
+
+import re
+
+# The names, after the prefix: Kubernetes' own, then those that only Docker's links have (NAME and ENV).
+_SERVICE = r"(?:[A-Z0-9_]+_)?"
+_BY_NAME = re.compile(
+    rf"{_SERVICE}(?:SERVICE_HOST|SERVICE_PORT(?:_[A-Z0-9_]+)?|PORT_\d+_(?:TCP|UDP|SCTP)(?:_PROTO|_PORT|_ADDR)?)"
+    rf"|{_SERVICE}ENV_\w+"
+)
+# `PORT` is a setting too and `NAME` may be a typing error: their values tell.
+_BY_VALUE = (
+    (re.compile(rf"{_SERVICE}PORT"), re.compile(r"(?:tcp|udp|sctp)://.*")),
+    (re.compile(rf"{_SERVICE}NAME"), re.compile(r"/[^/]+/.+")),
+)
+
+
+def is_service_link(name: str, value: str) -> bool:
+    """Whether a variable was made for a service. name: without our prefix, in any case."""
+    upper = name.upper()
+    if _BY_NAME.fullmatch(upper):
+        return True
+    return any(names.fullmatch(upper) and values.fullmatch(value) for names, values in _BY_VALUE)
