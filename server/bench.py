@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from guanaco.server.config import Settings
+from guanaco.server.engine.awake_clock import awake_seconds
 from guanaco.server.engine.engine import Engine
 from guanaco.server.engine.request import FinishReason, LoraRef, Request, SamplingParams, TokenOutput
 from guanaco.server.errors import CommandError
@@ -121,7 +122,7 @@ class _Bench:
         ids = tuple(self._random.randrange(lowest, self._vocab_size) for _ in range(length))
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
         loras = self._loras[stream % len(self._loras)]
-        self._engine.add_request(Request(request_id, ids, params, loras, arrival_seconds=time.monotonic()))
+        self._engine.add_request(Request(request_id, ids, params, loras, arrival_seconds=awake_seconds()))
         return request_id
 
     def _run(self) -> None:

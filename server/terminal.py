@@ -4,7 +4,6 @@
 """
 
 import json
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from guanaco.server.config import Settings
+from guanaco.server.engine.awake_clock import awake_seconds
 from guanaco.server.errors import CommandError
 
 _HELP = "/model NAME switches · /models lists · /system TEXT · /new starts over · /quit (or Ctrl-D) ends"
@@ -168,7 +168,7 @@ def generate_once(
     params = SamplingParams(max_tokens=min(max_tokens, room - len(ids)), seed=seed, stop_strings=stops, **sampling)
     detokenizer = Detokenizer(tokenizer, params, ids)
     loras = () if adapter is None else (LoraRef(adapter.version),)
-    runtime.engine.add_request(Request("generate", tuple(ids), params, loras, arrival_seconds=time.monotonic()))
+    runtime.engine.add_request(Request("generate", tuple(ids), params, loras, arrival_seconds=awake_seconds()))
     while runtime.engine.has_work and detokenizer.stop_reason is None:
         for output in runtime.engine.step().outputs:
             if output.finish_reason is FinishReason.ERROR:

@@ -8,7 +8,6 @@ import json
 import logging
 import queue
 import threading
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +15,8 @@ from datetime import UTC, datetime
 from typing import Any, BinaryIO
 
 from starlette.types import Scope
+
+from guanaco.server.engine.awake_clock import awake_seconds
 
 access_logger = logging.getLogger("guanaco.access")
 
@@ -30,7 +31,7 @@ class RequestRecord:
     """What is known of one HTTP request. Filled in on its way; times in seconds since `started`."""
 
     request_id: str
-    started: float = field(default_factory=time.monotonic)  # generating requests: when their body was there
+    started: float = field(default_factory=awake_seconds)  # generating requests: when their body was there
     route: str | None = None  # the route's pattern, not the client's path
     status: int | None = None
     outcome: str | None = None  # ok, rejected, cancelled, failed
@@ -65,7 +66,7 @@ class RequestRecord:
             "completion_tokens": self.completion_tokens,
             "finish_reasons": self.finish_reasons,
             "ttft_seconds": None if self.ttft_seconds is None else round(self.ttft_seconds, 6),
-            "e2e_seconds": round(time.monotonic() - self.started, 6),
+            "e2e_seconds": round(awake_seconds() - self.started, 6),
         }
         return {name: value for name, value in fields.items() if value is not None}
 

@@ -5,7 +5,6 @@ know the shape of any response. Used by the chat and completion routes.
 """
 
 import asyncio
-import time
 from collections import deque
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from guanaco.server.api.catalog import ServedModel
 from guanaco.server.api.errors import ClientGone, DeadlineExceeded, GenerationFailed, bad_request
 from guanaco.server.api.lifecycle import Admission
 from guanaco.server.api.state import ApiState
+from guanaco.server.engine.awake_clock import AwakeTimer, awake_seconds
 from guanaco.server.engine.request import FinishReason, Request
 from guanaco.server.engine.request_stream import RequestStream, TextOutput
 from guanaco.server.metrics import RequestStats
@@ -56,7 +56,7 @@ class Generation:
         self._num_unfinished = 0
         self._mail: deque[tuple[int, TextOutput] | Exception] = deque()
         self._mail_came = asyncio.Event()
-        self._deadline: asyncio.TimerHandle | None = None
+        self._deadline: AwakeTimer | None = None
         self._closed = False
         self.choices: list[Choice] = []
         self.num_per_prompt = 1
@@ -82,8 +82,9 @@ class Generation:
             raise
         limit = state.settings.request_timeout
         if limit:
-            left = limit - (time.monotonic() - record.started)
-            self._deadline = asyncio.get_running_loop().call_later(max(0.0, left), self._put, DeadlineExceeded())
+            left = limit - (awake_seconds() - record.started)
+            loop = asyncio.get_running_loop()
+            self._deadline = AwakeTimer(loop, max(0.0, left), lambda: self._put(DeadlineExceeded()))
         return self
 
     def _submit(self, request: Request) -> None:
@@ -131,7 +132,7 @@ class Generation:
 
     def _observe(self, choice: Choice, output: TextOutput) -> None:
         metrics, adapter = self._state.metrics, self._model.counted_as
-        now = time.monotonic() - self._record.started
+        now = awake_seconds() - self._record.started
         if (new_tokens := output.num_output_tokens - choice.num_output_tokens) > 0:
             if choice.first_token_seconds is None:
                 choice.first_token_seconds = now
@@ -160,7 +161,7 @@ class Generation:
                 num_generation_tokens=choice.num_output_tokens,
                 max_tokens=choice.request.params.max_tokens,
                 n=self.num_per_prompt,
-                e2e_seconds=time.monotonic() - self._record.started,
+                e2e_seconds=awake_seconds() - self._record.started,
                 queue_seconds=choice.queue_seconds,
                 first_token_seconds=choice.first_token_seconds,
                 last_token_seconds=choice.last_token_seconds,

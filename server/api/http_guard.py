@@ -14,6 +14,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from guanaco.server.api.auth import OPEN_PATHS
 from guanaco.server.api.errors import ApiError
+from guanaco.server.engine.awake_clock import AwakeTimer
 
 _SPARE_URLS = frozenset(path.encode() for path in OPEN_PATHS)
 
@@ -57,8 +58,8 @@ class GuardedHttpProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._phase = _Phase.BETWEEN
-        self._read_timer: asyncio.TimerHandle | None = None
-        self._write_timer: asyncio.TimerHandle | None = None
+        self._read_timer: AwakeTimer | None = None
+        self._write_timer: AwakeTimer | None = None
         self._head_bytes = 0  # parsed: names, values, URL
         self._unparsed_head_bytes = 0  # received since the head began; a field without end is never parsed
         self._body_bytes = 0
@@ -191,7 +192,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
 
     def _expect_bytes(self, seconds: float) -> None:
         self._stop_read_timer()
-        self._read_timer = self.loop.call_later(seconds, self._waited_enough)
+        self._read_timer = AwakeTimer(self.loop, seconds, self._waited_enough)
 
     def _waited_enough(self) -> None:
         self._read_timer = None
@@ -225,7 +226,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
     def _abort_later(self) -> None:
         """Give the client time to read what is written; a closed transport waits for that without end."""
         if self._write_timer is None:
-            self._write_timer = self.loop.call_later(self.limits.write_seconds, self._abort)
+            self._write_timer = AwakeTimer(self.loop, self.limits.write_seconds, self._abort)
 
     def _abort(self) -> None:
         self._write_timer = None

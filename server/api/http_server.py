@@ -46,11 +46,28 @@ def bind(settings: Settings) -> socket.socket:
         sock = socket.socket(family, kind, protocol)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
+        # Nobody else may bind it now, not even before `listen`. With the option two servers could, on Linux.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     except OSError as error:
         if sock is not None:
             sock.close()
-        raise SettingsError(f"cannot listen on {where}: {error.strerror}; choose another --host or --port") from None
+        raise _cannot_listen(where, error) from None
     return sock
+
+
+def listen(sock: socket.socket) -> None:
+    """Take connections from now on. SettingsError where another server took the same port in the same moment."""
+    # Connections have the option from their listener; without it a restart would wait for the last of them.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.listen(_BACKLOG)
+    except OSError as error:
+        address = sock.getsockname()
+        raise _cannot_listen(f"{address[0]}:{address[1]}", error) from None
+
+
+def _cannot_listen(where: str, error: OSError) -> SettingsError:
+    return SettingsError(f"cannot listen on {where}: {error.strerror}; choose another --host or --port")
 
 
 def serve(state: ApiState, sock: socket.socket, on_started: Callable[[], None] = lambda: None) -> int:
@@ -113,6 +130,8 @@ class GuanacoServer(uvicorn.Server):
         self._ending: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        for sock in sockets or ():
+            listen(sock)
         await super().startup(sockets=sockets)
         # What the start has made stays (torch alone: 200,000 objects, 0.1 s for each full collection, on the loop too).
         gc.collect()

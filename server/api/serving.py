@@ -4,7 +4,6 @@ read → parse, validate and tokenise on a worker thread → submit → answer, 
 ends: how a body becomes engine requests, and what an answer looks like.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +26,7 @@ from guanaco.server.api.protocol import GenerationBody, TokenizeBody
 from guanaco.server.api.sampling import context_exceeded, for_choice
 from guanaco.server.api.sse import stream_generation
 from guanaco.server.api.state import ApiState, encoded_response, state_of
+from guanaco.server.engine.awake_clock import awake_seconds
 from guanaco.server.engine.request import Request, SamplingParams
 
 # No vocabulary of ours has a longer common token: a text of more bytes than this times the context can't fit into it,
@@ -90,7 +90,7 @@ async def serve(request: HttpRequest, prepare: Prepare) -> Response:
     state, record = state_of(request), record_of(request.scope)
     with state.intake.body(key_of(request)) as held:
         body = await read_body(request, state.settings.max_body_bytes, held)
-        record.started = time.monotonic()  # the client's upload is not our latency
+        record.started = awake_seconds()  # the client's upload is not our latency
         admission = state.admit()
         try:
             prepared, answer = await _prepare(request, body, prepare, admission)

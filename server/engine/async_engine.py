@@ -10,12 +10,12 @@ import contextlib
 import logging
 import secrets
 import threading
-import time
 from array import array
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from guanaco.server.engine.awake_clock import CLOCK, awake_seconds
 from guanaco.server.engine.detokenizer import Decoder
 from guanaco.server.engine.engine import AdapterSource, Engine
 from guanaco.server.engine.request import (
@@ -114,6 +114,7 @@ class AsyncEngine:
     def start(self) -> None:
         """Start the engine's thread and the watchdog, on the running loop."""
         self._loop = asyncio.get_running_loop()
+        CLOCK.start()
         self._thread.start()
         self._watchdog = self._loop.create_task(self._watch())
 
@@ -153,7 +154,7 @@ class AsyncEngine:
             params=SamplingParams(max_tokens=1, temperature=0.0, return_logits=True),
             loras=loras,
             cache_salt=secrets.token_hex(8),  # nobody else's blocks, and for nobody else
-            arrival_seconds=time.monotonic(),
+            arrival_seconds=awake_seconds(),
             background=True,
         )
         error: str | None = "the probe took too long"
@@ -222,9 +223,9 @@ class AsyncEngine:
 
     @property
     def heartbeat_age_seconds(self) -> float:
-        """For how long the present step has been running; 0 between steps."""
+        """For how long the present step has been running, stops of the process left out; 0 between steps."""
         busy_since = self._busy_since
-        return 0.0 if busy_since is None else max(0.0, time.monotonic() - busy_since)
+        return 0.0 if busy_since is None else max(0.0, awake_seconds() - busy_since)
 
     async def drain(self, deadline_seconds: float) -> None:
         """Admit nothing more and let open requests finish; what is left at the deadline ends with an error."""
@@ -288,7 +289,7 @@ class AsyncEngine:
         """The engine's thread: take in messages, step, hand the results to the loop; until told to stop, or dead."""
         try:
             while self._take_messages():
-                self._busy_since = time.monotonic()
+                self._busy_since = awake_seconds()
                 output = self._engine.step()
                 self._busy_since = None
                 self._post()  # where the step had no forward pass

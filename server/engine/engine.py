@@ -5,11 +5,11 @@ What fails in a step is narrowed down to the requests at fault, so that one bad 
 
 import logging
 import os
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
+from guanaco.server.engine.awake_clock import awake_seconds
 from guanaco.server.engine.request import (
     Request,
     SampledToken,
@@ -61,7 +61,7 @@ class AdapterSource(Protocol):
 class Engine:
     """Requests in, one StepOutput per step out. Not thread-safe: whoever steps it also adds and aborts."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, scheduler: Scheduler, runner: Runner, clock: Callable[[], float] = awake_seconds) -> None:
         self.scheduler = scheduler
         self.source: AdapterSource | None = None  # none: all adapters stay in memory
         self.on_forward: Callable[[], None] = lambda: None  # called when a step's forward pass begins

@@ -12,7 +12,7 @@ import pytest
 from fake_runner import FakeRunner, expected_tokens
 
 from guanaco.adapters.slot_table import SlotTable
-from guanaco.server.engine import async_engine
+from guanaco.server.engine import async_engine, awake_clock
 from guanaco.server.engine.async_engine import (
     ENGINE_DEAD,
     SHUTTING_DOWN,
@@ -21,6 +21,7 @@ from guanaco.server.engine.async_engine import (
     EngineUnavailable,
     QueueCaps,
 )
+from guanaco.server.engine.awake_clock import AwakeClock
 from guanaco.server.engine.block_manager import BlockManager
 from guanaco.server.engine.engine import INTERNAL_ERROR, Engine
 from guanaco.server.engine.request import (
@@ -292,6 +293,28 @@ def test_a_step_that_hangs_ends_every_stream(monkeypatch: pytest.MonkeyPatch) ->
             await asyncio.sleep(0.05)
             assert not bench.engine.health().live
             assert bench.deaths == 1
+
+    run(test)
+
+
+def test_a_step_during_which_the_process_was_stopped_is_not_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGSTOP, a paused container: the clock is an hour on all at once, and the step is as old as that."""
+    offset = [0.0]
+    clock = AwakeClock(lambda: time.monotonic() + offset[0])
+    monkeypatch.setattr(awake_clock, "CLOCK", clock)
+    monkeypatch.setattr(async_engine, "CLOCK", clock)
+
+    async def test() -> None:
+        async with running(step_timeout=WAIT) as bench:
+            bench.runner.going.clear()
+            stream = bench.engine.submit(request("good"))
+            await bench.until(lambda: bench.engine._busy_since is not None)
+            offset[0] += 3600
+            assert bench.engine.heartbeat_age_seconds < WAIT
+            await asyncio.sleep(3 * async_engine._WATCH_SECONDS)
+            assert bench.engine.health().live
+            bench.runner.going.set()
+            assert "".join(output.text for output in await read(stream)) == text_of(request("good"), 8)
 
     run(test)
 

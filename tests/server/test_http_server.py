@@ -223,6 +223,37 @@ def test_port_in_use() -> None:
         bind(Settings(host="not an address", port=0))
 
 
+def test_port_that_is_taken_and_does_not_listen_yet() -> None:
+    """Two servers started together: the second one says so before it loads anything."""
+    with bind(Settings(port=0)) as loading:
+        port = loading.getsockname()[1]
+        with pytest.raises(SettingsError, match=rf"cannot listen on 127\.0\.0\.1:{port}: Address already in use"):
+            bind(Settings(port=port))
+
+
+def test_port_that_another_server_listens_on_first() -> None:
+    """Both took it in the same moment: the later one ends with the same words, and never says that it has started."""
+    state = make_state()
+    with bind(state.settings) as ours, socket.socket() as other:
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(ours.getsockname())
+        other.listen()
+        started: list[str] = []
+        with pytest.raises(SettingsError, match=r"cannot listen on 127\.0\.0\.1:\d+: Address already in use"):
+            serve(state, ours, on_started=lambda: started.append("started"))
+        assert not started
+        assert not state.engine.started
+
+
+def test_a_restart_takes_the_same_port_at_once() -> None:
+    """Connections that the old server closed keep the port for a minute, but for a listener with the right option."""
+    with LiveServer(make_state()) as server:
+        assert server.raw(b"GET /version HTTP/1.1\r\nHost: t\r\nConnection: close\r\n\r\n").startswith(b"HTTP/1.1 200")
+        port = server.port
+    bind(Settings(port=port)).close()
+
+
 def test_ipv6() -> None:
     try:
         sock = bind(Settings(host="::1", port=0))
