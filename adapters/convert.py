@@ -6,8 +6,6 @@ whether the result fits one is for `weights`. Called by the command line; the se
 
 import json
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from guanaco.adapters.files import AdapterFiles
 from guanaco.adapters.safetensors_file import SafetensorsFile
 from guanaco.adapters.strict_json import JsonError, parse_object
 from guanaco.adapters.weights import WEIGHTS_NAME, AdapterLimits
+from guanaco.kernels.leftovers import PartialFolder
 from guanaco.models.restricted_process import ProcessEnded, ProcessTimeout, RestrictedProcess
 
 PICKLED_NAMES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
@@ -63,8 +62,8 @@ def convert_adapter(
     if os.path.lexists(target):
         raise AdapterError("target_exists", f"{target} exists already; name a new folder", "target")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        incoming = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        partial = PartialFolder(target)
+        incoming = partial.path
         try:
             (incoming / CONFIG_NAME).write_bytes(config)
             answer, source_bytes = _run_worker(files, weights, incoming / WEIGHTS_NAME, DTYPES[dtype], limits)
@@ -72,7 +71,7 @@ def convert_adapter(
             incoming.chmod(0o755)
             incoming.rename(target)
         finally:
-            shutil.rmtree(incoming, ignore_errors=True)
+            partial.close()
     except OSError as error:
         raise AdapterError("target_unwritable", f"{target} cannot be written: {error.strerror}", "target") from None
     return ConvertReport(

@@ -8,6 +8,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,6 +55,12 @@ class RegistryFile:
     def read_pinned(self) -> tuple[str, ...]:
         """The names that were to stay in memory. Raises as `read`."""
         return self._read(lambda content: tuple(str(name) for name in content.get("pinned", [])))
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed processes left of `write`. For whoever owns the directory, before the first write."""
+        for path in self.path.parent.glob(f".{self.path.name}-*"):
+            with suppress(OSError):
+                path.unlink()
 
     def _read(self, parse: Callable[[dict[str, Any]], tuple[T, ...]]) -> tuple[T, ...]:
         try:

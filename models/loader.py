@@ -57,6 +57,7 @@ def load_model(path: Path, ops: Ops, *, cache_dir: Path | None = None, progress:
         if cache_dir is None or not ops.packed_format:
             return _load_unpacked(source, ops, cache_dir, progress, None)
         try:
+            ModelCache(cache_dir).remove_leftovers()
             return _load_packed(source, ops, cache_dir, progress)
         except OSError as error:
             return _not_packed(_load_unpacked(source, ops, cache_dir, progress, None), error)
@@ -70,7 +71,9 @@ def _load_unpacked(
     if cache_dir is None:
         return _build(source, ServedWeights(source, progress, packer=packer), ops, "quantized")
     try:
-        return _load_through_cache(source, ops, ModelCache(cache_dir), progress, packer)
+        cache = ModelCache(cache_dir)
+        cache.remove_leftovers()
+        return _load_through_cache(source, ops, cache, progress, packer)
     except OSError as error:
         return _not_cached(_build(source, ServedWeights(source, progress, packer=packer), ops, "quantized"), error)
 

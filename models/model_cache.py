@@ -7,6 +7,7 @@ while it loads, so a damaged copy is never served. Knows files, not models. Call
 import fcntl
 import hashlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -26,6 +27,7 @@ MANIFEST = "manifest.json"
 # Written out this often, so that little more than the model itself is in memory while it is quantised.
 SHARD_BYTES = 256 << 20
 _SAMPLE_BYTES = 4096
+_LEFTOVER = re.compile(r"\.([0-9a-f]{64})\.(?:partial-[a-z0-9_]{8}|manifest)")
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,14 @@ class ModelCache:
         finally:
             shutil.rmtree(directory, ignore_errors=True)
         writer.close()
+
+    def remove_leftovers(self) -> None:
+        """Delete what killed processes left of entries that they were writing; whoever still writes holds its lock."""
+        names = [path.name for path in self.root.glob(".*")] if self.root.is_dir() else []
+        for key in {found.group(1) for name in names if (found := _LEFTOVER.fullmatch(name)) is not None}:
+            with suppress(OSError), self.lock(key, exclusive=True, wait=False):
+                for path in (*self.root.glob(f".{key}.partial-*"), self.root / f".{key}.manifest"):
+                    shutil.rmtree(path, ignore_errors=True)
 
     def remove(self, key: str) -> None:
         """Delete the entry and what is left of attempts to write it. Needs the exclusive lock."""

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from guanaco.kernels import nf4
+from guanaco.kernels.leftovers import PartialFolder
 from guanaco.kernels.nf4 import SOURCE_DTYPES, Nf4Weight, dtype_name
 from guanaco.kernels.nf4_state import to_state
 from guanaco.models.checkpoint import Checkpoint, open_checkpoint
@@ -152,9 +152,9 @@ class Nf4CheckpointWriter:
         self._shard_names: list[list[str]] = []
         self._dense_dtype: torch.dtype | None = None
         try:
-            dst.parent.mkdir(parents=True, exist_ok=True)
             # Hidden, and on the same file system, so that the last step is a rename.
-            self._directory = Path(tempfile.mkdtemp(prefix=f".{dst.name}.partial-", dir=dst.parent))
+            self._partial = PartialFolder(dst)
+            self._directory = self._partial.path
         except OSError as error:
             raise _write_error(dst, error) from error
 
@@ -216,6 +216,7 @@ class Nf4CheckpointWriter:
             if self.dst.exists():
                 raise ModelError(f"{self.dst} appeared while it was being written: remove one of the two and repeat")
             self._directory.rename(self.dst)
+            self._partial.close()
             _sync(self.dst.parent)
         except OSError as error:
             raise _write_error(self.dst, error) from error
@@ -223,7 +224,7 @@ class Nf4CheckpointWriter:
     def discard(self) -> None:
         """Remove what has been written so far."""
         self._shard = {}
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._partial.close()
 
     def _flush(self) -> None:
         path = self._directory / _shard_file(len(self._shard_names) + 1)

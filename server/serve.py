@@ -3,6 +3,7 @@
 Wires the runtime to the HTTP side and writes the banner. Called by the command line.
 """
 
+import faulthandler
 import ipaddress
 import json
 import logging
@@ -47,6 +48,7 @@ def run_server(settings: Settings) -> int:
     """Serve until a signal; the exit code. What is wrong with the settings is found before anything slow happens."""
     keys = KeyRing.from_settings(settings)
     _check_exposure(settings, keys)
+    faulthandler.enable()  # a crash in native code leaves its stacks in the log, which would be empty otherwise
     sock = bind(settings)
     console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
     runtime = build_runtime(settings, console)

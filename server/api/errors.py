@@ -127,6 +127,9 @@ _FAILURES = {
     "adapter_unloaded": ApiError(503, "adapter_unloaded", "the adapter was removed before the answer was complete"),
     "numerical_error": ApiError(500, "numerical_error", "the model produced values that are not numbers"),
 }
+_OUT_OF_MEMORY = ApiError(
+    503, "out_of_memory", "the server has no memory for this request; ask for less at once", retry_after=5
+)
 _INTERNAL = ApiError(500, "internal_error", "the server failed; its log has the details under this request's id")
 
 
@@ -141,6 +144,8 @@ def as_api_error(error: BaseException) -> ApiError:
             return _unavailable(error)
         case GenerationFailed():
             return _FAILURES.get(error.reason, _INTERNAL)
+        case MemoryError():
+            return _OUT_OF_MEMORY
         case DeadlineExceeded():
             return ApiError(504, "request_timeout", "the request took longer than this server allows")
         case RequestValidationError():  # FastAPI's own handler would quote the input
@@ -165,7 +170,7 @@ HANDLED: tuple[type[Exception], ...] = (
 
 def is_unforeseen(error: BaseException) -> bool:
     """Whether the log should get the stack of this error."""
-    return as_api_error(error) is _INTERNAL
+    return as_api_error(error) in (_INTERNAL, _OUT_OF_MEMORY)
 
 
 async def handle_error(request: Request, error: Exception) -> Response:

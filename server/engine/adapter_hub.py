@@ -7,7 +7,7 @@ that. Used by the adapter sources, and by `guanaco adapters pull`.
 import os
 import re
 import shutil
-import tempfile
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from guanaco.adapters.config import CONFIG_NAME, MAX_CONFIG_BYTES
 from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.profile import MAX_PROFILE_BYTES, PROFILE_NAME
 from guanaco.adapters.weights import WEIGHTS_NAME, AdapterLimits
+from guanaco.kernels.leftovers import PartialFolder
 from guanaco.models.hub_files import HubError, Snapshot, fetch_files
 from guanaco.server.config import Settings
 
@@ -63,9 +64,8 @@ class AdapterHub:
             raise AdapterError("target_exists", f"{target} is there already; choose another directory")
         path, pinned = self.fetch(address)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
-                inner = Path(temporary) / target.name
+            with closing(PartialFolder(target)) as partial:
+                inner = partial.path / target.name
                 inner.mkdir()
                 for name in (CONFIG_NAME, WEIGHTS_NAME, PROFILE_NAME):
                     if (path / name).exists():

@@ -43,6 +43,7 @@ class AdapterRecords:
         raise AdapterError. A name that is taken by
         now (by --adapter) stays what it is. One whose copy is gone or damaged is listed as broken.
         """
+        self._saved.remove_leftovers()
         notes = []
         for record in self._saved.read():
             self._persistent.add(record.name)

@@ -181,3 +181,13 @@ def test_a_damaged_list_is_an_error_that_names_it(tmp_path: Path, text: str) -> 
     path.write_text(text)
     with pytest.raises(AdapterError, match=r"registry\.json"):
         RegistryFile(path).read()
+
+
+def test_half_written_lists_are_removed(tmp_path: Path) -> None:
+    file = RegistryFile(tmp_path / "registry.json")
+    file.write([])
+    for name in (".registry.json-abc", ".registry.json-def"):
+        (tmp_path / name).write_text("half")
+    (tmp_path / ".other").write_text("stays")
+    file.remove_leftovers()
+    assert {path.name for path in tmp_path.iterdir()} == {"registry.json", ".other"}

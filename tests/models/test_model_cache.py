@@ -358,3 +358,16 @@ class TestListAndPrune:
     def test_no_cache_at_all(self, cache: Path) -> None:
         assert list_cached_models(cache) == []
         assert prune_cached_models(cache) == ([], [])
+
+
+def test_leftovers_of_other_entries_are_removed_unless_somebody_writes_them(tmp_path: Path) -> None:
+    cache = ModelCache(tmp_path)
+    dead, busy = "a" * 64, "b" * 64
+    for key in (dead, busy):
+        (cache.root / f".{key}.partial-abcdefgh").mkdir(parents=True)
+    (cache.root / f".{dead}.manifest").mkdir()
+    (cache.root / ".mine").mkdir()
+    with cache.lock(busy, exclusive=True):
+        cache.remove_leftovers()
+    left = {path.name for path in cache.root.iterdir() if path.is_dir()}
+    assert left == {f".{busy}.partial-abcdefgh", ".mine"}

@@ -10,8 +10,10 @@ from api_server import BASE, LiveServer, chat_body, make_state, sse_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from guanaco.server import serve
 from guanaco.server.api import logprobs
 from guanaco.server.api.encode import encode
+from guanaco.server.config import Settings, SettingsError
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False) | st.text(),
@@ -142,3 +144,31 @@ def test_the_list_of_models_is_written_off_the_loop(monkeypatch: pytest.MonkeyPa
         assert json.loads(client.get("/v1/models").content)["object"] == "list"
         assert server.call(threading.current_thread) not in threads
         assert threads
+
+
+def test_a_refused_allocation_is_a_503_and_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(value: object) -> bytes:
+        raise MemoryError
+
+    monkeypatch.setattr("guanaco.server.api.answer.encode", refused)
+    with LiveServer(make_state()) as server:
+        status, answer = post(server, "/v1/chat/completions", chat_body("x", logprobs=True))
+        assert (status, answer["error"]["code"]) == (503, "out_of_memory")
+        server.assert_quiet()
+    assert any("unforeseen error" in record.message for record in caplog.records)
+
+
+def test_a_crash_leaves_its_stacks_in_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Native code may end the process where an allocation is refused: then the log must not be empty."""
+    enabled: list[str] = []
+
+    def stop(settings: object) -> None:
+        assert enabled, "before anything is loaded"
+        raise SettingsError("stop")
+
+    monkeypatch.setattr(serve.faulthandler, "enable", lambda: enabled.append("enabled"))
+    monkeypatch.setattr(serve, "bind", stop)
+    with pytest.raises(SettingsError):
+        serve.run_server(Settings(port=0))
