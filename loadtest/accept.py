@@ -34,6 +34,13 @@ def _machine() -> str:
     return f"{cpu}, {len(os.sched_getaffinity(0))} CPUs, {memory}, Python {platform.python_version()}"
 
 
+def _latency_under_attack(path: Path) -> object:
+    """Percentiles in milliseconds; None where they could not be measured. Never a reason to fail."""
+    script = str(ROOT / "loadtest/latency_under_attack.py")
+    code = subprocess.run([sys.executable, script, "--out", str(path)], cwd=ROOT, check=False).returncode
+    return json.loads(path.read_text()) if code == 0 else None
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "loadtest/results")
@@ -51,6 +58,7 @@ def main() -> int:
         code = subprocess.run(command, cwd=ROOT, check=False).returncode
         cases = list(ElementTree.parse(junit).getroot().iter("testcase"))
         counts = json.loads(proofs.read_text())
+        latency = _latency_under_attack(Path(folder, "latency.json"))
     bad = [
         f"{c.get('classname')}::{c.get('name')}"
         for c in cases
@@ -66,6 +74,7 @@ def main() -> int:
         "failed": bad,
         "skipped": [f"{c.get('classname')}::{c.get('name')}" for c in cases if c.find("skipped") is not None],
         "proof_counts": counts,
+        "latency_under_attack": latency,
         "measured": {p.get("name"): p.get("value") for case in cases for p in case.iter("property")},
     }
     args.out.mkdir(parents=True, exist_ok=True)
