@@ -18,6 +18,7 @@ from guanaco.kernels.memory import mapped_zeros
 from guanaco.models.config import Llama3Rope, LlamaConfig, parse_config
 from guanaco.models.errors import ModelError
 from guanaco.models.gguf_table import GgufTensor, read_table
+from guanaco.models.gguf_tokenizer import end_ids
 from guanaco.models.layers import rope_frequencies
 from guanaco.models.raw_file import FileLayout, RawFile
 
@@ -192,7 +193,7 @@ def _config_fields(path: Path, metadata: dict[str, Any], entries: dict[str, Gguf
         "attention_bias": has("layers.0.self_attn.q_proj.bias"),
         "mlp_bias": has("layers.0.mlp.gate_proj.bias"),
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": _eos_ids(metadata),
+        "eos_token_id": end_ids(metadata, str(path)),
     }
 
 
@@ -204,9 +205,3 @@ def _rope_scaling(get: Callable[..., Any]) -> dict[str, Any] | None:
     if kind in (None, "none"):
         return None
     return {"rope_type": kind, "factor": get("rope.scaling.factor", needed=False)}
-
-
-def _eos_ids(metadata: dict[str, Any]) -> list[int]:
-    """End of text and, in chat models, end of turn."""
-    found = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
-    return list(dict.fromkeys(i for i in found if i is not None))

@@ -9,10 +9,31 @@ from collections.abc import Mapping
 from typing import Any
 
 from guanaco.models.errors import ModelError
-from guanaco.models.tokenizer_json import AddedToken, byte_level_json, knows_split, sentencepiece_json
+from guanaco.models.tokenizer_json import SPLITS, AddedToken, byte_level_json, sentencepiece_json
 
 # llama.cpp's token types: `tokenizer.ggml.token_type`.
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
+
+# Tokens that end generation in llama.cpp wherever their text is in a vocabulary, whatever their type; and those that it
+# also ends at, found by key or by text: fill-in-the-middle padding, and the separators of repositories and files.
+_ENDS = frozenset(
+    (
+        *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"),
+        *("<|endoftext|>", "<|eom_id|>", "<EOT>", "_<EOT>", "<|end_of_text|>", "<end_of_utterance>"),
+    )
+)
+_END_KEYS = {
+    "eos": (),
+    "eot": ("<｜end▁of▁sentence｜>",),
+    "eom": (),
+    "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>"),
+    "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
+    "fim_sep": ("<|file_sep|>",),
+}
+# OpenAI's harmony format ends messages with <|end|>, not turns; llama.cpp knows it by these two groups.
+_HARMONY = ({"<|return|>", "<|call|>", "<|end|>"}, {"<|calls|>", "<|flush|>", "<|end|>"})
+# Named tokens of a SentencePiece vocabulary that names none, as in llama.cpp.
+_LLAMA_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 
 _NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
@@ -39,6 +60,14 @@ def tokenizer_files(metadata: Mapping[str, Any], source: str) -> dict[str, str]:
     }
 
 
+def end_ids(metadata: Mapping[str, Any], source: str) -> list[int]:
+    """The ids that end generation, by llama.cpp's rules: those that keys name, and those with a well-known text."""
+    if "tokenizer.ggml.tokens" not in metadata:  # a file without a tokenizer may name ids all the same
+        named = (metadata.get(f"tokenizer.ggml.{key}_token_id") for key in _END_KEYS)
+        return list(dict.fromkeys(index for index in named if index is not None))
+    return _Reader(metadata, source).end_ids()
+
+
 class _Reader:
     """The metadata with their defaults; every refusal names the key."""
 
@@ -50,30 +79,48 @@ class _Reader:
         self.types: list[int] = self._get("token_type", [_NORMAL] * len(self.tokens))
         if len(self.types) != len(self.tokens):
             raise self._refusal("token_type", "has another length than the vocabulary; get the file again")
-        # llama.cpp adds BOS to a SentencePiece vocabulary that does not say otherwise.
-        self.adds_bos = bool(self._get("add_bos_token", self.model == "llama")) and self.id_of("bos") is not None
+        # Files from before the key existed have none; llama.cpp takes "default" for them.
+        self.split = str(self._get("pre", "") or "default")
+        known = SPLITS.get(self.split)
+        default = self.model == "llama" or (self.model == "gpt2" and known is not None and known.adds_bos)
+        self.adds_bos = bool(self._get("add_bos_token", default)) and self.id_of("bos") is not None
 
     def id_of(self, key: str) -> int | None:
         """The id of a named special token, None where the file names none."""
-        index = self._get(f"{key}_token_id", None)
+        default = _LLAMA_IDS.get(key) if self.model == "llama" and len(self.tokens) > max(_LLAMA_IDS.values()) else None
+        index = self._get(f"{key}_token_id", default)
         if index is not None and not 0 <= index < len(self.tokens):
             raise self._refusal(f"{key}_token_id", f"= {index} is outside of the vocabulary; get the file again")
         return None if index is None else int(index)
 
+    def end_ids(self) -> list[int]:
+        """As `end_ids` of the module; the ones that keys name come first."""
+        by_text = {token: index for index, token in enumerate(self.tokens)}
+        ends = []
+        for key, texts in _END_KEYS.items():
+            found = next((by_text[text] for text in texts if text in by_text), None)
+            ends.append(self.id_of(key) if self.id_of(key) is not None else found)
+        ends += [by_text[text] for text in sorted(_ENDS & by_text.keys(), key=by_text.__getitem__)]
+        ids = list(dict.fromkeys(index for index in ends if index is not None))
+        texts = {self.tokens[index] for index in ids}
+        if any(group <= texts for group in _HARMONY):
+            ids.remove(by_text["<|end|>"])
+        return ids
+
     def tokenizer_json(self) -> dict[str, Any]:
         kinds = {_CONTROL: True, _USER_DEFINED: False}
+        ends = set(self.end_ids()) - ({self.id_of("eos")} if self.model == "llama" else set())
         added = [
-            AddedToken(index, token, kinds[kind])
+            AddedToken(index, token, index in ends or kinds[kind])  # llama.cpp makes ends control tokens, too
             for index, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True))
-            if kind in kinds
+            if kind in kinds or index in ends
         ]
         bos_id = self.id_of("bos") if self.adds_bos else None
         bos = None if bos_id is None else AddedToken(bos_id, self.tokens[bos_id], True)
         if self.model == "gpt2":
-            split = self._get("pre", "")
-            if not knows_split(split):
-                raise self._refusal("pre", f"= {split!r} is not supported: give the model as safetensors")
-            return byte_level_json(self._vocab(), self._merges(), added, split=split, bos=bos)
+            if self.split not in SPLITS:
+                raise self._refusal("pre", f"= {self.split!r} is not supported: give the model as safetensors")
+            return byte_level_json(self._vocab(), self._merges(), added, split=self.split, bos=bos)
         if self.model == "llama":
             return sentencepiece_json(
                 self.tokens,

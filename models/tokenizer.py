@@ -1,6 +1,7 @@
 """Text ↔ token ids, and conversations → token ids, over the `tokenizers` package.
 
-What a user types never becomes a control token: only a chat template, the BOS rule and token ids given as such do.
+What a user types in a message never becomes a control token: only a chat template, the BOS rule, raw prompts (`encode`
+with `parse_control`) and token ids do.
 Knows nothing of requests or streaming. Called by the API and the command line; safe to use from several threads.
 """
 
@@ -8,7 +9,6 @@ import json
 import re
 import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +59,24 @@ class Tokenizer:
         """Whether `encode_chat` works without a template that is given to it."""
         return self.chat_template is not None
 
-    def encode(self, text: str, *, add_bos: bool | None = None) -> list[int]:
-        """Ids of a text; control tokens in it stay text. add_bos None: as the tokenizer's own rule says."""
-        bos = [self.bos_id] if self.bos_id is not None and (self._adds_bos if add_bos is None else add_bos) else []
-        return bos + self._encode(text)
+    def encode(self, text: str, *, add_bos: bool | None = None, parse_control: bool = False) -> list[int]:
+        """Ids of a text. add_bos: put BOS in front; None means as the tokenizer's own rule says.
+
+        parse_control: read control tokens in the text as such, for a prompt that its writer has templated; else they
+        stay text. A prompt that begins with BOS gets no second one.
+        """
+        ids = self._encode_control(text) if parse_control else self._encode(text)
+        if self.bos_id is not None and (self._adds_bos if add_bos is None else add_bos):
+            return ids if parse_control and ids[:1] == [self.bos_id] else [self.bos_id, *ids]
+        return ids
+
+    def control_id(self, text: str) -> int | None:
+        """The id of the control token that is spelled `text`; None where no control token is."""
+        return self._control.id_of(text)
+
+    def holds_control(self, text: str) -> bool:
+        """Whether a control token's text is somewhere in `text`."""
+        return self._control.is_in(text)
 
     def encode_chat(
         self,
@@ -94,7 +108,7 @@ class Tokenizer:
             )
         except TemplateError as error:
             raise TemplateError(self._control.unmark(str(error)), error.code) from error
-        ids = [self._control.real_ids.get(index, index) for index in self._encode(self._control.substitute(text))]
+        ids = self._encode_control(text)
         if not template.is_complete and self._adds_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
         return ids
@@ -121,6 +135,9 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """`token_bytes` as text, with U+FFFD for what is no whole character."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def _encode_control(self, text: str) -> list[int]:
+        return [self._control.real_ids.get(index, index) for index in self._encode(self._control.substitute(text))]
 
     def _encode(self, text: str) -> list[int]:
         # Half a surrogate pair is no character; JSON can carry it all the same.
@@ -162,6 +179,7 @@ class _ControlTokens:
     def __init__(self, tokens: list[tuple[int, AddedToken]]) -> None:
         self._mark = _private_text()
         self._tokens = tokens
+        self._ids = {token.content: index for index, token in tokens}
         self._stand_ins = {token.content: _private_text() for _, token in tokens}
         longest_first = sorted(self._stand_ins, key=len, reverse=True)
         pattern = "|".join(map(re.escape, longest_first)) or "(?!)"
@@ -176,6 +194,14 @@ class _ControlTokens:
             flags = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "normalized")}
             backend.add_tokens([AddedToken(stand_in, special=False, **flags)])
             self.real_ids[backend.token_to_id(stand_in)] = index
+
+    def id_of(self, text: str) -> int | None:
+        """The id of the token that is spelled `text`."""
+        return self._ids.get(text)
+
+    def is_in(self, text: str) -> bool:
+        """Whether a token's text is somewhere in `text`."""
+        return self._whole.search(text) is not None
 
     def mark(self, value: Any) -> Any:
         """A copy of a message with the mark after the first character of every control token in its strings."""
@@ -239,48 +265,3 @@ def _part_types(part: Any) -> set[str]:
                 yield from walk(item)
 
     return set() if part is None else set(walk(json.loads(part.__getstate__())))
-
-
-@dataclass(frozen=True)
-class SpecialIds:
-    """What begins and what ends a text; notes say what a config claimed and was not believed."""
-
-    bos_id: int | None
-    eos_ids: tuple[int, ...]
-    notes: tuple[str, ...]
-
-
-def reconcile_special_ids(
-    config_bos: int | None,
-    config_eos: int | Sequence[int] | None,
-    generation_eos: int | Sequence[int] | None,
-    tokenizer: Tokenizer,
-) -> SpecialIds:
-    """bos and eos as the tokenizer's vocabulary has them, joined by what else the configs name and can be believed.
-
-    A config's eos counts if it is a control token other than the tokenizer's BOS and unknown token: the oldest LLaMA
-    conversions say bos 0, eos 1, pad -1 over a vocabulary with bos 1 and eos 2.
-    """
-    notes: list[str] = []
-
-    def name(index: int) -> str:
-        return repr(tokenizer.token_text(index)) if 0 <= index < tokenizer.vocab_size else "not in the vocabulary"
-
-    bos_id = tokenizer.bos_id
-    if bos_id is None and config_bos is not None and config_bos in tokenizer.special_ids:
-        bos_id = config_bos
-    elif config_bos is not None and config_bos >= 0 and config_bos != bos_id:
-        ours = "none" if bos_id is None else f"{bos_id}, {name(bos_id)}"
-        notes.append(f"config.json says bos {config_bos} ({name(config_bos)}); the tokenizer's is used: {ours}")
-    eos_ids = list(tokenizer.eos_ids)
-    for source, stated in (("config.json", config_eos), ("generation_config.json", generation_eos)):
-        listed = [] if stated is None else [stated] if isinstance(stated, int) else list(stated)
-        for index in listed:
-            if index < 0 or index in eos_ids:
-                continue
-            if index in tokenizer.special_ids and index not in (tokenizer.bos_id, tokenizer.unk_id):
-                eos_ids.append(index)
-            else:
-                ours = ", ".join(f"{i} {name(i)}" for i in tokenizer.eos_ids) or "none"
-                notes.append(f"{source} says eos {index} ({name(index)}), which was ignored; the tokenizer's is {ours}")
-    return SpecialIds(bos_id, tuple(eos_ids), tuple(dict.fromkeys(notes)))

@@ -24,6 +24,9 @@ _MORE_NAMES = ("additional_special_tokens", "extra_special_tokens")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
+_SPLIT_KEY = "tokenizer.ggml.pre"
+
+
 @dataclass(frozen=True)
 class TokenizerFiles:
     """A tokenizer as its directory describes it."""
@@ -42,6 +45,7 @@ def read_tokenizer(path: Path) -> TokenizerFiles:
     """
     config = _optional_json(path / "tokenizer_config.json")
     defaults: dict[str, str] = {}
+    gguf_notes: tuple[str, ...] = ()
     if (path / "tokenizer.json").is_file():
         backend = _parse_backend((path / "tokenizer.json"), None)
     elif (path / "tokenizer.model").is_file():
@@ -53,6 +57,8 @@ def read_tokenizer(path: Path) -> TokenizerFiles:
         gguf_path = _gguf_in(path)
         with closing(GgufCheckpoint(gguf_path)) as checkpoint:
             files = tokenizer_files(checkpoint.metadata, str(gguf_path))
+            if checkpoint.metadata.get("tokenizer.ggml.model") == "gpt2" and not checkpoint.metadata.get(_SPLIT_KEY):
+                gguf_notes = (f"the GGUF file has no {_SPLIT_KEY}: text is cut by llama.cpp's default rule",)
         backend = _parse_backend(gguf_path, files["tokenizer.json"])
         config = json.loads(files["tokenizer_config.json"]) | config
     backend.no_truncation()  # some files carry the settings of their training
@@ -68,7 +74,7 @@ def read_tokenizer(path: Path) -> TokenizerFiles:
         names={name: token for name, token in names.items() if backend.token_to_id(token) is not None},
         add_bos=add_bos if isinstance(add_bos, bool) else None,
         chat_template=template,
-        notes=notes,
+        notes=(*gguf_notes, *notes),
     )
 
 

@@ -12,12 +12,64 @@ from typing import Any
 GPT2_SPLIT = "gpt-2"
 SMOLLM_SPLIT = "smollm"
 LLAMA3_SPLIT = "llama-bpe"
-_SPLIT_ALIASES = {"llama3": LLAMA3_SPLIT, "llama-v3": LLAMA3_SPLIT}
-# OpenAI's cl100k pattern with numbers in threes, as LLaMA 3's tokenizer has it.
-_LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def _cl100k(numbers: str) -> str:
+    """OpenAI's cl100k pattern, as LLaMA 3 and Qwen have it; `numbers` says how digits are grouped."""
+    return (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + numbers + r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+
+
+_GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_CJK = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+
+
+@dataclass(frozen=True)
+class Split:
+    """What text is cut into before BPE: `patterns`, each applied to the pieces of the one before."""
+
+    patterns: tuple[str, ...]
+    ignore_merges: bool = False  # a piece that is in the vocabulary is taken whole, even where no merges lead to it
+    adds_bos: bool = False  # llama.cpp's default where the file doesn't say
+
+
+# By llama.cpp's names (`tokenizer.ggml.pre`), for LLaMA-like models in the wild. "default" is what llama.cpp takes for
+# files from before the key existed.
+_LLAMA3 = Split((_cl100k(r"\p{N}{1,3}"),), ignore_merges=True, adds_bos=True)
+_SMAUG = Split((_cl100k(r"\p{N}{1,3}"),))
+_QWEN2 = Split((_cl100k(r"\p{N}"),))
+_GPT2 = Split((_GPT2_PATTERN,))
+_DIGITS = Split((r"\p{N}", _GPT2_PATTERN))
+_DEFAULT = Split((r"[\p{P}\$\+<=>\^~\|]+", _GPT2_PATTERN, r"\p{N}+", r"[0-9][0-9][0-9]"))
+_DEEPSEEK_CODER = Split((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}"))
+_SEED_CODER = Split(
+    (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+",
+    )
 )
+_TEKKEN = Split(
+    (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+        r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+    ignore_merges=True,
+    adds_bos=True,
+)
+SPLITS: Mapping[str, Split] = {
+    **dict.fromkeys((LLAMA3_SPLIT, "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0"), _LLAMA3),
+    **dict.fromkeys(("smaug-bpe", "dbrx"), _SMAUG),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez", "kormo", "stablelm2", "hunyuan"), _QWEN2),
+    **dict.fromkeys((GPT2_SPLIT, "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4"), _GPT2),
+    **dict.fromkeys((SMOLLM_SPLIT, "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGITS),
+    "deepseek-coder": _DEEPSEEK_CODER,
+    "seed-coder": _SEED_CODER,
+    "tekken": _TEKKEN,
+    "default": _DEFAULT,
+}
 SPACE = "\u2581"  # SentencePiece's visible space
 
 
@@ -30,11 +82,6 @@ class AddedToken:
     special: bool  # a control token, which text that somebody typed must not become
 
 
-def knows_split(name: str) -> bool:
-    """Whether `byte_level_json` can cut text as `name` says."""
-    return name in (GPT2_SPLIT, SMOLLM_SPLIT, LLAMA3_SPLIT) or name in _SPLIT_ALIASES
-
-
 def byte_level_json(
     vocab: Mapping[str, int],
     merges: Sequence[tuple[str, str]],
@@ -43,25 +90,26 @@ def byte_level_json(
     split: str,
     bos: AddedToken | None,
 ) -> dict[str, Any]:
-    """tokenizer.json of a byte-level BPE. `split` names the rule; `bos` goes before every text unless it is None."""
-    split = _SPLIT_ALIASES.get(split, split)
+    """tokenizer.json of a byte-level BPE. `split` is a name in SPLITS; `bos` goes before every text unless None."""
+    rule = SPLITS[split]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    if split == LLAMA3_SPLIT:
-        first = {"type": "Split", "pattern": {"Regex": _LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False}
-        steps = [first, {**byte_level, "use_regex": False}]
-    elif split == SMOLLM_SPLIT:
+    if rule is _GPT2:  # as the models' own files have these two
+        steps = [{**byte_level, "use_regex": True}]
+    elif rule is _DIGITS:
         steps = [{"type": "Digits", "individual_digits": True}, {**byte_level, "use_regex": True}]
     else:
-        assert split == GPT2_SPLIT, split
-        steps = [{**byte_level, "use_regex": True}]
+        steps = [
+            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+            for pattern in rule.patterns
+        ]
+        steps.append({**byte_level, "use_regex": False})
     return _tokenizer_json(
         added,
         bos,
         normalizer=None,
         pre_tokenizer={"type": "Sequence", "pretokenizers": steps},
         decoder={**byte_level, "use_regex": True},
-        # LLaMA 3 takes a piece that is in the vocabulary as it is, even where no merges lead to it.
-        model={"byte_fallback": False, "ignore_merges": split == LLAMA3_SPLIT, "vocab": vocab, "merges": merges},
+        model={"byte_fallback": False, "ignore_merges": rule.ignore_merges, "vocab": vocab, "merges": merges},
     )
 
 

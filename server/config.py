@@ -129,6 +129,9 @@ class Settings(BaseSettings):
     chat_template: str | None = Field(
         None, description="template name (guanaco, chatml, …) or a Jinja file; none: the model's"
     )
+    literal_prompts: bool = Field(
+        False, description="read control tokens in the prompts of /v1/completions and /tokenize as plain text"
+    )
     cache: Path = Field(Path("~/.cache/guanaco"), description="where downloaded and quantised models are kept")
     quantized_cache: bool = Field(True, description="keep a model that is quantised at load in the cache")
     offline: bool = Field(False, description="never use the network")

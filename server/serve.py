@@ -108,6 +108,7 @@ def _api_state(settings: Settings, runtime: Runtime, keys: KeyRing) -> ApiState:
         settings=settings,
         metrics=metrics,
         version=version("guanaco"),
+        num_rows=base.loaded.config.vocab_size,
         defaults=SamplingDefaults.from_generation_config(base.generation_config),
         keys=keys,
         admin_keys=KeyRing.admin(settings),

@@ -27,7 +27,8 @@ from guanaco.models.errors import ModelError
 from guanaco.models.hub import resolve_model
 from guanaco.models.kv_cache import PagedKVCache, block_bytes
 from guanaco.models.loader import LoadedModel, load_model
-from guanaco.models.tokenizer import Tokenizer, reconcile_special_ids
+from guanaco.models.special_ids import missing_rows_note, reconcile_special_ids
+from guanaco.models.tokenizer import Tokenizer
 from guanaco.server.config import Settings
 from guanaco.server.dtypes import cache_dtype, compute_dtype
 from guanaco.server.engine.block_manager import BlockManager
@@ -187,6 +188,14 @@ def _load_base(settings: Settings, ops: Ops, console: Console) -> Base:
         config_eos=loaded.config.eos_token_ids,
         generation_eos=generation_config.get("eos_token_id"),
         tokenizer=tokenizer,
+        num_rows=loaded.config.vocab_size,
+    )
+    notes = (
+        *loaded.notes,
+        *tokenizer.notes,
+        *special.notes,
+        *missing_rows_note(tokenizer, loaded.config.vocab_size),
+        *(() if template is None else template.notes),
     )
     return Base(
         name=settings.served_model_name or name,
@@ -196,7 +205,7 @@ def _load_base(settings: Settings, ops: Ops, console: Console) -> Base:
         template=template,
         eos_ids=frozenset(special.eos_ids),
         generation_config=generation_config,
-        notes=(*loaded.notes, *tokenizer.notes, *special.notes, *(() if template is None else template.notes)),
+        notes=notes,
     )
 
 
@@ -318,6 +327,7 @@ def _build_engine(
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         max_model_len=plan.max_model_len,
+        num_rows=model.config.vocab_size,
         queue_timeout_seconds=settings.queue_timeout,
         adapter_timeout_seconds=settings.adapter_timeout,
         flood_step_tokens=_flood_step_tokens(settings, registry, ops),

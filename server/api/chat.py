@@ -15,7 +15,15 @@ from guanaco.server.api.lifecycle import Admission
 from guanaco.server.api.logprobs import chat_logprobs
 from guanaco.server.api.protocol import CHAT_FIELDS, ChatBody, ChatMessage
 from guanaco.server.api.sampling import check_request, sampling_params
-from guanaco.server.api.serving import MAX_BYTES_PER_TOKEN, Prepared, Prompt, acquire_model, check_text_size, serve
+from guanaco.server.api.serving import (
+    MAX_BYTES_PER_TOKEN,
+    Prepared,
+    Prompt,
+    acquire_model,
+    check_text_size,
+    check_token_ids,
+    serve,
+)
 from guanaco.server.api.state import ApiState, ChatTokenizer, Template
 from guanaco.server.engine.request import FinishReason, TokenLogprob
 from guanaco.server.engine.request_stream import TextOutput
@@ -34,7 +42,7 @@ def prepare_chat(
     """Validate and tokenise. Runs on a worker thread."""
     fields = take_fields(data, CHAT_FIELDS)
     body = fields.validate(ChatBody)
-    check_request(body, state.tokenizer.vocab_size)
+    check_request(body, state.num_token_ids)
     if body.top_logprobs and not body.logprobs:
         raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
     model = acquire_model(state, body, caller, admission)
@@ -49,6 +57,7 @@ def prepare_chat(
     params = sampling_params(
         body,
         state.defaults_for(model),
+        tokenizer=state.tokenizer,
         limit=body.token_limit,
         limit_name="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
         num_prompt_tokens=len(token_ids),
@@ -86,6 +95,7 @@ def render_messages(
         raise _template_problem(getattr(error, "code", "template_error")) from None
     if not token_ids:
         raise bad_request("the messages come to no tokens at all", "messages")
+    check_token_ids(state, token_ids, "messages")
     return tuple(token_ids)
 
 

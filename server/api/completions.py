@@ -16,7 +16,15 @@ from guanaco.server.api.lifecycle import Admission
 from guanaco.server.api.logprobs import CompletionLogprobs
 from guanaco.server.api.protocol import COMPLETION_FIELDS, CompletionBody
 from guanaco.server.api.sampling import check_request, sampling_params
-from guanaco.server.api.serving import Prepared, Prompt, acquire_model, check_text_size, serve
+from guanaco.server.api.serving import (
+    Prepared,
+    Prompt,
+    acquire_model,
+    check_text_size,
+    check_token_ids,
+    encode_raw,
+    serve,
+)
 from guanaco.server.api.state import ApiState, ChatTokenizer
 from guanaco.server.engine.request import FinishReason, TokenLogprob
 from guanaco.server.engine.request_stream import TextOutput
@@ -35,7 +43,7 @@ def prepare_completion(
     """Validate and tokenise. Runs on a worker thread."""
     fields = take_fields(data, COMPLETION_FIELDS)
     body = fields.validate(CompletionBody)
-    check_request(body, state.tokenizer.vocab_size)
+    check_request(body, state.num_token_ids)
     model = acquire_model(state, body, caller, admission)
     prompts = tuple(_prompt(state, body, prompt, model) for prompt in body.prompt)
     salt = state.keys.cache_salt(caller.key, body.cache_salt)
@@ -47,16 +55,16 @@ def _prompt(state: ApiState, body: CompletionBody, prompt: protocol.Prompt, mode
     """One prompt as token ids. Text gets a BOS as the tokenizer's own rule says; token ids are taken as they are."""
     if isinstance(prompt, str):
         check_text_size(len(prompt.encode()), model.max_model_len, "prompt")
-        token_ids = tuple(state.tokenizer.encode(prompt, add_bos=False if body.add_special_tokens is False else None))
+        token_ids = tuple(encode_raw(state, prompt, body.add_special_tokens))
     else:
         token_ids = prompt
-        if any(token >= state.tokenizer.vocab_size for token in token_ids):
-            raise bad_request(f"a token id is beyond the vocabulary of {state.tokenizer.vocab_size}", "prompt")
+    check_token_ids(state, token_ids, "prompt")
     if not token_ids:
         raise bad_request("a prompt is empty", "prompt")
     params = sampling_params(
         body,
         state.defaults_for(model),
+        tokenizer=state.tokenizer,
         limit=body.token_limit,
         default_limit=protocol.DEFAULT_COMPLETION_TOKENS,
         limit_name="max_tokens",

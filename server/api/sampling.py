@@ -6,7 +6,7 @@ Doesn't know HTTP, and nothing of how tokens are drawn. Called by the chat and c
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from guanaco.server.api.errors import ApiError, bad_request
 from guanaco.server.api.protocol import MAX_TOP_K, MAX_TOTAL_TOKENS, GenerationBody
@@ -15,6 +15,13 @@ from guanaco.server.engine.request import SamplingParams
 Number = TypeVar("Number", int, float)
 
 _SEEDS = 2**63  # seeds are int64
+
+
+class ControlTokens(Protocol):
+    """What is asked of a tokenizer here: which texts are control tokens."""
+
+    def control_id(self, text: str) -> int | None: ...
+    def holds_control(self, text: str) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -45,22 +52,24 @@ class SamplingDefaults:
         return cls(**given)
 
 
-def check_request(body: GenerationBody, vocab_size: int) -> None:
+def check_request(body: GenerationBody, num_token_ids: int) -> None:
     """400 for fields that contradict each other, and for token ids that the model doesn't have."""
     if body.stream_options is not None and not body.stream:
         raise bad_request("stream_options needs stream to be true", "stream_options")
     if body.best_of is not None and body.best_of != body.n:
         raise bad_request("best_of is only supported where it equals n", "best_of", "unsupported_parameter")
-    if any(token >= vocab_size for token in body.stop_token_ids):
-        raise bad_request(f"a token id is beyond the vocabulary of {vocab_size}", "stop_token_ids")
-    if any(token >= vocab_size for token, _ in body.logit_bias):
-        raise bad_request(f"a token id is beyond the vocabulary of {vocab_size}", "logit_bias")
+    beyond = f"a token id is beyond the model's vocabulary: token ids must be below {num_token_ids}"
+    if any(token >= num_token_ids for token in body.stop_token_ids):
+        raise bad_request(beyond, "stop_token_ids")
+    if any(token >= num_token_ids for token, _ in body.logit_bias):
+        raise bad_request(beyond, "logit_bias")
 
 
 def sampling_params(
     body: GenerationBody,
     defaults: SamplingDefaults,
     *,
+    tokenizer: ControlTokens,
     limit: int | None,
     limit_name: str,
     num_prompt_tokens: int,
@@ -76,6 +85,7 @@ def sampling_params(
     Without a limit, `default_limit` tokens are generated, or as many as there is room for; None: as there is room for.
     `limit_name` and `prompt_name` are the fields that errors name; `more_stops` are stop strings besides the client's.
     """
+    stop_tokens, stop_strings = _stops(body, more_stops, tokenizer)
     room = max_model_len - num_prompt_tokens
     if room < 1:
         raise context_exceeded(num_prompt_tokens, max_model_len, prompt_name)
@@ -107,13 +117,35 @@ def sampling_params(
         logit_bias=body.logit_bias,
         logprobs=num_logprobs,
         prompt_logprobs=prompt_logprobs,
-        stop_token_ids=frozenset(body.stop_token_ids),
-        stop_strings=tuple(dict.fromkeys((*body.stop, *more_stops))),
+        stop_token_ids=frozenset(body.stop_token_ids).union(token for token, _ in stop_tokens),
+        stop_token_texts=stop_tokens,
+        stop_strings=stop_strings,
         include_stop_str=bool(body.include_stop_str_in_output),
         min_tokens=body.min_tokens or 0,
         ignore_eos=bool(body.ignore_eos),
         skip_special_tokens=body.skip_special_tokens is not False,
     )
+
+
+def _stops(
+    body: GenerationBody, more_stops: tuple[str, ...], tokenizer: ControlTokens
+) -> tuple[tuple[tuple[int, str], ...], tuple[str, ...]]:
+    """Stop strings that are control tokens, with their ids, and the other stop strings.
+
+    Answers leave control tokens out, so such a stop string would never be found in one: the token itself has to end it.
+    """
+    stops = tuple(dict.fromkeys((*body.stop, *more_stops)))
+    tokens = tuple((token, stop) for stop in stops if (token := tokenizer.control_id(stop)) is not None)
+    texts = tuple(stop for stop in stops if tokenizer.control_id(stop) is None)
+    if body.skip_special_tokens is not False and any(
+        stop in body.stop and tokenizer.holds_control(stop) for stop in texts
+    ):
+        raise bad_request(
+            "a stop string has a control token and other text: answers leave control tokens out, so it would never be "
+            "found; give the control token alone, or set skip_special_tokens to false",
+            "stop",
+        )
+    return tokens, texts
 
 
 def for_choice(params: SamplingParams, index: int) -> SamplingParams:

@@ -4,7 +4,7 @@ read → parse, validate and tokenise on a worker thread → submit → answer, 
 ends: how a body becomes engine requests, and what an answer looks like.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -182,6 +182,22 @@ def acquire_model(
     if len(body.adapters) > most:
         raise bad_request(f"at most {most} adapters at once (--adapter-slots)", "adapters")
     return state.catalog.acquire_mixture(name, [(a.name, a.scale) for a in body.adapters], caller, admission)
+
+
+def check_token_ids(state: ApiState, token_ids: Sequence[int], param: str) -> None:
+    """400 for a prompt with a token that the model has no embedding row for."""
+    if any(token >= state.num_token_ids for token in token_ids):
+        text = f"a token of the prompt is beyond the model's vocabulary: token ids must be below {state.num_token_ids}"
+        raise bad_request(text, param)
+
+
+def encode_raw(state: ApiState, text: str, add_special_tokens: bool | None) -> list[int]:
+    """The ids of a raw prompt. Its writer templates it, so control tokens in it count, unless --literal-prompts."""
+    return state.tokenizer.encode(
+        text,
+        add_bos=False if add_special_tokens is False else None,
+        parse_control=not state.settings.literal_prompts,
+    )
 
 
 def check_text_size(num_bytes: int, max_model_len: int, param: str) -> None:

@@ -53,7 +53,9 @@ class ChatTokenizer(Protocol):
     @property
     def chat_template(self) -> Template | None: ...
 
-    def encode(self, text: str, *, add_bos: bool | None = None) -> list[int]: ...
+    def encode(self, text: str, *, add_bos: bool | None = None, parse_control: bool = False) -> list[int]: ...
+    def control_id(self, text: str) -> int | None: ...
+    def holds_control(self, text: str) -> bool: ...
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
     def token_bytes(self, token_id: int) -> bytes: ...
     def token_text(self, token_id: int) -> str: ...
@@ -79,6 +81,7 @@ class ApiState:
     settings: Settings
     metrics: Metrics
     version: str
+    num_rows: int | None = None  # of the model's embeddings; None: as many as the tokenizer has ids
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     keys: KeyRing = field(default_factory=KeyRing)
     admin_keys: KeyRing = field(default_factory=KeyRing)
@@ -91,6 +94,11 @@ class ApiState:
     preparation: FairPool = field(default_factory=lambda: FairPool(_PREPARE_THREADS, "guanaco-prepare"))
     token_work: FairPool = field(default_factory=lambda: FairPool(_TOKEN_THREADS, "guanaco-tokens"))
     answer_work: FairPool = field(default_factory=lambda: FairPool(_ANSWER_THREADS, "guanaco-answer"))
+
+    @property
+    def num_token_ids(self) -> int:
+        """Token ids are below this: the model's embedding rows."""
+        return self.tokenizer.vocab_size if self.num_rows is None else self.num_rows
 
     @cached_property
     def intake(self) -> Intake:

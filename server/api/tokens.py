@@ -25,7 +25,15 @@ from guanaco.server.api.protocol import (
     DetokenizeBody,
     TokenizeBody,
 )
-from guanaco.server.api.serving import acquire_model, caller_of, check_text_size, key_of, parse
+from guanaco.server.api.serving import (
+    acquire_model,
+    caller_of,
+    check_text_size,
+    check_token_ids,
+    encode_raw,
+    key_of,
+    parse,
+)
 from guanaco.server.api.state import ApiState, encoded_response, json_response, state_of
 
 router = APIRouter(tags=["tokens"])
@@ -100,7 +108,8 @@ def _tokenize(state: ApiState, caller: Caller, data: dict[str, Any]) -> tuple[di
     else:
         assert body.prompt is not None
         check_text_size(len(body.prompt.encode()), max_model_len, "prompt")
-        token_ids = state.tokenizer.encode(body.prompt, add_bos=False if body.add_special_tokens is False else None)
+        token_ids = encode_raw(state, body.prompt, body.add_special_tokens)
+        check_token_ids(state, token_ids, "prompt")
     answer: dict[str, Any] = {"count": len(token_ids), "max_model_len": max_model_len, "tokens": token_ids}
     if body.return_token_strs:
         answer["token_strs"] = [state.tokenizer.token_text(token) for token in token_ids]

@@ -12,6 +12,7 @@ class Limits:
     max_model_len: int
     queue_timeout_seconds: float
     adapter_timeout_seconds: float = 0.0  # that a request waits for adapters that are not in memory; 0: for ever
+    num_rows: int | None = None  # embedding rows of the model: every token id is below; None: not checked
     flood_num_seqs: int = 8  # requests of one adapter that make others wait: a flood
     flood_step_tokens: int = 0  # that floods have of each step at most; 0: all that there are
 

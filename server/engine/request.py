@@ -32,6 +32,8 @@ class SamplingParams:
     logprobs: int | None = None  # None: none; n: the token's own and the n most likely
     prompt_logprobs: int | None = None  # the same for the prompt's tokens (`echo` with `logprobs`)
     stop_token_ids: frozenset[int] = frozenset()  # in addition to the model's eos ids
+    # Stop tokens that the client named by their text: (id, text). Their ids are in `stop_token_ids`, too.
+    stop_token_texts: tuple[tuple[int, str], ...] = ()
     stop_strings: tuple[str, ...] = ()
     include_stop_str: bool = False
     min_tokens: int = 0  # no eos, stop id or stop string before

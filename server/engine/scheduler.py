@@ -96,6 +96,9 @@ class Scheduler:
         length, limit = len(request.prompt_token_ids), self.limits.max_model_len
         if length == 0:
             raise ValueError("the prompt has no tokens")
+        rows = self.limits.num_rows
+        if rows is not None and not 0 <= min(request.prompt_token_ids) <= max(request.prompt_token_ids) < rows:
+            raise ValueError(f"the prompt has a token id that the model's {rows} embedding rows do not hold")
         if length + 1 > limit:
             raise ValueError(f"the prompt has {length} tokens, and a context of {limit} must hold it and one more")
         versions = {lora.version for lora in request.loras}

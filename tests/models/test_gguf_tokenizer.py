@@ -10,8 +10,9 @@ from hard_strings import HARD_STRINGS
 from tiny_tokenizers import sentencepiece_pieces, write_byte_level
 
 from guanaco.models.errors import ModelError
-from guanaco.models.gguf_tokenizer import tokenizer_files
+from guanaco.models.gguf_tokenizer import end_ids, tokenizer_files
 from guanaco.models.tokenizer import Tokenizer
+from guanaco.models.tokenizer_json import SPLITS
 
 CHAT = "{{ bos_token }}{{ messages[0]['content'] }}{{ eos_token }}"
 # smollm's vocabularies cut digits out one by one before anything else; transformers' GGUF reader does not know that.
@@ -148,8 +149,7 @@ def test_a_directory_with_one_gguf_file_or_a_tokenizer_beside_it(tmp_path: Path)
     [
         ({"model": "bert"}, "model = 'bert'"),
         ({"model": None}, "model is missing"),
-        ({"pre": "qwen2"}, "pre = 'qwen2'"),
-        ({"pre": None}, "pre = ''"),
+        ({"pre": "kimi-k2"}, "pre = 'kimi-k2'"),
         ({"tokens": None}, "tokens is missing"),
         ({"merges": None}, "merges is missing"),
         ({"merges": ["a b c"]}, "merges has an entry"),
@@ -168,3 +168,63 @@ def test_sentencepiece_without_scores_is_refused() -> None:
     del metadata["tokenizer.ggml.scores"]
     with pytest.raises(ModelError, match=r"tokenizer\.ggml\.scores is missing"):
         tokenizer_files(metadata, "file.gguf")
+
+
+CL100K = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@pytest.mark.parametrize(
+    ("pre", "adds_bos"),
+    [("llama-bpe", True), ("pixtral", True), ("tekken", True), ("smaug-bpe", False), ("gpt-2", False), (None, False)],
+)
+def test_without_a_word_bos_comes_by_the_pre_tokenizer(pre: str | None, adds_bos: bool, tmp_path: Path) -> None:
+    metadata = byte_level_metadata(tmp_path, pre, add_bos_token=None)
+    (tmp_path / "m").mkdir()
+    tokenizer = Tokenizer.from_directory(write_gguf(tmp_path / "m" / "model.gguf", metadata))
+    assert (tokenizer.encode("hello")[0] == 1) is adds_bos
+
+
+@pytest.mark.parametrize("pre", sorted(SPLITS))
+def test_every_split_reads_back_what_it_cut(pre: str, tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    path = write_gguf(tmp_path / "m" / "model.gguf", byte_level_metadata(tmp_path, pre))
+    tokenizer = Tokenizer.from_directory(path)
+    for text in HARD_STRINGS:
+        assert (
+            tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False)
+            == text.encode("utf-8", "replace").decode()
+        )
+
+
+def test_smaug_cuts_as_llama_3_and_merges_by_rank(tmp_path: Path) -> None:
+    """llama.cpp has one pattern for both; only LLaMA 3 takes whole pieces that no merges lead to."""
+    ours, llama = SPLITS["smaug-bpe"], SPLITS["llama-bpe"]
+    assert ours.patterns == llama.patterns == (CL100K,)
+    assert (ours.ignore_merges, llama.ignore_merges) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("texts", "keys", "expected"),
+    [
+        ({}, {}, [2]),
+        ({5: "<|eot_id|>", 6: "<|eom_id|>"}, {}, [2, 5, 6]),
+        ({5: "<end_of_turn>"}, {"eot_token_id": 7}, [2, 7, 5]),
+        ({}, {"eot_token_id": 7, "eom_token_id": 8, "fim_pad_token_id": 9}, [2, 7, 8, 9]),
+        ({5: "<|file_sep|>", 6: "<|repo_name|>"}, {}, [2, 6, 5]),
+        ({5: "<|end|>"}, {}, [2, 5]),
+        ({5: "<|end|>", 6: "<|return|>", 7: "<|call|>"}, {}, [2, 6, 7]),  # harmony: <|end|> ends a message only
+    ],
+)
+def test_what_ends_generation(texts: dict[int, str], keys: dict[str, int], expected: list[int], tmp_path: Path) -> None:
+    metadata = byte_level_metadata(tmp_path, "llama-bpe", **keys)
+    tokens = metadata["tokenizer.ggml.tokens"]
+    tokens[:] = [f"piece-{index}" for index in range(len(tokens))]
+    for index, token in texts.items():
+        tokens[index] = token
+    assert end_ids(metadata, "file.gguf") == expected
+    files = tokenizer_files(metadata, "file.gguf")
+    special = {t["id"] for t in json.loads(files["tokenizer.json"])["added_tokens"] if t["special"]}
+    assert set(expected) <= special  # nobody can type an end in a message

@@ -25,7 +25,8 @@ from tiny_tokenizers import (
 
 from guanaco.models.chat_template import ChatTemplate, TemplateError, named_template
 from guanaco.models.errors import ModelError
-from guanaco.models.tokenizer import SpecialIds, Tokenizer, reconcile_special_ids
+from guanaco.models.special_ids import SpecialIds, missing_rows_note, reconcile_special_ids
+from guanaco.models.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path("/work/shared")
@@ -177,7 +178,9 @@ def test_demo_special_tokens(demo: Tokenizer, demo_model_dir: Path) -> None:
     assert ids[-2] == 2
     config = json.loads((demo_model_dir / "config.json").read_text())
     generation = json.loads((demo_model_dir / "generation_config.json").read_text())
-    special = reconcile_special_ids(config["bos_token_id"], config["eos_token_id"], generation["eos_token_id"], demo)
+    special = reconcile_special_ids(
+        config["bos_token_id"], config["eos_token_id"], generation["eos_token_id"], demo, 49152
+    )
     assert special == SpecialIds(1, (2,), ())
 
 
@@ -559,18 +562,19 @@ def llama_like(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
         (1, 2, None, (2,), 0),
         (1, [2], [2], (2,), 0),
         (None, None, None, (2,), 0),
-        (0, 1, 1, (2,), 3),  # decapoda: bos 0, eos 1 (in both configs)
-        (0, 1, None, (2,), 2),
+        (0, 1, 1, (2, 1), 2),  # decapoda: bos 0, eos 1 (in both configs); the model never draws 1
+        (0, 1, None, (2, 1), 2),
         (-1, -1, -1, (2,), 0),
-        (1, 99999, None, (2,), 1),
-        (1, 300, None, (2,), 1),  # an ordinary piece
-        (1, [2, 0], None, (2,), 1),
+        (1, 99999, None, (2,), 1),  # beyond the rows
+        (1, 300, None, (2, 300), 1),  # an ordinary piece
+        (1, 300, [2, 301], (2, 300, 301), 2),
+        (1, [2, 0], None, (2, 0), 1),
     ],
 )
 def test_llama_ids_against_the_configs(
     bos: int | None, eos: Any, generation: Any, expected_eos: tuple[int, ...], num_notes: int, llama_like: Tokenizer
 ) -> None:
-    special = reconcile_special_ids(bos, eos, generation, llama_like)
+    special = reconcile_special_ids(bos, eos, generation, llama_like, 384)
     assert (special.bos_id, special.eos_ids) == (1, expected_eos)
     assert len(special.notes) == num_notes
     if num_notes:
@@ -580,8 +584,8 @@ def test_llama_ids_against_the_configs(
 def test_several_eos_ids_are_joined(tiny: Tokenizer) -> None:
     """LLaMA 3: the tokenizer names one, the configs name the others."""
     eot = next(i for i in tiny.special_ids if tiny.token_text(i) == "<|eot_id|>")
-    special = reconcile_special_ids(1, [0, eot], [2, eot], tiny)
-    assert special.eos_ids == (2, eot)  # 0 is also the unknown token here
+    special = reconcile_special_ids(1, [0, eot], [2, eot], tiny, 400)
+    assert special.eos_ids == (2, 0, eot)  # 0 is also the unknown token here, and the config says that it ends
     assert len(special.notes) == 1
 
 
@@ -589,7 +593,7 @@ def test_a_tokenizer_that_names_nothing_believes_the_config(files: Path) -> None
     edit(files, "tokenizer_config.json", lambda c: [c.pop(name) for name in ("bos_token", "eos_token", "unk_token")])
     tokenizer = Tokenizer.from_directory(files)
     assert (tokenizer.bos_id, tokenizer.eos_ids) == (None, (0,))  # <|endoftext|>
-    assert reconcile_special_ids(1, 2, None, tokenizer) == SpecialIds(1, (0, 2), ())
+    assert reconcile_special_ids(1, 2, None, tokenizer, 384) == SpecialIds(1, (0, 2), ())
 
 
 @pytest.mark.parametrize("work", ["encode", "decode"])
@@ -622,3 +626,57 @@ def test_other_threads_run_while_a_long_text_is_tokenised(demo_model_dir: Path, 
         stop.set()
         thread.join()
     assert after > before
+
+
+def test_every_end_that_generate_heeds_ends_here_too(files: Path, tmp_path: Path) -> None:
+    """The oracle: transformers' generate on the same directory, with ends that the tokenizer calls something else."""
+    import torch
+    from tiny_models import make_tiny_llama
+    from transformers import GenerationConfig, LlamaForCausalLM
+
+    path = make_tiny_llama(tmp_path / "model")
+    model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
+    prompt = torch.tensor([[5, 6, 7]])
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    free = model.generate(prompt, generation_config=GenerationConfig(**options))[0, 3:].tolist()
+    end = next(token for token in free[2:] if free.index(token) >= 2)  # an ordinary piece
+    tokenizer = Tokenizer.from_directory(files)
+    for ends in ([end], [tokenizer.bos_id, end], [2, tokenizer.bos_id]):
+        found = model.generate(prompt, generation_config=GenerationConfig(**options, eos_token_id=ends))[0, 3:].tolist()
+        ours = reconcile_special_ids(tokenizer.bos_id, None, ends, tokenizer, model.config.vocab_size).eos_ids
+        assert set(ends) <= set(ours)
+        stops = [index for index, token in enumerate(free) if token in ours]
+        assert found == (free[: stops[0] + 1] if stops else free)
+
+
+def test_a_generation_config_with_something_else_than_ids_is_refused(tiny: Tokenizer) -> None:
+    with pytest.raises(ModelError, match="eos_token_id must be a token id"):
+        reconcile_special_ids(1, 2, ["<|eot_id|>"], tiny, 384)
+
+
+def test_ids_beyond_the_embedding_rows_are_told(tiny: Tokenizer) -> None:
+    assert missing_rows_note(tiny, tiny.vocab_size) == ()
+    (note,) = missing_rows_note(tiny, tiny.vocab_size - 1)
+    assert "1 tokens more" in note
+    assert tiny.token_text(tiny.vocab_size - 1) in note
+
+
+def test_raw_prompts_have_control_tokens_and_one_bos(tiny: Tokenizer) -> None:
+    eot = next(i for i in tiny.special_ids if tiny.token_text(i) == "<|eot_id|>")
+    bos = tiny.token_text(tiny.bos_id)
+    plain = tiny.encode("hi<|eot_id|>", add_bos=False)
+    assert eot not in plain
+    assert tiny.encode("hi<|eot_id|>", add_bos=False, parse_control=True) == [*tiny.encode("hi", add_bos=False), eot]
+    assert tiny.encode(f"{bos}hi", add_bos=True, parse_control=True) == tiny.encode("hi", add_bos=True)
+    assert tiny.control_id("<|eot_id|>") == eot
+    assert (tiny.control_id("eot"), tiny.holds_control("a<|eot_id|>b"), tiny.holds_control("ab")) == (None, True, False)
+
+
+@pytest.mark.parametrize("text", [*HARD_STRINGS, "<|eot_id|>", "a<|eot_id|> b<|eot_id|>", "<|eot_id|>\n\n<|eot_id|>x"])
+def test_raw_prompts_are_transformers_ids(files: Path, text: str) -> None:
+    from transformers import AutoTokenizer
+
+    clean = text.encode("utf-8", "replace").decode()
+    oracle = AutoTokenizer.from_pretrained(files)
+    ours = Tokenizer.from_directory(files).encode(clean, add_bos=False, parse_control=True)
+    assert ours == oracle.encode(clean, add_special_tokens=False)

@@ -24,6 +24,7 @@ OTHER_VALUE = {  # a text for each setting that is valid and not its default
     "allow_unauthenticated": "true",
     "offline": "true",
     "quantized_cache": "false",
+    "literal_prompts": "true",
     "strict_base": "true",
     "hub_adapters": "true",
     "cuda_graphs": "false",

@@ -6,6 +6,7 @@ The tokenizer's tokens are the bytes of UTF-8, so that every text can be worked 
 
 import asyncio
 import hashlib
+import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,8 +42,20 @@ class FakeTokenizer:
     def __init__(self) -> None:
         self.chat_template: FakeTemplate | None = FakeTemplate()
 
-    def encode(self, text: str, *, add_bos: bool | None = None) -> list[int]:
-        return [BOS] * (add_bos is not False) + list(text.encode())
+    def encode(self, text: str, *, add_bos: bool | None = None, parse_control: bool = False) -> list[int]:
+        bos = [BOS] * (add_bos is not False)
+        if not parse_control:
+            return bos + list(text.encode())
+        names = {name: token for token, name in SPECIAL_TEXTS.items()}
+        parts = re.split("(" + "|".join(map(re.escape, names)) + ")", text)
+        ids = [i for part in parts for i in ([names[part]] if part in names else part.encode())]
+        return ids if ids[:1] == [BOS] else bos + ids
+
+    def control_id(self, text: str) -> int | None:
+        return next((token for token, name in SPECIAL_TEXTS.items() if name == text), None)
+
+    def holds_control(self, text: str) -> bool:
+        return any(name in text for name in SPECIAL_TEXTS.values())
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         kept = [i for i in ids if not (skip_special_tokens and i in SPECIAL_TEXTS)]

@@ -1,0 +1,106 @@
+"""Token ids that the model lacks, and control tokens in prompts and stop strings: over HTTP, with a fake engine."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+from api_server import BASE, LiveServer, make_state
+from fake_engine import BOS, END, USER, VOCAB_SIZE
+
+from guanaco.server.engine.request import SamplingParams
+
+ROWS = VOCAB_SIZE - 2  # the tokenizer has two ids more than the model has embedding rows
+END_TEXT = "<end>"
+MESSAGE = {"role": "user", "content": "a"}
+
+
+def post(server: LiveServer, route: str, **body: Any) -> Any:
+    with server.client() as client:
+        return client.post(route, json={"model": BASE, "max_tokens": 4, **body})
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "param"),
+    [
+        ("/v1/completions", {"prompt": [1, ROWS]}, "prompt"),
+        ("/v1/completions", {"prompt": [[1], [ROWS + 1]]}, "prompt"),
+        ("/v1/completions", {"prompt": "a", "logit_bias": {str(ROWS): 1}}, "logit_bias"),
+        ("/v1/completions", {"prompt": "a", "stop_token_ids": [ROWS]}, "stop_token_ids"),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "a"}], "stop_token_ids": [ROWS]},
+            "stop_token_ids",
+        ),
+    ],
+)
+def test_ids_beyond_the_embedding_rows_are_refused(route: str, body: dict[str, Any], param: str) -> None:
+    state = dataclasses.replace(make_state(), num_rows=ROWS)
+    with LiveServer(state) as server:
+        answer = post(server, route, **body)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+        assert str(ROWS) in answer.json()["error"]["message"]
+        assert not server.engine.requests
+
+
+def test_text_and_templates_that_lead_beyond_the_rows_are_refused() -> None:
+    state = dataclasses.replace(make_state(), num_rows=ord("b"))  # as a tokenizer whose added tokens have no rows
+    with LiveServer(state) as server:
+        for route, body in (
+            ("/v1/completions", {"prompt": "b"}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "b"}]}),
+            ("/tokenize", {"prompt": "b"}),
+        ):
+            assert post(server, route, **body).status_code == 400, route
+        assert not server.engine.requests
+
+
+def test_raw_prompts_hold_control_tokens_and_chat_messages_do_not() -> None:
+    with LiveServer(make_state()) as server:
+        post(server, "/v1/completions", prompt=f"a{END_TEXT}")
+        post(server, "/v1/chat/completions", messages=[{"role": "user", "content": f"a{END_TEXT}"}])
+        raw, chat = (list(request.prompt_token_ids) for request in server.engine.requests)
+        assert raw == [BOS, ord("a"), END]
+        assert chat[:3] == [BOS, USER, ord("a")]
+        assert chat.count(END) == 1  # the template's own
+        tokens = post(server, "/tokenize", prompt=f"a{END_TEXT}").json()["tokens"]
+        assert tokens == raw
+
+
+def test_literal_prompts_keep_them_text() -> None:
+    with LiveServer(make_state(literal_prompts=True)) as server:
+        post(server, "/v1/completions", prompt=f"a{END_TEXT}")
+        assert END not in server.engine.requests[0].prompt_token_ids
+        assert END not in post(server, "/tokenize", prompt=END_TEXT).json()["tokens"]
+
+
+@pytest.mark.parametrize("route", ["/v1/completions", "/v1/chat/completions"])
+def test_a_stop_string_that_is_a_control_token_stops_at_it(route: str) -> None:
+    prompt = {"prompt": "a"} if route == "/v1/completions" else {"messages": [{"role": "user", "content": "a"}]}
+    with LiveServer(make_state()) as server:
+        post(server, route, **prompt, stop=[END_TEXT, "text"])
+        params: SamplingParams = server.engine.requests[0].params
+        assert END in params.stop_token_ids
+        assert params.stop_token_texts == ((END, END_TEXT),)
+        assert params.stop_strings == ("text",)
+        refused = post(server, route, **prompt, stop=[f"{END_TEXT}x"])
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "stop")
+        assert post(server, route, **prompt, stop=[f"{END_TEXT}x"], skip_special_tokens=False).status_code == 200
+
+
+def test_the_stop_reason_is_the_stop_string() -> None:
+    """The engine ends at a token; the client named it by its text."""
+    from guanaco.server.engine.request import FinishReason, Request, TokenOutput
+    from guanaco.server.engine.request_stream import RequestStream
+
+    class Owner:
+        decoder = make_state().tokenizer
+
+        def forget(self, request_id: str, *, abort: bool) -> None:
+            pass
+
+    params = SamplingParams(4, stop_token_ids=frozenset({END}), stop_token_texts=((END, END_TEXT),))
+    stream = RequestStream(Owner(), Request("r", (BOS,), params))
+    outputs: list[Any] = []
+    stream.listen(outputs.append)
+    stream.deliver(TokenOutput("r", (END,), finish_reason=FinishReason.STOP, stop_reason=END))
+    assert [(output.text, output.stop_reason) for output in outputs] == [("", END_TEXT)]
