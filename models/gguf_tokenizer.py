@@ -102,8 +102,8 @@ class _Reader:
             ends.append(self.id_of(key) if self.id_of(key) is not None else found)
         ends += [by_text[text] for text in sorted(_ENDS & by_text.keys(), key=by_text.__getitem__)]
         ids = list(dict.fromkeys(index for index in ends if index is not None))
-        texts = {self.tokens[index] for index in ids}
-        if any(group <= texts for group in _HARMONY):
+        ended = {self.tokens[index] for index in ids}
+        if any(group <= ended for group in _HARMONY):
             ids.remove(by_text["<|end|>"])
         return ids
 
