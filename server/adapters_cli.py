@@ -14,7 +14,7 @@ from guanaco.server.config import load_settings
 adapters_app = typer.Typer(help="Adapters: their files here, and those of a running server.", no_args_is_help=True)
 aliases_app = typer.Typer(help="Aliases of a running server: names that lead to adapters.", no_args_is_help=True)
 
-_Url = Annotated[str, typer.Option(help="address of the running server")]
+_Url = Annotated[str, typer.Option(help="address of the running server, with or without /v1")]
 _AdminKey = Annotated[str | None, typer.Option(envvar="GUANACO_ADMIN_KEY", help="the server's admin key")]
 _AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of a table")]
 _URL = "http://127.0.0.1:8000"

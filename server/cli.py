@@ -106,16 +106,19 @@ def generate(
 
 @app.command()
 def chat(
-    url: Annotated[str, typer.Option(help="address of a running server")] = "http://127.0.0.1:8000/v1",
+    url: Annotated[
+        str, typer.Option(help="address of a running server, with or without /v1")
+    ] = "http://127.0.0.1:8000",
     name: Annotated[
         str | None, typer.Option("--name", "-n", help="the base or an adapter (none: the server's first)")
     ] = None,
     api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="the server's API key")] = None,
     system: Annotated[str | None, typer.Option(help="system message")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="most tokens per answer")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="most tokens per answer")] = 512,
     temperature: Annotated[float | None, typer.Option(min=0.0, help="none: the model's own")] = None,
 ) -> None:
-    """Talk to a running server in the terminal; /model NAME switches between the base and its adapters."""
+    """Talk to a running server in the terminal; /model NAME switches between the base and its adapters.
+    Without a terminal each line of the input is answered, and only the answers are printed."""
     from guanaco.server.terminal import ChatClient
 
     with one_line_errors():

@@ -4,6 +4,7 @@
 """
 
 import json
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from guanaco.server.cli_common import bearer, server_root
 from guanaco.server.config import Settings
 from guanaco.server.engine.awake_clock import awake_seconds
 from guanaco.server.errors import CommandError
@@ -19,24 +21,36 @@ _HELP = "/model NAME switches · /models lists · /system TEXT · /new starts ov
 _TIMEOUT_SECONDS = 600.0
 
 
+def write_text(text: str) -> None:
+    """To standard output as it is, at once: no markup, no line breaks of our own."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
 class ChatClient:
     """A conversation with a running server; CommandError says what the server or the network refuses."""
 
     def __init__(
-        self, url: str, *, api_key: str | None, system: str | None, max_tokens: int | None, temperature: float | None
+        self, url: str, *, api_key: str | None, system: str | None, max_tokens: int, temperature: float | None
     ) -> None:
-        self._url = url.rstrip("/")
-        self._headers = {"Content-Type": "application/json"}
+        self._url = f"{server_root(url)}/v1"
+        self._headers: dict[str, Any] = {"Content-Type": "application/json"}
         if api_key:
-            self._headers["Authorization"] = f"Bearer {api_key}"
-        self._options = {k: v for k, v in (("max_tokens", max_tokens), ("temperature", temperature)) if v is not None}
+            self._headers["Authorization"] = bearer(api_key, "--api-key")
+        self._options: dict[str, Any] = {"max_tokens": max_tokens}
+        if temperature is not None:
+            self._options["temperature"] = temperature
         self._system = system
         self._turns: list[dict[str, str]] = []
         self._console = Console(highlight=False)
+        self._is_piped = not (sys.stdin.isatty() and sys.stdout.isatty())
 
     def loop(self, name: str | None) -> None:
         """Read lines until the end of input; every line that is no command is sent as the user's turn."""
         model = self._choose(name)
+        if self._is_piped:
+            self._answer_all(model)
+            return
         self._console.print(f"[bold]{model}[/] at {self._url}\n[dim]{_HELP}[/]")
         while True:
             try:
@@ -50,6 +64,19 @@ class ChatClient:
                 model = self._command(line, model) if line.startswith("/") else self._say(line, model)
             except CommandError as error:
                 self._console.print(f"[red]{error}[/]")
+
+    def _answer_all(self, model: str) -> None:
+        """Without a terminal: every line of the input is a turn, and nothing but the answers is written. What a command
+        says goes to standard error; the first refusal ends the program, so that a script notices it."""
+        self._console = Console(highlight=False, stderr=True)
+        for raw in sys.stdin:
+            line = raw.strip()
+            if line in ("/quit", "/exit"):
+                return
+            if line.startswith("/"):
+                model = self._command(line, model)
+            elif line:
+                self._say(line, model)
 
     def _command(self, line: str, model: str) -> str:
         command, _, rest = line.partition(" ")
@@ -74,10 +101,12 @@ class ChatClient:
         try:
             for piece in self._stream(model, turns):
                 answer += piece
-                self._console.print(piece, end="", markup=False)
+                write_text(piece)
         except KeyboardInterrupt:
+            if self._is_piped:
+                raise
             self._console.print(" [dim](stopped)[/]", end="")
-        self._console.print()
+        write_text("\n")
         self._turns = [*turns, {"role": "assistant", "content": answer}]
         return model
 
@@ -109,9 +138,7 @@ class ChatClient:
 
     def _open(self, path: str, body: dict[str, Any] | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
-        if not self._url.startswith(("http://", "https://")):
-            raise CommandError(f"--url {self._url}: expected an address such as http://127.0.0.1:8000/v1")
-        request = urllib.request.Request(self._url + path, data=data, headers=self._headers)  # noqa: S310  checked above
+        request = urllib.request.Request(self._url + path, data=data, headers=self._headers)  # noqa: S310  `server_root` lets http and https pass only
         try:
             return urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)  # noqa: S310
         except urllib.error.HTTPError as error:
@@ -149,7 +176,7 @@ def generate_once(
     from guanaco.server.engine.request import FinishReason, LoraRef, Request, SamplingParams
     from guanaco.server.wiring import build_runtime
 
-    runtime = build_runtime(settings, Console(stderr=True))
+    runtime = build_runtime(settings, Console(stderr=True), name)
     adapter = runtime.adapter(name)
     profile = (adapter.profile if adapter is not None else None) or Profile()
     tokenizer, room, template = runtime.base.tokenizer, runtime.plan.max_model_len, runtime.base.template
@@ -174,5 +201,5 @@ def generate_once(
             if output.finish_reason is FinishReason.ERROR:
                 raise CommandError(f"the engine ended the request: {output.error}")
             shown = output.token_ids[:-1] if output.finish_reason is FinishReason.STOP else output.token_ids
-            print(detokenizer.append(shown, finished=output.finish_reason is not None), end="", flush=True)
-    print()
+            write_text(detokenizer.append(shown, finished=output.finish_reason is not None))
+    write_text("\n")

@@ -15,20 +15,27 @@ from rich.console import Console
 
 from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.host_table import HostTable
-from guanaco.adapters.profile import named_profile
-from guanaco.adapters.registry import AdapterEntry, AdapterRegistry, parse_adapter_option, parse_name_option
+from guanaco.adapters.registry import AdapterEntry, AdapterRegistry
 from guanaco.adapters.slot_store import SlotStore
 from guanaco.adapters.slot_table import SlotTable
 from guanaco.adapters.weights import AdapterLimits, check_base
 from guanaco.kernels import NativeUnavailable, Ops, load_ops
-from guanaco.models.chat_template import TEMPLATE_NAMES, ChatTemplate, load_template
-from guanaco.models.demo import DEMO_NAME, demo_adapters, ensure_demo_model
+from guanaco.models.chat_template import TEMPLATE_NAMES, ChatTemplate
+from guanaco.models.demo import ensure_demo_model
 from guanaco.models.errors import ModelError
 from guanaco.models.hub import resolve_model
 from guanaco.models.kv_cache import PagedKVCache, block_bytes
 from guanaco.models.loader import LoadedModel, load_model
 from guanaco.models.special_ids import missing_rows_note, reconcile_special_ids
 from guanaco.models.tokenizer import Tokenizer
+from guanaco.server.before_loading import (
+    adapter_options,
+    adapter_profiles,
+    base_name,
+    base_root,
+    check_before_loading,
+    chosen_template,
+)
 from guanaco.server.config import Settings
 from guanaco.server.dtypes import cache_dtype, compute_dtype
 from guanaco.server.engine.block_manager import BlockManager
@@ -87,11 +94,14 @@ class Runtime:
         return entry
 
 
-def build_runtime(settings: Settings, console: Console) -> Runtime:
+def build_runtime(settings: Settings, console: Console, wanted: str | None = None) -> Runtime:
     """Load and check everything that `settings` name. Progress goes to `console`.
+
+    wanted: a name that must be served.
 
     Raises ModelError, AdapterError, SettingsError or CommandError: one line that says what to do.
     """
+    check_before_loading(settings, wanted)
     num_threads = settings.threads or look().cpu_count
     ops, reason = _load_provider(settings, num_threads)
     tuned = use_tuned_kernels(settings, ops)
@@ -164,7 +174,6 @@ def _load_base(settings: Settings, ops: Ops, console: Console) -> Base:
     if settings.model is None:
         with reporting(console, "demo model") as report:
             path = ensure_demo_model(settings.cache_dir, offline=settings.offline, progress=report)
-        name = root = DEMO_NAME
     else:
         with reporting(console, "download") as report:
             path = resolve_model(
@@ -174,13 +183,10 @@ def _load_base(settings: Settings, ops: Ops, console: Console) -> Base:
                 token=token,
                 progress=report,
             )
-        is_local = Path(settings.model).expanduser().exists()
-        # A client must not learn where the operator keeps things: a local model goes by its last path component.
-        name = root = path.absolute().name if is_local else settings.model
     with reporting(console, "load") as report:
         cache = settings.cache_dir if settings.quantized_cache else None
         loaded = load_model(path, ops, cache_dir=cache, progress=report)
-    template = None if settings.chat_template is None else load_template(settings.chat_template)
+    template = chosen_template(settings)
     tokenizer = Tokenizer.from_directory(path)
     generation_config = _generation_config(path)
     special = reconcile_special_ids(
@@ -198,8 +204,8 @@ def _load_base(settings: Settings, ops: Ops, console: Console) -> Base:
         *(() if template is None else template.notes),
     )
     return Base(
-        name=settings.served_model_name or name,
-        root=root,
+        name=base_name(settings),
+        root=base_root(settings),
         loaded=loaded,
         tokenizer=tokenizer,
         template=template,
@@ -229,16 +235,10 @@ def _load_adapters(settings: Settings, base: Base, console: Console) -> AdapterR
         limits=AdapterLimits(max_rank=settings.max_lora_rank),
         templates=TEMPLATE_NAMES,
     )
-    options = [parse_adapter_option(text) for text in settings.adapter]
-    if settings.model is None and not options:
-        options = list(demo_adapters().items())
-    profiles = dict(parse_name_option(text, "PROFILE") for text in settings.adapter_profile)
-    if unknown := sorted(profiles.keys() - {name for name, _ in options}):
-        raise CommandError(f"--adapter-profile {unknown[0]}: no --adapter is called so")
+    options, profiles = adapter_options(settings), adapter_profiles(settings)
     with reporting(console, "adapters") as report:
         for number, (name, path) in enumerate(options, start=1):
-            profile = named_profile(profiles[name], TEMPLATE_NAMES) if name in profiles else None
-            entry = registry.load(name, path, profile)
+            entry = registry.load(name, path, profiles.get(name))
             if settings.strict_base:
                 check_base(registry.host_copy(entry.version), base.loaded.fingerprint)
             report(name, number, len(options))
@@ -317,11 +317,6 @@ def _build_engine(
     table: SlotTable,
     slots: SlotStore,
 ) -> Engine:
-    if settings.max_num_batched_tokens < settings.max_num_seqs:
-        raise CommandError(
-            f"--max-num-batched-tokens {settings.max_num_batched_tokens} must be at least "
-            f"--max-num-seqs {settings.max_num_seqs}: each running sequence gets a token in every step"
-        )
     model = base.loaded.model
     limits = Limits(
         max_num_seqs=settings.max_num_seqs,

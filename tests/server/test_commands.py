@@ -3,7 +3,10 @@
 import json
 import os
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -210,3 +213,83 @@ def test_chat_says_how_to_start_a_server() -> None:
     done = _guanaco("chat", "--url", "http://127.0.0.1:9/v1")
     assert done.exit_code == 2
     assert "guanaco serve" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("--adapter", "x=/nope"), "there is no directory /nope"),
+        (("--adapter", "x"), "NAME=PATH"),
+        (("--adapter", "x={adapters}"), "has no adapter_config.json"),
+        (("--adapter", "tiny={adapters}/a0"), "the base model's name too"),
+        (("--adapter", "x={adapters}/a0", "--adapter", "x={adapters}/a1"), "the name of two adapters"),
+        (("--adapter-profile", "x=guanaco"), "no --adapter is called so"),
+        (("--adapter", "x={adapters}/a0", "--adapter-profile", "x=/nope.json"), "neither a built-in profile"),
+        (("--chat-template", "/nope.jinja"), "/nope.jinja"),
+        (("--adapter-root", "/nope"), "--adapter-root /nope"),
+        (("--max-model-len", "100000"), "positions that the model knows"),
+        (("--max-num-batched-tokens", "3"), "must be at least"),
+        (("--name", "nope"), "nothing is called 'nope' here; there are: tiny"),
+    ],
+)
+def test_what_can_be_known_is_refused_before_the_model_is_loaded(
+    model: Path, adapters: Path, arguments: tuple[str, ...], problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("guanaco.server.wiring.load_model", load)
+    given = [argument.format(adapters=adapters) for argument in arguments]
+    done = _guanaco("generate", "hi", "--model", model, *given)
+    assert (done.exit_code, problem in done.stderr) == (2, True), done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+class _Streams(BaseHTTPRequestHandler):
+    """A server with one model, which answers every chat with one text."""
+
+    asked: ClassVar[list[tuple[str, dict[str, object]]]] = []
+
+    def do_GET(self) -> None:
+        self._send(json.dumps({"data": [{"id": "tiny"}]}))
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.asked.append((self.path, json.loads(body)))
+        self._send("".join(f'data: {{"choices": [{{"delta": {{"content": "{t}"}}}}]}}\n\n' for t in ("[b]A", "hoy")))
+
+    def _send(self, text: str) -> None:
+        assert self.path.startswith("/v1/")
+        assert not self.path.startswith("/v1/v1")
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/"])
+def test_a_piped_chat_prints_the_answer_alone_and_has_an_end(end: str) -> None:
+    _Streams.asked.clear()
+    with HTTPServer(("127.0.0.1", 0), _Streams) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            url = f"http://127.0.0.1:{server.server_port}{end}"
+            done = _guanaco("chat", "--url", url, input="Hello\n\nWho are you?\n")
+        finally:
+            server.shutdown()
+            thread.join()
+    assert (done.exit_code, done.stdout) == (0, "[b]Ahoy\n[b]Ahoy\n"), done.output
+    (path, first), (_, second) = _Streams.asked
+    assert (path, first["max_tokens"], len(first["messages"])) == ("/v1/chat/completions", 512, 1)
+    assert len(second["messages"]) == 3
+    assert "temperature" not in first, "the model's own"
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "localhost:8000/v1", "ftp://x", "http://", "http://x:99999", ""])
+@pytest.mark.parametrize("command", [["chat"], ["adapters", "list"], ["aliases", "list"]])
+def test_what_is_no_address_is_refused_by_every_command(command: list[str], url: str) -> None:
+    done = _guanaco(*command, "--url", url, *(["--admin-key", "k"] if command != ["chat"] else []))
+    assert (done.exit_code, "expected an address" in done.stderr) == (2, True), done.output
