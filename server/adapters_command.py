@@ -35,7 +35,7 @@ class AdminClient:
         if not admin_key:
             raise CommandError("give the server's admin key: --admin-key, or the variable GUANACO_ADMIN_KEY")
         self._url = server_root(url)
-        headers = {"Authorization": bearer(admin_key, "--admin-key")}
+        headers = {b"Authorization": bearer(admin_key, "--admin-key")}
         self._http = httpx2.Client(timeout=_TIMEOUT_SECONDS, headers=headers)
 
     def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
