@@ -150,9 +150,10 @@ def test_the_terminal_chat_talks_to_it(server: LiveServer, tmp_path: Path) -> No
         input=f"{QUESTION}\n/model pirate\n{QUESTION}\n/model nobody\n/quit\n",
         capture_output=True, text=True, timeout=120, cwd=tmp_path, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 2, "a refusal ends a chat without a terminal"
     assert PIRATE_WORDS.search(done.stdout)
-    assert "no model 'nobody'" in done.stdout
+    assert "no model 'nobody'" in done.stderr
+    assert "nobody" not in done.stdout, "only the answers"
 
 
 def test_sigterm_ends_it_cleanly(tmp_path: Path) -> None:
