@@ -45,9 +45,29 @@ def _parse_list(value: object) -> object:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
+def _key(value: object) -> object:
+    """An empty key would let everybody in: an unset shell variable makes one."""
+    text = value.get_secret_value() if isinstance(value, SecretStr) else value
+    if not isinstance(text, str):
+        return value
+    if not text.strip():
+        raise ValueError(_EMPTY_KEY)
+    return text.strip()
+
+
+def _parse_keys(value: object) -> object:
+    keys = _parse_list(value)
+    if isinstance(value, str) and not keys:
+        raise ValueError(_EMPTY_KEY)
+    return keys
+
+
+_EMPTY_KEY = "the key is empty: write a key (is a shell variable unset?), or leave the setting out"
+
 Bytes = Annotated[int, BeforeValidator(_parse_bytes), Field(ge=0)]
 Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_parse_list)]
-Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_parse_list)]
+Key = Annotated[SecretStr, BeforeValidator(_key)]
+Keys = Annotated[tuple[Key, ...], NoDecode, BeforeValidator(_parse_keys)]
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -67,7 +87,7 @@ class Settings(BaseSettings):
     served_model_name: str | None = Field(None, description="name of the base model in the API")
     host: str = Field("127.0.0.1", description="address to listen on")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="port to listen on; 0 picks a free one")
-    api_key: Secrets = Field((), description="API key that clients must send; repeat for more")
+    api_key: Keys = Field((), description="API key that clients must send; repeat for more")
     api_key_file: Path | None = Field(None, description="file with one API key a line")
     allow_unauthenticated: bool = Field(False, description="listen beyond loopback without an API key")
     provider: Literal["auto", "reference", "cpu", "triton"] = Field(
@@ -103,9 +123,10 @@ class Settings(BaseSettings):
         2 << 30, description="memory that the reference provider may spend on weights kept decoded"
     )
     adapter_slots: Count = Field(8, description="most different adapters in one step")
-    admin_key: SecretStr | None = Field(
+    admin_key: Key | None = Field(
         None, description="key that may load and unload adapters while the server runs; none: nobody may"
     )
+    admin_key_file: Path | None = Field(None, description="file with one admin key a line")
     adapter_root: Path | None = Field(
         None, description="directory that adapters may be loaded from while the server runs"
     )
@@ -135,7 +156,7 @@ class Settings(BaseSettings):
     cache: Path = Field(Path("~/.cache/guanaco"), description="where downloaded and quantised models are kept")
     quantized_cache: bool = Field(True, description="keep a model that is quantised at load in the cache")
     offline: bool = Field(False, description="never use the network")
-    hub_token: SecretStr | None = Field(None, description="Hugging Face token for gated or private models")
+    hub_token: Key | None = Field(None, description="Hugging Face token for gated or private models")
     max_queued_requests: Count = Field(256, description="requests that may wait; more are refused with 503")
     max_queued_tokens: Count = Field(131072, description="prompt tokens that may wait; more are refused with 503")
     queue_timeout: Seconds = Field(60.0, description="seconds a request may wait before it is refused with 503")
@@ -184,9 +205,18 @@ class Settings(BaseSettings):
     def cache_dir(self) -> Path:
         return self.cache.expanduser().absolute()
 
+    @property
+    def has_admin(self) -> bool:
+        """Whether adapters can be changed while the server runs."""
+        return self.admin_key is not None or self.admin_key_file is not None
+
     def public(self) -> dict[str, Any]:
         """The settings as plain data, secrets masked: what --print-config shows."""
         return self.model_dump(mode="json")
+
+
+# An empty variable counts as unset, except where it was meant to keep others out.
+_KEYS = frozenset({"api_key", "api_key_file", "admin_key", "admin_key_file"})
 
 
 def load_settings(flags: Mapping[str, Any], config_file: Path | None = None) -> Settings:
@@ -200,6 +230,9 @@ def load_settings(flags: Mapping[str, Any], config_file: Path | None = None) -> 
     set_here = {known[name] for name in variables & known.keys() if os.environ[name]}
     for variable in sorted(variables - known.keys()):
         raise SettingsError(f"unknown environment variable {variable}: {hint}")
+    for name in _KEYS - flags.keys():
+        if os.environ.get(ENV_PREFIX + name.upper()) == "":
+            raise SettingsError(f"{ENV_PREFIX}{name.upper()}: {_EMPTY_KEY}")
     values = _read_yaml(config_file) if config_file else {}
     for key in values:
         if key not in Settings.model_fields:

@@ -46,13 +46,13 @@ _LOG_WIDTH = 160  # of the banner where it goes to a file or a container's log
 
 def run_server(settings: Settings) -> int:
     """Serve until a signal; the exit code. What is wrong with the settings is found before anything slow happens."""
-    keys = KeyRing.from_settings(settings)
+    keys, admin_keys = KeyRing.from_settings(settings), KeyRing.admin(settings)
     _check_exposure(settings, keys)
     faulthandler.enable()  # a crash in native code leaves its stacks in the log, which would be empty otherwise
     sock = bind(settings)
     console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
     runtime = build_runtime(settings, console)
-    state = _api_state(settings, runtime, keys)
+    state = _api_state(settings, runtime, keys, admin_keys)
     port = sock.getsockname()[1]
     stop_logging = start_logging(settings.log_level)
     try:
@@ -81,7 +81,7 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _api_state(settings: Settings, runtime: Runtime, keys: KeyRing) -> ApiState:
+def _api_state(settings: Settings, runtime: Runtime, keys: KeyRing, admin_keys: KeyRing) -> ApiState:
     base, plan = runtime.base, runtime.plan
     metrics = Metrics(
         base.name,
@@ -111,7 +111,7 @@ def _api_state(settings: Settings, runtime: Runtime, keys: KeyRing) -> ApiState:
         num_rows=base.loaded.config.vocab_size,
         defaults=SamplingDefaults.from_generation_config(base.generation_config),
         keys=keys,
-        admin_keys=KeyRing.admin(settings),
+        admin_keys=admin_keys,
         adapters=manager,
         chat_template=base.template,
         named_template=named_template,
@@ -125,7 +125,7 @@ def _adapter_manager(
     """What changes adapters while the server runs, with what was loaded before a restart; None without an admin key."""
 
     manager = None
-    if settings.admin_key is not None:
+    if settings.has_admin:
         base = runtime.base
         store = _open_store(settings, base)
         policy = AdapterPolicy(

@@ -258,7 +258,7 @@ def _plan(settings: Settings, base: Base, registry: AdapterRegistry, ops: Ops, k
     loaded, most = registry.num_bytes, settings.adapter_host_memory
     if loaded > most:
         raise CommandError(f"the adapters take {loaded} bytes and may take {most}: raise --adapter-host-memory")
-    adapters_bytes = most if settings.admin_key is not None else loaded  # without the key none can be added
+    adapters_bytes = most if settings.has_admin else loaded  # without the key none can be added
     if ops.device.type == "cuda":
         return _gpu_plan(settings, base, request)
     return plan_memory(
@@ -340,7 +340,7 @@ def _flood_step_tokens(settings: Settings, registry: AdapterRegistry, ops: Ops) 
     one. Where the base is alone, all wait for the same."""
     if settings.flood_step_tokens is not None:
         return settings.flood_step_tokens
-    has_others = bool(registry.entries()) or settings.admin_key is not None
+    has_others = bool(registry.entries()) or settings.has_admin
     return CPU_FLOOD_STEP_TOKENS if has_others and ops.device.type == "cpu" else 0
 
 

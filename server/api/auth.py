@@ -8,6 +8,7 @@ import hmac
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -37,30 +38,24 @@ class KeyRing:
     """The keys of this server; none: everybody may come in."""
 
     def __init__(self, keys: Iterable[str] = ()) -> None:
-        digests = dict.fromkeys(_digest(key.encode()) for key in keys)
+        texts = [key.strip() for key in keys]
+        if not all(texts):
+            raise SettingsError("a key is empty: it would let everybody in")
+        digests = dict.fromkeys(_digest(text.encode()) for text in texts)
         self._keys = tuple(ApiKey(_digest(b"guanaco key id" + d).hex()[:8], d) for d in digests)
         self._salt_secret = secrets.token_bytes(32)
 
     @classmethod
     def admin(cls, settings: Settings) -> Self:
-        """The ring of --admin-key."""
-        return cls([] if settings.admin_key is None else [settings.admin_key.get_secret_value()])
+        """The keys of --admin-key and --admin-key-file. SettingsError where the file can't be read or holds no key."""
+        keys = [] if settings.admin_key is None else [settings.admin_key.get_secret_value()]
+        return cls(keys + _keys_in_file("--admin-key-file", settings.admin_key_file))
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
         """The keys of --api-key and --api-key-file. SettingsError where the file can't be read or holds no key."""
         keys = [key.get_secret_value() for key in settings.api_key]
-        if settings.api_key_file is not None:
-            try:
-                text = settings.api_key_file.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise SettingsError(f"--api-key-file {settings.api_key_file}: cannot be read ({error})") from None
-            lines = [line.strip() for line in text.splitlines()]
-            from_file = [line for line in lines if line and not line.startswith("#")]
-            if not from_file:
-                raise SettingsError(f"--api-key-file {settings.api_key_file}: holds no key; write one a line")
-            keys += from_file
-        return cls(keys)
+        return cls(keys + _keys_in_file("--api-key-file", settings.api_key_file))
 
     def __bool__(self) -> bool:
         return bool(self._keys)
@@ -87,6 +82,21 @@ class KeyRing:
         return digest.hexdigest()
 
 
+def _keys_in_file(flag: str, path: Path | None) -> list[str]:
+    """The keys in a file, one a line; lines that are blank or begin with # hold none."""
+    if path is None:
+        return []
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{flag} {path}: cannot be read ({error})") from None
+    lines = [line.strip() for line in text.splitlines()]
+    keys = [line for line in lines if line and not line.startswith("#")]
+    if not keys:
+        raise SettingsError(f"{flag} {path}: holds no key; write one a line")
+    return keys
+
+
 def _digest(data: bytes) -> bytes:
     return hashlib.sha256(data).digest()
 
@@ -101,6 +111,8 @@ def presented_key(headers: Sequence[tuple[bytes, bytes]]) -> bytes | None:
                 return None
             found.append(token.strip())
         elif name == b"x-api-key":
+            if not value.strip():
+                return None
             found.append(value.strip())
     return found[0] if len(set(found)) == 1 else None
 

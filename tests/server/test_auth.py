@@ -196,6 +196,29 @@ class TestKeyRing:
             KeyRing.from_settings(Settings(api_key_file=file))
         assert "\n" not in str(error.value)
 
+    @pytest.mark.parametrize("content", [None, b"", b" \n\t\n", b"# only a comment\n"])
+    def test_bad_admin_key_file_stops_the_program(self, tmp_path: Path, content: bytes | None) -> None:
+        file = tmp_path / "keys"
+        if content is not None:
+            file.write_bytes(content)
+        with pytest.raises(SettingsError, match="--admin-key-file"):
+            KeyRing.admin(Settings(admin_key_file=file))
+
+    def test_admin_keys_from_a_file(self, tmp_path: Path) -> None:
+        file = tmp_path / "keys"
+        file.write_bytes(b"\xef\xbb\xbffirst \r\nsecond")
+        settings = Settings(admin_key="flag", admin_key_file=file)
+        ring = KeyRing.admin(settings)
+        assert all(ring.find(key) for key in (b"flag", b"first", b"second"))
+        assert Settings(admin_key_file=file).has_admin
+
+    @pytest.mark.parametrize("empty", ["", " ", "\t"])
+    def test_an_empty_key_is_never_one(self, empty: str) -> None:
+        with pytest.raises(SettingsError, match="empty"):
+            KeyRing([KEY, empty])
+        for headers in ([(b"x-api-key", empty.encode())], [(b"authorization", b"Bearer " + empty.encode())]):
+            assert presented_key(headers) is None
+
     def test_presented_key(self) -> None:
         assert presented_key([(b"authorization", b"Bearer x")]) == b"x"
         assert presented_key([(b"x-api-key", b"x")]) == b"x"

@@ -19,6 +19,7 @@ OTHER_VALUE = {  # a text for each setting that is valid and not its default
     "log_level": "debug",
     "cache": "elsewhere",
     "api_key_file": "keys.txt",
+    "admin_key_file": "keys.txt",
     "adapter": "a=b",
     "api_key": "secret",
     "allow_unauthenticated": "true",
@@ -214,3 +215,34 @@ def test_a_bad_start_is_one_line_and_exit_code_2(arguments: tuple[str, ...], tmp
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["api_key", "admin_key"])
+@pytest.mark.parametrize("empty", ["", " ", "\t\n"])
+def test_an_empty_key_stops_the_program(name: str, empty: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    flag = (empty,) if name == "api_key" else empty
+    with pytest.raises(SettingsError, match=f"--{name.replace('_', '-')}: the key is empty"):
+        load_settings({name: flag})
+    config = tmp_path / "c.yaml"
+    config.write_text(json.dumps({name: empty}))
+    with pytest.raises(SettingsError, match=f"{name} in .*: the key is empty"):
+        load_settings({}, config)
+    monkeypatch.setenv(ENV_PREFIX + name.upper(), empty)
+    with pytest.raises(SettingsError, match=f"{ENV_PREFIX}{name.upper()}: the key is empty"):
+        load_settings({})
+    assert load_settings({name: ("whole",) if name == "api_key" else "whole"}), "a flag stands before the variable"
+
+
+def test_an_empty_key_among_others_stops_the_program(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(json.dumps({"api_key": ["whole", " "]}))
+    for flags, file in (({"api_key": ("whole", "")}, None), ({}, config)):
+        with pytest.raises(SettingsError, match="the key is empty"):
+            load_settings(flags, file)
+
+
+@pytest.mark.parametrize("name", ["api_key_file", "admin_key_file"])
+def test_an_empty_name_of_a_key_file_stops_the_program(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENV_PREFIX + name.upper(), "")
+    with pytest.raises(SettingsError, match=ENV_PREFIX + name.upper()):
+        load_settings({})
