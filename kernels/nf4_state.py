@@ -25,6 +25,8 @@ STATE_SUFFIX = ".quant_state.bitsandbytes__nf4"
 FP4_STATE_SUFFIX = ".quant_state.bitsandbytes__fp4"
 PART_SUFFIXES = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", STATE_SUFFIX, FP4_STATE_SUFFIX)
 
+_MAX_FIELDS_BYTES = 1 << 16  # of the JSON object among the parts
+
 _DTYPES = {dtype_name(dtype): dtype for dtype in SOURCE_DTYPES}
 
 
@@ -131,6 +133,8 @@ class _StateReader:
     def _fields(self) -> dict[str, Any]:
         key = self.name + STATE_SUFFIX
         tensor = self._part(STATE_SUFFIX, (torch.uint8,), None)
+        if tensor.numel() > _MAX_FIELDS_BYTES:
+            raise ValueError(f"{key}: it has {tensor.numel()} bytes, where some hundred are due")
         try:
             fields = json.loads(bytes(tensor.tolist()))
         except (ValueError, RecursionError) as error:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from guanaco.models.errors import ModelError
+from guanaco.models.small_files import MAX_JSON_BYTES, read_small
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_qk_norm": (None, False),
 }
 
+_MAX_SHOWN_CHARS = 200
 _ARCHITECTURES = ("llamaforcausallm", "llamamodel")  # lower case: the oldest conversions write LLaMAForCausalLM
 
 
@@ -143,10 +145,12 @@ def read_config(path: Path) -> LlamaConfig:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises ModelError if the file is absent or holds anything else."""
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(read_small(path, MAX_JSON_BYTES).decode("utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path} is missing: a model directory needs it; download the model again") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror}); download the model again") from error
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read as JSON ({error}); download the model again") from error
     if not isinstance(fields, dict):
         raise ModelError(f"{path} holds a JSON {type(fields).__name__}, not an object; download the model again")
@@ -200,7 +204,7 @@ class _Fields:
         self.source = source
 
     def refusal(self, name: str, problem: str) -> ModelError:
-        value = f" = {self.fields[name]!r}" if name in self.fields else ""
+        value = f" = {_shown(self.fields[name])}" if name in self.fields else ""
         return ModelError(f"{self.source}: {name}{value} {problem}")
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -234,6 +238,12 @@ class _Fields:
         return tuple(i for i in ids if i >= 0)
 
 
+def _shown(value: Any) -> str:
+    """A value of a file for a message of one line."""
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN_CHARS else text[:_MAX_SHOWN_CHARS] + " …"
+
+
 def _positive(value: Any, refusal: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf):
         raise refusal()
@@ -254,7 +264,9 @@ def _refuse_other_models(read: _Fields) -> None:
         if name in fields and fields[name] not in neutral:
             raise read.refusal(name, "is not supported: it is not part of the LLaMA architecture")
     layer_types = fields.get("layer_types")
-    if layer_types is not None and set(layer_types) != {"full_attention"}:
+    if layer_types is not None and (
+        not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types)
+    ):
         raise read.refusal("layer_types", "is not supported: every layer must be full_attention")
 
 

@@ -15,3 +15,7 @@ class TemplateError(Exception):
     def __init__(self, message: str, code: str = "template_error") -> None:
         super().__init__(message)
         self.code = code
+
+
+class TokenizerError(Exception):
+    """A tokenizer that breaks down on a text, as one whose patterns backtrack without end does."""

@@ -18,6 +18,8 @@ from guanaco.models.raw_file import RawFile
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _DEFAULT_ALIGNMENT = 32
+_MAX_DIMS = 8  # the format has four
+MAX_HEAD_BYTES = 64 << 20  # 262,144 tokens with their merges take 15 MB; as Python's values up to 16 times as much
 # Type numbers of metadata values (the GGUF specification, "gguf_metadata_value_type"), as formats of `struct`.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -51,6 +53,7 @@ class _Reader:
         self._stream = stream
         self._file = file
         self._left = file.num_bytes
+        self._head_left = MAX_HEAD_BYTES
 
     def read(self) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
         if self._left < 24 or self._bytes(4) != _MAGIC:
@@ -86,6 +89,8 @@ class _Reader:
     def _tensor(self) -> tuple[Any, tuple[int, ...], int, int]:
         """Type, shape, offset from the start of the data, bytes."""
         num_dims = self._scalar("I")
+        if num_dims > _MAX_DIMS:
+            raise self._file.damaged(f"a tensor has {num_dims} dimensions")
         dims = struct.unpack(f"<{num_dims}Q", self._bytes(8 * num_dims))
         number, offset = self._scalar("I"), self._scalar("Q")
         try:
@@ -123,9 +128,14 @@ class _Reader:
     def _count(self, smallest_bytes: int) -> int:
         """A number of things that take at least so many bytes each."""
         count: int = self._scalar("Q")
+        self._check_head(count * smallest_bytes)
         if count * smallest_bytes > self._left:
             raise self._file.damaged(f"it ends before the {count} entries that it announces")
         return count
+
+    def _check_head(self, num_bytes: int) -> None:
+        if self._head_left < num_bytes <= self._left:
+            raise self._file.damaged(f"its metadata and table of tensors take more than {MAX_HEAD_BYTES >> 20} MiB")
 
     def _scalar(self, code: str) -> Any:
         return struct.unpack(f"<{code}", self._bytes(struct.calcsize(code)))[0]
@@ -133,7 +143,9 @@ class _Reader:
     def _bytes(self, count: int) -> bytes:
         if count > self._left:
             raise self._file.damaged(f"it ends {count - self._left} bytes before the end of its metadata")
+        self._check_head(count)
         self._left -= count
+        self._head_left -= count
         data = self._stream.read(count)
         if len(data) != count:
             raise self._file.damaged("it became shorter while it was read")

@@ -17,8 +17,9 @@ from torch import Tensor
 from guanaco.kernels.memory import mapped_zeros
 from guanaco.models.raw_file import FileLayout, RawFile
 
-# The format's own limit (safetensors 0.8); the header of a large model is 100 kB.
-MAX_HEADER_BYTES = 100_000_000
+# The header of a large model is 100 kB; as Python's values it takes up to 25 times as much. The format allows 100 MB.
+MAX_HEADER_BYTES = 16 << 20
+_MAX_DIMS = 8
 
 DTYPES = {
     "F64": torch.float64,
@@ -107,7 +108,9 @@ def _parse_entry(entry: dict[str, Any], start: int) -> StoredTensor:
     dtype = DTYPES[entry["dtype"]]
     shape = tuple(entry["shape"])
     first, last = entry["data_offsets"]
-    if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in (*shape, first, last)):
+    if len(shape) > _MAX_DIMS:
+        raise ValueError(f"a tensor has {len(shape)} dimensions")
+    if any(isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < 1 << 63 for n in (*shape, first, last)):
         raise ValueError("a size or an offset is no whole number")
     if last - first != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"shape {list(shape)} of {entry['dtype']} does not fit {last - first} bytes")

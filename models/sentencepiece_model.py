@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from guanaco.models.errors import ModelError
+from guanaco.models.small_files import MAX_SENTENCEPIECE_BYTES, read_small
 from guanaco.models.tokenizer_json import AddedToken, sentencepiece_json
 
 # sentencepiece_model.proto: field numbers and enum values.
@@ -67,7 +68,7 @@ class SentencePieceModel:
 def read_sentencepiece(path: Path) -> SentencePieceModel:
     """The model in `path`. Raises ModelError for a file that is damaged, or no BPE with byte fallback like LLaMA's."""
     try:
-        model = _parse(path.read_bytes())
+        model = _parse(read_small(path, MAX_SENTENCEPIECE_BYTES))
     except OSError as error:
         raise ModelError(f"{path} cannot be read ({error.strerror}): check the path and its permissions") from error
     except (ValueError, IndexError, struct.error) as error:

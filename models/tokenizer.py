@@ -15,6 +15,8 @@ from typing import Any
 from tokenizers import AddedToken
 
 from guanaco.models.chat_template import MAX_OUTPUT_CHARS, ChatTemplate, TemplateError
+from guanaco.models.errors import TokenizerError
+from guanaco.models.token_pattern import longest_match_pattern
 from guanaco.models.tokenizer_files import TokenizerFiles, read_tokenizer
 from guanaco.models.tokenizer_json import SPACE
 
@@ -142,8 +144,13 @@ class Tokenizer:
     def _encode(self, text: str) -> list[int]:
         # Half a surrogate pair is no character; JSON can carry it all the same.
         clean = text.encode("utf-8", "replace").decode("utf-8")
-        # As in `decode`; the fast one leaves out the offsets, which nobody asks for.
-        return list(self._backend.encode_batch_fast([clean], add_special_tokens=False)[0].ids)
+        try:
+            # As in `decode`; the fast one leaves out the offsets, which nobody asks for.
+            return list(self._backend.encode_batch_fast([clean], add_special_tokens=False)[0].ids)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # the package's, and no Exception
+                raise
+            raise TokenizerError(f"the model's tokenizer failed on a text of {len(clean)} characters") from None
 
     def _id_of(self, name: str) -> int | None:
         return self._backend.token_to_id(self._names[name]) if name in self._names else None
@@ -181,19 +188,20 @@ class _ControlTokens:
         self._tokens = tokens
         self._ids = {token.content: index for index, token in tokens}
         self._stand_ins = {token.content: _private_text() for _, token in tokens}
-        longest_first = sorted(self._stand_ins, key=len, reverse=True)
-        pattern = "|".join(map(re.escape, longest_first)) or "(?!)"
+        pattern = longest_match_pattern(self._stand_ins)
         self._whole = re.compile(pattern)
         self._starts = re.compile(f"(?={pattern})")
         self.real_ids: dict[int, int] = {}
 
     def add_stand_ins(self, backend: Any) -> None:
         """Each matches in text exactly where its token would; `real_ids` leads back to the token."""
-        for index, token in self._tokens:
-            stand_in = self._stand_ins[token.content]
+        added = []
+        for _, token in self._tokens:
             flags = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "normalized")}
-            backend.add_tokens([AddedToken(stand_in, special=False, **flags)])
-            self.real_ids[backend.token_to_id(stand_in)] = index
+            added.append(AddedToken(self._stand_ins[token.content], special=False, **flags))
+        backend.add_tokens(added)  # at once: each call sorts all added tokens anew
+        for index, token in self._tokens:
+            self.real_ids[backend.token_to_id(self._stand_ins[token.content])] = index
 
     def id_of(self, text: str) -> int | None:
         """The id of the token that is spelled `text`."""

@@ -18,8 +18,10 @@ from guanaco.models.errors import ModelError
 from guanaco.models.gguf_file import GgufCheckpoint
 from guanaco.models.gguf_tokenizer import tokenizer_files
 from guanaco.models.sentencepiece_model import read_sentencepiece
+from guanaco.models.small_files import MAX_TEMPLATE_FILE_BYTES, MAX_TOKENIZER_BYTES, read_small
 
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+MAX_ADDED_TOKENS = 16384  # LLaMA 3 has 256, others some thousand; all of them are searched for in every text
 _MORE_NAMES = ("additional_special_tokens", "extra_special_tokens")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
@@ -56,7 +58,10 @@ def read_tokenizer(path: Path) -> TokenizerFiles:
     else:
         gguf_path = _gguf_in(path)
         with closing(GgufCheckpoint(gguf_path)) as checkpoint:
-            files = tokenizer_files(checkpoint.metadata, str(gguf_path))
+            try:
+                files = tokenizer_files(checkpoint.metadata, str(gguf_path))
+            except (TypeError, ValueError, AttributeError, LookupError) as error:  # values of other types
+                raise ModelError(f"{gguf_path}: its tokenizer makes no sense ({error}); get the file again") from error
             if checkpoint.metadata.get("tokenizer.ggml.model") == "gpt2" and not checkpoint.metadata.get(_SPLIT_KEY):
                 gguf_notes = (f"the GGUF file has no {_SPLIT_KEY}: text is cut by llama.cpp's default rule",)
         backend = _parse_backend(gguf_path, files["tokenizer.json"])
@@ -80,7 +85,9 @@ def read_tokenizer(path: Path) -> TokenizerFiles:
 
 def _parse_backend(path: Path, text: str | None) -> Backend:
     try:
-        return Backend.from_file(str(path)) if text is None else Backend.from_str(text)
+        return Backend.from_buffer(read_small(path, MAX_TOKENIZER_BYTES)) if text is None else Backend.from_str(text)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror}); download it again") from error
     except Exception as error:  # the package raises nothing more specific
         raise ModelError(f"{path} cannot be read as a tokenizer ({error}); download it again") from error
 
@@ -128,20 +135,28 @@ def _add_tokens(backend: Backend, path: Path, config: Mapping[str, Any], named: 
         if content and str(index).isdecimal():
             flags = {flag: bool(fields[flag]) for flag in _FLAGS if flag in fields}
             stated[content], ids[content] = AddedToken(content, **flags), int(index)
-    for content in sorted(stated, key=lambda token: ids[token]):
-        backend.add_tokens([stated[content]])
+    ordered = sorted(stated, key=lambda token: ids[token])
+    backend.add_tokens([stated[content] for content in ordered])  # at once: each call sorts all added tokens anew
+    for content in ordered:
         if backend.token_to_id(content) != ids[content]:
             raise ModelError(
                 f"{path}: the added token {content!r} should have id {ids[content]}, but the vocabulary gives it "
                 f"{backend.token_to_id(content)}: its tokenizer files do not belong together"
             )
     control = set(filter(None, named.values()))
-    for token in backend.get_added_tokens_decoder().values():
+    added = backend.get_added_tokens_decoder()
+    if len(added) > MAX_ADDED_TOKENS:
+        raise ModelError(
+            f"{path}: its tokenizer has {len(added)} added tokens; at most {MAX_ADDED_TOKENS} are supported"
+        )
+    more_special = []
+    for token in added.values():
         # Some fine-tunes add their turn markers as plain tokens; a user must not be able to type a turn there either.
         is_marker = token.content.startswith("<|") and token.content.endswith("|>")
         if not token.special and (is_marker or token.content in control):
-            backend.add_special_tokens([_as_special(token)])
+            more_special.append(_as_special(token))
         control.discard(token.content)
+    backend.add_special_tokens(more_special)
     backend.add_special_tokens([token for token in sorted(control) if backend.token_to_id(token) is not None])
 
 
@@ -161,8 +176,10 @@ def _chat_template(path: Path, config: Mapping[str, Any]) -> tuple[str | None, t
     file = path / "chat_template.jinja"
     if file.is_file():
         try:
-            return file.read_text(encoding="utf-8"), ()
-        except (OSError, UnicodeDecodeError) as error:
+            return read_small(file, MAX_TEMPLATE_FILE_BYTES).decode("utf-8"), ()
+        except OSError as error:
+            raise ModelError(f"{file} cannot be read ({error.strerror}); download it again") from error
+        except UnicodeDecodeError as error:
             raise ModelError(f"{file} cannot be read ({error}); download it again") from error
     template = _optional_json(path / "chat_template.json").get("chat_template") or config.get("chat_template")
     if isinstance(template, str):

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from guanaco.models.errors import ModelError
+
 # How a vocabulary's merges were learned: what text is cut into before BPE. The names are llama.cpp's
 # (`tokenizer.ggml.pre`), the patterns those of the models that the names stand for.
 GPT2_SPLIT = "gpt-2"
@@ -70,6 +72,7 @@ SPLITS: Mapping[str, Split] = {
     "tekken": _TEKKEN,
     "default": _DEFAULT,
 }
+_MAX_CUT_CHARS = 1 << 29  # read when all pieces are cut everywhere; LLaMA 2's: 2 million
 SPACE = "\u2581"  # SentencePiece's visible space
 
 
@@ -155,9 +158,12 @@ def merges_from_scores(pieces: Sequence[str], scores: Sequence[float], plain: Se
     """The ranked merges that SentencePiece's scores stand for: at each step the pair with the best-scored result.
 
     Every way to cut a piece into two others is a merge. SentencePiece merges the leftmost of equals; ranks must order
-    the cuts of one piece instead, the longest left part first, which is what other converters chose.
+    the cuts of one piece instead, the longest left part first, which is what other converters chose. Raises
+    ModelError for pieces that are too long.
     """
     ids = {piece: index for index, piece in enumerate(pieces) if plain[index]}
+    if sum(len(piece) ** 2 for piece in ids) > _MAX_CUT_CHARS:
+        raise ModelError(f"the vocabulary has pieces of {max(map(len, ids))} characters, as no tokenizer learns them")
     ranked: list[tuple[float, int, str, str]] = []
     for piece, index in ids.items():
         for cut in range(1, len(piece)):

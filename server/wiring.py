@@ -4,7 +4,6 @@ Everything is loaded and checked here, before the first request; what is wrong l
 `serve`, `generate` and `bench`.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +20,14 @@ from guanaco.adapters.slot_table import SlotTable
 from guanaco.adapters.weights import AdapterLimits, check_base
 from guanaco.kernels import NativeUnavailable, Ops, load_ops
 from guanaco.models.chat_template import TEMPLATE_NAMES, ChatTemplate
+from guanaco.models.config import read_json
 from guanaco.models.demo import ensure_demo_model
-from guanaco.models.errors import ModelError
 from guanaco.models.hub import resolve_model
 from guanaco.models.kv_cache import PagedKVCache, block_bytes
 from guanaco.models.loader import LoadedModel, load_model
 from guanaco.models.special_ids import missing_rows_note, reconcile_special_ids
 from guanaco.models.tokenizer import Tokenizer
+from guanaco.models.tokenizer_check import check_tokenizer
 from guanaco.server.before_loading import (
     adapter_options,
     adapter_profiles,
@@ -187,6 +187,7 @@ def _load_base(settings: Settings, ops: Ops, console: Console) -> Base:
         cache = settings.cache_dir if settings.quantized_cache else None
         loaded = load_model(path, ops, cache_dir=cache, progress=report)
     template = chosen_template(settings)
+    check_tokenizer(path)
     tokenizer = Tokenizer.from_directory(path)
     generation_config = _generation_config(path)
     special = reconcile_special_ids(
@@ -220,11 +221,7 @@ def _generation_config(path: Path) -> dict[str, Any]:
     file = path / "generation_config.json"
     if not path.is_dir() or not file.exists():
         return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read ({error}): mend it or remove it") from None
-    return content if isinstance(content, dict) else {}
+    return read_json(file)
 
 
 def _load_adapters(settings: Settings, base: Base, console: Console) -> AdapterRegistry:
