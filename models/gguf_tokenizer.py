@@ -13,25 +13,42 @@ from guanaco.models.tokenizer_json import SPLITS, AddedToken, byte_level_json, s
 
 # llama.cpp's token types: `tokenizer.ggml.token_type`.
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
+SPLIT_KEY = "tokenizer.ggml.pre"
 
 # Tokens that end generation in llama.cpp wherever their text is in a vocabulary, whatever their type; and those that it
 # also ends at, found by key or by text: fill-in-the-middle padding, and the separators of repositories and files.
 _ENDS = frozenset(
     (
         *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"),
-        *("<|endoftext|>", "<|eom_id|>", "<EOT>", "_<EOT>", "<|end_of_text|>", "<end_of_utterance>"),
+        *("<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<eos>"),
+        *("<end_of_utterance>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>"),
     )
 )
 _END_KEYS = {
     "eos": (),
-    "eot": ("<｜end▁of▁sentence｜>",),
+    "eot": (),
     "eom": (),
-    "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>"),
+    "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
     "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
     "fim_sep": ("<|file_sep|>",),
 }
-# OpenAI's harmony format ends messages with <|end|>, not turns; llama.cpp knows it by these two groups.
-_HARMONY = ({"<|return|>", "<|call|>", "<|end|>"}, {"<|calls|>", "<|flush|>", "<|end|>"})
+# Control tokens by their text, whatever their type: the three parts of a fill-in-the-middle prompt.
+_MIDDLE = frozenset(
+    f"{left}{part}{right}"
+    for left, right, parts in (
+        *(("<|fim_", "|>", ("prefix", "suffix", "middle")), ("<fim_", ">", ("prefix", "suffix", "middle"))),
+        *(("<fim-", ">", ("prefix", "suffix", "middle")), ("<", ">", ("PRE", "SUF", "MID"))),
+        *(("▁<", ">", ("PRE", "SUF", "MID")), ("<|code_", "|>", ("prefix", "suffix", "middle"))),
+        *(("<|", "|>", ("prefix", "suffix", "middle")), ("<｜fim▁", "｜>", ("begin", "hole", "end"))),
+    )
+    for part in parts
+)
+# OpenAI's harmony format ends messages with <|end|>, not turns; Gemma's newest tool format does not end at </s>.
+# llama.cpp knows them by these texts among the ends: (with one of each set, this token is no end).
+_NO_ENDS = (
+    (({"<|call|>", "<|calls|>"}, {"<|return|>", "<|flush|>"}), "<|end|>"),
+    (({"<|tool_response>"},), "</s>"),
+)
 # Named tokens of a SentencePiece vocabulary that names none, as in llama.cpp.
 _LLAMA_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 
@@ -68,6 +85,19 @@ def end_ids(metadata: Mapping[str, Any], source: str) -> list[int]:
     return _Reader(metadata, source).end_ids()
 
 
+def remarks(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """What an operator should know of the metadata: which of them are not used, and which are missing."""
+    notes = []
+    num_tokens = len(metadata["tokenizer.ggml.tokens"])
+    for key, value in metadata.items():
+        is_id = key.startswith("tokenizer.ggml.") and key.endswith("_token_id") and isinstance(value, int)
+        if is_id and not 0 <= value < num_tokens:
+            notes.append(f"the GGUF file says {key} = {value}, which no token has: it is not used")
+    if metadata.get("tokenizer.ggml.model") == "gpt2" and not metadata.get(SPLIT_KEY):
+        notes.append(f"the GGUF file has no {SPLIT_KEY}: text is cut by llama.cpp's default rule")
+    return tuple(notes)
+
+
 class _Reader:
     """The metadata with their defaults; every refusal names the key."""
 
@@ -86,12 +116,17 @@ class _Reader:
         self.adds_bos = bool(self._get("add_bos_token", default)) and self.id_of("bos") is not None
 
     def id_of(self, key: str) -> int | None:
-        """The id of a named special token, None where the file names none."""
+        """The id of a named special token, None where the file names none.
+
+        An id beyond the vocabulary counts as none, as in llama.cpp: old files have 4294967295 for "there is none".
+        """
         default = _LLAMA_IDS.get(key) if self.model == "llama" and len(self.tokens) > max(_LLAMA_IDS.values()) else None
         index = self._get(f"{key}_token_id", default)
+        if index is not None and type(index) is not int:
+            raise self._refusal(f"{key}_token_id", f"= {index!r} is no token id; get the file again")
         if index is not None and not 0 <= index < len(self.tokens):
-            raise self._refusal(f"{key}_token_id", f"= {index} is outside of the vocabulary; get the file again")
-        return None if index is None else int(index)
+            index = default
+        return index
 
     def end_ids(self) -> list[int]:
         """As `end_ids` of the module; the ones that keys name come first."""
@@ -103,17 +138,18 @@ class _Reader:
         ends += [by_text[text] for text in sorted(_ENDS & by_text.keys(), key=by_text.__getitem__)]
         ids = list(dict.fromkeys(index for index in ends if index is not None))
         ended = {self.tokens[index] for index in ids}
-        if any(group <= ended for group in _HARMONY):
-            ids.remove(by_text["<|end|>"])
-        return ids
+        spared = {token for groups, token in _NO_ENDS if all(group & ended for group in groups)}
+        return [index for index in ids if self.tokens[index] not in spared]
 
     def tokenizer_json(self) -> dict[str, Any]:
         kinds = {_CONTROL: True, _USER_DEFINED: False}
-        ends = set(self.end_ids()) - ({self.id_of("eos")} if self.model == "llama" else set())
+        # As llama.cpp has them, whatever their type. A SentencePiece's end of text is known by its name.
+        control = set(self.end_ids()) - ({self.id_of("eos")} if self.model == "llama" else set())
+        control.update(index for index, token in enumerate(self.tokens) if token in _MIDDLE)
         added = [
-            AddedToken(index, token, index in ends or kinds[kind])  # llama.cpp makes ends control tokens, too
+            AddedToken(index, token, index in control or kinds[kind])
             for index, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True))
-            if kind in kinds or index in ends
+            if kind in kinds or index in control
         ]
         bos_id = self.id_of("bos") if self.adds_bos else None
         bos = None if bos_id is None else AddedToken(bos_id, self.tokens[bos_id], True)

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as Backend
 from guanaco.models.config import read_json
 from guanaco.models.errors import ModelError
 from guanaco.models.gguf_file import GgufCheckpoint
-from guanaco.models.gguf_tokenizer import tokenizer_files
+from guanaco.models.gguf_tokenizer import remarks, tokenizer_files
 from guanaco.models.sentencepiece_model import read_sentencepiece
 from guanaco.models.small_files import MAX_TEMPLATE_FILE_BYTES, MAX_TOKENIZER_BYTES, read_small
 
@@ -24,9 +24,6 @@ NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_t
 MAX_ADDED_TOKENS = 16384  # LLaMA 3 has 256, others some thousand; all of them are searched for in every text
 _MORE_NAMES = ("additional_special_tokens", "extra_special_tokens")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-
-
-_SPLIT_KEY = "tokenizer.ggml.pre"
 
 
 @dataclass(frozen=True)
@@ -60,10 +57,9 @@ def read_tokenizer(path: Path) -> TokenizerFiles:
         with closing(GgufCheckpoint(gguf_path)) as checkpoint:
             try:
                 files = tokenizer_files(checkpoint.metadata, str(gguf_path))
+                gguf_notes = remarks(checkpoint.metadata)
             except (TypeError, ValueError, AttributeError, LookupError) as error:  # values of other types
                 raise ModelError(f"{gguf_path}: its tokenizer makes no sense ({error}); get the file again") from error
-            if checkpoint.metadata.get("tokenizer.ggml.model") == "gpt2" and not checkpoint.metadata.get(_SPLIT_KEY):
-                gguf_notes = (f"the GGUF file has no {_SPLIT_KEY}: text is cut by llama.cpp's default rule",)
         backend = _parse_backend(gguf_path, files["tokenizer.json"])
         config = json.loads(files["tokenizer_config.json"]) | config
     backend.no_truncation()  # some files carry the settings of their training

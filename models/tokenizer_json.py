@@ -25,6 +25,11 @@ def _cl100k(numbers: str) -> str:
 
 
 _GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# DeepSeek's first tokenizer has a list of cased letters of its own, without some alphabets.
+_CASED = (
+    r"[\p{Lu}\p{Ll}\p{Lt}&&[^\u0560-\u0588\u10c7-\u10ff\u1c80-\u1c8f\u2d00-\u2d2d\ua790-\ua7ff\uab30-\uab6f"
+    r"\x{10570}-\x{105bf}\x{16e40}-\x{16e7f}\x{1d400}-\x{1d7cb}\x{1df00}-\x{1df2f}]]+"
+)
 _CJK = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 
 
@@ -46,6 +51,35 @@ _GPT2 = Split((_GPT2_PATTERN,))
 _DIGITS = Split((r"\p{N}", _GPT2_PATTERN))
 _DEFAULT = Split((r"[\p{P}\$\+<=>\^~\|]+", _GPT2_PATTERN, r"\p{N}+", r"[0-9][0-9][0-9]"))
 _DEEPSEEK_CODER = Split((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}"))
+_DEEPSEEK_LLM = Split(
+    (
+        r"[\r\n]",
+        rf"\s?{_CASED}",
+        r"\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+        r"\s+$",
+        _CJK,
+        r"\p{N}+",
+    )
+)
+_DEEPSEEK3 = Split(
+    (
+        r"\p{N}{1,3}",
+        "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+        r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    )
+)
+_WORDS = r" ?[^(\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
+_PORO, _VIKING = Split((_WORDS,)), Split((_WORDS, r"\p{N}"))
+_MINICPM5 = Split((r"\p{N}{1,3}", _cl100k(r"\p{N}+")), ignore_merges=True)
+_CASES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_GPT4O = Split(
+    (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + _CASES + "|"
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + _CASES + "|"
+        r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    )
+)
 _SEED_CODER = Split(
     (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+"
@@ -62,12 +96,21 @@ _TEKKEN = Split(
     adds_bos=True,
 )
 SPLITS: Mapping[str, Split] = {
-    **dict.fromkeys((LLAMA3_SPLIT, "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0"), _LLAMA3),
+    **dict.fromkeys(
+        (LLAMA3_SPLIT, "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"), _LLAMA3
+    ),
     **dict.fromkeys(("smaug-bpe", "dbrx"), _SMAUG),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez", "kormo", "stablelm2", "hunyuan"), _QWEN2),
-    **dict.fromkeys((GPT2_SPLIT, "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4"), _GPT2),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez", "kormo", "f2llmv2", "stablelm2", "hunyuan"), _QWEN2),
+    **dict.fromkeys((GPT2_SPLIT, "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4", "mellum", "gigachat"), _GPT2),
+    **dict.fromkeys(("a.x-4.0", "granite-docling"), _GPT2),
     **dict.fromkeys((SMOLLM_SPLIT, "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGITS),
+    **dict.fromkeys(("gpt-4o", "llama4", "kanana2"), _GPT4O),
+    **dict.fromkeys(("deepseek-v3", "hunyuan-dense"), _DEEPSEEK3),
+    "deepseek-llm": _DEEPSEEK_LLM,
     "deepseek-coder": _DEEPSEEK_CODER,
+    "minicpm5": _MINICPM5,
+    "poro-chat": _PORO,
+    "viking": _VIKING,
     "seed-coder": _SEED_CODER,
     "tekken": _TEKKEN,
     "default": _DEFAULT,

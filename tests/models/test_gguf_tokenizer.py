@@ -6,6 +6,7 @@ from typing import Any
 
 import gguf
 import pytest
+import tokenizers
 from hard_strings import HARD_STRINGS
 from tiny_tokenizers import sentencepiece_pieces, write_byte_level
 
@@ -154,7 +155,7 @@ def test_a_directory_with_one_gguf_file_or_a_tokenizer_beside_it(tmp_path: Path)
         ({"merges": None}, "merges is missing"),
         ({"merges": ["a b c"]}, "merges has an entry"),
         ({"token_type": [1]}, "token_type has another length"),
-        ({"bos_token_id": 9999}, "bos_token_id = 9999"),
+        ({"bos_token_id": "1"}, "bos_token_id = '1'"),
     ],
 )
 def test_what_is_not_known_is_refused_by_name(change: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -216,6 +217,11 @@ def test_smaug_cuts_as_llama_3_and_merges_by_rank(tmp_path: Path) -> None:
         ({5: "<|file_sep|>", 6: "<|repo_name|>"}, {}, [2, 6, 5]),
         ({5: "<|end|>"}, {}, [2, 5]),
         ({5: "<|end|>", 6: "<|return|>", 7: "<|call|>"}, {}, [2, 6, 7]),  # harmony: <|end|> ends a message only
+        ({5: "<|end|>", 6: "<|flush|>", 7: "<|calls|>"}, {}, [2, 6, 7]),
+        ({5: "</s>", 6: "[EOT]", 7: "[EOS]", 8: "<eos>"}, {}, [2, 5, 6, 7, 8]),
+        ({5: "[PAD]", 6: "<｜end▁of▁sentence｜>"}, {}, [2, 5, 6]),
+        ({2: "</s>", 6: "<|tool_response>"}, {}, [6]),  # Gemma's newest: a tool's answer comes, and </s> is no end
+        ({}, {"eos_token_id": 4294967295, "eot_token_id": 5}, [5]),  # old files have -1 for "there is none"
     ],
 )
 def test_what_ends_generation(texts: dict[int, str], keys: dict[str, int], expected: list[int], tmp_path: Path) -> None:
@@ -228,3 +234,56 @@ def test_what_ends_generation(texts: dict[int, str], keys: dict[str, int], expec
     files = tokenizer_files(metadata, "file.gguf")
     special = {t["id"] for t in json.loads(files["tokenizer.json"])["added_tokens"] if t["special"]}
     assert set(expected) <= special  # nobody can type an end in a message
+
+
+def test_ids_beyond_the_vocabulary_are_not_used_and_told(tmp_path: Path) -> None:
+    """Many old files have 4294967295 as their padding or unknown token; llama.cpp takes its default then."""
+    none = {"padding_token_id": 4294967295, "unknown_token_id": 4294967295}
+    path = write_gguf(tmp_path / "spm.gguf", sentencepiece_metadata(**{**none, "eos_token_id": 99999}))
+    tokenizer = Tokenizer.from_directory(path)
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.unk_id) == (1, (2,), 0)
+    assert [name for name in ("padding", "unknown", "eos") if any(name in note for note in tokenizer.notes)] == [
+        "padding", "unknown", "eos"
+    ]  # fmt: skip
+    metadata = byte_level_metadata(tmp_path / "scratch", "llama-bpe", add_bos_token=True, bos_token_id=4294967295)
+    tokenizer = Tokenizer.from_directory(write_gguf(tmp_path / "bpe.gguf", metadata))
+    assert tokenizer.encode("hello") == tokenizer.encode("hello", add_bos=False)
+    assert any("bos_token_id = 4294967295" in note for note in tokenizer.notes)
+
+
+def test_the_parts_of_a_fill_in_the_middle_prompt_are_control_tokens(tmp_path: Path) -> None:
+    """By their text, as in llama.cpp: converters have marked them as ordinary pieces."""
+    metadata = byte_level_metadata(tmp_path / "scratch", "gpt-2")
+    names = ["<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<｜fim▁hole｜>"]
+    first = len(metadata["tokenizer.ggml.tokens"])
+    metadata["tokenizer.ggml.tokens"] += names
+    metadata["tokenizer.ggml.token_type"] += [1] * len(names)
+    tokenizer = Tokenizer.from_directory(write_gguf(tmp_path / "model.gguf", metadata))
+    ids = list(range(first, first + len(names)))
+    assert tokenizer.special_ids >= set(ids)
+    assert tokenizer.encode("".join(names), add_bos=False, parse_control=True) == ids
+    assert not set(tokenizer.encode("".join(names), add_bos=False)) & set(ids)
+
+
+@pytest.mark.parametrize(
+    ("pre", "text", "pieces"),
+    [
+        ("deepseek-llm", "Hi there你好\n1234 x!?", ["Hi", " there", "你好", "\n", "1234", " x", "!?"]),
+        ("deepseek-llm", "ab\u10d0ж", ["ab", "\u10d0", "ж"]),  # Georgian is not in its list of letters
+        ("deepseek-v3", "Hi there你好 12345 x!?\n", ["Hi", " there", "你好", " ", "123", "45", " x", "!?\n"]),
+        ("gpt-4o", "It's HTTPServer 12345", ["It's", " HTTPServer", " ", "123", "45"]),
+        ("gpt-4o", "fooBar it's", ["foo", "Bar", " it's"]),
+        ("viking", "Moi, maailma 12", ["Moi", ",", " maailma", " ", "1", "2"]),
+        ("poro-chat", "Moi, maailma 12", ["Moi", ",", " maailma", " 12"]),
+        ("minicpm5", "a1234 b", ["a", "123", "4", " b"]),
+        ("smaug-bpe", "it's 12345!", ["it", "'s", " ", "123", "45", "!"]),
+        ("qwen2", "it's 123!", ["it", "'s", " ", "1", "2", "3", "!"]),
+        ("tekken", "fooBar 12", ["foo", "Bar", " ", "1", "2"]),
+        ("default", "a. b1234", ["a", ".", " b", "123", "4"]),
+    ],
+)
+def test_where_text_is_cut(pre: str, text: str, pieces: list[str], tmp_path: Path) -> None:
+    content = json.loads(tokenizer_files(byte_level_metadata(tmp_path, pre), "x")["tokenizer.json"])
+    backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+    cuts = [span for _, span in backend.pre_tokenizer.pre_tokenize_str(text)]
+    assert [text[start:end] for start, end in cuts] == pieces
