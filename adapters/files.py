@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from guanaco.adapters.errors import AdapterError
+from guanaco.kernels.git_lfs import POINTER_BYTES, POINTER_PROBLEM, is_lfs_pointer
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,17 @@ class AdapterFiles:
         return os.path.lexists(self.directory / name)
 
     def open(self, name: str) -> BinaryIO:
-        """The regular file `name`, unbuffered. Raises AdapterError for anything else: it never waits on a pipe."""
+        """The regular file `name`, unbuffered. Raises AdapterError for anything else, and for a Git LFS pointer: it
+        never waits on a pipe."""
         try:
-            return self._open(name)
+            file = self._open(name)
+            if os.fstat(file.fileno()).st_size < POINTER_BYTES:
+                is_pointer = is_lfs_pointer(file.read(64))
+                file.seek(0)
+                if is_pointer:
+                    file.close()
+                    raise AdapterError("lfs_pointer", f"{name} is {POINTER_PROBLEM}", name)
+            return file
         except FileNotFoundError:
             raise AdapterError("not_found", f"{self.directory} has no {name}", name) from None
         except OSError as error:

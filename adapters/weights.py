@@ -22,6 +22,7 @@ from guanaco.adapters.safetensors_file import SafetensorsFile, StoredTensor
 from guanaco.kernels.lora_batch import LoraPair
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+_SHARD = re.compile(r"adapter_model-\d+-of-\d+\.safetensors")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # A key of the file's metadata: which packed base the adapter was trained on. Our own training script writes it.
 BASE_FINGERPRINT_KEY = "guanaco.base_fingerprint"
@@ -76,12 +77,18 @@ def load_adapter(
     strict: refuse config keys that are set and unknown. Raises AdapterError for everything that cannot be honoured.
     """
     files = AdapterFiles.find(path, name, CONFIG_NAME)
-    with _opened(files, targets, limits or AdapterLimits(), strict) as (config, wanted, file, names):
+    with _opened(files, targets, limits or AdapterLimits(), strict) as (config, targeted, file, names):
+        wanted = _with_tensors(targeted, names)
         tensors = {names[key]: _finite(tensor, key) for key, tensor in file.read()}
     scales = {target: scale for target, (_, scale) in wanted.items()}
     pairs = _effective_pairs(tensors, scales)
     inert = [target for target in wanted if target not in pairs]
     notes = config.notes
+    if untrained := [target for target in targeted if target not in wanted]:
+        notes += (
+            f"{len(untrained)} of {len(targeted)} targeted modules have no tensors in {WEIGHTS_NAME} and stay as the "
+            f"base has them, {untrained[0]} among them: right where only some layers were trained",
+        )
     if inert:
         notes += (f"{len(inert)} of {len(wanted)} modules are all zero and have no effect, {inert[0]} among them",)
     return LoadedAdapter(
@@ -110,6 +117,13 @@ _Side = tuple[str, str]  # (target, "A" or "B")
 _Wanted = dict[str, tuple[int, float]]  # target → (rank, scale)
 
 
+def _with_tensors(targeted: _Wanted, names: dict[str, _Side]) -> _Wanted:
+    """The targeted modules that the file has something for. Some trainers save only the layers that they trained, and
+    PEFT leaves the other modules as the base has them."""
+    stored = {target for target, _ in names.values()}
+    return {target: found for target, found in targeted.items() if target in stored}
+
+
 @contextmanager
 def _opened(
     files: AdapterFiles, targets: dict[str, tuple[int, int]], limits: AdapterLimits, strict: bool
@@ -123,7 +137,8 @@ def _opened(
     with files.open(WEIGHTS_NAME) as handle:
         file = SafetensorsFile(handle, WEIGHTS_NAME, limits.max_file_bytes)
         names = _match_names(file.tensors, targets, wanted)
-        _check_pairs({names[key]: stored for key, stored in file.tensors.items()}, targets, wanted, limits)
+        stored = {names[key]: tensor for key, tensor in file.tensors.items()}
+        _check_pairs(stored, targets, _with_tensors(wanted, names), limits)
         yield config, wanted, file, names
 
 
@@ -136,13 +151,21 @@ def check_base(adapter: LoadedAdapter, fingerprint: str) -> None:
 
 
 def check_weights_exist(files: AdapterFiles) -> None:
-    """Raises AdapterError where there is no safetensors file, and says what to do with a pickle instead."""
+    """Raises AdapterError where there is no safetensors file, and says what to do with a pickle or with several files
+    instead."""
     if files.exists(WEIGHTS_NAME):
         return
     try:
-        pickles = sorted(entry.name for entry in files.directory.iterdir() if entry.suffix in PICKLE_SUFFIXES)
+        names = sorted(entry.name for entry in files.directory.iterdir())
     except OSError:  # it may be searched, but not listed
-        pickles = []
+        names = []
+    if shards := [name for name in names if _SHARD.fullmatch(name)]:
+        problem = (
+            f"the weights are split into {len(shards)} files ({shards[0]}, …), and PEFT and this server read one: join "
+            f"them there with: {JOIN_SHARDS}"
+        )
+        raise AdapterError("weights_sharded", problem, shards[0])
+    pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
     if not pickles:
         problem = f"{files.directory} has no {WEIGHTS_NAME}; was the adapter saved completely?"
         raise AdapterError("weights_missing", problem, WEIGHTS_NAME)
@@ -152,6 +175,14 @@ def check_weights_exist(files: AdapterFiles) -> None:
         "guanaco adapters convert SRC DST"
     )
     raise AdapterError("unsupported_format", problem, shown)
+
+
+# A line for the adapter's directory, for a Python with the safetensors package.
+JOIN_SHARDS = (
+    'python -c "import glob; from safetensors.torch import load_file, save_file; '
+    "save_file({k: t for f in glob.glob('adapter_model-*-of-*.safetensors') for k, t in load_file(f).items()}, "
+    "'adapter_model.safetensors')\""
+)
 
 
 def _match_names(
@@ -204,12 +235,12 @@ def _check_pairs(
     wanted: _Wanted,
     limits: AdapterLimits,
 ) -> None:
-    """Every targeted module has both matrices, of the base's sizes and the rank that the config states."""
+    """Every one of these modules has both matrices, of the base's sizes and the rank that the config states."""
     for target, (rank, _) in wanted.items():
         for side in ("A", "B"):
             shown = f"{target}.lora_{side}"
             if (target, side) not in stored:
-                problem = f"{shown} is missing, but the config targets its module; was the adapter saved completely?"
+                problem = f"{shown} is missing, but its other half is there; was the adapter saved completely?"
                 raise AdapterError("missing_tensor", problem, shown)
             shape = stored[target, side].shape
             if len(shape) != 2:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from guanaco.kernels.git_lfs import POINTER_BYTES, POINTER_PROBLEM, is_lfs_pointer
 from guanaco.models.errors import ModelError
 
 
@@ -15,13 +16,17 @@ class RawFile:
     """An open file; `num_bytes` is its size when it was opened."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ModelError if `path` cannot be opened."""
+        """Raises ModelError if `path` cannot be opened, or is a Git LFS pointer."""
         self.path = path
         try:
             self._file = path.open("rb", buffering=0)
             self.num_bytes = path.stat().st_size
+            is_pointer = self.num_bytes < POINTER_BYTES and is_lfs_pointer(self._file.read(64))
         except OSError as error:
             raise ModelError(f"{path} cannot be read ({error.strerror}): check the path and its permissions") from error
+        if is_pointer:
+            self.close()
+            raise ModelError(f"{path} is {POINTER_PROBLEM}")
 
     def close(self) -> None:
         self._file.close()

@@ -3,6 +3,8 @@
 Reads names, settings and small files only; the loaders check everything again, with the tensors. Called by the wiring.
 """
 
+import os
+import re
 from pathlib import Path
 
 from guanaco.adapters.config import CONFIG_NAME, MAX_CONFIG_BYTES, parse_config
@@ -10,12 +12,14 @@ from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.files import AdapterFiles
 from guanaco.adapters.profile import Profile, named_profile, read_profile
 from guanaco.adapters.registry import parse_adapter_option, parse_name_option
-from guanaco.adapters.weights import check_weights_exist
+from guanaco.adapters.weights import WEIGHTS_NAME, check_weights_exist
 from guanaco.models.chat_template import TEMPLATE_NAMES, ChatTemplate, load_template
 from guanaco.models.config import read_config
 from guanaco.models.demo import DEMO_NAME, demo_adapters
 from guanaco.server.config import Settings
 from guanaco.server.errors import CommandError
+
+_HUB_FOLDER = re.compile(r"models--(?P<id>[A-Za-z0-9][\w.-]*)")
 
 
 def adapter_options(settings: Settings) -> list[tuple[str, Path]]:
@@ -48,7 +52,15 @@ def base_root(settings: Settings) -> str:
     if settings.model is None:
         return DEMO_NAME
     path = Path(settings.model).expanduser()
-    return path.absolute().name if path.exists() else settings.model
+    return _local_name(Path(os.path.abspath(path))) if path.exists() else settings.model
+
+
+def _local_name(path: Path) -> str:
+    """What a local model is called. A snapshot in a hub cache is called as its repository: its own name is a commit."""
+    match = _HUB_FOLDER.fullmatch(path.parent.parent.name)
+    if path.parent.name == "snapshots" and match is not None:
+        return "/".join(match["id"].split("--", 1))
+    return path.name
 
 
 def check_before_loading(settings: Settings, wanted: str | None = None) -> None:
@@ -80,6 +92,7 @@ def _check_adapter(name: str, path: Path, *, has_profile: bool) -> None:
     files = AdapterFiles.find(path, name, CONFIG_NAME)
     parse_config(files.read(CONFIG_NAME, MAX_CONFIG_BYTES))
     check_weights_exist(files)
+    files.open(WEIGHTS_NAME).close()
     if not has_profile:
         read_profile(path, name, TEMPLATE_NAMES)
 

@@ -36,7 +36,10 @@ class SamplingDefaults:
 
     @classmethod
     def from_generation_config(cls, config: Mapping[str, Any]) -> "SamplingDefaults":
-        """The defaults in a `generation_config.json`; values that no client could ask for either are left out."""
+        """The defaults in a `generation_config.json`; values that no client could ask for either are left out.
+
+        `do_sample: false` is temperature 0, whatever temperature is beside it, as in transformers.
+        """
         bounds = {
             "temperature": (0.0, 2.0),
             "top_p": (1e-9, 1.0),
@@ -49,6 +52,8 @@ class SamplingDefaults:
             value = config.get(name)
             if isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most:
                 given[name] = int(value) if name == "top_k" else float(value)
+        if config.get("do_sample") is False:
+            given["temperature"] = 0.0
         return cls(**given)
 
 

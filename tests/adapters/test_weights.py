@@ -1,7 +1,10 @@
 """Loaded adapters against PEFT's own delta weights, what names a version, and adapters that are refused."""
 
 import json
+import shlex
 import shutil
+import subprocess
+import sys
 
 import peft
 import pytest
@@ -236,7 +239,6 @@ BAD_TENSORS = {
     "all_negative_zero": ("zero_effect", scaled("lora_B", -0.0)),
     "a_missing": ("missing_tensor", without(A)),
     "b_missing": ("missing_tensor", without(B)),
-    "module_missing": ("missing_tensor", without(A, B)),
     "rank_of_a_differs": ("rank_mismatch", replaced(A, torch.ones(5, 64))),
     "rank_of_b_differs": ("rank_mismatch", replaced(B, torch.ones(64, 3))),
     "both_ranks_differ": ("rank_mismatch", lambda t: {**t, A: torch.ones(8, 64), B: torch.ones(64, 8)}),
@@ -308,7 +310,6 @@ BAD_CONFIGS = {
     "alpha_zero": ("zero_effect", {"lora_alpha": 0}),
     "rank_in_config_differs": ("rank_mismatch", {"r": 8}),
     "rank_pattern_differs": ("rank_mismatch", {"rank_pattern": {"layers.1.self_attn.q_proj": 2}}),
-    "targets_more": ("missing_tensor", {"target_modules": ["q_proj", "v_proj", "k_proj"]}),
     "targets_less": ("untargeted_tensor", {"target_modules": ["q_proj"]}),
     "targets_nothing_here": ("no_targets", {"target_modules": ["Wqkv"]}),
     "layers_less": ("untargeted_tensor", {"layers_to_transform": [0]}),
@@ -357,3 +358,51 @@ def test_unfinished_directories(targets, tmp_path):
     with pytest.raises(AdapterError) as error:
         load_adapter(path, targets)
     assert error.value.code == "file_too_large"
+
+
+def test_modules_without_tensors_stay_as_the_base_has_them(base, targets, tmp_path):
+    """As PEFT loads it: MLX trains the top layers only, and its config targets the module in every layer."""
+    path = make_adapter(tmp_path, targets, 4, modules=["q_proj", "v_proj"])
+    edit_config(path, target_modules=["q_proj", "v_proj", "k_proj"])
+    rewrite(path, lambda t: {name: tensor for name, tensor in t.items() if "layers.0." not in name})
+    adapter = load_adapter(path, targets)
+    model = peft.PeftModel.from_pretrained(base, path)
+    oracle = {
+        name.removeprefix("base_model.model.model."): layer.get_delta_weight("default")
+        for name, layer in model.named_modules()
+        if isinstance(layer, peft.tuners.lora.LoraLayer)
+    }
+    model.unload()
+    assert len(oracle) == 9
+    assert set(adapter.pairs) == {name for name, delta in oracle.items() if delta.any()}
+    assert len(adapter.pairs) == 4
+    for name, pair in adapter.pairs.items():
+        torch.testing.assert_close(pair.scale * pair.b @ pair.a, oracle[name])
+    (note,) = adapter.notes
+    assert note.startswith("5 of 9 targeted modules have no tensors")
+    assert "layers.0.self_attn.q_proj" in note
+
+
+def test_a_sharded_adapter_is_refused_with_the_line_that_joins_it(targets, tmp_path):
+    path = make_adapter(tmp_path, targets, 4)
+    whole = load_adapter(path, targets).version
+    tensors = sorted(safetensors.torch.load_file(path / WEIGHTS).items())
+    (path / WEIGHTS).unlink()
+    for number, part in enumerate((tensors[:9], tensors[9:]), start=1):
+        safetensors.torch.save_file(dict(part), path / f"adapter_model-{number:05d}-of-00002.safetensors")
+    (path / "adapter_model.safetensors.index.json").write_text("{}")
+    with pytest.raises(AdapterError, match="2 files") as error:
+        load_adapter(path, targets)
+    assert error.value.code == "weights_sharded"
+    line = shlex.split(str(error.value).partition("with: ")[2])
+    subprocess.run([sys.executable, *line[1:]], cwd=path, check=True)
+    assert load_adapter(path, targets).version == whole
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "adapter_config.json"])
+def test_a_git_lfs_pointer_is_called_so(targets, tmp_path, name):
+    path = make_adapter(tmp_path, targets, 4)
+    (path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 9\n")
+    with pytest.raises(AdapterError, match="git lfs pull") as error:
+        load_adapter(path, targets)
+    assert (error.value.code, error.value.field) == ("lfs_pointer", name)

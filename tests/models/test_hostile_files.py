@@ -54,6 +54,24 @@ def test_files_of_a_terabyte_are_refused_before_they_are_read(name: str, read: A
         read(sparse(tmp_path / name, b"{"))
 
 
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("config.json", lambda path: read_config(path.parent)),
+        ("tokenizer.json", lambda path: Tokenizer.from_directory(path.parent)),
+        ("tokenizer.model", read_sentencepiece),
+        ("chat_template.jinja", lambda path: Tokenizer.from_directory(path.parent)),
+        ("model.safetensors", SafetensorsFile),
+        ("model.gguf", GgufCheckpoint),
+    ],
+)
+def test_a_git_lfs_pointer_is_called_so(name: str, read: Any, tmp_path: Path) -> None:
+    write_byte_level(tmp_path)
+    (tmp_path / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 99\n")
+    with pytest.raises(ModelError, match=rf"{name}.* a Git LFS pointer .*run `git lfs pull`"):
+        read(tmp_path / name)
+
+
 def test_headers_of_terabytes_are_refused_before_they_are_read(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="does not start with a safetensors header"):
         SafetensorsFile(sparse(tmp_path / "a.safetensors", struct.pack("<Q", TERABYTE >> 1)))

@@ -165,6 +165,20 @@ def test_the_models_own_defaults_apply_where_the_client_says_nothing() -> None:
         assert (params.temperature, params.top_p, params.top_k, params.repetition_penalty) == (0, 1, 0, 1)
 
 
+def test_a_model_that_does_not_sample_is_greedy_unless_the_client_says_more() -> None:
+    """transformers' `generate` ignores the temperature beside `do_sample: false`."""
+    defaults = SamplingDefaults.from_generation_config({"do_sample": False, "temperature": 0.6, "top_p": 0.9})
+    assert defaults.temperature == 0
+    assert SamplingDefaults.from_generation_config({"temperature": 0.6}).temperature == 0.6
+    assert SamplingDefaults.from_generation_config({"do_sample": None}).temperature == 1
+    state = make_state()
+    object.__setattr__(state, "defaults", defaults)
+    with LiveServer(state) as server:
+        for fields, temperature in (({}, 0), ({"temperature": 0.7}, 0.7)):
+            post(server, chat_body("x", max_tokens=1, **fields))
+            assert server.engine.requests[-1].params.temperature == temperature
+
+
 def test_harmless_fields_are_ignored(server: LiveServer) -> None:
     harmless = {
         "user": "u",
