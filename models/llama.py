@@ -129,6 +129,10 @@ class LlamaModel:
 
     def forward(self, batch: ForwardBatch, kv: PagedKVCache) -> Tensor:
         """float32 logits [r, vocab] of the batch's `logit_rows`; K and V of all its rows are written to `kv`."""
+        return self.logits(self.hidden(batch, kv)[batch.logit_rows])
+
+    def hidden(self, batch: ForwardBatch, kv: PagedKVCache) -> Tensor:
+        """What the last layer leaves [rows, hidden], for `logits`; K and V of all rows are written to `kv`."""
         x = self.ops.embedding(batch.token_ids, self._embedding)
         angles = self._rotary(batch.positions)
         caches = [kv.layer(index) for index in range(self.config.num_layers)]
@@ -137,7 +141,11 @@ class LlamaModel:
         else:
             for layer, cache in zip(self._layers, caches, strict=True):
                 x = layer(x, angles, batch, cache)
-        return self.ops.lm_head(self._norm(x[batch.logit_rows]), self._lm_head)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 logits [r, vocab] of rows of `hidden`. A row takes 4 · vocab bytes: ask for few at a time."""
+        return self.ops.lm_head(self._norm(hidden), self._lm_head)
 
     def _decoder_layer(self, weights: WeightSource, index: int) -> DecoderLayer:
         config, ops, prefix = self.config, self.ops, f"layers.{index}"

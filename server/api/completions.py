@@ -43,12 +43,25 @@ def prepare_completion(
     """Validate and tokenise. Runs on a worker thread."""
     fields = take_fields(data, COMPLETION_FIELDS)
     body = fields.validate(CompletionBody)
+    if body.max_tokens == 0 and not body.echo:
+        raise bad_request("max_tokens: 0 needs echo: without the prompt, the answer would be empty", "max_tokens")
     check_request(body, state.num_token_ids)
     model = acquire_model(state, body, caller, admission)
     prompts = tuple(_prompt(state, body, prompt, model) for prompt in body.prompt)
+    _check_scored_size(body, sum(len(prompt.token_ids) for prompt in prompts))
     salt = state.keys.cache_salt(caller.key, body.cache_salt)
     prepared = Prepared(body, model, prompts, salt, fields.ignored)
     return prepared, CompletionAnswer(body, model, state.tokenizer, prompts)
+
+
+def _check_scored_size(body: CompletionBody, num_tokens: int) -> None:
+    """400 where the answer would hold too many log-probabilities of the prompts: each takes memory until it is sent."""
+    if not body.echo or body.logprobs is None:
+        return
+    if num_tokens * (body.logprobs + 1) * body.n > protocol.MAX_PROMPT_LOGPROBS:
+        most = f"at most {protocol.MAX_PROMPT_LOGPROBS} log-probabilities of prompts in one answer"
+        advice = "send fewer prompts, or ask for fewer logprobs"
+        raise bad_request(f"{most}, which is tokens of all prompts x (logprobs + 1) x n: {advice}", "logprobs")
 
 
 def _prompt(state: ApiState, body: CompletionBody, prompt: protocol.Prompt, model: ServedModel) -> Prompt:

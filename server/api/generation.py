@@ -148,6 +148,8 @@ class Generation:
         if output.queue_seconds is not None:
             choice.queue_seconds = output.queue_seconds
         if output.finish_reason is not None:
+            if choice.request.params.max_tokens == 0 and output.finish_reason is FinishReason.LENGTH:
+                metrics.observe_prompt(adapter, choice.num_prompt_tokens)  # else its first token has
             self._finish(choice, output.finish_reason)
 
     def _finish(self, choice: Choice, reason: FinishReason) -> None:

@@ -31,6 +31,7 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_TOP_K = 1000
 MAX_TOP_LOGPROBS = 20
 MAX_COMPLETION_LOGPROBS = 20  # OpenAI: 5
+MAX_PROMPT_LOGPROBS = 2**20  # of all prompts of a request, each position's own and its likeliest ones
 DEFAULT_COMPLETION_TOKENS = 16  # max_tokens of a text completion, as OpenAI documents it; in chat: the room left
 MAX_LOGIT_BIAS = 300
 MAX_TOTAL_TOKENS = 8192  # n × max_tokens where n > 1, or the context where that is longer
@@ -282,6 +283,7 @@ class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
     prompt: Prompts
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None  # 0: with echo, the prompt is scored
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None = None
     add_special_tokens: bool | None = None

@@ -92,7 +92,7 @@ def sampling_params(
     """
     stop_tokens, stop_strings = _stops(body, more_stops, tokenizer)
     room = max_model_len - num_prompt_tokens
-    if room < 1:
+    if room < (limit != 0):  # a prompt that is only scored may fill the context
         raise context_exceeded(num_prompt_tokens, max_model_len, prompt_name)
     if limit is not None and limit > room:
         raise ApiError(

@@ -19,7 +19,10 @@ from guanaco.models.forward_batch import ForwardBatch
 from guanaco.models.kv_cache import PagedKVCache
 from guanaco.models.llama import LlamaModel
 from guanaco.server.engine.request import SampledToken, ScheduledBatch, ScheduledSequence, TokenLogprob
-from guanaco.server.engine.sampler import SamplingRow, sample, token_logprobs
+from guanaco.server.engine.sampler import NOT_FINITE, SamplingRow, sample, token_logprobs
+
+# A prompt is scored in pieces whose logits take no more than this: a step of 512 tokens over 128,000 ids took 262 MB.
+_SCORED_LOGITS_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -78,19 +81,34 @@ class ModelRunner:
         """One result per scheduled sequence; `begin` is called before the forward pass. Writes K and V again if it is
         run again; nothing else is changed."""
         scored = [_scored_positions(item) for item in batch.sequences]
-        logits = self._forward(batch, scored, begin)
-        drawn = iter(self._draw(batch, logits, scored))
-        results, first = [], 0
-        for item, positions in zip(batch.sequences, scored, strict=True):
+        rows = self._step_rows(batch)
+        logits, hidden = self._forward(batch, rows, begin, keep_hidden=any(scored))
+        drawn = iter(self._draw(batch, logits))
+        results, index = [], 0
+        for item, positions, first_row in zip(batch.sequences, scored, rows.ends, strict=False):
             token = next(drawn) if item.needs_sample else SampledToken(None)
-            if positions:
-                found = _prompt_logprobs(item, logits[first : first + len(positions)], positions)
-                token = replace(token, prompt_logprobs=found)
-            first += len(positions) + item.needs_sample
             if item.needs_sample and item.sequence.request.params.return_logits:
-                token = replace(token, logits=logits[first - 1].float().cpu().numpy().tobytes())
+                token = replace(token, logits=logits[index].float().cpu().numpy().tobytes())
+            index += item.needs_sample
+            if positions and token.error is None:
+                assert hidden is not None
+                start = first_row + positions.start - item.sequence.num_computed_tokens
+                token = self._score(item, hidden[start : start + len(positions)], positions, token)
             results.append(token)
         return tuple(results)
+
+    def _score(self, item: ScheduledSequence, hidden: Tensor, positions: range, token: SampledToken) -> SampledToken:
+        """The token with the log-probabilities of the prompt's next tokens, a few rows of logits at a time."""
+        num_top = item.sequence.request.params.prompt_logprobs or 0
+        at_once = max(1, _SCORED_LOGITS_BYTES // (4 * self._model.config.vocab_size))
+        found: list[TokenLogprob] = []
+        for first in range(0, len(positions), at_once):
+            logits = self._model.logits(hidden[first : first + at_once])
+            if not bool(torch.isfinite(logits.sum(dim=-1)).all()):
+                return SampledToken(None, error=NOT_FINITE)
+            predicted = [item.sequence.token_ids[p + 1] for p in positions[first : first + at_once]]
+            found += token_logprobs(logits, predicted, [num_top] * len(predicted))
+        return replace(token, prompt_logprobs=tuple(found))
 
     @torch.inference_mode()
     def probe(self) -> None:
@@ -107,37 +125,40 @@ class ModelRunner:
         )
         self._model.forward(batch, self._kv)
 
-    def _draw(self, batch: ScheduledBatch, logits: Tensor, scored: list[range]) -> list[SampledToken]:
-        """The next token of each sequence that needs one: its row of logits is the last of its own."""
-        indexes, rows, end = [], [], 0
-        for item, positions in zip(batch.sequences, scored, strict=True):
-            end += len(positions) + item.needs_sample
+    def _draw(self, batch: ScheduledBatch, logits: Tensor) -> list[SampledToken]:
+        """The next token of each sequence that needs one: each has a row of logits."""
+        rows = []
+        for item in batch.sequences:
             if item.needs_sample:
                 request = item.sequence.request
                 output_ids = item.sequence.token_ids[item.sequence.num_prompt_tokens :]
-                indexes.append(end - 1)
                 rows.append(SamplingRow(request.params, request.prompt_token_ids, output_ids))
-        return sample(logits if len(rows) == len(logits) else logits[indexes], rows, self._eos_ids, self._model.ops)
+        return sample(logits, rows, self._eos_ids, self._model.ops)
 
-    def _forward(self, batch: ScheduledBatch, scored: list[range], begin: Callable[[], None]) -> Tensor:
-        rows = self._step_rows(batch, scored)
+    def _forward(
+        self, batch: ScheduledBatch, rows: StepRows, begin: Callable[[], None], *, keep_hidden: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The logits to draw from; with keep_hidden, also what the last layer leaves of every row, to be scored."""
         path = self._decode_path
         decodes = all(item.num_new_tokens == 1 and item.needs_sample for item in batch.sequences)
-        if path is not None and decodes and not any(scored) and len(batch.sequences) <= path.max_rows:
+        if path is not None and decodes and not keep_hidden and len(batch.sequences) <= path.max_rows:
             begin()
-            return path.forward(rows, self._slots.table)
+            return path.forward(rows, self._slots.table), None
         forward_batch = self._forward_batch(rows)
         begin()
-        return self._model.forward(forward_batch, self._kv)
+        if not keep_hidden:
+            return self._model.forward(forward_batch, self._kv), None
+        hidden = self._model.hidden(forward_batch, self._kv)
+        return self._model.logits(hidden[forward_batch.logit_rows]), hidden
 
-    def _step_rows(self, batch: ScheduledBatch, scored: list[range]) -> StepRows:
+    def _step_rows(self, batch: ScheduledBatch) -> StepRows:
         size = self._kv.block_size
         rows = StepRows([], [], [], [], [], [0], [], [])
-        for item, prompt_positions in zip(batch.sequences, scored, strict=True):
+        for item in batch.sequences:
             sequence = item.sequence
             start, stop = sequence.num_computed_tokens, sequence.num_computed_tokens + item.num_new_tokens
-            wanted = [*prompt_positions, stop - 1] if item.needs_sample else prompt_positions
-            rows.logit_rows.extend(rows.ends[-1] + position - start for position in wanted)
+            if item.needs_sample:
+                rows.logit_rows.append(rows.ends[-1] + item.num_new_tokens - 1)
             rows.token_ids.extend(sequence.token_ids[start:stop])
             rows.positions.extend(range(start, stop))
             rows.slot_mapping.extend(sequence.block_table[p // size] * size + p % size for p in range(start, stop))
@@ -182,9 +203,3 @@ def _scored_positions(item: ScheduledSequence) -> range:
         return range(0)
     start, stop = sequence.num_computed_tokens, sequence.num_computed_tokens + item.num_new_tokens
     return range(max(start, sequence.num_prompt_logprobs), min(stop, sequence.num_prompt_tokens - 1))
-
-
-def _prompt_logprobs(item: ScheduledSequence, logits: Tensor, positions: range) -> tuple[TokenLogprob, ...]:
-    num_top = item.sequence.request.params.prompt_logprobs or 0
-    predicted = [item.sequence.token_ids[position + 1] for position in positions]
-    return tuple(token_logprobs(logits, predicted, [num_top] * len(predicted)))

@@ -19,7 +19,7 @@ class FinishReason(StrEnum):
 class SamplingParams:
     """How the next token is drawn. Everything is validated by the API before it gets here."""
 
-    max_tokens: int
+    max_tokens: int  # 0: none; the prompt is computed, and scored where prompt_logprobs are asked for
     temperature: float = 1.0  # 0: argmax
     top_p: float = 1.0
     top_k: int = 0  # 0: all
@@ -108,11 +108,21 @@ class Sequence:
     num_prompt_logprobs: int = 0  # of the prompt's positions, how many have been reported
 
     def __post_init__(self) -> None:
-        self.versions = self.request.versions  # of its adapters; looked at in every step
+        self.versions = self.request.versions  # of its adapters; looked at in every step, as the next one
+        self.generates = self.request.params.max_tokens > 0
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    def draws_after(self, num_new: int) -> bool:
+        """Whether a token is to be drawn once the next `num_new` positions are computed."""
+        return self.generates and self.num_computed_tokens + num_new == len(self.token_ids)
+
+    @property
+    def is_all_scored(self) -> bool:
+        """Whether it was only to be computed, and is."""
+        return not self.generates and self.num_computed_tokens == len(self.token_ids)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -128,7 +138,7 @@ class ScheduledSequence(NamedTuple):  # made for every sequence in every step: a
 
     sequence: Sequence
     num_new_tokens: int
-    needs_sample: bool  # the last of these tokens is the newest known one: draw the next
+    needs_sample: bool  # the last of these tokens is the newest known one, and another is wanted: draw the next
 
 
 @dataclass(frozen=True)

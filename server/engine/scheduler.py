@@ -99,7 +99,7 @@ class Scheduler:
         rows = self.limits.num_rows
         if rows is not None and not 0 <= min(request.prompt_token_ids) <= max(request.prompt_token_ids) < rows:
             raise ValueError(f"the prompt has a token id that the model's {rows} embedding rows do not hold")
-        if length + 1 > limit:
+        if length + (request.params.max_tokens > 0) > limit:
             raise ValueError(f"the prompt has {length} tokens, and a context of {limit} must hold it and one more")
         versions = {lora.version for lora in request.loras}
         if not self.slots.can_ever_fit(versions):
@@ -190,7 +190,7 @@ class Scheduler:
             sequence.num_computed_tokens += item.num_new_tokens
             self.blocks.commit(sequence)
             sequence.num_prompt_logprobs += len(token.prompt_logprobs)
-            if item.needs_sample or token.prompt_logprobs:
+            if item.needs_sample or token.prompt_logprobs or sequence.is_all_scored:
                 outputs.append(self._advance(sequence, token))
         outputs += self._outputs
         self._outputs = []
@@ -205,6 +205,8 @@ class Scheduler:
             sequence.token_ids.append(token.token_id)
             new_ids = (token.token_id,)
             reason, stop_reason = self._finish_reason(sequence, token.token_id)
+        elif sequence.is_all_scored:
+            reason = FinishReason.LENGTH
         if reason is not None:
             self._release(sequence, reason)
         return TokenOutput(
@@ -265,7 +267,7 @@ class Scheduler:
             if sequence.status is not Status.RUNNING or not share.has_turn(sequence, leave_room=leave_room):
                 continue
             if self._make_room(sequence, 1, chosen):
-                chosen[sequence.arrival_number] = ScheduledSequence(sequence, 1, True)
+                chosen[sequence.arrival_number] = ScheduledSequence(sequence, 1, sequence.generates)
                 share.take_decoding(sequence)
 
     def _make_room(self, sequence: Sequence, num_new: int, chosen: dict[int, ScheduledSequence]) -> bool:
@@ -310,8 +312,7 @@ class Scheduler:
                     sequence.queue_seconds = now - sequence.request.arrival_seconds
             num_new = min(share.for_prompt(sequence), sequence.num_tokens - sequence.num_computed_tokens)
             if self._make_room(sequence, num_new, chosen):
-                needs_sample = sequence.num_computed_tokens + num_new == sequence.num_tokens
-                chosen[sequence.arrival_number] = ScheduledSequence(sequence, num_new, needs_sample)
+                chosen[sequence.arrival_number] = ScheduledSequence(sequence, num_new, sequence.draws_after(num_new))
                 prompts.append(sequence)
                 share.take_prompt(sequence, num_new)
         for sequence in prompts:

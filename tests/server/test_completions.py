@@ -146,6 +146,58 @@ def test_echo_with_logprobs_is_what_lm_eval_reads(server: LiveServer) -> None:
     assert server.engine.requests[-1].params.prompt_logprobs == 1
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_no_tokens_and_echo_score_the_prompts(server: LiveServer, streaming: bool) -> None:
+    """As OpenAI's route does it; strings and token ids, several at once. Nothing is generated."""
+    for prompt, ids in (
+        ([[97, 98, 99], [BOS]], [(97, 98, 99), (BOS,)]),
+        (["ab", "c"], [(BOS, *b"ab"), (BOS, *b"c")]),
+    ):
+        body = {"prompt": prompt, "max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0, "model": TERSE}
+        if streaming:
+            events = stream(server, **body, stream_options={"include_usage": True})
+            choices = sorted((e["choices"][0] for e in events[:-2]), key=lambda choice: choice["index"])
+            usage = events[-2]["usage"]
+        else:
+            answer = post(server, **body)
+            choices, usage = answer["choices"], answer["usage"]
+        assert [r.prompt_token_ids for r in server.engine.requests[-2:]] == ids
+        assert all(r.params.max_tokens == 0 and r.params.prompt_logprobs == 1 for r in server.engine.requests[-2:])
+        assert usage["completion_tokens"] == 0
+        assert usage["total_tokens"] == usage["prompt_tokens"] == sum(map(len, ids))
+        for choice, tokens in zip(choices, ids, strict=True):
+            assert choice["text"] == FakeTokenizer().decode(tokens)
+            assert choice["finish_reason"] == "length"
+            logprobs = choice["logprobs"]
+            assert logprobs["token_logprobs"] == [None] + [-0.125] * (len(tokens) - 1)
+            assert logprobs["top_logprobs"][0] is None
+            assert all(max(top.values()) == -0.125 for top in logprobs["top_logprobs"][1:])
+
+
+def test_a_scored_prompt_may_fill_the_context_and_is_counted(server: LiveServer) -> None:
+    def counted() -> float:
+        return server.state.metrics.registry.get_sample_value("vllm:prompt_tokens_total", {"model_name": BASE})
+
+    before = counted()
+    ids = [97] * MAX_MODEL_LEN
+    post(server, prompt=ids, max_tokens=0, echo=True, logprobs=0)
+    assert counted() == before + MAX_MODEL_LEN
+    for wrong in ({"prompt": [*ids, 97], "max_tokens": 0}, {"prompt": ids, "max_tokens": 1}, {"prompt": ids}):
+        error = post(server, 400, **wrong, echo=True)["error"]
+        assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
+
+
+def test_what_a_scored_prompt_needs(server: LiveServer) -> None:
+    error = post(server, 400, prompt="abc", max_tokens=0)["error"]
+    assert error["param"] == "max_tokens"
+    assert "echo" in error["message"]
+    assert post(server, prompt="abc", max_tokens=0, echo=True)["choices"][0]["text"] == "abc", "without logprobs"
+    many = {"prompt": [[97] * MAX_MODEL_LEN] * 13, "max_tokens": 0, "echo": True}
+    error = post(server, 400, **many, logprobs=20)["error"]  # 13 x 4096 x 21
+    assert (error["param"], str(2**20) in error["message"]) == ("logprobs", True)
+    assert post(server, **{**many, "prompt": many["prompt"][:1]}, logprobs=20)["choices"]
+
+
 def test_echo_with_logprobs_of_an_answer_that_ends_at_once(server: LiveServer) -> None:
     post(server, prompt=[97, 98])
     reply = reply_of(server.engine.requests[-1])

@@ -22,6 +22,7 @@ from guanaco.kernels.lora_batch import LoraBatch
 from guanaco.models.kv_cache import PagedKVCache
 from guanaco.models.llama import LlamaModel
 from guanaco.models.loader import load_model
+from guanaco.server.engine import model_runner
 from guanaco.server.engine.block_manager import BlockManager
 from guanaco.server.engine.engine import Engine
 from guanaco.server.engine.model_runner import ModelRunner
@@ -236,6 +237,58 @@ def test_logprobs_are_the_models(setting: Setting) -> None:
             values, ids = row.topk(num_top)
             assert [token for token, _ in entry.top] == ids.tolist()
             assert [value for _, value in entry.top] == pytest.approx(values.tolist(), abs=1e-3)
+
+
+def test_a_scored_prompt_is_the_models(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is generated: base and adapters at once, in one chunk and in many, preempted, cached before, few rows of
+    logits at a time; the numbers are those of a request that generates, and the greedy ones are exactly the largest."""
+    lengths = {"a": 1, "b": 2, "c": 41, "d": 60, "e": 128}  # the last one fills the context
+    adapters: dict[str, tuple[str, ...]] = {"a": (), "b": ("x",), "c": (), "d": ("y", "z"), "e": ("x",)}
+
+    def requests(max_tokens: int, **fields: Any) -> list[Request]:
+        return [
+            request(setting, name, prompt_of(i, length), *adapters[name], max_tokens=max_tokens, **fields)
+            for i, (name, length) in enumerate(lengths.items())
+        ]
+
+    known = Run(setting)
+    known(*[r for r in requests(1, prompt_logprobs=2) if r.request_id != "e"])
+    oracle = transformers_oracle(setting.path)
+    expected = torch.log_softmax(oracle_logits(oracle, prompt_of(2, 41)).double(), dim=-1)
+    for options, at_once in (({}, 10**6), ({"budget": 8}, 3), ({"num_blocks": 40}, 1), ({"num_slots": 2}, 64)):
+        monkeypatch.setattr(model_runner, "_SCORED_LOGITS_BYTES", at_once * 4 * setting.model.config.vocab_size)
+        run = Run(setting, **options)
+        rows = []
+        original = setting.model.logits
+        monkeypatch.setattr(setting.model, "logits", lambda h, f=original, seen=rows: (seen.append(len(h)), f(h))[1])
+        run(*[replace(r, request_id=f"{r.request_id} before") for r in requests(1)[:4]])  # leaves blocks to be found
+        rows.clear()
+        assert run(*requests(0, prompt_logprobs=2)) == {name: [] for name in lengths}
+        monkeypatch.setattr(setting.model, "logits", original)
+        assert max(rows) <= at_once
+        for name, length in lengths.items():
+            entries = [entry for output in run.outputs[name] for entry in output.prompt_logprobs]
+            prompt = run.outputs[name], prompt_of(list(lengths).index(name), length)[1:]
+            assert [entry.token_id for entry in entries] == list(prompt[1])
+            assert run.outputs[name][-1].finish_reason is FinishReason.LENGTH
+            if name != "e":
+                before = [entry for output in known.outputs[name] for entry in output.prompt_logprobs]
+                assert [e.logprob for e in entries] == pytest.approx([e.logprob for e in before], abs=1e-4)
+            for entry in entries:
+                assert (entry.logprob == entry.top[0][1]) == (entry.token_id == entry.top[0][0])
+        numbers = [entry.logprob for output in run.outputs["c"] for entry in output.prompt_logprobs]
+        wanted = [float(expected[i][token]) for i, token in enumerate(prompt_of(2, 41)[1:])]
+        assert numbers == pytest.approx(wanted, abs=1e-3)
+
+
+def test_a_scored_prompt_that_is_no_number_fails_alone(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = setting.model.logits
+    run = Run(setting)
+    monkeypatch.setattr(setting.model, "logits", lambda h: original(h) * (float("nan") if len(h) == 8 else 1))
+    run.engine.add_request(request(setting, "bad", prompt_of(1, 9), max_tokens=0, prompt_logprobs=1))
+    run.outputs["bad"] = []
+    run(request(setting, "good", prompt_of(2, 12), max_tokens=0, prompt_logprobs=1))
+    assert run.outputs["bad"][-1].error == "numerical_error"
 
 
 def test_a_probe_runs_the_model_and_disturbs_nobody(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,6 +137,26 @@ def test_a_request_that_can_never_run_is_refused_with_the_numbers() -> None:
     assert bench.waiting == ["fits"]
 
 
+def test_a_prompt_without_tokens_to_generate_is_computed_and_ends() -> None:
+    bench = Bench()
+    bench.add("scored", 64, max_tokens=0)  # as long as the context: there is nothing to come after it
+    bench.add("one", 1, max_tokens=0, first=1)
+    bench.add("other", 3, max_tokens=2, first=2)
+    ends: dict[str, TokenOutput] = {}
+    for _ in range(20):
+        for output in bench.step():
+            if output.finish_reason is not None:
+                ends[output.request_id] = output
+    assert {name: (o.finish_reason, o.token_ids) for name, o in ends.items()} == {
+        "scored": (FinishReason.LENGTH, ()),
+        "one": (FinishReason.LENGTH, ()),
+        "other": (FinishReason.LENGTH, (1,)),
+    }
+    assert not bench.scheduler.has_work
+    with pytest.raises(ValueError, match="65 tokens"):
+        bench.add("too long", 65, max_tokens=0)
+
+
 def test_the_end_of_the_context_is_a_length() -> None:
     bench = Bench(num_blocks=16)
     bench.add("a", 60, max_tokens=100)

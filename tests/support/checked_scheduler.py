@@ -109,7 +109,8 @@ class CheckedScheduler(Scheduler):
             assert sequence.status is Status.RUNNING
             missing = sequence.num_tokens - sequence.num_computed_tokens
             assert 1 <= item.num_new_tokens <= missing
-            assert item.needs_sample == (item.num_new_tokens == missing)
+            generates = sequence.request.params.max_tokens > 0
+            assert item.needs_sample == (generates and item.num_new_tokens == missing)
             room = len(sequence.block_table) * self.blocks.block_size
             assert sequence.num_computed_tokens + item.num_new_tokens <= room, "tokens without a block"
         for sequence in self.running:

@@ -160,7 +160,9 @@ class FakeStream:
             self.engine.num_tokens += len(token_ids)
             if finish is not None:
                 self._leave()
-            yield self._output(text, token_ids, logprobs, prompt_logprobs, finish, stop, None, position + 1)
+            yield self._output(
+                text, token_ids, logprobs, prompt_logprobs, finish, stop, None, position + bool(token_ids)
+            )
             prompt_logprobs = ()
 
     async def _pace(self, script: Script) -> None:
@@ -201,6 +203,8 @@ def logprob_of(token_id: int, num_top: int) -> TokenLogprob:
 def _tokens_of(request: Request) -> list[tuple[tuple[int, ...], str, FinishReason | None, str | None]]:
     """(token ids, text, finish, stop reason) of each step. A character counts as one token, its first byte's id."""
     params, reply = request.params, reply_of(request)
+    if params.max_tokens == 0:
+        return [((), "", FinishReason.LENGTH, None)]
     steps: list[tuple[tuple[int, ...], str, FinishReason | None, str | None]] = []
     for position, character in enumerate(reply[: params.max_tokens]):
         last = position + 1 == params.max_tokens

@@ -187,7 +187,7 @@ class Simulation:
             adapters = tuple(LoraRef(version, random.choice((1.0, 1.0, 0.5))) for version in chosen)
         self._num_made += 1
         params = SamplingParams(
-            max_tokens=random.choice((1, 5, 12, 30, 100)),
+            max_tokens=random.choice((0, 1, 5, 12, 30, 100)),
             seed=random.randrange(4),
             ignore_eos=random.random() < 0.5,
             min_tokens=random.choice((0, 0, 3)),
@@ -207,7 +207,7 @@ class Simulation:
 
     def submit(self, request: Request) -> bool:
         self._num_submitted += 1
-        fits = len(request.prompt_token_ids) + 1 <= self.world.max_model_len
+        fits = len(request.prompt_token_ids) + (request.params.max_tokens > 0) <= self.world.max_model_len
         fits = fits and len(set(request.versions)) <= self.world.num_slots
         fits = fits and self.adapters.fit_together(request.versions)
         try:
@@ -299,6 +299,13 @@ class Simulation:
         if output.error is not None:
             assert self._is_to_fail(client, output.error), f"error {output.error}"
             return FinishReason.ERROR
+        if params.max_tokens == 0:
+            assert not output.token_ids, "tokens that nobody asked for"
+            num_missing = len(client.request.prompt_token_ids) - 1 - client.num_prompt_logprobs
+            is_scored = params.prompt_logprobs is None or not num_missing
+            assert is_scored if output.finish_reason else output.prompt_logprobs, "scored in part, or an empty output"
+            self.report.counts["scored"] += bool(output.finish_reason)
+            return FinishReason.LENGTH if output.finish_reason else None
         if not output.token_ids:
             return None
         token = output.token_ids[-1]
