@@ -44,7 +44,13 @@ def reconcile_special_ids(
     elif config_bos is not None and config_bos >= 0 and config_bos != bos_id:
         ours = "none" if bos_id is None else f"{bos_id}, {name(bos_id)}"
         notes.append(f"config.json says bos {config_bos} ({name(config_bos)}); the tokenizer's is used: {ours}")
-    eos_ids = list(tokenizer.eos_ids)
+    if bos_id is not None and bos_id >= num_rows:
+        text = f"bos is {bos_id} ({name(bos_id)}), and the model has {num_rows} embedding rows"
+        notes.append(f"{text}: texts that begin with it are refused; get the tokenizer that belongs to the model")
+    eos_ids = [index for index in tokenizer.eos_ids if index < num_rows]
+    for index in set(tokenizer.eos_ids).difference(eos_ids):
+        text = f"the tokenizer says eos {index} ({name(index)}), and the model has {num_rows} tokens"
+        notes.append(f"{text}: it cannot end a text")
     for source, stated in (("config.json", config_eos), ("generation_config.json", generation_eos)):
         for index in _listed(source, stated):
             if index < 0 or index in eos_ids:  # -1 means none

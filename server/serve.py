@@ -81,6 +81,12 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
+def _probe_token_ids(base: Base, most: int) -> tuple[int, ...]:
+    """What adapters are tried out with: at most so many ids, and only such as the model has."""
+    num_rows = base.loaded.config.vocab_size
+    return tuple(index for index in base.tokenizer.encode(_PROBE_TEXT) if index < num_rows)[:most]
+
+
 def _api_state(settings: Settings, runtime: Runtime, keys: KeyRing, admin_keys: KeyRing) -> ApiState:
     base, plan = runtime.base, runtime.plan
     metrics = Metrics(
@@ -140,7 +146,7 @@ def _adapter_manager(
             RegistryFile(store.directory / "registry.json"),
             engine,
             policy,
-            probe_token_ids=tuple(base.tokenizer.encode(_PROBE_TEXT))[: runtime.plan.max_model_len - 1],
+            probe_token_ids=_probe_token_ids(base, runtime.plan.max_model_len - 1),
             on_change=lambda: metrics.adapters.set_names(runtime.registry.names_by_version()),
             on_load=metrics.adapters.observe_load,
             on_stage=metrics.adapters.observe_stage,

@@ -174,6 +174,7 @@ def generate_once(
     from guanaco.models.chat_template import load_template
     from guanaco.server.engine.detokenizer import Detokenizer
     from guanaco.server.engine.request import FinishReason, LoraRef, Request, SamplingParams
+    from guanaco.server.engine.stops import Stops
     from guanaco.server.wiring import build_runtime
 
     runtime = build_runtime(settings, Console(stderr=True), name)
@@ -192,10 +193,21 @@ def generate_once(
     sampling: dict[str, Any] = {"temperature": 0.0, **profile.sampling}
     if temperature is not None:
         sampling["temperature"] = temperature
-    params = SamplingParams(max_tokens=min(max_tokens, room - len(ids)), seed=seed, stop_strings=stops, **sampling)
+    found = Stops.of(stops, tokenizer)
+    params = SamplingParams(
+        max_tokens=min(max_tokens, room - len(ids)),
+        seed=seed,
+        stop_token_ids=found.token_ids,
+        stop_strings=found.strings,
+        stops_see_control=found.see_control,
+        **sampling,
+    )
     detokenizer = Detokenizer(tokenizer, params, ids)
     loras = () if adapter is None else (LoraRef(adapter.version),)
-    runtime.engine.add_request(Request("generate", tuple(ids), params, loras, arrival_seconds=awake_seconds()))
+    try:
+        runtime.engine.add_request(Request("generate", tuple(ids), params, loras, arrival_seconds=awake_seconds()))
+    except ValueError as error:  # a token that the model has no embedding row for
+        raise CommandError(str(error)) from None
     while runtime.engine.has_work and detokenizer.stop_reason is None:
         for output in runtime.engine.step().outputs:
             if output.finish_reason is FinishReason.ERROR:

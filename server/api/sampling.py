@@ -6,22 +6,16 @@ Doesn't know HTTP, and nothing of how tokens are drawn. Called by the chat and c
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from guanaco.server.api.errors import ApiError, bad_request
 from guanaco.server.api.protocol import MAX_TOP_K, MAX_TOTAL_TOKENS, GenerationBody
 from guanaco.server.engine.request import SamplingParams
+from guanaco.server.engine.stops import ControlTokens, Stops
 
 Number = TypeVar("Number", int, float)
 
 _SEEDS = 2**63  # seeds are int64
-
-
-class ControlTokens(Protocol):
-    """What is asked of a tokenizer here: which texts are control tokens."""
-
-    def control_id(self, text: str) -> int | None: ...
-    def holds_control(self, text: str) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -90,7 +84,7 @@ def sampling_params(
     Without a limit, `default_limit` tokens are generated, or as many as there is room for; None: as there is room for.
     `limit_name` and `prompt_name` are the fields that errors name; `more_stops` are stop strings besides the client's.
     """
-    stop_tokens, stop_strings = _stops(body, more_stops, tokenizer)
+    stops = Stops.of((*body.stop, *more_stops), tokenizer)
     room = max_model_len - num_prompt_tokens
     if room < (limit != 0):  # a prompt that is only scored may fill the context
         raise context_exceeded(num_prompt_tokens, max_model_len, prompt_name)
@@ -122,35 +116,15 @@ def sampling_params(
         logit_bias=body.logit_bias,
         logprobs=num_logprobs,
         prompt_logprobs=prompt_logprobs,
-        stop_token_ids=frozenset(body.stop_token_ids).union(token for token, _ in stop_tokens),
-        stop_token_texts=stop_tokens,
-        stop_strings=stop_strings,
+        stop_token_ids=stops.token_ids.union(body.stop_token_ids),
+        stop_token_texts=stops.tokens,
+        stop_strings=stops.strings,
+        stops_see_control=stops.see_control,
         include_stop_str=bool(body.include_stop_str_in_output),
         min_tokens=body.min_tokens or 0,
         ignore_eos=bool(body.ignore_eos),
         skip_special_tokens=body.skip_special_tokens is not False,
     )
-
-
-def _stops(
-    body: GenerationBody, more_stops: tuple[str, ...], tokenizer: ControlTokens
-) -> tuple[tuple[tuple[int, str], ...], tuple[str, ...]]:
-    """Stop strings that are control tokens, with their ids, and the other stop strings.
-
-    Answers leave control tokens out, so such a stop string would never be found in one: the token itself has to end it.
-    """
-    stops = tuple(dict.fromkeys((*body.stop, *more_stops)))
-    tokens = tuple((token, stop) for stop in stops if (token := tokenizer.control_id(stop)) is not None)
-    texts = tuple(stop for stop in stops if tokenizer.control_id(stop) is None)
-    if body.skip_special_tokens is not False and any(
-        stop in body.stop and tokenizer.holds_control(stop) for stop in texts
-    ):
-        raise bad_request(
-            "a stop string has a control token and other text: answers leave control tokens out, so it would never be "
-            "found; give the control token alone, or set skip_special_tokens to false",
-            "stop",
-        )
-    return tokens, texts
 
 
 def for_choice(params: SamplingParams, index: int) -> SamplingParams:

@@ -130,7 +130,9 @@ def _detokenize(state: ApiState, caller: Caller, data: dict[str, Any]) -> tuple[
     body = fields.validate(DetokenizeBody)
     if body.model is not None:
         state.catalog.get(body.model, caller.key)  # all models share one tokenizer, but an unknown name is an error
-    if any(token >= state.tokenizer.vocab_size for token in body.tokens):
-        raise bad_request(f"a token id is beyond the vocabulary of {state.tokenizer.vocab_size}", "tokens")
+    # A model may draw ids that its tokenizer lacks (rows that only pad its embeddings): they are no text.
+    known = max(state.tokenizer.vocab_size, state.num_token_ids)
+    if any(token >= known for token in body.tokens):
+        raise bad_request(f"a token id is beyond the vocabulary: token ids must be below {known}", "tokens")
     text = state.tokenizer.decode(body.tokens, skip_special_tokens=bool(body.skip_special_tokens))
     return {"prompt": text}, fields.ignored

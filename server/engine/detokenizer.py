@@ -3,6 +3,8 @@
 Doesn't know where tokens come from or where the text goes. One per request; used by `async_engine` and `generate`.
 """
 
+import itertools
+import operator
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -35,6 +37,7 @@ class Detokenizer:
         self._num_context = 0  # how many tokens of the window an earlier window ended with
         self._num_given = self._num_stable(self._decode(self._window))  # characters of the window that are out
         self._held = ""  # text that may turn out to begin a stop string
+        self._hidden: list[bool] = []  # for each character of it: it is a control token's, which is not shown
         self.stop_reason: str | None = None
 
     def append(self, token_ids: Sequence[int], *, finished: bool = False) -> str:
@@ -43,11 +46,13 @@ class Detokenizer:
         for token_id in token_ids:
             self._window.append(token_id)
             self._num_tokens += 1
-            self._held += self._new_text()
+            self._hold(self._new_text())
+            if self._params.stops_see_control and self._params.skip_special_tokens:
+                self._hold(self._control_text(token_id), hidden=True)
             if self._num_tokens >= self._params.min_tokens and self._find_stop():
                 return self._take(len(self._held))
         if finished:
-            self._held += self._decode(self._window)[self._num_given :]
+            self._hold(self._decode(self._window)[self._num_given :])
             if self._num_tokens >= self._params.min_tokens:
                 self._find_stop()
             return self._take(len(self._held))
@@ -80,12 +85,23 @@ class Detokenizer:
     def _decode(self, token_ids: list[int]) -> str:
         return self._decoder.decode(token_ids, skip_special_tokens=self._params.skip_special_tokens)
 
+    def _control_text(self, token_id: int) -> str:
+        """What a control token reads like; nothing for other tokens."""
+        text = self._decoder.decode([token_id], skip_special_tokens=False)
+        return "" if self._decoder.decode([token_id], skip_special_tokens=True) else text
+
+    def _hold(self, text: str, *, hidden: bool = False) -> None:
+        self._held += text
+        self._hidden += [hidden] * len(text)
+
     def _find_stop(self) -> bool:
         """Cut the held text at the stop string that begins first (of several there, the longest), if there is one."""
         found = [(self._held.find(stop), -len(stop), stop) for stop in self._params.stop_strings if stop in self._held]
         if found:
             start, _, stop = min(found)
-            self._held = self._held[: start + len(stop) * self._params.include_stop_str]
+            end = start + len(stop) * self._params.include_stop_str
+            self._held = self._held[:end]
+            self._hidden[start:] = [False] * (end - start)
             self.stop_reason = stop
         return bool(found)
 
@@ -101,4 +117,5 @@ class Detokenizer:
 
     def _take(self, length: int) -> str:
         text, self._held = self._held[:length], self._held[length:]
-        return text
+        hidden, self._hidden = self._hidden[:length], self._hidden[length:]
+        return "".join(itertools.compress(text, map(operator.not_, hidden))) if any(hidden) else text

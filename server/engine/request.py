@@ -35,6 +35,7 @@ class SamplingParams:
     # Stop tokens that the client named by their text: (id, text). Their ids are in `stop_token_ids`, too.
     stop_token_texts: tuple[tuple[int, str], ...] = ()
     stop_strings: tuple[str, ...] = ()
+    stops_see_control: bool = False  # stop strings are searched for in a text that has control tokens, too
     include_stop_str: bool = False
     min_tokens: int = 0  # no eos, stop id or stop string before
     ignore_eos: bool = False

@@ -102,10 +102,12 @@ class RequestStream:
         if reason is FinishReason.STOP and not self.request.params.include_stop_str:
             shown = shown[:-1]  # the eos or stop token itself is no text
         text = self._detokenizer.append(shown, finished=reason is not None)
-        if isinstance(stop_reason, int):
-            stop_reason = dict(self.request.params.stop_token_texts).get(stop_reason, stop_reason)
         aborted = False
-        if self._detokenizer.stop_reason is not None:
+        if isinstance(stop_reason, int) and (name := dict(self.request.params.stop_token_texts).get(stop_reason)):
+            stop_reason = name
+            if self.request.params.include_stop_str and self.request.params.skip_special_tokens:
+                text += name  # no other control token is text, but the client asked for this one
+        elif self._detokenizer.stop_reason is not None:
             aborted = reason is None
             reason, stop_reason = FinishReason.STOP, self._detokenizer.stop_reason
         self._put(output, text, reason, stop_reason)

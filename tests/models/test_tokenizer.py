@@ -680,3 +680,27 @@ def test_raw_prompts_are_transformers_ids(files: Path, text: str) -> None:
     oracle = AutoTokenizer.from_pretrained(files)
     ours = Tokenizer.from_directory(files).encode(clean, add_bos=False, parse_control=True)
     assert ours == oracle.encode(clean, add_special_tokens=False)
+
+
+def test_bos_and_eos_beyond_the_rows_are_told(tiny: Tokenizer) -> None:
+    special = reconcile_special_ids(None, None, None, tiny, 1)
+    assert special.eos_ids == ()
+    assert any("texts that begin with it are refused" in note for note in special.notes)
+    assert any("the tokenizer says eos 2" in note for note in special.notes)
+
+
+def test_ids_of_rows_that_only_pad_the_embeddings_are_no_text(tiny: Tokenizer) -> None:
+    """A model may draw them; the stand-ins of control tokens have such ids in the backend, and nobody sees those."""
+    for index in range(tiny.vocab_size, tiny.vocab_size + 2 * len(tiny.special_ids)):
+        assert (tiny.decode([index], skip_special_tokens=False), tiny.token_bytes(index)) == ("", b"")
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("text", ["a</s>b", "</s> the", "the</s>", "<s>[INST] hello [/INST] the </s><s> x", "</s></s>"])
+def test_raw_sentencepiece_prompts_are_transformers_ids(legacy: bool, text: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    path = write_sentencepiece_like(tmp_path, legacy=legacy)
+    oracle = AutoTokenizer.from_pretrained(path)
+    ours = Tokenizer.from_directory(path).encode(text, add_bos=False, parse_control=True)
+    assert ours == oracle.encode(text, add_special_tokens=False)

@@ -81,14 +81,17 @@ def test_a_stop_string_that_is_a_control_token_stops_at_it(route: str) -> None:
         params: SamplingParams = server.engine.requests[0].params
         assert END in params.stop_token_ids
         assert params.stop_token_texts == ((END, END_TEXT),)
-        assert params.stop_strings == ("text",)
-        refused = post(server, route, **prompt, stop=[f"{END_TEXT}x"])
-        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "stop")
-        assert post(server, route, **prompt, stop=[f"{END_TEXT}x"], skip_special_tokens=False).status_code == 200
+        assert params.stop_strings == (END_TEXT, "text")  # a model may spell it in letters, too
+        assert not params.stops_see_control
+        post(server, route, **prompt, stop=[f"{END_TEXT}x"])
+        params = server.engine.requests[1].params
+        assert (params.stop_token_ids, params.stop_token_texts) == (frozenset(), ())
+        assert params.stops_see_control
 
 
-def test_the_stop_reason_is_the_stop_string() -> None:
-    """The engine ends at a token; the client named it by its text."""
+@pytest.mark.parametrize("include", [False, True])
+def test_the_stop_reason_is_the_stop_string(include: bool) -> None:
+    """The engine ends at a token; the client named it by its text, and sees it if that was asked for."""
     from guanaco.server.engine.request import FinishReason, Request, TokenOutput
     from guanaco.server.engine.request_stream import RequestStream
 
@@ -98,9 +101,19 @@ def test_the_stop_reason_is_the_stop_string() -> None:
         def forget(self, request_id: str, *, abort: bool) -> None:
             pass
 
-    params = SamplingParams(4, stop_token_ids=frozenset({END}), stop_token_texts=((END, END_TEXT),))
+    params = SamplingParams(
+        4, stop_token_ids=frozenset({END}), stop_token_texts=((END, END_TEXT),), include_stop_str=include
+    )
     stream = RequestStream(Owner(), Request("r", (BOS,), params))
     outputs: list[Any] = []
     stream.listen(outputs.append)
     stream.deliver(TokenOutput("r", (END,), finish_reason=FinishReason.STOP, stop_reason=END))
-    assert [(output.text, output.stop_reason) for output in outputs] == [("", END_TEXT)]
+    assert [(output.text, output.stop_reason) for output in outputs] == [(END_TEXT * include, END_TEXT)]
+
+
+def test_ids_of_rows_that_only_pad_the_embeddings_are_no_text() -> None:
+    state = dataclasses.replace(make_state(), num_rows=VOCAB_SIZE + 2)
+    with LiveServer(state) as server, server.client() as client:
+        answer = client.post("/detokenize", json={"tokens": [ord("a"), VOCAB_SIZE + 1, ord("b")]})
+        assert (answer.status_code, answer.json()["prompt"]) == (200, "ab")
+        assert client.post("/detokenize", json={"tokens": [VOCAB_SIZE + 2]}).status_code == 400

@@ -4,6 +4,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from fake_engine import END, USER, FakeTokenizer
 from hard_strings import HARD_STRINGS
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from tiny_tokenizers import write_byte_level, write_sentencepiece_like
 from guanaco.models.tokenizer import Tokenizer
 from guanaco.server.engine.detokenizer import REPLACEMENT, Detokenizer
 from guanaco.server.engine.request import SamplingParams
+from guanaco.server.engine.stops import Stops
 
 
 @pytest.fixture(scope="module", params=["bytes", "sentencepiece"])
@@ -139,3 +141,29 @@ def test_the_cost_of_a_token_does_not_grow_with_the_text() -> None:
 
     pieces_of(Detokenizer(Counting(), params()), list(b"x" * 500 + "é🦙".encode() * 100))
     assert longest < 100
+
+
+@pytest.mark.parametrize("include", [False, True])
+@pytest.mark.parametrize(
+    ("ids", "stop", "shown", "stopped"),
+    [
+        ([*b"hi\n", USER, *b"xy"], "\n<user>x", "hi", "\n<user>x"),
+        ([*b"hi", END, *b"\n"], "<end>\n", "hi", "<end>\n"),
+        ([*b"a", END, *b"b", USER, *b"c"], "<end>\n", "abc", None),  # other control tokens stay out of the text
+        ([*b"a\n", USER, *b"b"], "\n<user>x", "a\nb", None),  # held back, and it was not the stop string
+        ([*b"a<end>\nb"], "<end>\n", "a", "<end>\n"),  # in letters
+    ],
+)
+def test_stop_strings_with_a_control_token_and_other_text(
+    ids: list[int], stop: str, shown: str, stopped: str | None, include: bool
+) -> None:
+    stops = Stops.of([stop], FakeTokenizer())
+    fields = {"stop_strings": stops.strings, "stops_see_control": stops.see_control, "include_stop_str": include}
+    detokenizer = Detokenizer(FakeTokenizer(), params(**fields))
+    text = ""
+    for number, token in enumerate(ids):
+        text += detokenizer.append([token], finished=number == len(ids) - 1)
+        if detokenizer.stop_reason:
+            break
+    assert detokenizer.stop_reason == stopped
+    assert text == shown + (stopped or "") * include

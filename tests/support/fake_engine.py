@@ -62,6 +62,8 @@ class FakeTokenizer:
         return b"".join(self.token_bytes(i) for i in kept).decode("utf-8", "replace")
 
     def token_bytes(self, token_id: int) -> bytes:
+        if token_id >= VOCAB_SIZE:
+            return b""  # as the real one has it: rows that only pad a model's embeddings
         return SPECIAL_TEXTS[token_id].encode() if token_id in SPECIAL_TEXTS else bytes([token_id])
 
     def token_text(self, token_id: int) -> str:
