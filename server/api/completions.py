@@ -169,4 +169,4 @@ class CompletionAnswer(Answer):
             entries = [None, *choice.prompt_logprobs]
         entries += choice.logprobs
         choice.logprobs = []
-        return choice.logprob_maker.chunk(entries, first_token=choice.prompt.token_ids[0])
+        return choice.logprob_maker.chunk(entries, choice.prompt.token_ids[0], choice.prompt.text or "")

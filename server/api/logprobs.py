@@ -48,8 +48,13 @@ class CompletionLogprobs:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may take several tokens
         self._offset = 0
 
-    def chunk(self, logprobs: Sequence[TokenLogprob | None], first_token: int | None = None) -> dict[str, Any]:
-        """The next positions. A None stands for the prompt's first token, `first_token`, which nothing predicts."""
+    def chunk(
+        self, logprobs: Sequence[TokenLogprob | None], first_token: int | None = None, prompt_text: str = ""
+    ) -> dict[str, Any]:
+        """The next positions. A None stands for the prompt's first token, `first_token`, which nothing predicts.
+
+        prompt_text: how the choice's text begins. Control tokens that a client wrote into its prompt are in it.
+        """
         result: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for item in logprobs:
             token_id = first_token if item is None else item.token_id
@@ -60,7 +65,7 @@ class CompletionLogprobs:
             result["token_logprobs"].append(None if item is None else max(item.logprob, _LOWEST))
             result["top_logprobs"].append(None if item is None else self._top(item, text))
             result["text_offset"].append(self._offset)
-            if token_id not in self._hidden:
+            if token_id not in self._hidden or (raw and prompt_text.startswith(text, self._offset)):
                 self._offset += len(self._decoder.decode(raw))
         return result
 

@@ -117,3 +117,16 @@ def test_ids_of_rows_that_only_pad_the_embeddings_are_no_text() -> None:
         answer = client.post("/detokenize", json={"tokens": [ord("a"), VOCAB_SIZE + 1, ord("b")]})
         assert (answer.status_code, answer.json()["prompt"]) == (200, "ab")
         assert client.post("/detokenize", json={"tokens": [VOCAB_SIZE + 2]}).status_code == 400
+
+
+@pytest.mark.parametrize("prompt", [f"a{END_TEXT}b", f"{END_TEXT}a", f"<bos>a{END_TEXT}{END_TEXT}"])
+def test_offsets_of_an_echoed_prompt_count_its_control_tokens(prompt: str) -> None:
+    with LiveServer(make_state()) as server:
+        choice = post(server, "/v1/completions", prompt=prompt, echo=True, logprobs=1).json()["choices"][0]
+        assert choice["text"].startswith(prompt)
+        logprobs = choice["logprobs"]
+        pairs = [*zip(logprobs["tokens"], logprobs["text_offset"], strict=True)]
+        first = 0 if prompt.startswith("<bos>") else 1  # BOS that the server put in front is not in the text
+        written = [(token, offset) for token, offset in pairs[first:] if offset < len(prompt)]
+        assert "".join(token for token, _ in written) == prompt
+        assert all(prompt.startswith(token, offset) for token, offset in written)
