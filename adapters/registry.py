@@ -17,7 +17,7 @@ from types import MappingProxyType
 
 from guanaco.adapters.errors import AdapterError, printable
 from guanaco.adapters.profile import Profile, read_profile
-from guanaco.adapters.weights import AdapterLimits, LoadedAdapter, load_adapter
+from guanaco.adapters.weights import AdapterLimits, BaseTable, LoadedAdapter, load_adapter
 
 # One path segment without tricks: it becomes a model id, a URL part, a metrics label and a sub-folder's name.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -74,8 +74,10 @@ class AdapterRegistry:
         limits: AdapterLimits | None = None,
         strict: bool = False,
         templates: frozenset[str] = frozenset(),
+        base_table: BaseTable | None = None,
     ) -> None:
-        """templates: the names of chat templates that profiles may ask for."""
+        """templates: the names of chat templates that profiles may ask for. base_table: see `load_adapter`."""
+        self._base_table = base_table
         self.templates = templates
         self._targets = dict(targets)
         self._base_names = frozenset(base_names)
@@ -98,7 +100,14 @@ class AdapterRegistry:
         Raises AdapterError for a bad or taken name, and for everything `load_adapter` refuses; then nothing changes.
         """
         self.check_free(name)
-        adapter = load_adapter(path, self._targets, name=name, limits=self._limits, strict=self._strict)
+        adapter = load_adapter(
+            path,
+            self._targets,
+            name=name,
+            limits=self._limits,
+            strict=self._strict,
+            base_table=self._base_table,
+        )
         profile = profile or read_profile(path, name, self.templates)
         return self.publish(name, adapter, source=str(path), profile=profile, in_memory=True)
 

@@ -7,7 +7,7 @@ kills the process. Knows nothing of LoRA. Called by `weights`.
 import math
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -58,17 +58,19 @@ class SafetensorsFile:
         self.tensors = dict(sorted(entries.items(), key=lambda item: item[1].start))
         self._check_layout(size - self._data_start)
 
-    def read(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor in file order. They share one piece of memory, so that a large file's is in huge pages: a core's
-        page tables don't hold the small pages of eight adapters (their layers cost 4 % more).
+    def read(self, *, without: Container[str] = ()) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor in file order, but those called in `without`. They share one piece of memory, so that a large
+        file's is in huge pages: a core's page tables don't hold the small pages of eight adapters (their layers
+        cost 4 % more).
 
         Raises AdapterError if the file shrinks or is written to meanwhile.
         """
-        self._file.seek(self._data_start)
-        total = sum(_aligned(stored.num_bytes) for stored in self.tensors.values())
+        wanted = {name: stored for name, stored in self.tensors.items() if name not in without}
+        total = sum(_aligned(stored.num_bytes) for stored in wanted.values())
         whole = mapped_zeros((total,), torch.uint8, huge=True)
         place = 0
-        for name, stored in self.tensors.items():
+        for name, stored in wanted.items():
+            self._file.seek(self._data_start + stored.start)
             data = whole[place : place + stored.num_bytes]
             place += _aligned(stored.num_bytes)
             self._read_into(memoryview(data.numpy()))  # type: ignore[arg-type]

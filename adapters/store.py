@@ -20,7 +20,7 @@ from typing import BinaryIO
 from guanaco.adapters.config import CONFIG_NAME, MAX_CONFIG_BYTES
 from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.files import AdapterFiles
-from guanaco.adapters.weights import WEIGHTS_NAME, AdapterLimits, LoadedAdapter, check_files, load_adapter
+from guanaco.adapters.weights import WEIGHTS_NAME, AdapterLimits, BaseTable, LoadedAdapter, check_files, load_adapter
 
 _VERSION = re.compile(r"[0-9a-f]{64}")
 _COPY_BYTES = 1 << 20
@@ -43,12 +43,15 @@ class VersionStore:
         *,
         limits: AdapterLimits | None = None,
         strict: bool = False,
+        base_table: BaseTable | None = None,
     ) -> None:
-        """Raises AdapterError where the directory cannot be written, or belongs to a server that runs."""
+        """base_table: see `load_adapter`. Raises AdapterError where the directory cannot be written, or belongs to a
+        server that runs."""
         self.directory = directory
         self._targets = dict(targets)
         self._limits = limits or AdapterLimits()
         self._strict = strict
+        self._base_table = base_table
         self._lock = threading.Lock()
         self._fresh: Counter[str] = Counter()  # ingested, and not yet settled: nobody may think them unwanted
         try:
@@ -125,7 +128,9 @@ class VersionStore:
                 shutil.rmtree(gone, ignore_errors=True)
 
     def _load(self, folder: Path) -> LoadedAdapter:
-        return load_adapter(folder, self._targets, limits=self._limits, strict=self._strict)
+        return load_adapter(
+            folder, self._targets, limits=self._limits, strict=self._strict, base_table=self._base_table
+        )
 
     def _copy(self, files: AdapterFiles, name: str, to: Path, max_bytes: int) -> _Stamp:
         """Copy a file; what it was when that began."""

@@ -7,7 +7,7 @@ Called by `registry`, off the engine thread. Everything is checked before memory
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,14 +29,21 @@ BASE_FINGERPRINT_KEY = "guanaco.base_fingerprint"
 
 # `.default` (or another adapter's name) stands before `.weight` in files that were not written by save_pretrained.
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[A-Za-z0-9_-]+))?\.weight")
+_OTHER_TABLE = "this one differs from the base's: was it trained, or the vocabulary extended?"
+# Tensors that PEFT saves along where it thinks that the vocabulary may have changed → their names in the base.
+_TABLES = {"base_model.model.model.embed_tokens.weight": "embed_tokens", "base_model.model.lm_head.weight": "lm_head"}
+_COMPARED_ROWS = 4096  # at a time: 64 MiB of a 7B's embedding in float32
+
+# The base's embedding ("embed_tokens") or output layer ("lm_head") as its files have it; None where it can't be read.
+BaseTable = Callable[[str], Tensor | None]
 # Parts of tensor names that say which unsupported feature wrote them, most telling first.
 _FEATURES = (
     ("lora_magnitude_vector", "dora_unsupported", "it belongs to DoRA, which is not supported"),
     ("trainable_tokens", "trainable_tokens_unsupported", "trained tokens would change the shared vocabulary"),
     ("modules_to_save", "modules_to_save_unsupported", "full copies of modules cannot share a batch with the base"),
     ("lora_embedding_", "embedding_unsupported", "the embedding is shared by all adapters"),
-    ("embed_tokens", "embedding_unsupported", "the embedding is shared by all adapters; was the vocabulary extended?"),
-    ("lm_head", "lm_head_unsupported", "the output layer is shared by all adapters; was the vocabulary extended?"),
+    ("embed_tokens", "embedding_unsupported", f"the embedding is shared by all adapters, and {_OTHER_TABLE}"),
+    ("lm_head", "lm_head_unsupported", f"the output layer is shared by all adapters, and {_OTHER_TABLE}"),
     (".bias", "lora_bias_unsupported", "biases of an adapter are not computed here"),
 )
 
@@ -71,19 +78,28 @@ def load_adapter(
     name: str = "default",
     limits: AdapterLimits | None = None,
     strict: bool = False,
+    base_table: BaseTable | None = None,
 ) -> LoadedAdapter:
     """Read the PEFT adapter at `path` (or in its sub-folder `name`) for a base with these targets.
 
-    strict: refuse config keys that are set and unknown. Raises AdapterError for everything that cannot be honoured.
+    strict: refuse config keys that are set and unknown. base_table: to compare a saved embedding with; without it any
+    is refused. Raises AdapterError for everything that cannot be honoured.
     """
     files = AdapterFiles.find(path, name, CONFIG_NAME)
     with _opened(files, targets, limits or AdapterLimits(), strict) as (config, targeted, file, names):
         wanted = _with_tensors(targeted, names)
-        tensors = {names[key]: _finite(tensor, key) for key, tensor in file.read()}
+        tables = [key for key in file.tensors if key not in names]
+        for key in tables:
+            if not _is_the_bases(file, key, base_table):
+                raise _unexpected(key, "")
+        tensors = {names[key]: _finite(tensor, key) for key, tensor in file.read(without=tables)}
     scales = {target: scale for target, (_, scale) in wanted.items()}
     pairs = _effective_pairs(tensors, scales)
     inert = [target for target in wanted if target not in pairs]
     notes = config.notes
+    if tables:
+        saved = " and ".join(_TABLES[key] for key in tables)
+        notes += (f"{saved} came along in {WEIGHTS_NAME}, equal to the base's: not read again",)
     if untrained := [target for target in targeted if target not in wanted]:
         notes += (
             f"{len(untrained)} of {len(targeted)} targeted modules have no tensors in {WEIGHTS_NAME} and stay as the "
@@ -108,7 +124,7 @@ def check_files(
     files: AdapterFiles, targets: dict[str, tuple[int, int]], limits: AdapterLimits, *, strict: bool = False
 ) -> None:
     """All that config and header tell, without a look at the tensors: as `load_adapter`, and for a file of any size at
-    once. Raises AdapterError."""
+    once. Whether a saved embedding is the base's, only that one tells. Raises AdapterError."""
     with _opened(files, targets, limits, strict):
         pass
 
@@ -137,7 +153,7 @@ def _opened(
     with files.open(WEIGHTS_NAME) as handle:
         file = SafetensorsFile(handle, WEIGHTS_NAME, limits.max_file_bytes)
         names = _match_names(file.tensors, targets, wanted)
-        stored = {names[key]: tensor for key, tensor in file.tensors.items()}
+        stored = {names[key]: tensor for key, tensor in file.tensors.items() if key in names}
         _check_pairs(stored, targets, _with_tensors(wanted, names), limits)
         yield config, wanted, file, names
 
@@ -188,12 +204,13 @@ JOIN_SHARDS = (
 def _match_names(
     tensors: dict[str, StoredTensor], targets: dict[str, tuple[int, int]], wanted: _Wanted
 ) -> dict[str, _Side]:
-    """Which half of which module each tensor of the file is; every tensor has a place or is refused by name."""
+    """Which half of which module each tensor of the file is; every other tensor is refused by name, but those that may
+    be the base's own embedding or output layer."""
     names: dict[str, _Side] = {}
     taken: set[_Side] = set()
     adapters: set[str | None] = set()
     num_layers = 1 + max((int(match[1]) for match in map(_LAYER.match, targets) if match), default=-1)
-    for key in tensors:
+    for key in (key for key in tensors if key not in _TABLES):
         match = _KEY.fullmatch(key)
         if match is None:
             raise _unexpected(key, "no LoRA matrix that is known here")
@@ -227,6 +244,18 @@ def _unexpected(key: str, otherwise: str) -> AdapterError:
         if part in key:
             return AdapterError(code, f"{printable(key)} cannot be honoured: {why}", printable(key))
     return AdapterError("unexpected_tensor", f"{printable(key)} is {otherwise}", printable(key))
+
+
+def _is_the_bases(file: SafetensorsFile, key: str, base_table: BaseTable | None) -> bool:
+    """Whether a saved table has the base's values: one of the two may be the other one, rounded to fewer bits."""
+    ours = None if base_table is None else base_table(_TABLES[key])
+    if ours is None or tuple(ours.shape) != file.tensors[key].shape:
+        return False
+    ((_, theirs),) = file.read(without=file.tensors.keys() - {key})
+    for mine, other in zip(ours.split(_COMPARED_ROWS), theirs.split(_COMPARED_ROWS), strict=True):
+        if not (torch.equal(mine.to(other.dtype), other) or torch.equal(mine, other.to(mine.dtype))):
+            return False
+    return True
 
 
 def _check_pairs(

@@ -5,6 +5,7 @@ opens a pickle. Called by `loader` and `quantize`.
 """
 
 import re
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -75,6 +76,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if (path / INDEX_FILE).exists():
         raise ModelError(f"{path} has an index ({INDEX_FILE}) but none of its shards: download the model again")
     raise ModelError(f"{path} holds no weights: it needs safetensors files or one .gguf file")
+
+
+def stored_table(path: Path, name: str) -> Tensor | None:
+    """The embedding ("embed_tokens") or output layer ("lm_head") of the model at `path` as it is stored; a tied head is
+    the embedding. None where it can't be read."""
+    try:
+        with closing(open_checkpoint(path)) as source:
+            is_head = name == "lm_head" and not source.config.tie_word_embeddings
+            shape = (source.config.vocab_size, source.config.hidden_size)
+            return source.tensor("lm_head.weight" if is_head else "embed_tokens.weight", shape)
+    except ModelError:
+        return None
 
 
 def pickles_refused(model: str) -> ModelError:

@@ -1,15 +1,17 @@
 """What the operator calls a model → a local path: a directory, a GGUF file, or a Hugging Face id that is downloaded.
 
 Knows names and errors of the hub, nothing of what is in the files. The library resumes a lost connection, keeps whole
-files of a download that failed, and reads HF_TOKEN, HF_HOME and HF_HUB_OFFLINE itself. Called by the server's wiring.
+files of a download that failed, and reads HF_TOKEN and HF_HUB_OFFLINE itself. Called by the server's wiring.
 """
 
 import io
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import httpx2
+import huggingface_hub
 from huggingface_hub import get_cached_repo_tree, snapshot_download
 from huggingface_hub.errors import (
     CachedRepoTreeNotFoundError,
@@ -41,6 +43,7 @@ def resolve_model(
     spec: str,
     *,
     cache_dir: Path | None = None,
+    shared_cache: Path | None = None,
     offline: bool = False,
     token: str | None = None,
     progress: Progress | None = None,
@@ -49,7 +52,9 @@ def resolve_model(
     """The local path of `spec`: an existing path, or a hub id `org/name[@revision]`, downloaded where it is not yet.
 
     cache_dir: where downloads are kept, in the hub's own layout; None: in the cache that other tools use too.
-    offline: no network, only what was downloaded before. progress: called from several threads, with bytes.
+    shared_cache: another cache of that layout; a repository that is only in it is taken from there, and its updates are
+    written there, too. offline: no network, only what was downloaded before. progress: called from several threads,
+    with bytes.
     Raises ModelError for a path that does not exist, and for an id that cannot be had.
     """
     path = Path(spec).expanduser()
@@ -59,6 +64,8 @@ def resolve_model(
     if match is None:
         raise ModelError(f"{spec} does not exist: give a model directory, a .gguf file, or a hub id like org/name")
     repository, revision = match["repository"], match["revision"]
+    offline = offline or huggingface_hub.constants.HF_HUB_OFFLINE
+    cache_dir = _cache_with(repository, revision, cache_dir, shared_cache, offline=offline)
     try:
         snapshot = Path(
             snapshot_download(
@@ -76,8 +83,39 @@ def resolve_model(
     except (OSError, httpx2.HTTPError, HFValidationError, XetDownloadError) as error:
         raise _explained(spec, repository, revision, offline, error) from error
     if not any(snapshot.glob("*.safetensors")):
-        raise _without_weights(spec, repository, snapshot, cache_dir)
+        raise _without_weights(spec, repository, snapshot, cache_dir, offline=offline)
     return snapshot
+
+
+def _cache_with(
+    repository: str, revision: str | None, own: Path | None, shared: Path | None, *, offline: bool
+) -> Path | None:
+    """The cache to use: the shared one where only that has the repository (offline: this revision of it)."""
+    if shared is None or own is None or _has_snapshot(own, repository, revision, offline=offline):
+        return own
+    if not _has_snapshot(shared, repository, revision, offline=offline):
+        return own
+    is_writable = os.access(shared / _folder(repository), os.W_OK)
+    return shared if offline or is_writable else own
+
+
+def _has_snapshot(cache: Path, repository: str, revision: str | None, *, offline: bool) -> bool:
+    """Whether a cache has a snapshot with weights; offline: of this revision, since no other can be had then."""
+    folder = cache / _folder(repository)
+    revision = revision or "main"
+    try:
+        commit = (folder / "refs" / revision).read_text().strip() if ".." not in revision.split("/") else revision
+    except (OSError, UnicodeDecodeError):
+        commit = revision
+    try:
+        snapshots = [folder / "snapshots" / commit] if offline else [*(folder / "snapshots").iterdir()]
+        return any(next(snapshot.glob("*.safetensors"), None) is not None for snapshot in snapshots)
+    except (OSError, ValueError):
+        return False
+
+
+def _folder(repository: str) -> str:
+    return "models--" + repository.replace("/", "--")
 
 
 def _explained(spec: str, repository: str, revision: str | None, offline: bool, error: Exception) -> ModelError:
@@ -107,13 +145,17 @@ def _explained(spec: str, repository: str, revision: str | None, offline: bool, 
     return ModelError(f"{spec} {' '.join(problem.split())}")  # errors of libraries may have several lines
 
 
-def _without_weights(spec: str, repository: str, snapshot: Path, cache_dir: Path | None) -> ModelError:
+def _without_weights(
+    spec: str, repository: str, snapshot: Path, cache_dir: Path | None, *, offline: bool
+) -> ModelError:
     """Why a repository has nothing for us; its list of files was kept beside the download."""
     try:
         tree = get_cached_repo_tree(repository, revision=snapshot.name, cache_dir=cache_dir)
         names = [file.path for file in tree]
     except CachedRepoTreeNotFoundError:
         names = []
+        if offline:  # another tool downloaded a few files of it: what else it has is not known
+            return ModelError(f"{spec} was downloaded without its weights: go online and start again")
     if any(name.endswith(PICKLE_SUFFIXES) for name in names):
         return pickles_refused(spec)
     ggufs = [name for name in names if name.endswith(".gguf")]

@@ -56,15 +56,16 @@ def fetch_files(
     *,
     required: tuple[str, ...],
     cache_dir: Path,
+    shared_cache: Path | None = None,
     offline: bool = False,
     token: str | None = None,
     endpoint: str | None = None,
 ) -> Snapshot:
     """The files that `most_bytes` names, each with its largest size, of one revision; those that are not `required`
-    may be missing. A commit that is here already is not asked for again. Raises HubError."""
+    may be missing. A commit that is here already, or in `shared_cache`, is not asked for again. Raises HubError."""
     spec = f"{repository}@{revision}"
 
-    def snapshot(commit: str, *, is_local: bool) -> Path:
+    def snapshot(commit: str, *, is_local: bool, cache_dir: Path = cache_dir) -> Path:
         return Path(
             snapshot_download(
                 repository,
@@ -82,12 +83,11 @@ def fetch_files(
     offline = offline or huggingface_hub.constants.HF_HUB_OFFLINE
     try:
         if offline or _COMMIT.fullmatch(revision):
-            try:
-                path = snapshot(revision, is_local=True)
-                if all((path / name).exists() for name in required):
-                    return Snapshot(path, path.name)
-            except (LocalEntryNotFoundError, IncompleteSnapshotError):
-                pass
+            for cache in (cache_dir, *(() if shared_cache is None else (shared_cache,))):
+                with contextlib.suppress(LocalEntryNotFoundError, IncompleteSnapshotError):
+                    path = snapshot(revision, is_local=True, cache_dir=cache)
+                    if all((path / name).exists() for name in required):
+                        return Snapshot(path, path.name)
             if offline:
                 raise HubError(
                     "hub_offline", f"{spec} was not downloaded before, and this server is offline: pull it elsewhere"

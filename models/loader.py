@@ -45,37 +45,62 @@ class LoadedModel:
     source_notes: tuple[str, ...]  # those of them that the caches keep: on the source, not on the caches
 
 
-def load_model(path: Path, ops: Ops, *, cache_dir: Path | None = None, progress: Progress | None = None) -> LoadedModel:
+@dataclass(frozen=True)
+class _How:
+    """What a load was asked for besides the model."""
+
+    progress: Progress | None
+    keep_float32: bool
+
+    def served(
+        self, source: Checkpoint, writer: Nf4CheckpointWriter | None = None, packer: "Packer | None" = None
+    ) -> "ServedWeights":
+        return ServedWeights(source, self.progress, writer, packer, keep_float32=self.keep_float32)
+
+    def key(self, source: Checkpoint) -> str:
+        return source_key(source.config, source.layouts(), keep_float32=self.keep_float32)
+
+
+def load_model(
+    path: Path,
+    ops: Ops,
+    *,
+    cache_dir: Path | None = None,
+    progress: Progress | None = None,
+    keep_float32: bool = False,
+) -> LoadedModel:
     """Load the model at `path` (see `open_checkpoint`) for the provider `ops`.
 
     A model with NF4 weights is served as it is stored, including projections that it keeps dense. A dense one (or a
     GGUF) has its projections quantised to NF4 with double quantisation, and is cached below `cache_dir` unless that is
-    None. progress: called with (tensor, bytes done, bytes in all). Raises ModelError for what is wrong with `path`; a
-    cache that cannot be used is no error but a note.
+    None. progress: called with (tensor, bytes done, bytes in all). keep_float32: norms, biases, embedding and head
+    that are stored in float32 stay so, and become bfloat16 otherwise. Raises ModelError for what is wrong with `path`;
+    a cache that cannot be used is no error but a note.
     """
+    how = _How(progress, keep_float32)
     with closing(open_checkpoint(path)) as source:
         if cache_dir is None or not ops.packed_format:
-            return _load_unpacked(source, ops, cache_dir, progress, None)
+            return _load_unpacked(source, ops, cache_dir, how, None)
         try:
             ModelCache(cache_dir).remove_leftovers()
-            return _load_packed(source, ops, cache_dir, progress)
+            return _load_packed(source, ops, cache_dir, how)
         except OSError as error:
-            return _not_packed(_load_unpacked(source, ops, cache_dir, progress, None), error)
+            return _not_packed(_load_unpacked(source, ops, cache_dir, how, None), error)
 
 
 def _load_unpacked(
-    source: Checkpoint, ops: Ops, cache_dir: Path | None, progress: Progress | None, packer: "Packer | None"
+    source: Checkpoint, ops: Ops, cache_dir: Path | None, how: _How, packer: "Packer | None"
 ) -> LoadedModel:
     if source.is_quantized:
-        return _build(source, ServedWeights(source, progress, packer=packer), ops, "checkpoint")
+        return _build(source, how.served(source, packer=packer), ops, "checkpoint")
     if cache_dir is None:
-        return _build(source, ServedWeights(source, progress, packer=packer), ops, "quantized")
+        return _build(source, how.served(source, packer=packer), ops, "quantized")
     try:
         cache = ModelCache(cache_dir)
         cache.remove_leftovers()
-        return _load_through_cache(source, ops, cache, progress, packer)
+        return _load_through_cache(source, ops, cache, how, packer)
     except OSError as error:
-        return _not_cached(_build(source, ServedWeights(source, progress, packer=packer), ops, "quantized"), error)
+        return _not_cached(_build(source, how.served(source, packer=packer), ops, "quantized"), error)
 
 
 class Packer:
@@ -105,11 +130,15 @@ class ServedWeights:
         progress: Progress | None,
         writer: Nf4CheckpointWriter | None = None,
         packer: Packer | None = None,
+        *,
+        keep_float32: bool = False,
     ) -> None:
         self._source = source
         self._progress = progress
         self._writer = writer
         self._packer = packer
+        self._keep_float32 = keep_float32
+        self._num_rounded = 0
         self._done_bytes = 0
         self._num_dense_projections = 0
         self._digest = hashlib.sha256(json.dumps(source.config.computation(), sort_keys=True).encode())
@@ -145,13 +174,20 @@ class ServedWeights:
             notes.append(f"{len(unused)} tensors are not part of this LLaMA and were ignored: {listed}")
         if self._num_dense_projections:
             notes.append(f"{self._num_dense_projections} projections are dense in the checkpoint and are served so")
+        if self._num_rounded:
+            notes.append(
+                f"{self._num_rounded} float32 tensors that are not quantised (norms, embedding, head) are rounded to "
+                "bfloat16: --dtype float32 keeps them"
+            )
         return notes
 
     def _dense(self, name: str, tensor: Tensor) -> Tensor:
         if self._source.is_quantized:
             return tensor
         with self._naming_source():
-            return dense_tensor(name, tensor)
+            dense = dense_tensor(name, tensor, keep_float32=self._keep_float32)
+        self._num_rounded += dense.dtype != tensor.dtype and not torch.equal(dense.to(tensor.dtype), tensor)
+        return dense
 
     @contextmanager
     def _naming_source(self) -> Iterator[None]:
@@ -202,34 +238,34 @@ class _MappedWeights:
         return self._served.tensor(name, shape)
 
 
-def _load_packed(source: Checkpoint, ops: Ops, cache_dir: Path, progress: Progress | None) -> LoadedModel:
+def _load_packed(source: Checkpoint, ops: Ops, cache_dir: Path, how: _How) -> LoadedModel:
     """From the packed weights of an earlier start, or leaving them behind for the next. Raises OSError where the cache
     cannot be used."""
     cache = ModelCache(cache_dir)
-    key = packed_key(source_key(source.config, source.layouts()), ops.packed_format)
+    key = packed_key(how.key(source), ops.packed_format)
 
     def load(entry: CachedModel | None) -> LoadedModel | None:
         if entry is None or not entry.fingerprint:
             return None
         try:
-            weights = _MappedWeights(PackedWeights(entry.path), ServedWeights(source, progress))
+            weights = _MappedWeights(PackedWeights(entry.path), how.served(source))
         except ModelError:
             return None
         model = LlamaModel(source.config, weights, ops)
         cache.touch(entry)
         return _from_entry(model, entry)
 
-    with cache.lock(key, exclusive=False, on_wait=_waiting(source, progress)):
+    with cache.lock(key, exclusive=False, on_wait=_waiting(source, how)):
         if loaded := load(cache.find(key)):
             return loaded
-    with cache.lock(key, exclusive=True, on_wait=_waiting(source, progress)):
+    with cache.lock(key, exclusive=True, on_wait=_waiting(source, how)):
         entry = cache.find(key)  # between the two locks another process may have made it
         if loaded := load(entry):
             return loaded
         writer = PackedWriter(cache, key)
         packer = Packer(ops, writer)
         try:
-            made = _load_unpacked(source, ops, cache_dir, progress, packer)
+            made = _load_unpacked(source, ops, cache_dir, how, packer)
             if packer.error is None and writer.num_tensors:
                 packer.error = _seal(writer, source, made)
         finally:
@@ -247,27 +283,27 @@ def _seal(writer: PackedWriter, source: Checkpoint, loaded: LoadedModel) -> OSEr
     return None
 
 
-def _waiting(source: Checkpoint, progress: Progress | None) -> Callable[[], None]:
+def _waiting(source: Checkpoint, how: _How) -> Callable[[], None]:
     def tell() -> None:
-        if progress is not None:
-            progress(WAITING, 0, source.num_bytes)
+        if how.progress is not None:
+            how.progress(WAITING, 0, source.num_bytes)
 
     return tell
 
 
 def _load_through_cache(
-    source: Checkpoint, ops: Ops, cache: ModelCache, progress: Progress | None, packer: Packer | None
+    source: Checkpoint, ops: Ops, cache: ModelCache, how: _How, packer: Packer | None
 ) -> LoadedModel:
-    key = source_key(source.config, source.layouts())
-    with cache.lock(key, exclusive=False, on_wait=_waiting(source, progress)):
+    key = how.key(source)
+    with cache.lock(key, exclusive=False, on_wait=_waiting(source, how)):
         entry = cache.find(key)
-        if entry is not None and (loaded := _from_cache(source, ops, cache, entry, progress, packer)):
+        if entry is not None and (loaded := _from_cache(source, ops, cache, entry, how, packer)):
             return loaded
-    with cache.lock(key, exclusive=True, on_wait=_waiting(source, progress)):
+    with cache.lock(key, exclusive=True, on_wait=_waiting(source, how)):
         entry = cache.find(key)  # between the two locks another process may have made it
-        if entry is not None and (loaded := _from_cache(source, ops, cache, entry, progress, packer)):
+        if entry is not None and (loaded := _from_cache(source, ops, cache, entry, how, packer)):
             return loaded
-        loaded = _into_cache(source, ops, cache, key, progress, packer)
+        loaded = _into_cache(source, ops, cache, key, how, packer)
     return loaded if entry is None else _with_note(loaded, f"the cached copy {entry.path} was damaged and was rebuilt")
 
 
@@ -276,13 +312,13 @@ def _from_cache(
     ops: Ops,
     cache: ModelCache,
     entry: CachedModel,
-    progress: Progress | None,
+    how: _How,
     packer: Packer | None,
 ) -> LoadedModel | None:
     """The model from its cached form, or None if that is not, byte for byte, what was written."""
     try:
         with closing(open_checkpoint(entry.path)) as cached:
-            weights = ServedWeights(cached, progress, packer=packer)
+            weights = how.served(cached, packer=packer)
             model = LlamaModel(source.config, weights, ops)
     except ModelError:
         return None
@@ -293,14 +329,14 @@ def _from_cache(
 
 
 def _into_cache(
-    source: Checkpoint, ops: Ops, cache: ModelCache, key: str, progress: Progress | None, packer: Packer | None
+    source: Checkpoint, ops: Ops, cache: ModelCache, key: str, how: _How, packer: Packer | None
 ) -> LoadedModel:
     """Quantise, and write what passes to the cache; if the disk does not take it, the model is served all the same."""
     try:
         writer = cache.writer(key, source.config.to_json())
     except ModelError as error:
-        return _not_cached(_build(source, ServedWeights(source, progress, packer=packer), ops, "quantized"), error)
-    weights = ServedWeights(source, progress, writer, packer)
+        return _not_cached(_build(source, how.served(source, packer=packer), ops, "quantized"), error)
+    weights = how.served(source, writer, packer)
     try:
         loaded = _build(source, weights, ops, "quantized")
     except BaseException:

@@ -43,15 +43,17 @@ class CachedModel:
     last_used_seconds: float  # seconds since the epoch
 
 
-def source_key(config: LlamaConfig, layouts: list[FileLayout]) -> str:
+def source_key(config: LlamaConfig, layouts: list[FileLayout], *, keep_float32: bool = False) -> str:
     """What a dense model is recognised by, hex SHA-256, from a few kB per tensor instead of the whole of it.
 
     For each file: name, size, time of change, table of tensors, and 4 KiB from the start, the middle and the end of
     each tensor. Any ordinary rewrite changes it. What it cannot see is a few bytes patched in place in the middle of a
-    tensor with the file's time put back.
+    tensor with the file's time put back. keep_float32: the result has its float32 tensors as they are.
     """
     digest = hashlib.sha256(FORMAT.encode())
     digest.update(json.dumps(config.computation(), sort_keys=True).encode())
+    if keep_float32:
+        digest.update(b" float32 kept")
     for layout in layouts:
         status = layout.path.stat()
         digest.update(repr((layout.path.name, status.st_size, status.st_mtime_ns)).encode())

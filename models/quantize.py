@@ -90,8 +90,9 @@ def quantize_tensor(name: str, tensor: Tensor, *, double_quant: bool = True) -> 
         raise ModelError(f"{name}: {error}; {_DAMAGED}") from error
 
 
-def dense_tensor(name: str, tensor: Tensor) -> Tensor:
-    """A tensor that is not quantised, as it is stored and served: 16-bit floats as they are, float32 as bfloat16.
+def dense_tensor(name: str, tensor: Tensor, *, keep_float32: bool = False) -> Tensor:
+    """A tensor that is not quantised, as it is stored and served: 16-bit floats as they are, float32 as bfloat16 unless
+    `keep_float32`.
 
     bfloat16 because it has float32's range, so that nothing overflows, at half the bytes that embedding and head cost
     in every step. Raises ModelError for another dtype, and for values that are not finite.
@@ -102,7 +103,7 @@ def dense_tensor(name: str, tensor: Tensor) -> Tensor:
         )
     if not all(torch.isfinite(bound) for bound in torch.aminmax(tensor)):
         raise ModelError(f"{name} holds values that are not finite (NaN or infinity); {_DAMAGED}")
-    return tensor.to(torch.bfloat16) if tensor.dtype == torch.float32 else tensor
+    return tensor.to(torch.bfloat16) if tensor.dtype == torch.float32 and not keep_float32 else tensor
 
 
 def quantization_config(*, double_quant: bool) -> dict[str, Any]:

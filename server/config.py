@@ -206,6 +206,15 @@ class Settings(BaseSettings):
         return self.cache.expanduser().absolute()
 
     @property
+    def shared_hub_cache(self) -> Path:
+        """Where other tools keep what they downloaded from the hub, as its library finds it."""
+        for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+            if path := os.environ.get(variable):
+                return _expanded(path)
+        home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+        return _expanded(os.path.join(home, "hub"))
+
+    @property
     def has_admin(self) -> bool:
         """Whether adapters can be changed while the server runs."""
         return self.admin_key is not None or self.admin_key_file is not None
@@ -213,6 +222,10 @@ class Settings(BaseSettings):
     def public(self) -> dict[str, Any]:
         """The settings as plain data, secrets masked: what --print-config shows."""
         return self.model_dump(mode="json")
+
+
+def _expanded(path: str) -> Path:
+    return Path(os.path.abspath(os.path.expanduser(os.path.expandvars(path))))
 
 
 # An empty variable counts as unset, except where it was meant to keep others out.

@@ -170,6 +170,7 @@ def _open_store(settings: Settings, base: Base) -> VersionStore:
         directory.expanduser().absolute() / base.loaded.fingerprint[:16],
         base.loaded.model.lora_targets,
         limits=AdapterLimits(max_rank=settings.max_lora_rank),
+        base_table=base.table,
     )
 
 

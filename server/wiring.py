@@ -20,6 +20,7 @@ from guanaco.adapters.slot_table import SlotTable
 from guanaco.adapters.weights import AdapterLimits, check_base
 from guanaco.kernels import NativeUnavailable, Ops, load_ops
 from guanaco.models.chat_template import TEMPLATE_NAMES, ChatTemplate
+from guanaco.models.checkpoint import stored_table
 from guanaco.models.config import read_json
 from guanaco.models.demo import ensure_demo_model
 from guanaco.models.hub import resolve_model
@@ -66,6 +67,11 @@ class Base:
     eos_ids: frozenset[int]
     generation_config: Mapping[str, Any]
     notes: tuple[str, ...]
+    path: Path  # where its files are
+
+    def table(self, name: str) -> torch.Tensor | None:
+        """Its embedding or output layer as stored, for adapters that have saved one; None where it can't be read."""
+        return stored_table(self.path, name)
 
 
 @dataclass(frozen=True)
@@ -179,13 +185,15 @@ def _load_base(settings: Settings, ops: Ops, console: Console) -> Base:
             path = resolve_model(
                 settings.model,
                 cache_dir=settings.cache_dir / "hub",
+                shared_cache=settings.shared_hub_cache,
                 offline=settings.offline,
                 token=token,
                 progress=report,
             )
     with reporting(console, "load") as report:
         cache = settings.cache_dir if settings.quantized_cache else None
-        loaded = load_model(path, ops, cache_dir=cache, progress=report)
+        keep_float32 = settings.dtype == "float32"
+        loaded = load_model(path, ops, cache_dir=cache, progress=report, keep_float32=keep_float32)
     template = chosen_template(settings)
     check_tokenizer(path)
     tokenizer = Tokenizer.from_directory(path)
@@ -213,6 +221,7 @@ def _load_base(settings: Settings, ops: Ops, console: Console) -> Base:
         eos_ids=frozenset(special.eos_ids),
         generation_config=generation_config,
         notes=notes,
+        path=path,
     )
 
 
@@ -231,6 +240,7 @@ def _load_adapters(settings: Settings, base: Base, console: Console) -> AdapterR
         base_names=(base.name,),
         limits=AdapterLimits(max_rank=settings.max_lora_rank),
         templates=TEMPLATE_NAMES,
+        base_table=base.table,
     )
     options, profiles = adapter_options(settings), adapter_profiles(settings)
     with reporting(console, "adapters") as report:

@@ -45,13 +45,15 @@ class AdapterHub:
     offline: bool = False
     token: str | None = None
     endpoint: str | None = None
+    shared_cache: Path | None = None  # of other tools: what is there need not be downloaded
     max_weights_bytes: int = AdapterLimits().max_file_bytes
 
     @classmethod
     def of(cls, settings: Settings) -> "AdapterHub":
         """With the settings that models of the hub have too."""
         token = None if settings.hub_token is None else settings.hub_token.get_secret_value()
-        return cls(settings.cache_dir / "hub", offline=settings.offline, token=token)
+        shared = settings.shared_hub_cache
+        return cls(settings.cache_dir / "hub", offline=settings.offline, token=token, shared_cache=shared)
 
     def fetch(self, address: HubAddress) -> tuple[Path, HubAddress]:
         """The directory with an adapter's files, in the hub's cache, and the address with its commit. AdapterError."""
@@ -83,6 +85,7 @@ class AdapterHub:
                 {CONFIG_NAME: MAX_CONFIG_BYTES, WEIGHTS_NAME: self.max_weights_bytes, PROFILE_NAME: MAX_PROFILE_BYTES},
                 required=(CONFIG_NAME, WEIGHTS_NAME),
                 cache_dir=self.cache_dir,
+                shared_cache=self.shared_cache,
                 offline=self.offline,
                 token=self.token,
                 endpoint=self.endpoint,

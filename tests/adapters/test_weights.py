@@ -406,3 +406,57 @@ def test_a_git_lfs_pointer_is_called_so(targets, tmp_path, name):
     with pytest.raises(AdapterError, match="git lfs pull") as error:
         load_adapter(path, targets)
     assert (error.value.code, error.value.field) == ("lfs_pointer", name)
+
+
+class TestSavedTables:
+    """PEFT saves embedding and head along where it thinks that the vocabulary may have changed."""
+
+    EMBEDDING, HEAD = "base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"
+
+    def tables(self, base, dtype=torch.float32):
+        weights = {"embed_tokens": base.model.embed_tokens.weight, "lm_head": base.lm_head.weight}
+        return {name: weight.detach().to(dtype) for name, weight in weights.items()}
+
+    def saved(self, base, path, dtype=torch.float32):
+        """Through PEFT itself."""
+        model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+        model.save_pretrained(path, save_embedding_layers=True)
+        model.unload()
+        rewrite(path, lambda t: {k: v if "lora" in k else v.to(dtype) for k, v in t.items()})
+        return path
+
+    @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_equal_ones_are_accepted_with_a_note(self, base, targets, tmp_path, stored, dtype):
+        path = self.saved(base, tmp_path, dtype)
+        assert {self.EMBEDDING, self.HEAD} < safetensors.torch.load_file(path / WEIGHTS).keys()
+        ours = self.tables(base, stored)
+        if stored is torch.float16:  # PEFT saved what it had in memory: the base's 16 bits, in its own dtype
+            saved = {self.EMBEDDING: ours["embed_tokens"].to(dtype), self.HEAD: ours["lm_head"].to(dtype)}
+            rewrite(path, lambda t: {**t, **saved})
+        adapter = load_adapter(path, targets, base_table=ours.get)
+        (note,) = adapter.notes
+        assert "embed_tokens and lm_head" in note or "lm_head and embed_tokens" in note
+        rewrite(path, without(self.EMBEDDING, self.HEAD))
+        plain = load_adapter(path, targets)
+        assert plain.version == adapter.version, "they change nothing"
+        assert plain.num_bytes == adapter.num_bytes
+        assert plain.notes == ()
+
+    @pytest.mark.parametrize("key", [EMBEDDING, HEAD])
+    def test_one_other_value_is_refused(self, base, targets, tmp_path, key):
+        path = self.saved(base, tmp_path)
+        rewrite(
+            path,
+            lambda t: {k: v.clone().index_fill_(0, torch.tensor([383]), 1.0) if k == key else v for k, v in t.items()},
+        )
+        with pytest.raises(AdapterError, match="differs from the base's") as error:
+            load_adapter(path, targets, base_table=self.tables(base).get)
+        assert error.value.field == key
+
+    def test_a_base_that_cannot_be_read_is_not_taken_for_equal(self, base, targets, tmp_path):
+        path = self.saved(base, tmp_path)
+        for table in (None, lambda name: None):
+            with pytest.raises(AdapterError) as error:
+                load_adapter(path, targets, base_table=table)
+            assert error.value.code in ("embedding_unsupported", "lm_head_unsupported")

@@ -174,6 +174,46 @@ class TestOffline:
             resolve_model("org/tiny", cache_dir=cache, endpoint="http://127.0.0.1:9")
 
 
+class TestSharedCache:
+    """What other tools downloaded is found: a model of 16 GB is not fetched twice, and offline it need not be."""
+
+    def test_offline_a_model_is_found_in_either_cache(self, hub: FakeHub, cache: Path, tmp_path: Path) -> None:
+        there = resolve(hub, tmp_path / "shared")
+        hub.requests.clear()
+        found = resolve(hub, cache, offline=True, shared_cache=tmp_path / "shared")
+        assert found == there
+        assert hub.requests == []
+        assert resolve(hub, cache, f"org/tiny@{COMMIT}", offline=True, shared_cache=tmp_path / "shared") == there
+        assert "not downloaded before" in refused(
+            hub, cache, f"org/tiny@{OTHER_COMMIT}", offline=True, shared_cache=tmp_path / "shared"
+        )
+
+    def test_online_its_files_are_not_downloaded_again(self, hub: FakeHub, cache: Path, tmp_path: Path) -> None:
+        there = resolve(hub, tmp_path / "shared")
+        assert resolve(hub, cache, shared_cache=tmp_path / "shared") == there
+        assert not cache.exists()
+
+    def test_our_own_copy_comes_first(self, hub: FakeHub, cache: Path, tmp_path: Path) -> None:
+        resolve(hub, tmp_path / "shared")
+        ours = resolve(hub, cache)
+        assert resolve(hub, cache, shared_cache=tmp_path / "shared", offline=True) == ours
+
+    def test_a_new_model_goes_to_our_own_cache(self, hub: FakeHub, cache: Path, tmp_path: Path) -> None:
+        assert resolve(hub, cache, shared_cache=tmp_path / "shared").is_relative_to(cache)
+        assert not (tmp_path / "shared").exists()
+
+    def test_a_config_alone_is_no_model(self, hub: FakeHub, cache: Path, tmp_path: Path) -> None:
+        """transformers' AutoConfig leaves one behind."""
+        folder = tmp_path / "shared" / "models--org--tiny"
+        (folder / "snapshots" / COMMIT).mkdir(parents=True)
+        (folder / "snapshots" / COMMIT / "config.json").write_text("{}")
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text(COMMIT)
+        assert "not downloaded before" in refused(hub, cache, offline=True, shared_cache=tmp_path / "shared")
+        assert "without its weights" in refused(hub, tmp_path / "shared", offline=True)
+        assert resolve(hub, cache, shared_cache=tmp_path / "shared").is_relative_to(cache)
+
+
 class TestRefusals:
     @pytest.mark.parametrize("spec", ["no-such-directory", "/no/such", "./org/tiny", "a/b/c", "org/tiny@", "org/.."])
     def test_what_is_neither_path_nor_id(self, spec: str) -> None:

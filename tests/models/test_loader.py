@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import KINDS, make_tiny_llama
 from torch import Tensor
 
+from guanaco.models.checkpoint import stored_table
 from guanaco.models.errors import ModelError
 from guanaco.models.loader import LoadedModel, load_model
 from guanaco.models.quantize import quantize_checkpoint
@@ -77,6 +78,37 @@ def test_an_added_padding_row_is_just_another_shape(tmp_path: Path) -> None:
     """QLoRA's trainer adds a [PAD] row: 32001 tokens, and here 385."""
     loaded = load(make_tiny_llama(tmp_path, vocab_size=385))
     assert logits(loaded).shape == (len(PROMPT), 385)
+
+
+def test_a_stored_table_is_the_files_own(originals: Path, tmp_path: Path) -> None:
+    dense = load_file(originals / "dense" / "model.safetensors")
+    for name, key in (("embed_tokens", "model.embed_tokens.weight"), ("lm_head", "lm_head.weight")):
+        assert torch.equal(stored_table(originals / "dense", name), dense[key])  # type: ignore[arg-type]
+    tied = load_file(originals / "tied" / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(stored_table(originals / "tied", "lm_head"), tied)  # type: ignore[arg-type]
+    assert stored_table(tmp_path, "lm_head") is None
+
+
+def test_float32_norms_and_tables_are_kept_where_that_is_asked_for(tmp_path: Path) -> None:
+    """Through the cache, too, which keeps both forms apart."""
+    path, cache = make_tiny_llama(tmp_path / "full", dtype=torch.float32), tmp_path / "cache"
+    rounded = load(path, cache_dir=cache)
+    kept = [load(path, cache_dir=cache, keep_float32=True) for _ in range(2)]
+    assert [it.origin for it in (rounded, *kept)] == ["quantized", "quantized", "cache"]
+    assert kept[0].fingerprint == kept[1].fingerprint != rounded.fingerprint
+    assert load(path, keep_float32=True).fingerprint == kept[0].fingerprint
+    stored = load_file(path / "model.safetensors")
+    for loaded in kept:
+        torch.testing.assert_close(loaded.model._norm.weight, stored["model.norm.weight"], rtol=0, atol=0)
+        torch.testing.assert_close(loaded.model._embedding, stored["model.embed_tokens.weight"], rtol=0, atol=0)
+        assert loaded.notes == ()
+    assert rounded.notes == load(path, cache_dir=cache).notes
+    (note,) = rounded.notes
+    assert note.startswith("7 float32 tensors that are not quantised"), "embedding, head, final norm, two in each layer"
+    assert "--dtype float32 keeps them" in note
+    exact = make_tiny_llama(tmp_path / "half").rename(tmp_path / "exact")
+    edit(exact, lambda tensors: tensors.update({name: tensor.float() for name, tensor in tensors.items()}))
+    assert load(exact).notes == (), "bfloat16 holds every one of its values"
 
 
 def test_a_float32_model_is_served_with_its_table_in_bf16(tmp_path: Path) -> None:

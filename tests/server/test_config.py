@@ -246,3 +246,24 @@ def test_an_empty_name_of_a_key_file_stops_the_program(name: str, monkeypatch: p
     monkeypatch.setenv(ENV_PREFIX + name.upper(), "")
     with pytest.raises(SettingsError, match=ENV_PREFIX + name.upper()):
         load_settings({})
+
+
+@pytest.mark.parametrize(
+    ("variables", "path"),
+    [
+        ({}, "/home/a/.cache/huggingface/hub"),
+        ({"XDG_CACHE_HOME": "/x"}, "/x/huggingface/hub"),
+        ({"XDG_CACHE_HOME": "/x", "HF_HOME": "~/hf"}, "/home/a/hf/hub"),
+        ({"HF_HOME": "/hf", "HUGGINGFACE_HUB_CACHE": "/old"}, "/old"),
+        ({"HF_HOME": "/hf", "HUGGINGFACE_HUB_CACHE": "/old", "HF_HUB_CACHE": "$HOME/new"}, "/home/a/new"),
+        ({"HF_HOME": "", "HF_HUB_CACHE": ""}, "/home/a/.cache/huggingface/hub"),
+    ],
+)
+def test_the_hubs_cache_is_where_its_library_has_it(
+    variables: dict[str, str], path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"HOME": "/home/a", **variables}.items():
+        monkeypatch.setenv(name, value)
+    assert str(load_settings({}).shared_hub_cache) == path
