@@ -62,12 +62,21 @@ def _parse_keys(value: object) -> object:
     return keys
 
 
+def _host_name(value: object) -> object:
+    if isinstance(value, str) and not _HOST_NAME.fullmatch(value):
+        raise ValueError(f"{value!r} is not a host name: write it without a scheme, a port or wildcards")
+    return value
+
+
+_HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?")
 _EMPTY_KEY = "the key is empty: write a key (is a shell variable unset?), or leave the setting out"
 
 Bytes = Annotated[int, BeforeValidator(_parse_bytes), Field(ge=0)]
 Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_parse_list)]
 Key = Annotated[SecretStr, BeforeValidator(_key)]
 Keys = Annotated[tuple[Key, ...], NoDecode, BeforeValidator(_parse_keys)]
+HostName = Annotated[str, BeforeValidator(_host_name)]
+HostNames = Annotated[tuple[HostName, ...], NoDecode, BeforeValidator(_parse_list)]
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -87,6 +96,9 @@ class Settings(BaseSettings):
     served_model_name: str | None = Field(None, description="name of the base model in the API")
     host: str = Field("127.0.0.1", description="address to listen on")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="port to listen on; 0 picks a free one")
+    allowed_host: HostNames = Field(
+        (), description="host name that clients may use while there is no API key, besides localhost; repeat for more"
+    )
     api_key: Keys = Field((), description="API key that clients must send; repeat for more")
     api_key_file: Path | None = Field(None, description="file with one API key a line")
     allow_unauthenticated: bool = Field(False, description="listen beyond loopback without an API key")

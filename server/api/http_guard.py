@@ -14,6 +14,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from guanaco.server.api.auth import OPEN_PATHS
 from guanaco.server.api.errors import ApiError
+from guanaco.server.api.request_framing import head_fault
 from guanaco.server.engine.awake_clock import AwakeTimer
 
 _SPARE_URLS = frozenset(path.encode() for path in OPEN_PATHS)
@@ -121,6 +122,8 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         if self._is_spare and self.url.partition(b"?")[0] not in _SPARE_URLS:
             text = "too many connections are open; try again later, and keep fewer open"
             self._stop(ApiError(503, "too_many_connections", text, retry_after=1.0))
+        if fault := head_fault(self.parser.get_http_version(), self.headers):
+            self._stop(ApiError(400, "malformed_request", fault))
         runs_now = self._is_idle
         super().on_headers_complete()
         self._phase = _Phase.BODY

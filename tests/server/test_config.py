@@ -18,6 +18,7 @@ OTHER_VALUE = {  # a text for each setting that is valid and not its default
     "kv_cache_dtype": "int8",
     "log_level": "debug",
     "cache": "elsewhere",
+    "allowed_host": "other.example",
     "api_key_file": "keys.txt",
     "admin_key_file": "keys.txt",
     "adapter": "a=b",

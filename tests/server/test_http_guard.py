@@ -16,6 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 HEADER_SECONDS, BODY_SECONDS, KEEP_ALIVE_SECONDS = 0.4, 0.6, 0.8
+CHUNKED_HEAD = (
+    b"POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+)
 GET = b"GET /version HTTP/1.1\r\nHost: t\r\n\r\n"
 
 
@@ -184,8 +187,8 @@ def test_a_slow_answer_is_not_a_slow_client(impatient: LiveServer) -> None:
         (b"GET / HTTP/1.1\r\n" + b"x" * (1 << 20), 431),
         (b"GET /" + b"x" * (8 << 10) + b" HTTP/1.1\r\nHost: t\r\n\r\n", 414),
         (b"GET /" + b"x" * (1 << 20), 414),
-        (b"GET /version HTTP/1.1\r\n" + b"X: y\r\n" * 99 + b"Connection: close\r\n\r\n", 200),
-        (b"GET /version HTTP/1.1\r\nConnection: close\r\nX: " + b"x" * (31 << 10) + b"\r\n\r\n", 200),
+        (b"GET /version HTTP/1.1\r\nHost: t\r\n" + b"X: y\r\n" * 98 + b"Connection: close\r\n\r\n", 200),
+        (b"GET /version HTTP/1.1\r\nHost: t\r\nConnection: close\r\nX: " + b"x" * (31 << 10) + b"\r\n\r\n", 200),
     ],
     ids=lambda value: str(len(value)) if isinstance(value, bytes) else None,
 )
@@ -243,7 +246,7 @@ def test_malformed_requests(server: LiveServer, request_bytes: bytes) -> None:
 
 
 _GOOD = http_post("/v1/completions", {"model": BASE, "prompt": "x", "max_tokens": 1}, close=False)
-_CHUNKED = b'POST /tokenize HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{"a":\r\n2\r\n1}\r\n0\r\n\r\n'
+_CHUNKED = b'POST /tokenize HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{"a":\r\n2\r\n1}\r\n0\r\n\r\n'
 _parts = st.one_of(
     st.sampled_from([b"\r\n", b"\r\n\r\n", b" ", b":", b"\x00", b"Content-Length: 5\r\n", b"Connection: upgrade\r\n"]),
     st.binary(max_size=6),
@@ -278,12 +281,12 @@ def test_mutated_bytes_never_break_the_server(server: LiveServer, proof_count: C
 
 
 def test_malformed_chunk_in_a_body(server: LiveServer) -> None:
-    head = b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = CHUNKED_HEAD
     assert status_of(server.raw(head + b"zz\r\n{}\r\n")) == 400
 
 
 def test_too_many_chunks(server: LiveServer) -> None:
-    head = b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = CHUNKED_HEAD
     with server.connect() as sock:
         with contextlib.suppress(ConnectionResetError, BrokenPipeError):
             sock.sendall(head + b"1\r\nx\r\n" * 17_000)
@@ -297,7 +300,7 @@ def test_too_many_chunks(server: LiveServer) -> None:
 
 def test_body_that_never_ends(server: LiveServer) -> None:
     """A chunked body far beyond the limit is cut, not read for ever."""
-    head = b"POST /nope HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = CHUNKED_HEAD.replace(b"/v1/completions", b"/nope")
     chunk = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
     most = (8 * 4 << 20) + (8 << 20)  # the limit, and what fits into the sockets' buffers
     sent = 0

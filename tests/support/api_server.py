@@ -22,6 +22,8 @@ PIRATE_VERSION, TERSE_VERSION = "a" * 64, "b" * 64
 MAX_MODEL_LEN = 4096
 WAIT = 30.0  # seconds that any wait of a test may take before the test fails
 
+RAW_HOSTS = ("t", "test")  # what raw requests in the tests send as Host
+
 
 def make_state(*, keys: tuple[str, ...] = (), max_model_len: int = MAX_MODEL_LEN, **settings: Any) -> ApiState:
     base = ServedModel(BASE, max_model_len, root="org/base-model", created=1_700_000_000)
@@ -35,7 +37,7 @@ def make_state(*, keys: tuple[str, ...] = (), max_model_len: int = MAX_MODEL_LEN
         engine=FakeEngine(),
         tokenizer=FakeTokenizer(),
         catalog=Catalog(base, adapters),
-        settings=Settings(port=0, **settings),
+        settings=Settings(port=0, **{"allowed_host": RAW_HOSTS, **settings}),
         metrics=metrics,
         version="1.2.3",
         keys=KeyRing(keys),

@@ -1,0 +1,22 @@
+"""What is wrong with a request's head although its syntax is right: `Host`, HTTP version, transfer coding.
+
+Two servers on a request's way that read it differently can be played off against each other, so whatever could be
+read in two ways is refused. Called by `http_guard` once per request.
+"""
+
+from collections.abc import Sequence
+
+OLD_VERSION = "1.0"
+_VERSIONS = (OLD_VERSION, "1.1")
+
+
+def head_fault(version: str, headers: Sequence[tuple[bytes, bytes]]) -> str | None:
+    """One sentence for the client, or None where nothing is wrong. `headers` have lower-case names."""
+    if version not in _VERSIONS:
+        return "this server speaks HTTP/1.1 and HTTP/1.0 only"
+    hosts = [value for name, value in headers if name == b"host"]
+    if len(hosts) > 1:
+        return "the request has more than one Host header; send exactly one"
+    if version != OLD_VERSION and not any(host.strip() for host in hosts):
+        return "the request has no Host header, or an empty one; HTTP/1.1 needs it"
+    return None
