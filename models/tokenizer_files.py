@@ -145,15 +145,22 @@ def _add_tokens(backend: Backend, path: Path, config: Mapping[str, Any], named: 
         raise ModelError(
             f"{path}: its tokenizer has {len(added)} added tokens; at most {MAX_ADDED_TOKENS} are supported"
         )
-    more_special = []
-    for token in added.values():
+    more_special, ends = [], _end_ids(path)
+    for index, token in added.items():
         # Some fine-tunes add their turn markers as plain tokens; a user must not be able to type a turn there either.
         is_marker = token.content.startswith("<|") and token.content.endswith("|>")
-        if not token.special and (is_marker or token.content in control):
+        if not token.special and (is_marker or token.content in control or index in ends):
             more_special.append(_as_special(token))
         control.discard(token.content)
     backend.add_special_tokens(more_special)
     backend.add_special_tokens([token for token in sorted(control) if backend.token_to_id(token) is not None])
+
+
+def _end_ids(path: Path) -> frozenset[int]:
+    """The ids that the model's configs name as ends, as far as they are ids: `special_ids` judges them."""
+    named = [_optional_json(path / name).get("eos_token_id") for name in ("config.json", "generation_config.json")]
+    listed = [index for value in named for index in (value if isinstance(value, list) else [value])]
+    return frozenset(index for index in listed if isinstance(index, int))
 
 
 def _as_special(token: AddedToken) -> AddedToken:

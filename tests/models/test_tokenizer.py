@@ -704,3 +704,15 @@ def test_raw_sentencepiece_prompts_are_transformers_ids(legacy: bool, text: str,
     oracle = AutoTokenizer.from_pretrained(path)
     ours = Tokenizer.from_directory(path).encode(text, add_bos=False, parse_control=True)
     assert ours == oracle.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("shape", [lambda index: index, lambda index: [2, index]])
+def test_nobody_can_type_an_end_that_only_a_config_names(name: str, shape: Any, tmp_path: Path) -> None:
+    path = write_byte_level(tmp_path, extra=({"content": "<end_of_turn>", "special": False},))
+    assert 384 in Tokenizer.from_directory(path).encode("<end_of_turn>")  # an added token that is no control token
+    (path / name).write_text(json.dumps({"eos_token_id": shape(384)}))
+    tokenizer = Tokenizer.from_directory(path)
+    assert 384 not in tokenizer.encode("<end_of_turn>")
+    assert tokenizer.encode("<end_of_turn>", add_bos=False, parse_control=True) == [384]
+    assert tokenizer.decode([384]) == ""
