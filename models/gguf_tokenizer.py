@@ -64,6 +64,7 @@ def tokenizer_files(metadata: Mapping[str, Any], source: str) -> dict[str, str]:
     fields = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # the one class of transformers that takes the file as it is
         "add_bos_token": reader.adds_bos,
+        "add_eos_token": bool(metadata.get("tokenizer.ggml.add_eos_token", False)),
         "clean_up_tokenization_spaces": False,
         **{name: reader.tokens[index] for name, key in _NAMED.items() if (index := reader.id_of(key)) is not None},
     }

@@ -40,12 +40,15 @@ class Tokenizer:
         eos_id = self._id_of("eos_token")
         self.eos_ids: tuple[int, ...] = () if eos_id is None else (eos_id,)
         self.unk_id = self._id_of("unk_token")
-        first = backend.encode("", add_special_tokens=True).ids[:1]
-        by_rule = self.bos_id is not None and first == [self.bos_id]
+        frame = backend.encode("", add_special_tokens=True).ids  # what its own rule puts around a text
+        by_rule = self.bos_id is not None and frame[:1] == [self.bos_id]
+        adds_eos = files.adds_eos or (eos_id is not None and frame[int(by_rule) :][-1:] == [eos_id])
         self._adds_bos = self.bos_id is not None and (by_rule if files.add_bos is None else files.add_bos)
         self._added_texts = {index: token.content for index, token in added.items()}
         self._bytes = _ByteLevel() if "ByteLevel" in _part_types(backend.decoder) else None
         self.notes, self.chat_template = self._compile(files)
+        if adds_eos:
+            self.notes += ("its tokenizer's rule is to put eos behind every text: prompts get none",)
         self._control = _ControlTokens([(i, t) for i, t in added.items() if t.special and len(t.content) > 1])
         # From here on the special tokens are searched for in no text; their stand-ins are, in that of templates.
         backend.encode_special_tokens = True

@@ -33,6 +33,7 @@ class TokenizerFiles:
     backend: Backend
     names: dict[str, str]  # bos_token, eos_token, …: those that are named and in the vocabulary
     add_bos: bool | None  # what the config says; None: what the backend does
+    adds_eos: bool  # the config says that every text is to end with eos
     chat_template: str | None
     notes: tuple[str, ...]
 
@@ -74,6 +75,7 @@ def read_tokenizer(path: Path) -> TokenizerFiles:
         backend=backend,
         names={name: token for name, token in names.items() if backend.token_to_id(token) is not None},
         add_bos=add_bos if isinstance(add_bos, bool) else None,
+        adds_eos=config.get("add_eos_token") is True,
         chat_template=template,
         notes=(*gguf_notes, *notes),
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from hard_strings import HARD_STRINGS
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -716,3 +717,20 @@ def test_nobody_can_type_an_end_that_only_a_config_names(name: str, shape: Any, 
     assert 384 not in tokenizer.encode("<end_of_turn>")
     assert tokenizer.encode("<end_of_turn>", add_bos=False, parse_control=True) == [384]
     assert tokenizer.decode([384]) == ""
+
+
+def test_a_rule_that_ends_every_text_is_told(files: Path, tiny: Tokenizer) -> None:
+    def told(tokenizer: Tokenizer) -> bool:
+        return any("put eos behind every text" in note for note in tokenizer.notes)
+
+    assert not told(tiny)
+    edit(files, "tokenizer_config.json", lambda c: c.update(add_eos_token=True))
+    tokenizer = Tokenizer.from_directory(files)
+    assert told(tokenizer)
+    assert tokenizer.encode("hello")[-1] != tokenizer.eos_ids[0]
+    edit(files, "tokenizer_config.json", lambda c: c.pop("add_eos_token"))
+    backend = tokenizers.Tokenizer.from_file(str(files / "tokenizer.json"))
+    eos = tiny.token_text(2)
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single=f"$A {eos}", special_tokens=[(eos, 2)])
+    backend.save(str(files / "tokenizer.json"))
+    assert told(Tokenizer.from_directory(files))
