@@ -1,5 +1,9 @@
 #include "thread_pool.h"
 
+#include <pthread.h>
+#include <time.h>
+#include <unistd.h>
+
 #include <chrono>
 
 #if defined(__x86_64__)
@@ -10,9 +14,15 @@ namespace guanaco {
 namespace {
 
 // Longer than the gaps between the phases of a step, shorter than what a sleeping neighbour would mind.
-constexpr auto kSpin = std::chrono::microseconds(150);
-// A thread that waits for others gives its core away after this many pauses: there may be more threads than cores.
-constexpr int kPausesBeforeYield = 2000;
+constexpr int64_t kSpin = 150;  // microseconds
+// A caller looks this often whether the threads that it waits for have a core. Longer than waking up takes.
+constexpr int64_t kPatience = 100;  // microseconds
+constexpr int kPausesPerLook = 64;  // at the clock
+
+int64_t now() {  // microseconds
+    using namespace std::chrono;
+    return duration_cast<microseconds>(steady_clock::now().time_since_epoch()).count();
+}
 
 inline void pause_cpu() {
 #if defined(__x86_64__)
@@ -45,7 +55,12 @@ bool ThreadPool::work(int thread) {
         if (next_of(ticket) >= count_of(ticket)) return any;
         // run() cannot return, nor these fields change, before this task is counted as finished.
         task_(context_, int64_t(next_of(ticket)), thread);
-        finished_.fetch_add(1, std::memory_order_release);
+        // In one order with wait_for(): it sees this task finished, or its sleep is seen here.
+        bool last = finished_.fetch_add(1, std::memory_order_seq_cst) + 1 == count_of(ticket);
+        if (last && caller_sleeps_.load(std::memory_order_seq_cst)) {
+            std::lock_guard<std::mutex> lock(mutex_);
+            done_.notify_one();
+        }
         any = true;
     }
 }
@@ -76,24 +91,58 @@ void ThreadPool::run(Task task, void* context, int64_t num_tasks) {
         wake_.notify_all();
     }
     work(0);
-    for (int i = 0; finished_.load(std::memory_order_acquire) < uint64_t(num_tasks); i++) {
-        if (i < kPausesBeforeYield) {
-            pause_cpu();
-        } else {
-            std::this_thread::yield();
+    wait_for(uint64_t(num_tasks));
+}
+
+int64_t ThreadPool::threads_time() const {
+#if defined(_POSIX_THREAD_CPUTIME) && _POSIX_THREAD_CPUTIME >= 0
+    int64_t sum = 0;
+    for (const std::thread& t : threads_) {
+        clockid_t clock;
+        timespec time;
+        if (pthread_getcpuclockid(const_cast<std::thread&>(t).native_handle(), &clock) != 0) continue;
+        if (clock_gettime(clock, &time) == 0) sum += int64_t(time.tv_sec) * 1000000 + time.tv_nsec / 1000;
+    }
+    return sum;
+#else
+    return now();  // as if they always had a core: the caller spins
+#endif
+}
+
+// Until the last tasks, which are others', are finished. A thread that is idle sleeps after kSpin: from then on the
+// processor time that the threads get is that of the unfinished tasks.
+void ThreadPool::wait_for(uint64_t num_tasks) {
+    int64_t last = 0, had = -1;  // when it was last looked how much processor time they had; not yet
+    for (int i = 1; finished_.load(std::memory_order_acquire) < num_tasks; i++) {
+        pause_cpu();
+        if (i % kPausesPerLook != 0) continue;
+        int64_t time = now();
+        if (last == 0) last = time;
+        if (time - last < kPatience) continue;
+        int64_t have = threads_time();
+        if (had >= 0 && 2 * (have - had) < time - last) {
+            // The core that this frees may be the one that they need.
+            std::unique_lock<std::mutex> lock(mutex_);
+            caller_sleeps_.store(true, std::memory_order_seq_cst);
+            done_.wait(lock, [&] { return finished_.load(std::memory_order_seq_cst) >= num_tasks; });
+            caller_sleeps_.store(false, std::memory_order_relaxed);
+            num_sleeps_++;
+            return;
         }
+        last = time;
+        had = have;
     }
 }
 
 void ThreadPool::loop(int thread) {
-    auto idle_since = std::chrono::steady_clock::now();
+    int64_t idle_since = now();
     for (int i = 0; !stop_.load(std::memory_order_relaxed); i++) {
         if (work(thread)) {
-            idle_since = std::chrono::steady_clock::now();
+            idle_since = now();
             continue;
         }
         pause_cpu();
-        if (i % 64 != 0 || std::chrono::steady_clock::now() - idle_since < kSpin) continue;
+        if (i % kPausesPerLook != 0 || now() - idle_since < kSpin) continue;
         std::unique_lock<std::mutex> lock(mutex_);
         sleepers_.fetch_add(1, std::memory_order_seq_cst);
         wake_.wait(lock, [this] {
@@ -101,7 +150,7 @@ void ThreadPool::loop(int thread) {
             return stop_.load(std::memory_order_relaxed) || next_of(ticket) < count_of(ticket);
         });
         sleepers_.fetch_sub(1, std::memory_order_relaxed);
-        idle_since = std::chrono::steady_clock::now();
+        idle_since = now();
     }
 }
 

@@ -1,5 +1,6 @@
 // A few persistent threads that share out numbered tasks. They spin for a moment between calls, since the next one
-// usually comes within microseconds, and then sleep. No OpenMP: torch has its own, and two of them fight for the cores.
+// usually comes within microseconds, and then sleep. The caller spins for the last tasks as long as the threads that have
+// them run; where other programs have their cores, it sleeps, which leaves them its own. No OpenMP: torch has its own, and two of them fight for the cores.
 #pragma once
 #include <stdint.h>
 
@@ -29,6 +30,8 @@ class ThreadPool {
         run([](void* c, int64_t i, int t) { (*static_cast<F*>(c))(i, t); }, &f, num_tasks);
     }
 
+    int64_t num_sleeps() const { return num_sleeps_; }  // of callers so far, until threads were done
+
   private:
     // epoch | number of tasks | next task, in one word: whoever draws a task sees from the same word that it exists.
     static constexpr int kTaskBits = 20;
@@ -38,6 +41,8 @@ class ThreadPool {
 
     bool work(int thread);  // draw and run tasks until there are none; whether there were any
     void loop(int thread);
+    void wait_for(uint64_t num_tasks);
+    int64_t threads_time() const;  // microseconds of processor time that the threads have had, all together
 
     int num_threads_;
     Task task_ = nullptr;
@@ -47,7 +52,9 @@ class ThreadPool {
     alignas(64) std::atomic<int> sleepers_{0};
     std::atomic<bool> stop_{false};
     std::mutex mutex_;
-    std::condition_variable wake_;
+    std::condition_variable wake_, done_;
+    alignas(64) std::atomic<bool> caller_sleeps_{false};
+    int64_t num_sleeps_ = 0;
     std::vector<std::thread> threads_;
 };
 
