@@ -1,6 +1,7 @@
 // A few persistent threads that share out numbered tasks. They spin for a moment between calls, since the next one
 // usually comes within microseconds, and then sleep. The caller spins for the last tasks as long as the threads that have
-// them run; where other programs have their cores, it sleeps, which leaves them its own. No OpenMP: torch has its own, and two of them fight for the cores.
+// them run; where other programs have their cores, it sleeps, which leaves them its own. No OpenMP: torch has its own,
+// and two of them fight for the cores.
 #pragma once
 #include <stdint.h>
 
