@@ -10,7 +10,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -297,6 +297,10 @@ class AdapterRegistry:
         entries = self._snapshot.entries.values()
         earlier = {version: entry.name for entry in entries for version in entry.history}
         return {**earlier, **{entry.version: entry.name for entry in entries}}
+
+    def names_of(self, versions: Container[str]) -> tuple[str, ...]:
+        """The names that stand for one of these versions now. Any thread may ask."""
+        return tuple(entry.name for entry in self._snapshot.entries.values() if entry.version in versions)
 
     def entries(self) -> tuple[AdapterEntry, ...]:
         """Every adapter, in the order of registration."""

@@ -7,7 +7,7 @@ Doesn't know adapters, only their names and versions. A part of `metrics`.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -41,6 +41,9 @@ class AdapterMetrics:
         self._labels: dict[str, float] = {}  # names that have series of their own → when they were counted last
         self._served: frozenset[str] = frozenset()
         self._name_of: dict[str, str] = {}  # version → name
+        self._names_on_device: Callable[[], Iterable[str]] = tuple
+        self._waiting: Sequence[str] = ()  # versions
+        self._has_stepped = False  # since the last scrape
         self._lora_shown: tuple[str, str, str] | None = None
         self._by_adapter: list[Counter | Histogram] = []
         self._make_series_by_adapter()
@@ -50,7 +53,7 @@ class AdapterMetrics:
         self._slots_running = slots.labels("running")
         self._lora_info = Gauge(
             "vllm:lora_requests_info",
-            "Adapters of the running and waiting requests; the value is the time of the last change of state.",
+            "Adapters on the device, and those of waiting requests; the value is the time of the last change of state.",
             ["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
             registry=registry,
         )
@@ -132,18 +135,30 @@ class AdapterMetrics:
     def observe_first_token(self, adapter: str | None, seconds: float) -> None:
         self._ttft.labels(self._label(adapter)).observe(seconds)
 
-    def show(self, running: Sequence[str], waiting: Sequence[str], now: float) -> None:
-        """The versions of the requests that run and wait. One series only: a label set per past combination would
-        grow without end. The new one is there before the old one goes, so that no scrape sees neither."""
+    def set_device(self, names: Callable[[], Iterable[str]]) -> None:
+        """Read at every scrape: the names whose present version is on the device."""
+        self._names_on_device = names
+
+    def observe_step(self, running: Sequence[str], waiting: Sequence[str]) -> None:
+        """The versions of the requests that run and wait after the latest step."""
         self._slots_running.set(len(set(running)))
-        labels = (str(self._num_slots), self._joined(running), self._joined(waiting))
-        self._lora_info.labels(*labels).set(now)
+        self._waiting = waiting
+        self._has_stepped = True
+
+    def show(self, now: float) -> None:
+        """Publish what is on the device and what waits. One series only: a label set per past combination would grow
+        without end. The new one is there before the old one goes, so that no scrape sees neither.
+
+        Routers send a request where its adapter is among the running ones. So these are all that are on the device:
+        with those of running requests alone, a router would forget them whenever traffic pauses."""
+        waiting = {self._name_of.get(version, OTHER_LABEL) for version in self._waiting}
+        on_device = ",".join(sorted(set(self._names_on_device())))
+        labels = (str(self._num_slots), on_device, ",".join(sorted(waiting)))
+        if self._has_stepped or labels != self._lora_shown:
+            self._lora_info.labels(*labels).set(now)
         if self._lora_shown not in (None, labels):
             self._lora_info.remove(*self._lora_shown)
-        self._lora_shown = labels
-
-    def _joined(self, versions: Sequence[str]) -> str:
-        return ",".join(sorted({self._name_of.get(version, OTHER_LABEL) for version in versions}))
+        self._lora_shown, self._has_stepped = labels, False
 
     def _label(self, adapter: str | None) -> str:
         if adapter is None:

@@ -154,6 +154,9 @@ class Settings(BaseSettings):
     metrics_adapters: Count = Field(
         64, description="adapters with metrics of their own; all others are counted as (other)"
     )
+    metrics_compat: bool = Field(
+        False, description="give the KV and prefix cache's metrics under vLLM's old names too, for older routers"
+    )
     adapter_device_memory: Bytes = Field(
         2 << 30, description="most memory of a GPU for adapters that run, exact to their ranks; a CPU needs none"
     )

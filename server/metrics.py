@@ -41,6 +41,7 @@ _REQUEST_BUCKETS = (
 _STEP_TOKEN_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _N_BUCKETS = (1, 2, 5, 10, 20)
 _STEP_SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_ENGINE = "0"  # vLLM numbers its engines; one process has one here
 _LAG_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
 
 
@@ -109,8 +110,10 @@ class Metrics:
         max_model_len: int,
         adapter_slots: int = 0,
         max_adapter_labels: int = DEFAULT_ADAPTER_LABELS,
+        old_names: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """old_names: three series have the names that vLLM gave them earlier too."""
         disable_created_metrics()  # type: ignore[no-untyped-call]  # one more line per series, which nothing reads
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
@@ -118,56 +121,70 @@ class Metrics:
         self._step: StepNumbers | None = None  # the last one that is not in the series yet
         self._num_preempted = self._prefix_queries_tokens = self._prefix_hits_tokens = 0  # not in the series yet
         self._new_tokens: dict[str | None, int] = {}  # adapter → tokens, too
+        self._labels = {"model_name": model_name, "engine": _ENGINE}  # of vLLM's series
+        self._old_names = old_names
         self.registry.register(_First(self._catch_up))
         self.adapters = AdapterMetrics(
             self.registry, num_slots=adapter_slots, max_labels=max_adapter_labels, clock=clock
         )
-        self._make_engine_series(model_name)
-        self._make_request_series(model_name, max_model_len)
+        self._make_engine_series()
+        self._make_request_series(max_model_len)
         self._make_own_series()
-        self.adapters.show((), (), clock())
 
-    def _make_engine_series(self, model_name: str) -> None:
+    def _make_engine_series(self) -> None:
         def gauge(name: str, text: str) -> Gauge:
-            return Gauge(name, text, ["model_name"], registry=self.registry).labels(model_name)
+            return Gauge(name, text, list(self._labels), registry=self.registry).labels(**self._labels)
 
-        def counter(name: str, text: str) -> Counter:
-            return Counter(name, text, ["model_name"], registry=self.registry).labels(model_name)
+        def gauges(name: str, text: str, old_name: str) -> list[Gauge]:
+            old = [gauge(old_name, f"Old name of {name}.")] if self._old_names else []
+            return [gauge(name, text), *old]
+
+        def counters(name: str, text: str, old_name: str) -> list[Counter]:
+            old = [self._counter(old_name, f"Old name of {name}.")] if self._old_names else []
+            return [self._counter(name, text), *old]
 
         self._running = gauge("vllm:num_requests_running", "Requests that run.")
         self._waiting = gauge("vllm:num_requests_waiting", "Requests that wait to be admitted.")
-        self._kv_usage = gauge("vllm:kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.")
-        self._preemptions = counter("vllm:num_preemptions", "Sequences whose blocks were taken back.")
-        self._prefix_queries = counter("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
-        self._prefix_hits = counter("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.")
+        self._kv_usage = gauges(
+            "vllm:kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.", "vllm:gpu_cache_usage_perc"
+        )
+        self._preemptions = self._counter("vllm:num_preemptions", "Sequences whose blocks were taken back.")
+        self._prefix_queries = counters(
+            "vllm:prefix_cache_queries",
+            "Prompt tokens looked up in the prefix cache.",
+            "vllm:gpu_prefix_cache_queries",
+        )
+        self._prefix_hits = counters(
+            "vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", "vllm:gpu_prefix_cache_hits"
+        )
         self._iteration_tokens = HotHistogram(
             self.registry,
             {"vllm:iteration_tokens_total": "Tokens computed per engine step."},
             _STEP_TOKEN_BUCKETS,
-            {"model_name": model_name},
+            self._labels,
         )
 
-    def _make_request_series(self, model_name: str, max_model_len: int) -> None:
-        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
-            return Histogram(name, text, ["model_name"], buckets=buckets, registry=self.registry).labels(model_name)
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(name, text, list(self._labels), registry=self.registry).labels(**self._labels)
 
-        def counter(name: str, text: str) -> Counter:
-            return Counter(name, text, ["model_name"], registry=self.registry).labels(model_name)
+    def _make_request_series(self, max_model_len: int) -> None:
+        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
+            made = Histogram(name, text, list(self._labels), buckets=buckets, registry=self.registry)
+            return made.labels(**self._labels)
 
         tokens = count_buckets(max_model_len)
-        self._prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of admitted requests.")
-        self._generation_tokens = counter("vllm:generation_tokens", "Tokens generated.")
-        success = Counter(
-            "vllm:request_success", "Requests that ended.", ["model_name", "finished_reason"], registry=self.registry
-        )
-        self._finished = {reason: success.labels(model_name, reason) for reason in FINISH_REASONS}
+        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens of admitted requests.")
+        self._generation_tokens = self._counter("vllm:generation_tokens", "Tokens generated.")
+        label_names = [*self._labels, "finished_reason"]
+        success = Counter("vllm:request_success", "Requests that ended.", label_names, registry=self.registry)
+        self._finished = {r: success.labels(**self._labels, finished_reason=r) for r in FINISH_REASONS}
         self._ttft = histogram("vllm:time_to_first_token_seconds", "Arrival to the first token.", _TTFT_BUCKETS)
         names = {
             "vllm:inter_token_latency_seconds": "Between two tokens of a request.",
             # The name of the same series before it was renamed: older dashboards still ask for it.
             "vllm:time_per_output_token_seconds": "Old name of vllm:inter_token_latency_seconds.",
         }
-        self._itl = HotHistogram(self.registry, names, _ITL_BUCKETS, {"model_name": model_name})
+        self._itl = HotHistogram(self.registry, names, _ITL_BUCKETS, self._labels)
         self._tpot = histogram(
             "vllm:request_time_per_output_token_seconds", "Mean per token after the first, per request.", _ITL_BUCKETS
         )
@@ -182,6 +199,9 @@ class Metrics:
         )
         self._request_prompt = histogram("vllm:request_prompt_tokens", "Prompt tokens per request.", tokens)
         self._request_generation = histogram("vllm:request_generation_tokens", "Generated tokens per request.", tokens)
+        self._request_longest = histogram(
+            "vllm:request_max_num_generation_tokens", "Generated tokens of a prompt's longest choice.", tokens
+        )
         self._request_max_tokens = histogram("vllm:request_params_max_tokens", "max_tokens of the requests.", tokens)
         self._request_n = histogram("vllm:request_params_n", "n of the requests.", _N_BUCKETS)
 
@@ -208,7 +228,7 @@ class Metrics:
 
     def set_cache_config(self, *, block_size: int, num_blocks: int, **other: str | int | float | bool) -> None:
         """Publish the size of the KV cache as vLLM does: labels of a gauge that is always 1. Call once."""
-        labels = {"block_size": str(block_size), "num_gpu_blocks": str(num_blocks)}
+        labels = {"block_size": str(block_size), "num_gpu_blocks": str(num_blocks), "engine": _ENGINE}
         labels |= {name: str(value) for name, value in other.items()}
         info = Gauge("vllm:cache_config_info", "The KV cache, in its labels.", list(labels), registry=self.registry)
         info.labels(**labels).set(1)
@@ -239,17 +259,20 @@ class Metrics:
             self.adapters.count_generation(adapter, count)
         self._new_tokens.clear()
         step, self._step = self._step, None
-        if step is None:
-            return
-        self._running.set(step.num_running)
-        self._waiting.set(step.num_waiting)
-        self._kv_usage.set(step.kv_usage_ratio)
-        self._preemptions.inc(self._num_preempted)
-        self._prefix_queries.inc(self._prefix_queries_tokens)
-        self._prefix_hits.inc(self._prefix_hits_tokens)
-        self._num_preempted = self._prefix_queries_tokens = self._prefix_hits_tokens = 0
-        running = step.running_adapters if step.num_running else ()  # a last step's adapters run no more
-        self.adapters.show(running, step.waiting_adapters, self._clock())
+        if step is not None:
+            self._running.set(step.num_running)
+            self._waiting.set(step.num_waiting)
+            for gauge in self._kv_usage:
+                gauge.set(step.kv_usage_ratio)
+            self._preemptions.inc(self._num_preempted)
+            for counter in self._prefix_queries:
+                counter.inc(self._prefix_queries_tokens)
+            for counter in self._prefix_hits:
+                counter.inc(self._prefix_hits_tokens)
+            self._num_preempted = self._prefix_queries_tokens = self._prefix_hits_tokens = 0
+            running = step.running_adapters if step.num_running else ()  # a last step's adapters run no more
+            self.adapters.observe_step(running, step.waiting_adapters)
+        self.adapters.show(self._clock())  # an adapter can leave the device without a step
 
     def observe_prompt(self, adapter: str | None, count: int) -> None:
         """A request was admitted with `count` prompt tokens."""
@@ -280,6 +303,10 @@ class Metrics:
         if queue is not None:
             self._prefill.observe(max(0.0, first - queue))
             self._inference.observe(max(0.0, last - queue))
+
+    def observe_longest(self, num_tokens: int) -> None:
+        """All choices of one prompt ended, and the longest of them has so many tokens."""
+        self._request_longest.observe(num_tokens)
 
     def count_rejected(self, reason: str) -> None:
         """`reason` is one of our error codes: a fixed list."""

@@ -94,6 +94,7 @@ def _api_state(settings: Settings, runtime: Runtime, keys: KeyRing, admin_keys: 
         max_model_len=plan.max_model_len,
         adapter_slots=settings.adapter_slots,
         max_adapter_labels=settings.metrics_adapters,
+        old_names=settings.metrics_compat,
     )
     cache_dtype = name_of(runtime.kv_dtype)
     metrics.set_cache_config(block_size=plan.block_size, num_blocks=plan.num_blocks, cache_dtype=cache_dtype)
@@ -156,6 +157,7 @@ def _adapter_manager(
             logger.warning(note)
     metrics.adapters.set_names(runtime.registry.names_by_version())
     scheduler = runtime.engine.scheduler
+    metrics.adapters.set_device(lambda: runtime.registry.names_of(scheduler.slots.resident))
     metrics.adapters.set_tiers(
         sizes={"host": lambda: runtime.registry.num_bytes, "device": lambda: runtime.slots.num_bytes},
         evictions={"host": lambda: scheduler.host.num_evictions, "device": lambda: scheduler.slots.num_evictions},

@@ -26,6 +26,7 @@ router = APIRouter(tags=["adapters"])
 
 _MAX_TIMEOUT_SECONDS = 300.0
 _DEFAULT_TIMEOUT_SECONDS = 10.0
+_VLLM_FIELDS = {"name": "lora_name", "source": "lora_path", "path": "lora_path"}  # ours → vLLM's
 
 _Source = Annotated[str, Field(min_length=1, max_length=1024)]
 
@@ -91,17 +92,30 @@ def _view(manager: AdapterManager, name: str) -> AdapterView:
     return view
 
 
+def _vllm_refusal(error: AdapterRefused, is_there: bool = False) -> ApiError:
+    """As `refusal`, with the field's name on vLLM's routes, and with vLLM's status for a name that can't be had."""
+    known = refusal(error)
+    param = _VLLM_FIELDS.get(error.field or "", error.field)
+    if error.code != "name_taken":
+        return ApiError(known.status, known.code, known.message, param=param)
+    hint = "; to replace it, set load_inplace to true" if is_there else ""
+    return ApiError(400, "name_taken", f"{error}{hint}", param=param)
+
+
 @router.post("/v1/load_lora_adapter", summary="vLLM's: load an adapter", openapi_extra=body_schema(LoadBody))
 async def load_lora_adapter(request: Request) -> Response:
     manager, body = manager_of(request), await admin_body(request, LoadBody)
     record_of(request.scope).model = body.lora_name
     try:
-        await manager.load(body.lora_name, body.lora_path, replace=body.load_inplace)
+        try:
+            await manager.load(body.lora_name, body.lora_path, replace=body.load_inplace)
+        except AdapterRefused as error:
+            # Controllers repeat a load whose answer they have not seen, and take nothing but 200 for its success.
+            is_there = error.code == "name_taken" and manager.view(body.lora_name) is not None
+            if not is_there or not await manager.is_same(body.lora_name, body.lora_path):
+                raise
     except AdapterRefused as error:
-        if error.code == "name_taken" and manager.view(body.lora_name) is not None:
-            text = f"{error}; to replace it, set load_inplace to true"
-            raise ApiError(400, "name_taken", text, param="lora_name") from None
-        raise refusal(error) from None
+        raise _vllm_refusal(error, manager.view(body.lora_name) is not None) from None
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
@@ -111,7 +125,7 @@ async def unload_lora_adapter(request: Request) -> Response:
     try:
         await manager.unload(body.lora_name)
     except AdapterRefused as error:
-        raise refusal(error) from None
+        raise _vllm_refusal(error) from None
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 

@@ -119,7 +119,8 @@ def presented_key(headers: Sequence[tuple[bytes, bytes]]) -> bytes | None:
 
 class AuthMiddleware:
     """Refuses what comes without a key of the ring, unless the path is open; inert where the ring is empty. Admin
-    paths have a ring of their own, and are closed where that one is empty."""
+    paths have a ring of their own, and are closed where that one is empty. An admin key is good on all other paths
+    too, where it is a key like any other: controllers have one key for both."""
 
     def __init__(self, app: ASGIApp, keys: KeyRing, admin_keys: KeyRing) -> None:
         self.app = app
@@ -130,18 +131,26 @@ class AuthMiddleware:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
             for_admins = is_admin_path(scope["path"])
             admin = for_admins and bool(self.admin_keys)
-            if ring := self.admin_keys if admin else self.keys:
-                presented = presented_key(scope["headers"])
-                key = ring.find(presented) if presented is not None else None
-                if key is None:
-                    await _refuse(_wrong_key(presented, admin), scope, receive, send)
-                    return
+            presented = presented_key(scope["headers"])
+            key = self._find(presented, admin)
+            if key is None and (admin or self.keys):
+                await _refuse(_wrong_key(presented, admin), scope, receive, send)
+                return
+            if key is not None:
                 record_of(scope).key_id = key.id
                 scope["guanaco.key"] = key
             if for_admins and not admin:
                 await _refuse(_ADMIN_DISABLED, scope, receive, send)
                 return
         await self.app(scope, receive, send)
+
+    def _find(self, presented: bytes | None, admin: bool) -> ApiKey | None:
+        """The key that was presented, among those that the path takes. Both rings are asked, so that the time doesn't
+        tell in which one a key is."""
+        if presented is None:
+            return None
+        of_client, of_admin = self.keys.find(presented), self.admin_keys.find(presented)
+        return of_admin if admin else of_client or of_admin
 
 
 _ADMIN_DISABLED = ApiError(

@@ -126,11 +126,12 @@ class Generation:
         if isinstance(item, Exception):
             raise item
         index, output = item
-        self._observe(self.choices[index], output)
+        self._observe(index, output)
         _raise_failure(output)
         return item
 
-    def _observe(self, choice: Choice, output: TextOutput) -> None:
+    def _observe(self, index: int, output: TextOutput) -> None:
+        choice = self.choices[index]
         metrics, adapter = self._state.metrics, self._model.counted_as
         now = awake_seconds() - self._record.started
         if (new_tokens := output.num_output_tokens - choice.num_output_tokens) > 0:
@@ -150,9 +151,10 @@ class Generation:
         if output.finish_reason is not None:
             if choice.request.params.max_tokens == 0 and output.finish_reason is FinishReason.LENGTH:
                 metrics.observe_prompt(adapter, choice.num_prompt_tokens)  # else its first token has
-            self._finish(choice, output.finish_reason)
+            self._finish(index, output.finish_reason)
 
-    def _finish(self, choice: Choice, reason: FinishReason) -> None:
+    def _finish(self, index: int, reason: FinishReason) -> None:
+        choice = self.choices[index]
         choice.finish_reason = reason
         self._num_unfinished -= 1
         self._state.metrics.observe_request(
@@ -170,6 +172,10 @@ class Generation:
                 mixed_adapters=self._model.mixed_names,
             )
         )
+        first = index - index % self.num_per_prompt
+        siblings = self.choices[first : first + self.num_per_prompt]
+        if all(sibling.finish_reason is not None for sibling in siblings):
+            self._state.metrics.observe_longest(max(sibling.num_output_tokens for sibling in siblings))
         if self._num_unfinished == 0:
             self._admission.release()
 
@@ -182,9 +188,9 @@ class Generation:
             self._deadline.cancel()
         for stream in self._streams:
             await stream.aclose()
-        for choice in self.choices:
+        for index, choice in enumerate(self.choices):
             if choice.finish_reason is None:
-                self._finish(choice, FinishReason.ABORT)
+                self._finish(index, FinishReason.ABORT)
         self._admission.release()
         usage = self.usage()
         self._record.prompt_tokens = usage["prompt_tokens"]

@@ -111,6 +111,18 @@ class AdapterManager:
         # A client that leaves does not stop a load that others may wait for.
         return await asyncio.shield(running)
 
+    async def is_same(self, name: str, source: str) -> bool:
+        """Whether loading `source` as `name` would change nothing: its content and the profile beside it are those that
+        `name` has. Reads the whole source; AdapterError as of `load`."""
+        return await self._locked(name, lambda: self._is_same(name, source))
+
+    async def _is_same(self, name: str, source: str) -> bool:
+        located = await self._sources.locate(source)
+        profile = await self._sources.profile_beside(name, located)
+        adapter = await self._sources.ingest(name, located, keep=False)
+        entry = self.registry.resolve(name)
+        return entry is not None and entry.version == adapter.version and entry.profile == profile
+
     async def unload(self, name: str, *, force: bool = False, timeout_seconds: float = 0.0) -> bool:
         """Forget `name`; requests that run go on, or end with an error if `force`. True if none is left.
 

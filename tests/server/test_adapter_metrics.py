@@ -149,10 +149,21 @@ class TestThroughTheServer:
         put(client, "a", server.source("two", 2))
         shown = server.state.metrics.adapters
         old, new = client.get("/v1/adapters/a").json()["history"][0], client.get("/v1/adapters/a").json()["version"]
-        server.state.metrics.render()  # the steps up to here have been shown
-        shown.show((old,), (new, "0" * 64), 1.0)
+        metrics = server.state.metrics
         labels = {"max_lora": str(shown._num_slots), "running_lora_adapters": "a", "waiting_lora_adapters": "(other),a"}
-        assert server.state.metrics.registry.get_sample_value("vllm:lora_requests_info", labels) == 1.0
+
+        def show() -> float | None:
+            metrics.render()  # the steps up to here have been shown
+            shown.observe_step((old,), (old, "0" * 64))
+            shown.show(1.0)
+            return metrics.registry.get_sample_value("vllm:lora_requests_info", labels)
+
+        assert server.call(show) == 1.0  # on the loop: no step comes between
+        assert new in server.scheduler.slots.resident, "since it was tried out; no request runs"
+        client.delete("/v1/adapters/a")
+        families = server.call(lambda: list(metrics.registry.collect()))
+        (family,) = [f for f in families if f.name == "vllm:lora_requests_info"]
+        assert [sample.labels["running_lora_adapters"] for sample in family.samples] == [""]
 
     def test_cards_count_loads_and_say_what_is_loading(
         self, server: AdapterServer, client: httpx.Client, monkeypatch: pytest.MonkeyPatch

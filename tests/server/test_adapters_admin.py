@@ -58,15 +58,40 @@ def test_vllms_routes(server: AdapterServer, client: httpx.Client) -> None:
     done = client.post("/v1/load_lora_adapter", json=body)
     assert (done.status_code, done.text) == (200, "Success: LoRA adapter 'v' added successfully.")
     again = client.post("/v1/load_lora_adapter", json=body)
-    assert (again.status_code, error_code(again)) == (400, "name_taken")
-    assert "load_inplace" in again.json()["error"]["message"]
+    assert (again.status_code, again.text) == (200, done.text), "controllers repeat it, and want 200"
     before = client.get("/v1/adapters/v").json()["version"]
+    assert client.get("/v1/adapters/v").json()["num_loads"] == 1
+    copy = {**body, "lora_path": server.source("copy", 1)}
+    assert client.post("/v1/load_lora_adapter", json=copy).status_code == 200, "the same content from elsewhere"
+    (server.root / "copy" / "guanaco.json").write_text('{"top_p": 0.5}')
+    for other in (copy, {**body, "lora_path": server.source("w", 2)}):
+        refused = client.post("/v1/load_lora_adapter", json=other)
+        assert (refused.status_code, error_code(refused)) == (400, "name_taken")
+        assert "load_inplace" in refused.json()["error"]["message"]
+        assert refused.json()["error"]["param"] == "lora_name"
+    assert client.get("/v1/adapters/v").json()["version"] == before
     server.source("v", 2)
     assert client.post("/v1/load_lora_adapter", json={**body, "load_inplace": True}).status_code == 200
     assert check_text(complete(client, model="v"), "hi", 8) not in ("", before)
     gone = client.post("/v1/unload_lora_adapter", json={"lora_name": "v"})
     assert (gone.status_code, gone.text) == (200, "Success: LoRA adapter 'v' removed successfully.")
     assert client.post("/v1/unload_lora_adapter", json={"lora_name": "v"}).status_code == 404
+
+
+def test_vllms_route_refuses_names_with_400_and_names_its_own_fields(
+    server: AdapterServer, client: httpx.Client
+) -> None:
+    put(client, "a", server.source("a", 1))
+    client.put("/v1/aliases/x", json={"target": "a"})
+    for name, inplace in ((BASE.rpartition("/")[2], True), (BASE, False), (BASE, True), ("x", True)):
+        body = {"lora_name": name, "lora_path": "nope", "load_inplace": inplace}
+        refused = client.post("/v1/load_lora_adapter", json=body)
+        if name in (BASE, "x"):
+            assert refused.status_code == 400, name
+            assert refused.json()["error"]["param"] == "lora_name"
+            assert "load_inplace" not in refused.json()["error"]["message"]
+        else:
+            assert (refused.status_code, refused.json()["error"]["param"]) == (404, "lora_path")
 
 
 def test_who_runs_keeps_the_version_and_who_comes_gets_the_new_one(server: AdapterServer, client: httpx.Client) -> None:

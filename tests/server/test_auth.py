@@ -3,7 +3,9 @@
 import hmac
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,8 @@ from starlette.routing import BaseRoute, Mount
 
 from guanaco.server.api.app import create_app
 from guanaco.server.api.auth import OPEN_PATHS, KeyRing, presented_key
+from guanaco.server.api.catalog import ServedModel
+from guanaco.server.api.state import ApiState
 from guanaco.server.config import Settings, SettingsError
 
 KEY, OTHER_KEY = "sk-guanaco-1", "clé-secrète-ß"
@@ -238,3 +242,38 @@ def test_keys_never_show(server: LiveServer, caplog: pytest.LogCaptureFixture) -
         KeyRing([KEY]).find(KEY.encode()).id
     ] * 3
     assert KEY not in json.dumps([[str(r.msg), str(r.args), getattr(r, "fields", None)] for r in ours])
+
+
+class TestAdminKeyOnClientRoutes:
+    """Controllers have one key: it lists models and loads adapters."""
+
+    @pytest.fixture(params=[(KEY,), ()], ids=["with API keys", "without"])
+    def state(self, request: pytest.FixtureRequest) -> ApiState:
+        return replace(make_state(keys=request.param), admin_keys=KeyRing(["sesame"]))
+
+    def test_it_is_a_tenant_of_its_own(self, state: ApiState) -> None:
+        salts = []
+        with LiveServer(state) as server, server.client() as client:
+            for key in ("sesame", "sesame", KEY):
+                headers = {"Authorization": f"Bearer {key}"}
+                assert client.get("/v1/models", headers=headers).status_code == 200
+                answer = client.post("/v1/chat/completions", json=chat_body("x", max_tokens=1), headers=headers)
+                assert answer.status_code == 200
+                salts.append(server.engine.requests[-1].cache_salt)
+            wrong = client.get("/v1/models", headers={"Authorization": "Bearer wrong"})
+            assert wrong.status_code == (401 if state.keys else 200)
+            assert client.get("/v1/adapters", headers={"Authorization": f"Bearer {KEY}"}).status_code == 401
+        assert salts[0] == salts[1]
+        assert salts[2] not in salts[:2]
+        assert salts[0]
+
+    def test_a_profiles_allowed_keys_apply_to_it(self, state: ApiState) -> None:
+        admin = KeyRing(["sesame"]).find(b"sesame")
+        assert admin is not None
+        for name, allowed in (("for-nobody", ()), ("for-admin", (admin.id,))):
+            profile = SimpleNamespace(allowed_keys=allowed, chat_template=None, stop=(), sampling={})
+            state.catalog._models[name] = ServedModel(name, 64, root=name, profile=profile)
+        with LiveServer(state) as server, server.client(headers={"X-Api-Key": "sesame"}) as client:
+            names = [card["id"] for card in client.get("/v1/models").json()["data"]]
+            assert client.get("/v1/models/for-nobody").status_code == 404
+        assert ("for-nobody" in names, "for-admin" in names) == (False, True)

@@ -29,6 +29,7 @@ OTHER_VALUE = {  # a text for each setting that is valid and not its default
     "literal_prompts": "true",
     "strict_base": "true",
     "hub_adapters": "true",
+    "metrics_compat": "true",
     "cuda_graphs": "false",
     "tuned_kernels": "false",
 }

@@ -126,7 +126,7 @@ def test_cancelled_requests_are_counted_and_logged(server: LiveServer, caplog: p
     (fields,) = [r.fields for r in caplog.records if getattr(r, "fields", {}).get("request_id") == "gone-1"]
     assert (fields["status"], fields["outcome"], fields["finish_reasons"]) == (499, "cancelled", ("abort",))
     with server.client() as client:
-        assert 'request_success_total{finished_reason="abort"' in client.get("/metrics").text
+        assert 'request_success_total{engine="0",finished_reason="abort"' in client.get("/metrics").text
 
 
 def test_no_middleware_that_hides_a_disconnect(server: LiveServer) -> None:

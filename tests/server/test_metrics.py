@@ -22,7 +22,7 @@ HISTOGRAMS = ("time_to_first_token_seconds", "inter_token_latency_seconds", "tim
 HISTOGRAMS += ("request_time_per_output_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds")
 HISTOGRAMS += ("request_prefill_time_seconds", "request_decode_time_seconds", "request_inference_time_seconds")
 HISTOGRAMS += ("request_prompt_tokens", "request_generation_tokens", "iteration_tokens_total", "request_params_n")
-HISTOGRAMS += ("request_params_max_tokens",)
+HISTOGRAMS += ("request_params_max_tokens", "request_max_num_generation_tokens")
 
 
 def step(**fields: object) -> StepStats:
@@ -63,7 +63,7 @@ def metrics() -> Metrics:
 
 def value(metrics: Metrics, name: str, **labels: str) -> float | None:
     return metrics.registry.get_sample_value(
-        name, {"model_name": BASE, **labels} if name.startswith("vllm") else labels
+        name, {"model_name": BASE, "engine": "0", **labels} if name.startswith("vllm") else labels
     )
 
 
@@ -75,9 +75,12 @@ def test_names_and_types(metrics: Metrics) -> None:
         for name in names:
             assert types[f"vllm:{name}{suffix}"] == kind
     assert types["vllm:lora_requests_info"] == types["vllm:cache_config_info"] == "gauge"
-    assert 'vllm:cache_config_info{block_size="16",cache_dtype="float32",num_gpu_blocks="1234"} 1.0' in text
+    assert 'vllm:cache_config_info{block_size="16",cache_dtype="float32",engine="0",num_gpu_blocks="1234"} 1.0' in text
     for reason in ("stop", "length", "abort", "error"):
-        assert f'vllm:request_success_total{{finished_reason="{reason}",model_name="{BASE}"}} 0.0' in text
+        assert f'vllm:request_success_total{{engine="0",finished_reason="{reason}",model_name="{BASE}"}} 0.0' in text
+    for family in text_string_to_metric_families(text):
+        if family.name.startswith("vllm:") and family.name != "vllm:lora_requests_info":  # vLLM's has none either
+            assert all(sample.labels["engine"] == "0" for sample in family.samples), family.name
     assert "_created" not in text
     assert "process_resident_memory_bytes" in text
 
@@ -94,7 +97,7 @@ def test_both_formats_parse(metrics: Metrics) -> None:
 def test_buckets_are_vllms(metrics: Metrics) -> None:
     def edges(name: str) -> list[float]:
         text = metrics.render()[0].decode()
-        return [float(e) for e in re.findall(rf'^vllm:{name}_bucket{{le="([^"]+)"', text, re.MULTILINE)][:-1]
+        return [float(e) for e in re.findall(rf'^vllm:{name}_bucket{{engine="0",le="([^"]+)"', text, re.MULTILINE)][:-1]
 
     ttft = "0.001 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1 2.5 5 7.5 10 20 40 80 160 640 2560"
     assert edges("time_to_first_token_seconds") == [float(e) for e in ttft.split()]
@@ -105,6 +108,7 @@ def test_buckets_are_vllms(metrics: Metrics) -> None:
     for name in HISTOGRAMS[4:9]:
         assert edges(name) == [float(e) for e in e2e.split()]
     assert edges("request_prompt_tokens") == [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000]
+    assert edges("request_max_num_generation_tokens") == edges("request_prompt_tokens")
     assert edges("iteration_tokens_total") == [1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]
     assert count_buckets(1) == (1,)
     assert count_buckets(100) == (1, 2, 5, 10, 20, 50, 100)
@@ -162,17 +166,38 @@ def test_lora_info_is_one_series_with_the_time_as_its_value() -> None:
         return [(sample.labels, sample.value) for sample in family.samples]
 
     assert shown() == [({"max_lora": "4", "running_lora_adapters": "", "waiting_lora_adapters": ""}, 1000.0)]
-    for running, waiting, names in (
-        ((TERSE_VERSION, PIRATE_VERSION), (), ("pirate,terse", "")),
-        ((PIRATE_VERSION,), (TERSE_VERSION,), ("pirate", "terse")),
-        ((PIRATE_VERSION,), (TERSE_VERSION,), ("pirate", "terse")),
+    on_device: list[str] = []
+    metrics.adapters.set_device(lambda: on_device)
+    for there, waiting, names in (
+        ((TERSE, PIRATE), (), ("pirate,terse", "")),
+        ((PIRATE,), (TERSE_VERSION,), ("pirate", "terse")),
+        ((PIRATE,), (TERSE_VERSION,), ("pirate", "terse")),
     ):
         now[0] += 5
-        metrics.observe_step(step(num_running=1, running_adapters=running, waiting_adapters=waiting))
+        on_device[:] = there
+        metrics.observe_step(step(num_running=1, running_adapters=(PIRATE_VERSION,), waiting_adapters=waiting))
         labels = {"max_lora": "4", "running_lora_adapters": names[0], "waiting_lora_adapters": names[1]}
         assert shown() == [(labels, now[0])]
-    metrics.observe_step(step(running_adapters=(PIRATE_VERSION,)))
-    assert shown()[0][0]["running_lora_adapters"] == "", "its last step's adapter runs no more"
+    metrics.observe_step(step())
+    assert shown()[0][0]["running_lora_adapters"] == PIRATE, "what is idle on the device is listed: routers want it"
+    changed = now[0]
+    now[0] += 5
+    assert shown()[0][1] == changed, "nothing changed since"
+    on_device.clear()
+    assert shown() == [({"max_lora": "4", "running_lora_adapters": "", "waiting_lora_adapters": ""}, now[0])]
+
+
+def test_old_names_are_there_if_they_are_wanted(metrics: Metrics) -> None:
+    old = {"gpu_cache_usage_perc", "gpu_prefix_cache_hits_total", "gpu_prefix_cache_queries_total"}
+    compat = Metrics(BASE, max_model_len=64, old_names=True)
+    for made, wanted in ((metrics, set()), (compat, old)):
+        made.observe_step(step(kv_usage_ratio=0.25, prefix_queries_tokens=100, prefix_hits_tokens=64))
+        text = made.render()[0].decode()
+        assert set(re.findall(r"^vllm:(gpu_\w+)\{", text, re.MULTILINE)) == wanted
+        for new in ("kv_cache_usage_perc", "prefix_cache_hits_total", "prefix_cache_queries_total"):
+            assert value(made, f"vllm:{new}") in (0.25, 64, 100)
+    found = [value(compat, f"vllm:{name}") for name in sorted(old)]
+    assert found == [0.25, 64, 100]
 
 
 def test_request_times(metrics: Metrics) -> None:
@@ -218,6 +243,8 @@ class TestThroughTheServer:
         assert value(metrics, "vllm:time_to_first_token_seconds_count") == 4
         assert value(metrics, "vllm:inter_token_latency_seconds_count") == 20
         assert value(metrics, "vllm:request_params_n_sum") == 8
+        assert value(metrics, "vllm:request_max_num_generation_tokens_count") == 2, "one for each prompt"
+        assert value(metrics, "vllm:request_max_num_generation_tokens_sum") == 12
         assert value(metrics, "guanaco_adapter_generation_tokens_total", adapter=PIRATE) == 24
         assert value(metrics, "guanaco_adapter_prompt_tokens_total", adapter=PIRATE) == 36
 

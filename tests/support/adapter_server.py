@@ -139,6 +139,7 @@ def make_adapter_server(
         on_load=made.state.metrics.adapters.observe_load,
         on_stage=made.state.metrics.adapters.observe_stage,
     )
+    made.state.metrics.adapters.set_device(lambda: registry.names_of(scheduler.slots.resident))
     for name, path in (command_line or {}).items():
         registry.load(name, path)
     manager.restore()
