@@ -81,6 +81,20 @@ Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+def _parse_origins(value: object) -> object:
+    origins = _parse_list(value)
+    for origin in origins if isinstance(origins, (tuple, list)) else ():
+        if origin != "*" and (_ORIGIN.fullmatch(str(origin)) is None or _DEFAULT_PORT.search(str(origin))):
+            raise ValueError("an origin is written as browsers send it: https://chat.example or http://localhost:3000")
+    return origins
+
+
+# Browsers send a scheme, a host in small letters and a port that is not the scheme's own; no path.
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:\d{1,5})?")
+_DEFAULT_PORT = re.compile(r"^(http://.*:80|https://.*:443)$")
+Origins = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_parse_origins)]
+
+
 class Settings(BaseSettings):
     """Born valid, never changed. Each field is a flag (`--port`), a variable (`GUANACO_PORT`) and a YAML key."""
 
@@ -101,6 +115,9 @@ class Settings(BaseSettings):
     )
     api_key: Keys = Field((), description="API key that clients must send; repeat for more")
     api_key_file: Path | None = Field(None, description="file with one API key a line")
+    allow_origin: Origins = Field(
+        (), description="origin whose web pages may use the API, e.g. https://chat.example; *: all, without API keys"
+    )
     allow_unauthenticated: bool = Field(False, description="listen beyond loopback without an API key")
     provider: Literal["auto", "reference", "cpu", "triton"] = Field(
         "auto", description="kernel provider; auto: triton where there is an NVIDIA GPU, else cpu"
@@ -144,6 +161,9 @@ class Settings(BaseSettings):
     )
     hub_adapters: bool = Field(
         False, description="allow to load adapters from the hub too, as ORG/NAME@REVISION, while the server runs"
+    )
+    hub_adapters_unpinned: bool = Field(
+        False, description="as --hub-adapters, and ORG/NAME alone is the latest commit of its branch main"
     )
     adapter_store: Path | None = Field(
         None, description="directory for copies of such adapters; none: adapters/ in the cache"

@@ -48,6 +48,7 @@ def run_server(settings: Settings) -> int:
     """Serve until a signal; the exit code. What is wrong with the settings is found before anything slow happens."""
     keys, admin_keys = KeyRing.from_settings(settings), KeyRing.admin(settings)
     _check_exposure(settings, keys)
+    check_origins(settings, keys)
     faulthandler.enable()  # a crash in native code leaves its stacks in the log, which would be empty otherwise
     sock = bind(settings)
     console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
@@ -70,6 +71,14 @@ def _check_exposure(settings: Settings, keys: KeyRing) -> None:
         f"--host {settings.host} is reachable from other machines and no API key is set: "
         "set --api-key (or --api-key-file), or say --allow-unauthenticated"
     )
+
+
+def check_origins(settings: Settings, keys: KeyRing) -> None:
+    """Raises CommandError where every web page could try keys."""
+    if keys and "*" in settings.allow_origin:
+        raise CommandError(
+            "--allow-origin * is for servers without API keys: name the origins, e.g. https://chat.example"
+        )
 
 
 def _is_loopback(host: str) -> bool:
@@ -139,7 +148,7 @@ def _adapter_manager(
             root=None if settings.adapter_root is None else settings.adapter_root.expanduser().absolute(),
             base_fingerprint=base.loaded.fingerprint,
             strict_base=settings.strict_base,
-            hub=AdapterHub.of(settings) if settings.hub_adapters else None,
+            hub=AdapterHub.of(settings) if settings.hub_adapters or settings.hub_adapters_unpinned else None,
         )
         manager = AdapterManager(
             runtime.registry,

@@ -15,6 +15,7 @@ from pydantic.json_schema import models_json_schema
 
 from guanaco.server.api import adapters_admin, aliases_admin, chat, completions, info, tokens
 from guanaco.server.api.auth import AuthMiddleware
+from guanaco.server.api.cors import ClientCors
 from guanaco.server.api.errors import HANDLED, handle_error
 from guanaco.server.api.host_check import HostCheck
 from guanaco.server.api.middleware import Gate, RequestScope
@@ -59,6 +60,8 @@ def create_app(state: ApiState) -> FastAPI:
     app.add_middleware(AuthMiddleware, keys=state.keys, admin_keys=state.admin_keys)
     app.add_middleware(Gate, lifecycle=state.lifecycle, max_admitted=state.max_admitted)
     app.add_middleware(HostCheck, allowed=state.settings.allowed_host, has_keys=bool(state.keys))
+    if state.settings.allow_origin:
+        app.add_middleware(ClientCors, origins=state.settings.allow_origin)
     app.add_middleware(RequestScope, lifecycle=state.lifecycle, metrics=state.metrics)
     _describe_bodies(app)
     return app

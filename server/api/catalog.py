@@ -15,6 +15,7 @@ from guanaco.server.adapter_metrics import MIXTURE_LABEL
 from guanaco.server.api.auth import ApiKey
 from guanaco.server.api.errors import ApiError, alias_target_missing, bad_request, model_not_found
 from guanaco.server.api.lifecycle import Admission
+from guanaco.server.engine.adapter_sources import shown_source
 from guanaco.server.engine.request import LoraRef
 
 OWNER = "guanaco"
@@ -101,6 +102,8 @@ class LiveEntry(Protocol):
     def name(self) -> str: ...
     @property
     def version(self) -> str: ...
+    @property
+    def source(self) -> str: ...
     @property
     def loaded_at(self) -> float: ...
     @property
@@ -267,7 +270,7 @@ class Catalog:
         return ServedModel(
             name=alias or entry.name,
             max_model_len=base.max_model_len,
-            root=entry.name,
+            root=entry.name if alias else shown_source(entry.name, entry.source),
             parent=base.name,
             version=entry.version,
             created=int(entry.loaded_at),

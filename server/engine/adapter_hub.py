@@ -46,6 +46,7 @@ class AdapterHub:
     token: str | None = None
     endpoint: str | None = None
     shared_cache: Path | None = None  # of other tools: what is there need not be downloaded
+    allows_unpinned: bool = False  # org/name alone: the latest commit of main
     max_weights_bytes: int = AdapterLimits().max_file_bytes
 
     @classmethod
@@ -53,7 +54,17 @@ class AdapterHub:
         """With the settings that models of the hub have too."""
         token = None if settings.hub_token is None else settings.hub_token.get_secret_value()
         shared = settings.shared_hub_cache
-        return cls(settings.cache_dir / "hub", offline=settings.offline, token=token, shared_cache=shared)
+        return cls(
+            settings.cache_dir / "hub",
+            offline=settings.offline,
+            token=token,
+            shared_cache=shared,
+            allows_unpinned=settings.hub_adapters_unpinned,
+        )
+
+    def address(self, source: str) -> HubAddress | None:
+        """What a source names on the hub; None for what can only be a path."""
+        return HubAddress.parse(source) or (HubAddress.parse(f"{source}@main") if self.allows_unpinned else None)
 
     def fetch(self, address: HubAddress) -> tuple[Path, HubAddress]:
         """The directory with an adapter's files, in the hub's cache, and the address with its commit. AdapterError."""

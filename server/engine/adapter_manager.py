@@ -22,7 +22,7 @@ from guanaco.adapters.weights import LoadedAdapter
 from guanaco.server.engine.adapter_aliases import AliasManager
 from guanaco.server.engine.adapter_pins import AdapterPins
 from guanaco.server.engine.adapter_records import AdapterRecords
-from guanaco.server.engine.adapter_sources import AdapterPolicy, AdapterSources
+from guanaco.server.engine.adapter_sources import ROLLED_BACK, AdapterPolicy, AdapterSources
 from guanaco.server.engine.adapter_tiers import AdapterTiers
 from guanaco.server.engine.adapter_view import AdapterView, LoadingEntry
 from guanaco.server.engine.async_engine import AsyncEngine, EngineUnavailable, ProbeFailed
@@ -319,7 +319,7 @@ class AdapterManager:
                 "version_missing", f"{name} has had no such version, or several; see its history", "version"
             )
         adapter = await self._sources.stored(matching[0])
-        source = f"rolled back to {matching[0][:12]}"
+        source = f"{ROLLED_BACK}{matching[0][:12]}"
         return await self._publish(name, adapter, source, entry.profile, replace=True, history=entry.history)
 
     def _retire(self, version: str) -> asyncio.Task[None]:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 from guanaco.adapters.errors import AdapterError
@@ -26,6 +26,7 @@ _LOAD_THREADS = 2
 _HUB_THREADS = 2
 _FETCH_SECONDS = 1800.0
 MAX_SOURCE_CHARS = 1024
+ROLLED_BACK = "rolled back to "  # and a version: what is written down as the source then
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,19 @@ class Located:
     source: str  # as it is written down: one of the hub with its commit
 
 
+def shown_source(name: str, source: str) -> str:
+    """An adapter's source as clients may see it.
+
+    An address of the hub and a path below --adapter-root are shown as they are written down. Of any other path the last
+    part is: clients must not learn where the operator keeps things. After a roll-back there is no source: the name.
+    """
+    if source.startswith(ROLLED_BACK):
+        return name
+    path = PurePath(source)
+    is_telling = path.is_absolute() or ".." in path.parts or source.startswith("~")
+    return (path.name if path.name not in ("", "..") else name) if is_telling else source
+
+
 class AdapterSources:
     """Sources below the policy's root, and the versions of one store. Coroutines raise AdapterError."""
 
@@ -64,14 +78,14 @@ class AdapterSources:
     async def locate(self, source: str) -> Located:
         """The files of a source: below the root, or fetched from the hub. What is below the root goes first."""
         self._check_text(source)
-        address, root = HubAddress.parse(source), self._policy.root
+        hub, root = self._policy.hub, self._policy.root
+        address = HubAddress.parse(source) if hub is None else hub.address(source)
         if address is None or (root is not None and await self.on_thread(lambda: os.path.lexists(root / source))):
             if root is None:
                 problem = "start the server with --adapter-root DIR: adapters are loaded from below it"
                 raise AdapterError("no_adapter_root", problem, "source")
             # An absolute path replaces the root; that it leads below it is checked when it is opened.
             return Located(root / source, root, source)
-        hub = self._policy.hub
         if hub is None:
             problem = "nothing below --adapter-root is called so, and --hub-adapters is off: nothing comes from the hub"
             raise AdapterError("hub_disabled", problem, "source")

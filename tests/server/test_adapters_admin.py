@@ -16,6 +16,7 @@ from api_server import BASE, WAIT, LiveServer, http_post, make_state
 
 from guanaco.adapters.safetensors_file import MAX_HEADER_BYTES
 from guanaco.server.api.auth import ADMIN_PATHS
+from guanaco.server.engine.adapter_sources import shown_source
 
 
 @pytest.fixture
@@ -51,6 +52,24 @@ def test_a_stream_names_its_version_too(server: AdapterServer, client: httpx.Cli
     streamed = complete(client, model="a", stream=True)
     assert streamed.headers["x-adapter-version"] == version
     assert "x-adapter-version" not in complete(client, stream=True).headers
+
+
+def test_a_cards_root_is_the_source_and_tells_no_path_of_the_server(
+    server: AdapterServer, client: httpx.Client
+) -> None:
+    def root() -> str:
+        return str(client.get("/v1/models/a").json()["root"])
+
+    put(client, "a", server.source("deep", 1))
+    assert root() == "deep"
+    put(client, "a", str(server.root / server.source("absolute", 2)))
+    assert root() == "absolute"
+    put(client, "a", f"deep/../{server.source('other', 3)}")
+    assert root() == "other"
+    client.post("/v1/adapters/a/rollback", json={})
+    assert root() == "a"
+    for source, shown in (("/srv/x/lora/", "lora"), ("~/lora", "lora"), ("../..", "a"), ("/", "a"), ("t/l", "t/l")):
+        assert shown_source("a", source) == shown
 
 
 def test_vllms_routes(server: AdapterServer, client: httpx.Client) -> None:

@@ -30,6 +30,8 @@ OTHER_VALUE = {  # a text for each setting that is valid and not its default
     "strict_base": "true",
     "hub_adapters": "true",
     "metrics_compat": "true",
+    "hub_adapters_unpinned": "true",
+    "allow_origin": "https://chat.example",
     "cuda_graphs": "false",
     "tuned_kernels": "false",
 }

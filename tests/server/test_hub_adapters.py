@@ -153,6 +153,24 @@ def test_offline_and_off(tmp_path: Path, hub: FakeHub) -> None:
         assert refused(client, "org/tiny@main") == (400, "hub_disabled")
 
 
+def test_without_a_revision_where_that_is_allowed(tmp_path: Path, hub: FakeHub) -> None:
+    with (
+        make_adapter_server(tmp_path, hub=asking(hub, tmp_path, allows_unpinned=True)) as server,
+        server.client(headers=ADMIN) as client,
+    ):
+        body = {"lora_name": "a", "lora_path": "org/tiny"}
+        assert client.post("/v1/load_lora_adapter", json=body).status_code == 200
+        assert client.get("/v1/adapters/a").json()["source"] == f"org/tiny@{COMMIT}", "resolved, and shown"
+        assert client.get("/v1/models/a").json()["root"] == f"org/tiny@{COMMIT}"
+        assert client.post("/v1/load_lora_adapter", json=body).status_code == 200
+        assert put(client, "b", "org/tiny@v2")["source"] == f"org/tiny@{OTHER_COMMIT}"
+        assert refused(client, "org/other") == (404, "hub_not_found")
+        assert refused(client, "org/tiny/more") == (404, "not_found"), "a path"
+        (server.root / "org").mkdir()
+        server.source("org/tiny", 9)
+        assert put(client, "c", "org/tiny")["source"] == "org/tiny", "what lies below the root goes first"
+
+
 def test_pull(tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("guanaco.server.adapters_command.AdapterHub.of", lambda settings: asking(hub, tmp_path))
 
