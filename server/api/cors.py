@@ -18,7 +18,7 @@ CORS_PATHS = OPEN_PATHS | {
 }
 _MODELS = "/v1/models/"
 _METHODS = ("GET", "HEAD", "POST")
-_STAINLESS = ("Arch", "Async", "Helper-Method", "Lang", "OS", "Package-Version", "Poll-Helper")
+_STAINLESS: tuple[str, ...] = ("Arch", "Async", "Helper-Method", "Lang", "OS", "Package-Version", "Poll-Helper")
 _STAINLESS += ("Retry-Count", "Runtime", "Runtime-Version", "Timeout")
 # Ours, and what OpenAI's client adds in a browser.
 _HEADERS = (

@@ -82,7 +82,7 @@ def test_prefix_cache_hits_are_reported_and_counted(server: EngineServer) -> Non
     assert second["prompt_tokens_details"]["cached_tokens"] >= 192
     assert other_tenant["prompt_tokens_details"]["cached_tokens"] == 0
     assert other_model["prompt_tokens_details"]["cached_tokens"] == 0
-    assert 'vllm:prefix_cache_hits_total{model_name="org/base-model"} 0.0' not in metrics
+    assert 'vllm:prefix_cache_hits_total{engine="0",model_name="org/base-model"} 0.0' not in metrics
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -132,7 +132,7 @@ def test_gauges_return_to_zero(server: EngineServer) -> None:
         server.assert_quiet()
         text = client.get("/metrics").text
     for gauge in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
-        assert f'vllm:{gauge}{{model_name="{BASE}"}} 0.0' in text
+        assert f'vllm:{gauge}{{engine="0",model_name="{BASE}"}} 0.0' in text
     assert 'running_lora_adapters="",waiting_lora_adapters=""' in text
     assert "guanaco_engine_heartbeat_age_seconds 0.0" in text
 

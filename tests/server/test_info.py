@@ -77,7 +77,7 @@ def test_version_and_metrics(server: LiveServer) -> None:
         assert client.get("/version").json() == {"version": "1.2.3"}
         response = client.get("/metrics")
         assert response.headers["content-type"].startswith("text/plain; version=")
-        assert 'vllm:num_requests_running{model_name="org/base-model"} 0.0' in response.text
+        assert 'vllm:num_requests_running{engine="0",model_name="org/base-model"} 0.0' in response.text
         response = client.get("/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"})
         assert response.headers["content-type"].startswith("application/openmetrics-text")
         assert response.text.endswith("# EOF\n")
