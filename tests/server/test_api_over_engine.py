@@ -140,7 +140,7 @@ def test_gauges_return_to_zero(server: EngineServer) -> None:
 def test_queue_and_prefill_times_are_measured(server: EngineServer) -> None:
     def seconds(name: str, what: str = "sum") -> float:
         name = f"vllm:request_{name}_time_seconds_{what}"
-        return server.state.metrics.registry.get_sample_value(name, {"model_name": BASE})
+        return server.state.metrics.registry.get_sample_value(name, {"model_name": BASE, "engine": "0"})
 
     names = ("queue", "prefill", "decode", "inference")
     before = {name: (seconds(name), seconds(name, "count")) for name in names}

@@ -176,7 +176,9 @@ def test_no_tokens_and_echo_score_the_prompts(server: LiveServer, streaming: boo
 
 def test_a_scored_prompt_may_fill_the_context_and_is_counted(server: LiveServer) -> None:
     def counted() -> float:
-        return server.state.metrics.registry.get_sample_value("vllm:prompt_tokens_total", {"model_name": BASE})
+        return server.state.metrics.registry.get_sample_value(
+            "vllm:prompt_tokens_total", {"model_name": BASE, "engine": "0"}
+        )
 
     before = counted()
     ids = [97] * MAX_MODEL_LEN
