@@ -113,7 +113,7 @@ def header_cases() -> Iterator[tuple[str, str, Callable[[dict[str, Any], bytes],
         ("torch's own format", "not_safetensors", lambda *_: _torch_saved()),
         ("a zip file", "not_safetensors", lambda *_: _zipped()),
         ("a GGUF file", "not_safetensors", lambda *_: b"GGUF" + struct.pack("<IQQ", 3, 0, 0) + b"\0" * 100),
-        ("a pointer of git-lfs", "not_safetensors", lambda *_: b"version https://git-lfs.github.com/spec/v1\noid x\n"),
+        ("a pointer of git-lfs", "lfs_pointer", lambda *_: b"version https://git-lfs.github.com/spec/v1\noid x\n"),
     )  # fmt: skip
 
 
@@ -254,7 +254,7 @@ def file_cases() -> Iterator[tuple[str, str, Callable[[Path], object]]]:
         ("only a pickle", "unsupported_format", _only("adapter_model.bin")),
         ("only a pickle of another name", "unsupported_format", _only("adapter.pt")),
         ("a pickle called safetensors", "not_safetensors", _only(WEIGHTS)),
-        ("only shards", "weights_missing", renamed(WEIGHTS, "adapter_model-00001-of-00002.safetensors")),
+        ("only shards", "weights_sharded", renamed(WEIGHTS, "adapter_model-00001-of-00002.safetensors")),
         ("an empty folder", "config_missing",
          lambda folder: [(folder / name).unlink() for name in (CONFIG, WEIGHTS)]),
         ("a folder not to be searched", unreadable, lambda folder: folder.chmod(0)),

@@ -109,7 +109,7 @@ def make_real_server(
     options = load_settings(flags)
     with (directory / "start.log").open("w") as log:
         runtime = build_runtime(options, Console(file=log))
-    state = _api_state(options, runtime, KeyRing.from_settings(options))
+    state = _api_state(options, runtime, KeyRing.from_settings(options), KeyRing.admin(options))
     assert state.adapters is not None
     server = RealServer(state, None, runtime.engine.scheduler)  # type: ignore[arg-type]
     server.root, server.manager, server.runtime = root, state.adapters, runtime
