@@ -198,6 +198,13 @@ def test_refusals_come_through_the_process(modern, tmp_path, name):
     assert not (tmp_path / "canary").exists()
 
 
+def test_a_git_lfs_pointer_is_called_so(modern, tmp_path):
+    (modern / WEIGHTS).unlink()
+    (modern / PICKLE).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    error = refusal(modern, tmp_path / "new")
+    assert (error.code, error.field) == ("lfs_pointer", PICKLE)
+
+
 def test_the_process_that_dies_is_a_refusal(modern, tmp_path, monkeypatch):
     monkeypatch.setattr("guanaco.adapters.convert._WORKER", "guanaco.adapters.no_such_module")
     assert refusal(modern, tmp_path / "new").code == "conversion_failed"

@@ -108,7 +108,7 @@ def test_no_merge_makes_a_control_piece(tmp_path: Path) -> None:
         (model(normalizer=number(4, 1)), "remove_extra_whitespaces"),
         (b"", "no SentencePiece"),
         (model()[:-3], "truncated"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "no SentencePiece"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
         (b"\xff" * 20, "no SentencePiece"),
         (b"\x0a", "no SentencePiece"),
         (data(1, number(1, 5)), "other types"),

@@ -115,7 +115,7 @@ def evil_files(canary):
     yield "zero_rows", ("empty_tensor", tensor_file((0, 4), (4, 1), 16))
     yield "terabytes", ("file_too_large", tensor_file((2**40,), (1,), 2**40))
     yield "damaged_zip", ("bad_pickle", tensor_file((4, 4), (4, 1), 16)[:-30])
-    yield "text", ("bad_pickle", b"version https://git-lfs.github.com/spec/v1\n")
+    yield "text", ("bad_pickle", b"These are no weights.\n")
     yield "nothing", ("bad_pickle", b"")
 
 
