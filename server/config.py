@@ -284,7 +284,8 @@ def load_settings(flags: Mapping[str, Any], config_file: Path | None = None) -> 
     values = _read_yaml(config_file) if config_file else {}
     for key in values:
         if key not in Settings.model_fields:
-            raise SettingsError(f"unknown key {key!r} in {config_file}: {hint}")
+            shown = repr(key) if re.fullmatch("[a-z_]{1,40}", key) else "(not shown: it is no name of a setting)"
+            raise SettingsError(f"unknown key {shown} in {config_file}: {hint}")
     from_file = {key: value for key, value in values.items() if key not in set_here}
     try:
         return Settings(**{**from_file, **flags})
@@ -312,7 +313,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise SettingsError(f"--config {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"--config {path}: not valid YAML ({' '.join(str(error).split())})") from None
+        # The library's own message quotes the line, which may hold a key.
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
+        raise SettingsError(
+            f"--config {path}: not valid YAML{where}: write `name: value` lines, and quote odd values"
+        ) from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):

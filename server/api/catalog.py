@@ -180,6 +180,14 @@ class Catalog:
             raise model_not_found()
         return model
 
+    def is_known(self, name: str, key: ApiKey | None) -> bool:
+        """Whether requests may name it. Follows no alias: a request decides once where one leads, when it is prepared."""
+        if (model := self._models.get(name)) is not None:
+            return model.is_open_to(key)
+        if self._live is not None and (entry := self._live.resolve(name)) is not None:
+            return self._model_of(entry).is_open_to(key)
+        return self._aliases is not None and name in self._aliases.names() and self._is_alias_open_to(name, key)
+
     def acquire(self, name: str, caller: Caller, admission: Admission) -> ServedModel:
         """The model of that name, to be used: its version stays until the admission is released."""
         model = self._models.get(name)

@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from guanaco.server.api.auth import ApiKey, KeyRing
 from guanaco.server.api.catalog import Catalog, ServedModel
-from guanaco.server.api.errors import ApiError, overloaded
+from guanaco.server.api.errors import overloaded
 from guanaco.server.api.fair_pool import FairPool, Lane
 from guanaco.server.api.intake import Intake
 from guanaco.server.api.lifecycle import Admission, Lifecycle
@@ -113,12 +113,9 @@ class ApiState:
         """Where a request waits for a thread: by its key, and there by the model it names. All names that nothing has
         are one, or a flood of made-up names would get a turn for each."""
         tenant = None if key is None else key.id
-        if not isinstance(model, str):
-            return Lane(tenant)
-        try:
-            return Lane(tenant, self.catalog.get(model, key).name)
-        except ApiError:
-            return Lane(tenant)
+        if isinstance(model, str) and self.catalog.is_known(model, key):
+            return Lane(tenant, model)
+        return Lane(tenant)
 
     def shut_down_workers(self) -> None:
         for pool in (self.preparation, self.token_work, self.answer_work):

@@ -271,3 +271,16 @@ def test_the_hubs_cache_is_where_its_library_has_it(
     for name, value in {"HOME": "/home/a", **variables}.items():
         monkeypatch.setenv(name, value)
     assert str(load_settings({}).shared_hub_cache) == path
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["admin_key: SeCrEt: x: y", "admin_key: @SeCrEt", "admin_key: *SeCrEt", "admin_key: !SeCrEt x",
+     'api_key: ["SeCrEt', "SeCrEt: 1", "api_key:\n- a\n\t- SeCrEt"],
+)  # fmt: skip
+def test_a_mistake_in_the_yaml_file_shows_no_key(text: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(SettingsError) as refused:
+        load_settings({}, tmp_path / "c.yaml")
+    assert "SeCrEt" not in str(refused.value)
+    assert "c.yaml" in str(refused.value)
