@@ -181,7 +181,7 @@ class Catalog:
         return model
 
     def is_known(self, name: str, key: ApiKey | None) -> bool:
-        """Whether requests may name it. Follows no alias: a request decides once where one leads, when it is prepared."""
+        """Whether requests may name it. Follows no alias: where one leads is decided when a request is prepared."""
         if (model := self._models.get(name)) is not None:
             return model.is_open_to(key)
         if self._live is not None and (entry := self._live.resolve(name)) is not None:
