@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from guanaco.server.api.auth import OPEN_PATHS
 from guanaco.server.api.errors import ApiError
-from guanaco.server.api.request_framing import head_fault
+from guanaco.server.api.half_closed import HalfClosedWatch
+from guanaco.server.api.old_clients import without_chunks
+from guanaco.server.api.request_framing import OLD_VERSION, head_fault
 from guanaco.server.engine.awake_clock import AwakeTimer
 
 _SPARE_URLS = frozenset(path.encode() for path in OPEN_PATHS)
@@ -33,6 +35,8 @@ class ConnectionLimits:
     max_fields: int = 100
     max_body_bytes: int = 32 << 20  # read and thrown away; what the application reads has its own, smaller limit
     max_chunks: int = 16_384  # a body in a million chunks of one byte costs seconds
+    # What a chunked body may have besides its data: sizes of chunks, their extensions, and trailers.
+    max_chunk_overhead_bytes: int = 512 << 10
     max_connections: int = 1024
     # So many more may ask for the open paths: whoever watches the server must not take a full one for a dead one.
     max_spare_connections: int = 32
@@ -63,8 +67,12 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         self._write_timer: AwakeTimer | None = None
         self._head_bytes = 0  # parsed: names, values, URL
         self._unparsed_head_bytes = 0  # received since the head began; a field without end is never parsed
+        self._num_fields = 0
         self._body_bytes = 0
+        self._received_body_bytes = 0  # as they came, in chunks or not; what came together with the head is left out
         self._num_chunks = 0
+        self._running: RequestResponseCycle | None = None  # `cycle` is the latest one, which may still have to wait
+        self._half_closed: HalfClosedWatch | None = None
         self._refusal: ApiError | None = None
         self._is_spare = False  # beyond the most connections: for the open paths alone
 
@@ -81,17 +89,35 @@ class GuardedHttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_read_timer()
         self._stop_write_timer()
+        if self._half_closed is not None:
+            self._half_closed.stop()
         super().connection_lost(exc)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The client has ended its side: it still gets the answers to what it has asked completely."""
+        asked = bool(self.pipeline) or (not self._is_idle and self._phase is not _Phase.BODY)
+        if asked and self._half_closed is None:
+            self._half_closed = HalfClosedWatch(self.loop, self.transport, self._may_send_interim)
+        return asked
+
+    def _may_send_interim(self) -> bool:
+        running = self._running
+        return running is not None and not running.response_started and running.scope["http_version"] != OLD_VERSION
 
     def data_received(self, data: bytes) -> None:
         if self._phase is _Phase.HEAD:
             self._unparsed_head_bytes += len(data)
+        elif self._phase is _Phase.BODY:
+            self._received_body_bytes += len(data)
         elif self._phase is _Phase.BETWEEN and self._read_timer is None and self._is_idle:
             # uvicorn ends its keep-alive timer at any byte, and an empty line begins no request
             self._expect_bytes(self.limits.header_seconds)
         super().data_received(data)
         if self._phase is _Phase.HEAD and self._unparsed_head_bytes > self.limits.max_head_bytes:
             self._refuse(_head_too_large())
+        overhead = self._received_body_bytes - self._body_bytes
+        if self._phase is _Phase.BODY and overhead > self.limits.max_chunk_overhead_bytes:
+            self._refuse(ApiError(413, "request_too_large", "the chunks of the body have too long extensions"))
 
     @property
     def _is_idle(self) -> bool:
@@ -101,7 +127,8 @@ class GuardedHttpProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         self._phase = _Phase.HEAD
-        self._head_bytes = self._unparsed_head_bytes = self._body_bytes = self._num_chunks = 0
+        self._head_bytes = self._unparsed_head_bytes = self._num_fields = 0
+        self._body_bytes = self._received_body_bytes = self._num_chunks = 0
         if self._is_idle:  # else the client is waiting for us as well, and its time begins with our answer's end
             self._expect_bytes(self.limits.header_seconds)
         super().on_message_begin()
@@ -113,17 +140,22 @@ class GuardedHttpProtocol(HttpToolsProtocol):
             self._stop(ApiError(414, "uri_too_long", f"the URL is longer than {self.limits.max_url_bytes} bytes"))
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        super().on_header(name, value)
+        if self._phase is _Phase.HEAD:  # else a trailer: what came after the body must not change what was checked
+            super().on_header(name, value)
+        self._num_fields += 1
         self._head_bytes += len(name) + len(value) + 4  # ": " and CRLF
-        if self._head_bytes > self.limits.max_head_bytes or len(self.headers) > self.limits.max_fields:
+        if self._head_bytes > self.limits.max_head_bytes or self._num_fields > self.limits.max_fields:
             self._stop(_head_too_large())
 
     def on_headers_complete(self) -> None:
         if self._is_spare and self.url.partition(b"?")[0] not in _SPARE_URLS:
             text = "too many connections are open; try again later, and keep fewer open"
             self._stop(ApiError(503, "too_many_connections", text, retry_after=1.0))
-        if fault := head_fault(self.parser.get_http_version(), self.headers):
+        version = self.parser.get_http_version()
+        if fault := head_fault(version, self.headers):
             self._stop(ApiError(400, "malformed_request", fault))
+        if version == OLD_VERSION:
+            self.expect_100_continue = False  # such a client would take the line for its answer
         runs_now = self._is_idle
         super().on_headers_complete()
         self._phase = _Phase.BODY
@@ -133,6 +165,11 @@ class GuardedHttpProtocol(HttpToolsProtocol):
             self._expect_bytes(self.limits.body_seconds)
         else:  # pipelined: nothing is read until its turn comes
             self._stop_read_timer()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        is_old = cycle.scope["http_version"] == OLD_VERSION
+        super()._start_asgi_task(cycle, without_chunks(app, cycle) if is_old else app)
 
     def on_chunk_header(self) -> None:
         self._num_chunks += 1
@@ -156,6 +193,8 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         super().on_response_complete()
         if self.transport.is_closing():
             self._abort_later()
+        elif self._half_closed is not None and self._is_idle:
+            self._close()  # no further request can come
         elif self._phase is _Phase.BODY and not self._is_idle:
             self._expect_bytes(self.limits.body_seconds)
         elif self._phase is _Phase.HEAD:

@@ -19,4 +19,9 @@ def head_fault(version: str, headers: Sequence[tuple[bytes, bytes]]) -> str | No
         return "the request has more than one Host header; send exactly one"
     if version != OLD_VERSION and not any(host.strip() for host in hosts):
         return "the request has no Host header, or an empty one; HTTP/1.1 needs it"
+    codings = [value.strip().lower() for name, value in headers if name == b"transfer-encoding"]
+    if codings and version == OLD_VERSION:
+        return "Transfer-Encoding needs HTTP/1.1; send the body with a Content-Length"
+    if codings and codings != [b"chunked"]:
+        return "the only Transfer-Encoding that is read is `chunked`, alone; send the body uncompressed"
     return None

@@ -223,6 +223,13 @@ def test_size_of_the_head(server: LiveServer, request_bytes: bytes, status: int)
         b"POST / HTTP/1.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
         b"POST / HTTP/1.1\r\nTransfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
         b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked, gzip\r\n\r\n0\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: identity, chunked\r\n\r\n0\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST /tokenize HTTP/1.0\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"GET /version HTTP/0.9\r\nHost: t\r\n\r\n",
+        b"GET /version HTTP/2.0\r\nHost: t\r\n\r\n",
         b"GET /\xff HTTP/1.1\r\n\r\n",
         b"GET http:// HTTP/1.1\r\n\r\n",
         b"CONNECT example.com:80 HTTP/1.1\r\n\r\n",
@@ -296,6 +303,99 @@ def test_too_many_chunks(server: LiveServer) -> None:
     chunks = b"".join(b"1\r\n" + many[i : i + 1] + b"\r\n" for i in range(len(many)))
     closing = head.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
     assert status_of(server.raw(closing + chunks + b"0\r\n\r\n")) == 200
+
+
+def test_extensions_of_chunks_are_counted(server: LiveServer) -> None:
+    """A million bytes of extensions around a body of a few: cut, though no chunk and no data is too many."""
+    sent = 0
+    with server.connect() as sock, contextlib.suppress(ConnectionResetError, BrokenPipeError):
+        sock.sendall(CHUNKED_HEAD)
+        while sent < (16 << 20):
+            sent += sock.send(b"1;" + b"x" * 0x10000 + b"\r\n \r\n")
+    assert sent < (16 << 20)
+    body = json.dumps({"model": BASE, "prompt": "x", "max_tokens": 1}).encode()
+    chunk = b"%x;name=value\r\n" % len(body) + body + b"\r\n0\r\n\r\n"
+    assert status_of(server.raw(CHUNKED_HEAD.replace(b"Host", b"Connection: close\r\nHost") + chunk)) == 200
+
+
+def test_trailers_change_no_header(server: LiveServer) -> None:
+    """A field after the body comes too late for every check of the head: it is read and thrown away."""
+    body = json.dumps({"model": BASE, "prompt": "x", "max_tokens": 1}).encode()
+    chunk = b"%x\r\n" % len(body) + body + b"\r\n0\r\nX-Request-Id: late\r\nHost: evil.example\r\n\r\n"
+    answer = server.raw(CHUNKED_HEAD.replace(b"Host", b"Connection: close\r\nHost") + chunk)
+    assert status_of(answer) == 200
+    many = b"0\r\n" + b"".join(b"X%d: y\r\n" % i for i in range(101)) + b"\r\n"
+    assert status_of(server.raw(CHUNKED_HEAD + many)) == 431
+
+
+def ask_and_end(server: LiveServer, requests: bytes) -> bytes:
+    """Send, end our side of the connection, and read to the end."""
+    with server.connect() as sock:
+        sock.sendall(requests)
+        sock.shutdown(socket.SHUT_WR)
+        return read_all(sock)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_half_closed_client_gets_its_answer(server: LiveServer, stream: bool) -> None:
+    """Also one that takes a while, and though the connection could have been kept."""
+    server.script(step_seconds=0.02)
+    body = chat_body("x", max_tokens=12, stream=stream)
+    answer = ask_and_end(server, http_post("/v1/chat/completions", body, close=False))
+    interim, _, final = answer.rpartition(b"HTTP/1.1 200 OK\r\n")
+    assert interim.replace(b"HTTP/1.1 100 Continue\r\n\r\n", b"") == b""
+    assert (b"data: [DONE]" if stream else b'"completion_tokens":12') in final
+
+
+def test_half_closed_client_gets_every_pipelined_answer(server: LiveServer) -> None:
+    bodies = [chat_body(f"number {i}", max_tokens=5 + i) for i in range(4)]
+    answer = ask_and_end(server, b"".join(http_post("/v1/chat/completions", body, close=False) for body in bodies))
+    assert [int(n) for n in re.findall(rb'"completion_tokens":(\d+)', answer)] == [5, 6, 7, 8]
+
+
+def test_half_a_request_and_the_end_is_closed(server: LiveServer) -> None:
+    for cut in (10, -10):
+        assert ask_and_end(server, http_post("/v1/chat/completions", chat_body("x"))[:cut]) == b""
+
+
+def old_post(body: dict, *lines: str) -> bytes:
+    """A POST to chat as an HTTP/1.0 client sends it."""
+    data = json.dumps(body).encode()
+    head = ["POST /v1/chat/completions HTTP/1.0", "Content-Type: application/json", f"Content-Length: {len(data)}"]
+    return "\r\n".join([*head, *lines, "", ""]).encode() + data
+
+
+def test_http_1_0_client_gets_a_whole_answer_with_its_length(server: LiveServer) -> None:
+    for lines in ((), ("Connection: keep-alive",), ("Expect: 100-continue",)):
+        head, body = server.raw(old_post(chat_body("x", max_tokens=3), *lines)).split(b"\r\n\r\n", 1)
+        assert status_of(head) == 200
+        assert b"transfer-encoding" not in head.lower()
+        assert b"connection: close" in head.lower()
+        assert b"content-length: %d\r\n" % len(body) in head.lower() + b"\r\n"
+        assert json.loads(body)["usage"]["completion_tokens"] == 3
+
+
+def test_http_1_0_client_gets_a_stream_without_chunks(server: LiveServer) -> None:
+    head, body = server.raw(old_post(chat_body("x", max_tokens=3, stream=True))).split(b"\r\n\r\n", 1)
+    assert b"transfer-encoding" not in head.lower()
+    assert b"content-length" not in head.lower()
+    events = body.decode().split("\n\n")
+    assert all(event.startswith("data: ") for event in events[:-1])
+    assert events[-2:] == ["data: [DONE]", ""]
+    text = "".join(json.loads(event[6:])["choices"][0]["delta"].get("content") or "" for event in events[:-2])
+    assert text == reply_of(server.engine.requests[-1])[:3]
+
+
+@pytest.mark.parametrize(
+    ("request_line", "status"),
+    [("GET /version", 200), ("GET /metrics", 200), ("GET /health", 200), ("GET /nope", 404), ("HEAD /version", 405)],
+)
+def test_every_route_answers_http_1_0(server: LiveServer, request_line: str, status: int) -> None:
+    head, body = server.raw(f"{request_line} HTTP/1.0\r\n\r\n".encode()).split(b"\r\n\r\n", 1)
+    assert status_of(head) == status
+    assert b"transfer-encoding" not in head.lower()
+    length = int(re.search(rb"content-length: (\d+)", head.lower())[1])
+    assert len(body) == (0 if request_line.startswith("HEAD") else length)
 
 
 def test_body_that_never_ends(server: LiveServer) -> None:
