@@ -100,6 +100,11 @@ class GuardedHttpProtocol(HttpToolsProtocol):
             self._half_closed = HalfClosedWatch(self.loop, self.transport, self._may_send_interim)
         return asked
 
+    @property
+    def _is_cut_short(self) -> bool:
+        """Whether the request that runs is the last one received and its body is incomplete."""
+        return self._phase is _Phase.BODY and self._running is self.cycle
+
     def _may_send_interim(self) -> bool:
         running = self._running
         return running is not None and not running.response_started and running.scope["http_version"] != OLD_VERSION
@@ -193,8 +198,8 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         super().on_response_complete()
         if self.transport.is_closing():
             self._abort_later()
-        elif self._half_closed is not None and self._is_idle:
-            self._close()  # no further request can come
+        elif self._half_closed is not None and (self._is_idle or self._is_cut_short):
+            self._close()  # no further request can come, nor the rest of this one
         elif self._phase is _Phase.BODY and not self._is_idle:
             self._expect_bytes(self.limits.body_seconds)
         elif self._phase is _Phase.HEAD:

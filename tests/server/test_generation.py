@@ -140,5 +140,10 @@ def test_cancelled_requests_are_counted_and_logged(server: LiveServer, caplog: p
 
 def test_no_middleware_that_hides_a_disconnect(server: LiveServer) -> None:
     app = create_app(make_state())
-    assert [m.cls.__name__ for m in app.user_middleware] == ["RequestScope", "Gate", "AuthMiddleware"]
+    assert [m.cls.__name__ for m in app.user_middleware] == [
+        "RequestScope",
+        "HostCheck",
+        "Gate",
+        "AuthMiddleware",
+    ]
     assert not any(issubclass(m.cls, BaseHTTPMiddleware) for m in app.user_middleware)
