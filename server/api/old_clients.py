@@ -11,7 +11,7 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 
 def without_chunks(app: Any, cycle: RequestResponseCycle) -> Any:
-    """`app` for the one request of `cycle`, whose answer then has no chunks. uvicorn closes after each HTTP/1.0 answer."""
+    """`app` for the one request of `cycle`, whose answer has no chunks. uvicorn closes after each HTTP/1.0 answer."""
 
     async def unchunked(scope: Any, receive: Any, send: Any) -> None:
         has_length = False

@@ -24,4 +24,11 @@ def head_fault(version: str, headers: Sequence[tuple[bytes, bytes]]) -> str | No
         return "Transfer-Encoding needs HTTP/1.1; send the body with a Content-Length"
     if codings and codings != [b"chunked"]:
         return "the only Transfer-Encoding that is read is `chunked`, alone; send the body uncompressed"
+    if any(name == b"upgrade" for name, _ in headers) and (codings or _has_length(headers)):
+        # The parser takes all that follows such a head for the other protocol, so the body cannot be read.
+        return "this server speaks HTTP/1 only: send a request that has a body without an Upgrade header"
     return None
+
+
+def _has_length(headers: Sequence[tuple[bytes, bytes]]) -> bool:
+    return any(name == b"content-length" and value.strip() != b"0" for name, value in headers)

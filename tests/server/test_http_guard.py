@@ -466,3 +466,17 @@ def test_limits_come_from_the_settings() -> None:
         assert (limits.header_seconds, limits.body_seconds, limits.keep_alive_seconds) == (1.5, 2.5, 3.5)
         assert server.server.config.timeout_keep_alive == 3.5
         assert limits.max_body_bytes == 8000
+
+
+@pytest.mark.parametrize("protocol", ["h2c", "websocket", "foo"])
+def test_a_body_behind_an_upgrade_is_one_refusal(protocol: str, server: LiveServer) -> None:
+    """The parser would read no body behind such a head: the client must not get an answer for an empty one."""
+    request = http_post("/tokenize", {"prompt": "x"})
+    head, _, body = request.partition(b"\r\n\r\n")
+    upgrade = head + b"\r\nConnection: Upgrade\r\nUpgrade: " + protocol.encode() + b"\r\n\r\n"
+    with server.connect() as sock:
+        sock.sendall(upgrade)
+        answer = read_all(sock)
+    assert (status_of(answer), answer.count(b"HTTP/1.1 ")) == (400, 1)
+    assert b"without an Upgrade header" in answer
+    assert status_of(server.raw(upgrade + body)) == 400
