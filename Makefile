@@ -12,7 +12,7 @@ ARGS        ?=
 TORCH_CPU   ?= torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
 
 BIN     := $(VENV)/bin
-DEPS    := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard kernels/native/*)
+DEPS    := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard kernels/cpu/native/*)
 RUNTIME := $(VENV)/.installed
 TESTING := $(VENV)/.installed-test
 
@@ -47,14 +47,14 @@ bench: $(RUNTIME)
 # The kernel tests over a native library that notices any read or write outside its memory.
 asan: $(TESTING)
 	GUANACO_SANITIZE=address $(BIN)/python setup.py -q build_ext --build-lib build/asan --build-temp build/asan-objects
-	@plain=$$(ls kernels/_native*.so) && cp $$plain build/plain.so && trap "cp build/plain.so $$plain" EXIT && \
-	  cp build/asan/guanaco/kernels/_native*.so $$plain && ASAN_OPTIONS=detect_leaks=0 \
+	@plain=$$(ls kernels/cpu/_native*.so) && cp $$plain build/plain.so && trap "cp build/plain.so $$plain" EXIT && \
+	  cp build/asan/guanaco/kernels/cpu/_native*.so $$plain && ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
-	  $(BIN)/pytest -s tests/kernels/test_cpu.py tests/kernels/test_ops.py tests/kernels/test_attention.py \
+	  $(BIN)/pytest -s tests/kernels/cpu/test_cpu_ops.py tests/kernels/test_ops.py tests/kernels/test_attention.py \
 	    tests/kernels/test_draw.py tests/kernels/test_draw_edges.py
 
 clean:
-	rm -rf $(VENV) kernels/_native*.so .typing build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) kernels/cpu/_native*.so .typing build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \

@@ -57,13 +57,13 @@ def load_ops(
 
         return ReferenceOps(device=device, dtype=dtype, decoded_weights_bytes=decoded_weights_bytes)
     if name == "cpu":
-        from guanaco.kernels.cpu_ops import CpuOps
+        from guanaco.kernels.cpu.ops import CpuOps
 
         return CpuOps(dtype=dtype, threads=threads, isa=cpu_isa)
     if name == "triton":
         if find_spec("triton") is None:
             raise NativeUnavailable("the triton provider needs Triton, which is not installed (pip install triton)")
-        from guanaco.kernels.triton_ops import TritonOps
+        from guanaco.kernels.triton.ops import TritonOps
 
         return TritonOps(device=device, dtype=dtype, side_stream=side_stream)
     raise ValueError(f"unknown kernel provider {name!r}; this build has: {', '.join(PROVIDERS)}")

@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import fast_interpreter
-import ptx_interpreter
 import pytest
 import torch
+
+from support.kernels import fast_interpreter, ptx_interpreter
 
 # Triton reads this when it is first imported (bitsandbytes does that): the kernels run on the CPU in this process.
 # What compiles them, for targets that are not here, is started as its own process without it.
@@ -41,7 +41,7 @@ def _ptx_in_numpy() -> None:
 @pytest.fixture(scope="session")
 def demo_model_dir() -> Path:
     """The demo's checkpoint in the cache that the server uses; fetched and converted once per machine."""
-    from guanaco.models.demo import DemoUnavailable, ensure_demo_model
+    from guanaco.models.loading.demo import DemoUnavailable, ensure_demo_model
     from guanaco.server.config import load_settings
 
     try:

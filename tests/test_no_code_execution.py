@@ -151,6 +151,6 @@ def test_only_the_restricted_process_takes_pickles_apart():
         for path in SOURCES
         if path.name != "torch_pickle.py" and "torch_pickle" in path.read_text(encoding="utf-8")
     ]
-    assert users == ["convert_worker.py"]
-    importers = [path.name for path in SOURCES if "import convert_worker" in path.read_text(encoding="utf-8")]
+    assert users == ["worker.py"]
+    importers = [path.name for path in SOURCES if "convert import worker" in path.read_text(encoding="utf-8")]
     assert importers == []

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from runtime_environment import make_environment, runtime_distributions
-from tiny_adapters import make_adapter
-from tiny_models import make_tiny_llama
 
-from guanaco.models.config import read_config
-from guanaco.models.llama import projection_shapes
+from guanaco.models.architectures.config import read_config
+from guanaco.models.architectures.llama import projection_shapes
+from support.adapters.tiny_adapters import make_adapter
+from support.models.tiny_models import make_tiny_llama
+from support.packaging.runtime_environment import make_environment, runtime_distributions
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -79,9 +79,9 @@ def test_the_wheel_holds_every_module_and_the_demo_adapters(wheel: Path) -> None
 
 
 def _report(python: Path, cwd: Path, commands: list[list[str]], *, missing: str = "-") -> dict[str, Any]:
-    """What tests/support/every_command.py found in an environment."""
+    """What tests/support/packaging/every_command.py found in an environment."""
     done = subprocess.run(
-        [python, ROOT / "tests/support/every_command.py", missing], cwd=cwd, env=_environment(cwd),
+        [python, ROOT / "tests/support/packaging/every_command.py", missing], cwd=cwd, env=_environment(cwd),
         input=json.dumps(commands), capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -112,7 +112,7 @@ def test_every_import_is_a_runtime_dependency() -> None:
     """The imports inside functions too: no command reaches them by its --help."""
     runtime, owners = runtime_distributions(), packages_distributions()
     # Tools that a developer names by a flag: the modules say what to install where they are missing.
-    on_request = {("server/bench_kernels_gpu.py", "bitsandbytes")}
+    on_request = {("server/commands/bench_kernels_gpu.py", "bitsandbytes")}
     for top in ("adapters", "kernels", "models", "server"):
         for path in (p for p in (ROOT / top).rglob("*.py") if (p.parent / "__init__.py").exists()):
             for name in _imported(path) - set(sys.stdlib_module_names) - {"guanaco"}:
@@ -162,7 +162,7 @@ def test_every_command_of_the_cpu_image_runs(tmp_path: Path) -> None:
     log = tmp_path / "serve.log"
     with log.open("w") as out:
         server = subprocess.Popen(
-            [python, "-c", "from guanaco.server.cli import main; main()", "serve", *serve],
+            [python, "-c", "from guanaco.server.commands.main import main; main()", "serve", *serve],
             cwd=tmp_path, env=_environment(tmp_path), stdout=out, stderr=out,
         )  # fmt: skip
     try:
@@ -224,7 +224,8 @@ def test_the_wheel_installs_into_a_clean_environment(wheel: Path, tmp_path: Path
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, f"guanaco {PROJECT['project']['version']}\n"), done.stderr
     where = subprocess.run(
-        [python, "-c", "import guanaco.server.cli as m; print(m.__file__)"], env=_environment(tmp_path), cwd=tmp_path,
+        [python, "-c", "import guanaco.server.commands.main as m; print(m.__file__)"],
+        env=_environment(tmp_path), cwd=tmp_path,
         capture_output=True, text=True, timeout=120, check=True,
     ).stdout  # fmt: skip
     assert str(tmp_path / "venv") in where

@@ -28,8 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from guanaco.kernels import load_ops
-from guanaco.models.demo import ensure_demo_model
-from guanaco.models.loader import load_model
+from guanaco.models.loading.demo import ensure_demo_model
+from guanaco.models.loading.loader import load_model
 
 HERE = Path(__file__).parent
 ALL_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

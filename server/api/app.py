@@ -13,15 +13,17 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from guanaco.server.api import adapters_admin, aliases_admin, chat, completions, info, tokens
-from guanaco.server.api.auth import AuthMiddleware
-from guanaco.server.api.cors import ClientCors
-from guanaco.server.api.errors import HANDLED, handle_error
-from guanaco.server.api.host_check import HostCheck
-from guanaco.server.api.middleware import Gate, RequestScope
-from guanaco.server.api.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
-from guanaco.server.api.state import ApiState
-from guanaco.server.metrics import Metrics
+from guanaco.server.api.generation.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from guanaco.server.api.generation.state import ApiState
+from guanaco.server.api.http.auth import AuthMiddleware
+from guanaco.server.api.http.cors import ClientCors
+from guanaco.server.api.http.errors import HANDLED, handle_error
+from guanaco.server.api.http.host_check import HostCheck
+from guanaco.server.api.http.middleware import Gate, RequestScope
+from guanaco.server.api.routes import adapters as adapters_admin
+from guanaco.server.api.routes import aliases as aliases_admin
+from guanaco.server.api.routes import chat, completions, info, tokens
+from guanaco.server.metrics.server import Metrics
 
 logger = logging.getLogger("guanaco.api")
 

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from guanaco.kernels.layer_cache import Sequences
 from guanaco.kernels.lora_batch import LoraBatch, LoraTable
-from guanaco.kernels.lora_triton import rank_bucket
-from guanaco.kernels.triton_ops import TritonOps
-from guanaco.models.forward_batch import ForwardBatch
-from guanaco.models.kv_cache import PagedKVCache
-from guanaco.models.llama import LlamaModel
+from guanaco.kernels.triton.ops import TritonOps
+from guanaco.kernels.triton.products.lora import rank_bucket
+from guanaco.models.architectures.forward_batch import ForwardBatch
+from guanaco.models.architectures.kv_cache import PagedKVCache
+from guanaco.models.architectures.llama import LlamaModel
 from guanaco.server.engine.model_runner import StepRows
 
 _WARM_UPS = 2

@@ -4,7 +4,7 @@ Pure, as the scheduler that owns it. A request leaves when all of its adapters a
 when one of them cannot be had, or when its client does.
 """
 
-from guanaco.adapters.host_table import HostTable
+from guanaco.adapters.residency.host_table import HostTable
 from guanaco.server.engine.request import Sequence, Status
 
 # After so many steps of waiting for room in host memory, a request lets nobody behind it take any.

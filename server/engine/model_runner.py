@@ -11,13 +11,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from guanaco.adapters.registry import AdapterRegistry
-from guanaco.adapters.slot_store import SlotStore
+from guanaco.adapters.residency.slot_store import SlotStore
+from guanaco.adapters.versions.registry import AdapterRegistry
 from guanaco.kernels.layer_cache import Sequences
 from guanaco.kernels.lora_batch import LoraBatch, LoraTable
-from guanaco.models.forward_batch import ForwardBatch
-from guanaco.models.kv_cache import PagedKVCache
-from guanaco.models.llama import LlamaModel
+from guanaco.models.architectures.forward_batch import ForwardBatch
+from guanaco.models.architectures.kv_cache import PagedKVCache
+from guanaco.models.architectures.llama import LlamaModel
 from guanaco.server.engine.request import SampledToken, ScheduledBatch, ScheduledSequence, TokenLogprob
 from guanaco.server.engine.sampler import NOT_FINITE, SamplingRow, sample, token_logprobs
 

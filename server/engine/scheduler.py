@@ -7,8 +7,8 @@ hits and recomputing after a preemption all follow from that. Driven by the engi
 
 from bisect import insort
 
-from guanaco.adapters.host_table import HostTable
-from guanaco.adapters.slot_table import SlotTable
+from guanaco.adapters.residency.host_table import HostTable
+from guanaco.adapters.residency.slot_table import SlotTable
 from guanaco.server.engine.block_manager import BlockManager, Faults
 from guanaco.server.engine.limits import Limits, StepCounts
 from guanaco.server.engine.loading_queue import LoadingQueue

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from live_server import GUANACO, LiveServer
 from openai import NotFoundError, OpenAI
+
+from support.server.live_server import GUANACO, LiveServer
 
 PIRATE_WORDS = re.compile(r"\b(arr+|ahoy|matey|aye|ye|yer|shiver|landlubber|booty|seas|cap'n)\b", re.IGNORECASE)
 QUESTION = "How do I keep my houseplants healthy?"

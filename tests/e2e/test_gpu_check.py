@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-_SCRIPT = Path(__file__).parent.parent.parent / "loadtest" / "gpu_check.py"
+_SCRIPT = Path(__file__).parent.parent.parent / "loadtest" / "bench" / "gpu_check.py"
 
 
 def test_the_whole_flow_runs_without_a_gpu(tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from live_server import LiveServer
-from real_server import ADMIN, BASE, PROMPTS, WAIT, complete
-from tiny_adapters import make_adapter, targets_of
-from tiny_models import make_tiny_llama, tiny_llama
+
+from support.adapters.tiny_adapters import make_adapter, targets_of
+from support.models.tiny_models import make_tiny_llama, tiny_llama
+from support.server.live_server import LiveServer
+from support.server.real_server import ADMIN, BASE, PROMPTS, WAIT, complete
 
 NAMES = ("a", "b", "c")
 SOURCES = tuple(f"s{seed}" for seed in range(6))

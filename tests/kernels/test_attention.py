@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import check, make_case
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from providers import FAST, INTERPRETED, PROVIDERS, provider_ops
-from tolerances import assert_close, relative_l2
 
 from guanaco.kernels.layer_cache import CODE_LIMITS, LayerCache, Sequences
+from support.kernels.attention_cases import check, make_case
+from support.kernels.providers import FAST, INTERPRETED, PROVIDERS, provider_ops
+from support.kernels.tolerances import assert_close, relative_l2
 
 DTYPES = (torch.float32, torch.bfloat16)
 MakeOps = Callable[..., Any]

@@ -12,12 +12,12 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from providers import INTERPRETED, PROVIDERS, provider_ops
 from torch import Tensor
 
 from guanaco.kernels import Draw
 from guanaco.server.engine.request import SamplingParams
 from guanaco.server.engine.sampler import SamplingRow, sample
+from support.kernels.providers import INTERPRETED, PROVIDERS, provider_ops
 
 DRAWING = tuple(name for name in PROVIDERS if name != "reference")
 NATIVE = tuple(name for name in DRAWING if name not in INTERPRETED)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from attention_cases import check_codes, poisoned_cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import reference_ops
 
 from guanaco.kernels.layer_cache import CODE_LIMITS, LayerCache, quantise_heads
+from support.kernels.attention_cases import check_codes, poisoned_cache
+from support.models.oracles import reference_ops
 
 EIGHT_BITS = pytest.mark.parametrize("dtype", CODE_LIMITS, ids=str)
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from providers import FAST, INTERPRETED, PROVIDERS, provider_ops
-from tolerances import assert_close
 from torch import Tensor
 
 from guanaco.kernels import Ops, nf4
 from guanaco.kernels.layer_cache import LayerCache
 from guanaco.kernels.lora_batch import LoraBatch, LoraPair, LoraTable
 from guanaco.kernels.nf4 import Nf4Weight
+from support.kernels.providers import FAST, INTERPRETED, PROVIDERS, provider_ops
+from support.kernels.tolerances import assert_close
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16)

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from tolerances import assert_close
 from torch import Tensor
 
 from guanaco.kernels import load_ops, nf4, reference
 from guanaco.kernels.layer_cache import LayerCache
+from support.kernels.tolerances import assert_close
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16)

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import check, make_case
-from tolerances import assert_close, relative_l2
 from torch import Tensor
 
 from guanaco.kernels import load_ops, reference
+from support.kernels.attention_cases import check, make_case
+from support.kernels.tolerances import assert_close, relative_l2
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,233 @@
+"""The restricted process behind `convert`: reads one stranger's file, writes one safetensors file, and can do no more.
+
+Both files arrive open. Before the first byte is read, limits take away new files, sockets, processes, memory and time.
+Runs as `python -I -m guanaco.adapters.convert.worker LIFELINE`, started by `convert` alone. Imports neither torch nor
+pickle.
+"""
+
+import codecs
+import json
+import math
+import os
+import re
+import struct
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from guanaco.adapters.convert.torch_pickle import TorchFile
+from guanaco.adapters.errors import AdapterError, printable
+from guanaco.adapters.peft.strict_json import JsonError, parse_object
+from guanaco.models.formats.restricted_process import Budget, follow_parent, read_frame, restrict, write_frame
+
+MAX_HEADER_BYTES = 1 << 20
+MAX_TENSORS = 4096
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_BASE_MEMORY_BYTES = 1 << 30  # what Python and numpy reserve, with room
+_BYTES_PER_CPU_SECOND = 20e6
+
+# Adapters that were not written by save_pretrained have `.default` (or another name) before `.weight`.
+_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[A-Za-z0-9_-]+))?\.weight")
+_PREFIX = "base_model.model."
+
+
+def budget(input_bytes: int, output_bytes: int) -> Budget:
+    """What converting a file of this size may take."""
+    return Budget(
+        memory_bytes=_BASE_MEMORY_BYTES + 3 * input_bytes,
+        file_bytes=output_bytes,
+        cpu_seconds=20 + int(input_bytes / _BYTES_PER_CPU_SECOND),
+    )
+
+
+class SafetensorsSource:
+    """An open safetensors file: dtype and shape by name. Raises AdapterError where it is damaged."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        size = os.fstat(file.fileno()).st_size
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if length > min(size - 8, MAX_HEADER_BYTES):
+            raise AdapterError("not_safetensors", "the file is truncated or no safetensors file")
+        try:
+            header = parse_object(file.read(length))
+        except JsonError as error:
+            raise AdapterError("bad_header", f"the header {error}") from None
+        metadata = header.pop("__metadata__", {})
+        self.metadata = {k: v for k, v in metadata.items() if isinstance(v, str)} if isinstance(metadata, dict) else {}
+        self._start = 8 + length
+        self._entries = {name: self._entry(name, entry, size) for name, entry in header.items()}
+        self.tensors = {name: (dtype, shape) for name, (dtype, shape, _) in self._entries.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """The elements of one tensor; bfloat16 as uint16."""
+        dtype, shape, start = self._entries[name]
+        self._file.seek(start)
+        num_bytes = math.prod(shape) * ITEM_BYTES[dtype]
+        data = self._file.read(num_bytes)
+        if len(data) != num_bytes:
+            raise AdapterError("truncated", f"the data of {printable(name)} is not all there", printable(name))
+        return np.frombuffer(data, dtype=NUMPY[dtype]).reshape(shape)
+
+    def _entry(self, name: str, entry: object, size: int) -> tuple[str, tuple[int, ...], int]:
+        shown = printable(name)
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            raise AdapterError("bad_header", f"{shown} has no entry of dtype, shape and data_offsets", shown)
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        for sizes in (shape, offsets):
+            if (
+                not isinstance(sizes, list)
+                or len(sizes) > 8
+                or not all(type(n) is int and 0 <= n < 2**48 for n in sizes)
+            ):
+                raise AdapterError("bad_header", f"{shown} has a shape or data_offsets that are no sizes", shown)
+        if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+            problem = f"{shown} is stored as {printable(str(dtype))}; adapters are made of floating-point numbers"
+            raise AdapterError("dtype_unsupported", problem, shown)
+        if 0 in shape:
+            raise AdapterError("empty_tensor", f"{shown} has shape {shape}: sharded weights not gathered?", shown)
+        num_bytes = math.prod(shape) * ITEM_BYTES[dtype]
+        if len(offsets) != 2 or offsets[1] - offsets[0] != num_bytes or self._start + offsets[1] > size:
+            raise AdapterError("bad_layout", f"the data of {shown} is not where the header says", shown)
+        return dtype, tuple(shape), self._start + offsets[0]
+
+
+Plan = dict[str, tuple[str, str, str, tuple[int, ...]]]  # new key → (old key, old dtype, new dtype, shape)
+
+
+def make_plan(tensors: dict[str, tuple[str | None, tuple[int, ...]]], dtype: str, max_bytes: int) -> Plan:
+    """What will be written, decided before any tensor is read. dtype: as safetensors names it, or "keep"."""
+    if not tensors:
+        problem = "the file holds no tensor: a known fault of early 2023 saved empty adapters; train or save it again"
+        raise AdapterError("empty", problem)
+    if len(tensors) > MAX_TENSORS:
+        raise AdapterError("too_many_tensors", f"the file has {len(tensors)} tensors; the limit is {MAX_TENSORS}")
+    plan: Plan = {}
+    adapters: set[str | None] = set()
+    for key, (old, shape) in tensors.items():
+        shown = printable(key)
+        if old is None:
+            raise AdapterError("dtype_unsupported", f"{shown} does not hold floating-point numbers", shown)
+        new_key, adapter = modern_key(key)
+        adapters.add(adapter)
+        if new_key in plan:
+            raise AdapterError("duplicate_tensor", f"{shown} is there in two spellings", shown)
+        if len(adapters) > 1:
+            problem = f"{shown} is of another adapter than those before; save adapters one by one"
+            raise AdapterError("several_adapters", problem, shown)
+        plan[new_key] = (key, old, ("F32" if old == "F64" else old) if dtype == "keep" else dtype, shape)
+    total = sum(math.prod(shape) * ITEM_BYTES[new] for _, _, new, shape in plan.values())
+    if total > max_bytes:
+        raise AdapterError("file_too_large", f"the tensors take {total} bytes; the limit is {max_bytes}")
+    return dict(sorted(plan.items(), key=lambda item: (-ITEM_BYTES[item[1][2]], item[0])))
+
+
+def modern_key(key: str) -> tuple[str, str | None]:
+    """The key as PEFT writes it today, and the adapter's name that stood in it. Other keys stay as they are."""
+    match = _KEY.fullmatch(key)
+    if match is None:
+        return key, None
+    module = match["module"]
+    if module.startswith("model.layers."):
+        module = _PREFIX + module
+    return f"{module}.lora_{match['side']}.weight", match["adapter"]
+
+
+def cast(array: np.ndarray, old: str, new: str, shown: str) -> np.ndarray:
+    """To another type, rounded to the nearest. AdapterError where a finite number would become infinite."""
+    if old == new:
+        return array
+    wide = (array.astype("<u4") << 16).view("<f4") if old == "BF16" else array
+    with np.errstate(over="ignore"):
+        if new == "BF16":
+            result = _to_bfloat16(wide.astype("<f4"))
+            seen = (result.astype("<u4") << 16).view("<f4")
+        else:
+            result = seen = wide.astype(NUMPY[new])
+    if not bool(np.array_equal(np.isfinite(seen), np.isfinite(wide))):
+        raise AdapterError("out_of_range", f"{shown} holds numbers that {new} cannot; choose another --dtype", shown)
+    return result
+
+
+def _to_bfloat16(array: np.ndarray) -> np.ndarray:
+    """The upper 16 bits, rounded to nearest, ties to even; NaN stays NaN."""
+    bits = np.ascontiguousarray(array).view("<u4")
+    rounded = ((bits + (((bits >> 16) & 1) + 0x7FFF).astype("<u4")) >> 16).astype("<u2")
+    return np.where(np.isnan(array), np.uint16(0x7FC0), rounded).astype("<u2")
+
+
+def write_safetensors(
+    target: BinaryIO, plan: Plan, read: Callable[[str], np.ndarray], metadata: dict[str, str]
+) -> Iterator[str]:
+    """Write the header, then one tensor after the other; yields each new key when it is written."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    position = 0
+    for key, (_, _, dtype, shape) in plan.items():
+        end = position + math.prod(shape) * ITEM_BYTES[dtype]
+        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER_BYTES:
+        raise AdapterError("header_too_large", f"the names take {len(text)} bytes; the limit is {MAX_HEADER_BYTES}")
+    target.write(struct.pack("<Q", len(text)) + text)
+    for key, (source_key, old, new, _) in plan.items():
+        target.write(cast(read(source_key), old, new, printable(source_key)).tobytes())
+        yield key
+
+
+def convert(source: BinaryIO, target: BinaryIO, *, is_pickle: bool, dtype: str, max_bytes: int) -> dict[str, Any]:
+    """The whole conversion; plain data about it. Raises AdapterError for what is refused."""
+    file: TorchFile | SafetensorsSource
+    if is_pickle:
+        file = TorchFile(source)
+        tensors = {name: (tensor.dtype, tensor.shape) for name, tensor in file.tensors.items()}
+        metadata = {}
+    else:
+        file = SafetensorsSource(source)
+        tensors = dict(file.tensors)
+        metadata = file.metadata
+    plan = make_plan(tensors, dtype, max_bytes)
+    written = list(write_safetensors(target, plan, file.read, {**metadata, "format": "pt"}))
+    target.flush()
+    dtypes = [new for _, _, new, _ in plan.values()]
+    return {
+        "num_tensors": len(written),
+        "num_renamed": sum(new != old for new, (old, *_) in plan.items()),
+        "dtypes": {name: dtypes.count(name) for name in sorted(set(dtypes))},
+    }
+
+
+def main() -> None:
+    """One request on standard input, one answer on standard output; both JSON."""
+    follow_parent(int(sys.argv[1]))
+    message = read_frame(sys.stdin.buffer)
+    if message is None:
+        return
+    request = json.loads(message)
+    with os.fdopen(request["source"], "rb") as source, os.fdopen(request["target"], "wb") as target:
+        # Python opens what it needs for messages and codecs on first use; none of that works afterwards.
+        for codec in ("unicode_escape", "cp437"):  # of messages; of names in archives that are not marked as UTF-8
+            codecs.lookup(codec)
+        restrict(budget(os.fstat(source.fileno()).st_size, request["max_bytes"] + MAX_HEADER_BYTES + 8))
+        try:
+            answer = convert(
+                source,
+                target,
+                is_pickle=request["is_pickle"],
+                dtype=request["dtype"],
+                max_bytes=request["max_bytes"],
+            )
+        except AdapterError as error:
+            answer = {"code": error.code, "message": str(error), "field": error.field}
+        except MemoryError:
+            answer = {"code": "bad_pickle", "message": "the file asks for more memory than it can need", "field": None}
+    write_frame(sys.stdout.buffer, json.dumps(answer).encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,334 @@
+"""PEFT's adapter_config.json → AdapterConfig, and what is refused and why.
+
+Reads fields, not tensors, and knows no model: modules are names. Matching follows PEFT 0.21 (`tuners_utils.
+check_target_module_exists`, `utils.other.get_pattern_key`). Called by `weights`.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from guanaco.adapters.errors import AdapterError, printable
+from guanaco.adapters.peft.patterns import Budget, Matcher, PatternError
+from guanaco.adapters.peft.strict_json import JsonError, parse_object
+
+CONFIG_NAME = "adapter_config.json"
+MAX_CONFIG_BYTES = 64 * 1024
+MAX_RANK_IN_CONFIG = 1 << 20  # keeps the arithmetic sane; the limit that counts is checked against the tensors
+MAX_SCALE = 1000.0
+MAX_PATTERNS = 2048  # one per module of LLaMA-65B is 560
+
+# What transformers puts before the names that `targets` uses: configs match names with it.
+MODULE_PREFIX = "model."
+
+# PEFT writes these, and none of them changes what the adapter computes at inference.
+HARMLESS = frozenset(
+    {
+        "auto_mapping",
+        "corda_config",  # read only when init_lora_weights is "corda", which is refused
+        "eva_config",
+        "inference_mode",
+        "loftq_config",  # read only when init_lora_weights is "loftq", which is refused
+        "lora_dropout",
+        "lora_ga_config",  # read only when init_lora_weights is "lora_ga", which is refused
+        "megatron_core",
+        "peft_version",
+        "qalora_group_size",  # read only when use_qalora is set, which is refused
+        "revision",
+        "runtime_config",
+        "task_type",
+    }
+)
+UNDERSTOOD = frozenset(
+    {
+        "alpha_pattern",
+        "base_model_name_or_path",
+        "exclude_modules",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "peft_type",
+        "r",
+        "rank_pattern",
+        "target_modules",
+        "use_rslora",
+    }
+)
+# field → (code, why). Refused where set to anything but null, false or empty; `bias` has a default of its own.
+REFUSED = {
+    "alora_invocation_tokens": ("alora_unsupported", "activated LoRA switches on in the middle of a prompt"),
+    "arrow_config": ("arrow_unsupported", "Arrow routes each token to another adapter"),
+    "bias": ("bias_unsupported", "the base model's biases are shared by all adapters"),
+    "ensure_weight_tying": ("weight_tying_unsupported", "it adapts tied embeddings, which all adapters share"),
+    "fan_in_fan_out": ("fan_in_fan_out_unsupported", "it transposes the matrices, as GPT-2 needs and LLaMA does not"),
+    "kasa_config": ("kasa_unsupported", "KaSA changes the base model's weights"),
+    "layer_replication": ("layer_replication_unsupported", "it changes the number of layers"),
+    "lora_bias": ("lora_bias_unsupported", "a bias on lora_B is not computed here"),
+    "megatron_config": ("megatron_unsupported", "Megatron's layers are not LLaMA's"),
+    "modules_to_save": ("modules_to_save_unsupported", "full copies of modules cannot share a batch with the base"),
+    "monteclora_config": ("monteclora_unsupported", "MonteCLoRA samples its matrices"),
+    "target_parameters": ("target_parameters_unsupported", "only linear layers can be adapted, by target_modules"),
+    "trainable_token_indices": ("trainable_tokens_unsupported", "the vocabulary is shared by all adapters"),
+    "use_bdlora": ("bdlora_unsupported", "BD-LoRA's block-diagonal matrices are not read here"),
+    "use_dora": ("dora_unsupported", "DoRA needs the norm of every adapted column of the base model"),
+    "use_qalora": ("qalora_unsupported", "QALoRA pools its inputs"),
+    "velora_config": ("velora_unsupported", "VeLoRA keeps training state among the matrices"),
+}
+# A pattern that is a name, with at most anchors and escaped dots: nothing in it can backtrack.
+_PLAIN = re.compile(r"(?P<anchor>\^?)(?P<name>(?:[A-Za-z0-9_.-]|\\\.)+)\$?")
+
+Value = TypeVar("Value", int, float)
+
+# These leave the base model as it is, so that any trained A and B mean the same.
+KEEPS_BASE = frozenset({"gaussian", "eva", "orthogonal", "mica"})
+# These subtract the initial A and B from the base model's weights (peft/tuners/lora/layer.py): wrong on any other base.
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What an adapter_config.json asks for, checked. Modules are named as transformers does, `model.layers.0.…`."""
+
+    rank: int
+    alpha: float
+    use_rslora: bool
+    target_modules: tuple[str, ...] | str  # suffixes of module names, or a pattern for the whole name, or "all-linear"
+    exclude_modules: tuple[str, ...] | str
+    layers_to_transform: tuple[int, ...]  # empty: all
+    layers_pattern: tuple[str, ...]
+    rank_pattern: tuple[tuple[str, int], ...]  # in the file's order: the first that matches counts
+    alpha_pattern: tuple[tuple[str, float], ...]
+    base_model: str | None  # as the adapter says; it may be a path on its author's machine
+    notes: tuple[str, ...]  # what was ignored, for the operator
+
+    def resolve(self, modules: Iterable[str]) -> dict[str, tuple[int, float]]:
+        """(rank, scale) of each of `modules` that is targeted; names without the prefix `model.`, order kept.
+
+        Raises AdapterError for a pattern that cannot be matched here and for a scale beyond all reason.
+        """
+        budget = Budget()
+        targeted = _compile(self.target_modules, "target_modules", budget)
+        excluded = _compile(self.exclude_modules, "exclude_modules", budget)
+        ranks = _compile_table(self.rank_pattern, "rank_pattern", budget)
+        alphas = _compile_table(self.alpha_pattern, "alpha_pattern", budget)
+        result = {}
+        for module in modules:
+            name = MODULE_PREFIX + module
+            if excluded(name) or not targeted(name) or not self._in_layers(name):
+                continue
+            rank = next((rank for matches, rank in ranks if matches(name)), self.rank)
+            alpha = next((alpha for matches, alpha in alphas if matches(name)), self.alpha)
+            scale = alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+            if abs(scale) > MAX_SCALE:
+                problem = (
+                    f"the scale of {module} is {scale:g} (alpha {alpha:g}, rank {rank}); the limit is {MAX_SCALE:g}"
+                )
+                raise AdapterError("scale_too_large", problem, "lora_alpha")
+            result[module] = (rank, scale)
+        return result
+
+    def _in_layers(self, name: str) -> bool:
+        """PEFT compares the first number in the name, which must follow one of `layers_pattern` where that is given."""
+        if not self.layers_to_transform or (not isinstance(self.target_modules, str) and name in self.target_modules):
+            return True
+        match = re.match(r"(?P<list>.*?\.[^.]*)\.(?P<index>\d+)\.", name)
+        if match is None or int(match["index"]) not in self.layers_to_transform:
+            return False
+        return not self.layers_pattern or any(f".{match['list']}".endswith(f".{p}") for p in self.layers_pattern)
+
+
+def _compile(names: tuple[str, ...] | str, field: str, budget: Budget) -> Callable[[str], bool]:
+    """Whether a module is meant: a pattern for its whole name, or names that it is or ends with after a dot."""
+    if isinstance(names, str):
+        if names.lower() == "all-linear":
+            return lambda _: True
+        return _pattern(names, field, budget) if names else lambda _: False
+    exact, endings = frozenset(names), tuple(f".{name}" for name in names)
+    return lambda name: name in exact or name.endswith(endings)
+
+
+def _compile_table(
+    items: tuple[tuple[str, Value], ...], field: str, budget: Budget
+) -> list[tuple[Callable[[str], bool], Value]]:
+    """PEFT matches `(.*\\.)?(KEY)$` from the start of the name. Most keys are plain names; there may be hundreds."""
+    return [(_plain(key) or _pattern(rf"(.*\.)?({key})", field, budget), value) for key, value in items]
+
+
+def _plain(key: str) -> Callable[[str], bool] | None:
+    match = _PLAIN.fullmatch(key)
+    if match is None:
+        return None
+    ending = re.compile(match["name"])
+    length, anchored = len(match["name"].replace("\\", "")), bool(match["anchor"])
+
+    def matches(name: str) -> bool:
+        rest = len(name) - length
+        if rest and (rest < 0 or anchored or name[rest - 1] != "."):
+            return False
+        return ending.fullmatch(name, rest) is not None
+
+    return matches
+
+
+def _pattern(text: str, field: str, budget: Budget) -> Callable[[str], bool]:
+    def refuse(error: PatternError) -> AdapterError:
+        problem = f"{field} has a pattern that {error}: {printable(text)}; name the modules instead"
+        return AdapterError("pattern_unsupported", problem, field)
+
+    try:
+        matcher = Matcher(text, budget)
+    except PatternError as error:
+        raise refuse(error) from None
+
+    def matches(name: str) -> bool:
+        try:
+            return matcher.fullmatch(name)
+        except PatternError as error:
+            raise refuse(error) from None
+
+    return matches
+
+
+def parse_config(data: bytes, *, strict: bool = False) -> AdapterConfig:
+    """Read the bytes of an adapter_config.json.
+
+    strict: refuse keys that PEFT 0.21 does not know and that are set; otherwise they become notes.
+    Raises AdapterError with the field at fault.
+    """
+    try:
+        fields = parse_object(data)
+    except JsonError as error:
+        raise AdapterError("bad_config", f"{CONFIG_NAME} {error}", CONFIG_NAME) from None
+    _check_type(fields)
+    _check_refused(fields)
+    _check_init(fields.get("init_lora_weights", True))
+    notes = _unknown_keys(fields, strict=strict)
+    targets = _names(fields, "target_modules", allow_pattern=True)
+    if not targets:
+        raise AdapterError(
+            "no_targets", "target_modules is missing or empty; list the adapted modules", "target_modules"
+        )
+    layers = _layers(fields)
+    layers_pattern = _names(fields, "layers_pattern", allow_pattern=False)
+    if isinstance(targets, str) and (fields.get("layers_to_transform") is not None or layers_pattern):
+        problem = "layers_to_transform and layers_pattern need target_modules to be a list"
+        raise AdapterError("conflicting_fields", problem, "layers_to_transform")
+    if not all(re.fullmatch(r"[A-Za-z0-9_.]+", pattern) for pattern in layers_pattern):
+        problem = "layers_pattern must name the list of layers, as in layers, not describe it by a pattern"
+        raise AdapterError("pattern_unsupported", problem, "layers_pattern")
+    if layers_pattern and not layers:
+        problem = "layers_pattern is set without layers_to_transform; set both or neither"
+        raise AdapterError("conflicting_fields", problem, "layers_pattern")
+    base = fields.get("base_model_name_or_path")
+    return AdapterConfig(
+        rank=_rank(fields.get("r", 8), "r"),
+        alpha=_number(fields.get("lora_alpha", 8), "lora_alpha"),
+        use_rslora=_flag(fields, "use_rslora"),
+        target_modules=targets,
+        exclude_modules=_names(fields, "exclude_modules", allow_pattern=True),
+        layers_to_transform=layers,
+        layers_pattern=tuple(layers_pattern),
+        rank_pattern=_pattern_items(fields, "rank_pattern", _rank),
+        alpha_pattern=_pattern_items(fields, "alpha_pattern", _number),
+        base_model=base if isinstance(base, str) else None,
+        notes=notes,
+    )
+
+
+def _check_type(fields: dict[str, Any]) -> None:
+    kind = fields.get("peft_type")
+    if kind is None:
+        raise AdapterError("peft_type_missing", f"{CONFIG_NAME} has no peft_type; is it a PEFT adapter?", "peft_type")
+    if kind != "LORA":
+        problem = f"peft_type is {printable(str(kind))}; only LORA adapters can share a batch"
+        raise AdapterError("peft_type_unsupported", problem, "peft_type")
+
+
+def _check_refused(fields: dict[str, Any]) -> None:
+    for field, (code, why) in REFUSED.items():
+        value = fields.get(field)
+        if value and not (field == "bias" and value == "none"):
+            raise AdapterError(code, f"{field} is set: {why}; train or convert the adapter without it", field)
+
+
+def _check_init(value: Any) -> None:
+    if value is None or isinstance(value, bool):
+        return
+    kind = value.lower() if isinstance(value, str) else str(value)
+    if kind in KEEPS_BASE:
+        return
+    if kind.startswith(CHANGES_BASE):
+        problem = (
+            f"init_lora_weights is {printable(kind)}, which changes the base model's weights; make plain LoRA of it "
+            "with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
+        raise AdapterError("init_changes_base", problem, "init_lora_weights")
+    problem = (
+        f"init_lora_weights is {printable(kind)}, which is not known here; if it left the base as it was, write true"
+    )
+    raise AdapterError("init_unknown", problem, "init_lora_weights")
+
+
+def _unknown_keys(fields: dict[str, Any], *, strict: bool) -> tuple[str, ...]:
+    known = HARMLESS | UNDERSTOOD | REFUSED.keys()
+    unknown = [printable(key) for key, value in fields.items() if key not in known and value]
+    if unknown and strict:
+        problem = f"{unknown[0]} is set and not known here; remove it, or leave out --strict if it has no effect"
+        raise AdapterError("unknown_field", problem, unknown[0])
+    return tuple(f"{key} is not known here and was ignored" for key in unknown)
+
+
+def _names(fields: dict[str, Any], field: str, *, allow_pattern: bool) -> tuple[str, ...] | str:
+    """A list of names; a string is one name, or, where patterns are allowed, a pattern (kept as a string)."""
+    value = fields.get(field)
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return value if allow_pattern or not value else (value,)
+    if isinstance(value, list) and all(isinstance(name, str) and name for name in value):
+        return tuple(value)
+    raise AdapterError("bad_field", f"{field} must be a list of module names", field)
+
+
+def _layers(fields: dict[str, Any]) -> tuple[int, ...]:
+    value = fields.get("layers_to_transform")
+    layers = [value] if type(value) is int else ([] if value is None else value)
+    if not isinstance(layers, list) or not all(type(layer) is int and layer >= 0 for layer in layers):
+        problem = "layers_to_transform must be a layer's number or a list of them"
+        raise AdapterError("bad_field", problem, "layers_to_transform")
+    return tuple(layers)
+
+
+def _rank(value: Any, field: str) -> int:
+    if type(value) is not int or not 0 < value <= MAX_RANK_IN_CONFIG:
+        raise AdapterError("bad_rank", f"{field} must be a whole number above 0, not {printable(str(value))}", field)
+    return value
+
+
+def _number(value: Any, field: str) -> float:
+    if type(value) not in (int, float) or abs(value) > 1e9:
+        raise AdapterError("bad_alpha", f"{field} must be a number, not {printable(str(value)[:60])}", field)
+    return float(value)
+
+
+def _flag(fields: dict[str, Any], field: str) -> bool:
+    value = fields.get(field)
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    raise AdapterError("bad_field", f"{field} must be true or false", field)
+
+
+def _pattern_items(
+    fields: dict[str, Any], field: str, check: Callable[[Any, str], Value]
+) -> tuple[tuple[str, Value], ...]:
+    value = fields.get(field)
+    if value is None:
+        return ()
+    if not isinstance(value, dict):
+        raise AdapterError("bad_field", f"{field} must be a table of module names", field)
+    if len(value) > MAX_PATTERNS:
+        raise AdapterError("too_many_patterns", f"{field} has {len(value)} entries; the limit is {MAX_PATTERNS}", field)
+    return tuple((key, check(entry, field)) for key, entry in value.items())

@@ -1,0 +1,124 @@
+"""Files of an adapter's directory, opened so that no link leads out of the place the operator named.
+
+Knows nothing of what is in them. Called by `weights`; every problem is an AdapterError.
+"""
+
+import errno
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from guanaco.adapters.errors import AdapterError
+from guanaco.models.formats.git_lfs import POINTER_BYTES, POINTER_PROBLEM, is_lfs_pointer
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """A directory with an adapter in it, and the directory that its files may not lie outside of (both resolved)."""
+
+    directory: Path
+    root: Path
+
+    @classmethod
+    def find(cls, path: Path, name: str, config_name: str, root: Path | None = None) -> "AdapterFiles":
+        """The directory at `path` that holds `config_name`: itself, or its sub-folder called `name`.
+
+        root: a directory that neither `path` nor anything in it may lead out of, by links or otherwise. Without it
+        `path` may be or contain links, since the operator wrote it; what is in it may not lead out, except in a hub
+        cache, where files link to blobs beside. PEFT saves every adapter not called "default" in a sub-folder.
+        """
+        try:
+            return cls._find(path, name, config_name, root)
+        except OSError as error:
+            raise AdapterError("unreadable", f"{path} cannot be read: {error.strerror}", "path") from None
+
+    @classmethod
+    def _find(cls, path: Path, name: str, config_name: str, root: Path | None) -> "AdapterFiles":
+        given = Path(os.path.realpath(path))
+        confined = None if root is None else Path(os.path.realpath(root))
+        if confined is not None and not given.is_relative_to(confined):
+            # The same answer whether or not there is something: a client must not learn what lies outside.
+            raise AdapterError("outside_root", "the path leads out of --adapter-root; name one inside it", "path")
+        if not _is_there(given):
+            raise AdapterError("not_found", f"there is no directory {path}; check the path", "path")
+        if not given.is_dir():
+            raise AdapterError("not_a_directory", f"{path} is no directory; name the one with {config_name}", "path")
+        hub_cache = given.parent.name == "snapshots" and given.parent.parent.name.startswith("models--")
+        root = confined or (given.parent.parent if hub_cache else given)
+        if _is_there(given / config_name):
+            return cls(given, root)
+        if _is_there(given / name / config_name):
+            return cls(given / name, root)
+        others = sorted(entry.parent.name for entry in given.glob(f"*/{config_name}"))
+        hint = f"; these sub-folders have one: {', '.join(others[:8])}" if others else "; is this a PEFT adapter?"
+        raise AdapterError("config_missing", f"{path} has no {config_name}{hint}", config_name)
+
+    def exists(self, name: str) -> bool:
+        """Whether the directory lists `name`; it may still turn out to be a link that leads nowhere."""
+        return os.path.lexists(self.directory / name)
+
+    def open(self, name: str) -> BinaryIO:
+        """The regular file `name`, unbuffered. Raises AdapterError for anything else, and for a Git LFS pointer: it
+        never waits on a pipe."""
+        try:
+            file = self._open(name)
+            if os.fstat(file.fileno()).st_size < POINTER_BYTES:
+                is_pointer = is_lfs_pointer(file.read(64))
+                file.seek(0)
+                if is_pointer:
+                    file.close()
+                    raise AdapterError("lfs_pointer", f"{name} is {POINTER_PROBLEM}", name)
+            return file
+        except FileNotFoundError:
+            raise AdapterError("not_found", f"{self.directory} has no {name}", name) from None
+        except OSError as error:
+            raise AdapterError(
+                "unreadable", f"{self.directory / name} cannot be read: {error.strerror}", name
+            ) from None
+
+    def _open(self, name: str) -> BinaryIO:
+        target = os.path.realpath(self.directory / name)
+        parts = Path(os.path.relpath(target, self.root)).parts
+        if ".." in parts:
+            problem = f"{name} is a link that leads out of {self.root}; put the file itself there"
+            raise AdapterError("outside_root", problem, name)
+        # Component by component without following links: whoever swaps one for a link after `realpath` gets an error.
+        folder = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            for part in parts[:-1]:
+                inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+                os.close(folder)
+                folder = inner
+            if not stat.S_ISREG(os.stat(parts[-1], dir_fd=folder, follow_symlinks=False).st_mode):
+                raise AdapterError("not_a_file", f"{self.directory / name} is no regular file", name)
+            handle = os.open(parts[-1], os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+        finally:
+            os.close(folder)
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise AdapterError("not_a_file", f"{self.directory / name} is no regular file", name)
+        return os.fdopen(handle, "rb", buffering=0)
+
+    def read(self, name: str, max_bytes: int) -> bytes:
+        """The whole of a small file. Raises AdapterError where it is larger than `max_bytes`."""
+        with self.open(name) as file:
+            data = bytearray()
+            while len(data) <= max_bytes:
+                chunk = file.read(max_bytes + 1 - len(data))
+                if not chunk:
+                    return bytes(data)
+                data += chunk
+        raise AdapterError("file_too_large", f"{name} is larger than {max_bytes} bytes", name)
+
+
+def _is_there(path: Path) -> bool:
+    """Whether something is listed there, be it a link that leads nowhere. Raises OSError where that can't be told."""
+    try:
+        os.lstat(path)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
+            return False  # nothing can be at such a path
+        raise
+    return True

@@ -1,0 +1,4 @@
+"""Names and immutable versions of adapters: registry, private copies on disk, aliases, profiles.
+
+May import `adapters.peft` and `adapters.errors`. Start with `registry.py`.
+"""

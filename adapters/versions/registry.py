@@ -1,0 +1,381 @@
+"""Names → immutable adapter versions, and the host copies of those that are in memory.
+
+Reads come from the event loop (names) and the engine thread (versions) at any time: both see one consistent snapshot
+without a lock. Writes are whole-snapshot swaps under one. A version stays as long as a name points to it or somebody
+holds a lease on it; whether its copy is in memory is the ledger's to say (`host_table`). Knows nothing of slots,
+requests or HTTP.
+"""
+
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+
+from guanaco.adapters.errors import AdapterError, printable
+from guanaco.adapters.peft.weights import AdapterLimits, BaseTable, LoadedAdapter, load_adapter
+from guanaco.adapters.versions.profile import Profile, read_profile
+
+# One path segment without tricks: it becomes a model id, a URL part, a metrics label and a sub-folder's name.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+MAX_HISTORY = 8  # versions that a name can be rolled back to
+
+
+@dataclass(frozen=True)
+class AdapterEntry:
+    """What a name stands for at one moment; replacing an adapter makes a new entry."""
+
+    name: str
+    version: str
+    source: str  # the path it was read from, as the operator wrote it
+    loaded_at: float  # seconds since the epoch
+    max_rank: int
+    num_bytes: int
+    modules_applied: int
+    modules_possible: int
+    notes: tuple[str, ...]
+    history: tuple[str, ...] = ()  # earlier versions, the latest last
+    effect: float | None = None  # largest change of a logit on the probe prompt; None: not measured
+    profile: Profile | None = None  # how it wants to be served
+
+
+@dataclass(frozen=True)
+class BrokenEntry:
+    """A name whose version could not be brought back at start. It is listed, serves nothing and stops nothing."""
+
+    name: str
+    version: str
+    source: str
+    code: str  # of the AdapterError
+    problem: str
+    history: tuple[str, ...] = ()  # as of an AdapterEntry: what it may be rolled back to
+    profile: Profile | None = None
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    entries: MappingProxyType[str, AdapterEntry]
+    broken: MappingProxyType[str, BrokenEntry]
+    versions: frozenset[str]  # all that are known, wherever they are
+    copies: MappingProxyType[str, LoadedAdapter]  # those in memory
+
+
+class AdapterRegistry:
+    """The adapters of one base model. `targets` and `base_name` are the base's; no adapter may take its name."""
+
+    def __init__(
+        self,
+        targets: dict[str, tuple[int, int]],
+        *,
+        base_names: tuple[str, ...],
+        limits: AdapterLimits | None = None,
+        strict: bool = False,
+        templates: frozenset[str] = frozenset(),
+        base_table: BaseTable | None = None,
+    ) -> None:
+        """templates: the names of chat templates that profiles may ask for. base_table: see `load_adapter`."""
+        self._base_table = base_table
+        self.templates = templates
+        self._targets = dict(targets)
+        self._base_names = frozenset(base_names)
+        self._limits = limits or AdapterLimits()
+        self._strict = strict
+        self._lock = threading.Lock()
+        self._leases: Counter[str] = Counter()
+        self._num_uses: Counter[str] = Counter()  # by name, since the start
+        self._last_used: dict[str, float] = {}
+        self._alias_names: frozenset[str] = frozenset()
+        self._pinned: frozenset[str] = frozenset()  # versions that aliases lead to
+        nothing: MappingProxyType[str, AdapterEntry] = MappingProxyType({})
+        self._snapshot = _Snapshot(nothing, MappingProxyType({}), frozenset(), MappingProxyType({}))
+        self._staged: dict[str, LoadedAdapter] = {}  # just read, for `staged`
+
+    def load(self, name: str, path: Path, profile: Profile | None = None) -> AdapterEntry:
+        """Read, check and publish the adapter at `path` under `name`. Takes as long as the reading does.
+        profile: how to serve it; None: as the file beside it says.
+
+        Raises AdapterError for a bad or taken name, and for everything `load_adapter` refuses; then nothing changes.
+        """
+        self.check_free(name)
+        adapter = load_adapter(
+            path,
+            self._targets,
+            name=name,
+            limits=self._limits,
+            strict=self._strict,
+            base_table=self._base_table,
+        )
+        profile = profile or read_profile(path, name, self.templates)
+        return self.publish(name, adapter, source=str(path), profile=profile, in_memory=True)
+
+    def publish(
+        self,
+        name: str,
+        adapter: LoadedAdapter,
+        *,
+        source: str,
+        replace: bool = False,
+        history: tuple[str, ...] = (),
+        effect: float | None = None,
+        profile: Profile | None = None,
+        in_memory: bool = False,
+    ) -> AdapterEntry:
+        """From now on `name` is `adapter`. history: of a name that is new; one that is replaced keeps its own.
+        in_memory: keep the copy, too; else it is read (and given to `keep`) when it is wanted.
+
+        Raises AdapterError for a bad name, and for one that is taken unless `replace`; then nothing changes.
+        """
+        with self._lock:
+            self.check_free(name, replace=replace)
+            before = self._snapshot.entries.get(name)
+            if before is not None:
+                history = before.history
+                if before.version != adapter.version:
+                    history = (*(v for v in history if v not in (before.version, adapter.version)), before.version)
+            entry = AdapterEntry(
+                name=name,
+                version=adapter.version,
+                source=source,
+                loaded_at=time.time(),
+                max_rank=adapter.max_rank,
+                num_bytes=adapter.num_bytes,
+                modules_applied=adapter.modules_applied,
+                modules_possible=adapter.modules_possible,
+                notes=adapter.notes,
+                history=history[-MAX_HISTORY:],
+                effect=effect,
+                profile=profile,
+            )
+            copies = dict(self._snapshot.copies)
+            if in_memory:
+                copies.setdefault(adapter.version, adapter)  # the same content under two names is kept once
+            self._swap(
+                entries={**self._snapshot.entries, name: entry},
+                broken={other: it for other, it in self._snapshot.broken.items() if other != name},
+                versions=self._snapshot.versions | {adapter.version},
+                copies=copies,
+            )
+        return entry
+
+    def add_broken(self, entry: BrokenEntry) -> None:
+        """List a name that cannot be served. Raises AdapterError for a name that is taken."""
+        with self._lock:
+            self.check_free(entry.name)
+            self._swap(broken={**self._snapshot.broken, entry.name: entry})
+
+    def mark_broken(self, version: str, code: str, problem: str) -> None:
+        """What a name with this version stands for can't be had any more: from now on it is listed as broken."""
+        with self._lock:
+            broken = dict(self._snapshot.broken)
+            for e in self._snapshot.entries.values():
+                if e.version == version:
+                    broken[e.name] = BrokenEntry(e.name, version, e.source, code, problem, e.history, e.profile)
+            entries = {name: e for name, e in self._snapshot.entries.items() if e.version != version}
+            self._swap(entries=entries, broken=broken)
+
+    def remove(self, name: str) -> AdapterEntry | BrokenEntry:
+        """Forget a name; its version goes when its last lease does. Raises AdapterError where there is none."""
+        with self._lock:
+            entry = self._snapshot.entries.get(name) or self._snapshot.broken.get(name)
+            if entry is None:
+                raise AdapterError("adapter_not_found", "no adapter is called so; GET /v1/adapters lists them", "name")
+            entries = {other: it for other, it in self._snapshot.entries.items() if other != name}
+            broken = {other: it for other, it in self._snapshot.broken.items() if other != name}
+            self._swap(entries=entries, broken=broken)
+            self._num_uses.pop(name, None)
+            self._last_used.pop(name, None)
+        return entry
+
+    def stage(self, adapter: LoadedAdapter) -> None:
+        """Make a version known that no name points to yet, and take a lease on it, so that it can be tried out."""
+        with self._lock:
+            self._leases[adapter.version] += 1
+            self._staged[adapter.version] = adapter
+            self._swap(versions=self._snapshot.versions | {adapter.version})
+
+    def unstage(self, version: str) -> None:
+        """Give the lease of `stage` back."""
+        with self._lock:
+            self._staged.pop(version, None)
+        self.release(version)
+
+    def staged(self, version: str) -> LoadedAdapter | None:
+        """What was staged and not yet given back: it need not be read."""
+        return self._staged.get(version)
+
+    def keep(self, adapter: LoadedAdapter) -> None:
+        """The copy of a version that is known is in memory now."""
+        with self._lock:
+            if adapter.version in self._snapshot.versions:
+                self._swap(copies={**self._snapshot.copies, adapter.version: adapter})
+
+    def let_go(self, version: str) -> None:
+        """The copy of a version leaves memory; the version stays known."""
+        with self._lock:
+            self._swap(copies={other: it for other, it in self._snapshot.copies.items() if other != version})
+
+    def acquire(self, name: str, version: str | None = None) -> AdapterEntry | None:
+        """What `resolve` says, with a lease on its version: it stays usable until `release`."""
+        with self._lock:
+            entry = self.resolve(name, version)
+            if entry is not None:
+                self._leases[entry.version] += 1
+                self._num_uses[name] += 1
+                self._last_used[name] = time.time()
+        return entry
+
+    def hold(self, version: str) -> bool:
+        """Take a lease on a version, if it is known; whether it is."""
+        with self._lock:
+            if not self.knows(version):
+                return False
+            self._leases[version] += 1
+        return True
+
+    def release(self, version: str) -> None:
+        """Give one lease back."""
+        with self._lock:
+            assert self._leases[version] > 0, "a lease is given back once"
+            self._leases[version] -= 1
+            if not self._leases[version]:
+                del self._leases[version]
+
+    def num_leases(self, version: str) -> int:
+        """How many requests, from their first look at the name to their end, hold this version."""
+        return self._leases.get(version, 0)
+
+    def usage(self, name: str) -> tuple[int, float | None]:
+        """How often a name was used since the start, and when last (seconds since the epoch)."""
+        return self._num_uses.get(name, 0), self._last_used.get(name)
+
+    def drop(self, version: str) -> bool:
+        """Forget a version and its copy, if no name points to it and nobody holds it; whether it is gone."""
+        with self._lock:
+            if self._leases.get(version, 0) or self.is_wanted(version):
+                return False
+            copies = {other: it for other, it in self._snapshot.copies.items() if other != version}
+            self._swap(versions=self._snapshot.versions - {version}, copies=copies)
+        return True
+
+    def resolve(self, name: str, version: str | None = None) -> AdapterEntry | None:
+        """What `name` stands for now, or with a pinned version instead; None where it is not registered."""
+        snapshot = self._snapshot
+        entry = snapshot.entries.get(name)
+        if entry is None or version in (None, entry.version):
+            return entry
+        if version not in self._pinned or version not in snapshot.versions:
+            return None
+        return replace(entry, version=version)
+
+    def is_wanted(self, version: str) -> bool:
+        """Whether a name stands for a version, or an alias leads to it."""
+        return version in self._pinned or any(e.version == version for e in self._snapshot.entries.values())
+
+    def is_taken(self, name: str) -> bool:
+        """Whether it is the base's name, or an adapter's, be it a broken one."""
+        return name in self._base_names or name in self._snapshot.entries or name in self._snapshot.broken
+
+    def heed_aliases(self, names: frozenset[str], pinned: frozenset[str]) -> None:
+        """The names that are aliases, which no adapter may take, and the versions that stay for them."""
+        with self._lock:
+            for gone in self._alias_names - names - self._snapshot.entries.keys():
+                self._num_uses.pop(gone, None)
+                self._last_used.pop(gone, None)
+            self._alias_names, self._pinned = names, pinned
+
+    def count_use(self, alias: str) -> None:
+        """A request came by an alias."""
+        with self._lock:
+            self._num_uses[alias] += 1
+            self._last_used[alias] = time.time()
+
+    def names_by_version(self) -> dict[str, str]:
+        """Version → name, of what names stand for and stood for: requests may still hold the earlier ones."""
+        entries = self._snapshot.entries.values()
+        earlier = {version: entry.name for entry in entries for version in entry.history}
+        return {**earlier, **{entry.version: entry.name for entry in entries}}
+
+    def names_of(self, versions: Container[str]) -> tuple[str, ...]:
+        """The names that stand for one of these versions now. Any thread may ask."""
+        return tuple(entry.name for entry in self._snapshot.entries.values() if entry.version in versions)
+
+    def entries(self) -> tuple[AdapterEntry, ...]:
+        """Every adapter, in the order of registration."""
+        return tuple(self._snapshot.entries.values())
+
+    def broken(self) -> tuple[BrokenEntry, ...]:
+        """The names that could not be brought back."""
+        return tuple(self._snapshot.broken.values())
+
+    def host_copy(self, version: str) -> LoadedAdapter:
+        """The tensors of a version that is in memory. KeyError where it is not."""
+        return self._snapshot.copies[version]
+
+    def knows(self, version: str) -> bool:
+        """Whether a version is there, in memory or not."""
+        return version in self._snapshot.versions
+
+    def versions(self) -> frozenset[str]:
+        """All versions that are there, in memory or not, and whether or not a name points to them."""
+        return self._snapshot.versions
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all copies in memory, each version counted once."""
+        return sum(adapter.num_bytes for adapter in self._snapshot.copies.values())
+
+    def check_free(self, name: str, *, replace: bool = False) -> None:
+        """Raises AdapterError for what is no name, for a base's, and for one that is taken unless `replace`."""
+        check_name(name)
+        if name in self._base_names:
+            problem = f"{name} is the base model's name; give the adapter another one, or set --served-model-name"
+            raise AdapterError("name_taken", problem, "name")
+        if name in self._alias_names and name not in self._snapshot.entries:
+            raise AdapterError("name_taken", f"{name} is an alias; choose another name, or remove the alias", "name")
+        if name in self._snapshot.entries and not replace:
+            raise AdapterError("name_taken", f"an adapter called {name} is there already; choose another name", "name")
+
+    def _swap(
+        self,
+        *,
+        entries: Mapping[str, AdapterEntry] | None = None,
+        broken: Mapping[str, BrokenEntry] | None = None,
+        versions: frozenset[str] | None = None,
+        copies: Mapping[str, LoadedAdapter] | None = None,
+    ) -> None:
+        """A new snapshot; what is not given stays. The lock is held."""
+        old = self._snapshot
+        self._snapshot = _Snapshot(
+            old.entries if entries is None else MappingProxyType(dict(entries)),
+            old.broken if broken is None else MappingProxyType(dict(broken)),
+            old.versions if versions is None else versions,
+            old.copies if copies is None else MappingProxyType(dict(copies)),
+        )
+
+
+def check_name(name: str) -> None:
+    """Raises AdapterError unless `name` may be an adapter's name."""
+    if NAME.fullmatch(name) is None:
+        problem = (
+            f"{printable(name)!r} cannot be an adapter's name: it must be 1 to 64 letters, digits, dots, underscores "
+            "and hyphens, and start with a letter or digit"
+        )
+        raise AdapterError("bad_name", problem, "name")
+
+
+def parse_adapter_option(text: str) -> tuple[str, Path]:
+    """`NAME=PATH` of the option --adapter. Raises AdapterError for anything else; the path may contain '='."""
+    name, path = parse_name_option(text, "PATH")
+    return name, Path(path).expanduser()
+
+
+def parse_name_option(text: str, what: str) -> tuple[str, str]:
+    """`NAME=…` of an option. Raises AdapterError for anything else; what is behind the first '=' may contain more."""
+    name, separator, value = text.partition("=")
+    if not separator or not value:
+        raise AdapterError("bad_option", f"{printable(text)!r} is not of the form NAME={what}", "adapter")
+    check_name(name)
+    return name, value

@@ -1,0 +1,128 @@
+"""The list of adapters and aliases that a restart brings back: one small JSON file, written whole or not at all.
+
+Knows no tensors; the versions it names are the store's. Called by the adapter manager.
+"""
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from guanaco.adapters.errors import AdapterError
+from guanaco.adapters.peft.strict_json import JsonError, parse_object
+from guanaco.adapters.versions.aliases import Alias, Revision, Target
+from guanaco.adapters.versions.registry import NAME
+from guanaco.adapters.versions.store import sync_directory
+
+T = TypeVar("T")
+
+_FORMAT = 1
+_VERSION = re.compile(r"[0-9a-f]{64}")
+_MAX_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One name, as it is written down."""
+
+    name: str
+    version: str
+    source: str
+    history: tuple[str, ...] = ()
+    effect: float | None = None
+    profile: dict[str, Any] | None = None
+
+
+class RegistryFile:
+    """The file `path`, which need not be there yet."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> tuple[Saved, ...]:
+        """What was written last; nothing where there is no file. Raises AdapterError for a file that is not ours."""
+        return self._read(lambda content: tuple(_saved(record) for record in content["adapters"]))
+
+    def read_aliases(self) -> tuple[Alias, ...]:
+        """The aliases that were written last; none where there is no file, or an old one. Raises as `read`."""
+        return self._read(lambda content: tuple(_alias(record) for record in content.get("aliases", [])))
+
+    def read_pinned(self) -> tuple[str, ...]:
+        """The names that were to stay in memory. Raises as `read`."""
+        return self._read(lambda content: tuple(str(name) for name in content.get("pinned", [])))
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed processes left of `write`. For whoever owns the directory, before the first write."""
+        for path in self.path.parent.glob(f".{self.path.name}-*"):
+            with suppress(OSError):
+                path.unlink()
+
+    def _read(self, parse: Callable[[dict[str, Any]], tuple[T, ...]]) -> tuple[T, ...]:
+        try:
+            if self.path.stat().st_size > _MAX_BYTES:
+                raise AdapterError("registry_damaged", f"{self.path} is too large to be ours; move it away")
+            content = parse_object(self.path.read_bytes())
+            if content["format"] != _FORMAT:
+                raise AdapterError("registry_damaged", f"{self.path} was written by another version; move it away")
+            return parse(content)
+        except FileNotFoundError:
+            return ()
+        except OSError as error:
+            raise AdapterError("registry_unreadable", f"{self.path} cannot be read: {error.strerror}") from None
+        except (JsonError, KeyError, TypeError, ValueError, AttributeError):
+            raise AdapterError("registry_damaged", f"{self.path} is damaged; move it away") from None
+
+    def write(self, records: Iterable[Saved], aliases: Iterable[Alias] = (), pinned: Iterable[str] = ()) -> None:
+        """Replace the file. Raises OSError; then the old one is still there."""
+        content = {
+            "format": _FORMAT,
+            "adapters": [asdict(record) for record in records],
+            "aliases": [asdict(alias) for alias in aliases],
+            "pinned": sorted(pinned),
+        }
+        text = json.dumps(content, indent=1)
+        handle, temporary = tempfile.mkstemp(prefix=f".{self.path.name}-", dir=self.path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).replace(self.path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        sync_directory(self.path.parent)
+
+
+def _saved(record: object) -> Saved:
+    if not isinstance(record, dict):
+        raise TypeError("a record is an object")
+    name, version, source, effect = (record.get(key) for key in ("name", "version", "source", "effect"))
+    history = record.get("history", [])
+    if not all(isinstance(value, str) for value in (name, version, source, *history)):
+        raise TypeError("names, versions and sources are text")
+    profile = record.get("profile")
+    if not isinstance(profile, dict | None):
+        raise TypeError("a profile is an object")
+    effect = None if effect is None else float(effect)
+    return Saved(str(name), str(version), str(source), tuple(history), effect, profile)
+
+
+def _alias(record: dict[str, Any]) -> Alias:
+    if NAME.fullmatch(record["name"]) is None:
+        raise ValueError("no name")
+    return Alias(record["name"], _revision(record["now"]), tuple(_revision(past) for past in record["history"]))
+
+
+def _revision(record: dict[str, Any]) -> Revision:
+    targets = tuple(Target(str(t["name"]), t["version"], int(t["weight"])) for t in record["targets"])
+    if not any(target.weight > 0 for target in targets) or any(target.weight < 0 for target in targets):
+        raise ValueError("weights lead somewhere")
+    if any(target.version is not None and _VERSION.fullmatch(target.version) is None for target in targets):
+        raise ValueError("a version is a digest")
+    return Revision(int(record["number"]), float(record["changed_at"]), targets)

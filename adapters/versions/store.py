@@ -1,0 +1,222 @@
+"""A private copy of every adapter version on disk, so that what a version is never depends on its source again.
+
+A source is read once, into a folder of ours; what was copied is what is checked, hashed and served. `<store>/<version>`
+appears complete or not at all. Knows no names and no requests. Called by the adapter manager, off the engine thread.
+"""
+
+import fcntl
+import os
+import re
+import shutil
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from guanaco.adapters.errors import AdapterError
+from guanaco.adapters.peft.config import CONFIG_NAME, MAX_CONFIG_BYTES
+from guanaco.adapters.peft.files import AdapterFiles
+from guanaco.adapters.peft.weights import (
+    WEIGHTS_NAME,
+    AdapterLimits,
+    BaseTable,
+    LoadedAdapter,
+    check_files,
+    load_adapter,
+)
+
+_VERSION = re.compile(r"[0-9a-f]{64}")
+_COPY_BYTES = 1 << 20
+_Stamp = tuple[int, int, int, int]  # of a file: device, inode, size, time of the last change
+OnStage = Callable[[str, float], None]  # the name of a part of a load, and its seconds
+_INCOMING = ".incoming-"  # folders that are being filled; what a killed process left of them is removed at start
+
+
+def _ignore(stage: str, seconds: float) -> None:
+    pass
+
+
+class VersionStore:
+    """Adapter versions of one base model below `directory`, which is made if need be and belongs to one server."""
+
+    def __init__(
+        self,
+        directory: Path,
+        targets: dict[str, tuple[int, int]],
+        *,
+        limits: AdapterLimits | None = None,
+        strict: bool = False,
+        base_table: BaseTable | None = None,
+    ) -> None:
+        """base_table: see `load_adapter`. Raises AdapterError where the directory cannot be written, or belongs to a
+        server that runs."""
+        self.directory = directory
+        self._targets = dict(targets)
+        self._limits = limits or AdapterLimits()
+        self._strict = strict
+        self._base_table = base_table
+        self._lock = threading.Lock()
+        self._fresh: Counter[str] = Counter()  # ingested, and not yet settled: nobody may think them unwanted
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._owner = _own(directory)
+            for left in directory.glob(f"{_INCOMING}*"):
+                shutil.rmtree(left, ignore_errors=True)
+        except OSError as error:
+            raise _storage_error(directory, error) from None
+
+    def ingest(
+        self, path: Path, *, name: str, root: Path | None = None, keep: bool = True, on_stage: OnStage = _ignore
+    ) -> LoadedAdapter:
+        """Copy the adapter at `path` (or in its sub-folder `name`), check the copy, and keep it under its version.
+
+        root: where no link may lead out of; none: the adapter's own folder. keep: False only checks. Raises
+        AdapterError for what cannot be served, and for a full disk; then nothing is left. What is kept stays until
+        `settle`, whatever `collect` is told. on_stage: is told the seconds of "read" and of "ingest".
+        """
+        started = time.monotonic()
+        files = AdapterFiles.find(path, name, CONFIG_NAME, root)
+        check_files(files, self._targets, self._limits, strict=self._strict)  # or four gigabytes might be copied for it
+        try:
+            incoming = Path(tempfile.mkdtemp(prefix=_INCOMING, dir=self.directory))
+            try:
+                config = self._copy(files, CONFIG_NAME, incoming, MAX_CONFIG_BYTES)
+                weights = self._copy(files, WEIGHTS_NAME, incoming, self._limits.max_file_bytes)
+                _check_unchanged(files, {CONFIG_NAME: config, WEIGHTS_NAME: weights})
+                copied = time.monotonic()
+                on_stage("read", copied - started)
+                adapter = self._load(incoming)
+                if keep:
+                    self._publish(incoming, adapter.version)
+                on_stage("ingest", time.monotonic() - copied)
+            finally:
+                shutil.rmtree(incoming, ignore_errors=True)
+        except OSError as error:
+            raise _storage_error(self.directory, error) from None
+        return adapter
+
+    def read(self, version: str) -> LoadedAdapter:
+        """The adapter of a version that was ingested. AdapterError where it is gone or no longer what it was."""
+        if _VERSION.fullmatch(version) is None or not (self.directory / version).is_dir():
+            raise AdapterError("version_missing", f"the store has no version {version[:12]}; load the adapter again")
+        adapter = self._load(self.directory / version)
+        if adapter.version != version:
+            problem = f"the stored copy of version {version[:12]} was changed; load the adapter again"
+            raise AdapterError("version_damaged", problem)
+        return adapter
+
+    def versions(self) -> frozenset[str]:
+        """All that are stored."""
+        return frozenset(entry.name for entry in self.directory.iterdir() if _VERSION.fullmatch(entry.name))
+
+    def close(self) -> None:
+        """Give the directory up to whoever comes next."""
+        self._owner.close()
+
+    def settle(self, version: str) -> None:
+        """What was ingested is written down where it is wanted, or refused: `collect` may look at it again."""
+        with self._lock:
+            self._fresh[version] -= 1
+            self._fresh += Counter()  # without the zeros
+
+    def collect(self, wanted: Callable[[], frozenset[str]]) -> None:
+        """Remove all versions that are not wanted; `wanted` is asked while nothing can be ingested."""
+        with self._lock:
+            for version in self.versions() - wanted() - self._fresh.keys():
+                # Out of sight at once: what is called like a version is one, whenever the process is killed.
+                gone = self.directory / f"{_INCOMING}{version}-gone"
+                shutil.rmtree(gone, ignore_errors=True)
+                with suppress(OSError):
+                    (self.directory / version).rename(gone)
+                shutil.rmtree(gone, ignore_errors=True)
+
+    def _load(self, folder: Path) -> LoadedAdapter:
+        return load_adapter(
+            folder, self._targets, limits=self._limits, strict=self._strict, base_table=self._base_table
+        )
+
+    def _copy(self, files: AdapterFiles, name: str, to: Path, max_bytes: int) -> _Stamp:
+        """Copy a file; what it was when that began."""
+        with files.open(name) as source, (to / name).open("wb") as target:
+            stamp, size = _stamp(source), 0
+            while chunk := _read(source, name):
+                size += len(chunk)
+                if size > max_bytes:
+                    raise AdapterError("file_too_large", f"{name} is larger than {max_bytes} bytes", name)
+                target.write(chunk)
+            target.flush()
+            os.fsync(target.fileno())
+        return stamp
+
+    def _publish(self, incoming: Path, version: str) -> None:
+        """A copy that is there and in order stays: while it were exchanged, a crash could lose both."""
+        final, old = self.directory / version, self.directory / f"{incoming.name}-old"
+        sync_directory(incoming)
+        is_intact = self._is_intact(version)
+        with self._lock:
+            if not (is_intact and final.exists()):
+                if final.exists():
+                    final.rename(old)
+                incoming.rename(final)
+            self._fresh[version] += 1
+        sync_directory(self.directory)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _is_intact(self, version: str) -> bool:
+        try:
+            self.read(version)
+        except AdapterError:
+            return False
+        return True
+
+
+def _stamp(file: BinaryIO) -> _Stamp:
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _read(source: BinaryIO, name: str) -> bytes:
+    try:
+        return source.read(_COPY_BYTES)
+    except OSError as error:
+        raise AdapterError("unreadable", f"{name} cannot be read: {error.strerror}", name) from None
+
+
+def _check_unchanged(files: AdapterFiles, stamps: dict[str, _Stamp]) -> None:
+    """Half of one version and half of another would be an adapter that nobody made."""
+    for name, stamp in stamps.items():
+        with files.open(name) as again:
+            if _stamp(again) != stamp:
+                problem = f"{name} was changed or exchanged while it was read; load it again when that is done"
+                raise AdapterError("changed_while_reading", problem, name)
+
+
+def _own(directory: Path) -> BinaryIO:
+    """The lock of a directory, held until the process ends or the file is closed. AdapterError where it is taken:
+    two servers over one store would each remove what only the other one knows."""
+    file = (directory / ".lock").open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        problem = f"the adapter store {directory} belongs to another server that runs; choose another --adapter-store"
+        raise AdapterError("store_in_use", problem) from None
+    return file
+
+
+def sync_directory(path: Path) -> None:
+    """Make a directory's entries survive a crash."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _storage_error(directory: Path, error: OSError) -> AdapterError:
+    problem = f"the adapter store {directory} cannot be used: {error.strerror or error}; free some space or mend it"
+    return AdapterError("store_failed", problem)

@@ -1,0 +1,169 @@
+"""LoRA operands as the Triton kernels read them: tables of addresses per (module, slot), rows as factors per slot.
+
+Columns of the tables are written when a slot changes, not in every step. Matrices are float16 inside the kernels: a
+power of two brings each one's largest element near 1 and goes into the scale. Used by `triton_ops`.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from guanaco.kernels.lora_batch import LoraBatch, LoraPair, LoraTable
+from guanaco.kernels.triton.pinned import PinnedCopier
+from guanaco.kernels.triton.products.lora import TritonLora, rank_bucket
+
+# Matrices begin at multiples of this many bytes, and ranks that are multiples of so many elements keep their rows so,
+# for the kernels' widest loads.
+_ALIGNMENT, _ALIGNED_RANK = 16, 8
+
+
+class AdapterTables:
+    """What is in the adapter slots, by address: four tensors [modules, slots] that are written in place.
+
+    They only move if a module or slot beyond their size turns up: reserve what a CUDA graph is going to read.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._columns: dict[int, list[tuple[int, LoraPair, LoraPair]]] = {}  # slot → (module, as given, as read)
+        self._ranks: dict[int, tuple[int, bool]] = {}  # slot → its largest rank; whether all of it is aligned
+        self._seen: tuple[LoraTable | None, int] = (None, -1)
+        self._checked: set[int] = set()  # slots that were compared since the table last changed
+        self._allocate(0, 0)
+
+    def _allocate(self, num_modules: int, num_slots: int) -> None:
+        shape = (num_modules, num_slots)
+        self.a_ptr, self.b_ptr = (torch.zeros(shape, dtype=torch.int64, device=self._device) for _ in range(2))
+        self.rank = torch.zeros(shape, dtype=torch.int32, device=self._device)
+        self.scale = torch.zeros(shape, dtype=torch.float32, device=self._device)
+
+    def reserve(self, num_modules: int, num_slots: int) -> None:
+        """Make room for so many modules and slots; what was filled in is filled in again."""
+        modules, slots = self.rank.shape
+        if num_modules <= modules and num_slots <= slots:
+            return
+        self._allocate(max(modules, num_modules), max(slots, num_slots))
+        for slot in self._columns:
+            self._write(slot)
+
+    def refresh(self, table: LoraTable, slots: Sequence[int]) -> tuple[int, bool]:
+        """Bring the columns of `slots` up to date; the largest rank among them, and whether all are aligned."""
+        if self._seen[0] is not table or self._seen[1] != table.changes:
+            self._seen, self._checked = (table, table.changes), set()
+        for slot in slots:
+            if slot not in self._checked:
+                self._compare(table, slot)
+                self._checked.add(slot)
+        found = [self._ranks[slot] for slot in slots]
+        return max((rank for rank, _ in found), default=0), all(aligned for _, aligned in found)
+
+    def _compare(self, table: LoraTable, slot: int) -> None:
+        pairs = [(module, pair) for (module, in_slot), pair in table.pairs.items() if in_slot == slot]
+        known = self._columns.get(slot)
+        # The remembered pairs are alive, so another one cannot have taken the place of one of them in memory.
+        if known is not None and [(m, id(p)) for m, p in pairs] == [(m, id(p)) for m, p, _ in known]:
+            return
+        self._columns[slot] = [(module, pair, half_pair(pair, self._device)) for module, pair in pairs]
+        halves = [half for _, _, half in self._columns[slot]]
+        self._ranks[slot] = (
+            max((half.a.shape[0] for half in halves), default=0),
+            all(_is_aligned(half) for half in halves),
+        )
+        self.reserve(max((module for module, _ in pairs), default=-1) + 1, slot + 1)
+        self._write(slot)
+
+    def _write(self, slot: int) -> None:
+        shape = (self.rank.shape[0],)
+        a_ptr, b_ptr = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
+        rank, scale = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape, dtype=torch.float32)
+        for module, _, pair in self._columns[slot]:
+            a_ptr[module], b_ptr[module] = pair.a.data_ptr(), pair.b.data_ptr()
+            rank[module], scale[module] = pair.a.shape[0], pair.scale
+        for table, column in ((self.a_ptr, a_ptr), (self.b_ptr, b_ptr), (self.rank, rank), (self.scale, scale)):
+            table[:, slot] = column.to(self._device)
+
+    def operand(self, batch: LoraBatch, num_rows: int) -> TritonLora | None:
+        """The operand of a batch; None if no row of it has an adapter."""
+        slots = list(batch.rows_by_slot)
+        if not slots:
+            return None
+        max_rank, aligned = self.refresh(batch.table, slots)
+        if max_rank == 0:
+            return None
+        # Kernels are compiled for a number of adapters. For few numbers, so that not every new mix waits for that.
+        room = 1 << (len(slots) - 1).bit_length()
+        factors = torch.zeros((room, num_rows), dtype=torch.float32, device=self._device)
+        for column, (rows, scales) in zip(factors, batch.rows_by_slot.values(), strict=False):
+            column.index_add_(0, rows, scales)
+        active = torch.tensor(slots + [-1] * (room - len(slots)), dtype=torch.int32, device=self._device)
+        return self.over(active, factors, rank_bucket(max_rank), aligned)
+
+    def over(self, active_slots: Tensor, factors: Tensor, max_rank: int, aligned: bool) -> TritonLora:
+        """The operand whose slots (int32 [active], −1: none) and factors (float32 [active, rows]) are these tensors."""
+        return TritonLora(
+            a_ptr=self.a_ptr,
+            b_ptr=self.b_ptr,
+            rank=self.rank,
+            scale=self.scale,
+            active_slots=active_slots,
+            factors=factors,
+            max_rank=max_rank,
+            rows=factors.shape[1],
+            aligned=aligned,
+        )
+
+
+def _is_aligned(pair: LoraPair) -> bool:
+    return pair.a.shape[0] % _ALIGNED_RANK == 0 and all(m.data_ptr() % _ALIGNMENT == 0 for m in (pair.a, pair.b))
+
+
+def half_pair(pair: LoraPair, device: torch.device) -> LoraPair:
+    """The pair in float16 on `device`, itself where it is that already."""
+    is_half = pair.a.dtype == pair.b.dtype == torch.float16 and pair.a.is_contiguous() and pair.b.is_contiguous()
+    if is_half and pair.a.device == device:
+        return pair
+    a, a_power = _normalised(pair.a)
+    b, b_power = _normalised(pair.b)
+    return LoraPair(a.half().to(device), b.half().to(device), pair.scale * 2.0 ** (a_power + b_power))
+
+
+def _normalised(matrix: Tensor) -> tuple[Tensor, int]:
+    """(matrix · 2^−power in float32, contiguous, power): the largest element is below 1 and not below 1/2.
+
+    float16 keeps 11 bits of what is above 2^−14: adapters have elements below that, and some have some above 65,504.
+    """
+    matrix = matrix.float().contiguous()
+    largest = float(matrix.abs().max()) if matrix.numel() else 0.0
+    power = math.frexp(largest)[1] if 0.0 < largest < math.inf else 0
+    return matrix * 2.0**-power, power
+
+
+def place_adapter(pairs: Sequence[LoraPair], device: torch.device, copier: PinnedCopier | None) -> list[LoraPair]:
+    """All pairs of one adapter in float16, in one piece of memory on `device`.
+
+    copier: copies that piece on a stream of its own; None: on the current one.
+    """
+    halves = [half_pair(pair, torch.device("cpu")) for pair in pairs]
+    matrices = [matrix for pair in halves for matrix in (pair.a, pair.b)]
+    starts, end = [], 0
+    for matrix in matrices:
+        starts.append(end)
+        end += -(-matrix.nbytes // _ALIGNMENT) * _ALIGNMENT
+
+    def fill(host: Tensor) -> None:
+        for matrix, start in zip(matrices, starts, strict=True):
+            host[start : start + matrix.nbytes].view(torch.float16).copy_(matrix.flatten())
+
+    if copier is not None:
+        block = copier.copy(end, fill)
+    else:
+        host = torch.empty(end, dtype=torch.uint8)
+        fill(host)
+        block = host.to(device)
+    placed = [
+        block[start : start + matrix.nbytes].view(torch.float16).view(matrix.shape)
+        for matrix, start in zip(matrices, starts, strict=True)
+    ]
+    return [LoraPair(a, b, pair.scale) for a, b, pair in zip(placed[::2], placed[1::2], halves, strict=True)]

@@ -1,0 +1,222 @@
+"""A model directory or file as a source of weights, whichever format it is in: opened, checked, read tensor by tensor.
+
+What is stored comes out as it is stored: NF4 stays packed, dense stays dense; nothing is quantised here, and nothing
+opens a pickle. Called by `loader` and `quantize`.
+"""
+
+import re
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from guanaco.kernels.nf4 import SOURCE_DTYPES, Nf4Weight, dtype_name
+from guanaco.kernels.nf4_state import from_state, quantized_names, state_keys
+from guanaco.models.architectures.config import LlamaConfig, read_config, read_json
+from guanaco.models.architectures.llama import WeightSource
+from guanaco.models.errors import ModelError
+from guanaco.models.formats.raw_file import FileLayout
+from guanaco.models.formats.safetensors import SafetensorsFile
+from guanaco.models.loading.gguf_checkpoint import GgufCheckpoint
+
+INDEX_FILE = "model.safetensors.index.json"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# Buffers that old conversions store although they follow from the config.
+_DERIVED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
+
+
+class Checkpoint(WeightSource, Protocol):
+    """An open model: a `WeightSource` that knows its config and what it is made of."""
+
+    path: Path
+    config: LlamaConfig
+    is_quantized: bool  # some weights are in NF4 already: then all are served as they are
+    num_bytes: int  # of all tensors as stored
+
+    def matrix(self, name: str, shape: tuple[int, int]) -> Nf4Weight | Tensor: ...
+
+    def unused(self) -> tuple[str, ...]:
+        """Stored names that were not asked for and do not follow from the config."""
+
+    def layouts(self) -> list[FileLayout]:
+        """The weight files, as the model cache wants to know them."""
+
+    def close(self) -> None: ...
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a directory of safetensors, a GGUF file, or a directory with exactly one GGUF file; close it after use.
+
+    Raises ModelError that says what is wrong with `path` and what to do about it.
+    """
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return GgufCheckpoint(path)
+        raise ModelError(f"{path} is no model: give a directory with config.json and safetensors, or a .gguf file")
+    if not path.is_dir():
+        raise ModelError(f"{path} does not exist: give a model directory, a .gguf file, or a hub id like org/name")
+    try:
+        files = sorted(file for file in path.iterdir() if file.is_file())
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
+    if any(file.suffix == ".safetensors" and file.name != "adapter_model.safetensors" for file in files):
+        return SafetensorsCheckpoint(path)
+    ggufs = [file for file in files if file.suffix == ".gguf"]
+    if len(ggufs) == 1:
+        return GgufCheckpoint(ggufs[0])
+    if ggufs:
+        raise ModelError(f"{path} has several GGUF files: name one of them, {ggufs[0]} for example")
+    if (path / "adapter_config.json").exists():
+        raise ModelError(f"{path} is a LoRA adapter, not a model: give it with --adapter NAME={path}")
+    if any(file.suffix in PICKLE_SUFFIXES for file in files):
+        raise pickles_refused(str(path))
+    if (path / INDEX_FILE).exists():
+        raise ModelError(f"{path} has an index ({INDEX_FILE}) but none of its shards: download the model again")
+    raise ModelError(f"{path} holds no weights: it needs safetensors files or one .gguf file")
+
+
+def stored_table(path: Path, name: str) -> Tensor | None:
+    """The embedding ("embed_tokens") or output layer ("lm_head") of the model at `path` as it is stored; a tied head is
+    the embedding. None where it can't be read."""
+    try:
+        with closing(open_checkpoint(path)) as source:
+            is_head = name == "lm_head" and not source.config.tie_word_embeddings
+            shape = (source.config.vocab_size, source.config.hidden_size)
+            return source.tensor("lm_head.weight" if is_head else "embed_tokens.weight", shape)
+    except ModelError:
+        return None
+
+
+def pickles_refused(model: str) -> ModelError:
+    """The refusal of a model whose only weights are pickles."""
+    return ModelError(
+        f"{model} has only pickled weights, which can run any code when they are opened, so they are not: convert them "
+        "in another environment, with transformers: "
+        "AutoModelForCausalLM.from_pretrained(SRC).save_pretrained(DST, safe_serialization=True)"
+    )
+
+
+class SafetensorsCheckpoint:
+    """A Hugging Face directory: config.json and one or more safetensors files, dense or with bitsandbytes NF4."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = read_config(path)
+        self._files: list[SafetensorsFile] = []
+        try:
+            self._home = self._open_files()
+            # Most checkpoints prefix the decoder's tensors, those of a bare LlamaModel do not.
+            self._prefix = "model." if any(name.startswith("model.") for name in self._home) else ""
+            self._untie_if_contradicted()
+        except BaseException:
+            self.close()
+            raise
+        self._quantized = quantized_names(self._home)
+        self.is_quantized = bool(self._quantized)
+        self.num_bytes = sum(file.tensors[name].num_bytes for name, file in self._home.items())
+        self._asked: set[str] = set()
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+    def matrix(self, name: str, shape: tuple[int, int]) -> Nf4Weight | Tensor:
+        """A linear layer's weight [out, in], NF4 or dense as it is stored. Raises ModelError, see `tensor`."""
+        stored_name = self._stored_name(name)
+        if stored_name not in self._quantized:
+            return self.tensor(name, shape)
+        keys = state_keys(stored_name, self._home)
+        self._asked.update(keys)
+        try:
+            weight = from_state({key: self._home[key].read(key) for key in keys}, stored_name)
+        except ValueError as error:
+            raise ModelError(f"{self.path}: {error}: get the model again, or its dense form") from error
+        self._check_shape(stored_name, weight.shape, shape)
+        return weight
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A dense tensor in its stored dtype. Raises ModelError where it is missing, damaged or not as expected."""
+        stored_name = self._stored_name(name)
+        file = self._home.get(stored_name)
+        if file is None:
+            raise ModelError(f"{self.path}: the tensor {stored_name} is missing{self._hint(name)}")
+        stored = file.tensors[stored_name]
+        if stored_name in self._quantized or stored.dtype not in SOURCE_DTYPES:
+            kind = "4 bit" if stored_name in self._quantized else dtype_name(stored.dtype)
+            raise ModelError(
+                f"{file.path}: {stored_name} is stored in {kind}; only fp16, bf16, fp32 and bitsandbytes NF4 "
+                "projections are supported: give the model in one of these"
+            )
+        self._check_shape(stored_name, stored.shape, shape)
+        self._asked.add(stored_name)
+        return file.read(stored_name)
+
+    def unused(self) -> tuple[str, ...]:
+        derived = {name for name in self._home if _DERIVED.fullmatch(name)}
+        tied = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
+        return tuple(sorted(self._home.keys() - self._asked - derived - tied))
+
+    def layouts(self) -> list[FileLayout]:
+        return [file.layout() for file in self._files]
+
+    def _open_files(self) -> dict[str, SafetensorsFile]:
+        """Tensor name → the file that holds it."""
+        index_path = self.path / INDEX_FILE
+        single = self.path / "model.safetensors"
+        if index_path.exists() and not single.exists():
+            return self._open_shards(index_path)
+        names = sorted(p.name for p in self.path.glob("*.safetensors") if p.name != "adapter_model.safetensors")
+        if not single.exists() and len(names) > 1:
+            raise ModelError(f"{self.path} has {len(names)} safetensors files and no {INDEX_FILE}: download it again")
+        file = SafetensorsFile(single if single.exists() else self.path / names[0])
+        self._files.append(file)
+        return dict.fromkeys(file.tensors, file)
+
+    def _open_shards(self, index_path: Path) -> dict[str, SafetensorsFile]:
+        weight_map = read_json(index_path).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ModelError(f"{index_path} has no weight_map: download the model again")
+        shards: dict[str, SafetensorsFile] = {}
+        for shard in sorted(set(map(str, weight_map.values()))):
+            if Path(shard).name != shard:
+                raise ModelError(f"{index_path} names {shard!r}, which is no file of this directory: get it elsewhere")
+            if not (self.path / shard).exists():
+                raise ModelError(f"{self.path / shard} is missing, but the index needs it: download the model again")
+            shards[shard] = SafetensorsFile(self.path / shard)
+            self._files.append(shards[shard])
+        for name, shard in weight_map.items():
+            if name not in shards[str(shard)].tensors:
+                raise ModelError(
+                    f"{self.path / str(shard)} lacks the tensor {name} that the index promises: download both again"
+                )
+        return {name: shards[str(shard)] for name, shard in weight_map.items()}
+
+    def _stored_name(self, name: str) -> str:
+        stored_name = name if name.startswith("lm_head.") else self._prefix + name
+        if name == "embed_tokens.weight" and self.config.tie_word_embeddings and stored_name not in self._home:
+            return "lm_head.weight"  # of two tied names, a writer may have kept either
+        return stored_name
+
+    def _untie_if_contradicted(self) -> None:
+        """Where the config ties head and embedding but both are stored and differ, both count, as in transformers 5."""
+        embedding, head = self._stored_name("embed_tokens.weight"), "lm_head.weight"
+        if not self.config.tie_word_embeddings or embedding == head or head not in self._home:
+            return
+        first, second = self._home[embedding].read(embedding), self._home[head].read(head)
+        if first.dtype != second.dtype or not torch.equal(first, second):
+            self.config = replace(self.config, tie_word_embeddings=False)
+
+    def _check_shape(self, name: str, stored: tuple[int, ...], expected: tuple[int, ...]) -> None:
+        if stored != expected:
+            raise ModelError(
+                f"{self.path}: {name} has shape {list(stored)}, config.json makes it {list(expected)}; "
+                "weights and config belong to different models: download both again"
+            )
+
+    def _hint(self, name: str) -> str:
+        if name == "lm_head.weight":
+            return ": if the model ties its head to the embedding, config.json must say tie_word_embeddings = true"
+        return "; the checkpoint is incomplete: download it again"

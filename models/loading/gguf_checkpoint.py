@@ -1,0 +1,207 @@
+"""A GGUF file of the llama architecture as a source of weights: metadata → LlamaConfig, tensors decoded by `gguf`.
+
+llama.cpp stores the rows of q and k in another order (it rotates neighbours, Hugging Face halves); that is undone here.
+Knows nothing of NF4 or of tokenizers, whose metadata it hands on. Called by `checkpoint` and by the demo's conversion.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from guanaco.kernels.memory import mapped_zeros
+from guanaco.models.architectures.config import Llama3Rope, LlamaConfig, parse_config
+from guanaco.models.architectures.layers import rope_frequencies
+from guanaco.models.errors import ModelError
+from guanaco.models.formats.gguf import GgufTensor, read_table
+from guanaco.models.formats.raw_file import FileLayout, RawFile
+from guanaco.models.text.gguf_tokenizer import end_ids
+
+_TYPES = gguf.GGMLQuantizationType
+_TOP = {
+    "embed_tokens": "token_embd",
+    "norm": "output_norm",
+    "lm_head": "output",
+}
+_LAYER = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+# A tensor of factors that the converter derives from LLaMA 3.1's rope scaling; no metadata says from which.
+_ROPE_FACTORS = "rope_freqs.weight"
+_LLAMA3_CONSTANTS = (1.0, 4.0, 8192)  # low and high frequency factor, original positions: every LLaMA 3.1 to 3.3
+
+
+def gguf_name(name: str) -> str:
+    """`layers.3.self_attn.q_proj.weight` → `blk.3.attn_q.weight`."""
+    module, kind = name.rsplit(".", 1)
+    if not module.startswith("layers."):
+        return f"{_TOP[module]}.{kind}"
+    _, index, part = module.split(".", 2)
+    return f"blk.{index}.{_LAYER[part]}.{kind}"
+
+
+class GgufCheckpoint:
+    """An open GGUF file. `metadata` has its key-value pairs as Python values; `config` is made from them."""
+
+    is_quantized = False  # not in NF4, whatever GGUF type its tensors have
+
+    def __init__(self, path: Path) -> None:
+        """Read metadata and the table of tensors. Raises ModelError for what is no llama, or damaged."""
+        self.path = path
+        self._file = RawFile(path)
+        try:
+            self.metadata, self._entries = read_table(self._file)
+            self.config = self._parse_config()
+        except BaseException:
+            self.close()
+            raise
+        self.num_bytes = sum(entry.num_bytes for entry in self._entries.values())
+        self._asked = {_ROPE_FACTORS}
+
+    def close(self) -> None:
+        self._file.close()
+
+    def matrix(self, name: str, shape: tuple[int, int]) -> Tensor:
+        """A linear layer's weight [out, in]: projections in full precision, the head as `tensor` has it."""
+        return self._rows_by_halves(name, self._read(name, shape, full=name.startswith("layers.")))
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Anything else, in the file's dtype; float16 where the file has it quantised, since it stays in memory so."""
+        return self._rows_by_halves(name, self._read(name, shape, full=False))
+
+    def unused(self) -> tuple[str, ...]:
+        """Names of the tensors that nobody has asked for."""
+        return tuple(sorted(self._entries.keys() - self._asked))
+
+    def layouts(self) -> list[FileLayout]:
+        """The one file, as the model cache wants to know it."""
+        entries = sorted(self._entries.items(), key=lambda item: item[1].offset)
+        table = [(name, entry.type.name, entry.shape, entry.offset) for name, entry in entries]
+        return [FileLayout(self.path, repr(table).encode(), tuple((e.offset, e.num_bytes) for _, e in entries))]
+
+    def _read(self, name: str, shape: tuple[int, ...], *, full: bool) -> Tensor:
+        stored_name = gguf_name(name)
+        entry = self._entries.get(stored_name)
+        if entry is None:
+            raise ModelError(f"{self.path}: the tensor {stored_name} is missing; the file is incomplete: get it again")
+        if entry.shape != shape:
+            raise ModelError(
+                f"{self.path}: {stored_name} has shape {list(entry.shape)}, the metadata make it {list(shape)}; "
+                "the file contradicts itself: get it again"
+            )
+        self._asked.add(stored_name)
+        data = mapped_zeros((entry.num_bytes,), torch.uint8, huge=True).numpy()
+        self._file.read_into(entry.offset, data)
+        return self._decode(stored_name, entry, data, full=full)
+
+    def _rows_by_halves(self, name: str, stored: Tensor) -> Tensor:
+        """Rows of q and k, weight or bias, from llama.cpp's order (pairs side by side) to Hugging Face's (halves)."""
+        heads = {"q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads}.get(name.split(".")[-2])
+        return stored if heads is None else stored.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(stored.shape)
+
+    def _decode(self, name: str, entry: GgufTensor, data: Any, *, full: bool) -> Tensor:
+        plain = {_TYPES.F32: torch.float32, _TYPES.F16: torch.float16, _TYPES.BF16: torch.bfloat16}.get(entry.type)
+        if plain is not None:
+            return torch.from_numpy(data).view(plain).view(entry.shape)
+        try:
+            rows = data.reshape(gguf.quant_shape_to_byte_shape(entry.shape, entry.type))
+            decoded = torch.from_numpy(gguf.dequantize(rows, entry.type))
+        except NotImplementedError:
+            raise ModelError(
+                f"{self.path}: {name} is stored as {entry.type.name}, which the gguf package cannot decode; "
+                "give a file with another quantisation"
+            ) from None
+        return decoded if full else decoded.half()
+
+    def _parse_config(self) -> LlamaConfig:
+        architecture = self.metadata.get("general.architecture")
+        if architecture != "llama":
+            raise ModelError(f"{self.path}: general.architecture = {architecture!r} is not supported: only 'llama' is")
+        if self.metadata.get("split.count", 1) > 1:
+            raise ModelError(f"{self.path} is one part of several; join them with `llama-gguf-split --merge` first")
+        config = parse_config(_config_fields(self.path, self.metadata, self._entries), str(self.path))
+        if _ROPE_FACTORS in self._entries:
+            return self._with_llama3_rope(config)
+        return config
+
+    def _with_llama3_rope(self, config: LlamaConfig) -> LlamaConfig:
+        """Find the LLaMA 3.x scaling behind the file's factors, or refuse: no other rule writes such a tensor."""
+        entry = self._entries[_ROPE_FACTORS]
+        factors = torch.frombuffer(bytearray(self._file.read_bytes(entry.offset, entry.num_bytes)), dtype=torch.float32)
+        scaled = replace(config, rope_scaling=Llama3Rope(float(factors.max()), *_LLAMA3_CONSTANTS))
+        expected = rope_frequencies(replace(config, rope_scaling=None)) / rope_frequencies(scaled)
+        matches = expected.shape == factors.shape and torch.allclose(expected, factors, rtol=1e-4)
+        if config.rope_scaling is not None or not matches:
+            raise ModelError(
+                f"{self.path}: {_ROPE_FACTORS} does not follow LLaMA 3.x's rule (factors 1 and 4 around 8192 "
+                "positions); other tables of frequencies are not supported"
+            )
+        return scaled
+
+
+def _config_fields(path: Path, metadata: dict[str, Any], entries: dict[str, GgufTensor]) -> dict[str, Any]:
+    """The metadata as the fields of a config.json, for `parse_config` to judge."""
+
+    def get(key: str, *, needed: bool = True) -> Any:
+        value = metadata.get(f"llama.{key}")
+        if value is None and needed:
+            raise ModelError(f"{path}: the metadata lack llama.{key}; the file is incomplete: get it again")
+        # A float32 1e-6 is 9.9999999747e-7 as a float64; the shortest decimal that means it is what was meant.
+        return float(str(np.float32(value))) if isinstance(value, float) else value
+
+    def has(name: str) -> bool:
+        return gguf_name(name) in entries
+
+    embedding = entries.get("token_embd.weight")
+    heads = get("attention.head_count")
+    head_dim = get("attention.key_length", needed=False) or get("embedding_length") // heads
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if get(key, needed=False) not in (None, head_dim):
+            raise ModelError(
+                f"{path}: llama.{key} = {get(key)} is not supported: it must be the key length, {head_dim}"
+            )
+    for key in ("expert_count", "attention.sliding_window", "attention.clamp_kqv", "logit_scale"):
+        if get(key, needed=False):
+            raise ModelError(f"{path}: llama.{key} = {get(key)} is not supported: it is not part of LLaMA")
+    return {
+        "model_type": "llama",
+        "vocab_size": embedding.shape[0] if embedding else get("vocab_size"),
+        "hidden_size": get("embedding_length"),
+        "intermediate_size": get("feed_forward_length"),
+        "num_hidden_layers": get("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": get("attention.head_count_kv", needed=False),
+        "head_dim": head_dim,
+        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": get("context_length"),
+        "rope_theta": get("rope.freq_base", needed=False),
+        "rope_scaling": _rope_scaling(get),
+        "tie_word_embeddings": not has("lm_head.weight"),
+        "attention_bias": has("layers.0.self_attn.q_proj.bias"),
+        "mlp_bias": has("layers.0.mlp.gate_proj.bias"),
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": end_ids(metadata, str(path)),
+    }
+
+
+def _rope_scaling(get: Callable[..., Any]) -> dict[str, Any] | None:
+    kind = get("rope.scaling.type", needed=False)
+    old_factor = get("rope.scale_linear", needed=False)
+    if kind is None and old_factor not in (None, 1.0):
+        return {"rope_type": "linear", "factor": old_factor}
+    if kind in (None, "none"):
+        return None
+    return {"rope_type": kind, "factor": get("rope.scaling.factor", needed=False)}

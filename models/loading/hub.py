@@ -1,0 +1,183 @@
+"""What the operator calls a model → a local path: a directory, a GGUF file, or a Hugging Face id that is downloaded.
+
+Knows names and errors of the hub, nothing of what is in the files. The library resumes a lost connection, keeps whole
+files of a download that failed, and reads HF_TOKEN and HF_HUB_OFFLINE itself. Called by the server's wiring.
+"""
+
+import io
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import huggingface_hub
+from huggingface_hub import get_cached_repo_tree, snapshot_download
+from huggingface_hub.errors import (
+    CachedRepoTreeNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    IncompleteSnapshotError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    XetDownloadError,
+)
+from huggingface_hub.utils.tqdm import tqdm
+
+from guanaco.models.errors import ModelError
+from guanaco.models.loading.checkpoint import PICKLE_SUFFIXES, pickles_refused
+from guanaco.models.loading.quantize import Progress
+
+# Weights, and what a tokenizer and its chat template need. Never a pickle, never code.
+ALLOWED_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja")
+# Folders of a repository hold other formats of the same weights, or parts of other models.
+IGNORED_FILES = ("*/*", "adapter_model.safetensors", "consolidated*.safetensors")
+
+_HUB_ID = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
+
+
+def resolve_model(
+    spec: str,
+    *,
+    cache_dir: Path | None = None,
+    shared_cache: Path | None = None,
+    offline: bool = False,
+    token: str | None = None,
+    progress: Progress | None = None,
+    endpoint: str | None = None,
+) -> Path:
+    """The local path of `spec`: an existing path, or a hub id `org/name[@revision]`, downloaded where it is not yet.
+
+    cache_dir: where downloads are kept, in the hub's own layout; None: in the cache that other tools use too.
+    shared_cache: another cache of that layout; a repository that is only in it is taken from there, and its updates are
+    written there, too. offline: no network, only what was downloaded before. progress: called from several threads,
+    with bytes.
+    Raises ModelError for a path that does not exist, and for an id that cannot be had.
+    """
+    path = Path(spec).expanduser()
+    if path.exists():
+        return path
+    match = _HUB_ID.fullmatch(spec)
+    if match is None:
+        raise ModelError(f"{spec} does not exist: give a model directory, a .gguf file, or a hub id like org/name")
+    repository, revision = match["repository"], match["revision"]
+    offline = offline or huggingface_hub.constants.HF_HUB_OFFLINE
+    cache_dir = _cache_with(repository, revision, cache_dir, shared_cache, offline=offline)
+    try:
+        snapshot = Path(
+            snapshot_download(
+                repository,
+                revision=revision,
+                cache_dir=cache_dir,
+                token=token,
+                local_files_only=offline,
+                allow_patterns=list(ALLOWED_FILES),
+                ignore_patterns=list(IGNORED_FILES),
+                tqdm_class=progress_bar(progress),
+                endpoint=endpoint,
+            )
+        )
+    except (OSError, httpx2.HTTPError, HFValidationError, XetDownloadError) as error:
+        raise _explained(spec, repository, revision, offline, error) from error
+    if not any(snapshot.glob("*.safetensors")):
+        raise _without_weights(spec, repository, snapshot, cache_dir, offline=offline)
+    return snapshot
+
+
+def _cache_with(
+    repository: str, revision: str | None, own: Path | None, shared: Path | None, *, offline: bool
+) -> Path | None:
+    """The cache to use: the shared one where only that has the repository (offline: this revision of it)."""
+    if shared is None or own is None or _has_snapshot(own, repository, revision, offline=offline):
+        return own
+    if not _has_snapshot(shared, repository, revision, offline=offline):
+        return own
+    is_writable = os.access(shared / _folder(repository), os.W_OK)
+    return shared if offline or is_writable else own
+
+
+def _has_snapshot(cache: Path, repository: str, revision: str | None, *, offline: bool) -> bool:
+    """Whether a cache has a snapshot with weights; offline: of this revision, since no other can be had then."""
+    folder = cache / _folder(repository)
+    revision = revision or "main"
+    try:
+        commit = (folder / "refs" / revision).read_text().strip() if ".." not in revision.split("/") else revision
+    except (OSError, UnicodeDecodeError):
+        commit = revision
+    try:
+        snapshots = [folder / "snapshots" / commit] if offline else [*(folder / "snapshots").iterdir()]
+        return any(next(snapshot.glob("*.safetensors"), None) is not None for snapshot in snapshots)
+    except (OSError, ValueError):
+        return False
+
+
+def _folder(repository: str) -> str:
+    return "models--" + repository.replace("/", "--")
+
+
+def _explained(spec: str, repository: str, revision: str | None, offline: bool, error: Exception) -> ModelError:
+    """The one line for each way in which a download fails. The order matters: some errors are kinds of others."""
+    if isinstance(error, GatedRepoError):
+        problem = "is gated: accept its terms on its page, and give a token of that account (HF_TOKEN)"
+    elif isinstance(error, RevisionNotFoundError):
+        problem = f"does not exist: {repository} has no revision {revision!r}; name a branch, a tag or a commit of it"
+    elif isinstance(error, RepositoryNotFoundError):
+        problem = "is neither a path here nor a model on the hub: check the name (a private one needs HF_TOKEN)"
+    elif isinstance(error, IncompleteSnapshotError):
+        problem = "was downloaded only in part, and the hub cannot be asked now: go online and start again"
+    elif isinstance(error, LocalEntryNotFoundError):
+        is_offline = offline or isinstance(error.__cause__, OfflineModeIsEnabled)
+        reason = "offline mode forbids to download it" if is_offline else "the hub cannot be reached"
+        problem = f"is not a path here, it was not downloaded before, and {reason}: check the path or go online"
+    elif isinstance(error, HfHubHTTPError):
+        problem = (
+            f"cannot be had: the hub answered {error.response.status_code}; check the token (HF_TOKEN), or try later"
+        )
+    elif isinstance(error, HFValidationError):
+        problem = "does not exist, and is no hub id like org/name either: check the path"
+    elif isinstance(error, OSError):
+        problem = f"cannot be stored ({error}): make room, or name another cache directory"
+    else:
+        problem = f"was not downloaded completely ({error}): start again, whole files are kept"
+    return ModelError(f"{spec} {' '.join(problem.split())}")  # errors of libraries may have several lines
+
+
+def _without_weights(
+    spec: str, repository: str, snapshot: Path, cache_dir: Path | None, *, offline: bool
+) -> ModelError:
+    """Why a repository has nothing for us; its list of files was kept beside the download."""
+    try:
+        tree = get_cached_repo_tree(repository, revision=snapshot.name, cache_dir=cache_dir)
+        names = [file.path for file in tree]
+    except CachedRepoTreeNotFoundError:
+        names = []
+        if offline:  # another tool downloaded a few files of it: what else it has is not known
+            return ModelError(f"{spec} was downloaded without its weights: go online and start again")
+    if any(name.endswith(PICKLE_SUFFIXES) for name in names):
+        return pickles_refused(spec)
+    ggufs = [name for name in names if name.endswith(".gguf")]
+    if ggufs:
+        return ModelError(f"{spec} holds GGUF files: download one of them ({ggufs[0]}, say) and give its path")
+    return ModelError(f"{spec} holds no safetensors weights: give the id of a repository that does")
+
+
+def progress_bar(progress: Progress | None) -> type[Any]:
+    """A bar that draws nothing and hands the bytes of the whole download to `progress`."""
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            # One bar counts bytes on disk, others bytes on the wire and files; only the first has a true total.
+            self._counts = kwargs.get("name") == "huggingface_hub.snapshot_download"
+            kwargs |= {"file": io.StringIO(), "disable": False}
+            super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+        def update(self, n: float | None = 1) -> bool | None:
+            shown: bool | None = super().update(n)
+            if progress is not None and self._counts and self.total:
+                progress("download", int(self.n), int(self.total))
+            return shown
+
+    return Bar

@@ -1,0 +1,155 @@
+"""A few named files of a Hugging Face repository, at one commit: found, measured, and only then downloaded.
+
+Knows nothing of what is in them. The library keeps what it downloads in its own layout, and reads HF_HUB_OFFLINE
+itself. Called by the server, which loads adapters so.
+"""
+
+import contextlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx2
+import huggingface_hub
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    IncompleteSnapshotError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    XetDownloadError,
+)
+
+from guanaco.models.errors import ModelError
+from guanaco.models.loading.hub import progress_bar
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_ANSWER_SECONDS = 20.0  # for the questions before the download, which has the library's own limits
+_ERRORS = (OSError, httpx2.HTTPError, HFValidationError, XetDownloadError)
+
+
+class HubError(ModelError):
+    """Files that can't be had. `code` in snake_case says which way it failed; the message is for the operator."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Where the files are, and which commit they are of."""
+
+    path: Path
+    commit: str
+
+
+def fetch_files(
+    repository: str,
+    revision: str,
+    most_bytes: Mapping[str, int],
+    *,
+    required: tuple[str, ...],
+    cache_dir: Path,
+    shared_cache: Path | None = None,
+    offline: bool = False,
+    token: str | None = None,
+    endpoint: str | None = None,
+) -> Snapshot:
+    """The files that `most_bytes` names, each with its largest size, of one revision; those that are not `required`
+    may be missing. A commit that is here already, or in `shared_cache`, is not asked for again. Raises HubError."""
+    spec = f"{repository}@{revision}"
+
+    def snapshot(commit: str, *, is_local: bool, cache_dir: Path = cache_dir) -> Path:
+        return Path(
+            snapshot_download(
+                repository,
+                revision=commit,
+                cache_dir=cache_dir,
+                token=token,
+                local_files_only=is_local,
+                allow_patterns=list(most_bytes),
+                max_workers=2,
+                tqdm_class=progress_bar(None),
+                endpoint=endpoint,
+            )
+        )
+
+    offline = offline or huggingface_hub.constants.HF_HUB_OFFLINE
+    try:
+        if offline or _COMMIT.fullmatch(revision):
+            for cache in (cache_dir, *(() if shared_cache is None else (shared_cache,))):
+                with contextlib.suppress(LocalEntryNotFoundError, IncompleteSnapshotError):
+                    path = snapshot(revision, is_local=True, cache_dir=cache)
+                    if all((path / name).exists() for name in required):
+                        return Snapshot(path, path.name)
+            if offline:
+                raise HubError(
+                    "hub_offline", f"{spec} was not downloaded before, and this server is offline: pull it elsewhere"
+                )
+        commit = _look(HfApi(endpoint=endpoint, token=token), repository, revision, most_bytes, required)
+        path = snapshot(commit, is_local=False)
+    except _ERRORS as error:
+        raise _explained(spec, repository, error) from error
+    for name, most in most_bytes.items():
+        if (path / name).exists() and (path / name).stat().st_size > most:  # whatever the hub had said
+            raise _too_large(spec, name, most)
+    _remember(path, revision)
+    return Snapshot(path, commit)
+
+
+def _remember(snapshot: Path, revision: str) -> None:
+    """Have the library know offline which commit a branch was, as it would if it had been asked for the branch."""
+    if revision != snapshot.name and ".." not in revision.split("/"):
+        reference = snapshot.parent.parent / "refs" / revision
+        with contextlib.suppress(OSError):
+            reference.parent.mkdir(parents=True, exist_ok=True)
+            reference.write_text(snapshot.name)
+
+
+def _look(api: HfApi, repository: str, revision: str, most_bytes: Mapping[str, int], required: tuple[str, ...]) -> str:
+    """The commit of a revision, once its files are known to be there and of a bearable size."""
+    spec = f"{repository}@{revision}"
+    commit = api.model_info(repository, revision=revision, timeout=_ANSWER_SECONDS).sha
+    if commit is None or _COMMIT.fullmatch(commit) is None:
+        raise HubError("hub_failed", f"{spec} cannot be had: the hub did not say which commit it is; try later")
+    sizes = {file.path: getattr(file, "size", 0) for file in api.list_repo_tree(repository, revision=commit)}
+    for name in required:
+        if name not in sizes:
+            pickles = sorted(other for other in sizes if other.endswith((".bin", ".pt", ".pth")))
+            hint = f"; {pickles[0]} is a pickle: download it yourself, then `guanaco adapters convert`"
+            raise HubError("hub_incomplete", f"{spec} has no {name}{hint if pickles else ': is it a PEFT adapter?'}")
+    for name, most in most_bytes.items():
+        if sizes.get(name, 0) > most:
+            raise _too_large(spec, name, most)
+    return commit
+
+
+def _too_large(spec: str, name: str, most: int) -> HubError:
+    return HubError("file_too_large", f"{name} of {spec} is larger than {most} bytes")
+
+
+def _explained(spec: str, repository: str, error: Exception) -> HubError:
+    """What went wrong. The order matters: some errors are kinds of others."""
+    if isinstance(error, GatedRepoError):
+        problem = f"{spec} is gated: accept its terms on its page, and give a token of that account (--hub-token)"
+        return HubError("hub_forbidden", problem)
+    if isinstance(error, RevisionNotFoundError):
+        return HubError("hub_not_found", f"{repository} has no such revision; name a branch, a tag or a commit of it")
+    if isinstance(error, RepositoryNotFoundError | HFValidationError):
+        problem = f"{repository} is not on the hub: check the name (a private one needs --hub-token)"
+        return HubError("hub_not_found", problem)
+    if isinstance(error, OfflineModeIsEnabled):
+        return HubError("hub_offline", f"{spec} was not downloaded before, and offline mode forbids to do so")
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        code = "hub_forbidden" if status in (401, 403) else "hub_failed"
+        return HubError(code, f"{spec} cannot be had: the hub answered {status}; check the token, or try later")
+    if isinstance(error, OSError) and not isinstance(error, LocalEntryNotFoundError | ConnectionError | TimeoutError):
+        return HubError("store_failed", f"{spec} cannot be stored ({error.strerror or error}): make room in the cache")
+    return HubError("hub_failed", f"{spec} was not downloaded: the hub cannot be reached, or broke off; try again")

@@ -1,0 +1,353 @@
+"""Dense LLaMA weights → a bitsandbytes-format NF4 checkpoint, one tensor at a time.
+
+Knows the format on disk and which tensors become 4-bit; nothing of serving. Called by `guanaco quantize`, by the
+loader (which quantises with the same rule and caches the result) and by the demo's conversion.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from guanaco.kernels import nf4
+from guanaco.kernels.nf4 import SOURCE_DTYPES, Nf4Weight, dtype_name
+from guanaco.kernels.nf4_state import to_state
+from guanaco.models.architectures.config import LlamaConfig, read_json
+from guanaco.models.architectures.llama import projection_shapes
+from guanaco.models.errors import ModelError
+from guanaco.models.formats.leftovers import PartialFolder
+from guanaco.models.loading.checkpoint import Checkpoint, open_checkpoint
+from guanaco.models.loading.gguf_checkpoint import GgufCheckpoint
+from guanaco.models.text.gguf_tokenizer import tokenizer_files
+
+# What QLoRA quantises: the seven projections of every layer. Everything else stays in 16 bit: embeddings and head,
+# norms and biases.
+ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+PROJECTIONS = ATTENTION_PROJECTIONS + MLP_PROJECTIONS
+_PROJECTION_WEIGHT = re.compile(
+    rf"(?:.*\.)?layers\.\d+\.(?:self_attn\.(?:{'|'.join(ATTENTION_PROJECTIONS)})"
+    rf"|mlp\.(?:{'|'.join(MLP_PROJECTIONS)}))\.weight"
+)
+
+# What goes along with the weights: the tokenizer, sampling defaults, and the licence that binds a derived work.
+COMPANION_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
+    "USE_POLICY.md",
+)
+MAX_SHARD_BYTES = 1 << 30  # also the most memory that a conversion needs beside its largest tensor
+
+_DAMAGED = "the checkpoint seems damaged: fetch it again"
+
+Progress = Callable[[str, int, int], None]  # tensor name, bytes of the source done, bytes in all
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What a conversion did; bytes are those of tensors."""
+
+    num_quantized: int
+    num_dense: int
+    source_bytes: int
+    written_bytes: int
+    ignored: tuple[str, ...]  # stored names that are no part of this LLaMA
+
+
+def is_projection(name: str) -> bool:
+    """Whether the tensor called `name` is stored in NF4."""
+    return _PROJECTION_WEIGHT.fullmatch(name) is not None
+
+
+def quantize_tensor(name: str, tensor: Tensor, *, double_quant: bool = True) -> Nf4Weight:
+    """The NF4 weight of a projection [out, in] in float32, float16 or bfloat16. Raises ModelError that names it."""
+    try:
+        return nf4.quantize(tensor, double_quant=double_quant)
+    except ValueError as error:
+        raise ModelError(f"{name}: {error}; {_DAMAGED}") from error
+
+
+def dense_tensor(name: str, tensor: Tensor, *, keep_float32: bool = False) -> Tensor:
+    """A tensor that is not quantised, as it is stored and served: 16-bit floats as they are, float32 as bfloat16 unless
+    `keep_float32`.
+
+    bfloat16 because it has float32's range, so that nothing overflows, at half the bytes that embedding and head cost
+    in every step. Raises ModelError for another dtype, and for values that are not finite.
+    """
+    if tensor.dtype not in SOURCE_DTYPES:
+        raise ModelError(
+            f"{name}: dtype {dtype_name(tensor.dtype)} is not supported: give a checkpoint in fp16, bf16 or fp32"
+        )
+    if not all(torch.isfinite(bound) for bound in torch.aminmax(tensor)):
+        raise ModelError(f"{name} holds values that are not finite (NaN or infinity); {_DAMAGED}")
+    return tensor.to(torch.bfloat16) if tensor.dtype == torch.float32 and not keep_float32 else tensor
+
+
+def quantization_config(*, double_quant: bool) -> dict[str, Any]:
+    """`quantization_config` of config.json, so that transformers loads the checkpoint as it is."""
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": double_quant,
+        # What the Guanaco models were trained with; float16 made a fifth of QLoRA's 7B runs diverge (its README).
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": ["lm_head"],
+        "llm_int8_threshold": 6.0,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+    }
+
+
+class Nf4CheckpointWriter:
+    """Writes a checkpoint directory shard by shard beside `dst`, which appears complete or not at all.
+
+    Use as a context manager: leaving it by an exception removes what was written. `config` is the model's config.json
+    without quantisation. Raises ModelError where `dst` exists, or the disk does not take what is written.
+    """
+
+    def __init__(
+        self,
+        dst: Path,
+        config: Mapping[str, Any],
+        *,
+        double_quant: bool = True,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+    ) -> None:
+        if dst.exists():
+            raise ModelError(f"{dst} exists already: remove it, or name a directory that does not exist yet")
+        self.dst = dst
+        self.written_bytes = 0
+        self._config = dict(config)
+        self._double_quant = double_quant
+        self._max_shard_bytes = max_shard_bytes
+        self._shard: dict[str, Tensor] = {}
+        self._shard_bytes = 0
+        self._shard_names: list[list[str]] = []
+        self._dense_dtype: torch.dtype | None = None
+        try:
+            # Hidden, and on the same file system, so that the last step is a rename.
+            self._partial = PartialFolder(dst)
+            self._directory = self._partial.path
+        except OSError as error:
+            raise _write_error(dst, error) from error
+
+    def add(self, name: str, tensor: Nf4Weight | Tensor) -> None:
+        """Append one tensor under its Hugging Face name; it may be dropped by the caller afterwards."""
+        if isinstance(tensor, Nf4Weight):
+            assert tensor.is_double_quantized == self._double_quant, name
+            state = to_state(tensor, name)
+        else:
+            state = {name: tensor.detach().contiguous()}
+            self._dense_dtype = self._dense_dtype or tensor.dtype
+        size = sum(t.numel() * t.element_size() for t in state.values())
+        if self._shard and self._shard_bytes + size > self._max_shard_bytes:
+            self._flush()
+        self._shard |= state
+        self._shard_bytes += size
+        self.written_bytes += size
+
+    def copy_file(self, path: Path) -> None:
+        """Take a small file along under its own name."""
+        try:
+            shutil.copyfile(path, self._directory / path.name)
+        except OSError as error:
+            raise _write_error(self.dst, error) from error
+
+    def write_text(self, name: str, text: str) -> None:
+        """Add a small text file."""
+        try:
+            (self._directory / name).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise _write_error(self.dst, error) from error
+
+    def close(self) -> None:
+        """Write what is left, the index and config.json, and give the directory its name."""
+        if self._shard:
+            self._flush()
+        count = len(self._shard_names)
+        assert count, "a checkpoint without tensors"
+        dtype = dtype_name(self._dense_dtype or torch.bfloat16)
+        # transformers 5 reads `dtype`, older readers `torch_dtype`.
+        config = self._config | {
+            "dtype": dtype,
+            "torch_dtype": dtype,
+            "quantization_config": quantization_config(double_quant=self._double_quant),
+        }
+        try:
+            weight_map: dict[str, str] = {}
+            for number, names in enumerate(self._shard_names, start=1):
+                file = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+                (self._directory / _shard_file(number)).rename(self._directory / file)
+                weight_map |= dict.fromkeys(names, file)
+            if count > 1:
+                index = {"metadata": {"total_size": self.written_bytes}, "weight_map": weight_map}
+                _write_json(self._directory / "model.safetensors.index.json", index)
+            _write_json(self._directory / "config.json", config)
+            _sync(self._directory)
+            # mkdtemp's mode is for secrets; a model is an ordinary file of its owner.
+            self._directory.chmod(0o755)
+            if self.dst.exists():
+                raise ModelError(f"{self.dst} appeared while it was being written: remove one of the two and repeat")
+            self._directory.rename(self.dst)
+            self._partial.close()
+            _sync(self.dst.parent)
+        except OSError as error:
+            raise _write_error(self.dst, error) from error
+
+    def discard(self) -> None:
+        """Remove what has been written so far."""
+        self._shard = {}
+        self._partial.close()
+
+    def _flush(self) -> None:
+        path = self._directory / _shard_file(len(self._shard_names) + 1)
+        try:
+            save_file(self._shard, path, metadata={"format": "pt"})
+            _sync(path)
+        except (OSError, SafetensorError) as error:
+            raise _write_error(self.dst, error) from error
+        self._shard_names.append(list(self._shard))
+        self._shard, self._shard_bytes = {}, 0
+
+    def __enter__(self) -> "Nf4CheckpointWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self.discard()
+            return
+        try:
+            self.close()
+        except BaseException:
+            self.discard()
+            raise
+
+
+def quantize_checkpoint(
+    src: Path,
+    dst: Path,
+    *,
+    double_quant: bool = True,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Progress | None = None,
+) -> QuantizeReport:
+    """Convert a dense LLaMA (a Hugging Face directory of safetensors, or a GGUF file) to an NF4 directory.
+
+    At most one source tensor and one output shard are in memory. Raises ModelError for what is wrong with `src` and for
+    a `dst` that exists or cannot be written; `dst` then does not exist.
+    """
+    num_quantized = num_dense = done_bytes = 0
+    with (
+        closing(open_checkpoint(src)) as source,
+        Nf4CheckpointWriter(
+            dst, _config_fields(source), double_quant=double_quant, max_shard_bytes=max_shard_bytes
+        ) as writer,
+    ):
+        if source.is_quantized:
+            raise ModelError(f"{src} is in NF4 already: serve it as it is, or give the dense model it was made from")
+        if isinstance(source, GgufCheckpoint):
+            for file, text in tokenizer_files(source.metadata, str(source.path)).items():
+                writer.write_text(file, text)
+        for name, shape in _weights(source.config):
+            stored = source.matrix(name, shape) if len(shape) == 2 else source.tensor(name, shape)
+            assert isinstance(stored, Tensor), name  # the source says that nothing in it is quantised
+            done_bytes += stored.nbytes
+            try:
+                if is_projection(name):
+                    writer.add(full_name(name), quantize_tensor(name, stored, double_quant=double_quant))
+                    num_quantized += 1
+                else:
+                    writer.add(full_name(name), dense_tensor(name, stored))
+                    num_dense += 1
+            except ModelError as error:
+                raise ModelError(f"{src}: {error}") from error
+            if progress is not None:
+                progress(name, done_bytes, source.num_bytes)
+        ignored = source.unused()
+        for file in COMPANION_FILES:
+            if (src / file).is_file():
+                writer.copy_file(src / file)
+    return QuantizeReport(num_quantized, num_dense, done_bytes, writer.written_bytes, ignored)
+
+
+def full_name(name: str) -> str:
+    """A decoder's tensor as Hugging Face names it: `model.layers.0.…`, but `lm_head.weight`."""
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+def _weights(config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor of a LLaMA, in the order of the forward pass."""
+    hidden = config.hidden_size
+    biased = {"self_attn": config.attention_bias, "mlp": config.mlp_bias}
+    yield "embed_tokens.weight", (config.vocab_size, hidden)
+    for layer in range(config.num_layers):
+        for module, shape in projection_shapes(config).items():
+            yield f"layers.{layer}.{module}.weight", shape
+            if biased[module.split(".")[0]]:
+                yield f"layers.{layer}.{module}.bias", shape[:1]
+        yield f"layers.{layer}.input_layernorm.weight", (hidden,)
+        yield f"layers.{layer}.post_attention_layernorm.weight", (hidden,)
+    yield "norm.weight", (hidden,)
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight", (config.vocab_size, hidden)
+
+
+def _config_fields(source: Checkpoint) -> dict[str, Any]:
+    """config.json of the result: the source's own, where it has one."""
+    if not (source.path / "config.json").is_file():
+        return source.config.to_json()
+    # A checkpoint can store a head of its own although it calls it tied.
+    return read_json(source.path / "config.json") | {"tie_word_embeddings": source.config.tie_word_embeddings}
+
+
+def _shard_file(number: int) -> str:
+    return f"shard-{number}.safetensors"
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Have the kernel write a file or directory out, so that a power cut cannot leave the name without the bytes."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_error(dst: Path, error: Exception) -> ModelError:
+    free = shutil.disk_usage(dst.parent).free >> 20 if dst.parent.is_dir() else 0
+    return ModelError(f"cannot write {dst} ({error}; {free} MiB are free there): make room or name another place")

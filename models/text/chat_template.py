@@ -1,0 +1,156 @@
+"""Chat templates: messages → prompt text. Whatever a template does is done in a process that can be replaced.
+
+Knows nothing of token ids, and never runs a template's code in this process: `template_renderer` has it done. Called
+by `tokenizer`; templates of our own are in `named_templates`.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from guanaco.models.errors import TemplateError
+from guanaco.models.formats.small_files import MAX_TEMPLATE_FILE_BYTES, read_small
+from guanaco.models.text.named_templates import NAMED
+from guanaco.models.text.template_renderer import MAX_OUTPUT_CHARS, TemplateRenderer, shared_renderer
+
+__all__ = [
+    "MAX_OUTPUT_CHARS",
+    "MAX_TEMPLATE_CHARS",
+    "TEMPLATE_NAMES",
+    "ChatTemplate",
+    "TemplateError",
+    "load_template",
+    "named_template",
+]
+
+TEMPLATE_NAMES = frozenset(NAMED)
+MAX_TEMPLATE_CHARS = 1 << 20  # the largest in use, with tools and documents, have some 20,000
+_TRIAL = ({"role": "user", "content": "Hello!"},)
+_TRIAL_CHARS = 1 << 20
+# What a template took too much of. A template that does so with the trial does so with every conversation.
+_OVERRUNS = ("template_timeout", "template_too_large")
+
+
+class ChatTemplate:
+    """A chat template that compiles. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        is_complete: bool = True,
+        stop_strings: Sequence[str] = (),
+        name: str = "",
+        renderer: TemplateRenderer | None = None,
+    ) -> None:
+        """Compile `source`. Raises TemplateError that says where it is wrong.
+
+        is_complete: it writes the token that begins a text itself, if there is to be one, as templates of models do.
+        stop_strings: what a model that was trained on this format writes where it should have stopped.
+        renderer: the processes that render it; None: those of the program.
+        """
+        self.source = source
+        self.is_complete = is_complete
+        self.stop_strings = tuple(stop_strings)
+        self.notes: tuple[str, ...] = ()  # what an operator should know about it
+        self._label = f"chat template {name}".strip()
+        self._renderer = renderer or shared_renderer()
+        self._digest = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
+        if len(source) > MAX_TEMPLATE_CHARS:
+            raise TemplateError(
+                f"{self._label}: it has {len(source)} characters; at most {MAX_TEMPLATE_CHARS} are read"
+            )
+        try:
+            self._renderer.compile(self._digest, source)
+        except TemplateError as error:
+            raise self._labelled(error) from None
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+        add_generation_prompt: bool = True,
+        special_tokens: Mapping[str, str] | None = None,
+        max_chars: int = MAX_OUTPUT_CHARS,
+    ) -> str:
+        """The prompt. A message is {"role": …, "content": …} and more; keys whose value is None are left out.
+
+        special_tokens: more of a tokenizer's named tokens, such as unk_token. max_chars: a longer prompt is an error.
+        Raises TemplateError with the template's own words where it refuses, and for anything else that goes wrong.
+        """
+        tokens = {"bos_token": bos_token, "eos_token": eos_token, **(special_tokens or {})}
+        variables = {
+            "messages": [{key: _plain(v) for key, v in message.items() if v is not None} for message in messages],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            # Absent ones stay undefined, which templates can ask for; they would print None.
+            **{name: token for name, token in tokens.items() if token is not None},
+        }
+        try:
+            return self._renderer.render(self._digest, self.source, variables, max_chars)
+        except TemplateError as error:
+            raise self._labelled(error) from None
+
+    def try_out(self, special_tokens: Mapping[str, str]) -> None:
+        """Render one question. `notes` has what the template says against it: other conversations may suit it.
+
+        special_tokens: all named tokens. Raises TemplateError for a template that runs out of time, memory or output:
+        it would do so with every conversation.
+        """
+        try:
+            self.render(_TRIAL, special_tokens=special_tokens, max_chars=_TRIAL_CHARS)
+        except TemplateError as error:
+            if error.code in _OVERRUNS:
+                raise
+            self.notes = (f"it was tried with one question and refused it: {error}",)
+
+    def _labelled(self, error: TemplateError) -> TemplateError:
+        return TemplateError(f"{self._label}: {error}", error.code)
+
+
+@lru_cache
+def named_template(name: str) -> ChatTemplate:
+    """One of our own templates. Raises TemplateError that lists them for another name."""
+    if name not in NAMED:
+        raise TemplateError(f"no chat template is called {name!r}: give {', '.join(NAMED)}, or a Jinja file")
+    named = NAMED[name]
+    return ChatTemplate(named.source, is_complete=False, stop_strings=named.stop_strings, name=name)
+
+
+def load_template(name_or_path: str) -> ChatTemplate:
+    """A template by its name, or from a Jinja file. Raises TemplateError.
+
+    A file counts as complete, and is tried out: `notes` has what it says against that.
+    """
+    if name_or_path in NAMED:
+        return named_template(name_or_path)
+    path = Path(name_or_path)
+    if not path.is_file():
+        return named_template(name_or_path)
+    try:
+        source = read_small(path, MAX_TEMPLATE_FILE_BYTES).decode("utf-8")
+    except OSError as error:
+        raise TemplateError(f"the chat template {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise TemplateError(f"the chat template {path} cannot be read: {error}") from error
+    template = ChatTemplate(source, name=str(path))
+    template.try_out({"bos_token": "<s>", "eos_token": "</s>"})
+    return template
+
+
+def _plain(value: Any) -> Any:
+    """A copy made of JSON's types only: nothing with methods of its own gets into a template."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    raise TemplateError(f"a message holds a {type(value).__name__}; only text, numbers, lists and objects are allowed")

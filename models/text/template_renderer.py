@@ -1,0 +1,194 @@
+"""Chat templates rendered in processes that can be replaced, so that no template stops the server or its end.
+
+A template gets at most LIMITS of time and memory; whichever process exceeds them is killed and another one is started.
+One template has one process at a time, and templates that were slow lately have one together, so that a flood of
+chats with a bad template leaves a process to all others. Knows nothing of jinja2. Called by `chat_template`.
+"""
+
+import atexit
+import json
+import logging
+import math
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from guanaco.models.errors import TemplateError
+from guanaco.models.formats.restricted_process import ProcessEnded, ProcessTimeout, RestrictedProcess
+
+logger = logging.getLogger("guanaco.templates")
+
+MAX_OUTPUT_CHARS = 1 << 24  # where no context says less: 64 characters for each of 262144 tokens
+_WORKER = "guanaco.models.text.template_worker"
+_HEAD_BYTES, _TEXT = 5, b"T"
+_MAX_ERROR_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class TemplateLimits:
+    """What rendering may take, and how it is shared."""
+
+    seconds: float = 2.0  # for one rendering; also how long one waits for a process that is free
+    memory_bytes: int = 256 << 20  # of a process, with its interpreter
+    num_processes: int = 2
+    slow_seconds: float = 0.25  # of processor time: a template that takes longer counts as slow …
+    slow_for_seconds: float = 30.0  # … for so long
+    start_seconds: float = 60.0  # for the start of a process, which is our own code: a busy machine takes its time
+
+
+class _Worker:
+    """One process, and which templates it has."""
+
+    def __init__(self, limits: TemplateLimits) -> None:
+        arguments = (str(limits.memory_bytes), str(math.ceil(limits.seconds)))
+        self.process = RestrictedProcess(_WORKER, arguments)
+        self.digests: set[str] = set()
+        self.process.receive(deadline=time.monotonic() + limits.start_seconds, max_bytes=_MAX_ERROR_BYTES)
+
+
+class TemplateRenderer:
+    """The processes. Safe to use from several threads; they start when they are first needed."""
+
+    def __init__(self, limits: TemplateLimits | None = None) -> None:
+        self.limits = limits or TemplateLimits()
+        self._changed = threading.Condition()
+        self._idle: list[_Worker] = []
+        self._busy: dict[str, _Worker | None] = {}  # by template; None while its process starts
+        self._slow_until: dict[str, float] = {}
+
+    def compile(self, digest: str, source: str) -> None:
+        """Raises TemplateError where the template is wrong, or too much for a process."""
+        self._run(digest, source, None, 0)
+
+    def render(self, digest: str, source: str, variables: Mapping[str, Any], max_chars: int) -> str:
+        """The template's text, of at most `max_chars` characters. Raises TemplateError.
+
+        digest: the template's, by which a process recognises it. variables: JSON's types only.
+        """
+        return self._run(digest, source, variables, min(max_chars, MAX_OUTPUT_CHARS))
+
+    def close(self) -> None:
+        """End all processes; what is being rendered ends with an error. The next rendering starts new ones."""
+        with self._changed:
+            idle, self._idle = self._idle, []
+            for busy in self._busy.values():
+                if busy is not None:
+                    busy.process.kill()
+        for worker in idle:
+            worker.process.close()
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Of the processes that there are."""
+        with self._changed:
+            workers = [*self._idle, *(worker for worker in self._busy.values() if worker is not None)]
+        return tuple(worker.process.pid for worker in workers)
+
+    def _run(self, digest: str, source: str, variables: Mapping[str, Any] | None, max_chars: int) -> str:
+        request = {"digest": digest, "source": None, "variables": variables, "max_chars": max_chars}
+        with self._turn(digest):
+            worker = self._worker_for(digest)
+            if digest not in worker.digests:
+                request["source"] = source
+            kind, content = self._exchange(worker, digest, request, max_chars)
+            if kind != _TEXT and content["code"] == "unknown_template":  # it was dropped for others
+                kind, content = self._exchange(worker, digest, {**request, "source": source}, max_chars)
+            if kind == _TEXT:
+                worker.digests.add(digest)
+                return str(content)
+            if content["code"] == "template_too_large":  # its memory may be in pieces
+                worker.process.close()
+            raise TemplateError(content["message"], content["code"])
+
+    def _exchange(self, worker: _Worker, digest: str, request: Mapping[str, Any], max_chars: int) -> tuple[bytes, Any]:
+        message = json.dumps(request).encode()
+        most = _HEAD_BYTES + _MAX_ERROR_BYTES + 4 * max_chars  # UTF-8 takes four bytes for a character at most
+        try:
+            answer = worker.process.exchange(message, seconds=self.limits.seconds, max_bytes=most)
+        except ProcessTimeout:
+            self._remember_slow(digest)
+            problem = f"it was stopped after {self.limits.seconds:g} s"
+            logger.warning("chat template %s: %s", digest[:12], problem)
+            raise TemplateError(problem, "template_timeout") from None
+        except ProcessEnded as error:
+            self._remember_slow(digest)
+            problem = f"the process that rendered it ended ({error})"
+            logger.warning("chat template %s: %s", digest[:12], problem)
+            raise TemplateError(problem, "template_timeout") from None
+        milliseconds, kind = int.from_bytes(answer[:4], "big"), answer[4:_HEAD_BYTES]
+        if milliseconds > self.limits.slow_seconds * 1000:
+            self._remember_slow(digest)
+        content = answer[_HEAD_BYTES:]
+        return kind, content.decode("utf-8", "surrogatepass") if kind == _TEXT else json.loads(content)
+
+    def _worker_for(self, digest: str) -> _Worker:
+        with self._changed:
+            while self._idle:
+                worker = self._idle.pop()
+                if not worker.process.has_ended:
+                    self._busy[digest] = worker
+                    return worker
+                worker.process.close()
+        try:
+            worker = _Worker(self.limits)
+        except (OSError, ProcessEnded, ProcessTimeout) as error:
+            problem = f"no process to render it could be started ({error or 'it took too long'}): look at the machine"
+            logger.error("chat template: %s", problem)
+            raise TemplateError(problem, "template_unavailable") from None
+        with self._changed:
+            self._busy[digest] = worker
+        return worker
+
+    @contextmanager
+    def _turn(self, digest: str) -> Iterator[None]:
+        """A place among those that are being rendered. Raises TemplateError ("template_busy") where there is none."""
+        with self._changed:
+            self._wait_for_turn(digest)
+            self._busy[digest] = None
+        try:
+            yield
+        finally:
+            with self._changed:
+                worker = self._busy.pop(digest)
+                if worker is not None and not worker.process.has_ended:
+                    self._idle.append(worker)
+                self._changed.notify_all()
+
+    def _wait_for_turn(self, digest: str) -> None:
+        deadline = time.monotonic() + self.limits.seconds
+        while True:
+            now = time.monotonic()
+            is_free = digest not in self._busy and len(self._busy) < self.limits.num_processes
+            if self._is_slow(digest, now):
+                # Those that wait for a slow template would hold the threads that prepare all chats.
+                if not is_free or any(self._is_slow(other, now) for other in self._busy):
+                    raise TemplateError("a chat with it is being rendered, which takes long", "template_busy")
+                return
+            if is_free:
+                return
+            is_starting = None in self._busy.values()
+            if now >= deadline and not is_starting:
+                raise TemplateError("no process to render it became free", "template_busy")
+            self._changed.wait(self.limits.seconds if is_starting else deadline - now)
+
+    def _is_slow(self, digest: str, now: float) -> bool:
+        return self._slow_until.get(digest, -math.inf) > now
+
+    def _remember_slow(self, digest: str) -> None:
+        with self._changed:
+            now = time.monotonic()
+            self._slow_until = {d: until for d, until in self._slow_until.items() if until > now}
+            self._slow_until[digest] = now + self.limits.slow_for_seconds
+            self._changed.notify_all()
+
+
+@lru_cache(maxsize=1)
+def shared_renderer() -> TemplateRenderer:
+    """The processes of this program: all templates share them."""
+    renderer = TemplateRenderer()
+    atexit.register(renderer.close)
+    return renderer

@@ -1,0 +1,200 @@
+"""The files of a tokenizer → a `tokenizers.Tokenizer` with every added token in place, its names and chat template.
+
+Knows the ways in which checkpoints store these; nothing of encoding. Called by `tokenizer`.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
+
+from guanaco.models.architectures.config import read_json
+from guanaco.models.errors import ModelError
+from guanaco.models.formats.gguf import read_table
+from guanaco.models.formats.raw_file import RawFile
+from guanaco.models.formats.small_files import MAX_TEMPLATE_FILE_BYTES, MAX_TOKENIZER_BYTES, read_small
+from guanaco.models.text.gguf_tokenizer import remarks, tokenizer_files
+from guanaco.models.text.sentencepiece import read_sentencepiece
+
+NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+MAX_ADDED_TOKENS = 16384  # LLaMA 3 has 256, others some thousand; all of them are searched for in every text
+_MORE_NAMES = ("additional_special_tokens", "extra_special_tokens")
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """A tokenizer as its directory describes it."""
+
+    backend: Backend
+    names: dict[str, str]  # bos_token, eos_token, …: those that are named and in the vocabulary
+    add_bos: bool | None  # what the config says; None: what the backend does
+    adds_eos: bool  # the config says that every text is to end with eos
+    chat_template: str | None
+    notes: tuple[str, ...]
+
+
+def read_tokenizer(path: Path) -> TokenizerFiles:
+    """The tokenizer in the directory `path`, or in the GGUF file `path` (or the only one in it).
+
+    Raises ModelError for one that is missing or damaged, or whose added tokens have other ids than they say.
+    """
+    config = _optional_json(path / "tokenizer_config.json")
+    defaults: dict[str, str] = {}
+    gguf_notes: tuple[str, ...] = ()
+    if (path / "tokenizer.json").is_file():
+        backend = _parse_backend((path / "tokenizer.json"), None)
+    elif (path / "tokenizer.model").is_file():
+        model = read_sentencepiece(path / "tokenizer.model")
+        backend = _parse_backend(path / "tokenizer.model", json.dumps(model.tokenizer_json()))
+        named = {"bos_token": model.bos_token, "eos_token": model.eos_token}
+        defaults = {name: token for name, token in named.items() if token is not None}
+    else:
+        gguf_path = _gguf_in(path)
+        with closing(RawFile(gguf_path)) as file:
+            metadata, _ = read_table(file)
+            try:
+                files = tokenizer_files(metadata, str(gguf_path))
+                gguf_notes = remarks(metadata)
+            except (TypeError, ValueError, AttributeError, LookupError) as error:  # values of other types
+                raise ModelError(f"{gguf_path}: its tokenizer makes no sense ({error}); get the file again") from error
+        backend = _parse_backend(gguf_path, files["tokenizer.json"])
+        config = json.loads(files["tokenizer_config.json"]) | config
+    backend.no_truncation()  # some files carry the settings of their training
+    backend.no_padding()
+    named_tokens = dict(_named_tokens(_optional_json(path / "special_tokens_map.json"), config))
+    _add_tokens(backend, path, config, named_tokens)
+    template, notes = _chat_template(path, config)
+    add_bos = config.get("add_bos_token")
+    # An empty name counts as none: the oldest LLaMA conversions name their tokens so.
+    names = {**defaults, **{name: token for name, token in named_tokens.items() if name in NAMES and token}}
+    return TokenizerFiles(
+        backend=backend,
+        names={name: token for name, token in names.items() if backend.token_to_id(token) is not None},
+        add_bos=add_bos if isinstance(add_bos, bool) else None,
+        adds_eos=config.get("add_eos_token") is True,
+        chat_template=template,
+        notes=(*gguf_notes, *notes),
+    )
+
+
+def _parse_backend(path: Path, text: str | None) -> Backend:
+    try:
+        return Backend.from_buffer(read_small(path, MAX_TOKENIZER_BYTES)) if text is None else Backend.from_str(text)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror}); download it again") from error
+    except Exception as error:  # the package raises nothing more specific
+        raise ModelError(f"{path} cannot be read as a tokenizer ({error}); download it again") from error
+
+
+def _gguf_in(path: Path) -> Path:
+    candidates = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
+    if len(candidates) != 1:
+        raise ModelError(
+            f"{path} has no tokenizer: a model directory needs tokenizer.json or tokenizer.model; "
+            "download the model again, or copy the file from the model it was made from"
+        )
+    return candidates[0]
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _named_tokens(*sources: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(name, token) from special_tokens_map.json, then tokenizer_config.json, which wins; lists as name.0, name.1, …"""
+    for source in sources:
+        for name in NAMES:
+            if (token := _content(source.get(name))) is not None:
+                yield name, token
+        for name in _MORE_NAMES:
+            listed = source.get(name) or []
+            for number, value in enumerate(listed.values() if isinstance(listed, dict) else listed):
+                if token := _content(value):
+                    yield f"{name}.{number}", token
+
+
+def _content(value: Any) -> str | None:
+    """A token given as text, or as an object with its flags."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _add_tokens(backend: Backend, path: Path, config: Mapping[str, Any], named: Mapping[str, str]) -> None:
+    """Tokens that only the files beside the vocabulary know; and which of all added tokens are control tokens."""
+    stated = {content: AddedToken(content, special=False) for content in _optional_json(path / "added_tokens.json")}
+    ids = dict(_optional_json(path / "added_tokens.json"))
+    for index, fields in (config.get("added_tokens_decoder") or {}).items():
+        content = _content(fields)
+        if content and str(index).isdecimal():
+            flags = {flag: bool(fields[flag]) for flag in _FLAGS if flag in fields}
+            stated[content], ids[content] = AddedToken(content, **flags), int(index)
+    ordered = sorted(stated, key=lambda token: ids[token])
+    backend.add_tokens([stated[content] for content in ordered])  # at once: each call sorts all added tokens anew
+    for content in ordered:
+        if backend.token_to_id(content) != ids[content]:
+            raise ModelError(
+                f"{path}: the added token {content!r} should have id {ids[content]}, but the vocabulary gives it "
+                f"{backend.token_to_id(content)}: its tokenizer files do not belong together"
+            )
+    control = set(filter(None, named.values()))
+    added = backend.get_added_tokens_decoder()
+    if len(added) > MAX_ADDED_TOKENS:
+        raise ModelError(
+            f"{path}: its tokenizer has {len(added)} added tokens; at most {MAX_ADDED_TOKENS} are supported"
+        )
+    more_special, ends = [], _end_ids(path)
+    for index, token in added.items():
+        # Some fine-tunes add their turn markers as plain tokens; a user must not be able to type a turn there either.
+        is_marker = token.content.startswith("<|") and token.content.endswith("|>")
+        if not token.special and (is_marker or token.content in control or index in ends):
+            more_special.append(_as_special(token))
+        control.discard(token.content)
+    backend.add_special_tokens(more_special)
+    backend.add_special_tokens([token for token in sorted(control) if backend.token_to_id(token) is not None])
+
+
+def _end_ids(path: Path) -> frozenset[int]:
+    """The ids that the model's configs name as ends, as far as they are ids: `special_ids` judges them."""
+    named = [_optional_json(path / name).get("eos_token_id") for name in ("config.json", "generation_config.json")]
+    listed = [index for value in named for index in (value if isinstance(value, list) else [value])]
+    return frozenset(index for index in listed if isinstance(index, int))
+
+
+def _as_special(token: AddedToken) -> AddedToken:
+    return AddedToken(
+        token.content,
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        normalized=token.normalized,
+        special=True,
+    )
+
+
+def _chat_template(path: Path, config: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...]]:
+    """The template's source, from the first place that has one, and what there is to remark."""
+    file = path / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return read_small(file, MAX_TEMPLATE_FILE_BYTES).decode("utf-8"), ()
+        except OSError as error:
+            raise ModelError(f"{file} cannot be read ({error.strerror}); download it again") from error
+        except UnicodeDecodeError as error:
+            raise ModelError(f"{file} cannot be read ({error}); download it again") from error
+    template = _optional_json(path / "chat_template.json").get("chat_template") or config.get("chat_template")
+    if isinstance(template, str):
+        return template, ()
+    if isinstance(template, list):  # [{"name": "default", "template": …}, {"name": "tool_use", …}]
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        chosen = named.get("default") or (next(iter(named.values())) if len(named) == 1 else None)
+        if isinstance(chosen, str):
+            return chosen, ()
+        return None, (f"none of the model's chat templates is the default ({', '.join(map(str, named))})",)
+    return None, ()

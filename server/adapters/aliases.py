@@ -1,0 +1,176 @@
+"""Changes of aliases while the server runs: point, re-point, split by weight, rename, roll back, remove.
+
+Each is one step for everybody who asks: before it the old targets, after it the new ones, whose versions are held by
+then. Lives on the event loop; part of the adapter manager, which is told what may be taken off the device.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from guanaco.adapters.errors import AdapterError
+from guanaco.adapters.versions.aliases import Alias, AliasTable, Target, parse_targets
+from guanaco.adapters.versions.registry import AdapterRegistry
+from guanaco.server.adapters.sources import AdapterSources
+from guanaco.server.adapters.tiers import AdapterTiers
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AliasView:
+    """What an operator sees of one alias."""
+
+    alias: Alias
+    state: str  # ready; degraded: some of its targets are not loaded; dangling: none is
+    versions: Mapping[str, str | None]  # target → what it stands for now; None: not loaded, or an alias
+    num_uses: int  # requests since the start
+    last_used: float | None  # seconds since the epoch
+
+    def public(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {
+            "name": self.alias.name,
+            "state": self.state,
+            **self.alias.now.public(),
+            "versions": dict(self.versions),
+            "num_uses": self.num_uses,
+            "last_used": self.last_used,
+            "history": [past.public() for past in self.alias.history],
+        }
+
+
+class AliasManager:
+    """All changes of one alias table. Coroutines raise AdapterError for what is refused; then nothing changed."""
+
+    def __init__(
+        self,
+        table: AliasTable,
+        registry: AdapterRegistry,
+        sources: AdapterSources,
+        tiers: AdapterTiers,
+        *,
+        retire: Callable[[str], object],
+        save: Callable[[], Awaitable[None]],
+    ) -> None:
+        """retire: take a version off device and host once nothing needs it. save: write everything down."""
+        self.table = table
+        self._registry = registry
+        self._sources = sources
+        self._tiers = tiers
+        self._retire = retire
+        self._save = save
+        self._lock = asyncio.Lock()  # changes happen one after the other
+
+    async def put(self, name: str, split: Mapping[str, int], *, expected_revision: int | None = None) -> Alias:
+        """Make `name` lead to the targets of `split`; see `parse_targets`."""
+        targets = parse_targets(split)
+        return await self._change(
+            targets, lambda whole: self.table.put(name, whole, now=time.time(), expected=expected_revision)
+        )
+
+    async def rollback(self, name: str, revision: int | None = None) -> Alias:
+        """Make an alias what it was before its last change, or at an earlier revision: that is a change like others."""
+        alias = self._found(name)
+        if not alias.history:
+            raise AdapterError("no_history", f"{name} has led nowhere else before", "name")
+        wanted = alias.history[-1].number if revision is None else revision
+        past = next((past for past in alias.history if past.number == wanted), None)
+        if past is None:
+            raise AdapterError("revision_missing", f"{name} has no such revision in its history", "revision")
+        return await self._change(
+            past.targets, lambda whole: self.table.put(name, whole, now=time.time(), expected=alias.now.number)
+        )
+
+    async def rename(self, name: str, new: str) -> Alias:
+        """Another name for an alias, for all that lead to it too."""
+        return await self._change((), lambda _: self.table.rename(name, new))
+
+    async def remove(self, name: str) -> Alias:
+        """Forget an alias; requests that came by it go on."""
+        return await self._change((), lambda _: self.table.remove(name))
+
+    def view(self, name: str) -> AliasView | None:
+        alias = self.table.get(name)
+        return None if alias is None else self._view(alias)
+
+    def views(self) -> tuple[AliasView, ...]:
+        return tuple(self._view(alias) for alias in self.table.all())
+
+    async def refresh(self) -> frozenset[str]:
+        """Names came or went: hold what aliases lead to now; the versions that they led to and no longer do."""
+        before = self.table.held
+        self.table.refresh()
+        for version in self.table.pinned() - self._registry.versions():
+            try:
+                self._registry.release(await self._hold(version))
+            except AdapterError as error:
+                logger.warning("an alias leads to version %s, which cannot be had: %s", version[:12], error)
+        return before - self.table.held
+
+    async def _change(self, targets: tuple[Target, ...], change: Callable[[tuple[Target, ...]], Alias]) -> Alias:
+        async with self._lock:
+            before, held = self.table.held, []
+            try:
+                whole = []
+                for target in targets:
+                    if target.version is not None:
+                        target = replace(target, version=self._whole_version(target.name, target.version))
+                        held.append(await self._hold(target.version))
+                    whole.append(target)
+                alias = change(tuple(whole))
+            finally:
+                for version in held:
+                    self._registry.release(version)
+                for version in {*before, *held} - self.table.held:
+                    self._retire(version)
+            await self._save()
+        return alias
+
+    def _whole_version(self, name: str, prefix: str) -> str:
+        entry = self._registry.resolve(name)
+        if entry is None:
+            kind = "bad_target" if self.table.get(name) is not None else "target_not_found"
+            raise AdapterError(kind, f"{name} is no loaded adapter: only those have versions", "split")
+        known = {entry.version, *entry.history}
+        known |= {v for alias in self.table.all() for v in alias.versions_of(name)}
+        matching = [version for version in known if version.startswith(prefix)]
+        if len(matching) != 1:
+            problem = f"{name} has had no version {prefix}, or several that begin so; see its history"
+            raise AdapterError("version_missing", problem, "split")
+        return matching[0]
+
+    async def _hold(self, version: str | None) -> str:
+        """A lease on a version, which is read from the store if need be."""
+        assert version is not None
+        if not self._registry.hold(version):
+            adapter = await self._sources.stored(version)
+            self._registry.stage(adapter)
+            try:
+                await self._tiers.register(adapter)
+                self.table.regain(version)
+                held = self._registry.hold(version)
+                assert held, "what is staged is known"
+            finally:
+                self._registry.unstage(version)
+        return version
+
+    def _found(self, name: str) -> Alias:
+        alias = self.table.get(name)
+        if alias is None:
+            raise AdapterError("alias_not_found", "no alias is called so; GET /v1/aliases lists them", "name")
+        return alias
+
+    def _view(self, alias: Alias) -> AliasView:
+        loaded = [self._registry.resolve(t.name, t.version) is not None for t in self.table.leads_to(alias.name)]
+        entries = {target.text: self._registry.resolve(target.name, target.version) for target in alias.now.targets}
+        return AliasView(
+            alias,
+            state="ready" if all(loaded) else "degraded" if any(loaded) else "dangling",
+            versions={text: None if entry is None else entry.version for text, entry in entries.items()},
+            num_uses=self._registry.usage(alias.name)[0],
+            last_used=self._registry.usage(alias.name)[1],
+        )

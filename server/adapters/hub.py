@@ -1,0 +1,106 @@
+"""Adapters of the Hugging Face Hub as sources: `org/name@revision`, pinned to a commit when it is fetched.
+
+Only the config, the safetensors weights and the profile are ever downloaded. Blocks: whoever calls it has a thread for
+that. Used by the adapter sources, and by `guanaco adapters pull`.
+"""
+
+import os
+import re
+import shutil
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from guanaco.adapters.errors import AdapterError
+from guanaco.adapters.peft.config import CONFIG_NAME, MAX_CONFIG_BYTES
+from guanaco.adapters.peft.weights import WEIGHTS_NAME, AdapterLimits
+from guanaco.adapters.versions.profile import MAX_PROFILE_BYTES, PROFILE_NAME
+from guanaco.models.formats.leftovers import PartialFolder
+from guanaco.models.loading.hub_files import HubError, Snapshot, fetch_files
+from guanaco.server.config import Settings
+
+_ADDRESS = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})@([A-Za-z0-9][\w./-]{0,127})")
+
+
+@dataclass(frozen=True)
+class HubAddress:
+    repository: str
+    revision: str
+
+    @classmethod
+    def parse(cls, text: str) -> "HubAddress | None":
+        """`org/name@revision`; None for anything else."""
+        match = _ADDRESS.fullmatch(text)
+        return None if match is None or ".." in text else cls(match[1], match[2])
+
+    def __str__(self) -> str:
+        return f"{self.repository}@{self.revision}"
+
+
+@dataclass(frozen=True)
+class AdapterHub:
+    """How the hub is to be asked."""
+
+    cache_dir: Path
+    offline: bool = False
+    token: str | None = None
+    endpoint: str | None = None
+    shared_cache: Path | None = None  # of other tools: what is there need not be downloaded
+    allows_unpinned: bool = False  # org/name alone: the latest commit of main
+    max_weights_bytes: int = AdapterLimits().max_file_bytes
+
+    @classmethod
+    def of(cls, settings: Settings) -> "AdapterHub":
+        """With the settings that models of the hub have too."""
+        token = None if settings.hub_token is None else settings.hub_token.get_secret_value()
+        shared = settings.shared_hub_cache
+        return cls(
+            settings.cache_dir / "hub",
+            offline=settings.offline,
+            token=token,
+            shared_cache=shared,
+            allows_unpinned=settings.hub_adapters_unpinned,
+        )
+
+    def address(self, source: str) -> HubAddress | None:
+        """What a source names on the hub; None for what can only be a path."""
+        return HubAddress.parse(source) or (HubAddress.parse(f"{source}@main") if self.allows_unpinned else None)
+
+    def fetch(self, address: HubAddress) -> tuple[Path, HubAddress]:
+        """The directory with an adapter's files, in the hub's cache, and the address with its commit. AdapterError."""
+        snapshot = self._fetch(address)
+        return snapshot.path, HubAddress(address.repository, snapshot.commit)
+
+    def pull(self, address: HubAddress, target: Path) -> HubAddress:
+        """Copy an adapter's files into the new directory `target`, which appears whole or not at all. AdapterError."""
+        if os.path.lexists(target):
+            raise AdapterError("target_exists", f"{target} is there already; choose another directory")
+        path, pinned = self.fetch(address)
+        try:
+            with closing(PartialFolder(target)) as partial:
+                inner = partial.path / target.name
+                inner.mkdir()
+                for name in (CONFIG_NAME, WEIGHTS_NAME, PROFILE_NAME):
+                    if (path / name).exists():
+                        shutil.copyfile(path / name, inner / name)
+                inner.rename(target)
+        except OSError as error:
+            raise AdapterError("target_unwritable", f"{target} cannot be written: {error.strerror}") from None
+        return pinned
+
+    def _fetch(self, address: HubAddress) -> Snapshot:
+        try:
+            return fetch_files(
+                address.repository,
+                address.revision,
+                {CONFIG_NAME: MAX_CONFIG_BYTES, WEIGHTS_NAME: self.max_weights_bytes, PROFILE_NAME: MAX_PROFILE_BYTES},
+                required=(CONFIG_NAME, WEIGHTS_NAME),
+                cache_dir=self.cache_dir,
+                shared_cache=self.shared_cache,
+                offline=self.offline,
+                token=self.token,
+                endpoint=self.endpoint,
+            )
+        except HubError as error:
+            code = error.code
+            raise AdapterError(code, str(error), "source") from None

@@ -1,0 +1,382 @@
+"""Adapters that come and go while the engine runs: load, prove, publish, replace, roll back, drain, remove.
+
+Lives on the event loop; reading, copying and hashing happen on the threads of `adapter_sources`, and the proof of
+effect in background requests, so nobody waits for a load but who asked for it. Knows no HTTP. Used by the admin routes.
+"""
+
+import asyncio
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
+
+from guanaco.adapters.errors import AdapterError
+from guanaco.adapters.peft.weights import LoadedAdapter
+from guanaco.adapters.versions.aliases import AliasTable
+from guanaco.adapters.versions.profile import Profile
+from guanaco.adapters.versions.registry import AdapterEntry, AdapterRegistry, BrokenEntry, check_name
+from guanaco.adapters.versions.registry_file import RegistryFile
+from guanaco.adapters.versions.store import OnStage, VersionStore
+from guanaco.server.adapters.aliases import AliasManager
+from guanaco.server.adapters.pins import AdapterPins
+from guanaco.server.adapters.records import AdapterRecords
+from guanaco.server.adapters.sources import ROLLED_BACK, AdapterPolicy, AdapterSources
+from guanaco.server.adapters.tiers import AdapterTiers
+from guanaco.server.adapters.view import AdapterView, LoadingEntry
+from guanaco.server.engine.async_engine import AsyncEngine, EngineUnavailable, ProbeFailed
+from guanaco.server.engine.sampler import NOT_FINITE
+
+AdapterRefused = AdapterError  # for the API, which knows the engine but not the adapters below it
+
+T = TypeVar("T")
+
+_LoadKey = tuple[str, str, bool, str | None, str | None]  # the arguments of `load`, the profile as JSON
+
+# Codes of loads that say nothing about the adapter.
+_OUR_FAULT = frozenset({"store_failed", "probe_failed", "hub_failed", "hub_offline"})
+_IDLE_POLL_SECONDS = 0.02
+
+
+class AdapterManager:
+    """All changes of one registry. Public coroutines raise AdapterError for what is refused; then nothing changed."""
+
+    def __init__(
+        self,
+        registry: AdapterRegistry,
+        store: VersionStore,
+        saved: RegistryFile,
+        engine: AsyncEngine,
+        policy: AdapterPolicy,
+        *,
+        probe_token_ids: tuple[int, ...],
+        on_change: Callable[[], None] = lambda: None,
+        on_load: Callable[[str, float], None] = lambda *_: None,
+        on_stage: OnStage = lambda *_: None,
+        device_bytes: Callable[[LoadedAdapter], int] = lambda _: 0,
+    ) -> None:
+        """on_change: the names changed. on_load: a load ended as "ok", "refused" or "failed", after so many seconds.
+        on_stage: a part of a load took so many; from any thread. device_bytes: as of `AdapterTiers`."""
+        self.registry = registry
+        self._sources = AdapterSources(registry, store, policy, on_stage)
+        table = AliasTable(registry)
+        self._records = AdapterRecords(registry, table, saved)
+        self._engine = engine
+        self.tiers = AdapterTiers(registry, store, engine, self._broke, device_bytes)
+        self._pins = AdapterPins(registry, engine)
+        self._probe_token_ids = probe_token_ids
+        self._on_change = on_change
+        self._on_load = on_load
+        self._on_stage = on_stage
+        self._locks: dict[str, asyncio.Lock] = {}  # by name: its changes happen one after the other
+        self._lock_users: Counter[str] = Counter()  # who holds or waits for each
+        self._num_loads: Counter[str] = Counter()  # by name, since the start
+        self._loads: dict[_LoadKey, asyncio.Task[AdapterEntry]] = {}
+        self._retiring: set[asyncio.Task[None]] = set()
+        self.aliases = AliasManager(
+            table, registry, self._sources, self.tiers, retire=self._retire, save=self._aliases_changed
+        )
+
+    def restore(self) -> tuple[str, ...]:
+        """Bring back what was loaded before a restart; remarks for the operator. Once, before the engine runs."""
+        for entry in self.registry.entries():  # those of --adapter, which no store has
+            self.tiers.adopt(self.registry.host_copy(entry.version), is_permanent=True)
+        notes = self._records.restore(self._sources.stored_now, self._sources.profile, self.tiers.adopt)
+        self._sources.collect_now(self._records.wanted)
+        return (*notes, *self._pins.restore(self._records.pinned()))
+
+    async def load(
+        self,
+        name: str,
+        source: str,
+        *,
+        replace: bool = False,
+        expected_version: str | None = None,
+        profile: Mapping[str, Any] | None = None,
+    ) -> AdapterEntry:
+        """Read, check, prove and publish the adapter at `source` (below the root, or of the hub) under `name`.
+
+        replace: whether the name may be taken. expected_version: refuse unless the name stands for that version now.
+        profile: how to serve it, as `parse_profile` takes it; None: as the file beside the adapter says.
+        From its return on, new requests get the new version; those that run keep theirs. The same load asked for
+        twice at the same time happens once.
+        """
+        key = (name, source, replace, expected_version, None if profile is None else json.dumps(profile))
+        running = self._loads.get(key)
+        if running is None:
+            running = asyncio.create_task(self._timed(self._locked(name, lambda: self._load(*key))))
+            self._loads[key] = running
+            running.add_done_callback(lambda task: self._load_ended(key, task))
+        # A client that leaves does not stop a load that others may wait for.
+        return await asyncio.shield(running)
+
+    async def is_same(self, name: str, source: str) -> bool:
+        """Whether loading `source` as `name` would change nothing: its content and the profile beside it are those that
+        `name` has. Reads the whole source; AdapterError as of `load`."""
+        return await self._locked(name, lambda: self._is_same(name, source))
+
+    async def _is_same(self, name: str, source: str) -> bool:
+        located = await self._sources.locate(source)
+        profile = await self._sources.profile_beside(name, located)
+        adapter = await self._sources.ingest(name, located, keep=False)
+        entry = self.registry.resolve(name)
+        return entry is not None and entry.version == adapter.version and entry.profile == profile
+
+    async def unload(self, name: str, *, force: bool = False, timeout_seconds: float = 0.0) -> bool:
+        """Forget `name`; requests that run go on, or end with an error if `force`. True if none is left.
+
+        Waits so long for the last of them; afterwards the version is taken off the device in the background.
+        """
+        return await self._locked(name, lambda: self._unload(name, force, timeout_seconds))
+
+    async def rollback(self, name: str, version: str | None = None) -> AdapterEntry:
+        """Make `name` what it was before its last change, or an earlier version of its history."""
+        return await self._locked(name, lambda: self._rollback(name, version))
+
+    async def pin(self, name: str, *, pinned: bool) -> None:
+        """Keep `name` in host memory, whatever version it comes to stand for, until told otherwise."""
+        await self._locked(name, lambda: self._pins.pin(name) if pinned else self._pins.unpin(name))
+        await self._changed()
+
+    def view(self, name: str) -> AdapterView | None:
+        """One name, or None where there is none."""
+        return next((view for view in self.views() if view.entry.name == name), None)
+
+    def views(self) -> tuple[AdapterView, ...]:
+        """All names: those that serve, the broken ones, and last those that are being loaded for the first time."""
+        registry = self.registry
+        loading = {key[0]: key[1] for key in self._loads}
+        entries: list[AdapterEntry | BrokenEntry | LoadingEntry] = [*registry.entries(), *registry.broken()]
+        known = {entry.name for entry in entries}
+        entries += [LoadingEntry(name, source) for name, source in loading.items() if name not in known]
+        return tuple(self._view(entry, loading.get(entry.name)) for entry in entries)
+
+    def _view(self, entry: AdapterEntry | BrokenEntry | LoadingEntry, loading: str | None) -> AdapterView:
+        num_uses, last_used = self.registry.usage(entry.name)
+        version = entry.version if isinstance(entry, AdapterEntry) else None
+        return AdapterView(
+            entry,
+            num_requests=0 if version is None else self.registry.num_leases(version),
+            num_uses=num_uses,
+            last_used=last_used,
+            tier="disk" if version is None else self.tiers.tier(version),
+            num_loads=self._num_loads[entry.name],
+            loading=loading,
+            aliases=self.aliases.table.pointing_to(entry.name),
+            is_pinned=entry.name in self._pins.names,
+        )
+
+    async def check(self, name: str, source: str) -> dict[str, Any]:
+        """Everything that `load` checks, without the proof and without keeping anything: what it would take."""
+        check_name(name)
+        located = await self._sources.locate(source)
+        await self._sources.profile_beside(name, located)
+        adapter = self._sources.checked(await self._sources.ingest(name, located, keep=False))
+        self.tiers.check_room(adapter)
+        return {
+            "source": located.source,
+            "version": adapter.version,
+            "rank": adapter.max_rank,
+            "modules_applied": adapter.modules_applied,
+            "modules_possible": adapter.modules_possible,
+            "num_bytes": adapter.num_bytes,
+            "free_bytes": self.tiers.free_bytes,
+            "notes": list(adapter.notes),
+        }
+
+    async def close(self) -> None:
+        """Stop what runs in the background. What was published stays published."""
+        tasks = [*self._loads.values(), *self._retiring]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self.tiers.close()
+        self._sources.close()
+
+    async def _timed(self, load: Awaitable[AdapterEntry]) -> AdapterEntry:
+        started, result = time.monotonic(), "failed"
+        try:
+            entry = await load
+            result = "ok"
+        except AdapterError as error:
+            result = "failed" if error.code in _OUR_FAULT else "refused"
+            raise
+        finally:
+            self._on_load(result, time.monotonic() - started)
+        return entry
+
+    def _load_ended(self, key: _LoadKey, task: asyncio.Task[AdapterEntry]) -> None:
+        del self._loads[key]
+        if not task.cancelled():
+            task.exception()  # whoever still waits gets it; where nobody does, it is no news for the log
+
+    async def _load(
+        self, name: str, source: str, replace: bool, expected: str | None, profile_json: str | None
+    ) -> AdapterEntry:
+        self.registry.check_free(name, replace=replace)
+        self._check_expected(name, expected)
+        located = await self._sources.locate(source)
+        if profile_json is None:
+            profile = await self._sources.profile_beside(name, located)
+        else:
+            profile = self._sources.profile(json.loads(profile_json))
+        adapter = await self._sources.ingest(name, located)
+        try:
+            adapter = self._sources.checked(adapter)
+            return await self._publish(name, adapter, located.source, profile, replace=replace, expected=expected)
+        finally:
+            self._sources.settle(adapter.version)
+            await self._collect()
+
+    async def _publish(
+        self,
+        name: str,
+        adapter: LoadedAdapter,
+        source: str,
+        profile: Profile | None,
+        *,
+        replace: bool,
+        expected: str | None = None,
+        history: tuple[str, ...] = (),
+    ) -> AdapterEntry:
+        """Prove a version that is stored, then make it what `name` stands for; or discard it.
+
+        history: of a name that nothing stands for yet, or that is broken.
+        """
+        before = self.registry.resolve(name)
+        self.registry.stage(adapter)
+        entry = None
+        try:
+            await self.tiers.register(adapter)
+            effect = await self._prove(adapter.version)
+            published = time.monotonic()
+            self._check_expected(name, expected)
+            history = tuple(earlier for earlier in history if earlier != adapter.version)
+            entry = self.registry.publish(
+                name, adapter, source=source, replace=replace, history=history, effect=effect, profile=profile
+            )
+        finally:
+            self.registry.unstage(adapter.version)
+            if entry is None:
+                self._retire(adapter.version)
+        self._records.keep(name)
+        for version in await self.aliases.refresh():
+            self._retire(version)
+        await self._changed()
+        self._on_stage("publish", time.monotonic() - published)
+        self._num_loads[name] += 1
+        if before is not None and before.version != entry.version:
+            self._retire(before.version)
+        return entry
+
+    async def _prove(self, version: str) -> float:
+        started = time.monotonic()
+        try:
+            effect = await self._engine.probe_adapter(version, self._probe_token_ids)
+        except (ProbeFailed, EngineUnavailable) as error:
+            if str(error) == NOT_FINITE:
+                raise _not_finite() from None
+            raise AdapterError("probe_failed", f"the adapter could not be tried out ({error}); try again") from None
+        finally:
+            self._on_stage("probe", time.monotonic() - started)
+        if not math.isfinite(effect):
+            raise _not_finite()
+        if effect == 0:
+            raise AdapterError("zero_effect", "the adapter changes nothing: the logits are those of the base")
+        return effect
+
+    async def _unload(self, name: str, force: bool, timeout_seconds: float) -> bool:
+        entry = self.registry.remove(name)
+        self._records.drop(name)
+        self._num_loads.pop(name, None)
+        self._pins.names.discard(name)
+        # Not only what the name stood for: aliases lead to earlier versions of it no more.
+        versions = {entry.version, *await self.aliases.refresh()}
+        await self._changed()
+        leaving = [version for version in versions if self.registry.knows(version)]
+        leaving = [version for version in leaving if not self.registry.is_wanted(version)]
+        if not leaving:
+            await self._collect()
+            return True  # nothing to wait for, or another name needs it
+        if force:
+            for version in leaving:
+                self._engine.end_adapter(version)
+        retiring = {self._retire(version) for version in leaving}
+        _, unfinished = await asyncio.wait(retiring, timeout=timeout_seconds)
+        return not unfinished
+
+    async def _rollback(self, name: str, version: str | None) -> AdapterEntry:
+        broken = {entry.name: entry for entry in self.registry.broken()}
+        entry = self.registry.resolve(name) or broken.get(name)
+        if entry is None:
+            raise AdapterError("adapter_not_found", "no adapter is called so; GET /v1/adapters lists them", "name")
+        if not entry.history:
+            raise AdapterError("no_history", f"{name} has had no other version to go back to", "name")
+        matching = [old for old in entry.history if old.startswith(version or entry.history[-1])]
+        if len(matching) != 1:
+            raise AdapterError(
+                "version_missing", f"{name} has had no such version, or several; see its history", "version"
+            )
+        adapter = await self._sources.stored(matching[0])
+        source = f"{ROLLED_BACK}{matching[0][:12]}"
+        return await self._publish(name, adapter, source, entry.profile, replace=True, history=entry.history)
+
+    def _retire(self, version: str) -> asyncio.Task[None]:
+        """Take a version off device and host as soon as nothing needs it."""
+        task = asyncio.create_task(self._retire_when_idle(version))
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+        return task
+
+    async def _retire_when_idle(self, version: str) -> None:
+        while True:
+            if self.registry.is_wanted(version):
+                return  # it came back
+            idle = self.registry.num_leases(version) == 0 and await self._engine.forget_adapter(version)
+            if idle and self.registry.drop(version):
+                self.tiers.forget(version)
+                await self._collect()
+                return
+            await asyncio.sleep(_IDLE_POLL_SECONDS)
+
+    def _broke(self, version: str) -> None:
+        """The stored copy of a version turned out to be damaged or gone: its names are listed as broken already."""
+        self.aliases.table.lose(version)
+        self._on_change()
+        self._retire(version)
+
+    async def _collect(self) -> None:
+        """Remove the stored copies of versions that no name has now or had before, and nobody uses."""
+        await self._sources.collect(self._records.wanted)
+
+    def _check_expected(self, name: str, expected: str | None) -> None:
+        entry = self.registry.resolve(name)
+        if expected is not None and (entry is None or entry.version != expected):
+            now = "is not loaded" if entry is None else f"stands for version {entry.version}"
+            raise AdapterError("version_conflict", f"{name} {now}, not for the expected one", "expected_version")
+
+    async def _locked(self, name: str, work: Callable[[], Awaitable[T]]) -> T:
+        lock = self._locks.setdefault(name, asyncio.Lock())
+        self._lock_users[name] += 1
+        try:
+            async with lock:
+                return await work()
+        finally:
+            self._lock_users[name] -= 1
+            if not self._lock_users[name]:
+                del self._lock_users[name], self._locks[name]
+
+    async def _aliases_changed(self) -> None:
+        await self._changed()
+        await self._collect()
+
+    async def _changed(self) -> None:
+        """Names mean something else from now on: write it down, and tell who keeps a list."""
+        await self._pins.refresh()
+        await self._records.save(self._sources.on_thread, frozenset(self._pins.names))
+        self._on_change()
+
+
+def _not_finite() -> AdapterError:
+    return AdapterError("effect_not_finite", "with this adapter the model computes NaN or infinity")

@@ -1,0 +1,58 @@
+"""Adapters that stay in host memory because an operator says so: by name, whatever version the name stands for.
+
+Says what is wanted; the engine's ledger of host memory does it. On the event loop. Called by the adapter manager.
+"""
+
+import logging
+from collections.abc import Iterable
+
+from guanaco.adapters.errors import AdapterError
+from guanaco.adapters.versions.registry import AdapterRegistry
+from guanaco.server.engine.async_engine import AsyncEngine
+
+logger = logging.getLogger(__name__)
+
+
+class AdapterPins:
+    """The pinned names of one registry. A name keeps its pin when it comes to stand for another version."""
+
+    def __init__(self, registry: AdapterRegistry, engine: AsyncEngine) -> None:
+        self.names: set[str] = set()
+        self._registry = registry
+        self._engine = engine
+
+    def restore(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Before the engine starts: what was pinned before a restart; remarks for the operator."""
+        self.names = set(names)
+        host = self._engine.ledgers.host
+        return tuple(
+            f"adapter {entry.name} is pinned, and there is no room to keep it in memory"
+            for entry in self._registry.entries()
+            if entry.name in self.names and not host.keep(entry.version)
+        )
+
+    async def pin(self, name: str) -> None:
+        """Keep an adapter in memory. AdapterError where there is none, or no room beside what is held already."""
+        if self._registry.resolve(name) is None:
+            raise AdapterError("adapter_not_found", "no adapter is called so; GET /v1/adapters lists them", "name")
+        was_pinned = name in self.names
+        self.names.add(name)
+        if not await self._tell_engine() and not was_pinned:
+            self.names.discard(name)
+            await self._tell_engine()
+            problem = "there is no room to keep it: unpin or unload another, or raise --adapter-host-memory"
+            raise AdapterError("host_memory_full", problem)
+
+    async def unpin(self, name: str) -> None:
+        """Let it be evicted again. Unknown names are not pinned anyway."""
+        self.names.discard(name)
+        await self._tell_engine()
+
+    async def refresh(self) -> None:
+        """Names have come to stand for other versions, or for none."""
+        if self.names and not await self._tell_engine():
+            logger.warning("some pinned adapters find no room in memory; they are read when they are wanted")
+
+    async def _tell_engine(self) -> bool:
+        versions = frozenset(entry.version for entry in self._registry.entries() if entry.name in self.names)
+        return await self._engine.between_steps(lambda engine: engine.keep_adapters(versions), otherwise=True)

@@ -1,0 +1,151 @@
+"""What a restart brings back: the names that were loaded while the server ran, as the registry's file lists them.
+
+Keeps the list in step with the registry, and restores from it. Reads no adapters itself. Called by the adapter manager.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from guanaco.adapters.errors import AdapterError
+from guanaco.adapters.peft.weights import LoadedAdapter
+from guanaco.adapters.versions.aliases import AliasTable
+from guanaco.adapters.versions.profile import Profile
+from guanaco.adapters.versions.registry import AdapterEntry, AdapterRegistry, BrokenEntry
+from guanaco.adapters.versions.registry_file import RegistryFile, Saved
+
+logger = logging.getLogger(__name__)
+
+OnThread = Callable[[Callable[[], None]], Awaitable[None]]
+
+
+class AdapterRecords:
+    """The file of one registry."""
+
+    def __init__(self, registry: AdapterRegistry, aliases: AliasTable, saved: RegistryFile) -> None:
+        self._registry = registry
+        self._aliases = aliases
+        self._saved = saved
+        self._persistent: set[str] = set()  # names that come back after a restart
+        self._shadowed: dict[str, Saved] = {}  # what --adapter goes before; kept for a start without it
+        self._saving = asyncio.Lock()
+
+    def restore(
+        self,
+        read: Callable[[str], LoadedAdapter],
+        profile: Callable[[Mapping[str, Any]], Profile],
+        stays: Callable[[LoadedAdapter], bool],
+    ) -> tuple[str, ...]:
+        """Publish what was loaded before a restart; remarks for the operator. Called once, before the engine runs.
+
+        read: the adapter of a version; profile: from its fields; stays: whether there is room for it in memory. All may
+        raise AdapterError. A name that is taken by
+        now (by --adapter) stays what it is. One whose copy is gone or damaged is listed as broken.
+        """
+        self._saved.remove_leftovers()
+        notes = []
+        for record in self._saved.read():
+            self._persistent.add(record.name)
+            try:
+                self._registry.check_free(record.name)
+                asked = None if record.profile is None else profile(record.profile)
+                adapter = read(record.version)
+                self._registry.publish(
+                    record.name,
+                    adapter,
+                    source=record.source,
+                    history=record.history,
+                    effect=record.effect,
+                    profile=asked,
+                    in_memory=stays(adapter),
+                )
+            except AdapterError as error:
+                if error.code == "name_taken":
+                    self._persistent.discard(record.name)
+                    self._shadowed[record.name] = record
+                    notes.append(f"adapter {record.name}: --adapter goes before what was loaded under that name")
+                    continue
+                self._registry.add_broken(
+                    BrokenEntry(
+                        record.name,
+                        record.version,
+                        record.source,
+                        error.code,
+                        str(error),
+                        history=record.history,
+                        # One that is itself at fault is not kept: a roll-back serves without it.
+                        profile=None if error.code == "bad_profile" else profile(record.profile or {}),
+                    )
+                )
+                notes.append(f"adapter {record.name} is broken: {error}")
+        notes += self._restore_aliases(read, stays)
+        return tuple(notes)
+
+    def _restore_aliases(
+        self, read: Callable[[str], LoadedAdapter], stays: Callable[[LoadedAdapter], bool]
+    ) -> list[str]:
+        self._aliases.restore(self._saved.read_aliases())
+        notes = [
+            f"alias {alias.name}: --adapter goes before it"
+            for alias in self._aliases.all()
+            if self._registry.is_taken(alias.name)
+        ]
+        for version in sorted(self._aliases.pinned()):
+            if self._registry.knows(version):
+                continue
+            try:
+                adapter = read(version)
+                in_memory = stays(adapter)
+                self._registry.stage(adapter)
+                if in_memory:
+                    self._registry.keep(adapter)
+                self._registry.unstage(version)
+            except AdapterError as error:
+                notes.append(f"an alias leads to version {version[:12]}, which cannot be had: {error}")
+        return notes
+
+    def keep(self, name: str) -> None:
+        """A restart is to bring `name` back."""
+        self._persistent.add(name)
+        self._shadowed.pop(name, None)
+
+    def drop(self, name: str) -> None:
+        """A restart is not to bring `name` back."""
+        self._persistent.discard(name)
+        self._shadowed.pop(name, None)
+
+    def wanted(self) -> frozenset[str]:
+        """The versions that a name has now or had before, or that are in use: their stored copies stay."""
+        named: list[AdapterEntry | BrokenEntry | Saved] = [*self._registry.entries(), *self._registry.broken()]
+        named += self._shadowed.values()
+        return frozenset(v for one in named for v in (one.version, *one.history)) | (
+            self._registry.versions() | self._aliases.wanted()
+        )
+
+    def pinned(self) -> tuple[str, ...]:
+        """The names that were to stay in memory before a restart."""
+        return self._saved.read_pinned()
+
+    async def save(self, on_thread: OnThread, pinned: frozenset[str]) -> None:
+        """Write down what a restart is to bring back. The change itself stands even if that fails; the log says so."""
+        async with self._saving:
+            ready = (
+                Saved(e.name, e.version, e.source, e.history, e.effect, _plain(e.profile))
+                for e in self._registry.entries()
+            )
+            broken = (
+                Saved(b.name, b.version, b.source, b.history, None, _plain(b.profile)) for b in self._registry.broken()
+            )
+            kept = (record for record in (*ready, *broken) if record.name in self._persistent)
+            records = (*kept, *self._shadowed.values())
+            try:
+                await on_thread(lambda: self._saved.write(records, self._aliases.all(), pinned))
+            except OSError as error:
+                logger.error(
+                    "the list of adapters could not be written (%s): a restart would not know this change", error
+                )
+
+
+def _plain(profile: Profile | None) -> dict[str, Any] | None:
+    return None if profile is None else profile.public()

@@ -1,0 +1,137 @@
+"""Adapter versions between disk and host memory: reads what the engine's ledger wants, and drops what it gives up.
+
+Decides nothing: the scheduler does, on the engine's thread; here are the threads that read, and the registry's copies.
+A version that can't be read is marked broken. Made and used by the adapter manager.
+"""
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from guanaco.adapters.errors import AdapterError
+from guanaco.adapters.peft.weights import LoadedAdapter
+from guanaco.adapters.versions.registry import AdapterRegistry
+from guanaco.adapters.versions.store import VersionStore
+from guanaco.server.engine.async_engine import AsyncEngine
+
+logger = logging.getLogger(__name__)
+
+# TokenOutput.error of requests whose adapter could not be read: its copy is damaged or gone, or it may work again
+ADAPTER_BROKEN = "adapter_broken"
+ADAPTER_READ_FAILED = "adapter_read_failed"
+
+# Reads at the same time. Many, since they wait for a disk: one that hangs must not keep the others from theirs.
+_READ_THREADS = 16
+_MAY_PASS = frozenset({"unreadable"})  # codes that say nothing about the copy: too many open files, an I/O error
+
+
+class AdapterTiers:
+    """The `AdapterSource` of an engine: all versions of one store. `start` and `drop` are for the engine's thread."""
+
+    def __init__(
+        self,
+        registry: AdapterRegistry,
+        store: VersionStore,
+        engine: AsyncEngine,
+        on_broken: Callable[[str], None],
+        device_bytes: Callable[[LoadedAdapter], int] = lambda _: 0,
+    ) -> None:
+        """on_broken: a version turned out not to be readable; called on the event loop. device_bytes: what an adapter
+        takes of the device's arena, 0 where there is none."""
+        self._registry = registry
+        self._store = store
+        self._engine = engine
+        self._on_broken = on_broken
+        self._device_bytes = device_bytes
+        self._threads = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="guanaco-adapter-reads")
+        engine.read_adapters_from(self)
+
+    def start(self, version: str) -> None:
+        """Have a version read into host memory."""
+        self._threads.submit(self._read, version)
+
+    def drop(self, version: str) -> None:
+        """Let a copy in host memory go."""
+        self._registry.let_go(version)
+
+    def adopt(self, adapter: LoadedAdapter, *, is_permanent: bool = False) -> bool:
+        """Before the engine starts: tell of a version that was just read. True if it is to stay in host memory, which
+        one that no store has (`is_permanent`) must.
+
+        Raises AdapterError for one that is too large ever to be there.
+        """
+        ledgers, version, num_bytes = self._engine.ledgers, adapter.version, adapter.num_bytes
+        device_bytes = self._device_bytes(adapter)
+        if ledgers.add_adapter(version, num_bytes, device_bytes, is_here=True, is_permanent=is_permanent):
+            return ledgers.host.is_ready([version])
+        if not ledgers.add_adapter(version, num_bytes, device_bytes):
+            raise self._full(adapter)
+        return False
+
+    async def register(self, adapter: LoadedAdapter) -> None:
+        """Tell of a version that requests may ask for from now on. AdapterError where there is no room for it beside
+        what requests hold."""
+        version, num_bytes, device_bytes = adapter.version, adapter.num_bytes, self._device_bytes(adapter)
+        added = await self._engine.between_steps(
+            lambda engine: engine.add_adapter(version, num_bytes, device_bytes), otherwise=True
+        )
+        if not added:
+            raise self._full(adapter)
+
+    def forget(self, version: str) -> None:
+        """A version exists no more: `AsyncEngine.forget_adapter` took it off device and host, and its last lease is
+        given back."""
+        self._engine.send(lambda engine: engine.scheduler.remove_adapter(version))
+
+    def tier(self, version: str) -> str:
+        """`device`, `host` or `disk`: the fastest place that has it, perhaps a step ago."""
+        ledgers = self._engine.ledgers
+        if version in ledgers.slots.resident:
+            return "device"
+        return "host" if ledgers.host.is_ready([version]) else "disk"
+
+    def check_room(self, adapter: LoadedAdapter) -> None:
+        """AdapterError where an adapter would find no room now, beside what requests hold."""
+        ledgers = self._engine.ledgers
+        too_large = self._device_bytes(adapter) > ledgers.slots.num_bytes
+        if too_large or (
+            not ledgers.host.is_known(adapter.version) and adapter.num_bytes > ledgers.host.num_evictable_bytes
+        ):
+            raise self._full(adapter)
+
+    @property
+    def free_bytes(self) -> int:
+        """Of host memory, what a new adapter could have."""
+        return self._engine.ledgers.host.num_evictable_bytes
+
+    def close(self) -> None:
+        """Read no more. A read that hangs is left behind."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _full(self, adapter: LoadedAdapter) -> AdapterError:
+        host, slots = self._engine.ledgers.host, self._engine.ledgers.slots
+        if (device_bytes := self._device_bytes(adapter)) > slots.num_bytes:
+            problem = f"it takes {device_bytes} bytes of the device's {slots.num_bytes}: raise --adapter-device-memory"
+            return AdapterError("device_memory_full", problem)
+        problem = (
+            f"it needs {adapter.num_bytes} bytes, and {host.num_evictable_bytes} of {host.limit_bytes} are free or "
+            "could be: unload another, wait for what runs, or raise --adapter-host-memory"
+        )
+        return AdapterError("host_memory_full", problem)
+
+    def _read(self, version: str) -> None:
+        """On a thread of its own: bring one version into memory, and tell the engine how that went."""
+        error: str | None = None
+        try:
+            self._registry.keep(self._registry.staged(version) or self._store.read(version))
+        except AdapterError as problem:
+            logger.error("adapter version %.12s could not be read: %s", version, problem)
+            error = ADAPTER_READ_FAILED
+            if problem.code not in _MAY_PASS:
+                error = ADAPTER_BROKEN
+                self._registry.mark_broken(version, problem.code, str(problem))
+                self._engine.on_loop(lambda: self._on_broken(version))
+        except Exception:
+            logger.exception("adapter version %.12s could not be read", version)
+            error = ADAPTER_READ_FAILED
+        self._engine.send(lambda engine: engine.adapter_read(version, error))

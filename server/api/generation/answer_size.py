@@ -1,0 +1,59 @@
+"""How large one answer may become, worked out before anything is generated.
+
+A whole answer is kept in memory until its end, and each log-probability in it takes a hundred bytes and more. Doesn't
+know HTTP. Called by `serving`.
+"""
+
+from collections.abc import Sequence
+
+from guanaco.server.api.generation.protocol import GenerationBody
+from guanaco.server.api.http.errors import bad_request
+from guanaco.server.config import Settings
+from guanaco.server.engine.request import SamplingParams
+
+
+def most_tokens_a_choice(
+    body: GenerationBody, prompts: Sequence[tuple[int, SamplingParams]], settings: Settings
+) -> int | None:
+    """How many tokens each choice may have where the client didn't say; None: as many as its parameters have.
+
+    `prompts`: for each, its length in tokens and its parameters. 400 where the client asks for more tokens, or for
+    more log-probabilities, than one answer may have. A stream is not kept: of its log-probabilities only the prompt's
+    count, since they come in one event.
+    """
+    num_choices = body.n * len(prompts)
+    num_tokens = body.n * sum(params.max_tokens for _, params in prompts)
+    most: int | None = None
+    if num_tokens > settings.max_answer_tokens:
+        most = settings.max_answer_tokens // num_choices
+        if body.token_limit is not None or most < 1:
+            text = (
+                f"all choices together may have at most {settings.max_answer_tokens} tokens, and this request asks for "
+                f"{num_tokens}: ask for fewer prompts, choices or tokens"
+            )
+            raise bad_request(text, "max_tokens")
+    fixed = body.n * sum(length * _entries(params.prompt_logprobs) for length, params in prompts)
+    a_token = _entries(prompts[0][1].logprobs)
+    if body.stream or not a_token:
+        a_token = 0
+    room = settings.max_answer_logprobs - fixed
+    if most is not None:
+        num_tokens = most * num_choices
+    if num_tokens * a_token > room or room < 0:
+        fitting = room // (num_choices * a_token) if a_token else 0
+        if body.token_limit is not None or fitting < 1:
+            text = (
+                f"an answer may have at most {settings.max_answer_logprobs} log-probabilities, alternatives and the "
+                f"prompt's included, and this request asks for {fixed + num_tokens * a_token}: ask for fewer prompts, "
+                "choices, tokens or alternatives"
+            )
+            raise bad_request(text, "logprobs")
+        most = fitting
+    if most is not None and (body.min_tokens or 0) > most:
+        raise bad_request(f"min_tokens is more than the {most} tokens that a choice may have", "min_tokens")
+    return most
+
+
+def _entries(num_alternatives: int | None) -> int:
+    """Log-probabilities for one token: its own and its alternatives'."""
+    return 0 if num_alternatives is None else 1 + num_alternatives

@@ -1,0 +1,152 @@
+"""From the bytes of a request body to a validated request, or to a 400 that names the field.
+
+Parses the raw bytes strictly: no NaN or infinity, no lone surrogates, no duplicate keys, no byte-order mark, no
+conversions between types. Doesn't know what the fields mean. Error messages never hold what the client sent.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
+from starlette.requests import Request
+
+from guanaco.server.api.generation.fields import INSTEAD, RouteFields, asks_for_nothing
+from guanaco.server.api.generation.ignored import Ignored, ignored_fields
+from guanaco.server.api.generation.json_structure import check_structure
+from guanaco.server.api.http.errors import ApiError, ClientGone, bad_request
+from guanaco.server.api.http.intake import HeldBody
+
+Model = TypeVar("Model", bound=BaseModel)
+
+_MAX_MESSAGE = 300
+
+
+async def read_body(request: Request, max_bytes: int, held: HeldBody) -> bytes:
+    """The whole body, counted in `held`. 413 beyond `max_bytes` (announced or counted), 415 for anything that isn't
+    plain JSON, 503 or 429 where memory has no room for it; ClientGone where the client leaves before its end."""
+    headers = request.headers
+    if headers.get("content-encoding", "identity").strip().lower() not in ("identity", ""):
+        raise ApiError(415, "unsupported_encoding", "compressed bodies are not read: send the JSON as it is")
+    kind, _, parameters = headers.get("content-type", "").partition(";")
+    if kind.strip().lower() != "application/json":
+        raise ApiError(415, "unsupported_media_type", "send the body as JSON, with `Content-Type: application/json`")
+    if "charset" in parameters.lower() and "utf-8" not in parameters.lower():
+        raise ApiError(415, "unsupported_media_type", "send the JSON in UTF-8")
+    announced = headers.get("content-length", "")
+    if announced.isascii() and announced.isdecimal():
+        if int(announced) > max_bytes:
+            raise _too_large(max_bytes)
+        held.expect(int(announced))
+    body = bytearray()
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        piece = message.get("body", b"")
+        if len(body) + len(piece) > max_bytes:
+            raise _too_large(max_bytes)
+        held.add(len(piece))
+        body += piece
+        if not message.get("more_body", False):
+            return bytes(body)
+
+
+def _too_large(max_bytes: int) -> ApiError:
+    return ApiError(413, "request_too_large", f"the body is larger than {max_bytes} bytes, the most this server reads")
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """The body as a JSON object."""
+    check_structure(body)
+    if not body:
+        raise bad_request("the body is empty: send JSON, {} at least", code="invalid_json")
+    try:
+        value = from_json(body, allow_inf_nan=False)
+    except ValueError:
+        # pydantic's own words would say where, but they can quote the body
+        raise bad_request("the body is not valid JSON in UTF-8", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise bad_request("the body must be a JSON object", code="invalid_json")
+    json.loads(body, object_pairs_hook=_refuse_duplicates, parse_int=_pass_over)
+    return value
+
+
+def _pass_over(digits: str) -> None:
+    """The second reading is for the keys alone. Python's own reader would make a number of each integer."""
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> None:
+    """Two readers of one body could otherwise understand two different requests."""
+    if len({key for key, _ in pairs}) != len(pairs):
+        raise bad_request("the body has an object with the same key twice", code="invalid_json")
+
+
+@dataclass(frozen=True)
+class TakenFields:
+    """A body under our own names of its fields, with nothing in it that would have to be refused by name."""
+
+    data: dict[str, Any]
+    ignored: Ignored
+    renamed: Mapping[str, str]  # our name → the name that the client gave
+
+    def validate(self, model: type[Model]) -> Model:
+        """The body as `model`, or a 400 for the first field that is wrong, under the client's name of it."""
+        try:
+            return validate(model, self.data)
+        except ApiError as error:
+            if (alias := self.renamed.get(error.param or "")) is None:
+                raise
+            raise bad_request(error.message.replace(error.param or "", alias, 1), alias, error.code) from None
+
+
+def take_fields(data: dict[str, Any], route: RouteFields) -> TakenFields:
+    """Sort the fields of a body as `route` says.
+
+    400 for a field that would change the answer and isn't supported, and for two names of one field with two values."""
+    for name in route.refused.keys() & data.keys():
+        if not asks_for_nothing(data[name], route.refused[name]):
+            advice = f": {INSTEAD[name]}" if name in INSTEAD else ""
+            raise bad_request(f"{name} is not supported by this server{advice}", name, "unsupported_parameter")
+    ignored = ignored_fields(data, route)
+    ours = {name: value for name, value in data.items() if name not in route.aliases}
+    renamed: dict[str, str] = {}
+    for alias in sorted(route.aliases.keys() & data.keys()):
+        name, value = route.aliases[alias], data[alias]
+        if value is None:
+            continue
+        other = ours.get(name)
+        if other is not None and (other != value or type(other) is not type(value)):
+            raise bad_request(f"{alias} and {renamed.get(name, name)} mean the same: give one of them", alias)
+        ours[name], renamed[name] = value, alias
+    return TakenFields(ours, ignored, renamed)
+
+
+def validate(model: type[Model], data: dict[str, Any]) -> Model:
+    """The data as `model`, or a 400 for the first field that is wrong."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        if first["type"] == "extra_forbidden":  # its location ends with the client's own text
+            raise _field_error(first["loc"][:-1], first["type"], "it has a field that isn't known here") from None
+        raise _field_error(first["loc"], first["type"], first["msg"]) from None
+
+
+def _field_error(location: Sequence[int | str], kind: str, message: str) -> ApiError:
+    param = ""
+    for part in location:
+        param += f"[{part}]" if isinstance(part, int) else f".{part}" if param else part
+    if kind == "missing":
+        return bad_request(f"{param} is missing", param, "missing_required_parameter")
+    code = "invalid_type" if kind.endswith("_type") else "invalid_value"
+    return bad_request(f"{param}: {message}"[:_MAX_MESSAGE], param or None, code)
+
+
+def body_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """The OpenAPI entry for a body that a route reads itself."""
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs", None)  # `app` puts them under components
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

@@ -1,0 +1,288 @@
+"""The models this server answers for, by name: the base first, then its adapters.
+
+Doesn't load anything and knows no paths: who does that brings a `LiveAdapters`. An unknown name is a 404, never the
+base.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from guanaco.server.adapters.sources import shown_source
+from guanaco.server.api.http.auth import ApiKey
+from guanaco.server.api.http.errors import ApiError, alias_target_missing, bad_request, model_not_found
+from guanaco.server.api.http.lifecycle import Admission
+from guanaco.server.engine.request import LoraRef
+from guanaco.server.metrics.adapters import MIXTURE_LABEL
+
+OWNER = "guanaco"
+_ALIAS_LOOKS = 4
+
+
+class ServedProfile(Protocol):
+    """How one adapter wants to be served (`adapters.profile.Profile`)."""
+
+    @property
+    def chat_template(self) -> str | None: ...
+    @property
+    def stop(self) -> tuple[str, ...]: ...
+    @property
+    def sampling(self) -> dict[str, float | int]: ...
+    @property
+    def allowed_keys(self) -> tuple[str, ...] | None: ...
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """One name that clients may put into `model`, or the base with the adapters that one request asks for."""
+
+    name: str
+    max_model_len: int
+    root: str  # what it was made from: a hub id, or the name; shown to clients
+    parent: str | None = None  # an adapter's base
+    version: str | None = None  # an adapter's content digest; None: the base model
+    created: int = field(default_factory=lambda: int(time.time()))
+    base_fingerprint: str = ""  # of the base's content
+    mixture: tuple[LoraRef, ...] = ()  # of a request that names its adapters itself
+    mixed_names: tuple[str, ...] = ()  # the names of the mixture's adapters
+    profile: ServedProfile | None = None
+    stands_for: str | None = None  # of an alias: the adapter that this request gets
+
+    def is_open_to(self, key: ApiKey | None) -> bool:
+        """Whether the holder of a key may use it, or hear of it."""
+        allowed = None if self.profile is None else self.profile.allowed_keys
+        return allowed is None or (key is not None and key.id in allowed)
+
+    @property
+    def counted_as(self) -> str | None:
+        """The adapter's name in the metrics, whatever it was asked by; None for the base."""
+        if self.mixture:
+            return MIXTURE_LABEL
+        return None if self.version is None else self.stands_for or self.name
+
+    @property
+    def loras(self) -> tuple[LoraRef, ...]:
+        return self.mixture if self.version is None else (LoraRef(self.version),)
+
+    @property
+    def versions(self) -> str | None:
+        """The content digests of all adapters, comma-separated: what a response says it was made with."""
+        return ",".join(lora.version for lora in self.loras) or None
+
+    @property
+    def fingerprint(self) -> str:
+        """`system_fingerprint` of the answers: a digest of the base and of the ordered (version, scale) list."""
+        content = [self.base_fingerprint, [[lora.version, float(lora.scale).hex()] for lora in self.loras]]
+        return "fp_" + hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+    def card(self) -> dict[str, Any]:
+        """The entry in GET /v1/models. No `name` key: Open WebUI shows a null one as the model's name."""
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": OWNER,
+            "root": self.root,
+            "parent": self.parent,
+            "max_model_len": self.max_model_len,
+            "permission": [],
+            "base_fingerprint": self.base_fingerprint,
+            # Of an alias it may be another one for each request.
+            "version": self.version if self.stands_for in (None, self.name) else None,
+        }
+
+
+class LiveEntry(Protocol):
+    """What the catalog shows of a registered adapter."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> str: ...
+    @property
+    def source(self) -> str: ...
+    @property
+    def loaded_at(self) -> float: ...
+    @property
+    def profile(self) -> ServedProfile | None: ...
+
+
+class LiveAdapters(Protocol):
+    """Adapters that come and go. Safe from any thread."""
+
+    def entries(self) -> Sequence[LiveEntry]: ...
+    def resolve(self, name: str, version: str | None = None) -> LiveEntry | None: ...
+    def acquire(self, name: str, version: str | None = None) -> LiveEntry | None:
+        """As `resolve`, and the version stays usable until `release(version)`."""
+
+    def release(self, version: str) -> None: ...
+    def count_use(self, alias: str) -> None: ...
+
+
+class AliasTarget(Protocol):
+    """An adapter that an alias leads to, perhaps in one version, and perhaps not loaded."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> str | None: ...
+
+
+class LiveAliases(Protocol):
+    """Names that stand for live adapters. Safe from any thread."""
+
+    def names(self) -> Sequence[str]: ...
+    def follow(self, name: str, key: str) -> AliasTarget | None: ...
+    def leads_to(self, name: str) -> Sequence[AliasTarget]: ...
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks: the key, and the text that a weighted alias chooses by."""
+
+    key: ApiKey | None
+    split_key: str | None = None  # None: the request's id
+    request_id: str = ""
+    counts: bool = True  # as a use of the alias that is asked for
+
+    @property
+    def chosen_by(self) -> str:
+        return self.request_id if self.split_key is None else self.split_key
+
+
+class Catalog:
+    """The served models in the order in which they are listed."""
+
+    def __init__(
+        self,
+        base: ServedModel,
+        adapters: Iterable[ServedModel] = (),
+        live: LiveAdapters | None = None,
+        aliases: LiveAliases | None = None,
+    ) -> None:
+        """aliases: over `live`, which goes before them."""
+        self.base = base
+        self._models = {model.name: model for model in (base, *adapters)}
+        self._live = live
+        self._aliases = aliases
+
+    def get(self, name: str, key: ApiKey | None) -> ServedModel:
+        """The model of that name, to be shown; a 404 where there is none for this key."""
+        model = self._models.get(name)
+        if model is None and self._live is not None and (entry := self._live.resolve(name)) is not None:
+            model = self._model_of(entry)
+        if model is None:
+            model = self._model_of_alias(name, Caller(key))
+        if model is None or not model.is_open_to(key):
+            raise model_not_found()
+        return model
+
+    def is_known(self, name: str, key: ApiKey | None) -> bool:
+        """Whether requests may name it. Follows no alias: where one leads is decided when a request is prepared."""
+        if (model := self._models.get(name)) is not None:
+            return model.is_open_to(key)
+        if self._live is not None and (entry := self._live.resolve(name)) is not None:
+            return self._model_of(entry).is_open_to(key)
+        return self._aliases is not None and name in self._aliases.names() and self._is_alias_open_to(name, key)
+
+    def acquire(self, name: str, caller: Caller, admission: Admission) -> ServedModel:
+        """The model of that name, to be used: its version stays until the admission is released."""
+        model = self._models.get(name)
+        if model is not None:
+            return model
+        if self._live is None:
+            raise model_not_found()
+        live, entry = self._live, self._live.acquire(name)
+        is_alias = entry is None
+        if entry is None:
+            entry = self._acquire_by_alias(name, caller)
+        version = entry.version
+        admission.on_release(lambda: live.release(version))
+        acquired = self._model_of(entry, alias=name if is_alias else None)
+        if not acquired.is_open_to(caller.key) or (is_alias and not self._is_alias_open_to(name, caller.key)):
+            raise model_not_found()  # not "forbidden": who may not use it need not learn that it is there
+        if is_alias and caller.counts:
+            live.count_use(name)
+        return acquired
+
+    def _acquire_by_alias(self, name: str, caller: Caller) -> LiveEntry:
+        """What an alias gives a caller, with a lease. It may be re-pointed between two looks: it is asked again."""
+        if self._live is None or self._aliases is None:
+            raise model_not_found()
+        for _ in range(_ALIAS_LOOKS):
+            target = self._aliases.follow(name, caller.chosen_by)
+            if target is None or not self._is_alias_open_to(name, caller.key):
+                raise model_not_found()
+            if (entry := self._live.acquire(target.name, target.version)) is not None:
+                return entry
+        raise alias_target_missing()
+
+    def acquire_mixture(
+        self, model_name: str, adapters: Sequence[tuple[str, float]], caller: Caller, admission: Admission
+    ) -> ServedModel:
+        """The base with several adapters at once, each with a factor of the request's own, in the request's order."""
+        if model_name != self.base.name:
+            text = f"with adapters, model must be the base, {self.base.name}: the adapters are added to it"
+            raise bad_request(text, "model")
+        loras, names = [], []
+        for index, (name, scale) in enumerate(adapters):
+            try:
+                model = self.acquire(name, caller, admission)
+            except ApiError as error:
+                if error.code != "model_not_found":
+                    raise
+                text = f"no adapter is called as adapters[{index}].name says; GET /v1/models lists them"
+                raise ApiError(error.status, "adapter_not_found", text, param=f"adapters[{index}].name") from None
+            if model.version is None:
+                raise bad_request("the base is no adapter", f"adapters[{index}].name")
+            loras.append(LoraRef(model.version, scale))
+            names.append(model.stands_for or model.name)
+        if len({lora.version for lora in loras}) != len(loras):
+            raise bad_request("two of the adapters are the same one: add their scales up", "adapters")
+        return replace(self.base, mixture=tuple(loras), mixed_names=tuple(names))
+
+    def all(self, key: ApiKey | None) -> tuple[ServedModel, ...]:
+        """What the holder of a key may use."""
+        live = () if self._live is None else self._live.entries()
+        models = [*self._models.values(), *(self._model_of(entry) for entry in live)]
+        if self._aliases is not None:
+            caller = Caller(key)
+            models += [m for name in self._aliases.names() if (m := self._model_of_alias(name, caller)) is not None]
+        return tuple(model for model in models if model.is_open_to(key))
+
+    def _is_alias_open_to(self, name: str, key: ApiKey | None) -> bool:
+        """Whether the holder of a key may use all that an alias leads to; what is not loaded is no secret."""
+        if self._live is None or self._aliases is None:
+            return False
+        targets = self._aliases.leads_to(name)
+        entries = [entry for t in targets if (entry := self._live.resolve(t.name, t.version)) is not None]
+        return all(self._model_of(entry).is_open_to(key) for entry in entries)
+
+    def _model_of_alias(self, name: str, caller: Caller) -> ServedModel | None:
+        """An alias to be shown; None where there is none for this key, or something that it leads to is missing."""
+        if self._live is None or self._aliases is None:
+            return None
+        target = self._aliases.follow(name, caller.chosen_by)
+        if target is None or not self._is_alias_open_to(name, caller.key):
+            return None
+        if any(self._live.resolve(t.name, t.version) is None for t in self._aliases.leads_to(name)):
+            return None
+        entry = self._live.resolve(target.name, target.version)
+        return None if entry is None else self._model_of(entry, alias=name)
+
+    def _model_of(self, entry: LiveEntry, alias: str | None = None) -> ServedModel:
+        base = self.base
+        return ServedModel(
+            name=alias or entry.name,
+            max_model_len=base.max_model_len,
+            root=entry.name if alias else shown_source(entry.name, entry.source),
+            parent=base.name,
+            version=entry.version,
+            created=int(entry.loaded_at),
+            base_fingerprint=base.base_fingerprint,
+            profile=entry.profile,
+            stands_for=entry.name,
+        )

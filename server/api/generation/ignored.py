@@ -1,0 +1,75 @@
+"""The fields of a body that mean nothing to a route: collected, counted, and named in the answer's header.
+
+Client text goes into a header here, so it is cleaned and bounded first. `fields` has the lists, `serving` and `tokens`
+send the header.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.responses import Response
+
+from guanaco.server.api.generation.fields import (
+    HARMLESS_IN_MESSAGE,
+    HARMLESS_IN_PART,
+    HARMLESS_IN_STREAM_OPTIONS,
+    REFUSED_IN_MESSAGE,
+    RouteFields,
+)
+
+HEADER = "X-Ignored-Fields"
+MAX_NAMES = 16  # in the header; the number of the others follows as "+N"
+MAX_NAME_CHARS = 48
+_OTHER = re.compile(r"[^A-Za-z0-9_.\-]")
+
+_IN_MESSAGE = frozenset(("role", "content")) | REFUSED_IN_MESSAGE.keys() | HARMLESS_IN_MESSAGE
+_IN_STREAM_OPTIONS = frozenset(("include_usage", "continuous_usage_stats")) | HARMLESS_IN_STREAM_OPTIONS
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """How many fields of one body were ignored, and the header's text for them."""
+
+    count: int = 0
+    header: str | None = None
+
+    def name_in(self, response: Response) -> None:
+        """Set the header of an answer, where there is something to name."""
+        if self.header is not None:
+            response.headers[HEADER] = self.header
+
+
+def ignored_fields(data: Mapping[str, Any], route: RouteFields) -> Ignored:
+    """The fields of a body on no list, nested ones as `messages.name`. Fields that are null ask for nothing."""
+    names: dict[str, None] = {}
+    for name in _names(data, route):
+        names.setdefault(_OTHER.sub("?", name[:MAX_NAME_CHARS]) or "?")
+    if not names:
+        return Ignored()
+    shown = list(names)[:MAX_NAMES]
+    if len(names) > len(shown):
+        shown.append(f"+{len(names) - len(shown)}")
+    return Ignored(len(names), ", ".join(shown))
+
+
+def _names(data: Mapping[str, Any], route: RouteFields) -> Iterator[str]:
+    yield from route.ignored(name for name, value in data.items() if value is not None)
+    if isinstance(options := data.get("stream_options"), dict):
+        yield from (f"stream_options.{name}" for name in options if name not in _IN_STREAM_OPTIONS)
+    messages = data.get("messages")
+    for message in messages if isinstance(messages, list) else ():
+        if not isinstance(message, dict):
+            continue
+        yield from (f"messages.{name}" for name, value in message.items() if _counts(name, value, _IN_MESSAGE))
+        content = message.get("content")
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, dict):
+                yield from (
+                    f"messages.content.{name}" for name, value in part.items() if _counts(name, value, HARMLESS_IN_PART)
+                )
+
+
+def _counts(name: str, value: object, known: frozenset[str]) -> bool:
+    return value is not None and name not in known

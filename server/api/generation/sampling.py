@@ -1,0 +1,148 @@
+"""From a request's fields, the model's own defaults and the room in the context to the engine's `SamplingParams`.
+
+Doesn't know HTTP, and nothing of how tokens are drawn. Called by the chat and completion routes.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from guanaco.server.api.generation.protocol import MAX_TOP_K, MAX_TOTAL_TOKENS, GenerationBody
+from guanaco.server.api.http.errors import ApiError, bad_request
+from guanaco.server.engine.request import SamplingParams
+from guanaco.server.engine.stops import ControlTokens, Stops
+
+Number = TypeVar("Number", int, float)
+
+_SEEDS = 2**63  # seeds are int64
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """What a client gets who doesn't say: OpenAI's defaults, or the model's own."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @classmethod
+    def from_generation_config(cls, config: Mapping[str, Any]) -> "SamplingDefaults":
+        """The defaults in a `generation_config.json`; values that no client could ask for either are left out.
+
+        `do_sample: false` is temperature 0, whatever temperature is beside it, as in transformers.
+        """
+        bounds = {
+            "temperature": (0.0, 2.0),
+            "top_p": (1e-9, 1.0),
+            "top_k": (0, MAX_TOP_K),
+            "min_p": (0.0, 1.0),
+            "repetition_penalty": (1e-9, 2.0),
+        }
+        given: dict[str, Any] = {}
+        for name, (least, most) in bounds.items():
+            value = config.get(name)
+            if isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most:
+                given[name] = int(value) if name == "top_k" else float(value)
+        if config.get("do_sample") is False:
+            given["temperature"] = 0.0
+        return cls(**given)
+
+
+def check_request(body: GenerationBody, num_token_ids: int) -> None:
+    """400 for fields that contradict each other, and for token ids that the model doesn't have."""
+    if body.stream_options is not None and not body.stream:
+        raise bad_request("stream_options needs stream to be true", "stream_options")
+    if body.best_of is not None and body.best_of != body.n:
+        raise bad_request("best_of is only supported where it equals n", "best_of", "unsupported_parameter")
+    beyond = f"a token id is beyond the model's vocabulary: token ids must be below {num_token_ids}"
+    if any(token >= num_token_ids for token in body.stop_token_ids):
+        raise bad_request(beyond, "stop_token_ids")
+    if any(token >= num_token_ids for token, _ in body.logit_bias):
+        raise bad_request(beyond, "logit_bias")
+
+
+def sampling_params(
+    body: GenerationBody,
+    defaults: SamplingDefaults,
+    *,
+    tokenizer: ControlTokens,
+    limit: int | None,
+    limit_name: str,
+    num_prompt_tokens: int,
+    max_model_len: int,
+    prompt_name: str,
+    num_logprobs: int | None,
+    prompt_logprobs: int | None = None,
+    more_stops: tuple[str, ...] = (),
+    default_limit: int | None = None,
+) -> SamplingParams:
+    """The engine's parameters for one prompt. 400 where prompt and `limit` tokens don't fit into the context.
+
+    Without a limit, `default_limit` tokens are generated, or as many as there is room for; None: as there is room for.
+    `limit_name` and `prompt_name` are the fields that errors name; `more_stops` are stop strings besides the client's.
+    """
+    stops = Stops.of((*body.stop, *more_stops), tokenizer)
+    room = max_model_len - num_prompt_tokens
+    if room < (limit != 0):  # a prompt that is only scored may fill the context
+        raise context_exceeded(num_prompt_tokens, max_model_len, prompt_name)
+    if limit is not None and limit > room:
+        raise ApiError(
+            400,
+            "context_length_exceeded",
+            f"the prompt has {num_prompt_tokens} tokens and {limit_name} asks for {limit}, but this model's maximum "
+            f"context length is {max_model_len} tokens: at most {room} can be generated",
+            param=limit_name,
+        )
+    most = max(MAX_TOTAL_TOKENS, max_model_len)
+    if limit is not None and limit * body.n > most:
+        raise bad_request(f"n times {limit_name} may be at most {most}", "n")
+    free = min(room, most // body.n)
+    max_tokens = limit if limit is not None else free if default_limit is None else min(free, default_limit)
+    if (body.min_tokens or 0) > max_tokens:
+        raise bad_request(f"min_tokens is more than the {max_tokens} tokens that may be generated", "min_tokens")
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=_given(body.temperature, defaults.temperature),
+        top_p=_given(body.top_p, defaults.top_p),
+        top_k=max(0, _given(body.top_k, defaults.top_k)),
+        min_p=_given(body.min_p, defaults.min_p),
+        seed=body.seed,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        repetition_penalty=_given(body.repetition_penalty, defaults.repetition_penalty),
+        logit_bias=body.logit_bias,
+        logprobs=num_logprobs,
+        prompt_logprobs=prompt_logprobs,
+        stop_token_ids=stops.token_ids.union(body.stop_token_ids),
+        stop_token_texts=stops.tokens,
+        stop_strings=stops.strings,
+        stops_see_control=stops.see_control,
+        include_stop_str=bool(body.include_stop_str_in_output),
+        min_tokens=body.min_tokens or 0,
+        ignore_eos=bool(body.ignore_eos),
+        skip_special_tokens=body.skip_special_tokens is not False,
+    )
+
+
+def for_choice(params: SamplingParams, index: int) -> SamplingParams:
+    """The parameters of choice `index` of n: the same, but for a seed of its own (seed + index, wrapped to int64)."""
+    if params.seed is None or index == 0:
+        return params
+    return dataclasses.replace(params, seed=(params.seed + index + _SEEDS) % (2 * _SEEDS) - _SEEDS)
+
+
+def context_exceeded(num_prompt_tokens: int, max_model_len: int, param: str) -> ApiError:
+    return ApiError(
+        400,
+        "context_length_exceeded",
+        f"the prompt has {num_prompt_tokens} tokens; this model's maximum context length is {max_model_len} tokens, "
+        "and at least one of them must be left to generate",
+        param=param,
+    )
+
+
+def _given(value: Number | None, default: Number) -> Number:
+    return default if value is None else value

@@ -1,0 +1,206 @@
+"""The way of a generating request through the API, shared by chat and text completions.
+
+read → parse, validate and tokenise on a worker thread → submit → answer, streamed or whole. The routes bring the two
+ends: how a body becomes engine requests, and what an answer looks like.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from guanaco.server.api.generation.answer import Answer
+from guanaco.server.api.generation.answer_size import most_tokens_a_choice
+from guanaco.server.api.generation.body import parse_object, read_body
+from guanaco.server.api.generation.catalog import Caller, ServedModel
+from guanaco.server.api.generation.choices import Generation, until_disconnect
+from guanaco.server.api.generation.ignored import Ignored
+from guanaco.server.api.generation.protocol import GenerationBody, TokenizeBody
+from guanaco.server.api.generation.sampling import context_exceeded, for_choice
+from guanaco.server.api.generation.sse import stream_generation
+from guanaco.server.api.generation.state import ApiState, encoded_response, state_of
+from guanaco.server.api.http.access_log import record_of
+from guanaco.server.api.http.auth import ApiKey
+from guanaco.server.api.http.errors import bad_request
+from guanaco.server.api.http.fair_pool import FairPool, Lane
+from guanaco.server.api.http.lifecycle import Admission
+from guanaco.server.engine.awake_clock import awake_seconds
+from guanaco.server.engine.request import Request, SamplingParams
+
+# No vocabulary of ours has a longer common token: a text of more bytes than this times the context can't fit into it,
+# and is refused before it is tokenised.
+MAX_BYTES_PER_TOKEN = 64
+_PARSED_ON_LOOP_BYTES = 16 << 10
+SPLIT_KEY_HEADER = "X-Split-Key"
+MAX_SPLIT_KEY_CHARS = 256
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt as the engine gets it, and as the client wrote it (for echo)."""
+
+    token_ids: tuple[int, ...]
+    params: SamplingParams
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A valid request, ready for the engine."""
+
+    body: GenerationBody
+    model: ServedModel
+    prompts: tuple[Prompt, ...]
+    cache_salt: str
+    ignored: Ignored
+
+    @property
+    def stream(self) -> bool:
+        return bool(self.body.stream)
+
+    def shortened(self, max_tokens: int) -> "Prepared":
+        """The same with at most so many tokens for each choice."""
+        params = [replace(p.params, max_tokens=min(p.params.max_tokens, max_tokens)) for p in self.prompts]
+        prompts = [replace(prompt, params=its) for prompt, its in zip(self.prompts, params, strict=True)]
+        return replace(self, prompts=tuple(prompts))
+
+    def engine_requests(self, answer_id: str, arrival_seconds: float) -> list[Request]:
+        """n requests for each prompt, in the order of the choices' indexes."""
+        choices = [(prompt, choice) for prompt in self.prompts for choice in range(self.body.n)]
+        return [
+            Request(
+                request_id=f"{answer_id}-{index}",
+                prompt_token_ids=prompt.token_ids,
+                params=for_choice(prompt.params, choice),
+                loras=self.model.loras,
+                cache_salt=self.cache_salt,
+                arrival_seconds=arrival_seconds,
+            )
+            for index, (prompt, choice) in enumerate(choices)
+        ]
+
+
+Prepare = Callable[[ApiState, Caller, dict[str, Any], Admission], tuple[Prepared, Answer]]
+
+
+async def serve(request: HttpRequest, prepare: Prepare) -> Response:
+    """Answer one request. Everything that fails before the first output is raised; `errors` has the table."""
+    state, record = state_of(request), record_of(request.scope)
+    with state.intake.body(key_of(request)) as held:
+        body = await read_body(request, state.settings.max_body_bytes, held)
+        record.started = awake_seconds()  # the client's upload is not our latency
+        admission = state.admit()
+        try:
+            prepared, answer = await _prepare(request, body, prepare, admission)
+        except BaseException:
+            admission.release()
+            raise
+        del body
+    try:
+        state.metrics.count_ignored_fields(prepared.ignored.count)
+        record.model, record.adapter_version = prepared.model.name, prepared.model.versions
+        record.stream = prepared.stream
+        requests = prepared.engine_requests(answer.id, record.started)
+        generation = await Generation.start(state, prepared.model, record, admission, requests, prepared.body.n)
+    except BaseException:
+        admission.release()
+        raise
+    answer.generation = generation
+    if prepared.stream:
+        response = await stream_generation(request, generation, answer)
+        _add_headers(response, prepared)
+        return response
+    try:
+        await until_disconnect(request.receive, _collect(generation, answer))
+    finally:
+        await generation.aclose()
+    if answer.is_large:
+        content = await state.answer_work.run(state.lane(key_of(request)), answer.encoded)
+    else:
+        content = answer.encoded()
+    response = encoded_response(content)
+    _add_headers(response, prepared)
+    return response
+
+
+async def _prepare(
+    request: HttpRequest, body: bytes, prepare: Prepare, admission: Admission
+) -> tuple[Prepared, Answer]:
+    state, caller = state_of(request), caller_of(request)
+    data = await parse(state.preparation, state.lane(caller.key), body)
+    lane = state.lane(caller.key, data.get("model"))
+    prepared, answer = await state.preparation.run(lane, prepare, state, caller, data, admission)
+    sizes = [(len(prompt.token_ids), prompt.params) for prompt in prepared.prompts]
+    most = most_tokens_a_choice(prepared.body, sizes, state.settings)
+    return prepared if most is None else prepared.shortened(most), answer
+
+
+async def parse(pool: FairPool, lane: Lane, body: bytes) -> dict[str, Any]:
+    """The body as a JSON object. A small one is parsed on the loop: that is over before a thread had begun."""
+    if len(body) <= _PARSED_ON_LOOP_BYTES:
+        return parse_object(body)
+    return await pool.run(lane, parse_object, body)
+
+
+def key_of(request: HttpRequest) -> ApiKey | None:
+    key: ApiKey | None = request.scope.get("guanaco.key")
+    return key
+
+
+def caller_of(request: HttpRequest) -> Caller:
+    """A weighted alias chooses by X-Split-Key; without one, by `user`, and without that by the request's id."""
+    split_key = request.headers.get(SPLIT_KEY_HEADER)
+    if split_key is not None and not 1 <= len(split_key) <= MAX_SPLIT_KEY_CHARS:
+        raise bad_request(f"{SPLIT_KEY_HEADER} must have 1 to {MAX_SPLIT_KEY_CHARS} characters", SPLIT_KEY_HEADER)
+    return Caller(key_of(request), split_key, record_of(request.scope).request_id)
+
+
+async def _collect(generation: Generation, answer: Answer) -> None:
+    async for index, output in generation:
+        answer.add(index, output)
+
+
+def _add_headers(response: Response, prepared: Prepared) -> None:
+    """Say which content of which adapters made the answer, and which fields of the request meant nothing."""
+    if prepared.model.versions is not None:
+        response.headers["X-Adapter-Version"] = prepared.model.versions
+    prepared.ignored.name_in(response)
+
+
+def acquire_model(
+    state: ApiState, body: GenerationBody | TokenizeBody, caller: Caller, admission: Admission
+) -> ServedModel:
+    """What the request asks for, held until its end. 404 for a name that nothing has."""
+    name = state.catalog.base.name if body.model is None else body.model
+    if caller.split_key is None and body.user is not None:
+        caller = replace(caller, split_key=body.user)
+    if not body.adapters:
+        return state.catalog.acquire(name, caller, admission)
+    most = state.settings.adapter_slots
+    if len(body.adapters) > most:
+        raise bad_request(f"at most {most} adapters at once (--adapter-slots)", "adapters")
+    return state.catalog.acquire_mixture(name, [(a.name, a.scale) for a in body.adapters], caller, admission)
+
+
+def check_token_ids(state: ApiState, token_ids: Sequence[int], param: str) -> None:
+    """400 for a prompt with a token that the model has no embedding row for."""
+    if any(token >= state.num_token_ids for token in token_ids):
+        text = f"a token of the prompt is beyond the model's vocabulary: token ids must be below {state.num_token_ids}"
+        raise bad_request(text, param)
+
+
+def encode_raw(state: ApiState, text: str, add_special_tokens: bool | None) -> list[int]:
+    """The ids of a raw prompt. Its writer templates it, so control tokens in it count, unless --literal-prompts."""
+    return state.tokenizer.encode(
+        text,
+        add_bos=False if add_special_tokens is False else None,
+        parse_control=not state.settings.literal_prompts,
+    )
+
+
+def check_text_size(num_bytes: int, max_model_len: int, param: str) -> None:
+    """400 for a text that has more tokens than the context, whatever they are."""
+    if num_bytes > max_model_len * MAX_BYTES_PER_TOKEN:
+        raise context_exceeded(num_bytes // MAX_BYTES_PER_TOKEN, max_model_len, param)

@@ -1,0 +1,165 @@
+"""What the routes work with: the engine, the tokenizer and the rest, built by the wiring and handed to `create_app`.
+
+Names no concrete tokenizer: the API may not import the models' package, so it says here what it needs of one.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Protocol
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+
+from guanaco.server.adapters.manager import AdapterManager
+from guanaco.server.api.generation.catalog import Catalog, ServedModel
+from guanaco.server.api.generation.sampling import SamplingDefaults
+from guanaco.server.api.http.auth import ApiKey, KeyRing
+from guanaco.server.api.http.errors import overloaded
+from guanaco.server.api.http.fair_pool import FairPool, Lane
+from guanaco.server.api.http.intake import Intake
+from guanaco.server.api.http.lifecycle import Admission, Lifecycle
+from guanaco.server.config import Settings
+from guanaco.server.engine.async_engine import AsyncEngine
+from guanaco.server.metrics.server import Metrics
+
+# Parsing and tokenising run off the event loop: a body of megabytes must not delay everybody's next token. Each kind of
+# work has threads of its own, so that one kind can't hold up another.
+_PREPARE_THREADS = 2
+_TOKEN_THREADS = 1
+_ANSWER_THREADS = 1
+
+
+class Template(Protocol):
+    """What the API knows of a chat template: how a model that was trained on it goes on where it should stop."""
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]: ...
+
+
+def _no_template(name: str) -> Template:
+    raise LookupError(name)
+
+
+class ChatTokenizer(Protocol):
+    """What the API needs of a tokenizer (`models.tokenizer.Tokenizer` has it). Used from several threads at once."""
+
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+    vocab_size: int
+    special_ids: frozenset[int]
+
+    @property
+    def chat_template(self) -> Template | None: ...
+
+    def encode(self, text: str, *, add_bos: bool | None = None, parse_control: bool = False) -> list[int]: ...
+    def control_id(self, text: str) -> int | None: ...
+    def holds_control(self, text: str) -> bool: ...
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
+    def token_bytes(self, token_id: int) -> bytes: ...
+    def token_text(self, token_id: int) -> str: ...
+    def encode_chat(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        template: Any = None,
+        max_chars: int = ...,
+    ) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class ApiState:
+    """Everything that the HTTP side needs. `template_errors` are the exceptions that a chat template raises when the
+    messages don't suit it, or when it takes too long or too much: their `code` says which. Their text may quote the
+    messages, and stays here."""
+
+    engine: AsyncEngine
+    tokenizer: ChatTokenizer
+    catalog: Catalog
+    settings: Settings
+    metrics: Metrics
+    version: str
+    num_rows: int | None = None  # of the model's embeddings; None: as many as the tokenizer has ids
+    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+    keys: KeyRing = field(default_factory=KeyRing)
+    admin_keys: KeyRing = field(default_factory=KeyRing)
+    adapters: AdapterManager | None = None  # None: adapters stay as they were at the start
+    chat_template: Template | None = None  # to be used instead of the tokenizer's own
+    named_template: Callable[[str], Template] = field(default=_no_template)  # for profiles
+    template_errors: tuple[type[Exception], ...] = ()
+    lifecycle: Lifecycle = field(default_factory=Lifecycle)
+    # For requests that generate; for /tokenize and /detokenize; for writing large answers.
+    preparation: FairPool = field(default_factory=lambda: FairPool(_PREPARE_THREADS, "guanaco-prepare"))
+    token_work: FairPool = field(default_factory=lambda: FairPool(_TOKEN_THREADS, "guanaco-tokens"))
+    answer_work: FairPool = field(default_factory=lambda: FairPool(_ANSWER_THREADS, "guanaco-answer"))
+
+    @property
+    def num_token_ids(self) -> int:
+        """Token ids are below this: the model's embedding rows."""
+        return self.tokenizer.vocab_size if self.num_rows is None else self.num_rows
+
+    @cached_property
+    def intake(self) -> Intake:
+        return Intake(
+            max_token_requests=self.settings.max_token_requests,
+            # A key gets half of it, and one body must fit into that.
+            max_body_memory=max(self.settings.max_body_memory, 2 * self.settings.max_body_bytes),
+            has_keys=bool(self.keys),
+        )
+
+    def lane(self, key: ApiKey | None, model: object = None) -> Lane:
+        """Where a request waits for a thread: by its key, and there by the model it names. All names that nothing has
+        are one, or a flood of made-up names would get a turn for each."""
+        tenant = None if key is None else key.id
+        if isinstance(model, str) and self.catalog.is_known(model, key):
+            return Lane(tenant, model)
+        return Lane(tenant)
+
+    def shut_down_workers(self) -> None:
+        for pool in (self.preparation, self.token_work, self.answer_work):
+            pool.shutdown()
+
+    def admit(self) -> Admission:
+        """A place for one request that is ready to be prepared; 503 where all are taken."""
+        if self.lifecycle.num_admitted >= self.max_admitted:
+            raise overloaded()
+        return Admission(self.lifecycle)
+
+    def template_for(self, model: ServedModel) -> Template | None:
+        """The chat template of a model: its profile's, or the operator's, or the tokenizer's own."""
+        if model.profile is not None and model.profile.chat_template is not None:
+            return self.named_template(model.profile.chat_template)
+        return self.chat_template or self.tokenizer.chat_template
+
+    def stops_of(self, model: ServedModel) -> tuple[str, ...]:
+        """What ends a chat answer besides the client's stop strings."""
+        template = self.template_for(model)
+        stops = () if template is None else template.stop_strings
+        return stops if model.profile is None else (*model.profile.stop, *stops)
+
+    def defaults_for(self, model: ServedModel) -> SamplingDefaults:
+        """What a client of a model gets who doesn't say."""
+        if model.profile is None:
+            return self.defaults
+        changes: dict[str, Any] = dict(model.profile.sampling)
+        return replace(self.defaults, **changes)
+
+    @property
+    def max_admitted(self) -> int:
+        """More requests than this can't be running and waiting in the engine: it would refuse them."""
+        return self.settings.max_num_seqs + self.settings.max_queued_requests
+
+
+def state_of(request: Request) -> ApiState:
+    state: ApiState = request.app.state.api
+    return state
+
+
+def json_response(content: object, status: int = 200) -> Response:
+    return encoded_response(orjson.dumps(content), status)
+
+
+def encoded_response(content: bytes, status: int = 200) -> Response:
+    return Response(content, status, media_type="application/json")

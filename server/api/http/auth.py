@@ -1,0 +1,170 @@
+"""API keys: everything is closed unless it is listed here as open, and keys are only ever kept and compared as digests.
+
+Doesn't know routes: it sees paths, before any of them is looked up. A pure ASGI middleware; `app` puts it in the chain.
+"""
+
+import hashlib
+import hmac
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from guanaco.server.api.http.access_log import record_of
+from guanaco.server.api.http.errors import ApiError
+from guanaco.server.config import Settings, SettingsError
+
+OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
+# What changes which adapters there are: for the admin key alone, and for nobody where there is none.
+ADMIN_PATHS = ("/v1/adapters", "/v1/aliases", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+
+
+def is_admin_path(path: str) -> bool:
+    return any(path == admin or path.startswith(f"{admin}/") for admin in ADMIN_PATHS)
+
+
+@dataclass(frozen=True)
+class ApiKey:
+    """One key that clients may send. `id` is what logs may show; it says nothing about the key."""
+
+    id: str
+    digest: bytes  # SHA-256 of the key's bytes
+
+
+class KeyRing:
+    """The keys of this server; none: everybody may come in."""
+
+    def __init__(self, keys: Iterable[str] = ()) -> None:
+        texts = [key.strip() for key in keys]
+        if not all(texts):
+            raise SettingsError("a key is empty: it would let everybody in")
+        digests = dict.fromkeys(_digest(text.encode()) for text in texts)
+        self._keys = tuple(ApiKey(_digest(b"guanaco key id" + d).hex()[:8], d) for d in digests)
+        self._salt_secret = secrets.token_bytes(32)
+
+    @classmethod
+    def admin(cls, settings: Settings) -> Self:
+        """The keys of --admin-key and --admin-key-file. SettingsError where the file can't be read or holds no key."""
+        keys = [] if settings.admin_key is None else [settings.admin_key.get_secret_value()]
+        return cls(keys + _keys_in_file("--admin-key-file", settings.admin_key_file))
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Self:
+        """The keys of --api-key and --api-key-file. SettingsError where the file can't be read or holds no key."""
+        keys = [key.get_secret_value() for key in settings.api_key]
+        return cls(keys + _keys_in_file("--api-key-file", settings.api_key_file))
+
+    def __bool__(self) -> bool:
+        return bool(self._keys)
+
+    def find(self, presented: bytes) -> ApiKey | None:
+        """The key that was presented. Every key is compared, in constant time, whether or not one has matched."""
+        digest = _digest(presented)
+        found = None
+        for key in self._keys:
+            if hmac.compare_digest(digest, key.digest):
+                found = key
+        return found
+
+    def cache_salt(self, key: ApiKey | None, client_salt: str | None) -> str:
+        """The prefix-cache tenant of a request: different for each key, and again for each salt a client chooses.
+
+        Without keys and without a client's salt all requests share one cache (empty salt). Not guessable: HMAC with a
+        secret of this process, since a tenant who could name another's salt could probe its prompts by their latency.
+        """
+        if key is None and client_salt is None:
+            return ""
+        digest = hmac.new(self._salt_secret, key.digest if key else b"", "sha256")
+        digest.update(b"\0" + client_salt.encode() if client_salt is not None else b"")
+        return digest.hexdigest()
+
+
+def _keys_in_file(flag: str, path: Path | None) -> list[str]:
+    """The keys in a file, one a line; lines that are blank or begin with # hold none."""
+    if path is None:
+        return []
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{flag} {path}: cannot be read ({error})") from None
+    lines = [line.strip() for line in text.splitlines()]
+    keys = [line for line in lines if line and not line.startswith("#")]
+    if not keys:
+        raise SettingsError(f"{flag} {path}: holds no key; write one a line")
+    return keys
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+def presented_key(headers: Sequence[tuple[bytes, bytes]]) -> bytes | None:
+    """The key in `Authorization: Bearer …` or `X-Api-Key`; None where there is none, or several to choose from."""
+    found = []
+    for name, value in headers:
+        if name == b"authorization":
+            scheme, _, token = value.strip().partition(b" ")
+            if scheme.lower() != b"bearer" or not token.strip():
+                return None
+            found.append(token.strip())
+        elif name == b"x-api-key":
+            if not value.strip():
+                return None
+            found.append(value.strip())
+    return found[0] if len(set(found)) == 1 else None
+
+
+class AuthMiddleware:
+    """Refuses what comes without a key of the ring, unless the path is open; inert where the ring is empty. Admin
+    paths have a ring of their own, and are closed where that one is empty. An admin key is good on all other paths
+    too, where it is a key like any other: controllers have one key for both."""
+
+    def __init__(self, app: ASGIApp, keys: KeyRing, admin_keys: KeyRing) -> None:
+        self.app = app
+        self.keys = keys
+        self.admin_keys = admin_keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            for_admins = is_admin_path(scope["path"])
+            admin = for_admins and bool(self.admin_keys)
+            presented = presented_key(scope["headers"])
+            key = self._find(presented, admin)
+            if key is None and (admin or self.keys):
+                await _refuse(_wrong_key(presented, admin), scope, receive, send)
+                return
+            if key is not None:
+                record_of(scope).key_id = key.id
+                scope["guanaco.key"] = key
+            if for_admins and not admin:
+                await _refuse(_ADMIN_DISABLED, scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    def _find(self, presented: bytes | None, admin: bool) -> ApiKey | None:
+        """The key that was presented, among those that the path takes. Both rings are asked, so that the time doesn't
+        tell in which one a key is."""
+        if presented is None:
+            return None
+        of_client, of_admin = self.keys.find(presented), self.admin_keys.find(presented)
+        return of_admin if admin else of_client or of_admin
+
+
+_ADMIN_DISABLED = ApiError(
+    403, "admin_disabled", "adapters can't be changed while this server runs; start it with --admin-key to allow it"
+)
+
+
+def _wrong_key(presented: bytes | None, admin: bool) -> ApiError:
+    kind = "admin" if admin else "API"
+    text = f"send {'its admin key' if admin else 'one of its API keys'} to this server as `Authorization: Bearer KEY`"
+    code = f"{'missing' if presented is None else 'invalid'}_{kind.lower()}_key"
+    return ApiError(401, code, text if presented is None else f"this {kind} key is not valid; {text}")
+
+
+async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    record_of(scope).error_code = error.code
+    await error.response()(scope, receive, send)

@@ -1,0 +1,52 @@
+"""Which web pages may read this server's answers: those of `--allow-origin`, on the clients' routes alone.
+
+Doesn't decide who may ask: keys do (`auth`), but for the browser's own question beforehand, which carries none. Pure
+ASGI around Starlette's middleware; `app` puts it in the chain, outside of keys, so that a page can read a refusal.
+"""
+
+from collections.abc import Sequence
+
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from guanaco.server.api.http.auth import OPEN_PATHS
+
+# All others are closed to pages: a new route is until it is listed here. Admin, files and jobs routes never are.
+CORS_PATHS = OPEN_PATHS | {
+    *("/v1/models", "/v1/chat/completions", "/v1/completions"),
+    *("/tokenize", "/detokenize", "/tokenizer_info", "/version"),
+}
+_MODELS = "/v1/models/"
+_METHODS = ("GET", "HEAD", "POST")
+_STAINLESS: tuple[str, ...] = ("Arch", "Async", "Helper-Method", "Lang", "OS", "Package-Version", "Poll-Helper")
+_STAINLESS += ("Retry-Count", "Runtime", "Runtime-Version", "Timeout")
+# Ours, and what OpenAI's client adds in a browser.
+_HEADERS = (
+    *("Authorization", "X-Api-Key", "X-Request-Id", "X-Split-Key"),
+    *("Cache-Control", "Idempotency-Key", "Last-Event-ID", "User-Agent", "X-Requested-With"),
+    *("OpenAI-Beta", "OpenAI-Organization", "OpenAI-Project"),
+    *(f"X-Stainless-{name}" for name in _STAINLESS),
+)
+_EXPOSED = ("Retry-After", "X-Adapter-Version", "X-Ignored-Fields", "X-Request-Id")
+_PREFLIGHT_SECONDS = 600  # for which a browser remembers the answer
+
+
+class ClientCors:
+    """Answers preflights and names the allowed origin, on CORS_PATHS and each model's own path."""
+
+    def __init__(self, app: ASGIApp, origins: Sequence[str]) -> None:
+        """origins: exact ones, or `*` alone."""
+        self.app = app
+        self._cors = CORSMiddleware(
+            app,
+            allow_origins=origins,
+            allow_methods=_METHODS,
+            allow_headers=_HEADERS,
+            expose_headers=_EXPOSED,
+            allow_private_network=True,  # an origin that is allowed may be a public site
+            max_age=_PREFLIGHT_SECONDS,
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_open = scope["type"] == "http" and (scope["path"] in CORS_PATHS or scope["path"].startswith(_MODELS))
+        await (self._cors if is_open else self.app)(scope, receive, send)

@@ -1,0 +1,107 @@
+"""What is let in before a body is read: how many token requests at once, and how many bytes of bodies in memory.
+
+Counts by API key, since the key is known before the body; the model's name is in the body. Lives on the event loop and
+knows no routes. Used by every route that reads a body.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+from guanaco.server.api.http.auth import ApiKey
+from guanaco.server.api.http.errors import ApiError
+
+# An ordinary chat. The last eighth of the memory is for such bodies alone, so that large ones can't shut them out.
+_SMALL_BODY_BYTES = 64 << 10
+_RETRY_SECONDS = 1.0
+
+
+class Intake:
+    """The counts of one server. `has_keys`: one key gets at most half of everything; without keys all are one."""
+
+    def __init__(self, *, max_token_requests: int, max_body_memory: int, has_keys: bool) -> None:
+        self.max_token_requests = max_token_requests
+        self.max_body_memory = max_body_memory
+        self.num_body_bytes = 0
+        self._has_keys = has_keys
+        self._token_requests: Counter[str] = Counter()  # by key
+        self._body_bytes: Counter[str] = Counter()  # by key
+
+    @property
+    def num_token_requests(self) -> int:
+        return self._token_requests.total()
+
+    @contextmanager
+    def token_request(self, key: ApiKey | None) -> Iterator[None]:
+        """A place for one request to /tokenize or /detokenize, from before its body is read until its answer is made.
+        429 where all are taken, or the key's half of them."""
+        owner = _id_of(key)
+        most = self.max_token_requests
+        if self.num_token_requests >= most or self._token_requests[owner] >= self._share(most):
+            text = "too many requests to /tokenize and /detokenize at once; try again later"
+            raise ApiError(429, "too_many_token_requests", text, retry_after=_RETRY_SECONDS)
+        self._token_requests[owner] += 1
+        try:
+            yield
+        finally:
+            self._token_requests[owner] -= 1
+            self._token_requests += Counter()  # without the zeros
+
+    def body(self, key: ApiKey | None) -> "HeldBody":
+        """The account of one body: `with intake.body(key) as held`, for as long as the body is in memory."""
+        return HeldBody(self, _id_of(key))
+
+    def _share(self, most: int) -> int:
+        return max(1, most // 2) if self._has_keys else most
+
+    def _check_room(self, owner: str, held: int, more: int) -> None:
+        """Raise where a body that holds `held` bytes can't have `more`."""
+        most = self.max_body_memory
+        if held + more > _SMALL_BODY_BYTES:
+            most -= most // 8
+        if self.num_body_bytes + more > most:
+            text = "the request bodies that are being read fill the memory for them; try again later"
+            raise ApiError(503, "server_overloaded", text, retry_after=_RETRY_SECONDS)
+        if self._body_bytes[owner] + more > self._share(self.max_body_memory):
+            text = "the request bodies of this API key fill its half of the memory for them; try again later"
+            raise ApiError(429, "too_many_body_bytes", text, retry_after=_RETRY_SECONDS)
+
+    def _change(self, owner: str, num_bytes: int) -> None:
+        self.num_body_bytes += num_bytes
+        self._body_bytes[owner] += num_bytes
+        if not self._body_bytes[owner]:
+            del self._body_bytes[owner]
+
+
+class HeldBody:
+    """The bytes of one body that are in memory. Bytes count as they come: a client that only announces holds none."""
+
+    def __init__(self, intake: Intake, owner: str) -> None:
+        self._intake = intake
+        self._owner = owner
+        self._num_bytes = 0
+
+    def expect(self, num_bytes: int) -> None:
+        """Refuse a body that doesn't fit now, before any of it is read. 503 or 429."""
+        self._intake._check_room(self._owner, self._num_bytes, num_bytes)
+
+    def add(self, num_bytes: int) -> None:
+        """Count bytes that have come. 503 or 429 where they don't fit."""
+        self._intake._check_room(self._owner, self._num_bytes, num_bytes)
+        self._intake._change(self._owner, num_bytes)
+        self._num_bytes += num_bytes
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._intake._change(self._owner, -self._num_bytes)
+        self._num_bytes = 0
+
+
+def _id_of(key: ApiKey | None) -> str:
+    return "" if key is None else key.id

@@ -1,0 +1,130 @@
+"""What surrounds every request, outermost first: its id, record and log line; then the gate for new work.
+
+Pure ASGI throughout: Starlette's BaseHTTPMiddleware hides a client's leaving from the routes inside it.
+"""
+
+import logging
+import re
+import secrets
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from guanaco.server.api.http.access_log import RequestRecord, access_logger, new_record, record_of
+from guanaco.server.api.http.auth import OPEN_PATHS
+from guanaco.server.api.http.errors import (
+    CLIENT_CLOSED_REQUEST,
+    ApiError,
+    ClientGone,
+    as_api_error,
+    draining,
+    is_unforeseen,
+    overloaded,
+)
+from guanaco.server.api.http.lifecycle import Lifecycle
+from guanaco.server.metrics.server import Metrics
+
+logger = logging.getLogger("guanaco.api")
+
+# What a client's X-Request-Id may look like to be taken over into logs and the response; anything else is replaced.
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._:/+=@-]{0,127}")
+_QUIET_ROUTES = frozenset({*OPEN_PATHS, "/metrics"})  # asked for every few seconds: logged at debug level
+
+
+class RequestScope:
+    """The outermost layer of a request: gives it an id and a record, answers what nothing inside has answered, and
+    writes its one log line."""
+
+    def __init__(self, app: ASGIApp, lifecycle: Lifecycle, metrics: Metrics) -> None:
+        self.app = app
+        self.lifecycle = lifecycle
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        record = new_record(scope, _request_id(scope))
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = record.request_id
+                if self.lifecycle.refusing:
+                    headers["Connection"] = "close"
+            await send(message)
+
+        with self.lifecycle.open_request():
+            try:
+                await self.app(scope, receive, send_with_id)
+            except ClientGone:
+                record.status, record.outcome = CLIENT_CLOSED_REQUEST, "cancelled"
+            except Exception as error:
+                await _answer_failure(error, record, scope, receive, send_with_id)
+            finally:
+                self._finish(record, scope)
+
+    def _finish(self, record: RequestRecord, scope: Scope) -> None:
+        if record.outcome is None:
+            if record.status is None:  # the server was told to stop at once
+                record.outcome = "cancelled"
+            else:
+                record.outcome = "ok" if record.status < 400 else "rejected" if record.status < 500 else "failed"
+                record.outcome = "rejected" if record.status == 503 else record.outcome
+        if record.status is not None and record.status >= 400 and record.error_code is not None:
+            self.metrics.count_rejected(record.error_code)
+        if (route := scope.get("route")) is not None:
+            record.route = route.path
+        level = logging.DEBUG if record.route in _QUIET_ROUTES else logging.INFO
+        access_logger.log(level, "request", extra={"fields": record.line(scope["method"])})
+
+
+async def _answer_failure(error: Exception, record: RequestRecord, scope: Scope, receive: Receive, send: Send) -> None:
+    known = as_api_error(error)
+    record.error_code = known.code
+    if is_unforeseen(error):
+        log_unforeseen(error, record.request_id)
+    if record.status is None:
+        await known.response()(scope, receive, send)
+    else:
+        record.outcome = "failed"  # returning with the response unfinished makes uvicorn close the connection
+
+
+def log_unforeseen(error: BaseException, request_id: str) -> None:
+    """Our own bug: the stack goes to the log, the exception's message doesn't (it may quote a prompt)."""
+    details = {"fields": {"request_id": request_id}}
+    logger.error("unforeseen error", exc_info=(type(error), error, error.__traceback__), extra=details)
+
+
+def _request_id(scope: Scope) -> str:
+    given = [value for name, value in scope["headers"] if name == b"x-request-id"]
+    if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]):
+        return str(given[0], "ascii")
+    return secrets.token_hex(16)
+
+
+class Gate:
+    """Refuses new work before anything is read: while the server drains, and when more is open than could be queued."""
+
+    def __init__(self, app: ASGIApp, lifecycle: Lifecycle, max_admitted: int) -> None:
+        self.app = app
+        self.lifecycle = lifecycle
+        self.max_admitted = max_admitted
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST" and (error := self._refusal()) is not None:
+            record_of(scope).error_code = error.code
+            await error.response()(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+    def _refusal(self) -> ApiError | None:
+        if self.lifecycle.refusing:
+            return draining()
+        if self.lifecycle.num_admitted >= self.max_admitted:
+            return overloaded()
+        return None

@@ -1,0 +1,4 @@
+"""The routes, one file for each subject.
+
+May import `server.api.generation`, `server.api.http` and what they may import. Start with `chat.py`.
+"""

@@ -1,0 +1,172 @@
+"""POST /v1/completions: one or more prompts in, as text or token ids, and their continuations out."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from guanaco.server.api.generation import protocol
+from guanaco.server.api.generation.answer import Answer
+from guanaco.server.api.generation.body import body_schema, take_fields
+from guanaco.server.api.generation.catalog import Caller, ServedModel
+from guanaco.server.api.generation.logprobs import CompletionLogprobs
+from guanaco.server.api.generation.protocol import COMPLETION_FIELDS, CompletionBody
+from guanaco.server.api.generation.sampling import check_request, sampling_params
+from guanaco.server.api.generation.serving import (
+    Prepared,
+    Prompt,
+    acquire_model,
+    check_text_size,
+    check_token_ids,
+    encode_raw,
+    serve,
+)
+from guanaco.server.api.generation.state import ApiState, ChatTokenizer
+from guanaco.server.api.http.errors import bad_request
+from guanaco.server.api.http.lifecycle import Admission
+from guanaco.server.engine.request import FinishReason, TokenLogprob
+from guanaco.server.engine.request_stream import TextOutput
+
+router = APIRouter(tags=["generation"])
+
+
+@router.post("/v1/completions", summary="Continue a text", openapi_extra=body_schema(CompletionBody))
+async def completions(request: Request) -> Response:
+    return await serve(request, prepare_completion)
+
+
+def prepare_completion(
+    state: ApiState, caller: Caller, data: dict[str, Any], admission: Admission
+) -> tuple[Prepared, "CompletionAnswer"]:
+    """Validate and tokenise. Runs on a worker thread."""
+    fields = take_fields(data, COMPLETION_FIELDS)
+    body = fields.validate(CompletionBody)
+    if body.max_tokens == 0 and not body.echo:
+        raise bad_request("max_tokens: 0 needs echo: without the prompt, the answer would be empty", "max_tokens")
+    check_request(body, state.num_token_ids)
+    model = acquire_model(state, body, caller, admission)
+    prompts = tuple(_prompt(state, body, prompt, model) for prompt in body.prompt)
+    _check_scored_size(body, sum(len(prompt.token_ids) for prompt in prompts))
+    salt = state.keys.cache_salt(caller.key, body.cache_salt)
+    prepared = Prepared(body, model, prompts, salt, fields.ignored)
+    return prepared, CompletionAnswer(body, model, state.tokenizer, prompts)
+
+
+def _check_scored_size(body: CompletionBody, num_tokens: int) -> None:
+    """400 where the answer would hold too many log-probabilities of the prompts: each takes memory until it is sent."""
+    if not body.echo or body.logprobs is None:
+        return
+    if num_tokens * (body.logprobs + 1) * body.n > protocol.MAX_PROMPT_LOGPROBS:
+        most = f"at most {protocol.MAX_PROMPT_LOGPROBS} log-probabilities of prompts in one answer"
+        advice = "send fewer prompts, or ask for fewer logprobs"
+        raise bad_request(f"{most}, which is tokens of all prompts x (logprobs + 1) x n: {advice}", "logprobs")
+
+
+def _prompt(state: ApiState, body: CompletionBody, prompt: protocol.Prompt, model: ServedModel) -> Prompt:
+    """One prompt as token ids. Text gets a BOS as the tokenizer's own rule says; token ids are taken as they are."""
+    if isinstance(prompt, str):
+        check_text_size(len(prompt.encode()), model.max_model_len, "prompt")
+        token_ids = tuple(encode_raw(state, prompt, body.add_special_tokens))
+    else:
+        token_ids = prompt
+    check_token_ids(state, token_ids, "prompt")
+    if not token_ids:
+        raise bad_request("a prompt is empty", "prompt")
+    params = sampling_params(
+        body,
+        state.defaults_for(model),
+        tokenizer=state.tokenizer,
+        limit=body.token_limit,
+        default_limit=protocol.DEFAULT_COMPLETION_TOKENS,
+        limit_name="max_tokens",
+        num_prompt_tokens=len(token_ids),
+        max_model_len=model.max_model_len,
+        prompt_name="prompt",
+        num_logprobs=body.num_logprobs,
+        prompt_logprobs=body.num_logprobs if body.echo else None,
+        more_stops=() if body.ignore_eos or model.profile is None else model.profile.stop,
+    )
+    text = None
+    skip = body.skip_special_tokens is not False
+    if body.echo:
+        text = prompt if isinstance(prompt, str) else state.tokenizer.decode(token_ids, skip_special_tokens=skip)
+    return Prompt(token_ids, params, text)
+
+
+@dataclass
+class _Choice:
+    prompt: Prompt
+    logprob_maker: CompletionLogprobs
+    pending_text: str = ""  # the prompt's, until it is echoed; then what was collected
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_shown: bool = False
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+class CompletionAnswer(Answer):
+    """A text completion, chunk by chunk or whole."""
+
+    id_prefix = "cmpl-"
+    object_name = "text_completion"
+    chunk_name = "text_completion"
+
+    def __init__(
+        self, body: CompletionBody, model: ServedModel, tokenizer: ChatTokenizer, prompts: tuple[Prompt, ...]
+    ) -> None:
+        super().__init__(body, model)
+        self._with_logprobs = body.logprobs is not None
+        skip = body.skip_special_tokens is not False
+        self._choices = [
+            _Choice(prompt, CompletionLogprobs(tokenizer, skip_special_tokens=skip), prompt.text or "")
+            for prompt in prompts
+            for _ in range(body.n)
+        ]
+
+    def choice_chunk(self, index: int, output: TextOutput) -> dict[str, Any] | None:
+        self.add(index, output)
+        if not output.text and output.finish_reason is None:
+            return None
+        return self._take(index)
+
+    def add(self, index: int, output: TextOutput) -> None:
+        choice = self._choices[index]
+        choice.pending_text += output.text
+        choice.prompt_logprobs += output.prompt_logprobs
+        choice.logprobs += output.logprobs
+        choice.finish_reason, choice.stop_reason = output.finish_reason, output.stop_reason
+
+    @property
+    def num_choices(self) -> int:
+        return len(self._choices)
+
+    @property
+    def has_logprobs(self) -> bool:
+        return self._with_logprobs
+
+    def choice(self, index: int) -> dict[str, Any]:
+        return self._take(index)
+
+    def _take(self, index: int) -> dict[str, Any]:
+        """What has gathered of a choice, as an entry of `choices`; nothing of it is shown again."""
+        choice = self._choices[index]
+        text, choice.pending_text = choice.pending_text, ""
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": self._take_logprobs(choice) if self._with_logprobs else None,
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+        }
+
+    def _take_logprobs(self, choice: _Choice) -> dict[str, Any]:
+        entries: list[TokenLogprob | None] = []
+        if choice.prompt.text is not None and not choice.prompt_shown:
+            choice.prompt_shown = True
+            entries = [None, *choice.prompt_logprobs]
+        entries += choice.logprobs
+        choice.logprobs = []
+        return choice.logprob_maker.chunk(entries, choice.prompt.token_ids[0], choice.prompt.text or "")

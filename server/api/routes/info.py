@@ -1,0 +1,69 @@
+"""What this server is and how it is: models, health, metrics, version. Cheap to answer; none of it asks the model."""
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from guanaco.server.api.generation.encode import encode
+from guanaco.server.api.generation.state import encoded_response, json_response, state_of
+from guanaco.server.api.http.auth import ApiKey
+
+router = APIRouter()
+
+
+def _key(request: Request) -> ApiKey | None:
+    return request.scope.get("guanaco.key")
+
+
+@router.get("/v1/models", tags=["models"], summary="The base model and its adapters")
+async def list_models(request: Request) -> Response:
+    state, key = state_of(request), _key(request)
+
+    def cards() -> bytes:
+        return encode({"object": "list", "data": [model.card() for model in state.catalog.all(key)]})
+
+    return encoded_response(await state.answer_work.run(state.lane(key), cards))  # there may be thousands
+
+
+@router.get("/v1/models/{name:path}", tags=["models"], summary="One model by its name, slashes included")
+async def get_model(request: Request, name: str) -> Response:
+    return json_response(state_of(request).catalog.get(name, _key(request)).card())
+
+
+@router.head("/health/live", include_in_schema=False)
+@router.get("/health/live", tags=["health"], summary="200 while the process works")
+async def live(request: Request) -> Response:
+    health = state_of(request).engine.health()
+    return json_response({"status": "live" if health.live else "dead"}, 200 if health.live else 503)
+
+
+@router.head("/health/ready", include_in_schema=False)
+@router.get("/health/ready", tags=["health"], summary="200 while new work is welcome")
+async def ready(request: Request) -> Response:
+    problem = _not_ready(request)
+    return json_response({"status": problem or "ready"}, 503 if problem else 200)
+
+
+@router.head("/health", include_in_schema=False)
+@router.get("/health", tags=["health"], summary="As /health/ready, with an empty body")
+async def health(request: Request) -> Response:
+    return Response(status_code=503 if _not_ready(request) else 200)
+
+
+def _not_ready(request: Request) -> str | None:
+    state = state_of(request)
+    if state.lifecycle.draining:
+        return "draining"
+    health = state.engine.health()
+    return None if health.live and health.ready else "unavailable"
+
+
+@router.get("/metrics", tags=["health"], summary="Prometheus metrics")
+async def metrics(request: Request) -> Response:
+    body, content_type = state_of(request).metrics.render(request.headers.get("accept", ""))
+    return Response(body, headers={"Content-Type": content_type})
+
+
+@router.get("/version", tags=["health"], summary="The version of this server")
+async def version(request: Request) -> Response:
+    return json_response({"version": state_of(request).version})

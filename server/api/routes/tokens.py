@@ -1,0 +1,138 @@
+"""POST /tokenize, POST /detokenize, GET /tokenizer_info: the tokenizer over HTTP, in vLLM's shapes.
+
+Asked for by lm-eval (so that it needs no copy of the tokenizer) and by vllm-router's cache-aware policy.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from guanaco.server.api.generation.body import body_schema, read_body, take_fields
+from guanaco.server.api.generation.catalog import Caller, ServedModel
+from guanaco.server.api.generation.encode import encode
+from guanaco.server.api.generation.ignored import Ignored
+from guanaco.server.api.generation.protocol import (
+    DETOKENIZE_FIELDS,
+    TOKENIZE_CHAT_FIELDS,
+    TOKENIZE_PROMPT_FIELDS,
+    DetokenizeBody,
+    TokenizeBody,
+)
+from guanaco.server.api.generation.serving import (
+    acquire_model,
+    caller_of,
+    check_text_size,
+    check_token_ids,
+    encode_raw,
+    key_of,
+    parse,
+)
+from guanaco.server.api.generation.state import ApiState, encoded_response, json_response, state_of
+from guanaco.server.api.http.errors import bad_request
+from guanaco.server.api.http.lifecycle import Admission, Lifecycle
+from guanaco.server.api.routes.chat import render_messages
+
+router = APIRouter(tags=["tokens"])
+
+Work = Callable[[ApiState, Caller, dict[str, Any]], tuple[dict[str, Any], Ignored]]
+
+
+@router.post("/tokenize", summary="Text or messages to token ids", openapi_extra=body_schema(TokenizeBody))
+async def tokenize(request: Request) -> Response:
+    return await _serve(request, _tokenize)
+
+
+@router.post("/detokenize", summary="Token ids to text", openapi_extra=body_schema(DetokenizeBody))
+async def detokenize(request: Request) -> Response:
+    return await _serve(request, _detokenize)
+
+
+@router.get("/tokenizer_info", summary="Special tokens and sizes of the tokenizer")
+async def tokenizer_info(request: Request) -> Response:
+    tokenizer = state_of(request).tokenizer
+    eos_id = tokenizer.eos_ids[0] if tokenizer.eos_ids else None
+    return json_response(
+        {
+            "bos_token": None if tokenizer.bos_id is None else tokenizer.token_text(tokenizer.bos_id),
+            "eos_token": None if eos_id is None else tokenizer.token_text(eos_id),
+            "pad_token": None,
+            "vocab_size": tokenizer.vocab_size,
+            "model_max_length": state_of(request).catalog.base.max_model_len,
+        }
+    )
+
+
+async def _serve(request: Request, work: Work) -> Response:
+    """Answer one request. It has a place before its body is read, and its turn comes by key and model."""
+    state, key = state_of(request), key_of(request)
+    with state.intake.token_request(key), state.intake.body(key) as held:
+        body = await read_body(request, state.settings.max_body_bytes, held)
+        caller = caller_of(request)
+        data = await parse(state.token_work, state.lane(key), body)
+        lane = state.lane(key, data.get("model"))
+        answer, ignored = await state.token_work.run(lane, _encoded, work, state, caller, data)
+    state.metrics.count_ignored_fields(ignored.count)
+    response = encoded_response(answer)
+    ignored.name_in(response)
+    return response
+
+
+def _encoded(work: Work, state: ApiState, caller: Caller, data: dict[str, Any]) -> tuple[bytes, Ignored]:
+    answer, ignored = work(state, caller, data)
+    return encode(answer), ignored
+
+
+def _tokenize(state: ApiState, caller: Caller, data: dict[str, Any]) -> tuple[dict[str, Any], Ignored]:
+    """Fields that chat or completions refuse are refused here, too: the ids are those that they would use."""
+    if (data.get("prompt") is None) == (data.get("messages") is None):
+        raise bad_request("give either prompt or messages", "prompt")
+    fields = take_fields(data, TOKENIZE_PROMPT_FIELDS if data.get("messages") is None else TOKENIZE_CHAT_FIELDS)
+    body = fields.validate(TokenizeBody)
+    model = _model(state, body, caller)
+    max_model_len = model.max_model_len
+    if body.messages is not None:
+        with_generation_prompt = body.add_generation_prompt is not False
+        token_ids = list(
+            render_messages(
+                state,
+                state.template_for(model),
+                body.messages,
+                max_model_len,
+                add_generation_prompt=with_generation_prompt,
+            )
+        )
+    else:
+        assert body.prompt is not None
+        check_text_size(len(body.prompt.encode()), max_model_len, "prompt")
+        token_ids = encode_raw(state, body.prompt, body.add_special_tokens)
+        check_token_ids(state, token_ids, "prompt")
+    answer: dict[str, Any] = {"count": len(token_ids), "max_model_len": max_model_len, "tokens": token_ids}
+    if body.return_token_strs:
+        answer["token_strs"] = [state.tokenizer.token_text(token) for token in token_ids]
+    return answer, fields.ignored
+
+
+def _model(state: ApiState, body: TokenizeBody, caller: Caller) -> ServedModel:
+    """The model that chat would take for these fields. Nothing is generated, so nothing is held or counted."""
+    lease = Admission(Lifecycle())
+    try:
+        return acquire_model(state, body, replace(caller, counts=False), lease)
+    finally:
+        lease.release()
+
+
+def _detokenize(state: ApiState, caller: Caller, data: dict[str, Any]) -> tuple[dict[str, Any], Ignored]:
+    fields = take_fields(data, DETOKENIZE_FIELDS)
+    body = fields.validate(DetokenizeBody)
+    if body.model is not None:
+        state.catalog.get(body.model, caller.key)  # all models share one tokenizer, but an unknown name is an error
+    # A model may draw ids that its tokenizer lacks (rows that only pad its embeddings): they are no text.
+    known = max(state.tokenizer.vocab_size, state.num_token_ids)
+    if any(token >= known for token in body.tokens):
+        raise bad_request(f"a token id is beyond the vocabulary: token ids must be below {known}", "tokens")
+    text = state.tokenizer.decode(body.tokens, skip_special_tokens=bool(body.skip_special_tokens))
+    return {"prompt": text}, fields.ignored

@@ -1,0 +1,189 @@
+"""The server process: one listening socket, uvicorn with our connection class, and an orderly end.
+
+SIGTERM or SIGINT drains: readiness fails at once, new work is still taken for `drain_delay`, then refused; what runs
+may finish until `drain_timeout`; exit code 0. A second signal ends at once. An engine that died or is stuck ends the
+process with a code that isn't 0, after its requests got their errors. Called by the wiring.
+"""
+
+import asyncio
+import contextlib
+import gc
+import logging
+import resource
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from guanaco.server.api.app import create_app
+from guanaco.server.api.generation.state import ApiState
+from guanaco.server.api.http.guard import ConnectionLimits, guarded
+from guanaco.server.config import Settings, SettingsError
+
+logger = logging.getLogger("guanaco.server")
+
+EXIT_ENGINE_FAILED = 70  # sysexits.h: EX_SOFTWARE
+EXIT_BY_SIGNAL = 128  # plus the signal's number, as shells report it
+
+# After the engine has ended a request its last bytes still have to be written; after that the connections are cut.
+_FLUSH_SECONDS = 5.0
+_BACKLOG = 2048
+_OTHER_FILES = 256  # besides connections: models, adapters, logs, spare connections
+# A body over the limit is answered with 413, and then read and thrown away up to this many times the limit: closing
+# earlier would reset the connection, and most clients send all of the body before they read the answer.
+_DISCARD_FACTOR = 8
+
+
+def bind(settings: Settings) -> socket.socket:
+    """The listening socket, taken before anything slow happens. SettingsError (one line) where it can't be had."""
+    where = f"{settings.host}:{settings.port}"
+    sock = None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind, protocol)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        # Nobody else may bind it now, not even before `listen`. With the option two servers could, on Linux.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+    except OSError as error:
+        if sock is not None:
+            sock.close()
+        raise _cannot_listen(where, error) from None
+    return sock
+
+
+def listen(sock: socket.socket) -> None:
+    """Take connections from now on. SettingsError where another server took the same port in the same moment."""
+    # Connections have the option from their listener; without it a restart would wait for the last of them.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.listen(_BACKLOG)
+    except OSError as error:
+        address = sock.getsockname()
+        raise _cannot_listen(f"{address[0]}:{address[1]}", error) from None
+
+
+def _cannot_listen(where: str, error: OSError) -> SettingsError:
+    return SettingsError(f"cannot listen on {where}: {error.strerror}; choose another --host or --port")
+
+
+def serve(state: ApiState, sock: socket.socket, on_started: Callable[[], None] = lambda: None) -> int:
+    """Serve until a signal or the engine's death; returns the exit code. `on_started` runs once requests are taken."""
+    server = make_server(state, on_started)
+    # uvicorn ends so where the application's start fails; it has logged why
+    with contextlib.suppress(SystemExit):
+        server.run(sockets=[sock])
+    return server.exit_code if server.started else 1
+
+
+def make_server(state: ApiState, on_started: Callable[[], None] = lambda: None) -> "GuanacoServer":
+    settings = state.settings
+    limits = ConnectionLimits(
+        header_seconds=settings.header_timeout,
+        body_seconds=settings.body_timeout,
+        keep_alive_seconds=settings.keep_alive_timeout,
+        max_body_bytes=settings.max_body_bytes * _DISCARD_FACTOR,
+        max_connections=_affordable_connections(settings.max_connections),
+    )
+    config = uvicorn.Config(
+        create_app(state),
+        http=guarded(limits, state.metrics.count_slow_client, state.metrics.count_rejected),
+        ws="none",
+        lifespan="on",
+        backlog=_BACKLOG,
+        timeout_keep_alive=settings.keep_alive_timeout,  # type: ignore[arg-type]
+        timeout_graceful_shutdown=int(_FLUSH_SECONDS),
+        server_header=False,
+        proxy_headers=False,
+        access_log=False,
+        log_config=None,
+    )
+    return GuanacoServer(config, state, on_started)
+
+
+def _affordable_connections(wanted: int) -> int:
+    """As many connections as this process may have files for, after asking for more. Without a file for the next
+    connection nobody could be refused."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    need = wanted + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < need:
+        soft = need if hard == resource.RLIM_INFINITY else min(need, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    affordable = wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - _OTHER_FILES))
+    if affordable < wanted:
+        logger.warning("only %d connections at once: raise the limit of open files (ulimit -n)", affordable)
+    return affordable
+
+
+class GuanacoServer(uvicorn.Server):
+    """uvicorn's server with an end of our own."""
+
+    def __init__(self, config: uvicorn.Config, state: ApiState, on_started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self.exit_code = 0
+        self._state = state
+        self._on_started = on_started
+        self._num_signals = 0
+        self._ending: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        for sock in sockets or ():
+            listen(sock)
+        await super().startup(sockets=sockets)
+        # What the start has made stays (torch alone: 200,000 objects, 0.1 s for each full collection, on the loop too).
+        gc.collect()
+        gc.freeze()
+        self._on_started()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 (a signal handler's arguments)
+        """Runs as a signal handler: sets flags only; `on_tick` acts on them within a tenth of a second. uvicorn's own
+        would close the listener at once, and raise the signal again at the end."""
+        self._num_signals += 1
+        self._state.lifecycle.draining = True
+        if self._num_signals > 1:
+            self.exit_code = EXIT_BY_SIGNAL + sig
+            self.should_exit = self.force_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._num_signals and self._ending is None:
+            self._ending = asyncio.create_task(self._drain())
+        if not self.exit_code and not self._state.engine.health().live:
+            logger.error("the engine is dead or stuck: ending the process")
+            self.exit_code = EXIT_ENGINE_FAILED
+            self._state.lifecycle.draining = self._state.lifecycle.refusing = True
+            if self._ending is not None:
+                self._ending.cancel()
+            self._ending = asyncio.create_task(self._end_after_requests())
+        return await super().on_tick(counter)
+
+    async def _drain(self) -> None:
+        settings, lifecycle = self._state.settings, self._state.lifecycle
+        logger.info("draining: running requests may finish, new ones go elsewhere")
+        await asyncio.sleep(settings.drain_delay)
+        lifecycle.refusing = True
+        try:
+            # The engine ends by itself what is left at its deadline; this only guards against one that doesn't.
+            await asyncio.wait_for(
+                self._state.engine.drain(settings.drain_timeout), settings.drain_timeout + _FLUSH_SECONDS
+            )
+        except TimeoutError:
+            logger.error("the engine did not drain in time")
+        await self._end_after_requests()
+
+    async def _end_after_requests(self) -> None:
+        if not await self._state.lifecycle.wait_all_closed(_FLUSH_SECONDS):
+            logger.warning("some requests were still open at the end")
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if not self.force_exit:
+            await super().shutdown(sockets=sockets)
+            return
+        for server in self.servers:
+            server.close()
+        for connection in list(self.server_state.connections):
+            if connection.transport is not None:
+                connection.transport.abort()

@@ -1,0 +1,89 @@
+"""What the wiring does for the `triton` provider alone: CUDA graphs, what a GPU must keep free, what has run where.
+
+Used by `wiring`. Triton is only imported where that provider was chosen.
+"""
+
+import re
+from pathlib import Path
+
+from guanaco.kernels import Ops
+from guanaco.models.architectures.config import LlamaConfig
+from guanaco.models.architectures.kv_cache import PagedKVCache
+from guanaco.models.architectures.llama import LlamaModel, projection_shapes
+from guanaco.server.bootstrap.gpu import find_gpu
+from guanaco.server.config import Settings
+from guanaco.server.engine.model_runner import DecodePath
+from guanaco.server.errors import CommandError
+
+# Of the CUDA context, Triton's kernels and the library's workspaces: a guess, never measured.
+_CONTEXT_BYTES = 512 << 20
+
+
+def make_decode_path(
+    settings: Settings, model: LlamaModel, ops: Ops, kv: PagedKVCache, max_model_len: int
+) -> DecodePath | None:
+    """CUDA graphs where they are asked for and possible."""
+    if ops.name != "triton":
+        return None
+    from guanaco.kernels.triton.ops import TritonOps
+    from guanaco.kernels.triton.products.lora import RANK_BUCKETS
+    from guanaco.server.engine.cuda_graphs import CudaCapture, DecodeGraphs
+
+    assert isinstance(ops, TritonOps)
+    if settings.max_lora_rank > RANK_BUCKETS[-1]:
+        raise CommandError(f"--max-lora-rank {settings.max_lora_rank}: the triton provider has {RANK_BUCKETS[-1]}")
+    if not settings.cuda_graphs or ops.device.type != "cuda" or not model.is_fused:
+        return None
+    return DecodeGraphs(
+        model,
+        ops,
+        kv,
+        max_num_seqs=settings.max_num_seqs,
+        max_model_len=max_model_len,
+        num_slots=settings.adapter_slots,
+        capture=CudaCapture(),
+    )
+
+
+def tuned_path(settings: Settings, name: str) -> Path:
+    """Where the tiles that were timed on a card of this name are."""
+    return settings.cache_dir / f"tuned-kernels-{re.sub('[^A-Za-z0-9]+', '-', name)}.json"
+
+
+def use_tuned_kernels(settings: Settings, ops: Ops) -> tuple[str, ...]:
+    """Take the tiles that were timed on this card, where they were and are wanted; what to say of it."""
+    if ops.name != "triton" or not settings.tuned_kernels:
+        return ()
+    gpu = find_gpu()
+    if gpu is None:
+        return ()
+    from guanaco.kernels.triton import configs as triton_configs
+    from guanaco.kernels.triton import tuning as triton_tuning
+
+    tiles, note = triton_tuning.load(tuned_path(settings, gpu.name), triton_tuning.card_key(gpu.name, gpu.target))
+    triton_configs.use_tuned(tiles)
+    return (f"triton: {note}",) if note else ()
+
+
+def gpu_notes(settings: Settings, ops: Ops, model: LlamaModel) -> list[str]:
+    """For the banner: what of this provider has run where, and what of it is not used."""
+    if ops.name != "triton":
+        return []
+    from guanaco.kernels.triton.ops import HAS_RUN
+
+    notes = [f"triton: {HAS_RUN}"]
+    if not model.is_fused:
+        notes.append("triton: some projections are dense, or rows are no whole groups of 64: slower, no graphs")
+    elif ops.device.type == "cuda":
+        notes.append(f"triton: decode steps {'are CUDA graphs' if settings.cuda_graphs else 'are launched one by one'}")
+    return notes
+
+
+def gpu_reserve_bytes(settings: Settings, config: LlamaConfig) -> int:
+    """Bytes that must stay free beside weights, adapters and KV cache: one merged weight decoded to 16 bits (prompts),
+    a step's activations, and the logits of all sequences."""
+    shapes = projection_shapes(config)
+    merged = 2 * max(2 * n * k for n, k in shapes.values())
+    activations = 4 * (6 * config.hidden_size + 2 * config.intermediate_size) * settings.max_num_batched_tokens
+    logits = 4 * 4 * config.vocab_size * settings.max_num_seqs
+    return merged + activations + logits + _CONTEXT_BYTES

@@ -1,0 +1,182 @@
+"""`guanaco adapters`: look at an adapter on this machine, and change those of a running server.
+
+`inspect` and `check` of a path need no server. Talks to the admin routes with httpx2, which the hub's client
+uses as well. Called by the command line.
+"""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from guanaco.adapters.convert.conversion import ConvertReport
+from guanaco.adapters.peft.config import CONFIG_NAME, MAX_CONFIG_BYTES, parse_config
+from guanaco.adapters.peft.files import AdapterFiles
+from guanaco.adapters.peft.safetensors import SafetensorsFile
+from guanaco.adapters.peft.weights import BASE_FINGERPRINT_KEY, WEIGHTS_NAME, AdapterLimits, check_weights_exist
+from guanaco.server.adapters.hub import AdapterHub, HubAddress
+from guanaco.server.bootstrap.memory_plan import human_bytes
+from guanaco.server.commands.common import bearer, server_root
+from guanaco.server.config import Settings
+from guanaco.server.errors import CommandError
+
+_TIMEOUT_SECONDS = 600.0  # a large adapter on a slow disk takes a while to be read and tried out
+
+
+class AdminClient:
+    """The admin routes of one running server. CommandError for whatever goes wrong, with the server's own words."""
+
+    def __init__(self, url: str, admin_key: str | None) -> None:
+        if not admin_key:
+            raise CommandError("give the server's admin key: --admin-key, or the variable GUANACO_ADMIN_KEY")
+        self._url = server_root(url)
+        headers = {b"Authorization": bearer(admin_key, "--admin-key")}
+        self._http = httpx2.Client(timeout=_TIMEOUT_SECONDS, headers=headers)
+
+    def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """The JSON answer to one request."""
+        try:
+            response = self._http.request(method, f"{self._url}/v1{path}", json=body)
+        except httpx2.HTTPError as error:
+            raise CommandError(f"no answer from {self._url} ({error}): is the server running there?") from None
+        try:
+            answer = response.json()
+        except ValueError:
+            raise CommandError(f"{self._url} answered {response.status_code}, and not as guanaco does") from None
+        if response.is_error:
+            told = answer.get("error") if isinstance(answer, dict) else None
+            if not isinstance(told, dict):
+                raise CommandError(f"{self._url} answered {response.status_code}, and not as guanaco does")
+            raise CommandError(f"{told.get('code')}: {told.get('message')}")
+        return answer
+
+
+def show(answer: Any, *, as_json: bool) -> None:
+    """What the server said of one adapter or of all: a table for people, or JSON."""
+    console = Console(highlight=False)
+    if as_json:
+        console.print_json(json.dumps(answer))
+        return
+    if "data" in answer:
+        is_of_aliases = any(card["object"] == "alias" for card in answer["data"])
+        console.print(_list_aliases(answer["data"]) if is_of_aliases else _list(answer["data"]))
+        return
+    table = Table.grid(padding=(0, 2))
+    for key, value in answer.items():
+        if key != "object" and value not in (None, [], ""):
+            table.add_row(f"[dim]{key}[/]", escape(_shown(key, value)))
+    console.print(table)
+
+
+def _shown(key: str, value: Any) -> str:
+    if key.endswith("_bytes"):
+        return human_bytes(value)
+    if key in ("loaded_at", "last_used"):
+        return f"{datetime.fromtimestamp(value, UTC):%Y-%m-%d %H:%M:%S} UTC"
+    return str(value)
+
+
+def parse_split(targets: list[str]) -> dict[str, int]:
+    """`TARGET=WEIGHT …`, or one target alone, as the alias routes take them. Raises CommandError."""
+    split = {}
+    for text in targets:
+        target, separator, weight = text.partition("=")
+        if not (weight.isascii() and weight.isdecimal() if separator else len(targets) == 1):
+            raise CommandError(f"{text!r}: write NAME=WEIGHT or NAME@VERSION=WEIGHT, the weight a whole number")
+        if target in split:
+            raise CommandError(f"{target} is there twice: add the weights up")
+        split[target] = int(weight) if separator else 1
+    return split
+
+
+def _list_aliases(aliases: list[dict[str, Any]]) -> Table:
+    table = Table("name", "state", "leads to", "revision", "uses", box=None)
+    for card in aliases:
+        total = sum(card["split"].values())
+        shares = [(_short(target), weight) for target, weight in card["split"].items()]
+        leads_to = ", ".join(name if len(shares) == 1 else f"{name} {weight / total:.0%}" for name, weight in shares)
+        cells = (card["name"], card["state"], leads_to, card["revision"], card["num_uses"])
+        table.add_row(*(escape(str(cell)) for cell in cells))
+    return table
+
+
+def _short(target: str) -> str:
+    name, separator, version = target.partition("@")
+    return f"{name}{separator}{version[:12]}"
+
+
+def _list(adapters: list[dict[str, Any]]) -> Table:
+    table = Table(
+        "name", "state", "version", "rank", "modules", "size", "tier", "requests", "uses", "aliases", box=None
+    )
+    for card in adapters:
+        if card["state"] == "broken":
+            table.add_row(
+                escape(card["name"]), "[red]broken[/]", card["version"][:12], escape(card["error"]["message"])
+            )
+            continue
+        if card["state"] == "loading":
+            table.add_row(escape(card["name"]), "loading", "", escape(card["source"]))
+            continue
+        table.add_row(
+            escape(card["name"]),
+            card["state"],
+            card["version"][:12],
+            str(card["rank"]),
+            f"{card['modules_applied']}/{card['modules_possible']}",
+            human_bytes(card["num_bytes"]),
+            card["tier"],
+            str(card["pins"]),
+            str(card["num_uses"]),
+            escape(", ".join(card["aliases"])),
+        )
+    return table
+
+
+def show_conversion(report: ConvertReport, target: Path) -> None:
+    """What `convert` did, a line each."""
+    console = Console(highlight=False)
+    dtypes = ", ".join(f"{count} in {dtype}" for dtype, count in report.dtypes.items())
+    sizes = f"{human_bytes(report.source_bytes)} → {human_bytes(report.target_bytes)}"
+    console.print(f"{report.source} → {target}: {report.num_tensors} tensors ({dtypes}), {sizes}", markup=False)
+    if report.num_renamed:
+        console.print(f"{report.num_renamed} tensors got the names that PEFT uses today")
+    for note in report.notes:
+        console.print(note, markup=False)
+
+
+def pull_adapter(settings: Settings, source: str, directory: Path | None) -> None:
+    """Download an adapter of the hub, and say which commit it is of. Raises AdapterError or CommandError."""
+    address = HubAddress.parse(source if "@" in source else f"{source}@main")
+    if address is None:
+        raise CommandError(f"{source} is no adapter of the hub: write ORG/NAME or ORG/NAME@REVISION")
+    hub = AdapterHub.of(settings)
+    if directory is None:
+        path, pinned = hub.fetch(address)
+    else:
+        path, pinned = directory, hub.pull(address, directory)
+    Console(highlight=False).print(f"{pinned} → {path}", markup=False, soft_wrap=True)
+
+
+def inspect_path(path: Path) -> dict[str, Any]:
+    """What the files of an adapter say of themselves, without a base model. Raises AdapterError."""
+    files = AdapterFiles.find(path, "default", CONFIG_NAME)
+    config = parse_config(files.read(CONFIG_NAME, MAX_CONFIG_BYTES))
+    check_weights_exist(files)
+    with files.open(WEIGHTS_NAME) as handle:
+        file = SafetensorsFile(handle, WEIGHTS_NAME, AdapterLimits().max_file_bytes)
+        ranks = sorted({t.shape[0] for name, t in file.tensors.items() if ".lora_A" in name and len(t.shape) == 2})
+        return {
+            "path": str(files.directory),
+            "tensors": len(file.tensors),
+            "ranks": ranks,
+            "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in file.tensors.values()}),
+            "num_bytes": sum(t.num_bytes for t in file.tensors.values()),
+            "base_fingerprint": file.metadata.get(BASE_FINGERPRINT_KEY),
+            "notes": list(config.notes),
+        }

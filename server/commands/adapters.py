@@ -1,0 +1,235 @@
+"""The command line's verbs about adapters and aliases: `guanaco adapters …`, `guanaco aliases …`. Used by `cli`.
+
+The work is in `adapters_command`; heavy imports happen inside a verb.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from guanaco.server.commands.common import one_line_errors
+from guanaco.server.config import load_settings
+
+adapters_app = typer.Typer(help="Adapters: their files here, and those of a running server.", no_args_is_help=True)
+aliases_app = typer.Typer(help="Aliases of a running server: names that lead to adapters.", no_args_is_help=True)
+
+_Url = Annotated[str, typer.Option(help="address of the running server, with or without /v1")]
+_AdminKey = Annotated[str | None, typer.Option(envvar="GUANACO_ADMIN_KEY", help="the server's admin key")]
+_AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of a table")]
+_URL = "http://127.0.0.1:8000"
+
+
+def _admin(
+    url: str, admin_key: str | None, as_json: bool, method: str, path: str, body: dict[str, Any] | None = None
+) -> None:
+    from guanaco.server.commands.adapter_actions import AdminClient, show
+
+    with one_line_errors():
+        show(AdminClient(url, admin_key).call(method, path, body), as_json=as_json)
+
+
+def _of(collection: str, name: str, rest: str = "") -> str:
+    """The address of one adapter or alias. The name becomes a part of it: one that is none ends the program."""
+    from guanaco.adapters.versions.registry import check_name
+
+    with one_line_errors():
+        check_name(name)
+    return f"/{collection}/{name}{rest}"
+
+
+@adapters_app.command("list")
+def adapters_list(url: _Url = _URL, admin_key: _AdminKey = None, as_json: _AsJson = False) -> None:
+    """List the adapters of a running server with their state."""
+    _admin(url, admin_key, as_json, "GET", "/adapters")
+
+
+@adapters_app.command("inspect")
+def adapters_inspect(
+    path: Annotated[Path, typer.Argument(help="directory of the adapter")], as_json: _AsJson = False
+) -> None:
+    """Say what an adapter's files hold; no server and no model is needed."""
+    from guanaco.server.commands.adapter_actions import inspect_path, show
+
+    with one_line_errors():
+        show(inspect_path(path), as_json=as_json)
+
+
+@adapters_app.command("convert")
+def adapters_convert(
+    src: Annotated[Path, typer.Argument(help="directory of the old adapter: pickled or float32 weights, old config")],
+    dst: Annotated[Path, typer.Argument(help="directory to write; must not exist")],
+    dtype: Annotated[str, typer.Option(help="keep, float32, float16 or bfloat16")] = "keep",
+) -> None:
+    """Make an adapter of 2023 into what the server reads; a pickle is taken apart in a restricted process."""
+    from guanaco.adapters.convert.conversion import convert_adapter
+    from guanaco.server.commands.adapter_actions import show_conversion
+
+    with one_line_errors():
+        show_conversion(convert_adapter(src, dst, dtype=dtype), dst)
+
+
+@adapters_app.command("pull")
+def adapters_pull(
+    source: Annotated[str, typer.Argument(help="ORG/NAME, or ORG/NAME@REVISION")],
+    directory: Annotated[
+        Path | None, typer.Argument(help="directory to write; must not exist (none: only the hub's cache)")
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="the cache directory (none: the configured one)")] = None,
+    hub_token: Annotated[str | None, typer.Option(help="token for gated or private ones (none: HF_TOKEN)")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="only what was downloaded before")] = False,
+) -> None:
+    """Download an adapter: config, safetensors weights and guanaco.json, at one commit."""
+    from guanaco.server.commands.adapter_actions import pull_adapter
+
+    given = {"cache": cache, "hub_token": hub_token, "offline": offline or None}
+    with one_line_errors():
+        pull_adapter(
+            load_settings({key: value for key, value in given.items() if value is not None}), source, directory
+        )
+
+
+@adapters_app.command("check")
+def adapters_check(
+    name: Annotated[str, typer.Argument(help="the name it would get")],
+    source: Annotated[str, typer.Argument(help="path below the server's --adapter-root, or ORG/NAME@REVISION")],
+    url: _Url = _URL,
+    admin_key: _AdminKey = None,
+    as_json: _AsJson = False,
+) -> None:
+    """Ask a running server whether it would load an adapter, and what that would take."""
+    _admin(url, admin_key, as_json, "POST", _of("adapters", name, "/check"), {"source": source})
+
+
+@adapters_app.command("load")
+def adapters_load(
+    name: Annotated[str, typer.Argument(help="the name that clients will use")],
+    source: Annotated[str, typer.Argument(help="path below the server's --adapter-root, or ORG/NAME@REVISION")],
+    expected_version: Annotated[str | None, typer.Option(help="replace only this version")] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="how to serve it: guanaco, or a JSON file (none: the guanaco.json beside it)")
+    ] = None,
+    url: _Url = _URL,
+    admin_key: _AdminKey = None,
+    as_json: _AsJson = False,
+) -> None:
+    """Load an adapter into a running server, or replace the one of that name."""
+    from guanaco.adapters.versions.profile import profile_fields
+
+    body: dict[str, Any] = {"source": source, **({"expected_version": expected_version} if expected_version else {})}
+    with one_line_errors():
+        body |= {} if profile is None else {"profile": profile_fields(profile)}
+    _admin(url, admin_key, as_json, "PUT", _of("adapters", name), body)
+
+
+@adapters_app.command("unload")
+def adapters_unload(
+    name: Annotated[str, typer.Argument(help="which")],
+    force: Annotated[bool, typer.Option("--force", help="end the requests that use it")] = False,
+    timeout: Annotated[float, typer.Option(min=0, max=300, help="seconds to wait for those requests")] = 10.0,
+    url: _Url = _URL,
+    admin_key: _AdminKey = None,
+    as_json: _AsJson = False,
+) -> None:
+    """Remove an adapter from a running server; requests that use it may finish."""
+    query = f"?timeout={timeout:.3f}&force={str(force).lower()}"
+    _admin(url, admin_key, as_json, "DELETE", _of("adapters", name, query))
+
+
+@adapters_app.command("rollback")
+def adapters_rollback(
+    name: Annotated[str, typer.Argument(help="which")],
+    to: Annotated[str | None, typer.Option("--to", help="a version of its history (none: the one before)")] = None,
+    url: _Url = _URL,
+    admin_key: _AdminKey = None,
+    as_json: _AsJson = False,
+) -> None:
+    """Make a name what it was before its last change."""
+    _admin(url, admin_key, as_json, "POST", _of("adapters", name, "/rollback"), {"version": to} if to else {})
+
+
+@adapters_app.command("pin")
+def adapters_pin(
+    name: Annotated[str, typer.Argument(help="which")],
+    off: Annotated[bool, typer.Option("--off", help="no longer")] = False,
+    url: _Url = _URL,
+    admin_key: _AdminKey = None,
+    as_json: _AsJson = False,
+) -> None:
+    """Keep an adapter in the server's memory, however many others are used."""
+    _admin(url, admin_key, as_json, "POST", _of("adapters", name, "/pin"), {"pinned": not off})
+
+
+@aliases_app.command("list")
+def aliases_list(url: _Url = _URL, admin_key: _AdminKey = None, as_json: _AsJson = False) -> None:
+    """List the aliases of a running server, and where they lead."""
+    _admin(url, admin_key, as_json, "GET", "/aliases")
+
+
+@aliases_app.command("show")
+def aliases_show(
+    name: Annotated[str, typer.Argument(help="which")],
+    url: _Url = _URL,
+    admin_key: _AdminKey = None,
+    as_json: _AsJson = False,
+) -> None:
+    """Show one alias with its history."""
+    _admin(url, admin_key, as_json, "GET", _of("aliases", name))
+
+
+@aliases_app.command("set")
+def aliases_set(
+    name: Annotated[str, typer.Argument(help="the name that clients will use")],
+    targets: Annotated[list[str], typer.Argument(help="NAME or NAME@VERSION; of several, each with =WEIGHT")],
+    expected_revision: Annotated[
+        int | None, typer.Option(min=0, help="change only this revision; 0: a new one")
+    ] = None,
+    url: _Url = _URL,
+    admin_key: _AdminKey = None,
+    as_json: _AsJson = False,
+) -> None:
+    """Point an alias to an adapter or one version of it, or split it: set prod new=10 old@3f2c9a=90."""
+    from guanaco.server.commands.adapter_actions import parse_split
+
+    with one_line_errors():
+        body: dict[str, Any] = {"split": parse_split(targets)}
+    if expected_revision is not None:
+        body["expected_revision"] = expected_revision
+    _admin(url, admin_key, as_json, "PUT", _of("aliases", name), body)
+
+
+@aliases_app.command("rename")
+def aliases_rename(
+    name: Annotated[str, typer.Argument(help="which")],
+    new: Annotated[str, typer.Argument(help="its new name")],
+    url: _Url = _URL,
+    admin_key: _AdminKey = None,
+    as_json: _AsJson = False,
+) -> None:
+    """Give an alias another name, in other aliases that lead to it too."""
+    _admin(url, admin_key, as_json, "POST", _of("aliases", name, "/rename"), {"name": new})
+
+
+@aliases_app.command("rollback")
+def aliases_rollback(
+    name: Annotated[str, typer.Argument(help="which")],
+    to: Annotated[
+        int | None, typer.Option("--to", min=1, help="a revision of its history (none: the one before)")
+    ] = None,
+    url: _Url = _URL,
+    admin_key: _AdminKey = None,
+    as_json: _AsJson = False,
+) -> None:
+    """Make an alias lead where it led before its last change."""
+    _admin(url, admin_key, as_json, "POST", _of("aliases", name, "/rollback"), {"revision": to} if to else {})
+
+
+@aliases_app.command("remove")
+def aliases_remove(
+    name: Annotated[str, typer.Argument(help="which")],
+    url: _Url = _URL,
+    admin_key: _AdminKey = None,
+    as_json: _AsJson = False,
+) -> None:
+    """Remove an alias; what it leads to stays."""
+    _admin(url, admin_key, as_json, "DELETE", _of("aliases", name))

@@ -1,0 +1,46 @@
+"""What the verbs of the command line share: how they end when the operator has to put something right."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+from guanaco.server.config import SettingsError
+from guanaco.server.errors import CommandError
+
+EXIT_USAGE = 2  # something the operator can put right; the last line on stderr says what
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Errors that the operator can put right end the program with one line and exit code 2, without a traceback."""
+    from guanaco.adapters.errors import AdapterError
+    from guanaco.models.errors import ModelError
+    from guanaco.models.text.chat_template import TemplateError
+
+    try:
+        yield
+    except (SettingsError, CommandError, ModelError, AdapterError, TemplateError) as error:
+        print(f"guanaco: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_USAGE) from None
+
+
+def server_root(url: str) -> str:
+    """The address of a server without a final `/v1`, however it was typed. CommandError where it is no address."""
+    problem = f"--url {url}: expected an address such as http://127.0.0.1:8000 (with or without /v1)"
+    try:
+        parts = urlsplit(url.strip())
+        has_port = parts.port is None or parts.port > 0
+    except ValueError:
+        raise CommandError(problem) from None
+    is_plain = not (parts.query or parts.fragment or parts.username) and url.isascii() and " " not in url.strip()
+    if parts.scheme not in ("http", "https") or not parts.hostname or not has_port or not is_plain:
+        raise CommandError(problem)
+    return url.strip().rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+def bearer(key: str, flag: str) -> bytes:
+    """The `Authorization` header of a key. CommandError where the key holds what no header can carry."""
+    if not key.isprintable():
+        raise CommandError(f"{flag}: the key holds a control character, such as the end of a line: remove it")
+    return f"Bearer {key.strip()}".encode()

@@ -1,0 +1,43 @@
+"""`guanaco models list | prune`: what the cache holds, and making room."""
+
+import time
+from pathlib import Path
+
+from guanaco.models.loading.model_cache import list_cached_models, prune_cached_models
+from guanaco.server.bootstrap.memory_plan import human_bytes
+from guanaco.server.errors import CommandError
+
+_KEY_LENGTH = 12  # of a key's 64 hex digits, as `list` shows and `prune` takes them
+
+
+def list_models(cache_dir: Path) -> None:
+    """A table of the cached models, and their sum."""
+    entries = list_cached_models(cache_dir)
+    if not entries:
+        print(f"{cache_dir}: nothing is cached")
+        return
+    print(f"{'name':{_KEY_LENGTH}}  {'size':>10}  {'last used':16}  made from")
+    for entry in entries:
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used_seconds))
+        print(f"{entry.key[:_KEY_LENGTH]}  {human_bytes(entry.num_bytes):>10}  {used}  {entry.source}")
+    print(f"{cache_dir}: {human_bytes(sum(entry.num_bytes for entry in entries))} in {len(entries)} models")
+
+
+def prune_models(cache_dir: Path, names: list[str], *, yes: bool) -> None:
+    """Delete the named models, or all; asks first unless told not to."""
+    entries = list_cached_models(cache_dir)
+    chosen = [e for e in entries if not names or any(e.key.startswith(name) for name in names)]
+    for name in names:
+        if not any(e.key.startswith(name) for e in entries):
+            raise CommandError(f"no cached model is called {name!r}: `guanaco models list` shows what there is")
+    if not chosen:
+        print(f"{cache_dir}: nothing is cached")
+        return
+    size = human_bytes(sum(entry.num_bytes for entry in chosen))
+    if not yes and input(f"delete {len(chosen)} cached models, {size}? [y/N] ").strip().lower() not in ("y", "yes"):
+        print("nothing was deleted")
+        return
+    deleted, busy = prune_cached_models(cache_dir, [entry.key for entry in chosen])
+    print(f"deleted {len(deleted)} models, {human_bytes(sum(entry.num_bytes for entry in deleted))}")
+    for entry in busy:
+        print(f"{entry.key[:_KEY_LENGTH]} is in use by another process and was left")

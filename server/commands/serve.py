@@ -1,0 +1,227 @@
+"""`guanaco serve`: load, show what was built, listen until told to stop.
+
+Wires the runtime to the HTTP side and writes the banner. Called by the command line.
+"""
+
+import faulthandler
+import ipaddress
+import json
+import logging
+import shlex
+import sys
+from importlib.metadata import version
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from guanaco.adapters.peft.weights import AdapterLimits
+from guanaco.adapters.versions.registry_file import RegistryFile
+from guanaco.adapters.versions.store import VersionStore
+from guanaco.models.text.chat_template import TemplateError, named_template
+from guanaco.models.text.template_renderer import shared_renderer
+from guanaco.server.adapters.hub import AdapterHub
+from guanaco.server.adapters.manager import AdapterManager
+from guanaco.server.adapters.sources import AdapterPolicy
+from guanaco.server.api.generation.catalog import Catalog, ServedModel
+from guanaco.server.api.generation.sampling import SamplingDefaults
+from guanaco.server.api.generation.state import ApiState
+from guanaco.server.api.http.access_log import start_logging
+from guanaco.server.api.http.auth import KeyRing
+from guanaco.server.api.server import bind, serve
+from guanaco.server.bootstrap.dtypes import name_of
+from guanaco.server.bootstrap.memory_plan import human_bytes
+from guanaco.server.bootstrap.runtime import Base, Runtime, build_runtime
+from guanaco.server.config import Settings
+from guanaco.server.engine.async_engine import AsyncEngine, QueueCaps
+from guanaco.server.errors import CommandError
+from guanaco.server.metrics.server import Metrics
+
+logger = logging.getLogger("guanaco.serve")
+
+# What an adapter is tried out on when it is loaded. Any text that a fine-tune would answer differently will do.
+_PROBE_TEXT = "### Human: Who are you, and what can you do for me?### Assistant:"
+_LOG_WIDTH = 160  # of the banner where it goes to a file or a container's log
+
+
+def run_server(settings: Settings) -> int:
+    """Serve until a signal; the exit code. What is wrong with the settings is found before anything slow happens."""
+    keys, admin_keys = KeyRing.from_settings(settings), KeyRing.admin(settings)
+    _check_exposure(settings, keys)
+    check_origins(settings, keys)
+    faulthandler.enable()  # a crash in native code leaves its stacks in the log, which would be empty otherwise
+    sock = bind(settings)
+    console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
+    runtime = build_runtime(settings, console)
+    state = _api_state(settings, runtime, keys, admin_keys)
+    port = sock.getsockname()[1]
+    stop_logging = start_logging(settings.log_level)
+    try:
+        return serve(state, sock, on_started=lambda: _show_banner(console, settings, runtime, port, bool(keys)))
+    finally:
+        shared_renderer().close()  # a template that is being rendered would delay the end
+        stop_logging()
+
+
+def _check_exposure(settings: Settings, keys: KeyRing) -> None:
+    """Beyond loopback everybody who reaches the port can use the machine: only with a key, or if told to."""
+    if keys or settings.allow_unauthenticated or _is_loopback(settings.host):
+        return
+    raise CommandError(
+        f"--host {settings.host} is reachable from other machines and no API key is set: "
+        "set --api-key (or --api-key-file), or say --allow-unauthenticated"
+    )
+
+
+def check_origins(settings: Settings, keys: KeyRing) -> None:
+    """Raises CommandError where every web page could try keys."""
+    if keys and "*" in settings.allow_origin:
+        raise CommandError(
+            "--allow-origin * is for servers without API keys: name the origins, e.g. https://chat.example"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _probe_token_ids(base: Base, most: int) -> tuple[int, ...]:
+    """What adapters are tried out with: at most so many ids, and only such as the model has."""
+    num_rows = base.loaded.config.vocab_size
+    return tuple(index for index in base.tokenizer.encode(_PROBE_TEXT) if index < num_rows)[:most]
+
+
+def _api_state(settings: Settings, runtime: Runtime, keys: KeyRing, admin_keys: KeyRing) -> ApiState:
+    base, plan = runtime.base, runtime.plan
+    metrics = Metrics(
+        base.name,
+        max_model_len=plan.max_model_len,
+        adapter_slots=settings.adapter_slots,
+        max_adapter_labels=settings.metrics_adapters,
+        old_names=settings.metrics_compat,
+    )
+    cache_dtype = name_of(runtime.kv_dtype)
+    metrics.set_cache_config(block_size=plan.block_size, num_blocks=plan.num_blocks, cache_dtype=cache_dtype)
+    engine = AsyncEngine(
+        runtime.engine,
+        base.tokenizer,
+        QueueCaps(settings.max_queued_requests, settings.max_queued_tokens),
+        step_timeout_seconds=settings.step_timeout,
+        on_step=metrics.observe_step,
+    )
+    metrics.set_heartbeat(lambda: engine.heartbeat_age_seconds)
+    manager = _adapter_manager(settings, runtime, engine, metrics)
+    served = ServedModel(base.name, plan.max_model_len, root=base.root, base_fingerprint=base.loaded.fingerprint)
+    return ApiState(
+        engine=engine,
+        tokenizer=base.tokenizer,
+        catalog=Catalog(served, live=runtime.registry, aliases=None if manager is None else manager.aliases.table),
+        settings=settings,
+        metrics=metrics,
+        version=version("guanaco"),
+        num_rows=base.loaded.config.vocab_size,
+        defaults=SamplingDefaults.from_generation_config(base.generation_config),
+        keys=keys,
+        admin_keys=admin_keys,
+        adapters=manager,
+        chat_template=base.template,
+        named_template=named_template,
+        template_errors=(TemplateError,),
+    )
+
+
+def _adapter_manager(
+    settings: Settings, runtime: Runtime, engine: AsyncEngine, metrics: Metrics
+) -> AdapterManager | None:
+    """What changes adapters while the server runs, with what was loaded before a restart; None without an admin key."""
+
+    manager = None
+    if settings.has_admin:
+        base = runtime.base
+        store = _open_store(settings, base)
+        policy = AdapterPolicy(
+            root=None if settings.adapter_root is None else settings.adapter_root.expanduser().absolute(),
+            base_fingerprint=base.loaded.fingerprint,
+            strict_base=settings.strict_base,
+            hub=AdapterHub.of(settings) if settings.hub_adapters or settings.hub_adapters_unpinned else None,
+        )
+        manager = AdapterManager(
+            runtime.registry,
+            store,
+            RegistryFile(store.directory / "registry.json"),
+            engine,
+            policy,
+            probe_token_ids=_probe_token_ids(base, runtime.plan.max_model_len - 1),
+            on_change=lambda: metrics.adapters.set_names(runtime.registry.names_by_version()),
+            on_load=metrics.adapters.observe_load,
+            on_stage=metrics.adapters.observe_stage,
+            device_bytes=runtime.slots.bytes_of,
+        )
+        for note in manager.restore():
+            logger.warning(note)
+    metrics.adapters.set_names(runtime.registry.names_by_version())
+    scheduler = runtime.engine.scheduler
+    metrics.adapters.set_device(lambda: runtime.registry.names_of(scheduler.slots.resident))
+    metrics.adapters.set_tiers(
+        sizes={"host": lambda: runtime.registry.num_bytes, "device": lambda: runtime.slots.num_bytes},
+        evictions={"host": lambda: scheduler.host.num_evictions, "device": lambda: scheduler.slots.num_evictions},
+    )
+    return manager
+
+
+def _open_store(settings: Settings, base: Base) -> VersionStore:
+    """Each base model has a store of its own: what is an adapter of one is nothing to another."""
+    directory = settings.adapter_store or settings.cache_dir / "adapters"
+    return VersionStore(
+        directory.expanduser().absolute() / base.loaded.fingerprint[:16],
+        base.loaded.model.lora_targets,
+        limits=AdapterLimits(max_rank=settings.max_lora_rank),
+        base_table=base.table,
+    )
+
+
+def _show_banner(console: Console, settings: Settings, runtime: Runtime, port: int, has_keys: bool) -> None:
+    """What runs, on what, how memory is spent, and a line to copy."""
+    base, plan, config = runtime.base, runtime.plan, runtime.base.loaded.config
+    url = f"http://{f'[{settings.host}]' if ':' in settings.host else settings.host}:{port}"
+    table = Table.grid(padding=(0, 2))
+    shape = f"{config.num_layers} layers of {config.hidden_size}, NF4, context {plan.max_model_len}"
+    dtype = name_of(runtime.ops.dtype)
+    tokens = f"{name_of(runtime.kv_dtype)}, {plan.num_blocks} blocks of {plan.block_size} = {plan.kv_tokens} tokens"
+    rows = [
+        ("model", f"[bold]{escape(base.name)}[/]  {shape}"),
+        ("provider", f"{runtime.ops.name} ({runtime.provider_reason}), {dtype}, {runtime.num_threads} threads"),
+        (
+            "memory",
+            f"weights {human_bytes(plan.weights_bytes)} + KV cache {human_bytes(plan.kv_bytes)} ({tokens})"
+            f" + adapters {human_bytes(plan.adapters_bytes)} = {human_bytes(plan.total_bytes)} at most",
+        ),
+    ]
+    for entry in runtime.registry.entries():
+        modules = f"{entry.modules_applied} of {entry.modules_possible} modules"
+        detail = f"rank {entry.max_rank}, {modules}, {human_bytes(entry.num_bytes)}, version {entry.version[:12]}"
+        rows.append(("adapter", f"[bold]{escape(entry.name)}[/]  {detail}"))
+    rows += [("note", escape(note)) for note in runtime.notes]
+    rows += [("API", f"{url}/v1"), ("metrics", f"{url}/metrics"), ("health", f"{url}/health")]
+    for label, text in rows:
+        table.add_row(f"[dim]{label}[/]", text)
+    console.rule("[bold]Guanaco[/]", align="left")
+    console.print(table)
+    console.print(f"try it:\n{_curl_line(url, runtime, has_keys)}", markup=False, soft_wrap=True)
+    console.rule()
+
+
+def _curl_line(url: str, runtime: Runtime, has_keys: bool) -> str:
+    entries = runtime.registry.entries()
+    body = {
+        "model": entries[0].name if entries else runtime.base.name,
+        "messages": [{"role": "user", "content": "How do I boil an egg?"}],
+        "max_tokens": 60,
+    }
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if has_keys else ""
+    return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(json.dumps(body))}"

@@ -1,0 +1,340 @@
+"""What the server counts, as Prometheus series in a registry of its own: vLLM's names and buckets where dashboards and
+routers read them, `guanaco_*` for what only we have. Doesn't know requests, engines or HTTP; the API and the engine
+feed it plain numbers. Label values come from the catalog of served models or a fixed list, never from a client.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from guanaco.server.metrics.adapters import DEFAULT_ADAPTER_LABELS, AdapterMetrics
+from guanaco.server.metrics.histogram import HotHistogram
+
+FINISH_REASONS = ("stop", "length", "abort", "error")
+
+# Bucket edges are vLLM's (vllm/v1/metrics/loggers.py), so that one dashboard reads both servers.
+_TTFT_BUCKETS = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+_ITL_BUCKETS = (
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+_REQUEST_BUCKETS = (
+    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
+    *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+_STEP_TOKEN_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+_N_BUCKETS = (1, 2, 5, 10, 20)
+_STEP_SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_ENGINE = "0"  # vLLM numbers its engines; one process has one here
+_LAG_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
+
+
+class StepNumbers(Protocol):
+    """The numbers of one engine step (the engine's `StepStats` has this shape)."""
+
+    @property
+    def num_running(self) -> int: ...
+    @property
+    def num_waiting(self) -> int: ...
+    @property
+    def num_scheduled_tokens(self) -> int: ...
+    @property
+    def num_preempted(self) -> int: ...
+    @property
+    def kv_usage_ratio(self) -> float: ...
+    @property
+    def prefix_queries_tokens(self) -> int: ...
+    @property
+    def prefix_hits_tokens(self) -> int: ...
+    @property
+    def step_seconds(self) -> float: ...
+    @property
+    def running_adapters(self) -> tuple[str, ...]: ...
+    @property
+    def waiting_adapters(self) -> tuple[str, ...]: ...
+
+
+@dataclass(frozen=True)
+class RequestStats:
+    """One finished engine request. Seconds; None where it never got so far."""
+
+    adapter: str | None  # its name, or MIXTURE_LABEL; None: the base model
+    finish_reason: str  # one of FINISH_REASONS
+    num_prompt_tokens: int
+    num_generation_tokens: int
+    max_tokens: int
+    n: int
+    e2e_seconds: float
+    queue_seconds: float | None = None
+    first_token_seconds: float | None = None
+    last_token_seconds: float | None = None
+    mixed_adapters: tuple[str, ...] = ()  # the names of a mixture's
+
+
+def count_buckets(largest: int) -> tuple[int, ...]:
+    """1, 2, 5, 10, 20, 50 … up to `largest`: vLLM's edges for token counts."""
+    edges: list[int] = []
+    scale = 1
+    while True:
+        for digit in (1, 2, 5):
+            if digit * scale > largest:
+                return tuple(edges) or (1,)
+            edges.append(digit * scale)
+        scale *= 10
+
+
+class Metrics:
+    """All series of one server. `observe_step` and `observe_tokens`, called for every step and token, and reading are
+    for one thread; the other methods may be called from any."""
+
+    def __init__(
+        self,
+        model_name: str,
+        *,
+        max_model_len: int,
+        adapter_slots: int = 0,
+        max_adapter_labels: int = DEFAULT_ADAPTER_LABELS,
+        old_names: bool = False,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """old_names: three series have the names that vLLM gave them earlier too."""
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # one more line per series, which nothing reads
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self._clock = clock
+        self._step: StepNumbers | None = None  # the last one that is not in the series yet
+        self._num_preempted = self._prefix_queries_tokens = self._prefix_hits_tokens = 0  # not in the series yet
+        self._new_tokens: dict[str | None, int] = {}  # adapter → tokens, too
+        self._labels = {"model_name": model_name, "engine": _ENGINE}  # of vLLM's series
+        self._old_names = old_names
+        self.registry.register(_First(self._catch_up))
+        self.adapters = AdapterMetrics(
+            self.registry, num_slots=adapter_slots, max_labels=max_adapter_labels, clock=clock
+        )
+        self._make_engine_series()
+        self._make_request_series(max_model_len)
+        self._make_own_series()
+
+    def _make_engine_series(self) -> None:
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(name, text, list(self._labels), registry=self.registry).labels(**self._labels)
+
+        def gauges(name: str, text: str, old_name: str) -> list[Gauge]:
+            old = [gauge(old_name, f"Old name of {name}.")] if self._old_names else []
+            return [gauge(name, text), *old]
+
+        def counters(name: str, text: str, old_name: str) -> list[Counter]:
+            old = [self._counter(old_name, f"Old name of {name}.")] if self._old_names else []
+            return [self._counter(name, text), *old]
+
+        self._running = gauge("vllm:num_requests_running", "Requests that run.")
+        self._waiting = gauge("vllm:num_requests_waiting", "Requests that wait to be admitted.")
+        self._kv_usage = gauges(
+            "vllm:kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.", "vllm:gpu_cache_usage_perc"
+        )
+        self._preemptions = self._counter("vllm:num_preemptions", "Sequences whose blocks were taken back.")
+        self._prefix_queries = counters(
+            "vllm:prefix_cache_queries",
+            "Prompt tokens looked up in the prefix cache.",
+            "vllm:gpu_prefix_cache_queries",
+        )
+        self._prefix_hits = counters(
+            "vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", "vllm:gpu_prefix_cache_hits"
+        )
+        self._iteration_tokens = HotHistogram(
+            self.registry,
+            {"vllm:iteration_tokens_total": "Tokens computed per engine step."},
+            _STEP_TOKEN_BUCKETS,
+            self._labels,
+        )
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(name, text, list(self._labels), registry=self.registry).labels(**self._labels)
+
+    def _make_request_series(self, max_model_len: int) -> None:
+        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
+            made = Histogram(name, text, list(self._labels), buckets=buckets, registry=self.registry)
+            return made.labels(**self._labels)
+
+        tokens = count_buckets(max_model_len)
+        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens of admitted requests.")
+        self._generation_tokens = self._counter("vllm:generation_tokens", "Tokens generated.")
+        label_names = [*self._labels, "finished_reason"]
+        success = Counter("vllm:request_success", "Requests that ended.", label_names, registry=self.registry)
+        self._finished = {r: success.labels(**self._labels, finished_reason=r) for r in FINISH_REASONS}
+        self._ttft = histogram("vllm:time_to_first_token_seconds", "Arrival to the first token.", _TTFT_BUCKETS)
+        names = {
+            "vllm:inter_token_latency_seconds": "Between two tokens of a request.",
+            # The name of the same series before it was renamed: older dashboards still ask for it.
+            "vllm:time_per_output_token_seconds": "Old name of vllm:inter_token_latency_seconds.",
+        }
+        self._itl = HotHistogram(self.registry, names, _ITL_BUCKETS, self._labels)
+        self._tpot = histogram(
+            "vllm:request_time_per_output_token_seconds", "Mean per token after the first, per request.", _ITL_BUCKETS
+        )
+        self._e2e = histogram("vllm:e2e_request_latency_seconds", "Arrival to the end.", _REQUEST_BUCKETS)
+        self._queue = histogram("vllm:request_queue_time_seconds", "Arrival to the first step.", _REQUEST_BUCKETS)
+        self._prefill = histogram(
+            "vllm:request_prefill_time_seconds", "First step to the first token.", _REQUEST_BUCKETS
+        )
+        self._decode = histogram("vllm:request_decode_time_seconds", "First token to the last.", _REQUEST_BUCKETS)
+        self._inference = histogram(
+            "vllm:request_inference_time_seconds", "First step to the last token.", _REQUEST_BUCKETS
+        )
+        self._request_prompt = histogram("vllm:request_prompt_tokens", "Prompt tokens per request.", tokens)
+        self._request_generation = histogram("vllm:request_generation_tokens", "Generated tokens per request.", tokens)
+        self._request_longest = histogram(
+            "vllm:request_max_num_generation_tokens", "Generated tokens of a prompt's longest choice.", tokens
+        )
+        self._request_max_tokens = histogram("vllm:request_params_max_tokens", "max_tokens of the requests.", tokens)
+        self._request_n = histogram("vllm:request_params_n", "n of the requests.", _N_BUCKETS)
+
+    def _make_own_series(self) -> None:
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, labels, registry=self.registry)
+
+        self._rejected = counter("guanaco_rejected", "Requests answered with an error status, by code.", "reason")
+        self._ignored_fields = counter("guanaco_ignored_fields", "Fields of requests that mean nothing here.")
+        self._slow_clients = counter("guanaco_slow_clients", "Connections closed because the client did not read.")
+        names = {"guanaco_step_seconds": "Duration of engine steps."}
+        self._step_seconds = HotHistogram(self.registry, names, _STEP_SECONDS_BUCKETS, {})
+        self._lag = Histogram(
+            "guanaco_event_loop_lag_seconds",
+            "How late the event loop ran a timer: its stalls.",
+            buckets=_LAG_BUCKETS,
+            registry=self.registry,
+        )
+        self._heartbeat = Gauge(
+            "guanaco_engine_heartbeat_age_seconds",
+            "Seconds since the engine moved.",
+            registry=self.registry,
+        )
+
+    def set_cache_config(self, *, block_size: int, num_blocks: int, **other: str | int | float | bool) -> None:
+        """Publish the size of the KV cache as vLLM does: labels of a gauge that is always 1. Call once."""
+        labels = {"block_size": str(block_size), "num_gpu_blocks": str(num_blocks), "engine": _ENGINE}
+        labels |= {name: str(value) for name, value in other.items()}
+        info = Gauge("vllm:cache_config_info", "The KV cache, in its labels.", list(labels), registry=self.registry)
+        info.labels(**labels).set(1)
+
+    def set_heartbeat(self, age_seconds: Callable[[], float]) -> None:
+        """Read the engine's heartbeat age through `age_seconds` at every scrape."""
+        self._heartbeat.set_function(age_seconds)
+
+    def observe_step(self, step: StepNumbers) -> None:
+        self._step = step
+        self._num_preempted += step.num_preempted
+        self._prefix_queries_tokens += step.prefix_queries_tokens
+        self._prefix_hits_tokens += step.prefix_hits_tokens
+        if step.num_scheduled_tokens:
+            self._iteration_tokens.observe(step.num_scheduled_tokens)
+            self._step_seconds.observe(step.step_seconds)
+
+    def observe_tokens(self, adapter: str | None, count: int, gap_seconds: float | None) -> None:
+        """`count` tokens of one request came out, `gap_seconds` after its last ones (None: the first)."""
+        self._new_tokens[adapter] = self._new_tokens.get(adapter, 0) + count
+        if gap_seconds is not None:
+            self._itl.observe(gap_seconds)
+
+    def _catch_up(self) -> None:
+        """Put what steps and tokens have left behind into the series."""
+        for adapter, count in self._new_tokens.items():
+            self._generation_tokens.inc(count)
+            self.adapters.count_generation(adapter, count)
+        self._new_tokens.clear()
+        step, self._step = self._step, None
+        if step is not None:
+            self._running.set(step.num_running)
+            self._waiting.set(step.num_waiting)
+            for gauge in self._kv_usage:
+                gauge.set(step.kv_usage_ratio)
+            self._preemptions.inc(self._num_preempted)
+            for counter in self._prefix_queries:
+                counter.inc(self._prefix_queries_tokens)
+            for counter in self._prefix_hits:
+                counter.inc(self._prefix_hits_tokens)
+            self._num_preempted = self._prefix_queries_tokens = self._prefix_hits_tokens = 0
+            running = step.running_adapters if step.num_running else ()  # a last step's adapters run no more
+            self.adapters.observe_step(running, step.waiting_adapters)
+        self.adapters.show(self._clock())  # an adapter can leave the device without a step
+
+    def observe_prompt(self, adapter: str | None, count: int) -> None:
+        """A request was admitted with `count` prompt tokens."""
+        self._prompt_tokens.inc(count)
+        self.adapters.count_prompt(adapter, count)
+
+    def observe_first_token(self, adapter: str | None, seconds: float) -> None:
+        self._ttft.observe(seconds)
+        self.adapters.observe_first_token(adapter, seconds)
+
+    def observe_request(self, stats: RequestStats) -> None:
+        """Count one engine request that ended, whatever its end."""
+        self._finished[stats.finish_reason].inc()
+        self.adapters.count_request(stats.adapter, stats.mixed_adapters)
+        self._e2e.observe(stats.e2e_seconds)
+        self._request_prompt.observe(stats.num_prompt_tokens)
+        self._request_generation.observe(stats.num_generation_tokens)
+        self._request_max_tokens.observe(stats.max_tokens)
+        self._request_n.observe(stats.n)
+        first, last, queue = stats.first_token_seconds, stats.last_token_seconds, stats.queue_seconds
+        if queue is not None:
+            self._queue.observe(queue)
+        if first is None or last is None:
+            return
+        self._decode.observe(last - first)
+        if stats.num_generation_tokens > 1:
+            self._tpot.observe((last - first) / (stats.num_generation_tokens - 1))
+        if queue is not None:
+            self._prefill.observe(max(0.0, first - queue))
+            self._inference.observe(max(0.0, last - queue))
+
+    def observe_longest(self, num_tokens: int) -> None:
+        """All choices of one prompt ended, and the longest of them has so many tokens."""
+        self._request_longest.observe(num_tokens)
+
+    def count_rejected(self, reason: str) -> None:
+        """`reason` is one of our error codes: a fixed list."""
+        self._rejected.labels(reason).inc()
+
+    def count_ignored_fields(self, count: int) -> None:
+        """Their names are the clients' own, and so no label: the answers' X-Ignored-Fields has them."""
+        if count:
+            self._ignored_fields.inc(count)
+
+    def count_slow_client(self) -> None:
+        self._slow_clients.inc()
+
+    def observe_loop_lag(self, seconds: float) -> None:
+        self._lag.observe(seconds)
+
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """The exposition and its content type, in the format that the Accept header prefers."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type
+
+
+class _First(Collector):
+    """Registered before all others, and so asked before them: a moment to do something before a scrape."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+
+    def collect(self) -> Iterator[Metric]:
+        self._work()
+        return iter(())

@@ -1,0 +1,483 @@
+"""Connections that dribble, flood or don't read: each is closed at its limit, and nobody else notices."""
+
+import contextlib
+import dataclasses
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from support.server.api_server import BASE, WAIT, LiveServer, chat_body, http_post, make_state, read_all
+from support.server.fake_engine import reply_of
+
+HEADER_SECONDS, BODY_SECONDS, KEEP_ALIVE_SECONDS = 0.4, 0.6, 0.8
+CHUNKED_HEAD = (
+    b"POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+)
+GET = b"GET /version HTTP/1.1\r\nHost: t\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def patient() -> Iterator[LiveServer]:
+    with LiveServer(make_state()) as live:
+        yield live
+
+
+@pytest.fixture
+def server(patient: LiveServer) -> Iterator[LiveServer]:
+    """A server with the default limits."""
+    patient.script()
+    yield patient
+    patient.assert_quiet()
+
+
+@pytest.fixture(scope="module")
+def impatient() -> Iterator[LiveServer]:
+    """A server that waits for a fraction of a second."""
+    seconds = {"header_timeout": HEADER_SECONDS, "body_timeout": BODY_SECONDS, "keep_alive_timeout": KEEP_ALIVE_SECONDS}
+    with LiveServer(make_state(**seconds)) as live:
+        yield live
+        live.assert_quiet()
+
+
+def seconds_until_closed(sock: socket.socket, dribble: bytes = b"", every: float = 0.05) -> tuple[float, bytes]:
+    """Send `dribble` byte by byte until the server closes; how long that took, and what it said."""
+    began = time.monotonic()
+    received = b""
+    sock.settimeout(every)
+    while time.monotonic() - began < WAIT:
+        try:
+            if dribble:
+                sock.send(dribble[:1])
+                dribble = dribble[1:] or dribble
+            data = sock.recv(65536)
+            if not data:
+                return time.monotonic() - began, received
+            received += data
+        except TimeoutError:
+            continue
+        except OSError:
+            return time.monotonic() - began, received
+    raise AssertionError("the server never closed the connection")
+
+
+def status_of(answer: bytes) -> int:
+    match = re.match(rb"HTTP/1\.1 (\d+)", answer)
+    return int(match[1]) if match else 0
+
+
+def code_of(answer: bytes) -> str:
+    return json.loads(answer.split(b"\r\n\r\n", 1)[1])["error"]["code"]
+
+
+def test_idle_connection_is_closed(impatient: LiveServer) -> None:
+    with impatient.connect() as sock:
+        seconds, received = seconds_until_closed(sock)
+    assert received == b""
+    assert seconds >= HEADER_SECONDS * 0.9
+
+
+@pytest.mark.parametrize("begin", [b"", GET])
+def test_dribbled_head(impatient: LiveServer, begin: bytes) -> None:
+    """On a fresh connection, and on one that has been used (uvicorn's own timer ends at the first byte)."""
+    with impatient.connect() as sock:
+        if begin:
+            sock.sendall(begin)
+            assert b"1.2.3" in sock.recv(65536)
+        seconds, received = seconds_until_closed(sock, b"GET / HTTP/1.1\r\nX-Long: " + b"x" * 1000)
+    assert seconds >= HEADER_SECONDS * 0.9
+    assert status_of(received) in (408, 0)  # a byte sent after the end resets the connection, answer and all
+
+
+def test_the_time_for_a_head_begins_with_its_first_byte(impatient: LiveServer) -> None:
+    with impatient.connect() as sock:
+        time.sleep(HEADER_SECONDS * 0.6)
+        seconds, _ = seconds_until_closed(sock, b"GET / HTTP/1.1\r\nX-Long: " + b"x" * 1000)
+    assert seconds >= HEADER_SECONDS * 0.9
+
+
+@pytest.mark.parametrize("begin", [b"", GET])
+def test_dribbled_body(impatient: LiveServer, begin: bytes) -> None:
+    whole = http_post("/v1/chat/completions", chat_body("x" * 1000))
+    head, body = whole.split(b"\r\n\r\n", 1)
+    with impatient.connect() as sock:
+        if begin:
+            sock.sendall(begin)
+            assert b"1.2.3" in sock.recv(65536)
+        sock.sendall(head + b"\r\n\r\n")
+        seconds, received = seconds_until_closed(sock, body)
+    assert seconds >= BODY_SECONDS * 0.9
+    assert status_of(received) in (408, 0)
+
+
+@pytest.mark.parametrize("length", [10, -10])
+def test_half_a_request_is_told_why_it_ends(impatient: LiveServer, length: int) -> None:
+    answer = impatient.raw(http_post("/v1/chat/completions", chat_body("x"))[:length])
+    assert status_of(answer) == 408
+    assert code_of(answer) == "request_timeout"
+
+
+def test_dribbled_head_behind_a_slow_answer(impatient: LiveServer) -> None:
+    """Pipelined: its time begins when the answer before it is complete, and then it is bounded too."""
+    gate = impatient.gate()
+    with impatient.connect() as sock:
+        sock.sendall(http_post("/v1/chat/completions", chat_body("x", max_tokens=2), close=False) + b"GET / HT")
+        impatient.until(lambda engine: engine.running)
+        time.sleep(HEADER_SECONDS * 1.3)
+        impatient.open(gate)
+        assert sock.recv(65536).startswith(b"HTTP/1.1 200")
+        seconds_until_closed(sock, b"TP/1.1\r\nX-Long: " + b"x" * 1000)
+    impatient.script()
+
+
+def test_dribbled_empty_lines(impatient: LiveServer) -> None:
+    """They begin no request, and end uvicorn's keep-alive timer."""
+    with impatient.connect() as sock:
+        sock.sendall(GET)
+        assert b"1.2.3" in sock.recv(65536)
+        seconds_until_closed(sock, b"\r\n" * 500)
+
+
+def test_kept_alive_connection_is_closed_when_idle(impatient: LiveServer) -> None:
+    with impatient.connect() as sock:
+        for _ in range(3):
+            sock.sendall(GET)
+            assert b"1.2.3" in sock.recv(65536)
+        seconds, _ = seconds_until_closed(sock)
+    assert seconds >= KEEP_ALIVE_SECONDS * 0.9
+
+
+def test_body_that_goes_on_after_the_answer(impatient: LiveServer) -> None:
+    """401, 404 or 413 come before the body is read; the rest of it may not keep the connection open for ever."""
+    with impatient.connect() as sock:
+        sock.sendall(b"POST /nope HTTP/1.1\r\nHost: t\r\nContent-Length: 100000\r\n\r\nx")
+        assert sock.recv(65536).startswith(b"HTTP/1.1 404")
+        seconds_until_closed(sock, b"x" * 1000)
+    with impatient.connect() as sock:
+        sock.sendall(b"POST /nope HTTP/1.1\r\nHost: t\r\nContent-Length: 10\r\n\r\nx")
+        assert sock.recv(65536).startswith(b"HTTP/1.1 404")
+        sock.sendall(b"x" * 9)
+        seconds_until_closed(sock)
+
+
+def test_a_slow_answer_is_not_a_slow_client(impatient: LiveServer) -> None:
+    """No limit on reading runs while the client waits for us."""
+    gate = impatient.gate()
+    with impatient.connect() as sock:
+        sock.sendall(http_post("/v1/chat/completions", chat_body("x", max_tokens=2, stream=True)))
+        impatient.until(lambda engine: engine.running)
+        time.sleep(max(HEADER_SECONDS, BODY_SECONDS, KEEP_ALIVE_SECONDS) * 1.3)  # longer than any of the limits
+        impatient.open(gate)
+        assert b"data: [DONE]" in read_all(sock)
+    impatient.script()
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "status"),
+    [
+        (b"GET / HTTP/1.1\r\nX: " + b"x" * (32 << 10) + b"\r\n\r\n", 431),
+        (b"GET / HTTP/1.1\r\n" + b"".join(b"X%d: y\r\n" % i for i in range(101)) + b"\r\n", 431),
+        (b"GET / HTTP/1.1\r\n" + b"".join(b"X%d: %s\r\n" % (i, b"y" * 700) for i in range(50)) + b"\r\n", 431),
+        (b"GET / HTTP/1.1\r\nX: " + b"x" * (8 << 20), 431),
+        (b"GET / HTTP/1.1\r\n" + b"x" * (1 << 20), 431),
+        (b"GET /" + b"x" * (8 << 10) + b" HTTP/1.1\r\nHost: t\r\n\r\n", 414),
+        (b"GET /" + b"x" * (1 << 20), 414),
+        (b"GET /version HTTP/1.1\r\nHost: t\r\n" + b"X: y\r\n" * 98 + b"Connection: close\r\n\r\n", 200),
+        (b"GET /version HTTP/1.1\r\nHost: t\r\nConnection: close\r\nX: " + b"x" * (31 << 10) + b"\r\n\r\n", 200),
+    ],
+    ids=lambda value: str(len(value)) if isinstance(value, bytes) else None,
+)
+def test_size_of_the_head(server: LiveServer, request_bytes: bytes, status: int) -> None:
+    answers: list[bytes] = []
+    with server.connect() as sock:
+        reader = threading.Thread(target=lambda: answers.append(read_all(sock)))
+        reader.start()
+        try:
+            sock.sendall(request_bytes)
+        except (ConnectionResetError, BrokenPipeError):
+            assert status != 200
+        reader.join(WAIT)
+    # the server resets a client that goes on sending; its answer may then be lost
+    assert status_of(answers[0]) == status or (len(request_bytes) > (1 << 19) and answers[0] == b"")
+    if answers[0] and status != 200:
+        assert code_of(answers[0]) in ("headers_too_large", "uri_too_long")
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"nonsense\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET / HTTP/1.1\r\nX : y\r\n\r\n",
+        b"GET / HTTP/1.1\r\n X: folded\r\n\r\n",
+        b"GET / HTTP/1.1\r\nX: a\x00b\r\n\r\n",
+        b"POST / HTTP/1.1\r\nContent-Length: abc\r\n\r\n",
+        b"POST / HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+        b"POST / HTTP/1.1\r\nContent-Length: 99999999999999999999999\r\n\r\n",
+        b"POST / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nxx",
+        b"POST / HTTP/1.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST / HTTP/1.1\r\nTransfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
+        b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked, gzip\r\n\r\n0\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: identity, chunked\r\n\r\n0\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST /tokenize HTTP/1.0\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"GET /version HTTP/0.9\r\nHost: t\r\n\r\n",
+        b"GET /version HTTP/2.0\r\nHost: t\r\n\r\n",
+        b"GET /\xff HTTP/1.1\r\n\r\n",
+        b"GET http:// HTTP/1.1\r\n\r\n",
+        b"CONNECT example.com:80 HTTP/1.1\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"\x00" * 100,
+    ],
+)
+def test_malformed_requests(server: LiveServer, request_bytes: bytes) -> None:
+    def count() -> float:
+        registry = server.state.metrics.registry
+        return registry.get_sample_value("guanaco_rejected_total", {"reason": "malformed_request"}) or 0
+
+    before = count()
+    answer = server.raw(request_bytes)
+    assert status_of(answer) == 400, answer
+    assert count() == before + 1
+    assert code_of(answer) == "malformed_request"
+    with server.client() as client:
+        assert client.get("/version").status_code == 200
+
+
+_GOOD = http_post("/v1/completions", {"model": BASE, "prompt": "x", "max_tokens": 1}, close=False)
+_CHUNKED = b'POST /tokenize HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{"a":\r\n2\r\n1}\r\n0\r\n\r\n'
+_parts = st.one_of(
+    st.sampled_from([b"\r\n", b"\r\n\r\n", b" ", b":", b"\x00", b"Content-Length: 5\r\n", b"Connection: upgrade\r\n"]),
+    st.binary(max_size=6),
+)
+_mutations = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 12), _parts), max_size=3)
+
+
+@pytest.mark.timeout(1800)  # the full count
+def test_mutated_bytes_never_break_the_server(server: LiveServer, proof_count: Callable[[int, int], int]) -> None:
+    """Valid requests with pieces cut out and put in: an HTTP answer or none, and always an end."""
+    statuses: dict[int, int] = {}
+
+    @settings(max_examples=proof_count(300, 20_000), deadline=None, derandomize=True, database=None)
+    @given(st.sampled_from([_GOOD, _GOOD + _GOOD, _CHUNKED, GET]), _mutations)
+    def check(raw: bytes, mutations: list[tuple[float, int, bytes]]) -> None:
+        for where, cut, put in mutations:
+            at = int(where * len(raw))
+            raw = raw[:at] + put + raw[at + cut :]
+        with server.connect() as sock:
+            with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+                sock.sendall(raw)
+                sock.shutdown(socket.SHUT_WR)
+            answer = read_all(sock)
+        assert answer == b"" or answer.startswith(b"HTTP/1.1 ")
+        status = status_of(answer)
+        assert status < 500
+        statuses[status] = statuses.get(status, 0) + 1
+
+    check()
+    assert statuses[400] > 20
+    assert server.raw(http_post("/tokenize", {"prompt": "x"})).startswith(b"HTTP/1.1 200")
+
+
+def test_malformed_chunk_in_a_body(server: LiveServer) -> None:
+    head = CHUNKED_HEAD
+    assert status_of(server.raw(head + b"zz\r\n{}\r\n")) == 400
+
+
+def test_too_many_chunks(server: LiveServer) -> None:
+    head = CHUNKED_HEAD
+    with server.connect() as sock:
+        with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+            sock.sendall(head + b"1\r\nx\r\n" * 17_000)
+        answer = read_all(sock)
+    assert status_of(answer) in (413, 0)
+    many = json.dumps({"model": BASE, "prompt": "x", "max_tokens": 1}).encode()
+    chunks = b"".join(b"1\r\n" + many[i : i + 1] + b"\r\n" for i in range(len(many)))
+    closing = head.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+    assert status_of(server.raw(closing + chunks + b"0\r\n\r\n")) == 200
+
+
+def test_extensions_of_chunks_are_counted(server: LiveServer) -> None:
+    """A million bytes of extensions around a body of a few: cut, though no chunk and no data is too many."""
+    sent = 0
+    with server.connect() as sock, contextlib.suppress(ConnectionResetError, BrokenPipeError):
+        sock.sendall(CHUNKED_HEAD)
+        while sent < (16 << 20):
+            sent += sock.send(b"1;" + b"x" * 0x10000 + b"\r\n \r\n")
+    assert sent < (16 << 20)
+    body = json.dumps({"model": BASE, "prompt": "x", "max_tokens": 1}).encode()
+    chunk = b"%x;name=value\r\n" % len(body) + body + b"\r\n0\r\n\r\n"
+    assert status_of(server.raw(CHUNKED_HEAD.replace(b"Host", b"Connection: close\r\nHost") + chunk)) == 200
+
+
+def test_trailers_change_no_header(server: LiveServer) -> None:
+    """A field after the body comes too late for every check of the head: it is read and thrown away."""
+    body = json.dumps({"model": BASE, "prompt": "x", "max_tokens": 1}).encode()
+    chunk = b"%x\r\n" % len(body) + body + b"\r\n0\r\nX-Request-Id: late\r\nHost: evil.example\r\n\r\n"
+    answer = server.raw(CHUNKED_HEAD.replace(b"Host", b"Connection: close\r\nHost") + chunk)
+    assert status_of(answer) == 200
+    many = b"0\r\n" + b"".join(b"X%d: y\r\n" % i for i in range(101)) + b"\r\n"
+    assert status_of(server.raw(CHUNKED_HEAD + many)) == 431
+
+
+def ask_and_end(server: LiveServer, requests: bytes) -> bytes:
+    """Send, end our side of the connection, and read to the end."""
+    with server.connect() as sock:
+        sock.sendall(requests)
+        sock.shutdown(socket.SHUT_WR)
+        return read_all(sock)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_half_closed_client_gets_its_answer(server: LiveServer, stream: bool) -> None:
+    """Also one that takes a while, and though the connection could have been kept."""
+    server.script(step_seconds=0.02)
+    body = chat_body("x", max_tokens=12, stream=stream)
+    answer = ask_and_end(server, http_post("/v1/chat/completions", body, close=False))
+    interim, _, final = answer.rpartition(b"HTTP/1.1 200 OK\r\n")
+    assert interim.replace(b"HTTP/1.1 100 Continue\r\n\r\n", b"") == b""
+    assert (b"data: [DONE]" if stream else b'"completion_tokens":12') in final
+
+
+def test_half_closed_client_gets_every_pipelined_answer(server: LiveServer) -> None:
+    bodies = [chat_body(f"number {i}", max_tokens=5 + i) for i in range(4)]
+    answer = ask_and_end(server, b"".join(http_post("/v1/chat/completions", body, close=False) for body in bodies))
+    assert [int(n) for n in re.findall(rb'"completion_tokens":(\d+)', answer)] == [5, 6, 7, 8]
+
+
+def test_half_a_request_and_the_end_is_closed(server: LiveServer) -> None:
+    for cut in (10, -10):
+        assert ask_and_end(server, http_post("/v1/chat/completions", chat_body("x"))[:cut]) == b""
+
+
+def old_post(body: dict, *lines: str) -> bytes:
+    """A POST to chat as an HTTP/1.0 client sends it."""
+    data = json.dumps(body).encode()
+    head = ["POST /v1/chat/completions HTTP/1.0", "Content-Type: application/json", f"Content-Length: {len(data)}"]
+    return "\r\n".join([*head, *lines, "", ""]).encode() + data
+
+
+def test_http_1_0_client_gets_a_whole_answer_with_its_length(server: LiveServer) -> None:
+    for lines in ((), ("Connection: keep-alive",), ("Expect: 100-continue",)):
+        head, body = server.raw(old_post(chat_body("x", max_tokens=3), *lines)).split(b"\r\n\r\n", 1)
+        assert status_of(head) == 200
+        assert b"transfer-encoding" not in head.lower()
+        assert b"connection: close" in head.lower()
+        assert b"content-length: %d\r\n" % len(body) in head.lower() + b"\r\n"
+        assert json.loads(body)["usage"]["completion_tokens"] == 3
+
+
+def test_http_1_0_client_gets_a_stream_without_chunks(server: LiveServer) -> None:
+    head, body = server.raw(old_post(chat_body("x", max_tokens=3, stream=True))).split(b"\r\n\r\n", 1)
+    assert b"transfer-encoding" not in head.lower()
+    assert b"content-length" not in head.lower()
+    events = body.decode().split("\n\n")
+    assert all(event.startswith("data: ") for event in events[:-1])
+    assert events[-2:] == ["data: [DONE]", ""]
+    text = "".join(json.loads(event[6:])["choices"][0]["delta"].get("content") or "" for event in events[:-2])
+    assert text == reply_of(server.engine.requests[-1])[:3]
+
+
+@pytest.mark.parametrize(
+    ("request_line", "status"),
+    [("GET /version", 200), ("GET /metrics", 200), ("GET /health", 200), ("GET /nope", 404), ("HEAD /version", 405)],
+)
+def test_every_route_answers_http_1_0(server: LiveServer, request_line: str, status: int) -> None:
+    head, body = server.raw(f"{request_line} HTTP/1.0\r\n\r\n".encode()).split(b"\r\n\r\n", 1)
+    assert status_of(head) == status
+    assert b"transfer-encoding" not in head.lower()
+    length = int(re.search(rb"content-length: (\d+)", head.lower())[1])
+    assert len(body) == (0 if request_line.startswith("HEAD") else length)
+
+
+def test_body_that_never_ends(server: LiveServer) -> None:
+    """A chunked body far beyond the limit is cut, not read for ever."""
+    head = CHUNKED_HEAD.replace(b"/v1/completions", b"/nope")
+    chunk = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
+    most = (8 * 4 << 20) + (8 << 20)  # the limit, and what fits into the sockets' buffers
+    sent = 0
+    with server.connect() as sock, contextlib.suppress(ConnectionResetError, BrokenPipeError):
+        sock.sendall(head)
+        while sent <= most:
+            sock.sendall(chunk)
+            sent += len(chunk)
+    assert sent <= most
+
+
+def test_pipelined_requests_are_answered_in_order(server: LiveServer) -> None:
+    bodies = [chat_body(f"number {i}", max_tokens=5 + i) for i in range(6)]
+    requests = [http_post("/v1/chat/completions", body, close=i == 5) for i, body in enumerate(bodies)]
+    raw = server.raw(b"".join(requests))
+    answers = [json.loads(text) for text in re.findall(rb'\{"id".*?\}\}\}', raw)]
+    assert [answer["usage"]["completion_tokens"] for answer in answers] == [5, 6, 7, 8, 9, 10]
+    expected = [reply_of(request)[: 5 + i] for i, request in enumerate(server.engine.requests[-6:])]
+    assert [answer["choices"][0]["message"]["content"] for answer in answers] == expected
+
+
+def test_expect_continue(server: LiveServer) -> None:
+    whole = http_post("/v1/chat/completions", chat_body("x", max_tokens=1), headers={"Expect": "100-continue"})
+    head, body = whole.split(b"\r\n\r\n", 1)
+    with server.connect() as sock:
+        sock.sendall(head + b"\r\n\r\n")
+        assert sock.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        sock.sendall(body)
+        assert status_of(read_all(sock)) == 200
+
+
+def test_upgrade_is_ignored(server: LiveServer) -> None:
+    lines = b"Connection: Upgrade, close\r\nUpgrade: h2c\r\n"
+    assert status_of(server.raw(b"GET /version HTTP/1.1\r\nHost: t\r\n" + lines + b"\r\n")) == 200
+
+
+def test_client_that_never_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its generation runs on at its own pace; its connection is cut after a while; others go on."""
+    live = LiveServer(make_state(max_model_len=200_000))
+    live.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 << 10)  # inherited by every connection
+    protocol = live.server.config.http
+    protocol.limits = dataclasses.replace(protocol.limits, write_seconds=0.5)
+    with live as server:
+        monkeypatch.setattr("support.server.fake_engine.reply_of", lambda request: "x" * 3_000)
+        slow = [server.connect() for _ in range(2)]
+        for sock in slow:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.sendall(http_post("/v1/chat/completions", chat_body("slow", stream=True)))
+        server.until(lambda engine: len(engine.requests) == 2)
+        with server.client() as client:
+            good = client.post("/v1/chat/completions", json=chat_body("good", max_tokens=50)).json()
+        assert good["usage"]["completion_tokens"] == 50
+        server.assert_quiet()
+        for sock in slow:
+            sock.close()
+        assert b"guanaco_slow_clients_total 2.0" in server.state.metrics.render()[0]
+
+
+def test_limits_come_from_the_settings() -> None:
+    state = make_state(header_timeout=1.5, body_timeout=2.5, keep_alive_timeout=3.5, max_body_bytes=1000)
+    with LiveServer(state) as server:
+        limits = server.server.config.http_protocol_class.limits
+        assert (limits.header_seconds, limits.body_seconds, limits.keep_alive_seconds) == (1.5, 2.5, 3.5)
+        assert server.server.config.timeout_keep_alive == 3.5
+        assert limits.max_body_bytes == 8000
+
+
+@pytest.mark.parametrize("protocol", ["h2c", "websocket", "foo"])
+def test_a_body_behind_an_upgrade_is_one_refusal(protocol: str, server: LiveServer) -> None:
+    """The parser would read no body behind such a head: the client must not get an answer for an empty one."""
+    request = http_post("/tokenize", {"prompt": "x"})
+    head, _, body = request.partition(b"\r\n\r\n")
+    upgrade = head + b"\r\nConnection: Upgrade\r\nUpgrade: " + protocol.encode() + b"\r\n\r\n"
+    with server.connect() as sock:
+        sock.sendall(upgrade)
+        answer = read_all(sock)
+    assert (status_of(answer), answer.count(b"HTTP/1.1 ")) == (400, 1)
+    assert b"without an Upgrade header" in answer
+    assert status_of(server.raw(upgrade + body)) == 400

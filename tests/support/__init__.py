@@ -1,0 +1,1 @@
+"""What tests share: fakes, oracles and makers of small files, by subject."""

@@ -1,0 +1,1 @@
+"""Small adapters, good and bad, and a hub made of files."""

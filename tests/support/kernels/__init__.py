@@ -1,0 +1,1 @@
+"""Oracles, cases and tolerances for the kernels."""

@@ -1,0 +1,1 @@
+"""Servers to test against: fakes and real ones, and their clients."""
