@@ -8,6 +8,7 @@ VENV        ?= .venv
 PYTHON      ?= python3
 CONSTRAINTS ?= constraints.txt
 ARGS        ?=
+WORKERS     ?= 2
 # Asked for on a machine without an NVIDIA GPU: PyPI's own torch brings gigabytes of CUDA.
 TORCH_CPU   ?= torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
 
@@ -26,7 +27,7 @@ install: $(RUNTIME)
 # pytest comes last, so that its summary is the last thing said. Never `python -m pytest`: that would put the
 # repository's root on sys.path, and with it the bare folder names that other packages use as well.
 test: lint typecheck
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) $(ARGS)
 
 accept: $(TESTING)
 	$(BIN)/python loadtest/accept.py --out loadtest/results
