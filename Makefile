@@ -8,6 +8,8 @@ VENV        ?= .venv
 PYTHON      ?= python3
 CONSTRAINTS ?= constraints.txt
 ARGS        ?=
+# More than the server needs: make install EXTRAS=loadtest (locust and plots).
+EXTRAS      ?=
 WORKERS     ?= 2
 # Asked for on a machine without an NVIDIA GPU: PyPI's own torch brings gigabytes of CUDA.
 TORCH_CPU   ?= torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
@@ -23,6 +25,8 @@ serve: $(RUNTIME)
 	exec $(BIN)/guanaco serve $(ARGS)
 
 install: $(RUNTIME)
+	@$(if $(EXTRAS),$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable ".[$(EXTRAS)]")
+	@echo "== . $(VENV)/bin/activate    puts the guanaco command on the PATH"
 
 # pytest comes last, so that its summary is the last thing said. Never `python -m pytest`: that would put the
 # repository's root on sys.path, and with it the bare folder names that other packages use as well.
@@ -77,7 +81,7 @@ $(VENV)/.torch: $(CONSTRAINTS) | $(BIN)/pip
 
 $(RUNTIME): $(DEPS) $(VENV)/.torch
 	@echo "== installing guanaco into $(VENV)"
-	$(BIN)/pip install --constraint $(CONSTRAINTS) --editable .
+	$(BIN)/pip install --constraint $(CONSTRAINTS) --editable '.$(if $(EXTRAS),[$(EXTRAS)])'
 	@touch $@
 
 $(TESTING): $(DEPS) $(VENV)/.torch

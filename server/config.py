@@ -238,7 +238,10 @@ class Settings(BaseSettings):
 
     @property
     def cache_dir(self) -> Path:
-        return self.cache.expanduser().absolute()
+        try:
+            return self.cache.expanduser().absolute()
+        except RuntimeError:  # no HOME, and a user id without an entry, as OpenShift gives
+            raise SettingsError("this user has no home directory: name one with --cache (GUANACO_CACHE)") from None
 
     @property
     def shared_hub_cache(self) -> Path:

@@ -6,6 +6,7 @@ only through `checkpoint`. Called by the server's wiring.
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -23,7 +24,14 @@ from guanaco.models.errors import ModelError
 from guanaco.models.loading.checkpoint import Checkpoint, open_checkpoint
 from guanaco.models.loading.model_cache import CachedModel, ModelCache, source_key
 from guanaco.models.loading.packed_cache import PackedWeights, PackedWriter, packed_key
-from guanaco.models.loading.quantize import Nf4CheckpointWriter, Progress, dense_tensor, is_projection, quantize_tensor
+from guanaco.models.loading.quantize import (
+    Nf4CheckpointWriter,
+    Progress,
+    dense_tensor,
+    is_projection,
+    quantize_tensor,
+    weight_shapes,
+)
 
 Weight = TypeVar("Weight", Nf4Weight, Tensor)
 
@@ -139,7 +147,9 @@ class ServedWeights:
         self._packer = packer
         self._keep_float32 = keep_float32
         self._num_rounded = 0
-        self._done_bytes = 0
+        # Values, not bytes: a GGUF file has fewer bytes than the tensors that come out of it.
+        self._done_values = 0
+        self._num_values = sum(math.prod(shape) for _, shape in weight_shapes(source.config))
         self._num_dense_projections = 0
         self._digest = hashlib.sha256(json.dumps(source.config.computation(), sort_keys=True).encode())
         self.write_error: ModelError | None = None
@@ -147,20 +157,20 @@ class ServedWeights:
     def matrix(self, name: str, shape: tuple[int, int]) -> Nf4Weight | PackedWeight | Tensor:
         weight = self._source.matrix(name, shape)
         if isinstance(weight, Nf4Weight):
-            return self._packed(name, self._passed(name, weight, weight.num_bytes))
+            return self._packed(name, self._passed(name, weight))
         if not self._source.is_quantized and is_projection(name):
             with self._naming_source():
                 quantized = quantize_tensor(name, weight)
-            return self._packed(name, self._passed(name, quantized, weight.nbytes))
+            return self._packed(name, self._passed(name, quantized))
         self._num_dense_projections += is_projection(name)
-        return self._passed(name, self._dense(name, weight), weight.nbytes)
+        return self._passed(name, self._dense(name, weight))
 
     def _packed(self, name: str, weight: Nf4Weight) -> Nf4Weight | PackedWeight:
         return weight if self._packer is None else self._packer(name, weight)
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         stored = self._source.tensor(name, shape)
-        return self._passed(name, self._dense(name, stored), stored.nbytes)
+        return self._passed(name, self._dense(name, stored))
 
     def fingerprint(self) -> str:
         """Of everything that has passed."""
@@ -197,7 +207,7 @@ class ServedWeights:
         except ModelError as error:
             raise ModelError(f"{self._source.path}: {error}") from error
 
-    def _passed(self, name: str, weight: Weight, source_bytes: int) -> Weight:
+    def _passed(self, name: str, weight: Weight) -> Weight:
         values = weight.scales() if isinstance(weight, Nf4Weight) else weight
         if not all(torch.isfinite(bound) for bound in torch.aminmax(values)):
             raise ModelError(f"{self._source.path}: {name} holds values that are not finite (NaN or infinity)")
@@ -208,9 +218,9 @@ class ServedWeights:
             raw: Any = weight.reshape(-1).view(torch.uint8).numpy()
             self._digest.update(raw)
         self._write(name, weight)
-        self._done_bytes += source_bytes
+        self._done_values += math.prod(weight.shape)
         if self._progress is not None:
-            self._progress(name, self._done_bytes, self._source.num_bytes)
+            self._progress(name, self._done_values, self._num_values)
         return weight
 
     def _write(self, name: str, weight: Nf4Weight | Tensor) -> None:

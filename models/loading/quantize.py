@@ -5,6 +5,7 @@ loader (which quantises with the same rule and caches the result) and by the dem
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -278,7 +279,8 @@ def quantize_checkpoint(
         if isinstance(source, GgufCheckpoint):
             for file, text in tokenizer_files(source.metadata, str(source.path)).items():
                 writer.write_text(file, text)
-        for name, shape in _weights(source.config):
+        done_values, num_values = 0, sum(math.prod(shape) for _, shape in weight_shapes(source.config))
+        for name, shape in weight_shapes(source.config):
             stored = source.matrix(name, shape) if len(shape) == 2 else source.tensor(name, shape)
             assert isinstance(stored, Tensor), name  # the source says that nothing in it is quantised
             done_bytes += stored.nbytes
@@ -292,7 +294,8 @@ def quantize_checkpoint(
             except ModelError as error:
                 raise ModelError(f"{src}: {error}") from error
             if progress is not None:
-                progress(name, done_bytes, source.num_bytes)
+                done_values += math.prod(shape)  # values, not bytes: a GGUF file has fewer bytes than its tensors
+                progress(name, done_values, num_values)
         ignored = source.unused()
         for file in COMPANION_FILES:
             if (src / file).is_file():
@@ -305,7 +308,7 @@ def full_name(name: str) -> str:
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
-def _weights(config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+def weight_shapes(config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every tensor of a LLaMA, in the order of the forward pass."""
     hidden = config.hidden_size
     biased = {"self_attn": config.attention_bias, "mlp": config.mlp_bias}

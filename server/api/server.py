@@ -1,16 +1,20 @@
 """The server process: one listening socket, uvicorn with our connection class, and an orderly end.
 
-SIGTERM or SIGINT drains: readiness fails at once, new work is still taken for `drain_delay`, then refused; what runs
-may finish until `drain_timeout`; exit code 0. A second signal ends at once. An engine that died or is stuck ends the
-process with a code that isn't 0, after its requests got their errors. Called by the wiring.
+SIGTERM, SIGINT or SIGHUP drains: readiness fails at once, new work is still taken for `drain_delay`, then refused; what
+runs may finish until `drain_timeout`; exit code 0. A second signal ends what runs, with an error event in each stream.
+An engine that died or is stuck ends the process with a code that isn't 0, after its requests got their errors. It
+is called by `guanaco serve`.
 """
 
 import asyncio
 import contextlib
 import gc
 import logging
+import os
 import resource
+import signal
 import socket
+import threading
 from collections.abc import Callable
 from types import FrameType
 
@@ -28,7 +32,9 @@ EXIT_BY_SIGNAL = 128  # plus the signal's number, as shells report it
 
 # After the engine has ended a request its last bytes still have to be written; after that the connections are cut.
 _FLUSH_SECONDS = 5.0
+_LAST_WORDS_SECONDS = 1.0  # after a second signal: for error events, twice at most
 _BACKLOG = 2048
+_STDERR = 2
 _OTHER_FILES = 256  # besides connections: models, adapters, logs, spare connections
 # A body over the limit is answered with 413, and then read and thrown away up to this many times the limit: closing
 # earlier would reset the connection, and most clients send all of the body before they read the answer.
@@ -73,6 +79,8 @@ def _cannot_listen(where: str, error: OSError) -> SettingsError:
 def serve(state: ApiState, sock: socket.socket, on_started: Callable[[], None] = lambda: None) -> int:
     """Serve until a signal or the engine's death; returns the exit code. `on_started` runs once requests are taken."""
     server = make_server(state, on_started)
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, server.handle_exit)  # a closed terminal; under nohup it stays ignored
     # uvicorn ends so where the application's start fails; it has logged why
     with contextlib.suppress(SystemExit):
         server.run(sockets=[sock])
@@ -143,6 +151,10 @@ class GuanacoServer(uvicorn.Server):
         would close the listener at once, and raise the signal again at the end."""
         self._num_signals += 1
         self._state.lifecycle.draining = True
+        if self._num_signals == 1 and sig == signal.SIGINT:
+            seconds = self._state.settings.drain_delay + self._state.settings.drain_timeout
+            text = f"\nguanaco: running requests may finish ({seconds:g} s at most); Ctrl-C again ends at once\n"
+            os.write(_STDERR, text.encode())  # not `print`: it may be in the middle of another one
         if self._num_signals > 1:
             self.exit_code = EXIT_BY_SIGNAL + sig
             self.should_exit = self.force_exit = True
@@ -173,6 +185,16 @@ class GuanacoServer(uvicorn.Server):
             logger.error("the engine did not drain in time")
         await self._end_after_requests()
 
+    async def _end_streams(self) -> None:
+        """Every running request gets its error event; an engine that is stuck is not waited for."""
+        if self._ending is not None:
+            self._ending.cancel()
+            await asyncio.gather(self._ending, return_exceptions=True)
+        self._state.lifecycle.refusing = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._state.engine.drain(0.0), _LAST_WORDS_SECONDS)
+        await self._state.lifecycle.wait_all_closed(_LAST_WORDS_SECONDS)
+
     async def _end_after_requests(self) -> None:
         if not await self._state.lifecycle.wait_all_closed(_FLUSH_SECONDS):
             logger.warning("some requests were still open at the end")
@@ -182,8 +204,11 @@ class GuanacoServer(uvicorn.Server):
         if not self.force_exit:
             await super().shutdown(sockets=sockets)
             return
+        await self._end_streams()
         for server in self.servers:
             server.close()
         for connection in list(self.server_state.connections):
             if connection.transport is not None:
                 connection.transport.abort()
+        with contextlib.suppress(TimeoutError):  # else the application's end is cancelled, with a traceback in the log
+            await asyncio.wait_for(self.lifespan.shutdown(), _LAST_WORDS_SECONDS)

@@ -6,6 +6,7 @@ Reads /proc and the cgroup files only; knows nothing of models. Used for default
 import math
 import os
 import platform
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,3 +90,9 @@ def _text(path: Path) -> str:
         return path.read_text()
     except OSError:
         return ""
+
+
+def resident_bytes() -> int:
+    """How much memory this process has in use now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()

@@ -76,7 +76,13 @@ def show(answer: Any, *, as_json: bool) -> None:
 def _shown(key: str, value: Any) -> str:
     if key.endswith("_bytes"):
         return human_bytes(value)
-    if key in ("loaded_at", "last_used"):
+    if key == "tier":
+        return _WHERE[value]
+    if isinstance(value, list) and value and isinstance(value[0], dict):  # an alias's earlier revisions
+        return "\n".join(", ".join(f"{k} {_shown(k, v)}" for k, v in item.items()) for item in value)
+    if key == "split":
+        return ", ".join(f"{_short(target)} {weight}" for target, weight in value.items())
+    if key in ("loaded_at", "last_used", "changed_at"):
         return f"{datetime.fromtimestamp(value, UTC):%Y-%m-%d %H:%M:%S} UTC"
     return str(value)
 
@@ -110,9 +116,12 @@ def _short(target: str) -> str:
     return f"{name}{separator}{version[:12]}"
 
 
+_WHERE = {"device": "ready to use", "host": "in memory", "disk": "on disk"}
+
+
 def _list(adapters: list[dict[str, Any]]) -> Table:
     table = Table(
-        "name", "state", "version", "rank", "modules", "size", "tier", "requests", "uses", "aliases", box=None
+        "name", "state", "version", "rank", "modules", "size", "where", "requests", "uses", "aliases", box=None
     )
     for card in adapters:
         if card["state"] == "broken":
@@ -130,7 +139,7 @@ def _list(adapters: list[dict[str, Any]]) -> Table:
             str(card["rank"]),
             f"{card['modules_applied']}/{card['modules_possible']}",
             human_bytes(card["num_bytes"]),
-            card["tier"],
+            _WHERE[card["tier"]],
             str(card["pins"]),
             str(card["num_uses"]),
             escape(", ".join(card["aliases"])),

@@ -30,6 +30,7 @@ from guanaco.server.api.http.access_log import start_logging
 from guanaco.server.api.http.auth import KeyRing
 from guanaco.server.api.server import bind, serve
 from guanaco.server.bootstrap.dtypes import name_of
+from guanaco.server.bootstrap.machine import resident_bytes
 from guanaco.server.bootstrap.memory_plan import human_bytes
 from guanaco.server.bootstrap.runtime import Base, Runtime, build_runtime
 from guanaco.server.config import Settings
@@ -198,9 +199,11 @@ def _show_banner(console: Console, settings: Settings, runtime: Runtime, port: i
         ("provider", f"{runtime.ops.name} ({runtime.provider_reason}), {dtype}, {runtime.num_threads} threads"),
         (
             "memory",
-            f"weights {human_bytes(plan.weights_bytes)} + KV cache {human_bytes(plan.kv_bytes)} ({tokens})"
-            f" + adapters {human_bytes(plan.adapters_bytes)} = {human_bytes(plan.total_bytes)} at most",
+            f"{human_bytes(resident_bytes())} in use now. At most: weights {human_bytes(plan.weights_bytes)}"
+            f" + KV cache {human_bytes(plan.kv_bytes)} + adapters {human_bytes(plan.adapters_bytes)} = "
+            f"{human_bytes(plan.total_bytes)}",
         ),
+        ("KV cache", f"{tokens}; {'it fills as requests come' if runtime.ops.name != 'triton' else 'taken at start'}"),
     ]
     for entry in runtime.registry.entries():
         modules = f"{entry.modules_applied} of {entry.modules_possible} modules"

@@ -284,3 +284,16 @@ def test_a_mistake_in_the_yaml_file_shows_no_key(text: str, tmp_path: Path) -> N
         load_settings({}, tmp_path / "c.yaml")
     assert "SeCrEt" not in str(refused.value)
     assert "c.yaml" in str(refused.value)
+
+
+def test_a_user_without_a_home_is_told_to_name_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenShift runs containers under a user id that no file knows."""
+
+    def unknown(_: int) -> None:
+        raise KeyError("getpwuid(): uid not found")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.raises(SettingsError, match="--cache"):
+        _ = load_settings({}).cache_dir
+    assert load_settings({"cache": "/data"}).cache_dir == Path("/data")

@@ -273,3 +273,12 @@ class TestRefusals:
                 file.truncate(5000)
             with pytest.raises(ModelError, match="ends at byte 5000"):
                 checkpoint.matrix("lm_head.weight", (384, 64))
+
+
+def test_progress_ends_at_the_whole(source: Callable[[str], Path], tmp_path: Path) -> None:
+    """The file has fewer bytes than its tensors have once they are decoded."""
+    path, seen = write_gguf(tmp_path / "m.gguf", source("gqa"), TYPES.Q8_0), []
+    load_model(path, reference_ops(), progress=lambda _, done, total: seen.append((done, total)))
+    assert len(seen) > 10
+    assert all(0 < done <= total for done, total in seen)
+    assert seen[-1][0] == seen[-1][1]

@@ -30,7 +30,7 @@ from support.server.real_server import (
 )
 
 # These never come through a route: of converting, of the command line, and of a start that fails.
-ELSEWHERE = {"convert.py", "convert_worker.py", "torch_pickle.py", "registry_file.py"}
+ELSEWHERE = {"conversion.py", "worker.py", "torch_pickle.py", "registry_file.py"}
 NOT_OF_LOADS = {"bad_option", "store_in_use", "target_exists", "target_unwritable"}  # of the command line
 
 

@@ -175,8 +175,8 @@ def processes() -> Iterator[list[Process]]:
 
 
 def test_signals_to_a_real_process(tmp_path: Path, processes: list[Process]) -> None:
-    """Three processes at once, since most of the time goes into their start: SIGTERM under a stream, a second SIGTERM,
-    SIGINT while idle."""
+    """Three processes at once, since most of the time goes into their start: SIGHUP under a stream, a second Ctrl-C,
+    SIGTERM while idle."""
     slow = {"step_seconds": 0.05, "settings": {"drain_timeout": WAIT}}
     processes += [Process(tmp_path / f"{name}.log", **slow) for name in ("drain", "twice", "idle")]
     drain, twice, idle = processes
@@ -184,7 +184,7 @@ def test_signals_to_a_real_process(tmp_path: Path, processes: list[Process]) -> 
     stream = drain.connect()
     stream.sendall(http_post(CHAT, chat_body("hello", stream=True, max_tokens=10)))
     first = stream.recv(65536)
-    drain.process.send_signal(signal.SIGTERM)
+    drain.process.send_signal(signal.SIGHUP)
     received = first + read_all(stream)
     assert received.count(b"data: {") == 10
     assert b"data: [DONE]" in received
@@ -196,16 +196,20 @@ def test_signals_to_a_real_process(tmp_path: Path, processes: list[Process]) -> 
     stream = twice.connect()
     stream.sendall(http_post(CHAT, chat_body("hello", stream=True)))
     first = stream.recv(65536)
-    twice.process.send_signal(signal.SIGTERM)
+    twice.process.send_signal(signal.SIGINT)
     with twice.connect() as probe:  # the first signal has been seen
         while b"HTTP/1.1 200" in ready(probe):
             pass
-    twice.process.send_signal(signal.SIGTERM)
-    assert twice.process.wait(WAIT) == 128 + signal.SIGTERM
+    twice.process.send_signal(signal.SIGINT)
+    received = first + read_all(stream)
+    assert b"server_shutting_down" in received  # the stream's error event
+    assert twice.process.wait(WAIT) == 128 + signal.SIGINT
+    assert b"Ctrl-C again ends at once" in twice.log.read_bytes()
+    assert b"Traceback" not in twice.log.read_bytes()
     assert b"[DONE]" not in first + read_all(stream)
 
     idle.connect().close()
-    idle.process.send_signal(signal.SIGINT)
+    idle.process.send_signal(signal.SIGTERM)
     assert idle.process.wait(WAIT) == 0
 
 
