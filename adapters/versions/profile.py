@@ -137,3 +137,14 @@ def _texts(field: str, value: Any, most: int, max_chars: int) -> tuple[str, ...]
 
 def _bad(field: str, problem: str) -> AdapterError:
     return AdapterError("bad_profile", f"profile: {printable(field)} {problem}", field)
+
+
+def still_restricted(before: Profile | None, profile: Profile | None) -> Profile | None:
+    """`profile` with the restriction to API keys that the name had `before`, unless it states one itself.
+
+    A new version must not open a name that an operator has closed: only a profile that an operator gives does that.
+    """
+    allowed = None if before is None else before.allowed_keys
+    if allowed is None or (profile is not None and profile.allowed_keys is not None):
+        return profile
+    return replace(profile or Profile(), allowed_keys=allowed)

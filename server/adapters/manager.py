@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.peft.weights import LoadedAdapter
 from guanaco.adapters.versions.aliases import AliasTable
-from guanaco.adapters.versions.profile import Profile
+from guanaco.adapters.versions.profile import Profile, still_restricted
 from guanaco.adapters.versions.registry import AdapterEntry, AdapterRegistry, BrokenEntry, check_name
 from guanaco.adapters.versions.registry_file import RegistryFile
 from guanaco.adapters.versions.store import OnStage, VersionStore
@@ -98,7 +98,8 @@ class AdapterManager:
         """Read, check, prove and publish the adapter at `source` (below the root, or of the hub) under `name`.
 
         replace: whether the name may be taken. expected_version: refuse unless the name stands for that version now.
-        profile: how to serve it, as `parse_profile` takes it; None: as the file beside the adapter says.
+        profile: how to serve it, as `parse_profile` takes it. None: as the file beside the adapter says, and a
+        name that is restricted to some API keys stays so; an empty one takes the restriction away.
         From its return on, new requests get the new version; those that run keep theirs. The same load asked for
         twice at the same time happens once.
         """
@@ -118,9 +119,9 @@ class AdapterManager:
 
     async def _is_same(self, name: str, source: str) -> bool:
         located = await self._sources.locate(source)
-        profile = await self._sources.profile_beside(name, located)
-        adapter = await self._sources.ingest(name, located, keep=False)
         entry = self.registry.resolve(name)
+        profile = still_restricted(entry and entry.profile, await self._sources.profile_beside(name, located))
+        adapter = await self._sources.ingest(name, located, keep=False)
         return entry is not None and entry.version == adapter.version and entry.profile == profile
 
     async def unload(self, name: str, *, force: bool = False, timeout_seconds: float = 0.0) -> bool:
@@ -218,7 +219,9 @@ class AdapterManager:
         self._check_expected(name, expected)
         located = await self._sources.locate(source)
         if profile_json is None:
-            profile = await self._sources.profile_beside(name, located)
+            before = self.registry.resolve(name)
+            beside = await self._sources.profile_beside(name, located)
+            profile = still_restricted(before and before.profile, beside)
         else:
             profile = self._sources.profile(json.loads(profile_json))
         adapter = await self._sources.ingest(name, located)

@@ -143,6 +143,25 @@ def test_only_allowed_keys_know_of_it(tmp_path: Path) -> None:
         assert server.registry.num_leases(server.registry.entries()[0].version) == 0
 
 
+def test_a_new_version_does_not_open_a_closed_name(server: AdapterServer, client: httpx.Client) -> None:
+    """Whether it comes by our route, by vLLM's or by a rollback; only an operator's profile opens the name."""
+
+    def allowed() -> Any:
+        return client.get("/v1/adapters/a").json().get("profile", {}).get("allowed_keys")
+
+    one, two = server.source("a", 1), server.source("b", 2)
+    put(client, "a", one, profile={"allowed_keys": ["x"], "temperature": 0.5})
+    put(client, "a", two)
+    assert allowed() == ["x"]
+    body = {"lora_name": "a", "lora_path": one, "load_inplace": True}
+    assert client.post("/v1/load_lora_adapter", json=body).status_code == 200
+    assert allowed() == ["x"]
+    assert client.post("/v1/adapters/a/rollback", json={}).status_code == 200
+    assert allowed() == ["x"]
+    put(client, "a", two, profile={})
+    assert allowed() is None
+
+
 def test_without_keys_an_allow_list_lets_nobody_in(server: AdapterServer, client: httpx.Client) -> None:
     put(client, "a", server.source("a", 1), profile={"allowed_keys": []})
     assert client.post(CHAT, json={"model": "a", "messages": MESSAGES}).status_code == 404
