@@ -120,7 +120,9 @@ class AdapterManager:
     async def _is_same(self, name: str, source: str) -> bool:
         located = await self._sources.locate(source)
         entry = self.registry.resolve(name)
-        profile = still_restricted(entry and entry.profile, await self._sources.profile_beside(name, located))
+        profile = still_restricted(
+            None if entry is None else entry.profile, await self._sources.profile_beside(name, located)
+        )
         adapter = await self._sources.ingest(name, located, keep=False)
         return entry is not None and entry.version == adapter.version and entry.profile == profile
 
@@ -221,7 +223,7 @@ class AdapterManager:
         if profile_json is None:
             before = self.registry.resolve(name)
             beside = await self._sources.profile_beside(name, located)
-            profile = still_restricted(before and before.profile, beside)
+            profile = still_restricted(None if before is None else before.profile, beside)
         else:
             profile = self._sources.profile(json.loads(profile_json))
         adapter = await self._sources.ingest(name, located)
