@@ -15,6 +15,9 @@ from guanaco.adapters.peft.files import AdapterFiles
 from guanaco.adapters.peft.strict_json import JsonError, parse_object
 
 PROFILE_NAME = "guanaco.json"
+# Where a name's profile is from: the file beside the adapter, the operator's load, or an earlier load of the operator.
+FROM_FILE, GIVEN, KEPT = "file", "given", "kept"
+KEPT_NOTE = "the profile that an earlier load gave was kept; load with a profile to change it, {} takes it away"
 MAX_PROFILE_BYTES = 64 << 10
 MAX_STOPS, MAX_STOP_CHARS = 4, 128  # as of a request
 MAX_ALLOWED_KEYS = 1024
@@ -137,14 +140,3 @@ def _texts(field: str, value: Any, most: int, max_chars: int) -> tuple[str, ...]
 
 def _bad(field: str, problem: str) -> AdapterError:
     return AdapterError("bad_profile", f"profile: {printable(field)} {problem}", field)
-
-
-def still_restricted(before: Profile | None, profile: Profile | None) -> Profile | None:
-    """`profile` with the restriction to API keys that the name had `before`, unless it states one itself.
-
-    A new version must not open a name that an operator has closed: only a profile that an operator gives does that.
-    """
-    allowed = None if before is None else before.allowed_keys
-    if allowed is None or (profile is not None and profile.allowed_keys is not None):
-        return profile
-    return replace(profile or Profile(), allowed_keys=allowed)

@@ -17,7 +17,8 @@ from types import MappingProxyType
 
 from guanaco.adapters.errors import AdapterError, printable
 from guanaco.adapters.peft.weights import AdapterLimits, BaseTable, LoadedAdapter, load_adapter
-from guanaco.adapters.versions.profile import Profile, read_profile
+from guanaco.adapters.versions.profile import FROM_FILE, GIVEN, KEPT, KEPT_NOTE, Profile, read_profile
+from guanaco.adapters.versions.version_keys import VersionKeys
 
 # One path segment without tricks: it becomes a model id, a URL part, a metrics label and a sub-folder's name.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -40,6 +41,8 @@ class AdapterEntry:
     history: tuple[str, ...] = ()  # earlier versions, the latest last
     effect: float | None = None  # largest change of a logit on the probe prompt; None: not measured
     profile: Profile | None = None  # how it wants to be served
+    profile_from: str = FROM_FILE  # or GIVEN, KEPT
+    version_keys: tuple[str, ...] | None = None  # ids of the keys that this version was published for; None: all
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class BrokenEntry:
     problem: str
     history: tuple[str, ...] = ()  # as of an AdapterEntry: what it may be rolled back to
     profile: Profile | None = None
+    profile_from: str = FROM_FILE
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ class AdapterRegistry:
         self._limits = limits or AdapterLimits()
         self._strict = strict
         self._lock = threading.Lock()
+        self.version_keys = VersionKeys()
         self._leases: Counter[str] = Counter()
         self._num_uses: Counter[str] = Counter()  # by name, since the start
         self._last_used: dict[str, float] = {}
@@ -108,8 +113,9 @@ class AdapterRegistry:
             strict=self._strict,
             base_table=self._base_table,
         )
+        origin = FROM_FILE if profile is None else GIVEN
         profile = profile or read_profile(path, name, self.templates)
-        return self.publish(name, adapter, source=str(path), profile=profile, in_memory=True)
+        return self.publish(name, adapter, source=str(path), profile=profile, profile_from=origin, in_memory=True)
 
     def publish(
         self,
@@ -121,9 +127,12 @@ class AdapterRegistry:
         history: tuple[str, ...] = (),
         effect: float | None = None,
         profile: Profile | None = None,
+        profile_from: str = FROM_FILE,
+        again: bool = False,
         in_memory: bool = False,
     ) -> AdapterEntry:
         """From now on `name` is `adapter`. history: of a name that is new; one that is replaced keeps its own.
+        again: the version was published under this name before; it stays for the keys that it was published for.
         in_memory: keep the copy, too; else it is read (and given to `keep`) when it is wanted.
 
         Raises AdapterError for a bad name, and for one that is taken unless `replace`; then nothing changes.
@@ -135,6 +144,8 @@ class AdapterRegistry:
                 history = before.history
                 if before.version != adapter.version:
                     history = (*(v for v in history if v not in (before.version, adapter.version)), before.version)
+            if not again:
+                self.version_keys.note(name, adapter.version, None if profile is None else profile.allowed_keys)
             entry = AdapterEntry(
                 name=name,
                 version=adapter.version,
@@ -144,10 +155,12 @@ class AdapterRegistry:
                 num_bytes=adapter.num_bytes,
                 modules_applied=adapter.modules_applied,
                 modules_possible=adapter.modules_possible,
-                notes=adapter.notes,
+                notes=(*adapter.notes, KEPT_NOTE) if profile_from == KEPT else adapter.notes,
                 history=history[-MAX_HISTORY:],
                 effect=effect,
                 profile=profile,
+                profile_from=profile_from,
+                version_keys=self.version_keys.of(name, adapter.version),
             )
             copies = dict(self._snapshot.copies)
             if in_memory:
@@ -172,7 +185,9 @@ class AdapterRegistry:
             broken = dict(self._snapshot.broken)
             for e in self._snapshot.entries.values():
                 if e.version == version:
-                    broken[e.name] = BrokenEntry(e.name, version, e.source, code, problem, e.history, e.profile)
+                    broken[e.name] = BrokenEntry(
+                        e.name, version, e.source, code, problem, e.history, e.profile, e.profile_from
+                    )
             entries = {name: e for name, e in self._snapshot.entries.items() if e.version != version}
             self._swap(entries=entries, broken=broken)
 
@@ -268,7 +283,7 @@ class AdapterRegistry:
             return entry
         if version not in self._pinned or version not in snapshot.versions:
             return None
-        return replace(entry, version=version)
+        return replace(entry, version=version, version_keys=self.version_keys.of(name, version))
 
     def is_wanted(self, version: str) -> bool:
         """Whether a name stands for a version, or an alias leads to it."""

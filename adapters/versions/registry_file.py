@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.peft.strict_json import JsonError, parse_object
 from guanaco.adapters.versions.aliases import Alias, Revision, Target
+from guanaco.adapters.versions.profile import FROM_FILE, GIVEN, KEPT
 from guanaco.adapters.versions.registry import NAME
 from guanaco.adapters.versions.store import sync_directory
 
@@ -36,6 +37,7 @@ class Saved:
     history: tuple[str, ...] = ()
     effect: float | None = None
     profile: dict[str, Any] | None = None
+    profile_from: str = FROM_FILE
 
 
 class RegistryFile:
@@ -55,6 +57,10 @@ class RegistryFile:
     def read_pinned(self) -> tuple[str, ...]:
         """The names that were to stay in memory. Raises as `read`."""
         return self._read(lambda content: tuple(str(name) for name in content.get("pinned", [])))
+
+    def read_version_keys(self) -> tuple[tuple[str, str, tuple[str, ...]], ...]:
+        """Name, version and the ids of the keys that it was published for. Raises as `read`."""
+        return self._read(lambda content: tuple(_version_keys(record) for record in content.get("version_keys", [])))
 
     def remove_leftovers(self) -> None:
         """Remove what killed processes left of `write`. For whoever owns the directory, before the first write."""
@@ -77,13 +83,20 @@ class RegistryFile:
         except (JsonError, KeyError, TypeError, ValueError, AttributeError):
             raise AdapterError("registry_damaged", f"{self.path} is damaged; move it away") from None
 
-    def write(self, records: Iterable[Saved], aliases: Iterable[Alias] = (), pinned: Iterable[str] = ()) -> None:
+    def write(
+        self,
+        records: Iterable[Saved],
+        aliases: Iterable[Alias] = (),
+        pinned: Iterable[str] = (),
+        version_keys: Iterable[dict[str, Any]] = (),
+    ) -> None:
         """Replace the file. Raises OSError; then the old one is still there."""
         content = {
             "format": _FORMAT,
             "adapters": [asdict(record) for record in records],
             "aliases": [asdict(alias) for alias in aliases],
             "pinned": sorted(pinned),
+            "version_keys": list(version_keys),
         }
         text = json.dumps(content, indent=1)
         handle, temporary = tempfile.mkstemp(prefix=f".{self.path.name}-", dir=self.path.parent)
@@ -109,8 +122,18 @@ def _saved(record: object) -> Saved:
     profile = record.get("profile")
     if not isinstance(profile, dict | None):
         raise TypeError("a profile is an object")
+    # A list of an earlier release doesn't say it: a restriction must not be lost with the next load.
+    origin = record.get("profile_from", GIVEN if "allowed_keys" in (profile or {}) else FROM_FILE)
+    if origin not in (FROM_FILE, GIVEN, KEPT):
+        raise ValueError("no origin of a profile")
     effect = None if effect is None else float(effect)
-    return Saved(str(name), str(version), str(source), tuple(history), effect, profile)
+    return Saved(str(name), str(version), str(source), tuple(history), effect, profile, origin)
+
+
+def _version_keys(record: dict[str, Any]) -> tuple[str, str, tuple[str, ...]]:
+    if not isinstance(record["keys"], list) or not all(isinstance(key, str) for key in record["keys"]):
+        raise TypeError("keys are a list of text")
+    return str(record["name"]), str(record["version"]), tuple(record["keys"])
 
 
 def _alias(record: dict[str, Any]) -> Alias:

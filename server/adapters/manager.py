@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.peft.weights import LoadedAdapter
 from guanaco.adapters.versions.aliases import AliasTable
-from guanaco.adapters.versions.profile import Profile, still_restricted
+from guanaco.adapters.versions.profile import FROM_FILE, KEPT, Profile
 from guanaco.adapters.versions.registry import AdapterEntry, AdapterRegistry, BrokenEntry, check_name
 from guanaco.adapters.versions.registry_file import RegistryFile
 from guanaco.adapters.versions.store import OnStage, VersionStore
@@ -98,8 +98,8 @@ class AdapterManager:
         """Read, check, prove and publish the adapter at `source` (below the root, or of the hub) under `name`.
 
         replace: whether the name may be taken. expected_version: refuse unless the name stands for that version now.
-        profile: how to serve it, as `parse_profile` takes it. None: as the file beside the adapter says, and a
-        name that is restricted to some API keys stays so; an empty one takes the restriction away.
+        profile: how to serve it, as `parse_profile` takes it; None: as it was given before to this name, else as the
+        file beside the adapter says. An empty one takes what was given before away.
         From its return on, new requests get the new version; those that run keep theirs. The same load asked for
         twice at the same time happens once.
         """
@@ -119,11 +119,9 @@ class AdapterManager:
 
     async def _is_same(self, name: str, source: str) -> bool:
         located = await self._sources.locate(source)
-        entry = self.registry.resolve(name)
-        profile = still_restricted(
-            None if entry is None else entry.profile, await self._sources.profile_beside(name, located)
-        )
+        profile, _ = await self._sources.profile_for(name, located, None)
         adapter = await self._sources.ingest(name, located, keep=False)
+        entry = self.registry.resolve(name)
         return entry is not None and entry.version == adapter.version and entry.profile == profile
 
     async def unload(self, name: str, *, force: bool = False, timeout_seconds: float = 0.0) -> bool:
@@ -220,16 +218,13 @@ class AdapterManager:
         self.registry.check_free(name, replace=replace)
         self._check_expected(name, expected)
         located = await self._sources.locate(source)
-        if profile_json is None:
-            before = self.registry.resolve(name)
-            beside = await self._sources.profile_beside(name, located)
-            profile = still_restricted(None if before is None else before.profile, beside)
-        else:
-            profile = self._sources.profile(json.loads(profile_json))
+        profile, origin = await self._sources.profile_for(name, located, profile_json)
         adapter = await self._sources.ingest(name, located)
         try:
             adapter = self._sources.checked(adapter)
-            return await self._publish(name, adapter, located.source, profile, replace=replace, expected=expected)
+            return await self._publish(
+                name, adapter, located.source, profile, origin, replace=replace, expected=expected
+            )
         finally:
             self._sources.settle(adapter.version)
             await self._collect()
@@ -240,9 +235,11 @@ class AdapterManager:
         adapter: LoadedAdapter,
         source: str,
         profile: Profile | None,
+        origin: str,
         *,
         replace: bool,
         expected: str | None = None,
+        again: bool = False,
         history: tuple[str, ...] = (),
     ) -> AdapterEntry:
         """Prove a version that is stored, then make it what `name` stands for; or discard it.
@@ -259,7 +256,15 @@ class AdapterManager:
             self._check_expected(name, expected)
             history = tuple(earlier for earlier in history if earlier != adapter.version)
             entry = self.registry.publish(
-                name, adapter, source=source, replace=replace, history=history, effect=effect, profile=profile
+                name,
+                adapter,
+                source=source,
+                replace=replace,
+                history=history,
+                effect=effect,
+                profile=profile,
+                profile_from=origin,
+                again=again,
             )
         finally:
             self.registry.unstage(adapter.version)
@@ -325,7 +330,10 @@ class AdapterManager:
             )
         adapter = await self._sources.stored(matching[0])
         source = f"{ROLLED_BACK}{matching[0][:12]}"
-        return await self._publish(name, adapter, source, entry.profile, replace=True, history=entry.history)
+        origin = FROM_FILE if entry.profile_from == FROM_FILE else KEPT
+        return await self._publish(
+            name, adapter, source, entry.profile, origin, replace=True, history=entry.history, again=True
+        )
 
     def _retire(self, version: str) -> asyncio.Task[None]:
         """Take a version off device and host as soon as nothing needs it."""

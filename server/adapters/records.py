@@ -44,6 +44,7 @@ class AdapterRecords:
         now (by --adapter) stays what it is. One whose copy is gone or damaged is listed as broken.
         """
         self._saved.remove_leftovers()
+        self._registry.version_keys.restore(self._saved.read_version_keys())
         notes = []
         for record in self._saved.read():
             self._persistent.add(record.name)
@@ -58,6 +59,8 @@ class AdapterRecords:
                     history=record.history,
                     effect=record.effect,
                     profile=asked,
+                    profile_from=record.profile_from,
+                    again=self._registry.version_keys.of(record.name, record.version) is not None,
                     in_memory=stays(adapter),
                 )
             except AdapterError as error:
@@ -74,8 +77,11 @@ class AdapterRecords:
                         error.code,
                         str(error),
                         history=record.history,
-                        # One that is itself at fault is not kept: a roll-back serves without it.
-                        profile=None if error.code == "bad_profile" else profile(record.profile or {}),
+                        # Of one that is itself at fault only the restriction stays; a roll-back has no more.
+                        profile=_restriction(record.profile or {}, profile)
+                        if error.code == "bad_profile"
+                        else profile(record.profile or {}),
+                        profile_from=record.profile_from,
                     )
                 )
                 notes.append(f"adapter {record.name} is broken: {error}")
@@ -131,20 +137,32 @@ class AdapterRecords:
         """Write down what a restart is to bring back. The change itself stands even if that fails; the log says so."""
         async with self._saving:
             ready = (
-                Saved(e.name, e.version, e.source, e.history, e.effect, _plain(e.profile))
+                Saved(e.name, e.version, e.source, e.history, e.effect, _plain(e.profile), e.profile_from)
                 for e in self._registry.entries()
             )
             broken = (
-                Saved(b.name, b.version, b.source, b.history, None, _plain(b.profile)) for b in self._registry.broken()
+                Saved(b.name, b.version, b.source, b.history, None, _plain(b.profile), b.profile_from)
+                for b in self._registry.broken()
             )
             kept = (record for record in (*ready, *broken) if record.name in self._persistent)
             records = (*kept, *self._shadowed.values())
+            keys = self._registry.version_keys.records(self.wanted())
             try:
-                await on_thread(lambda: self._saved.write(records, self._aliases.all(), pinned))
+                await on_thread(lambda: self._saved.write(records, self._aliases.all(), pinned, keys))
             except OSError as error:
                 logger.error(
                     "the list of adapters could not be written (%s): a restart would not know this change", error
                 )
+
+
+def _restriction(fields: Mapping[str, Any], parse: Callable[[Mapping[str, Any]], Profile]) -> Profile | None:
+    """Who a profile is for, of one that can't be honoured otherwise; nobody, where that can't be read either."""
+    if (keys := fields.get("allowed_keys")) is None:
+        return None
+    try:
+        return parse({"allowed_keys": keys})
+    except AdapterError:
+        return Profile(allowed_keys=())
 
 
 def _plain(profile: Profile | None) -> dict[str, Any] | None:

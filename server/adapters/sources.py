@@ -5,6 +5,7 @@ publishes what it hands back.
 """
 
 import asyncio
+import json
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 
 from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.peft.weights import LoadedAdapter, check_base
-from guanaco.adapters.versions.profile import Profile, parse_profile, read_profile
+from guanaco.adapters.versions.profile import FROM_FILE, GIVEN, KEPT, Profile, parse_profile, read_profile
 from guanaco.adapters.versions.registry import AdapterRegistry
 from guanaco.adapters.versions.store import OnStage, VersionStore
 from guanaco.server.adapters.hub import AdapterHub, HubAddress
@@ -119,6 +120,18 @@ class AdapterSources:
     async def profile_beside(self, name: str, at: Located) -> Profile | None:
         """What the file beside an adapter asks for; None where there is none."""
         return await self.on_thread(lambda: read_profile(at.path, name, self._registry.templates, at.root))
+
+    async def profile_for(self, name: str, at: Located, given: str | None) -> tuple[Profile | None, str]:
+        """How `name` is to be served after a load, and where that is from. given: by this load, as JSON."""
+        if given is not None:
+            fields = json.loads(given)
+            return self.profile(fields), GIVEN if fields else FROM_FILE
+        beside = await self.profile_beside(name, at)  # read in any case: a bad one is refused
+        broken = {entry.name: entry for entry in self._registry.broken()}
+        entry = self._registry.resolve(name) or broken.get(name)
+        if entry is None or entry.profile_from == FROM_FILE:
+            return beside, FROM_FILE
+        return entry.profile, KEPT
 
     def profile(self, fields: Mapping[str, Any]) -> Profile:
         """A profile as an operator gives it."""

@@ -7,10 +7,12 @@ Doesn't know adapters, only their names and versions. A part of `metrics`.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from copy import copy
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 DEFAULT_ADAPTER_LABELS = 64  # adapters with series of their own
@@ -24,8 +26,27 @@ BASE_LABEL = "(base)"
 MIXTURE_LABEL = "(mixture)"
 OTHER_LABEL = "(other)"
 
+_NAME_LISTS = frozenset({"running_lora_adapters", "waiting_lora_adapters"})  # labels
+
 _TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _LOAD_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 600.0)
+
+
+def without_names(families: Iterable[Metric], hidden: Container[str]) -> Iterator[Metric]:
+    """The families without the series of hidden adapters, and without their names in lists of names."""
+    for family in families:
+        shown = copy(family)
+        shown.samples = []
+        for sample in family.samples:
+            if sample.labels.get("adapter") in hidden:
+                continue
+            lists = {
+                label: ",".join(name for name in text.split(",") if name not in hidden)
+                for label, text in sample.labels.items()
+                if label in _NAME_LISTS
+            }
+            shown.samples.append(sample._replace(labels={**sample.labels, **lists}) if lists else sample)
+        yield shown
 
 
 class AdapterMetrics:

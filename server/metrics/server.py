@@ -20,7 +20,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from guanaco.server.metrics.adapters import DEFAULT_ADAPTER_LABELS, AdapterMetrics
+from guanaco.server.metrics.adapters import DEFAULT_ADAPTER_LABELS, AdapterMetrics, without_names
 from guanaco.server.metrics.histogram import HotHistogram
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
@@ -323,10 +323,22 @@ class Metrics:
     def observe_loop_lag(self, seconds: float) -> None:
         self._lag.observe(seconds)
 
-    def render(self, accept: str = "") -> tuple[bytes, str]:
-        """The exposition and its content type, in the format that the Accept header prefers."""
+    def render(self, accept: str = "", hidden: frozenset[str] = frozenset()) -> tuple[bytes, str]:
+        """The exposition and its content type, in the format that the Accept header prefers.
+        hidden: names of adapters that the answer does not show."""
         encode, content_type = choose_encoder(accept)
-        return encode(self.registry), content_type
+        return encode(_Shown(self.registry, hidden) if hidden else self.registry), content_type
+
+
+class _Shown(Collector):
+    """A registry as a key may see it."""
+
+    def __init__(self, registry: CollectorRegistry, hidden: frozenset[str]) -> None:
+        self._registry = registry
+        self._hidden = hidden
+
+    def collect(self) -> Iterator[Metric]:
+        return without_names(self._registry.collect(), self._hidden)
 
 
 class _First(Collector):

@@ -49,12 +49,13 @@ class ServedModel:
     mixture: tuple[LoraRef, ...] = ()  # of a request that names its adapters itself
     mixed_names: tuple[str, ...] = ()  # the names of the mixture's adapters
     profile: ServedProfile | None = None
+    version_keys: tuple[str, ...] | None = None  # ids of the keys that the version was published for; None: all
     stands_for: str | None = None  # of an alias: the adapter that this request gets
 
     def is_open_to(self, key: ApiKey | None) -> bool:
         """Whether the holder of a key may use it, or hear of it."""
         allowed = None if self.profile is None else self.profile.allowed_keys
-        return allowed is None or (key is not None and key.id in allowed)
+        return all(keys is None or (key is not None and key.id in keys) for keys in (allowed, self.version_keys))
 
     @property
     def counted_as(self) -> str | None:
@@ -108,6 +109,8 @@ class LiveEntry(Protocol):
     def loaded_at(self) -> float: ...
     @property
     def profile(self) -> ServedProfile | None: ...
+    @property
+    def version_keys(self) -> tuple[str, ...] | None: ...
 
 
 class LiveAdapters(Protocol):
@@ -253,6 +256,12 @@ class Catalog:
             models += [m for name in self._aliases.names() if (m := self._model_of_alias(name, caller)) is not None]
         return tuple(model for model in models if model.is_open_to(key))
 
+    def hidden_adapters(self, key: ApiKey | None) -> frozenset[str]:
+        """The names of the adapters that the holder of a key may not use."""
+        live = () if self._live is None else self._live.entries()
+        models = [*self._models.values(), *(self._model_of(entry) for entry in live)]
+        return frozenset(model.name for model in models if not model.is_open_to(key))
+
     def _is_alias_open_to(self, name: str, key: ApiKey | None) -> bool:
         """Whether the holder of a key may use all that an alias leads to; what is not loaded is no secret."""
         if self._live is None or self._aliases is None:
@@ -284,5 +293,6 @@ class Catalog:
             created=int(entry.loaded_at),
             base_fingerprint=base.base_fingerprint,
             profile=entry.profile,
+            version_keys=entry.version_keys,
             stands_for=entry.name,
         )

@@ -6,7 +6,7 @@ from starlette.responses import Response
 
 from guanaco.server.api.generation.encode import encode
 from guanaco.server.api.generation.state import encoded_response, json_response, state_of
-from guanaco.server.api.http.auth import ApiKey
+from guanaco.server.api.http.auth import ApiKey, presented_key
 
 router = APIRouter()
 
@@ -60,7 +60,10 @@ def _not_ready(request: Request) -> str | None:
 
 @router.get("/metrics", tags=["health"], summary="Prometheus metrics")
 async def metrics(request: Request) -> Response:
-    body, content_type = state_of(request).metrics.render(request.headers.get("accept", ""))
+    state, presented = state_of(request), presented_key(request.scope["headers"])
+    is_admin = presented is not None and state.admin_keys.find(presented) is not None
+    hidden = frozenset[str]() if is_admin else state.catalog.hidden_adapters(_key(request))
+    body, content_type = state.metrics.render(request.headers.get("accept", ""), hidden)
     return Response(body, headers={"Content-Type": content_type})
 
 

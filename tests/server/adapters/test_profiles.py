@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.core import GaugeMetricFamily
 
 from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.versions.profile import (
@@ -21,6 +22,7 @@ from guanaco.adapters.versions.registry import parse_name_option
 from guanaco.models.text.chat_template import TEMPLATE_NAMES, named_template
 from guanaco.server.api.http.auth import KeyRing
 from guanaco.server.engine.request import SamplingParams
+from guanaco.server.metrics.adapters import without_names
 from support.server.adapter_server import ADMIN, AdapterServer, make_adapter_server
 from support.server.api_server import BASE
 
@@ -86,7 +88,7 @@ def test_the_operators_profile_goes_first_and_lasts(tmp_path: Path) -> None:
         assert params_of(server, client, model="a").stop_strings == ("END",)
         back = client.post("/v1/adapters/a/rollback", json={}).json()
         assert (back["version"], back["profile"]) == (version, {"stop": ["END"]})
-        assert put(client, "a", server.source("c", 3)).json()["profile"] is None
+        assert put(client, "a", server.source("c", 3)).json()["profile"] == {"stop": ["END"]}
 
 
 def test_an_adapter_of_the_command_line_has_one_too(tmp_path: Path) -> None:
@@ -143,23 +145,105 @@ def test_only_allowed_keys_know_of_it(tmp_path: Path) -> None:
         assert server.registry.num_leases(server.registry.entries()[0].version) == 0
 
 
-def test_a_new_version_does_not_open_a_closed_name(server: AdapterServer, client: httpx.Client) -> None:
-    """Whether it comes by our route, by vLLM's or by a rollback; only an operator's profile opens the name."""
+def test_a_restriction_stays_until_another_profile_is_given(tmp_path: Path) -> None:
+    """Loads without a profile, vLLM's loads, rollbacks and restarts keep it."""
+    closed = {"allowed_keys": ["deadbeef"]}
+    with make_adapter_server(tmp_path) as server, server.client(headers=ADMIN) as client:
+        one, two = server.source("x", 1), server.source("y", 2)
+        assert put(client, "a", one, profile=closed).json()["notes"] == []
+        (server.root / two / PROFILE_NAME).write_text('{"temperature": 0.1}')
+        kept = put(client, "a", two).json()
+        assert kept["profile"] == closed
+        assert "was kept" in kept["notes"][-1]
+        inplace = {"lora_name": "a", "lora_path": one, "load_inplace": True}
+        for body in (inplace, {**inplace, "load_inplace": False}):  # the second is the same again
+            assert client.post("/v1/load_lora_adapter", json=body).status_code == 200
+        assert client.post("/v1/adapters/a/rollback", json={}).json()["profile"] == closed
+    with make_adapter_server(tmp_path) as server, server.client(headers=ADMIN) as client:
+        card = client.get("/v1/adapters/a").json()
+        assert (card["profile"], "was kept" in card["notes"][-1]) == (closed, True)
+        assert put(client, "a", one).json()["profile"] == closed
+        assert client.post(CHAT, json={"model": "a", "messages": MESSAGES}).status_code == 404
+        taken = put(client, "a", one, profile={}).json()
+        assert (taken["profile"], taken["notes"]) == ({}, [])
+        assert client.post(CHAT, json={"model": "a", "messages": MESSAGES}).status_code == 200
+        assert put(client, "a", two).json()["profile"] == {"temperature": 0.1}
 
-    def allowed() -> Any:
-        return client.get("/v1/adapters/a").json().get("profile", {}).get("allowed_keys")
 
-    one, two = server.source("a", 1), server.source("b", 2)
-    put(client, "a", one, profile={"allowed_keys": ["x"], "temperature": 0.5})
-    put(client, "a", two)
-    assert allowed() == ["x"]
-    body = {"lora_name": "a", "lora_path": one, "load_inplace": True}
-    assert client.post("/v1/load_lora_adapter", json=body).status_code == 200
-    assert allowed() == ["x"]
-    assert client.post("/v1/adapters/a/rollback", json={}).status_code == 200
-    assert allowed() == ["x"]
-    put(client, "a", two, profile={})
-    assert allowed() is None
+def test_a_profile_of_the_command_line_stays_too(tmp_path: Path) -> None:
+    with make_adapter_server(tmp_path) as server, server.client(headers=ADMIN) as client:
+        server.registry.load("a", server.root / server.source("x", 1), Profile(allowed_keys=()))
+        assert put(client, "a", server.source("y", 2)).json()["profile"] == {"allowed_keys": []}
+
+
+def test_a_saved_profile_that_is_refused_now_keeps_its_restriction(tmp_path: Path) -> None:
+    """A name whose template is gone is broken; a load that mends it opens it to nobody else."""
+    with make_adapter_server(tmp_path) as server, server.client(headers=ADMIN) as client:
+        profile = {"chat_template": "guanaco", "allowed_keys": ["deadbeef"]}
+        assert put(client, "a", server.source("x", 1), profile=profile).status_code == 201
+    saved = tmp_path / "store" / "registry.json"
+    saved.write_text(saved.read_text().replace('"guanaco"', '"gone"'))
+    with make_adapter_server(tmp_path) as server, server.client(headers=ADMIN) as client:
+        assert client.get("/v1/adapters/a").json()["state"] == "broken"
+        assert put(client, "a", "x").json()["profile"] == {"allowed_keys": ["deadbeef"]}
+
+
+@pytest.mark.parametrize("how", ["replaced", "removed and loaded"])
+def test_an_earlier_version_is_for_the_keys_it_was_published_for(tmp_path: Path, how: str) -> None:
+    """By a pin, after a restart, and after a rollback: the name's open profile does not open it."""
+    yours = KeyRing(["yours"]).find(b"yours")
+    assert yours is not None
+
+    def check(client: httpx.Client, models: dict[str, int]) -> None:
+        for model, status in models.items():
+            for key, expected in (("mine", status), ("yours", 200)):
+                body = {"model": model, "prompt": "hi", "max_tokens": 1}
+                answer = client.post("/v1/completions", json=body, headers={"X-Api-Key": key})
+                assert answer.status_code == expected, (model, key, answer.text)
+            names = client.get("/v1/models", headers={"X-Api-Key": "mine"}).json()["data"]
+            assert (model in [card["id"] for card in names]) == (status == 200)
+
+    with make_adapter_server(tmp_path, keys=["mine", "yours"]) as server, server.client() as client:
+        body = {"source": server.source("x", 1), "profile": {"allowed_keys": [yours.id]}}
+        old = client.put("/v1/adapters/a", json=body, headers=ADMIN).json()["version"]
+        target = {"target": f"a@{old}"}
+        assert client.put("/v1/aliases/pin", json=target, headers=ADMIN).status_code == 201
+        if how != "replaced":
+            assert client.delete("/v1/adapters/a", headers=ADMIN).status_code == 200
+        body = {"source": server.source("y", 2), "profile": {}}
+        assert client.put("/v1/adapters/a", json=body, headers=ADMIN).status_code in (200, 201)
+        check(client, {"a": 200, "pin": 404})
+    with make_adapter_server(tmp_path, keys=["mine", "yours"]) as server, server.client() as client:
+        check(client, {"a": 200, "pin": 404})
+        if how == "replaced":
+            assert client.post("/v1/adapters/a/rollback", json={}, headers=ADMIN).status_code == 200
+            check(client, {"a": 404, "pin": 404})
+            assert client.post("/v1/adapters/a/rollback", json={}, headers=ADMIN).status_code == 200
+            check(client, {"a": 200, "pin": 404})
+
+
+def test_metrics_show_no_adapter_that_the_key_may_not_use(tmp_path: Path) -> None:
+    yours = KeyRing(["yours"]).find(b"yours")
+    assert yours is not None
+    with make_adapter_server(tmp_path, keys=["mine", "yours"]) as server, server.client() as client:
+        for name, profile in (("secret", {"allowed_keys": [yours.id]}), ("open", {})):
+            body = {"source": server.source(name, len(name)), "profile": profile}
+            assert client.put(f"/v1/adapters/{name}", json=body, headers=ADMIN).status_code == 201
+            ask = {"model": name, "prompt": "hi", "max_tokens": 1}
+            assert client.post("/v1/completions", json=ask, headers={"X-Api-Key": "yours"}).status_code == 200
+        for accept in ("", "application/openmetrics-text; version=1.0.0"):
+            for headers, sees in (({"X-Api-Key": "yours"}, True), (ADMIN, True), ({"X-Api-Key": "mine"}, False)):
+                text = client.get("/metrics", headers={**headers, "Accept": accept}).text
+                assert ("secret" in text, 'adapter="open"' in text) == (sees, True)
+
+
+def test_lists_of_names_in_the_metrics_lose_hidden_ones() -> None:
+    labels = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
+    family = GaugeMetricFamily("vllm:lora_requests_info", "x", labels=labels)
+    family.add_metric(["8", "open,secret", "secret"], 1.0)
+    (shown,) = without_names([family], {"secret"})
+    assert [sample.labels for sample in shown.samples] == [dict(zip(labels, ("8", "open", ""), strict=True))]
+    assert family.samples[0].labels["waiting_lora_adapters"] == "secret", "the registry's own stays"
 
 
 def test_without_keys_an_allow_list_lets_nobody_in(server: AdapterServer, client: httpx.Client) -> None:
