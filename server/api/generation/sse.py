@@ -40,7 +40,7 @@ class EventStream(StreamingResponse):
     """The response, which owns the generation: it ends with it, even if the client left before the first event.
 
     Writes on its own, not through sse-starlette: that takes 45 µs more for each event, a hundredth of a step of the
-    demo (Zen 4, caches full of weights; docs/log.md, 2026-11-26).
+    demo (Zen 4, caches full of weights; docs/internal/log.md, 2026-11-26).
     """
 
     media_type = "text/event-stream"
