@@ -47,7 +47,8 @@ class Tiles:
 _AMPERE, _AMPERE_8BIT = Tiles(32, 4, 32, 2, 2, 128, 64, 8, 2), Tiles(32, 4, 64, 2, 2, 64, 32, 4, 1)
 _HOPPER, _HOPPER_8BIT = Tiles(32, 4, 32, 2, 2, 128, 64, 8, 2, True), Tiles(32, 4, 32, 2, 2, 128, 64, 8, 2)
 _SIMT, _FLOAT = Tiles(32, 4, 32, 4, 1, 32, 32, 8, 1), Tiles(32, 4, 32, 4, 1, 32, 16, 8, 1)
-# Chosen by counts (docs/internal/log.md: registers, spills, shared memory, slots); no card has confirmed them. The tensor cores
+# Chosen by counts (docs/internal/log.md: registers, spills, shared memory, slots); no card has confirmed them. The
+# tensor cores
 # of 8.x and 12.0 want keys and values in registers, which every warp converts for itself from an 8-bit cache: fewer
 # warps there, and no pipeline, which would load 8 bytes at a time.
 TILES = {
