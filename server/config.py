@@ -238,10 +238,15 @@ class Settings(BaseSettings):
 
     @property
     def cache_dir(self) -> Path:
-        try:
-            return self.cache.expanduser().absolute()
-        except RuntimeError:  # no HOME, and a user id without an entry, as OpenShift gives
-            raise SettingsError("this user has no home directory: name one with --cache (GUANACO_CACHE)") from None
+        """Raises SettingsError where it lies below a home directory and this user has none."""
+        return _below_home(self.cache, "cache")
+
+    @property
+    def adapter_store_dir(self) -> Path:
+        """Where versions of adapters are kept, all bases together. Raises SettingsError, as `cache_dir`."""
+        if self.adapter_store is None:
+            return self.cache_dir / "adapters"
+        return _below_home(self.adapter_store, "adapter_store")
 
     @property
     def shared_hub_cache(self) -> Path:
@@ -260,6 +265,16 @@ class Settings(BaseSettings):
     def public(self) -> dict[str, Any]:
         """The settings as plain data, secrets masked: what --print-config shows."""
         return self.model_dump(mode="json")
+
+
+def _below_home(path: Path, name: str) -> Path:
+    """An absolute path. Without HOME, and with a user id that no account has (OpenShift), `~` stands for nothing; a
+    directory of that name must not be made."""
+    text = os.path.expanduser(path)
+    if text.startswith("~"):
+        flag, variable = "--" + name.replace("_", "-"), ENV_PREFIX + name.upper()
+        raise SettingsError(f"{path}: this user has no home directory: name one with {flag} ({variable}), or set HOME")
+    return Path(os.path.abspath(text))
 
 
 def _expanded(path: str) -> Path:

@@ -4,6 +4,7 @@ Read from `guanaco.json` beside the adapter, or given by the operator when it is
 version: two names may serve the same tensors differently. Called by the registry, the adapter manager and the API.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -121,7 +122,7 @@ def profile_fields(text: str) -> dict[str, Any]:
     if text in BUILT_IN:
         return {"profile": text}
     try:
-        with Path(text).expanduser().open("rb") as file:
+        with Path(os.path.expanduser(text)).open("rb") as file:
             return parse_object(file.read(MAX_PROFILE_BYTES))
     except OSError as error:
         problem = f"is neither a built-in profile ({', '.join(BUILT_IN)}) nor a file that can be read: {error.strerror}"

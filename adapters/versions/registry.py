@@ -6,6 +6,7 @@ holds a lease on it; whether its copy is in memory is the ledger's to say (`host
 requests or HTTP.
 """
 
+import os
 import re
 import threading
 import time
@@ -384,7 +385,7 @@ def check_name(name: str) -> None:
 def parse_adapter_option(text: str) -> tuple[str, Path]:
     """`NAME=PATH` of the option --adapter. Raises AdapterError for anything else; the path may contain '='."""
     name, path = parse_name_option(text, "PATH")
-    return name, Path(path).expanduser()
+    return name, Path(os.path.expanduser(path))
 
 
 def parse_name_option(text: str, what: str) -> tuple[str, str]:

@@ -57,7 +57,7 @@ def resolve_model(
     with bytes.
     Raises ModelError for a path that does not exist, and for an id that cannot be had.
     """
-    path = Path(spec).expanduser()
+    path = Path(os.path.expanduser(spec))
     if path.exists():
         return path
     match = _HUB_ID.fullmatch(spec)

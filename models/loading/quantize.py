@@ -267,7 +267,7 @@ def quantize_checkpoint(
     At most one source tensor and one output shard are in memory. Raises ModelError for what is wrong with `src` and for
     a `dst` that exists or cannot be written; `dst` then does not exist.
     """
-    num_quantized = num_dense = done_bytes = 0
+    num_quantized = num_dense = 0
     with (
         closing(open_checkpoint(src)) as source,
         Nf4CheckpointWriter(
@@ -283,7 +283,6 @@ def quantize_checkpoint(
         for name, shape in weight_shapes(source.config):
             stored = source.matrix(name, shape) if len(shape) == 2 else source.tensor(name, shape)
             assert isinstance(stored, Tensor), name  # the source says that nothing in it is quantised
-            done_bytes += stored.nbytes
             try:
                 if is_projection(name):
                     writer.add(full_name(name), quantize_tensor(name, stored, double_quant=double_quant))
@@ -300,7 +299,7 @@ def quantize_checkpoint(
         for file in COMPANION_FILES:
             if (src / file).is_file():
                 writer.copy_file(src / file)
-    return QuantizeReport(num_quantized, num_dense, done_bytes, writer.written_bytes, ignored)
+    return QuantizeReport(num_quantized, num_dense, source.num_bytes, writer.written_bytes, ignored)
 
 
 def full_name(name: str) -> str:

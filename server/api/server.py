@@ -2,8 +2,8 @@
 
 SIGTERM, SIGINT or SIGHUP drains: readiness fails at once, new work is still taken for `drain_delay`, then refused; what
 runs may finish until `drain_timeout`; exit code 0. A second signal ends what runs, with an error event in each stream.
-An engine that died or is stuck ends the process with a code that isn't 0, after its requests got their errors. It
-is called by `guanaco serve`.
+A second SIGHUP counts for nothing: a terminal that closes sends several. An engine that died or is stuck ends the
+process with a code that isn't 0, after its requests got their errors. It is called by `guanaco serve`.
 """
 
 import asyncio
@@ -149,12 +149,15 @@ class GuanacoServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 (a signal handler's arguments)
         """Runs as a signal handler: sets flags only; `on_tick` acts on them within a tenth of a second. uvicorn's own
         would close the listener at once, and raise the signal again at the end."""
+        if sig == signal.SIGHUP and self._num_signals:
+            return
         self._num_signals += 1
         self._state.lifecycle.draining = True
         if self._num_signals == 1 and sig == signal.SIGINT:
             seconds = self._state.settings.drain_delay + self._state.settings.drain_timeout
             text = f"\nguanaco: running requests may finish ({seconds:g} s at most); Ctrl-C again ends at once\n"
-            os.write(_STDERR, text.encode())  # not `print`: it may be in the middle of another one
+            with contextlib.suppress(OSError):  # standard error may be closed
+                os.write(_STDERR, text.encode())  # not `print`: it may be in the middle of another one
         if self._num_signals > 1:
             self.exit_code = EXIT_BY_SIGNAL + sig
             self.should_exit = self.force_exit = True

@@ -51,7 +51,7 @@ def base_root(settings: Settings) -> str:
     a local model goes by its last path component."""
     if settings.model is None:
         return DEMO_NAME
-    path = Path(settings.model).expanduser()
+    path = Path(os.path.expanduser(settings.model))
     return _local_name(Path(os.path.abspath(path))) if path.exists() else settings.model
 
 
@@ -84,7 +84,7 @@ def check_before_loading(settings: Settings, wanted: str | None = None) -> None:
         except AdapterError as error:
             raise CommandError(f"--adapter {name}: {error}") from None
     root = settings.adapter_root
-    if root is not None and not root.expanduser().is_dir():
+    if root is not None and not Path(os.path.expanduser(root)).is_dir():
         raise CommandError(f"--adapter-root {root}: there is no such directory")
 
 
@@ -103,7 +103,7 @@ def _check_sizes(settings: Settings) -> None:
             f"--max-num-batched-tokens {settings.max_num_batched_tokens} must be at least "
             f"--max-num-seqs {settings.max_num_seqs}: each running sequence gets a token in every step"
         )
-    model = None if settings.model is None else Path(settings.model).expanduser()
+    model = None if settings.model is None else Path(os.path.expanduser(settings.model))
     if model is None or not model.is_dir():
         return
     positions = read_config(model).max_position_embeddings

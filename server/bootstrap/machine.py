@@ -92,7 +92,7 @@ def _text(path: Path) -> str:
         return ""
 
 
-def resident_bytes() -> int:
-    """How much memory this process has in use now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+def resident_bytes(proc: Path = Path("/proc")) -> int:
+    """How much memory this process has in use now; 0 where the system does not say."""
+    pages = _words(proc / "self/statm")[1:2]
+    return int(pages[0]) * resource.getpagesize() if pages else 0

@@ -32,7 +32,9 @@ def reporting(console: Console, title: str) -> Iterator[Report]:
         task = progress.add_task("", visible=False)
 
         def report(what: str, done: int, total: int) -> None:
-            progress.update(task, description=what[:40], completed=done, total=total or None, visible=True)
+            progress.update(
+                task, description=what[:40], completed=min(done, total or done), total=total or None, visible=True
+            )
 
         yield report
 
@@ -52,5 +54,5 @@ class _Lines:
         if (now >= self._next or ends) and what != self._ended:
             self._next = now + _SECONDS_BETWEEN_LINES
             self._ended = what if ends else ""
-            share = f"{100 * done // total} %" if total else ""
+            share = f"{min(100, 100 * done // total)} %" if total else ""
             self._console.print(f"{self._title}: {share} {what}".rstrip(), highlight=False, markup=False)

@@ -69,7 +69,7 @@ def show(answer: Any, *, as_json: bool) -> None:
     table = Table.grid(padding=(0, 2))
     for key, value in answer.items():
         if key != "object" and value not in (None, [], ""):
-            table.add_row(f"[dim]{key}[/]", escape(_shown(key, value)))
+            table.add_row(f"[dim]{'where' if key == 'tier' else escape(key)}[/]", escape(_shown(key, value)))
     console.print(table)
 
 

@@ -25,6 +25,17 @@ def one_line_errors() -> Iterator[None]:
         raise SystemExit(EXIT_USAGE) from None
 
 
+def typed_text(text: str, what: str) -> str:
+    """Text of the command line as it was typed, whatever the locale says. CommandError where it is not UTF-8.
+
+    Python keeps bytes that the locale's encoding does not have as lone surrogates, which no request can carry.
+    """
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        raise CommandError(f"{what} is not valid UTF-8: use a terminal or a file with UTF-8") from None
+
+
 def server_root(url: str) -> str:
     """The address of a server without a final `/v1`, however it was typed. CommandError where it is no address."""
     problem = f"--url {url}: expected an address such as http://127.0.0.1:8000 (with or without /v1)"

@@ -4,6 +4,7 @@ Looks and loads nothing: the fit is worked out from a model's configuration. Exi
 """
 
 import json
+import os
 import platform
 import shutil
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from guanaco.kernels import PROVIDERS, NativeUnavailable
@@ -24,7 +26,7 @@ from guanaco.server.bootstrap.dtypes import expected_cache_dtype, name_of
 from guanaco.server.bootstrap.gpu import Gpu, find_gpu
 from guanaco.server.bootstrap.machine import Machine, look
 from guanaco.server.bootstrap.memory_plan import human_bytes
-from guanaco.server.config import Settings
+from guanaco.server.config import Settings, SettingsError
 
 # Bits of one NF4 weight with double quantisation: 4, 8 per 64 for its scale, 32 per 16384 for the scale's scale.
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
@@ -42,15 +44,16 @@ class Finding:
 def run_doctor(settings: Settings, *, as_json: bool) -> int:
     """Print what was found; the exit code."""
     machine = look()
-    findings = [*_machine(machine), *_software(), _disk(settings.cache_dir), *_fit(settings, machine)]
+    findings = [*_machine(machine), *_software(), _disk(settings), *_fit(settings, machine)]
     ok = all(finding.ok for finding in findings)
     if as_json:
         print(json.dumps({"ok": ok, "findings": [asdict(finding) for finding in findings]}, indent=2))
         return 0 if ok else 1
     table = Table.grid(padding=(0, 2))
     for finding in findings:
+        advice = f"\n[yellow]{escape(finding.advice)}[/]" if finding.advice else ""
         mark = "[green]ok[/]" if finding.ok else "[red]no[/]"
-        table.add_row(mark, finding.name, finding.value + (f"\n[yellow]{finding.advice}[/]" if finding.advice else ""))
+        table.add_row(mark, finding.name, escape(finding.value) + advice)
     Console(highlight=False, soft_wrap=True).print(table)
     return 0 if ok else 1
 
@@ -112,9 +115,12 @@ def _providers() -> Finding:
     return Finding("kernel providers", f"{', '.join(PROVIDERS)} ({', '.join(isas)}); `auto` takes {takes}")
 
 
-def _disk(cache_dir: Path) -> Finding:
+def _disk(settings: Settings) -> Finding:
     """Room below the nearest directory that exists."""
-    place = cache_dir
+    try:
+        place = cache_dir = settings.cache_dir
+    except SettingsError as error:
+        return Finding("cache", "none", ok=False, advice=str(error))
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
@@ -126,7 +132,7 @@ def _fit(settings: Settings, machine: Machine) -> list[Finding]:
     """Whether a local model directory would fit; a hub id is not downloaded for it."""
     if settings.model is None:
         return [Finding("model", "the demo (SmolLM2-135M-Instruct): about 1 GiB with decoded weights, fits")]
-    path = Path(settings.model).expanduser()
+    path = Path(os.path.expanduser(settings.model))
     if not path.is_dir():
         return [Finding("model", f"{settings.model}: not a directory here, its fit is not worked out")]
     try:

@@ -3,20 +3,21 @@
 Imports nothing at the top but the standard library. Called by the console script.
 """
 
-import sys
+import contextlib
+import signal
 
-EXIT_INTERRUPTED = 130  # 128 plus SIGINT, as shells report it
+from guanaco.server.commands.streams import end_interrupted, prepare_streams
 
 
 def main() -> None:
     """Run the command line. Text that the terminal's encoding does not have is replaced, never an error."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
     try:
+        prepare_streams()
         from guanaco.server.commands.main import main as run
 
         run()
     except KeyboardInterrupt:
-        print("guanaco: interrupted", file=sys.stderr)
-        raise SystemExit(EXIT_INTERRUPTED) from None
+        end_interrupted()
+    finally:
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # from here on another Ctrl-C would only give a traceback

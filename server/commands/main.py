@@ -10,13 +10,29 @@ from pathlib import Path
 from typing import Annotated, Any, get_origin
 
 import typer
+from typer.core import TyperGroup
 
 from guanaco.server.commands.adapters import adapters_app, aliases_app
-from guanaco.server.commands.common import one_line_errors
+from guanaco.server.commands.common import one_line_errors, typed_text
+from guanaco.server.commands.streams import end_interrupted, end_unwritable
 from guanaco.server.config import Settings, load_settings
+
+
+class _Interruptible(TyperGroup):
+    """Ends every command, those of the groups below too, with one line for Ctrl-C and for a full disk."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # the library would say "Aborted!" and exit with 1
+            end_interrupted()
+        except OSError as error:
+            end_unwritable(error)
+
 
 app = typer.Typer(
     name="guanaco",
+    cls=_Interruptible,
     help="One 4-bit LLaMA, many LoRA adapters in one batch, behind an OpenAI-compatible endpoint.",
     no_args_is_help=True,
     add_completion=False,
@@ -101,6 +117,7 @@ def generate(
     """Answer one message and stop: no server, the text goes to standard output as it comes."""
     from guanaco.server.commands.terminal import generate_once
 
+    prompt = typed_text(prompt, "PROMPT")
     generate_once(settings, prompt, name=name, max_tokens=max_tokens, temperature=temperature, seed=seed, raw=raw)
 
 
@@ -122,6 +139,7 @@ def chat(
     from guanaco.server.commands.terminal import ChatClient
 
     with one_line_errors():
+        system = None if system is None else typed_text(system, "--system")
         ChatClient(url, api_key=api_key, system=system, max_tokens=max_tokens, temperature=temperature).loop(name)
 
 
@@ -239,5 +257,5 @@ def _of_every_command(
 
 
 def main() -> None:
-    """Entry point of the `guanaco` command."""
+    """Parse the command line, and run what it says."""
     app()

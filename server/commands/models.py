@@ -34,10 +34,19 @@ def prune_models(cache_dir: Path, names: list[str], *, yes: bool) -> None:
         print(f"{cache_dir}: nothing is cached")
         return
     size = human_bytes(sum(entry.num_bytes for entry in chosen))
-    if not yes and input(f"delete {len(chosen)} cached models, {size}? [y/N] ").strip().lower() not in ("y", "yes"):
+    if not yes and not _agrees(f"delete {len(chosen)} cached models, {size}? [y/N] "):
         print("nothing was deleted")
         return
     deleted, busy = prune_cached_models(cache_dir, [entry.key for entry in chosen])
     print(f"deleted {len(deleted)} models, {human_bytes(sum(entry.num_bytes for entry in deleted))}")
     for entry in busy:
         print(f"{entry.key[:_KEY_LENGTH]} is in use by another process and was left")
+
+
+def _agrees(question: str) -> bool:
+    """Whether the operator says yes; nobody who could answer is a no."""
+    try:
+        return input(question).strip().lower() in ("y", "yes")
+    except (EOFError, UnicodeDecodeError):
+        print()
+        return False

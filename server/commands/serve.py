@@ -7,9 +7,11 @@ import faulthandler
 import ipaddress
 import json
 import logging
+import os
 import shlex
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -145,8 +147,9 @@ def _adapter_manager(
     if settings.has_admin:
         base = runtime.base
         store = _open_store(settings, base)
+        root = settings.adapter_root
         policy = AdapterPolicy(
-            root=None if settings.adapter_root is None else settings.adapter_root.expanduser().absolute(),
+            root=None if root is None else Path(os.path.abspath(os.path.expanduser(root))),
             base_fingerprint=base.loaded.fingerprint,
             strict_base=settings.strict_base,
             hub=AdapterHub.of(settings) if settings.hub_adapters or settings.hub_adapters_unpinned else None,
@@ -177,9 +180,8 @@ def _adapter_manager(
 
 def _open_store(settings: Settings, base: Base) -> VersionStore:
     """Each base model has a store of its own: what is an adapter of one is nothing to another."""
-    directory = settings.adapter_store or settings.cache_dir / "adapters"
     return VersionStore(
-        directory.expanduser().absolute() / base.loaded.fingerprint[:16],
+        settings.adapter_store_dir / base.loaded.fingerprint[:16],
         base.loaded.model.lora_targets,
         limits=AdapterLimits(max_rank=settings.max_lora_rank),
         base_table=base.table,

@@ -8,9 +8,10 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
+from rich.markup import escape
 
 from guanaco.server.commands.common import bearer, server_root
 from guanaco.server.config import Settings
@@ -19,6 +20,7 @@ from guanaco.server.errors import CommandError
 
 _HELP = "/model NAME switches · /models lists · /system TEXT · /new starts over · /quit (or Ctrl-D) ends"
 _TIMEOUT_SECONDS = 600.0
+_NOT_TEXT = "the input is not valid UTF-8: send UTF-8"
 
 
 def write_text(text: str) -> None:
@@ -51,25 +53,28 @@ class ChatClient:
         if self._is_piped:
             self._answer_all(model)
             return
-        self._console.print(f"[bold]{model}[/] at {self._url}\n[dim]{_HELP}[/]")
+        self._console.print(f"[bold]{escape(model)}[/] at {escape(self._url)}\n[dim]{_HELP}[/]")
         while True:
             try:
-                line = self._console.input(f"[bold cyan]{model} ›[/] ").strip()
+                line = self._console.input(f"[bold cyan]{escape(model)} ›[/] ").strip()
             except (EOFError, KeyboardInterrupt):
                 self._console.print()
                 return
+            except UnicodeDecodeError:
+                self._console.print(f"[red]{escape(_NOT_TEXT)}[/]")
+                continue
             if line in ("/quit", "/exit"):
                 return
             try:
                 model = self._command(line, model) if line.startswith("/") else self._say(line, model)
             except CommandError as error:
-                self._console.print(f"[red]{error}[/]")
+                self._console.print(f"[red]{escape(str(error))}[/]")
 
     def _answer_all(self, model: str) -> None:
         """Without a terminal: every line of the input is a turn, and nothing but the answers is written. What a command
         says goes to standard error; the first refusal ends the program, so that a script notices it."""
         self._console = Console(highlight=False, stderr=True)
-        for raw in sys.stdin:
+        for raw in _lines(sys.stdin):
             line = raw.strip()
             if line in ("/quit", "/exit"):
                 return
@@ -84,7 +89,7 @@ class ChatClient:
         if command == "/model" and rest:
             return self._choose(rest)
         if command in ("/model", "/models"):
-            self._console.print("  ".join(f"[bold]{n}[/]" if n == model else n for n in self._models()))
+            self._console.print("  ".join(f"[bold]{escape(n)}[/]" if n == model else escape(n) for n in self._models()))
         elif command == "/system":
             self._system = rest or None
         elif command == "/new":
@@ -148,6 +153,13 @@ class ChatClient:
             raise CommandError(
                 f"no server at {self._url} ({reason}): start one with `guanaco serve`, or pass --url"
             ) from None
+
+
+def _lines(stream: TextIO) -> Iterator[str]:
+    try:
+        yield from stream
+    except UnicodeDecodeError:
+        raise CommandError(_NOT_TEXT) from None
 
 
 def _error_message(error: urllib.error.HTTPError) -> str:

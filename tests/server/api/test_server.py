@@ -113,6 +113,81 @@ class TestDrain:
             stream.close()
 
 
+class TestMoreSignals:
+    def test_a_second_one_ends_streams_and_whole_answers_with_an_error(self) -> None:
+        with LiveServer(make_state(drain_timeout=WAIT)) as server:
+            server.gate()
+            stream, whole = open_stream(server), server.connect()
+            whole.sendall(http_post(CHAT, chat_body("hello")))
+            server.until(lambda engine: len(engine.running) == 2)
+            server.server.handle_exit(signal.SIGINT, None)
+            server.until(lambda engine: engine.draining)
+            server.server.handle_exit(signal.SIGINT, None)
+            assert b"server_shutting_down" in read_all(stream)
+            assert b"server_shutting_down" in read_all(whole)
+            server.join()
+            assert server.server.exit_code == 128 + signal.SIGINT
+            stream.close()
+            whole.close()
+
+    def test_both_before_the_server_looks(self) -> None:
+        """Ctrl-C twice within a tenth of a second."""
+        with LiveServer(make_state(drain_delay=WAIT)) as server:
+            server.gate()
+            stream = open_stream(server)
+            server.until(lambda engine: engine.running)
+            for _ in range(2):
+                server.server.handle_exit(signal.SIGINT, None)
+            assert b"server_shutting_down" in read_all(stream)
+            server.join()
+            stream.close()
+
+    @pytest.mark.parametrize("num_signals", [2, 3])
+    def test_an_engine_that_ends_nothing_is_left(self, num_signals: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(http_server, "_LAST_WORDS_SECONDS", 0.1)
+        with LiveServer(make_state()) as server:
+
+            async def never(*args: object) -> None:
+                server.engine.draining = True
+                server.engine.changed.set()
+                await asyncio.Event().wait()
+
+            server.engine.drain = never
+            server.gate()
+            stream = open_stream(server)
+            server.until(lambda engine: engine.running)
+            for _ in range(num_signals):
+                server.server.handle_exit(signal.SIGTERM, None)
+            server.join()
+            assert b"[DONE]" not in read_all(stream)
+            stream.close()
+
+    def test_a_terminal_that_closes_sends_several_hangups(self) -> None:
+        """They drain as one SIGTERM does; a SIGTERM after them ends at once."""
+        with LiveServer(make_state(drain_timeout=WAIT)) as server:
+            gate = server.gate()
+            stream = open_stream(server, max_tokens=5)
+            server.until(lambda engine: engine.running)
+            for _ in range(3):
+                server.server.handle_exit(signal.SIGHUP, None)
+            server.until(lambda engine: engine.draining)
+            server.open(gate)
+            assert sse_data(body_of(read_all(stream)))[-1] == "[DONE]"
+            server.join()
+            assert server.server.exit_code == 0
+            stream.close()
+
+
+def test_ctrl_c_with_a_closed_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*_: object) -> None:
+        raise OSError(9, "Bad file descriptor")
+
+    monkeypatch.setattr(http_server.os, "write", closed)
+    server = http_server.make_server(make_state())
+    server.handle_exit(signal.SIGINT, None)
+    assert server._state.lifecycle.draining
+
+
 class TestEngineDeath:
     def test_process_ends_with_an_error_code(self) -> None:
         with LiveServer(make_state()) as server:

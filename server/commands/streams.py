@@ -1,0 +1,69 @@
+"""Streams that take every text, and the one line with which Ctrl-C or a full disk ends the program.
+
+Imports the standard library only: the program can be interrupted while it imports the rest. Used by `entry` and `main`.
+"""
+
+import codecs
+import contextlib
+import errno
+import os
+import signal
+import sys
+from typing import NoReturn
+
+EXIT_INTERRUPTED = 128 + signal.SIGINT  # as shells report it
+
+# What our own messages hold beyond ASCII. Anything else that a terminal cannot show becomes a question mark.
+_PLAIN = {
+    "→": "->", "…": "...", "·": "-", "›": ">", "×": "x", "–": "-", "—": "-", "’": "'", "‘": "'", "“": '"', "”": '"',
+    "\u00a0": " ", "─": "-", "━": "-", "│": "|", "•": "*", "≥": ">=", "≤": "<=",
+}  # fmt: skip
+_HANDLER = "guanaco.plain"
+
+
+def end_interrupted() -> NoReturn:
+    """End the program with one line that says why. Raises SystemExit."""
+    start = "\n" if sys.stderr.isatty() else ""  # the terminal has written ^C
+    print(f"{start}guanaco: interrupted", file=sys.stderr)
+    raise SystemExit(EXIT_INTERRUPTED) from None
+
+
+def end_unwritable(error: OSError) -> NoReturn:
+    """End the program with one line where a disk is full or a terminal is gone. Any other OSError is raised again."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        raise error
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (what is still in its buffer cannot be written)
+    print(f"guanaco: nothing more can be written ({error.strerror}): make room, or write elsewhere", file=sys.stderr)
+    raise SystemExit(1) from None
+
+
+def prepare_streams() -> None:
+    """Make the standard streams take every text, whatever the locale says, and be there even where they are closed."""
+    codecs.register_error(_HANDLER, _plain)
+    for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
+        if getattr(sys, name) is None:  # closed by the caller (`>&-`): the number must not go to a socket
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (lives as long as the process)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=_HANDLER)
+    # ASCII is a part of UTF-8. Another encoding is what the terminal sends. A byte that is no text is refused.
+    if hasattr(sys.stdin, "reconfigure"):
+        is_ascii = codecs.lookup(sys.stdin.encoding).name == "ascii"
+        sys.stdin.reconfigure(encoding="utf-8" if is_ascii else sys.stdin.encoding, errors="strict")
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    encoding = error.encoding
+
+    def shown(character: str) -> str:
+        for text in (_PLAIN.get(character, "?"), "?"):
+            with contextlib.suppress(UnicodeEncodeError):
+                text.encode(encoding)
+                return text
+        return ""
+
+    return "".join(shown(character) for character in error.object[error.start : error.end]), error.end
