@@ -3,7 +3,7 @@
 Both look the same at first: the end of what they send. A client that has left answers whatever we write with a reset,
 and the socket then has an error. So we write something harmless from time to time: `100 Continue`, which HTTP/1.1
 allows any number of times before an answer. Where the answer has begun, its own bytes do the same. HTTP/1.0 knows no
-such line, so there a client that has left is noticed when its answer is written. Used by `http_guard`.
+such line, so there a client that has left is noticed when its answer is written. Used by `guard`.
 """
 
 import asyncio

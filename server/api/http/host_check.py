@@ -35,7 +35,7 @@ class HostCheck:
         await self.app(scope, receive, send)
 
     def _is_allowed(self, scope: Scope) -> bool:
-        # `http_guard` lets no request through with two of them, and only those of HTTP/1.0 without one.
+        # `guard` lets no request through with two of them, and only those of HTTP/1.0 without one.
         hosts = [value for name, value in scope["headers"] if name == b"host"]
         return all(self._may_be_used(host.strip()) for host in hosts)
 

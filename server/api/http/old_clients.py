@@ -2,7 +2,7 @@
 
 An answer with a Content-Length goes out as it is. One without (a stream) goes out as plain bytes, and the end of the
 connection is its end. Without this uvicorn sends chunks, and a client of HTTP/1.0 takes their sizes for text. Called by
-`http_guard`, for one request at a time.
+`guard`, for one request at a time.
 """
 
 from typing import Any

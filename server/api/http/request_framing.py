@@ -1,7 +1,7 @@
 """What is wrong with a request's head although its syntax is right: `Host`, HTTP version, transfer coding.
 
 Two servers on a request's way that read it differently can be played off against each other, so whatever could be
-read in two ways is refused. Called by `http_guard` once per request.
+read in two ways is refused. Called by `guard` once per request.
 """
 
 from collections.abc import Sequence
