@@ -12,7 +12,7 @@ import secrets
 import threading
 from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from guanaco.server.engine.awake_clock import CLOCK, awake_seconds
@@ -62,6 +62,10 @@ class EngineOverloaded(Exception):
     def __init__(self, retry_after_seconds: float) -> None:
         super().__init__(f"the queue is full; try again in {retry_after_seconds:.0f} s")
         self.retry_after_seconds = retry_after_seconds
+
+
+class NeverFits(ValueError):
+    """Requests that belong together and are more than may ever wait at once; the message has the numbers."""
 
 
 class ProbeFailed(Exception):
@@ -119,14 +123,22 @@ class AsyncEngine:
         self._watchdog = self._loop.create_task(self._watch())
 
     def submit(self, request: Request) -> RequestStream:
-        """Queue a request. Raises EngineOverloaded, EngineUnavailable, or ValueError for one that can never fit."""
+        """Queue a request. Raises what `submit_all` raises."""
+        return self.submit_all((request,))[0]
+
+    def submit_all(self, requests: Sequence[Request]) -> list[RequestStream]:
+        """Queue requests of one model that belong together: all of them, or none.
+
+        Raises EngineOverloaded, EngineUnavailable, NeverFits, or ValueError for a request that can never run.
+        """
         if self._death is not None:
             raise EngineUnavailable(self._death, draining=False)
         if self._draining:
             raise EngineUnavailable("the server is shutting down", draining=True)
-        self._engine.scheduler.check_fits(request)
-        self._check_caps(request)
-        return self._open(request)
+        for request in requests:
+            self._engine.scheduler.check_fits(request)
+        self._check_caps(requests)
+        return [self._open(request) for request in requests]
 
     def _open(self, request: Request) -> RequestStream:
         assert request.request_id not in self._streams, "request ids are unique among those that are open"
@@ -255,27 +267,35 @@ class AsyncEngine:
         if not self._streams:
             self._all_ended.set()
 
-    def _check_caps(self, request: Request) -> None:
-        """Refuse what would have to wait behind a full queue. The numbers may be a step old.
+    def _check_caps(self, requests: Sequence[Request]) -> None:
+        """Refuse what would wait behind a full queue, all of the same adapters. The numbers may be a step old.
 
         Requests whose adapters are away have a queue of their own, of the same size. One adapter gets at most a quarter
         of that, and three quarters of the other: neither a flood nor a source that hangs fills the others' queue.
         """
-        scheduler, caps = self._engine.scheduler, self._caps
+        scheduler, caps, versions = self._engine.scheduler, self._caps, requests[0].versions
+        is_ready = scheduler.host.is_ready(versions)
+        quarter = max(1, caps.max_requests // 4)
+        most_alike = max(1, caps.max_requests - quarter if is_ready else quarter) if versions else caps.max_requests
+        new_tokens = sum(len(r.prompt_token_ids) for r in requests)
+        # One request alone may be of any length: with nothing before it, it is next.
+        if len(requests) > 1 and (len(requests) > most_alike or new_tokens > caps.max_tokens):
+            raise NeverFits(
+                f"{len(requests)} prompts and choices with {new_tokens} prompt tokens at once: this server lets "
+                f"{most_alike} of them wait, with {caps.max_tokens} tokens; send fewer, or several requests"
+            )
         with self._wake:
             coming = [item for item in self._inbox if isinstance(item, Request)]
-        is_ready = scheduler.host.is_ready(request.versions)
         coming = [r for r in coming if scheduler.host.is_ready(r.versions) is is_ready]
         waiting = scheduler.waiting[:] if is_ready else scheduler.loading.sequences[:]
         queue = [*(sequence.request for sequence in waiting), *coming]
         if not queue:
-            return  # whatever its length, it is next
+            return
         num_tokens = scheduler.num_waiting_tokens if is_ready else sum(s.num_tokens for s in waiting)
         num_tokens += sum(len(r.prompt_token_ids) for r in coming)
-        quarter = max(1, caps.max_requests // 4)
-        most = caps.max_requests - quarter if is_ready else quarter
-        is_flood = request.versions and sum(r.versions == request.versions for r in queue) >= max(1, most)
-        is_full = len(queue) >= caps.max_requests or num_tokens + len(request.prompt_token_ids) > caps.max_tokens
+        num_alike = sum(r.versions == versions for r in queue) if versions else 0
+        is_flood = num_alike + len(requests) > most_alike
+        is_full = len(queue) + len(requests) > caps.max_requests or num_tokens + new_tokens > caps.max_tokens
         if is_full or is_flood:
             seconds = num_tokens / self._tokens_per_second if self._tokens_per_second else _LEAST_RETRY_SECONDS
             raise EngineOverloaded(min(max(seconds, _LEAST_RETRY_SECONDS), _MOST_RETRY_SECONDS))

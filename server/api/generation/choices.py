@@ -17,6 +17,7 @@ from guanaco.server.api.generation.state import ApiState
 from guanaco.server.api.http.access_log import RequestRecord
 from guanaco.server.api.http.errors import ClientGone, DeadlineExceeded, GenerationFailed, bad_request
 from guanaco.server.api.http.lifecycle import Admission
+from guanaco.server.engine.async_engine import NeverFits
 from guanaco.server.engine.awake_clock import AwakeTimer, awake_seconds
 from guanaco.server.engine.request import FinishReason, Request
 from guanaco.server.engine.request_stream import RequestStream, TextOutput
@@ -71,12 +72,11 @@ class Generation:
         requests: Sequence[Request],
         num_per_prompt: int,
     ) -> Self:
-        """Submit all requests, or none: if one is refused, those before it are ended, and the refusal is raised."""
+        """Submit all requests, or none."""
         self = cls(state, model, record, admission)
         self.num_per_prompt = num_per_prompt
         try:
-            for request in requests:
-                self._submit(request)
+            self._submit(requests)
         except BaseException:
             await self.aclose()
             raise
@@ -87,16 +87,17 @@ class Generation:
             self._deadline = AwakeTimer(loop, max(0.0, left), lambda: self._put(DeadlineExceeded()))
         return self
 
-    def _submit(self, request: Request) -> None:
+    def _submit(self, requests: Sequence[Request]) -> None:
         try:
-            stream = self._state.engine.submit(request)
-        except ValueError as error:  # the engine's word for a request that can never fit; it holds numbers only
+            self._streams = self._state.engine.submit_all(requests)
+        except NeverFits as error:
+            raise bad_request(str(error), code="too_many_prompts") from None
+        except ValueError as error:  # the engine's word for a request that can never run; it holds numbers only
             raise bad_request(str(error), code="context_length_exceeded") from None
-        index = len(self._streams)
-        self._streams.append(stream)
-        self.choices.append(Choice(request, num_prompt_tokens=len(request.prompt_token_ids)))
-        self._num_unfinished += 1
-        stream.listen(lambda output: self._put((index, output)))
+        self.choices = [Choice(request, num_prompt_tokens=len(request.prompt_token_ids)) for request in requests]
+        self._num_unfinished = len(requests)
+        for index, stream in enumerate(self._streams):
+            stream.listen(lambda output, index=index: self._put((index, output)))  # type: ignore[misc]
 
     def _put(self, item: tuple[int, TextOutput] | Exception) -> None:
         self._mail.append(item)

@@ -18,6 +18,7 @@ from guanaco.server.engine.async_engine import (
     AsyncEngine,
     EngineOverloaded,
     EngineUnavailable,
+    NeverFits,
     QueueCaps,
 )
 from guanaco.server.engine.awake_clock import AwakeClock
@@ -417,6 +418,43 @@ def test_a_request_that_can_never_fit_is_refused_at_once() -> None:
         async with running() as bench:
             with pytest.raises(ValueError, match="256"):
                 bench.engine.submit(request("huge", prompt=(1,) * 300))
+            await bench.assert_quiet()
+
+    run(test)
+
+
+def test_requests_that_belong_together_come_in_together_or_not_at_all() -> None:
+    """Prompts and choices of one HTTP request: none of them is computed and then thrown away."""
+
+    async def test() -> None:
+        async with running() as bench:
+            bench.runner.going.clear()
+            first = bench.engine.submit(request("first"))
+            await bench.until(lambda: bench.scheduler.running)
+            two = bench.engine.submit_all([request("a"), request("b")])
+            with pytest.raises(EngineOverloaded):
+                bench.engine.submit_all([request("c"), request("d")])  # only one more may wait
+            one = bench.engine.submit(request("e"))
+            assert set(bench.engine._streams) == {"first", "a", "b", "e"}
+            bench.runner.going.set()
+            await asyncio.gather(*map(read, [first, *two, one]))
+            await bench.assert_quiet()
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("count", "prompt", "numbers"), [(4, (1,), "lets 3 of them wait"), (2, (1,) * 60, "with 100 tokens")]
+)
+def test_more_than_may_ever_wait_is_no_reason_to_come_back(count: int, prompt: tuple[int, ...], numbers: str) -> None:
+    """An idle engine would refuse it the next time, too."""
+
+    async def test() -> None:
+        async with running() as bench:
+            with pytest.raises(NeverFits, match=numbers):
+                bench.engine.submit_all([request(f"r{n}", prompt=prompt) for n in range(count)])
+            await read(bench.engine.submit(request("alone", prompt=(1,) * 120)))  # whatever its length, it is next
+            await read(bench.engine.submit_all([request(f"s{n}") for n in range(3)])[2])
             await bench.assert_quiet()
 
     run(test)

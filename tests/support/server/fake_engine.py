@@ -248,6 +248,13 @@ class FakeEngine:
         self.stopped = True
         self._end_all("server_shutting_down")
 
+    def submit_all(self, requests: Sequence[Request]) -> list[FakeStream]:
+        """All or none."""
+        is_full = len(self.running) + len(requests) > self.max_running
+        if is_full and self.script.raise_on_submit is None and not (self.dead or self.draining):
+            raise EngineOverloaded(retry_after_seconds=2.5)
+        return [self.submit(request) for request in requests]
+
     def submit(self, request: Request) -> FakeStream:
         if self.script.raise_on_submit is not None:
             raise self.script.raise_on_submit

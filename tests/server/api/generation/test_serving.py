@@ -1,10 +1,12 @@
 """What every generating request goes through: room in the context, places in the queue, all or nothing."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 
 import pytest
 
+from guanaco.server.engine.async_engine import NeverFits
 from support.server.api_server import MAX_MODEL_LEN, WAIT, LiveServer, chat_body, make_state
 from support.server.fake_engine import FakeTokenizer
 
@@ -103,16 +105,26 @@ def test_overload_before_the_stream_is_plain_json(server: LiveServer) -> None:
         server.engine.max_running = 10_000
 
 
-def test_one_refused_choice_takes_the_others_back(server: LiveServer) -> None:
-    gate = server.gate()
+def test_where_one_choice_has_no_place_none_is_begun(server: LiveServer) -> None:
     server.engine.max_running = 2
-    before = len(server.engine.aborted)
+    before = len(server.engine.requests)
     try:
         assert post(server, chat_body("x", n=3), 503)["error"]["code"] == "server_overloaded"
     finally:
         server.engine.max_running = 10_000
-        server.open(gate)
-    assert len(server.engine.aborted) == before + 2
+    assert len(server.engine.requests) == before
+
+
+def test_more_choices_than_may_ever_wait_are_a_400_with_the_number(server: LiveServer) -> None:
+    """A 503 would have the client come back for nothing."""
+    server.engine.script = dataclasses.replace(
+        server.engine.script, raise_on_submit=NeverFits("3 prompts and choices at once: 2 may wait")
+    )
+    try:
+        error = post(server, chat_body("x", n=3), 400)["error"]
+    finally:
+        server.engine.script = dataclasses.replace(server.engine.script, raise_on_submit=None)
+    assert (error["code"], "2 may wait" in error["message"]) == ("too_many_prompts", True)
 
 
 def test_more_requests_than_could_be_queued_are_refused_before_they_are_read() -> None:
