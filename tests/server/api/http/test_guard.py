@@ -481,3 +481,12 @@ def test_a_body_behind_an_upgrade_is_one_refusal(protocol: str, server: LiveServ
     assert (status_of(answer), answer.count(b"HTTP/1.1 ")) == (400, 1)
     assert b"without an Upgrade header" in answer
     assert status_of(server.raw(upgrade + body)) == 400
+
+
+def test_a_second_request_that_a_half_closed_client_never_ends_is_not_waited_for() -> None:
+    """With an hour for a body the connection would outlast the test: what the client has ended cannot be completed."""
+    with LiveServer(make_state(body_timeout=3600.0)) as server, server.connect() as sock:
+        sock.sendall(_GOOD + _GOOD[:-1])
+        sock.shutdown(socket.SHUT_WR)
+        answer = read_all(sock)
+    assert answer.count(b"HTTP/1.1 200") == 1
