@@ -5,8 +5,8 @@ import re
 import shlex
 import shutil
 import subprocess
-import time
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
