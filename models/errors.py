@@ -9,7 +9,8 @@ class TemplateError(Exception):
     """A chat template that is wrong, refuses the messages, or does what the sandbox does not allow.
 
     code: "template_error" for these; "template_timeout" and "template_too_large" where it took more time, memory or
-    output than it may; "template_busy" and "template_unavailable" where it was not rendered at all.
+    output than it may; "template_crashed" where it ended the process that rendered it; "template_busy" and
+    "template_unavailable" where it was not rendered for no fault of its own.
     """
 
     def __init__(self, message: str, code: str = "template_error") -> None:

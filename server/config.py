@@ -20,8 +20,10 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from guanaco.models.formats.small_files import read_small
 from guanaco.server.service_links import is_service_link
 
+MAX_NAMED_FILE_BYTES = 1 << 20  # of --config and of a file of keys
 ENV_PREFIX = "GUANACO_"
 
 _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
@@ -325,11 +327,21 @@ def _where(name: str, flags: Mapping[str, Any], from_file: Mapping[str, Any], co
     return f"{name} in {config_file}" if name in from_file else ENV_PREFIX + name.upper()
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_named_file(flag: str, path: Path) -> bytes:
+    """The whole of a file that `flag` names. SettingsError where it can't be read, is a pipe, a device or a directory,
+    or is larger than MAX_NAMED_FILE_BYTES."""
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return read_small(path, MAX_NAMED_FILE_BYTES)
     except OSError as error:
-        raise SettingsError(f"--config {path}: {error.strerror}") from None
+        raise SettingsError(f"{flag} {path}: {error.strerror}: name a file of at most 1 MiB that can be read") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    data = read_named_file("--config", path)
+    try:
+        loaded = yaml.safe_load(data.decode("utf-8"))
+    except RecursionError:
+        raise SettingsError(f"--config {path}: lists or objects are nested too deep") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         # The library's own message quotes the line, which may hold a key.
         mark = getattr(error, "problem_mark", None)

@@ -42,7 +42,7 @@ ALLOWED = {
     "adapters/convert": {"adapters.convert", "adapters.peft", "adapters.errors", "models.formats"},
     "adapters/versions": {"adapters.versions", "adapters.peft", "adapters.errors", "models.formats"},
     "adapters/residency": {"adapters.residency", "adapters.peft", "adapters.errors", "kernels"},
-    "server/config.py": {"server.service_links"},
+    "server/config.py": {"server.service_links", "models.formats.small_files"},
     "server/service_links.py": set(),
     "server/errors.py": set(),
     "server/metrics": {"server.metrics", "server.engine.request"},

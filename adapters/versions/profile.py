@@ -14,6 +14,7 @@ from guanaco.adapters.errors import AdapterError, printable
 from guanaco.adapters.peft.config import CONFIG_NAME
 from guanaco.adapters.peft.files import AdapterFiles
 from guanaco.adapters.peft.strict_json import JsonError, parse_object
+from guanaco.models.formats.small_files import read_small
 
 PROFILE_NAME = "guanaco.json"
 # Where a name's profile is from: the file beside the adapter, the operator's load, or an earlier load of the operator.
@@ -122,8 +123,7 @@ def profile_fields(text: str) -> dict[str, Any]:
     if text in BUILT_IN:
         return {"profile": text}
     try:
-        with Path(os.path.expanduser(text)).open("rb") as file:
-            return parse_object(file.read(MAX_PROFILE_BYTES))
+        return parse_object(read_small(Path(os.path.expanduser(text)), MAX_PROFILE_BYTES))
     except OSError as error:
         problem = f"is neither a built-in profile ({', '.join(BUILT_IN)}) nor a file that can be read: {error.strerror}"
     except JsonError as error:

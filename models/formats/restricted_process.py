@@ -22,6 +22,7 @@ from typing import BinaryIO, Self
 
 _PR_SET_NO_NEW_PRIVS = 38  # linux/prctl.h
 _F_SETSIG = 10  # linux/fcntl.h
+_SIGNALS_FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _LENGTH = struct.Struct(">I")
 _CHUNK = 1 << 16
 
@@ -32,6 +33,16 @@ class ProcessTimeout(Exception):
 
 class ProcessEnded(Exception):
     """The child ended, or it sent something that is no answer. It has been killed."""
+
+    def __init__(self, problem: str, status: int | None = None) -> None:
+        """status: of a child that ended by itself or by somebody else's signal (negative: the signal's number)."""
+        super().__init__(problem)
+        self.status = status
+
+    @property
+    def was_killed(self) -> bool:
+        """Whether somebody else ended the child: an operator, the kernel that is out of memory, or our own end."""
+        return self.status is not None and -self.status in _SIGNALS_FROM_OUTSIDE
 
 
 @dataclass(frozen=True)
@@ -188,7 +199,8 @@ class RestrictedProcess:
 
     def _ended(self) -> ProcessEnded:
         self.close()
-        return ProcessEnded(f"status {self._process.returncode}")
+        status = self._process.returncode
+        return ProcessEnded(f"status {status}", status)
 
     def kill(self) -> None:
         """End it at once. For another thread than the one that exchanges messages: that one gets ProcessEnded."""

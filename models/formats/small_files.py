@@ -25,10 +25,14 @@ def read_small(path: Path, max_bytes: int) -> bytes:
             raise OSError(0, "it is no regular file", str(path))
         data = file.read(max_bytes + 1) if status.st_size <= max_bytes else b""
     if status.st_size > max_bytes or len(data) > max_bytes:
-        raise OSError(0, f"it is larger than {max_bytes >> 20} MiB, which no such file needs", str(path))
+        raise OSError(0, f"it is larger than {_shown(max_bytes)}, which no such file needs", str(path))
     if is_lfs_pointer(data):
         raise OSError(0, f"it is {POINTER_PROBLEM}", str(path))
     return data
+
+
+def _shown(num_bytes: int) -> str:
+    return f"{num_bytes >> 20} MiB" if num_bytes >= 1 << 20 else f"{num_bytes >> 10} KiB"
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

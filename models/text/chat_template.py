@@ -30,7 +30,7 @@ MAX_TEMPLATE_CHARS = 1 << 20  # the largest in use, with tools and documents, ha
 _TRIAL = ({"role": "user", "content": "Hello!"},)
 _TRIAL_CHARS = 1 << 20
 # What a template took too much of. A template that does so with the trial does so with every conversation.
-_OVERRUNS = ("template_timeout", "template_too_large")
+_OVERRUNS = ("template_timeout", "template_too_large", "template_crashed")
 
 
 class ChatTemplate:
@@ -107,7 +107,9 @@ class ChatTemplate:
         except TemplateError as error:
             if error.code in _OVERRUNS:
                 raise
-            self.notes = (f"it was tried with one question and refused it: {error}",)
+            could_not_try = error.code == "template_unavailable"
+            what = "could not be tried" if could_not_try else "was tried with one question and refused it"
+            self.notes = (f"it {what}: {error}",)
 
     def _labelled(self, error: TemplateError) -> TemplateError:
         return TemplateError(f"{self._label}: {error}", error.code)

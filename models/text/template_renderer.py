@@ -9,6 +9,7 @@ import atexit
 import json
 import logging
 import math
+import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -115,15 +116,22 @@ class TemplateRenderer:
             logger.warning("chat template %s: %s", digest[:12], problem)
             raise TemplateError(problem, "template_timeout") from None
         except ProcessEnded as error:
-            self._remember_slow(digest)
-            problem = f"the process that rendered it ended ({error})"
-            logger.warning("chat template %s: %s", digest[:12], problem)
-            raise TemplateError(problem, "template_timeout") from None
+            raise self._ended(digest, error) from None
         milliseconds, kind = int.from_bytes(answer[:4], "big"), answer[4:_HEAD_BYTES]
         if milliseconds > self.limits.slow_seconds * 1000:
             self._remember_slow(digest)
         content = answer[_HEAD_BYTES:]
         return kind, content.decode("utf-8", "surrogatepass") if kind == _TEXT else json.loads(content)
+
+    def _ended(self, digest: str, error: ProcessEnded) -> TemplateError:
+        """What the end of a process says of the template that it rendered: nothing where somebody else ended it."""
+        problem = f"the process that rendered it ended ({error})"
+        logger.warning("chat template %s: %s", digest[:12], problem)
+        if error.was_killed:
+            return TemplateError(problem, "template_unavailable")
+        self._remember_slow(digest)
+        used_up = error.status == -signal.SIGXCPU
+        return TemplateError(problem, "template_timeout" if used_up else "template_crashed")
 
     def _worker_for(self, digest: str) -> _Worker:
         with self._changed:
@@ -134,7 +142,7 @@ class TemplateRenderer:
                     return worker
                 worker.process.close()
         try:
-            worker = _Worker(self.limits)
+            worker = self._start()
         except (OSError, ProcessEnded, ProcessTimeout) as error:
             problem = f"no process to render it could be started ({error or 'it took too long'}): look at the machine"
             logger.error("chat template: %s", problem)
@@ -142,6 +150,14 @@ class TemplateRenderer:
         with self._changed:
             self._busy[digest] = worker
         return worker
+
+    def _start(self) -> _Worker:
+        """A new process. One that ends while it starts says nothing of the next one: it is tried once more."""
+        try:
+            return _Worker(self.limits)
+        except ProcessEnded as error:
+            logger.warning("a process for chat templates ended while it started (%s): starting another one", error)
+            return _Worker(self.limits)
 
     @contextmanager
     def _turn(self, digest: str) -> Iterator[None]:

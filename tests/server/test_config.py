@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
+from guanaco.adapters.errors import AdapterError
+from guanaco.adapters.versions.profile import named_profile
+from guanaco.models.text.chat_template import TEMPLATE_NAMES, TemplateError, load_template
+from guanaco.server.api.http.auth import KeyRing
 from guanaco.server.config import ENV_PREFIX, Settings, SettingsError, load_settings
 
 OTHER_VALUE = {  # a text for each setting that is valid and not its default
@@ -170,6 +174,34 @@ def test_a_typing_error_is_no_service_link(name: str, value: str, monkeypatch: p
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"absent\.yaml: No such file"):
         load_settings({}, tmp_path / "absent.yaml")
+
+
+def _no_regular_files(directory: Path) -> list[tuple[Path, str]]:
+    pipe, large = directory / "pipe", directory / "large"
+    os.mkfifo(pipe)
+    with large.open("wb") as sparse:
+        sparse.truncate((1 << 20) + 1)
+    return [
+        (pipe, "it is no regular file"),
+        (Path("/dev/zero"), "it is no regular file"),
+        (directory, "Is a directory"),
+        (large, "larger than 1 MiB"),
+    ]
+
+
+def test_what_is_no_small_file_is_refused_and_never_waited_for(tmp_path: Path) -> None:
+    """Each file that the command line names and that is read whole: a pipe would block, a device has no end."""
+    for path, problem in _no_regular_files(tmp_path):
+        with pytest.raises(SettingsError, match=f"--config {path}: .*{problem}"):
+            load_settings({}, path)
+        with pytest.raises(SettingsError, match=f"--api-key-file {path}: .*{problem}"):
+            KeyRing.from_settings(Settings(api_key_file=path))
+        with pytest.raises(SettingsError, match=f"--admin-key-file {path}: .*{problem}"):
+            KeyRing.admin(Settings(admin_key_file=path))
+        with pytest.raises(AdapterError, match=problem.replace("1 MiB", "64 KiB")):
+            named_profile(str(path), TEMPLATE_NAMES)
+        with pytest.raises(TemplateError):
+            load_template(str(path))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from guanaco.server.api.http.access_log import record_of
 from guanaco.server.api.http.errors import ApiError
-from guanaco.server.config import Settings, SettingsError
+from guanaco.server.config import Settings, SettingsError, read_named_file
 
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
 # What changes which adapters there are: for the admin key alone, and for nobody where there is none.
@@ -87,9 +87,9 @@ def _keys_in_file(flag: str, path: Path | None) -> list[str]:
     if path is None:
         return []
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{flag} {path}: cannot be read ({error})") from None
+        text = read_named_file(flag, path).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise SettingsError(f"{flag} {path}: it is not text in UTF-8") from None
     lines = [line.strip() for line in text.splitlines()]
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:

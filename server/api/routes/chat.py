@@ -107,11 +107,13 @@ def _template_problem(code: str) -> ApiError:
             text = f"the model's chat template took too long with these messages and was stopped: {instead}"
         case "template_too_large":
             text = f"the model's chat template made more of these messages than the context holds: {instead}"
+        case "template_crashed":
+            text = f"the model's chat template broke the process that renders it: {instead}"
         case "template_busy":
             text = "the model's chat template is slow, and another chat is being prepared with it; try again later"
             return ApiError(503, code, text, param="messages", retry_after=1)
         case "template_unavailable":
-            text = "the server could not start the process that prepares chats; its log has the reason"
+            text = "the process that prepares chats ended or could not be started; try again, the log has the reason"
             return ApiError(503, code, text, retry_after=5)
         case _:
             code, text = (

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from guanaco.models.text import template_renderer
 from guanaco.models.text.chat_template import ChatTemplate, TemplateError, load_template
 from guanaco.models.text.template_renderer import TemplateLimits, TemplateRenderer
 
@@ -179,7 +181,48 @@ def test_others_are_rendered_while_one_loops_and_its_flood_does_not_wait() -> No
         assert caught.value.code == "template_busy"
     assert good.render(QUESTION) == "q!"
     renderer.close()
-    assert looping.join() == "template_timeout"
+    assert looping.join() == "template_unavailable"
+
+
+def test_a_process_that_somebody_kills_says_nothing_of_its_template(renderer: TemplateRenderer) -> None:
+    """It did not run out of time: the client may try again, and the template does not count as slow."""
+    looping = Looping(LOOP, renderer)
+    (pid,) = renderer.pids
+    os.kill(pid, 9)
+    assert looping.join() == "template_unavailable"
+    assert not renderer._is_slow(digest_of(LOOP), time.monotonic())
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGXCPU", "template_timeout"), ("SIGSEGV", "template_crashed")])
+def test_a_process_that_its_template_ended(name: str, code: str, renderer: TemplateRenderer) -> None:
+    looping = Looping(LOOP, renderer)
+    (pid,) = renderer.pids
+    os.kill(pid, getattr(signal, name))
+    assert looping.join() == code
+    assert renderer._is_slow(digest_of(LOOP), time.monotonic())
+
+
+def test_a_process_that_ends_while_it_starts_is_started_once_more(
+    renderer: TemplateRenderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed: list[int] = []
+    real = template_renderer.RestrictedProcess
+
+    class Killed(real):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            if len(killed) < num_kills:
+                killed.append(self.pid)
+                self.kill()
+
+    monkeypatch.setattr(template_renderer, "RestrictedProcess", Killed)
+    num_kills = 1
+    assert template(GOOD, renderer).render(QUESTION) == "q!"
+    assert len(killed) == 1
+    renderer.close()
+    num_kills = 99
+    assert code_of(GOOD, renderer) == "template_unavailable"
+    assert len(killed) == 3
 
 
 def test_a_template_that_ran_out_of_time_counts_as_slow(renderer: TemplateRenderer) -> None:
