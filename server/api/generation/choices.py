@@ -114,6 +114,11 @@ class Generation:
             raise first
         _raise_failure(first[1])
 
+    @property
+    def has_more(self) -> bool:
+        """Whether the next item is there already, or the end: the caller need not wait for it."""
+        return bool(self._mail) or self._num_unfinished == 0
+
     def __aiter__(self) -> Self:
         return self
 

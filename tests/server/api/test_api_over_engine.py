@@ -168,7 +168,7 @@ def test_hundred_streams_over_three_models(server: EngineServer) -> None:
     for i, model, sock in sockets:
         received = read_all(sock)
         sock.close()
-        lines = [line for line in received.split(b"\r\n") if line.startswith(b"data: {")]
+        lines = [line.strip() for line in received.split(b"\n") if line.startswith(b"data: {")]
         chunks = [json.loads(line.removeprefix(b"data: ")) for line in lines]
         text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
         assert text == text_of(chat_ids(f"user {i}"), versions[model], 12)

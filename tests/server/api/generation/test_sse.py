@@ -34,15 +34,21 @@ def server(shared: LiveServer) -> Iterator[LiveServer]:
 
 def dechunk(raw: bytes) -> tuple[bytes, bytes]:
     """(head, body) of an HTTP/1.1 response in chunks, complete to the terminating chunk."""
+    head, writes = writes_of(raw)
+    return head, b"".join(writes)
+
+
+def writes_of(raw: bytes) -> tuple[bytes, list[bytes]]:
+    """The head of an HTTP/1.1 response in chunks, and each chunk: uvicorn makes one of each body that it is sent."""
     head, _, rest = raw.partition(b"\r\n\r\n")
     assert b"transfer-encoding: chunked" in head.lower()
-    body = b""
+    writes = []
     while True:
         size, _, rest = rest.partition(b"\r\n")
         if int(size, 16) == 0:
             assert rest == b"\r\n"
-            return head, body
-        body += rest[: int(size, 16)]
+            return head, writes
+        writes.append(rest[: int(size, 16)])
         rest = rest[int(size, 16) + 2 :]
 
 
@@ -60,6 +66,27 @@ def test_bytes_on_the_wire(server: LiveServer, route: str) -> None:
         assert event.startswith(b"data: ")
         assert b"\n" not in event
     assert body.count(b"[DONE]") == 1
+
+
+def test_the_last_step_is_one_write(server: LiveServer) -> None:
+    """The last token, the usage and [DONE] leave together; earlier tokens leave when they are made."""
+    server.script(step_seconds=0.002)
+    fields = {"max_tokens": 5, "stream_options": {"include_usage": True}}
+    _, writes = writes_of(server.raw(http_post(CHAT, {**BODIES[CHAT], **fields})))
+    assert [write.count(b"data: ") for write in writes] == [1, 1, 1, 1, 3]
+
+
+def test_all_choices_of_a_step_are_one_write(server: LiveServer) -> None:
+    """What has arrived when a step's outputs are read leaves in one write, whichever choice it belongs to."""
+    fields = {"max_tokens": 4, "n": 3}
+    gate = server.gate()
+    with server.connect() as sock:
+        sock.sendall(http_post(CHAT, {**BODIES[CHAT], **fields}))
+        server.until(lambda engine: len(engine.running) == 3)
+        server.open(gate)
+        _, writes = writes_of(read_all(sock))
+    assert sum(write.count(b"data: ") for write in writes) == 13
+    assert len(writes) <= 5, "3 choices of 4 steps were written one by one"
 
 
 class BenchParser:
