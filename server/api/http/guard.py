@@ -13,10 +13,12 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from guanaco.server.api.http.auth import OPEN_PATHS
+from guanaco.server.api.http.early_answers import closing_where_early
 from guanaco.server.api.http.errors import ApiError
 from guanaco.server.api.http.half_closed import HalfClosedWatch
 from guanaco.server.api.http.old_clients import without_chunks
 from guanaco.server.api.http.request_framing import OLD_VERSION, head_fault
+from guanaco.server.api.http.upgrades import HttpOnlyParser
 from guanaco.server.engine.awake_clock import AwakeTimer
 
 _SPARE_URLS = frozenset(path.encode() for path in OPEN_PATHS)
@@ -57,12 +59,15 @@ class GuardedHttpProtocol(HttpToolsProtocol):
     """uvicorn's protocol with `limits`. Make a subclass with limits of its own through `guarded`."""
 
     limits = ConnectionLimits()
+    parser: HttpOnlyParser  # type: ignore[assignment]
     count_slow_client: Callable[[], None] = staticmethod(lambda: None)
     count_refused: Callable[[str], None] = staticmethod(lambda _code: None)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.parser = HttpOnlyParser(self)
         self._phase = _Phase.BETWEEN
+        self._closes_after_body = False
         self._read_timer: AwakeTimer | None = None
         self._write_timer: AwakeTimer | None = None
         self._head_bytes = 0  # parsed: names, values, URL
@@ -128,9 +133,16 @@ class GuardedHttpProtocol(HttpToolsProtocol):
     def _is_idle(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
 
+    @property
+    def _is_answered(self) -> bool:
+        """Whether the request whose body is being read has its answer already."""
+        return self._phase is _Phase.BODY and self._is_idle
+
     # Parser callbacks
 
     def on_message_begin(self) -> None:
+        if self._closes_after_body:  # the client has been told that no further request is answered
+            raise _Refused
         self._phase = _Phase.HEAD
         self._head_bytes = self._unparsed_head_bytes = self._num_fields = 0
         self._body_bytes = self._received_body_bytes = self._num_chunks = 0
@@ -153,11 +165,13 @@ class GuardedHttpProtocol(HttpToolsProtocol):
             self._stop(_head_too_large())
 
     def on_headers_complete(self) -> None:
+        if self.parser.get_method() != b"CONNECT" and self.parser.offers_upgrade:
+            return
         if self._is_spare and self.url.partition(b"?")[0] not in _SPARE_URLS:
             text = "too many connections are open; try again later, and keep fewer open"
             self._stop(ApiError(503, "too_many_connections", text, retry_after=1.0))
         version = self.parser.get_http_version()
-        if fault := head_fault(version, self.headers):
+        if fault := head_fault(self.parser.get_method(), version, self.headers):
             self._stop(ApiError(400, "malformed_request", fault))
         if version == OLD_VERSION:
             self.expect_100_continue = False  # such a client would take the line for its answer
@@ -173,6 +187,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
+        app = closing_where_early(app, cycle, self._close_after_body)
         is_old = cycle.scope["http_version"] == OLD_VERSION
         super()._start_asgi_task(cycle, without_chunks(app, cycle) if is_old else app)
 
@@ -188,10 +203,16 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.parser.offers_upgrade:
+            return
         self._phase = _Phase.BETWEEN
         self._stop_read_timer()
         super().on_message_complete()
-        if self.cycle.response_complete:  # answered before it was read: uvicorn has armed, and lost, its own timer
+        if not self.cycle.response_complete:
+            return
+        if self._closes_after_body:
+            self._close()
+        else:  # answered before it was read: uvicorn has armed, and lost, its own timer
             self._expect_bytes(self.limits.keep_alive_seconds)
 
     def on_response_complete(self) -> None:
@@ -200,10 +221,15 @@ class GuardedHttpProtocol(HttpToolsProtocol):
             self._abort_later()
         elif self._half_closed is not None and (self._is_idle or self._is_cut_short):
             self._close()  # no further request can come, nor the rest of this one
+        elif self._closes_after_body and self._phase is not _Phase.BODY:
+            self._close()
         elif self._phase is _Phase.BODY and not self._is_idle:
             self._expect_bytes(self.limits.body_seconds)
         elif self._phase is _Phase.HEAD:
             self._expect_bytes(self.limits.header_seconds)
+
+    def _close_after_body(self) -> None:
+        self._closes_after_body = True
 
     # Refusals
 
@@ -220,6 +246,11 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         """uvicorn calls this for whatever the parser stops at. Nothing is written into a response that has begun."""
         if self.transport.is_closing():
             return
+        if self._is_answered:
+            self._close()
+            return
+        if self._closes_after_body and not self.cycle.response_complete:
+            return  # what came behind its body; the answer is still being written
         refusal = self._refusal or ApiError(400, "malformed_request", "this is not a valid HTTP request")
         self._stop_read_timer()
         self.count_refused(refusal.code)

@@ -1,4 +1,4 @@
-"""What is wrong with a request's head although its syntax is right: `Host`, HTTP version, transfer coding.
+"""What is wrong with a request's head although its syntax is right: `CONNECT`, `Host`, version, transfer coding.
 
 Two servers on a request's way that read it differently can be played off against each other, so whatever could be
 read in two ways is refused. Called by `guard` once per request.
@@ -10,10 +10,12 @@ OLD_VERSION = "1.0"
 _VERSIONS = (OLD_VERSION, "1.1")
 
 
-def head_fault(version: str, headers: Sequence[tuple[bytes, bytes]]) -> str | None:
+def head_fault(method: bytes, version: str, headers: Sequence[tuple[bytes, bytes]]) -> str | None:
     """One sentence for the client, or None where nothing is wrong. `headers` have lower-case names."""
     if version not in _VERSIONS:
         return "this server speaks HTTP/1.1 and HTTP/1.0 only"
+    if method == b"CONNECT":
+        return "this server is no proxy: there is no CONNECT"
     hosts = [value for name, value in headers if name == b"host"]
     if len(hosts) > 1:
         return "the request has more than one Host header; send exactly one"
@@ -24,11 +26,4 @@ def head_fault(version: str, headers: Sequence[tuple[bytes, bytes]]) -> str | No
         return "Transfer-Encoding needs HTTP/1.1; send the body with a Content-Length"
     if codings and codings != [b"chunked"]:
         return "the only Transfer-Encoding that is read is `chunked`, alone; send the body uncompressed"
-    if any(name == b"upgrade" for name, _ in headers) and (codings or _has_length(headers)):
-        # The parser takes all that follows such a head for the other protocol, so the body cannot be read.
-        return "this server speaks HTTP/1 only: send a request that has a body without an Upgrade header"
     return None
-
-
-def _has_length(headers: Sequence[tuple[bytes, bytes]]) -> bool:
-    return any(name == b"content-length" and value.strip() != b"0" for name, value in headers)
