@@ -1,6 +1,6 @@
-"""What chat and text completions have in common as answers: head, chunks, usage.
+"""What an answer is to `serving` and `sse`, and what chat and text completions have in common: head, chunks, usage.
 
-Doesn't know HTTP or events. The routes' answers say what a choice looks like; `serving` and `sse` use them.
+Doesn't know HTTP. Each route has its own kind of answer, which says what a client reads.
 """
 
 import secrets
@@ -12,22 +12,82 @@ import orjson
 
 from guanaco.server.api.generation.catalog import ServedModel
 from guanaco.server.api.generation.choices import Generation
-from guanaco.server.api.generation.encode import encode
+from guanaco.server.api.generation.encode import encode, event
 from guanaco.server.api.generation.protocol import GenerationBody
+from guanaco.server.api.http.errors import ApiError
 from guanaco.server.engine.request_stream import TextOutput
 
+DONE = b"data: [DONE]\n\n"
 _FEW_CHOICES = 8
+_FEW_LOGPROBS = 64  # tokens whose log-probabilities are written on the loop
+
+
+def is_large_output(output: TextOutput) -> bool:
+    """Whether the events of one output may take longer to write than the event loop has time."""
+    return len(output.prompt_logprobs) + len(output.logprobs) > _FEW_LOGPROBS  # an echoed prompt's come at once
 
 
 class Answer(ABC):
-    """One answer in the making. `choice_chunk` and `add` are alternatives: an answer is streamed, or collected."""
+    """One answer in the making. `events` and `add` are alternatives: an answer is streamed, or collected.
+
+    Events are bytes, ready to be sent, and end with a blank line."""
 
     id_prefix: str
+
+    def __init__(self) -> None:
+        self.id = self.id_prefix + secrets.token_hex(12)
+        self._generation: Generation | None = None
+
+    @property
+    def generation(self) -> Generation:
+        assert self._generation is not None, "an answer is bound to its generation before it is asked for anything"
+        return self._generation
+
+    def start(self, generation: Generation) -> None:
+        """Bind the answer to the generation that it shows. Called once, before anything else."""
+        self._generation = generation
+
+    def first_events(self) -> bytes:
+        """What a stream begins with, before any output."""
+        return b""
+
+    @abstractmethod
+    def events(self, index: int, output: TextOutput) -> bytes:
+        """What is new of choice `index`; empty where there is nothing to show yet."""
+
+    @abstractmethod
+    def last_events(self) -> bytes:
+        """What a stream ends with, after all outputs."""
+
+    def failure(self, error: ApiError) -> bytes:
+        """What a stream ends with that can't be completed."""
+        return event(error.envelope())
+
+    @abstractmethod
+    def add(self, index: int, output: TextOutput) -> None:
+        """Take an output of choice `index`, for `encoded`."""
+
+    @abstractmethod
+    def encoded(self) -> bytes:
+        """The whole answer as JSON."""
+
+    @property
+    def is_large(self) -> bool:
+        """Whether `encoded` may take longer than the event loop has time."""
+        return False
+
+    def close(self) -> None:  # noqa: B027 (most kinds of answer have nothing to give back)
+        """The request has ended: after the last event, or because it failed or the client left."""
+
+
+class ChoicesAnswer(Answer):
+    """An answer with a list of choices, in the shape that chat and text completions share."""
+
     object_name: str
     chunk_name: str
 
     def __init__(self, body: GenerationBody, model: ServedModel) -> None:
-        self.id = self.id_prefix + secrets.token_hex(12)
+        super().__init__()
         self._head = {
             "id": self.id,
             "created": int(time.time()),
@@ -37,15 +97,10 @@ class Answer(ABC):
         options = body.stream_options
         self._usage_at_end = bool(options and options.include_usage)
         self._usage_always = self._usage_at_end and bool(options and options.continuous_usage_stats)
-        self.generation: Generation | None = None
 
     @abstractmethod
     def choice_chunk(self, index: int, output: TextOutput) -> dict[str, Any] | None:
         """What is new of a choice, as an entry of `choices`; None where there is nothing to show yet."""
-
-    @abstractmethod
-    def add(self, index: int, output: TextOutput) -> None:
-        """Take an output of a choice, for `choices`."""
 
     @property
     @abstractmethod
@@ -61,33 +116,30 @@ class Answer(ABC):
 
     @property
     def is_large(self) -> bool:
-        """Whether the whole answer may take longer to write than the event loop has time."""
         return self.has_logprobs or self.num_choices > _FEW_CHOICES
 
-    def chunk(self, index: int, output: TextOutput) -> dict[str, Any] | None:
+    def events(self, index: int, output: TextOutput) -> bytes:
         """The chunk for one output. No chunk for an output without text (half a character, say): load tools take each
         chunk with choices for a token."""
         choice = self.choice_chunk(index, output)
         if choice is None:
-            return None
+            return b""
         chunk = {**self._head, "object": self.chunk_name, "choices": [choice]}
         if self._usage_at_end:
-            chunk["usage"] = self._usage() if self._usage_always else None
-        return chunk
+            chunk["usage"] = self.generation.usage() if self._usage_always else None
+        return b"data: " + encode(chunk) + b"\n\n" if is_large_output(output) else event(chunk)
 
-    def usage_chunk(self) -> dict[str, Any] | None:
-        """The last chunk, without choices, where the client asked for it."""
+    def last_events(self) -> bytes:
+        """The chunk with the usage and without choices, where the client asked for it, and `[DONE]`."""
         if not self._usage_at_end:
-            return None
-        return {**self._head, "object": self.chunk_name, "choices": [], "usage": self._usage()}
+            return DONE
+        last = {**self._head, "object": self.chunk_name, "choices": [], "usage": self.generation.usage()}
+        return event(last) + DONE
 
     def encoded(self) -> bytes:
         """The whole answer as JSON, made choice by choice: the entries of one are gone before the next one's come."""
-        around = orjson.dumps({**self._head, "object": self.object_name, "choices": [], "usage": self._usage()})
+        usage = self.generation.usage()
+        around = orjson.dumps({**self._head, "object": self.object_name, "choices": [], "usage": usage})
         before, after = around.split(b'"choices":[]', 1)
         choices = b",".join(encode(self.choice(index)) for index in range(self.num_choices))
         return before + b'"choices":[' + choices + b"]" + after
-
-    def _usage(self) -> dict[str, Any]:
-        assert self.generation is not None, "an answer is bound to its generation before it is asked for anything"
-        return self.generation.usage()

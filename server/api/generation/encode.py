@@ -1,6 +1,7 @@
-"""JSON of large answers, written piece by piece: the encoder holds the interpreter's lock for all of what it is given.
+"""JSON of answers and of their events. Large ones are written piece by piece: the encoder holds the interpreter's lock
+for all of what it is given.
 
-Doesn't know what the answers say. Runs on worker threads; between two pieces the event loop gets its turn.
+Doesn't know what the answers say. `encode` runs on worker threads; between two pieces the event loop gets its turn.
 """
 
 from typing import Any
@@ -24,3 +25,13 @@ def encode(value: Any, depth: int = _DEPTH) -> bytes:
         pieces = (orjson.dumps(value[i : i + _ITEMS])[1:-1] for i in range(0, len(value), _ITEMS))
         return b"[" + b",".join(pieces) + b"]"
     return orjson.dumps(value)
+
+
+def event(data: object) -> bytes:
+    """One server-sent event, complete. LF: vLLM's clients can't split what ends with CRLF."""
+    return b"data: " + orjson.dumps(data) + b"\n\n"
+
+
+def named_event(data: dict[str, Any]) -> bytes:
+    """The same with the event's name, which is the data's `type`: Anthropic's client skips events without one."""
+    return b"event: " + data["type"].encode() + b"\n" + event(data)

@@ -16,6 +16,7 @@ from guanaco.server.api.generation.answer_size import most_tokens_a_choice
 from guanaco.server.api.generation.body import parse_object, read_body
 from guanaco.server.api.generation.catalog import Caller, ServedModel
 from guanaco.server.api.generation.choices import Generation, until_disconnect
+from guanaco.server.api.generation.encode import encode
 from guanaco.server.api.generation.ignored import Ignored
 from guanaco.server.api.generation.protocol import GenerationBody, TokenizeBody
 from guanaco.server.api.generation.sampling import context_exceeded, for_choice
@@ -25,7 +26,7 @@ from guanaco.server.api.http.access_log import record_of
 from guanaco.server.api.http.auth import ApiKey
 from guanaco.server.api.http.errors import bad_request
 from guanaco.server.api.http.fair_pool import FairPool, Lane
-from guanaco.server.api.http.lifecycle import Admission
+from guanaco.server.api.http.lifecycle import Admission, Lifecycle
 from guanaco.server.engine.awake_clock import awake_seconds
 from guanaco.server.engine.request import Request, SamplingParams
 
@@ -107,19 +108,20 @@ async def serve(request: HttpRequest, prepare: Prepare) -> Response:
     except BaseException:
         admission.release()
         raise
-    answer.generation = generation
+    answer.start(generation)
     if prepared.stream:
         response = await stream_generation(request, generation, answer)
         _add_headers(response, prepared)
         return response
     try:
         await until_disconnect(request.receive, _collect(generation, answer))
+        if answer.is_large:
+            content = await state.answer_work.run(state.lane(key_of(request)), answer.encoded)
+        else:
+            content = answer.encoded()
     finally:
         await generation.aclose()
-    if answer.is_large:
-        content = await state.answer_work.run(state.lane(key_of(request)), answer.encoded)
-    else:
-        content = answer.encoded()
+        answer.close()
     response = encoded_response(content)
     _add_headers(response, prepared)
     return response
@@ -135,6 +137,30 @@ async def _prepare(
     sizes = [(len(prompt.token_ids), prompt.params) for prompt in prepared.prompts]
     most = most_tokens_a_choice(prepared.body, sizes, state.settings)
     return prepared if most is None else prepared.shortened(most), answer
+
+
+Work = Callable[[ApiState, Caller, dict[str, Any]], tuple[dict[str, Any], Ignored]]
+
+
+async def serve_tokens(request: HttpRequest, work: Work) -> Response:
+    """Answer one request that only tokenises. It has a place before its body is read, and its turn comes by key and
+    model."""
+    state, key = state_of(request), key_of(request)
+    with state.intake.token_request(key), state.intake.body(key) as held:
+        body = await read_body(request, state.settings.max_body_bytes, held)
+        caller = caller_of(request)
+        data = await parse(state.token_work, state.lane(key), body)
+        lane = state.lane(key, data.get("model"))
+        answer, ignored = await state.token_work.run(lane, _encoded, work, state, caller, data)
+    state.metrics.count_ignored_fields(ignored.count)
+    response = encoded_response(answer)
+    ignored.name_in(response)
+    return response
+
+
+def _encoded(work: Work, state: ApiState, caller: Caller, data: dict[str, Any]) -> tuple[bytes, Ignored]:
+    answer, ignored = work(state, caller, data)
+    return encode(answer), ignored
 
 
 async def parse(pool: FairPool, lane: Lane, body: bytes) -> dict[str, Any]:
@@ -182,6 +208,15 @@ def acquire_model(
     if len(body.adapters) > most:
         raise bad_request(f"at most {most} adapters at once (--adapter-slots)", "adapters")
     return state.catalog.acquire_mixture(name, [(a.name, a.scale) for a in body.adapters], caller, admission)
+
+
+def model_to_look_at(state: ApiState, body: GenerationBody | TokenizeBody, caller: Caller) -> ServedModel:
+    """The model that chat would take for these fields. Nothing is generated, so nothing is held or counted."""
+    lease = Admission(Lifecycle())
+    try:
+        return acquire_model(state, body, replace(caller, counts=False), lease)
+    finally:
+        lease.release()
 
 
 def check_token_ids(state: ApiState, token_ids: Sequence[int], param: str) -> None:

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from guanaco.server.api.generation import protocol
-from guanaco.server.api.generation.answer import Answer
+from guanaco.server.api.generation.answer import ChoicesAnswer
 from guanaco.server.api.generation.body import body_schema, take_fields
 from guanaco.server.api.generation.catalog import Caller, ServedModel
 from guanaco.server.api.generation.logprobs import CompletionLogprobs
@@ -107,7 +107,7 @@ class _Choice:
     stop_reason: int | str | None = None
 
 
-class CompletionAnswer(Answer):
+class CompletionAnswer(ChoicesAnswer):
     """A text completion, chunk by chunk or whole."""
 
     id_prefix = "cmpl-"

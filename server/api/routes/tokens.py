@@ -3,17 +3,15 @@
 Asked for by lm-eval (so that it needs no copy of the tokenizer) and by vllm-router's cache-aware policy.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from guanaco.server.api.generation.body import body_schema, read_body, take_fields
-from guanaco.server.api.generation.catalog import Caller, ServedModel
-from guanaco.server.api.generation.encode import encode
+from guanaco.server.api.generation.body import body_schema, take_fields
+from guanaco.server.api.generation.catalog import Caller
+from guanaco.server.api.generation.conversation import render_messages
 from guanaco.server.api.generation.ignored import Ignored
 from guanaco.server.api.generation.protocol import (
     DETOKENIZE_FIELDS,
@@ -23,32 +21,26 @@ from guanaco.server.api.generation.protocol import (
     TokenizeBody,
 )
 from guanaco.server.api.generation.serving import (
-    acquire_model,
-    caller_of,
     check_text_size,
     check_token_ids,
     encode_raw,
-    key_of,
-    parse,
+    model_to_look_at,
+    serve_tokens,
 )
-from guanaco.server.api.generation.state import ApiState, encoded_response, json_response, state_of
+from guanaco.server.api.generation.state import ApiState, json_response, state_of
 from guanaco.server.api.http.errors import bad_request
-from guanaco.server.api.http.lifecycle import Admission, Lifecycle
-from guanaco.server.api.routes.chat import render_messages
 
 router = APIRouter(tags=["tokens"])
-
-Work = Callable[[ApiState, Caller, dict[str, Any]], tuple[dict[str, Any], Ignored]]
 
 
 @router.post("/tokenize", summary="Text or messages to token ids", openapi_extra=body_schema(TokenizeBody))
 async def tokenize(request: Request) -> Response:
-    return await _serve(request, _tokenize)
+    return await serve_tokens(request, _tokenize)
 
 
 @router.post("/detokenize", summary="Token ids to text", openapi_extra=body_schema(DetokenizeBody))
 async def detokenize(request: Request) -> Response:
-    return await _serve(request, _detokenize)
+    return await serve_tokens(request, _detokenize)
 
 
 @router.get("/tokenizer_info", summary="Special tokens and sizes of the tokenizer")
@@ -66,33 +58,13 @@ async def tokenizer_info(request: Request) -> Response:
     )
 
 
-async def _serve(request: Request, work: Work) -> Response:
-    """Answer one request. It has a place before its body is read, and its turn comes by key and model."""
-    state, key = state_of(request), key_of(request)
-    with state.intake.token_request(key), state.intake.body(key) as held:
-        body = await read_body(request, state.settings.max_body_bytes, held)
-        caller = caller_of(request)
-        data = await parse(state.token_work, state.lane(key), body)
-        lane = state.lane(key, data.get("model"))
-        answer, ignored = await state.token_work.run(lane, _encoded, work, state, caller, data)
-    state.metrics.count_ignored_fields(ignored.count)
-    response = encoded_response(answer)
-    ignored.name_in(response)
-    return response
-
-
-def _encoded(work: Work, state: ApiState, caller: Caller, data: dict[str, Any]) -> tuple[bytes, Ignored]:
-    answer, ignored = work(state, caller, data)
-    return encode(answer), ignored
-
-
 def _tokenize(state: ApiState, caller: Caller, data: dict[str, Any]) -> tuple[dict[str, Any], Ignored]:
     """Fields that chat or completions refuse are refused here, too: the ids are those that they would use."""
     if (data.get("prompt") is None) == (data.get("messages") is None):
         raise bad_request("give either prompt or messages", "prompt")
     fields = take_fields(data, TOKENIZE_PROMPT_FIELDS if data.get("messages") is None else TOKENIZE_CHAT_FIELDS)
     body = fields.validate(TokenizeBody)
-    model = _model(state, body, caller)
+    model = model_to_look_at(state, body, caller)
     max_model_len = model.max_model_len
     if body.messages is not None:
         with_generation_prompt = body.add_generation_prompt is not False
@@ -114,15 +86,6 @@ def _tokenize(state: ApiState, caller: Caller, data: dict[str, Any]) -> tuple[di
     if body.return_token_strs:
         answer["token_strs"] = [state.tokenizer.token_text(token) for token in token_ids]
     return answer, fields.ignored
-
-
-def _model(state: ApiState, body: TokenizeBody, caller: Caller) -> ServedModel:
-    """The model that chat would take for these fields. Nothing is generated, so nothing is held or counted."""
-    lease = Admission(Lifecycle())
-    try:
-        return acquire_model(state, body, replace(caller, counts=False), lease)
-    finally:
-        lease.release()
 
 
 def _detokenize(state: ApiState, caller: Caller, data: dict[str, Any]) -> tuple[dict[str, Any], Ignored]:
