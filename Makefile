@@ -47,7 +47,7 @@ typecheck: $(TESTING)
 	$(BIN)/mypy -p guanaco.kernels -p guanaco.models -p guanaco.adapters -p guanaco.server
 
 bench: $(RUNTIME)
-	$(BIN)/guanaco bench --json $(ARGS)
+	$(BIN)/guanaco bench engine --json $(ARGS)
 
 # The kernel tests over a native library that notices any read or write outside its memory.
 asan: $(TESTING)

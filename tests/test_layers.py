@@ -83,7 +83,7 @@ BANNED = {
     "server": _NO_TRAINING,
 }
 # Development tools that a running server never imports, and the one command that does.
-ANALYSIS, MAY_ANALYSE = "kernels.analysis", ("kernels/analysis/", "server/commands/bench_kernels")
+ANALYSIS, MAY_ANALYSE = "kernels.analysis", ("kernels/analysis/", "server/commands/bench/kernels")
 
 
 def _rule(path: Path, rules: dict[str, set[str]]) -> set[str]:

@@ -112,7 +112,7 @@ def test_every_import_is_a_runtime_dependency() -> None:
     """The imports inside functions too: no command reaches them by its --help."""
     runtime, owners = runtime_distributions(), packages_distributions()
     # Tools that a developer names by a flag: the modules say what to install where they are missing.
-    on_request = {("server/commands/bench_kernels_gpu.py", "bitsandbytes")}
+    on_request = {("server/commands/bench/kernels_gpu.py", "bitsandbytes")}
     for top in ("adapters", "kernels", "models", "server"):
         for path in (p for p in (ROOT / top).rglob("*.py") if (p.parent / "__init__.py").exists()):
             for name in _imported(path) - set(sys.stdlib_module_names) - {"guanaco"}:

@@ -1,7 +1,7 @@
 """Machine code of NVIDIA GPUs, counted: functions of a cubin, their loops, and what one turn of a loop issues.
 
 Reads the text that `nvdisasm` prints and knows nothing of Triton or of what the code computes. Called by
-triton_compile.py for our kernels and by bench_kernels.py for somebody else's binary.
+compile.py for our kernels and by bench/kernels.py for somebody else's binary.
 """
 
 import re

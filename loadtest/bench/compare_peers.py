@@ -29,7 +29,7 @@ Samples = dict[str, dict[str, list[float]]]
 
 def engines(args: argparse.Namespace) -> dict[str, list[str]]:
     """Name → command. Each prints one JSON object as its last line."""
-    guanaco = [str(Path(sys.executable).parent / "guanaco"), "bench", "--model", args.model, "--json"]
+    guanaco = [str(Path(sys.executable).parent / "guanaco"), "bench", "engine", "--model", args.model, "--json"]
     guanaco += ["--threads", str(args.threads)]
     commands = {OURS: guanaco}
     if args.adapters:

@@ -5,7 +5,7 @@
 
 Starts `guanaco serve` several times: seconds from the process's start to the first token of one long prompt, and the
 peak of its resident memory (mapped pages count) while that stream runs to its end. The first start may quantise and
-pack the weights; it is listed apart. Then `guanaco bench` and the bandwidth meter of ../shared/bench in turns.
+pack the weights; it is listed apart. Then `guanaco bench engine` and the bandwidth meter of ../shared/bench in turns.
 """
 
 import argparse
@@ -94,7 +94,18 @@ def main() -> None:
     for _ in range(args.starts):
         starts.append(one_start(args))
         print(json.dumps(starts[-1]), flush=True)
-    bench = [GUANACO, "bench", "--model", args.model, "--json", "--threads", str(args.threads), "--batches", "1"]
+    bench = [
+        GUANACO,
+        "bench",
+        "engine",
+        "--model",
+        args.model,
+        "--json",
+        "--threads",
+        str(args.threads),
+        "--batches",
+        "1",
+    ]
     rates, bandwidths = [], []
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
     for _ in range(args.rounds):

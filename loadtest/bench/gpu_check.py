@@ -313,7 +313,7 @@ def share(num_bytes: int, seconds: float) -> float | None:
     """Of the card's bandwidth."""
     if not HAS_GPU:
         return None
-    from guanaco.server.commands.bench_kernels_gpu import roofline_share
+    from guanaco.server.commands.bench.kernels_gpu import roofline_share
 
     return roofline_share(num_bytes, seconds)
 
@@ -331,7 +331,7 @@ def time_kernels(report: Report) -> None:
     """Each product alone, beside bitsandbytes and a 16-bit product."""
     if not HAS_GPU:
         return
-    from guanaco.server.commands.bench_kernels_gpu import product_times
+    from guanaco.server.commands.bench.kernels_gpu import product_times
 
     report.kernels = product_times()
 

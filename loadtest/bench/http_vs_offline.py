@@ -3,8 +3,8 @@
 
     .venv/bin/python loadtest/bench/http_vs_offline.py [--model DIR] [--streams 1,8] [--rounds 3]
 
-Server and `guanaco bench` run in turns on the same model and threads, greedily, at the same mean length, the best of
-three each; the rate through HTTP is that of the time in which all streams run. Medians and ratios go to
+Server and `guanaco bench engine` run in turns on the same model and threads, greedily, at the same mean length, the
+best of three each; the rate through HTTP is that of the time in which all streams run. Medians and ratios go to
 loadtest/results with their conditions. The client's work is in the HTTP rate too: it runs on the same cores.
 """
 
@@ -30,8 +30,8 @@ HERE = Path(__file__).resolve().parent
 GUANACO = str(Path(sys.executable).parent / "guanaco")
 CONTEXT_WORDS = 24
 STEPS = 64
-# A stream begins at the 23 tokens of CONTEXT_WORDS / 3 words (of the demo) and grows by STEPS; `guanaco bench` computes
-# 24 tokens. So both are 55 tokens long in the mean.
+# A stream begins at the 23 tokens of CONTEXT_WORDS / 3 words (of the demo) and grows by STEPS; `guanaco bench engine`
+# computes 24 tokens. So both are 55 tokens long in the mean.
 OFFLINE_CONTEXT = 43
 COUNT = re.compile(rb'"completion_tokens":(\d+)')
 
@@ -100,7 +100,7 @@ async def http_rate(url: str, count: int) -> float:
 
 
 def offline(args: argparse.Namespace) -> dict[str, float]:
-    command = [GUANACO, "bench", "--json", "--batches", args.streams, "--prompt", "32"]
+    command = [GUANACO, "bench", "engine", "--json", "--batches", args.streams, "--prompt", "32"]
     command += ["--context", str(OFFLINE_CONTEXT), *model_flags(args)]
     best: dict[str, float] = {}
     for _ in range(3):

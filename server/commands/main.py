@@ -30,6 +30,16 @@ class _Interruptible(TyperGroup):
             end_unwritable(error)
 
 
+class _EngineIsMeant(TyperGroup):
+    """`guanaco bench --json` is short for `guanaco bench engine --json`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        is_short = not args or (args[0].startswith("-") and args[0] not in _HELP_FLAGS)
+        return super().parse_args(ctx, ["engine", *args] if is_short else args)
+
+
+_HELP_FLAGS = ["-h", "--help"]
+
 app = typer.Typer(
     name="guanaco",
     cls=_Interruptible,
@@ -37,9 +47,11 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": _HELP_FLAGS},
 )
+bench_app = typer.Typer(help="Measure the engine on this machine, or count GPU kernels.", cls=_EngineIsMeant)
 models_app = typer.Typer(help="The cache of downloaded and quantised models.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 app.add_typer(models_app, name="models")
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(aliases_app, name="aliases")
@@ -170,39 +182,39 @@ def doctor(
     raise SystemExit(run_doctor(settings, as_json=as_json))
 
 
-@app.command()
+@bench_app.command("engine")
 @_with_settings
-def bench(
+def bench_engine(
     settings: Settings,
-    what: Annotated[
-        str, typer.Argument(metavar="[kernels]", help="`kernels`: compile the Triton kernels and count")
-    ] = "",
     adapters: Annotated[str | None, typer.Option(help="DIR:N, stream i uses DIR/a(i mod N)")] = None,
     prompt: Annotated[int, typer.Option(min=1, help="length of the prompt that ppN measures")] = 512,
     batches: Annotated[str, typer.Option(help="numbers of streams, comma-separated")] = "1,4,8,16",
     context: Annotated[int, typer.Option(min=1, help="context of each stream before its tokens are timed")] = 32,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON line, with the keys of the peers' drivers")] = False,
-    targets: Annotated[str | None, typer.Option(help="kernels: such as sm_80,sm_90 (none: all)")] = None,
-    kernels: Annotated[str | None, typer.Option(help="kernels: only these, comma-separated")] = None,
-    bitsandbytes: Annotated[Path | None, typer.Option(help="kernels: count this libbitsandbytes_cuda*.so too")] = None,
-    tune: Annotated[bool, typer.Option("--tune", help="kernels: time tiles on this GPU, for servers to use")] = False,
 ) -> None:
-    """Time the offline engine: prompt tokens/s, and tokens/s over several streams. Or `bench kernels`."""
-    if what == "kernels":
-        from guanaco.server.commands.bench_kernels import run_bench_kernels, tune_kernels
+    """Time the engine without HTTP (also: `guanaco bench` alone): tokens/s of a prompt, and of several streams."""
+    from guanaco.server.commands.bench.engine import measure_engine
 
+    measure_engine(settings, adapters=adapters, prompt=prompt, batches=batches, context=context, as_json=as_json)
+
+
+@bench_app.command("kernels")
+def bench_kernels(
+    targets: Annotated[str | None, typer.Option(help="only these, such as sm_80,sm_90 (none: all)")] = None,
+    kernels: Annotated[str | None, typer.Option(help="only these, comma-separated (none: all)")] = None,
+    bitsandbytes: Annotated[Path | None, typer.Option(help="count this libbitsandbytes_cuda*.so too")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
+    tune: Annotated[bool, typer.Option("--tune", help="time tiles on this GPU instead, for servers to use")] = False,
+    cache: Annotated[Path | None, typer.Option(help="where --tune writes (none: the configured cache)")] = None,
+) -> None:
+    """Compile the GPU kernels for every GPU generation and count their machine code. No GPU is needed, Triton is."""
+    from guanaco.server.commands.bench.kernels import count_kernels, tune_kernels
+
+    with one_line_errors():
         if tune:
-            tune_kernels(settings)
-            return
-        run_bench_kernels(targets=targets, kernels=kernels, bitsandbytes=bitsandbytes, as_json=as_json)
-        return
-    from guanaco.server.commands.bench import run_bench
-    from guanaco.server.errors import CommandError
-
-    if what:
-        raise CommandError(f"bench {what}: expected nothing (the engine) or `kernels`")
-
-    run_bench(settings, adapters=adapters, prompt=prompt, batches=batches, context=context, as_json=as_json)
+            tune_kernels(load_settings({"cache": cache} if cache else {}))
+        else:
+            count_kernels(targets=targets, kernels=kernels, bitsandbytes=bitsandbytes, as_json=as_json)
 
 
 @models_app.command("list")

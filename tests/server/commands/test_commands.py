@@ -59,7 +59,7 @@ def _guanaco(*arguments: object, input: str | None = None) -> Result:
 
 
 def test_bench_prints_the_keys_of_the_peers_drivers(model: Path) -> None:
-    done = _guanaco("bench", "--model", model, "--prompt", 64, "--batches", "1,3", "--json")
+    done = _guanaco("bench", "engine", "--model", model, "--prompt", 64, "--batches", "1,3", "--json")
     assert done.exit_code == 0, done.output
     (line,) = done.stdout.strip().splitlines()
     result = json.loads(line)
@@ -69,7 +69,9 @@ def test_bench_prints_the_keys_of_the_peers_drivers(model: Path) -> None:
 
 
 def test_bench_with_adapters(model: Path, adapters: Path) -> None:
-    done = _guanaco("bench", "--model", model, "--adapters", f"{adapters}:3", "--prompt", 8, "--batches", "4", "--json")
+    done = _guanaco(
+        "bench", "engine", "--model", model, "--adapters", f"{adapters}:3", "--prompt", 8, "--batches", "4", "--json"
+    )
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["tg4"] > 0
 
@@ -85,9 +87,31 @@ def test_bench_with_adapters(model: Path, adapters: Path) -> None:
     ],
 )
 def test_bench_refuses_what_it_cannot_run(model: Path, arguments: tuple[str, ...], problem: str) -> None:
-    done = _guanaco("bench", "--model", model, *arguments)
+    done = _guanaco("bench", "engine", "--model", model, *arguments)
     assert done.exit_code == 2
     assert problem in done.stderr.strip().splitlines()[-1]
+
+
+def test_bench_has_commands_and_the_engine_is_meant_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[object] = []
+    monkeypatch.setattr(
+        "guanaco.server.commands.bench.engine.measure_engine", lambda *_, **options: called.append(options)
+    )
+    for arguments in (("--prompt", 7), ("engine", "--prompt", 7)):
+        assert _guanaco("bench", *arguments).exit_code == 0
+    assert called[0] == called[1]
+    assert _guanaco("bench").exit_code == 0
+    assert len(called) == 3
+    told = _guanaco("bench", "--help").stdout
+    assert "engine" in told
+    assert "kernels" in told
+    assert "--prompt" not in told
+    for command, own, other in (("engine", "--prompt", "--targets"), ("kernels", "--targets", "--prompt")):
+        told = _guanaco("bench", command, "--help").stdout
+        assert (own in told, other in told) == (True, False)
+    wrong = _guanaco("bench", "kernel")
+    assert (wrong.exit_code, "kernels" in wrong.stderr) == (2, True)
+    assert len(called) == 3
 
 
 def test_generate_is_repeatable_and_knows_adapters(model: Path, adapters: Path) -> None:

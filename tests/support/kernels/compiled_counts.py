@@ -66,7 +66,7 @@ def _lora(target: str) -> list[dict[str, Any]]:
 
 
 def main(wanted: list[str]) -> None:
-    from guanaco.server.commands.bench_kernels import collect_cases
+    from guanaco.server.commands.bench.kernels import collect_cases
 
     found = []
     for target, _, pattern in (w.partition(":") for w in wanted):

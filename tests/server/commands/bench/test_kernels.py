@@ -10,7 +10,7 @@ from support.kernels.compiling import GUANACO, run_compiling
 
 pytest.importorskip("triton")
 
-from guanaco.server.commands import bench_kernels, bench_kernels_gpu
+from guanaco.server.commands.bench import kernels, kernels_gpu
 
 KEYS = [
     "kernel", "target", "rows", "config", "registers", "spills", "local_bytes", "shared_bytes", "occupancy",
@@ -40,7 +40,7 @@ def test_one_kernel_as_the_command_prints_it(tmp_path: Path) -> None:
 
 def test_bitsandbytes_counts_as_by_hand() -> None:
     """The instructions of its loops on sm_90 for 32 weights a lane, as they were counted before this counter was."""
-    entries = list(bench_kernels.bitsandbytes_entries(_library(), ["sm_90"]))
+    entries = list(kernels.bitsandbytes_entries(_library(), ["sm_90"]))
     assert all(list(e) == KEYS for e in entries)
     slots = {(e["kernel"].split(" ")[1], e["rows"]): e["issue_slots_per_weight"] for e in entries}
     instructions = {key: round(value * 32, 1) for key, value in slots.items()}
@@ -68,7 +68,7 @@ def test_mistakes_end_with_one_line(arguments: list[str], complaint: str, tmp_pa
 
 
 def test_the_committed_counts_of_bitsandbytes_are_complete() -> None:
-    path = Path(__file__).parents[3] / "loadtest" / "results" / "bitsandbytes-kernels-2026-11-24.json"
+    path = Path(__file__).parents[4] / "loadtest" / "results" / "bitsandbytes-kernels-2026-11-24.json"
     results = json.loads(path.read_text())
     assert all(list(e) == KEYS for e in results["kernels"])
     assert {e["target"] for e in results["kernels"]} >= {"sm_80", "sm_86", "sm_89", "sm_90"}
@@ -95,6 +95,6 @@ class _Properties:
     ],
 )
 def test_the_bandwidth_that_shares_are_of(name: str, properties: object, gigabytes: int | None) -> None:
-    found = bench_kernels_gpu.bandwidth(name, properties)
+    found = kernels_gpu.bandwidth(name, properties)
     assert (found is None) == (gigabytes is None)
     assert found is None or found / 1e9 == pytest.approx(gigabytes, rel=0.001)

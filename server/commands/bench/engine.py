@@ -1,4 +1,4 @@
-"""`guanaco bench`: the offline engine on random tokens, in the terms of the peers' drivers (`../shared/bench`).
+"""`guanaco bench engine`: random tokens through the engine, in the terms of the peers' drivers (`loadtest/bench`).
 
 `ppN` is prompt tokens/s of one prompt of N tokens; `tgN` is tokens/s of N streams together, after a short context.
 Each figure is the best of three, as the peers' drivers take it. Drives the same engine as the server, without HTTP.
@@ -24,7 +24,7 @@ _DECODE_STEPS = 24  # timed per stream, as the llama.cpp driver does
 _LOWEST_TOKEN = 300  # below are special tokens and bytes
 
 
-def run_bench(
+def measure_engine(
     settings: Settings, *, adapters: str | None, prompt: int, batches: str, context: int, as_json: bool
 ) -> None:
     """Measure and print: one JSON line, or a table. CommandError for options that don't parse or don't fit."""

@@ -1,7 +1,7 @@
 """`guanaco bench kernels`: what the machine code of every Triton kernel costs on every target, on any machine.
 
 Has what the provider launches (kernels/analysis/launches.py) compiled and counted, and prints one list. Counts of a
-shipped bitsandbytes library come from the same counter. Times only exist with a GPU: bench_kernels_gpu.py.
+shipped bitsandbytes library come from the same counter. Times only exist with a GPU: kernels_gpu.py.
 """
 
 import json
@@ -115,7 +115,7 @@ def bitsandbytes_entries(library: Path, targets: Collection[str]) -> Iterator[di
 # ---- the command
 
 
-def run_bench_kernels(*, targets: str | None, kernels: str | None, bitsandbytes: Path | None, as_json: bool) -> None:
+def count_kernels(*, targets: str | None, kernels: str | None, bitsandbytes: Path | None, as_json: bool) -> None:
     """Print the list, or a table. CommandError without Triton, for unknown targets, or if nothing is left."""
     if find_spec("triton") is None:
         raise CommandError("the kernels are compiled by Triton, which is not installed (pip install triton)")
@@ -150,7 +150,7 @@ def tune_kernels(settings: Settings) -> None:
 
     from guanaco.kernels.analysis.launches import MODELS
     from guanaco.kernels.triton import tuning as triton_tuning
-    from guanaco.server.commands.bench_kernels_gpu import microseconds
+    from guanaco.server.commands.bench.kernels_gpu import microseconds
 
     shapes = [shape for model in MODELS.values() for shape in model.products]
     tiles = triton_tuning.tune(shapes, torch.device("cuda", 0), microseconds)
@@ -163,7 +163,7 @@ def _add_times(entries: list[dict[str, Any]]) -> None:
     import torch
 
     if torch.cuda.is_available():
-        from guanaco.server.commands.bench_kernels_gpu import add_times
+        from guanaco.server.commands.bench.kernels_gpu import add_times
 
         add_times(entries)
 
