@@ -20,6 +20,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from guanaco.models.errors import OperatorError
 from guanaco.models.formats.small_files import read_small
 from guanaco.server.service_links import is_service_link
 
@@ -29,7 +30,7 @@ ENV_PREFIX = "GUANACO_"
 _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
-class SettingsError(Exception):
+class SettingsError(OperatorError):
     """A setting that is unknown or does not parse; the message is one line that names it."""
 
 

@@ -1,6 +1,7 @@
 """The tree is the diagram: which room may import which, how large files and folders may be, what no file may do."""
 
 import ast
+import builtins
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +16,10 @@ MAX_NATIVE_FILES = 34  # C++: one translation unit for each instruction set
 MAX_LINES = 400
 MAX_FUNCTION_LINES = 70
 
+# The ground floor: the base exception, the error codes, the adapters' refusals. They import nothing else of ours.
+_ERRORS = {"models.errors", "models.error_codes"}
 _ENGINE = {"server.engine", "kernels", "models", "adapters", "server.config"}
-_HTTP = {"server.api.http", "server.engine", "server.metrics", "server.config", "server.errors"}
+_HTTP = {"server.api.http", "server.engine", "server.metrics", "server.config", "server.errors", *_ERRORS}
 _GENERATION = {*_HTTP, "server.api.generation", "server.adapters"}
 # Room (or file) -> what of ours it may import, as prefixes of guanaco.*. The most specific entry of a file counts.
 ALLOWED = {
@@ -32,29 +35,30 @@ ALLOWED = {
         "kernels.triton.attention", "kernels.triton.configs", "kernels.triton.rope", "kernels.layer_cache",
     },
     "kernels/analysis": {"kernels"},
-    "models": {"models.errors"},
-    "models/formats": {"models.formats", "models.errors", "kernels.memory"},
-    "models/architectures": {"models.architectures", "models.errors", "models.formats", "kernels"},
-    "models/text": {"models.text", "models.formats", "models.errors", "models.architectures.config"},
+    "models": {"models.error_codes"},
+    "models/formats": {"models.formats", "kernels.memory", *_ERRORS},
+    "models/architectures": {"models.architectures", "models.formats", "kernels", *_ERRORS},
+    "models/text": {"models.text", "models.formats", "models.architectures.config", *_ERRORS},
     "models/loading": {"models", "kernels"},
-    "adapters": {"adapters.errors"},
-    "adapters/peft": {"adapters.peft", "adapters.errors", "models.formats", "kernels"},
-    "adapters/convert": {"adapters.convert", "adapters.peft", "adapters.errors", "models.formats"},
-    "adapters/versions": {"adapters.versions", "adapters.peft", "adapters.errors", "models.formats"},
+    "adapters": _ERRORS,
+    "adapters/peft": {"adapters.peft", "adapters.errors", "models.formats", "kernels", *_ERRORS},
+    "adapters/convert": {"adapters.convert", "adapters.peft", "adapters.errors", "models.formats", *_ERRORS},
+    "adapters/versions": {"adapters.versions", "adapters.peft", "adapters.errors", "models.formats", *_ERRORS},
     "adapters/residency": {"adapters.residency", "adapters.peft", "adapters.errors", "kernels"},
-    "server/config.py": {"server.service_links", "models.formats.small_files"},
+    "server/config.py": {"server.service_links", "models.errors", "models.formats.small_files"},
     "server/service_links.py": set(),
-    "server/errors.py": set(),
+    "server/errors.py": {"models.errors"},
     "server/metrics": {"server.metrics", "server.engine.request"},
     "server/engine": _ENGINE,
     "server/adapters": {
         "server.adapters", "server.engine", "server.config", "adapters", "models.loading", "models.formats",
+        *_ERRORS,
     },
     "server/bootstrap": {"server.bootstrap", "server.errors", *_ENGINE},
     "server/bootstrap/machine.py": set(),
     "server/api/http": _HTTP,
     "server/api/generation": _GENERATION,
-    "server/api/routes": {*_GENERATION, "server.api.routes"},
+    "server/api/routes": {*_GENERATION, "server.api.routes", "adapters.errors"},
     "server/api": {*_GENERATION, "server.api"},
     "server/commands": {"server", "kernels", "models", "adapters"},
     # Rooms to come. Only training may import the `train` extra's libraries, in its job's own process.
@@ -106,6 +110,10 @@ def _under(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(prefix + ".")
 
 
+def _is_exception(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, BaseException)
+
+
 def _id(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
@@ -152,6 +160,47 @@ def test_files_and_functions_stay_readable(path: Path) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             assert length <= MAX_FUNCTION_LINES, f"{node.name} has {length} lines"
+
+
+_TAKE_A_CODE = {
+    "AdapterError": 0,
+    "HubError": 0,
+    "GenerationFailed": 0,
+    "ApiError": 1,
+    "TemplateError": 1,
+    "bad_request": 2,
+}
+_PYTHONS_OWN = {"BaseException", *(name for name, value in vars(builtins).items() if _is_exception(value))}
+
+
+def _faults(source: str) -> Iterator[str]:
+    """What a file does with errors that it should not do."""
+    caught = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ExceptHandler) and node.name:
+            caught.add(node.name)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and (position := _TAKE_A_CODE.get(getattr(node.func, "id", ""))) is not None:
+            named = [word.value for word in node.keywords if word.arg == "code"]
+            for code in (*node.args[position : position + 1], *named):
+                if isinstance(code, ast.Constant):
+                    yield f"line {node.lineno}: write {code.value!r} as a member of ErrorCode (models/error_codes.py)"
+        elif isinstance(node, ast.ClassDef):
+            bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
+            if bases and bases <= _PYTHONS_OWN and node.name != "GuanacoError":
+                yield f"line {node.lineno}: {node.name} must derive from GuanacoError (models/errors.py) as well"
+        elif isinstance(node, ast.Compare):
+            for side in (node.left, *node.comparators):
+                if getattr(node.left, "attr", "") == "code" and isinstance(getattr(side, "value", None), str):
+                    yield f"line {node.lineno}: compare the code with a member of ErrorCode (models/error_codes.py)"
+                is_text = isinstance(side, ast.Call) and getattr(side.func, "id", "") in ("str", "repr")
+                if is_text and getattr(side.args[0], "id", "") in caught:
+                    yield f"line {node.lineno}: compare the error's type or its code, never its text"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if not _id(p).startswith("kernels/")], ids=_id)
+def test_errors_have_our_base_and_a_code_that_exists(path: Path) -> None:
+    assert list(_faults(path.read_text())) == []
 
 
 def test_folders_stay_small() -> None:
@@ -204,3 +253,8 @@ def test_the_rules_catch_what_they_should(tmp_path: Path) -> None:
     assert not any(_under("models.loading.hub", a) for a in _rule(ROOT / "adapters/peft/weights.py", ALLOWED))
     assert "peft" in _rule(ROOT / "server/api/app.py", BANNED)
     assert "peft" not in _rule(ROOT / "server/training/job.py", BANNED)
+    wrong = "class E(ValueError): ...\ntry: ...\nexcept E as error:\n    'full' in str(error)\n    error.code == 'x'\n"
+    assert len(list(_faults(wrong))) == 3
+    assert len(list(_faults("ApiError(400, 'nonsense')\nbad_request('text', code='nonsense')"))) == 2
+    right = "class E(GuanacoError, ValueError): ...\nraise ApiError(400, ErrorCode.NOT_FOUND)\n"
+    assert list(_faults(right)) == []

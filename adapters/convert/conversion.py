@@ -16,6 +16,7 @@ from guanaco.adapters.peft.files import AdapterFiles
 from guanaco.adapters.peft.safetensors import SafetensorsFile
 from guanaco.adapters.peft.strict_json import JsonError, parse_object
 from guanaco.adapters.peft.weights import WEIGHTS_NAME, AdapterLimits
+from guanaco.models.error_codes import ErrorCode
 from guanaco.models.formats.leftovers import PartialFolder
 from guanaco.models.formats.restricted_process import ProcessEnded, ProcessTimeout, RestrictedProcess
 
@@ -49,7 +50,7 @@ def convert_adapter(
     `target` then does not exist.
     """
     if dtype not in DTYPES:
-        raise AdapterError("bad_option", f"--dtype must be one of {', '.join(DTYPES)}", "dtype")
+        raise AdapterError(ErrorCode.BAD_OPTION, f"--dtype must be one of {', '.join(DTYPES)}", "dtype")
     limits = limits or AdapterLimits()
     files = AdapterFiles.find(source, name, CONFIG_NAME)
     config, notes = modern_config(files.read(CONFIG_NAME, MAX_CONFIG_BYTES))
@@ -58,9 +59,9 @@ def convert_adapter(
         problem = (
             f"{files.directory} has neither {WEIGHTS_NAME} nor {PICKLED_NAMES[0]}; was the adapter saved completely?"
         )
-        raise AdapterError("weights_missing", problem, WEIGHTS_NAME)
+        raise AdapterError(ErrorCode.WEIGHTS_MISSING, problem, WEIGHTS_NAME)
     if os.path.lexists(target):
-        raise AdapterError("target_exists", f"{target} exists already; name a new folder", "target")
+        raise AdapterError(ErrorCode.TARGET_EXISTS, f"{target} exists already; name a new folder", "target")
     try:
         partial = PartialFolder(target)
         incoming = partial.path
@@ -73,7 +74,9 @@ def convert_adapter(
         finally:
             partial.close()
     except OSError as error:
-        raise AdapterError("target_unwritable", f"{target} cannot be written: {error.strerror}", "target") from None
+        raise AdapterError(
+            ErrorCode.TARGET_UNWRITABLE, f"{target} cannot be written: {error.strerror}", "target"
+        ) from None
     return ConvertReport(
         source=files.directory / weights,
         num_tensors=answer["num_tensors"],
@@ -93,11 +96,11 @@ def modern_config(data: bytes) -> tuple[bytes, tuple[str, ...]]:
     try:
         fields = parse_object(data)
     except JsonError as error:
-        raise AdapterError("bad_config", f"{CONFIG_NAME} {error}", CONFIG_NAME) from None
+        raise AdapterError(ErrorCode.BAD_CONFIG, f"{CONFIG_NAME} {error}", CONFIG_NAME) from None
     notes = []
     if fields.get("enable_lora"):
         problem = "enable_lora is set: it adapts parts of a fused layer, which LLaMA does not have"
-        raise AdapterError("enable_lora_unsupported", problem, "enable_lora")
+        raise AdapterError(ErrorCode.ENABLE_LORA_UNSUPPORTED, problem, "enable_lora")
     for field in ("enable_lora", "merge_weights"):
         if field in fields:
             del fields[field]
@@ -121,7 +124,9 @@ def _run_worker(
         size = os.fstat(source.fileno()).st_size
         # float32 halves at best and float64 never grows; a bfloat16 file made float32 doubles.
         if size > 2 * limits.max_file_bytes:
-            raise AdapterError("file_too_large", f"{weights} has {size} bytes, more than twice the limit", weights)
+            raise AdapterError(
+                ErrorCode.FILE_TOO_LARGE, f"{weights} has {size} bytes, more than twice the limit", weights
+            )
         request = {
             "source": source.fileno(),
             "target": output.fileno(),
@@ -135,10 +140,12 @@ def _run_worker(
             with RestrictedProcess(_WORKER, pass_fds=handles) as process:
                 data = process.exchange(json.dumps(request).encode(), seconds=seconds, max_bytes=_MAX_ANSWER_BYTES)
         except ProcessTimeout:
-            raise AdapterError("conversion_failed", f"converting {weights} took too long and was stopped") from None
+            raise AdapterError(
+                ErrorCode.CONVERSION_FAILED, f"converting {weights} took too long and was stopped"
+            ) from None
         except ProcessEnded as error:
             problem = f"the process that reads {weights} was stopped ({error}); the file is not in order"
-            raise AdapterError("conversion_failed", problem, weights) from None
+            raise AdapterError(ErrorCode.CONVERSION_FAILED, problem, weights) from None
         os.fsync(output.fileno())
     return _answer(data, weights), size
 
@@ -148,12 +155,21 @@ def _answer(data: bytes, weights: str) -> dict[str, Any]:
     try:
         answer = parse_object(data)
     except JsonError:
-        raise AdapterError("conversion_failed", f"the process that reads {weights} gave no answer", weights) from None
+        raise AdapterError(
+            ErrorCode.CONVERSION_FAILED, f"the process that reads {weights} gave no answer", weights
+        ) from None
     if "code" in answer:
         field = answer.get("field")
         message = printable_message(f"{weights}: {answer.get('message')}")
-        raise AdapterError(str(answer["code"]), message, None if field is None else printable(str(field)))
+        raise AdapterError(_code(answer["code"]), message, None if field is None else printable(str(field)))
     return answer
+
+
+def _code(word: Any) -> ErrorCode:
+    try:
+        return ErrorCode(word)
+    except ValueError:  # the process may say anything
+        return ErrorCode.CONVERSION_FAILED
 
 
 def printable_message(text: str) -> str:

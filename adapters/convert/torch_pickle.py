@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from guanaco.adapters.errors import AdapterError, printable
+from guanaco.models.error_codes import ErrorCode
 
 MAX_PICKLE_BYTES = 16 << 20  # of the structure, without tensors; LLaMA-65B's adapter has 120 kB of it
 MAX_DIMENSIONS = 8
@@ -65,7 +66,7 @@ class PickledTensor:
 
 
 def _bad(problem: str) -> AdapterError:
-    return AdapterError("bad_pickle", f"the file is damaged or was not written by torch.save: {problem}")
+    return AdapterError(ErrorCode.BAD_PICKLE, f"the file is damaged or was not written by torch.save: {problem}")
 
 
 class TorchFile:
@@ -93,13 +94,13 @@ class TorchFile:
         shown = printable(name)
         if tensor.storage.kind not in FLOATS:
             problem = f"{shown} is a {tensor.storage.kind}; adapters are made of floating-point numbers"
-            raise AdapterError("dtype_unsupported", problem, shown)
+            raise AdapterError(ErrorCode.DTYPE_UNSUPPORTED, problem, shown)
         dtype = np.dtype(FLOATS[tensor.storage.kind][1])
         _check_extent(tensor, shown)
         try:
             data = self._storage(tensor.storage, dtype.itemsize)
         except _BROKEN as error:
-            raise AdapterError("bad_pickle", f"the data of {shown} cannot be read: {error}", shown) from None
+            raise AdapterError(ErrorCode.BAD_PICKLE, f"the data of {shown} cannot be read: {error}", shown) from None
         flat = np.frombuffer(data, dtype=dtype)[tensor.offset :]
         strides = tuple(stride * dtype.itemsize for stride in tensor.strides)
         return np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False))
@@ -112,7 +113,9 @@ class TorchFile:
         self._prefix = entries[0].removesuffix("data.pkl")
         order = self._prefix + "byteorder"
         if order in self._archive.namelist() and self._member(order, 16) != b"little":
-            raise AdapterError("byte_order_unsupported", "the file is big-endian; convert it where it was written")
+            raise AdapterError(
+                ErrorCode.BYTE_ORDER_UNSUPPORTED, "the file is big-endian; convert it where it was written"
+            )
         return _Machine().run(io.BytesIO(self._member(entries[0], MAX_PICKLE_BYTES)))
 
     def _member(self, name: str, max_bytes: int) -> bytes:
@@ -135,7 +138,9 @@ class TorchFile:
             raise _bad("it has an unknown version")
         system = _Machine().run(bounded)
         if not isinstance(system, dict) or system.get("little_endian") is not True:
-            raise AdapterError("byte_order_unsupported", "the file is big-endian; convert it where it was written")
+            raise AdapterError(
+                ErrorCode.BYTE_ORDER_UNSUPPORTED, "the file is big-endian; convert it where it was written"
+            )
         content, keys = _Machine().run(bounded), _Machine().run(bounded)
         if not isinstance(keys, list) or len(keys) > _MAX_LEGACY_STORAGES:
             raise _bad("its storages are not listed")
@@ -180,12 +185,12 @@ def _tensors_in(content: object) -> list[PickledTensor]:
 
 def _flat(content: object) -> dict[str, PickledTensor]:
     if not isinstance(content, dict):
-        raise AdapterError("not_tensors", "the file holds no table of tensors; is it an adapter's weights?")
+        raise AdapterError(ErrorCode.NOT_TENSORS, "the file holds no table of tensors; is it an adapter's weights?")
     for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, PickledTensor):
             shown = printable(str(key))
             problem = f"{shown} is no tensor; a training checkpoint? The adapter's own file is adapter_model.bin"
-            raise AdapterError("not_tensors", problem, shown)
+            raise AdapterError(ErrorCode.NOT_TENSORS, problem, shown)
     return content
 
 
@@ -195,10 +200,10 @@ def _check_extent(tensor: PickledTensor, shown: str) -> None:
     count = math.prod(tensor.shape)
     if 0 in tensor.shape:
         raise AdapterError(
-            "empty_tensor", f"{shown} has shape {list(tensor.shape)}: sharded weights not gathered?", shown
+            ErrorCode.EMPTY_TENSOR, f"{shown} has shape {list(tensor.shape)}: sharded weights not gathered?", shown
         )
     if last >= tensor.storage.num_elements or count > tensor.storage.num_elements:
-        raise AdapterError("bad_pickle", f"{shown} reaches beyond its data", shown)
+        raise AdapterError(ErrorCode.BAD_PICKLE, f"{shown} reaches beyond its data", shown)
 
 
 class _Bounded:
@@ -293,7 +298,9 @@ class _Machine:
                 raise _bad("it sets attributes of something else")
             self._stack.append(target)
         else:
-            raise AdapterError("unsafe_pickle", f"the file does what tensors do not need ({name}); it was not read on")
+            raise AdapterError(
+                ErrorCode.UNSAFE_PICKLE, f"the file does what tensors do not need ({name}); it was not read on"
+            )
 
     def _pop(self) -> Any:
         return self._take(1)[0]
@@ -346,7 +353,9 @@ def _known(module: object, name: object) -> _Global:
     if found.module == "torch" and (found.name in FLOATS or found.name in _OTHERS):
         return found
     shown = printable(f"{found.module}.{found.name}")
-    raise AdapterError("unsafe_pickle", f"loading the file with torch would call {shown}; it was not read on", shown)
+    raise AdapterError(
+        ErrorCode.UNSAFE_PICKLE, f"loading the file with torch would call {shown}; it was not read on", shown
+    )
 
 
 def _note_call(function: object, arguments: object) -> object:

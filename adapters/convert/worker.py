@@ -20,6 +20,7 @@ import numpy as np
 from guanaco.adapters.convert.torch_pickle import TorchFile
 from guanaco.adapters.errors import AdapterError, printable
 from guanaco.adapters.peft.strict_json import JsonError, parse_object
+from guanaco.models.error_codes import ErrorCode
 from guanaco.models.formats.restricted_process import Budget, follow_parent, read_frame, restrict, write_frame
 
 MAX_HEADER_BYTES = 1 << 20
@@ -52,11 +53,11 @@ class SafetensorsSource:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
         if length > min(size - 8, MAX_HEADER_BYTES):
-            raise AdapterError("not_safetensors", "the file is truncated or no safetensors file")
+            raise AdapterError(ErrorCode.NOT_SAFETENSORS, "the file is truncated or no safetensors file")
         try:
             header = parse_object(file.read(length))
         except JsonError as error:
-            raise AdapterError("bad_header", f"the header {error}") from None
+            raise AdapterError(ErrorCode.BAD_HEADER, f"the header {error}") from None
         metadata = header.pop("__metadata__", {})
         self.metadata = {k: v for k, v in metadata.items() if isinstance(v, str)} if isinstance(metadata, dict) else {}
         self._start = 8 + length
@@ -70,13 +71,13 @@ class SafetensorsSource:
         num_bytes = math.prod(shape) * ITEM_BYTES[dtype]
         data = self._file.read(num_bytes)
         if len(data) != num_bytes:
-            raise AdapterError("truncated", f"the data of {printable(name)} is not all there", printable(name))
+            raise AdapterError(ErrorCode.TRUNCATED, f"the data of {printable(name)} is not all there", printable(name))
         return np.frombuffer(data, dtype=NUMPY[dtype]).reshape(shape)
 
     def _entry(self, name: str, entry: object, size: int) -> tuple[str, tuple[int, ...], int]:
         shown = printable(name)
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-            raise AdapterError("bad_header", f"{shown} has no entry of dtype, shape and data_offsets", shown)
+            raise AdapterError(ErrorCode.BAD_HEADER, f"{shown} has no entry of dtype, shape and data_offsets", shown)
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         for sizes in (shape, offsets):
             if (
@@ -84,15 +85,19 @@ class SafetensorsSource:
                 or len(sizes) > 8
                 or not all(type(n) is int and 0 <= n < 2**48 for n in sizes)
             ):
-                raise AdapterError("bad_header", f"{shown} has a shape or data_offsets that are no sizes", shown)
+                raise AdapterError(
+                    ErrorCode.BAD_HEADER, f"{shown} has a shape or data_offsets that are no sizes", shown
+                )
         if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
             problem = f"{shown} is stored as {printable(str(dtype))}; adapters are made of floating-point numbers"
-            raise AdapterError("dtype_unsupported", problem, shown)
+            raise AdapterError(ErrorCode.DTYPE_UNSUPPORTED, problem, shown)
         if 0 in shape:
-            raise AdapterError("empty_tensor", f"{shown} has shape {shape}: sharded weights not gathered?", shown)
+            raise AdapterError(
+                ErrorCode.EMPTY_TENSOR, f"{shown} has shape {shape}: sharded weights not gathered?", shown
+            )
         num_bytes = math.prod(shape) * ITEM_BYTES[dtype]
         if len(offsets) != 2 or offsets[1] - offsets[0] != num_bytes or self._start + offsets[1] > size:
-            raise AdapterError("bad_layout", f"the data of {shown} is not where the header says", shown)
+            raise AdapterError(ErrorCode.BAD_LAYOUT, f"the data of {shown} is not where the header says", shown)
         return dtype, tuple(shape), self._start + offsets[0]
 
 
@@ -103,26 +108,28 @@ def make_plan(tensors: dict[str, tuple[str | None, tuple[int, ...]]], dtype: str
     """What will be written, decided before any tensor is read. dtype: as safetensors names it, or "keep"."""
     if not tensors:
         problem = "the file holds no tensor: a known fault of early 2023 saved empty adapters; train or save it again"
-        raise AdapterError("empty", problem)
+        raise AdapterError(ErrorCode.EMPTY, problem)
     if len(tensors) > MAX_TENSORS:
-        raise AdapterError("too_many_tensors", f"the file has {len(tensors)} tensors; the limit is {MAX_TENSORS}")
+        raise AdapterError(
+            ErrorCode.TOO_MANY_TENSORS, f"the file has {len(tensors)} tensors; the limit is {MAX_TENSORS}"
+        )
     plan: Plan = {}
     adapters: set[str | None] = set()
     for key, (old, shape) in tensors.items():
         shown = printable(key)
         if old is None:
-            raise AdapterError("dtype_unsupported", f"{shown} does not hold floating-point numbers", shown)
+            raise AdapterError(ErrorCode.DTYPE_UNSUPPORTED, f"{shown} does not hold floating-point numbers", shown)
         new_key, adapter = modern_key(key)
         adapters.add(adapter)
         if new_key in plan:
-            raise AdapterError("duplicate_tensor", f"{shown} is there in two spellings", shown)
+            raise AdapterError(ErrorCode.DUPLICATE_TENSOR, f"{shown} is there in two spellings", shown)
         if len(adapters) > 1:
             problem = f"{shown} is of another adapter than those before; save adapters one by one"
-            raise AdapterError("several_adapters", problem, shown)
+            raise AdapterError(ErrorCode.SEVERAL_ADAPTERS, problem, shown)
         plan[new_key] = (key, old, ("F32" if old == "F64" else old) if dtype == "keep" else dtype, shape)
     total = sum(math.prod(shape) * ITEM_BYTES[new] for _, _, new, shape in plan.values())
     if total > max_bytes:
-        raise AdapterError("file_too_large", f"the tensors take {total} bytes; the limit is {max_bytes}")
+        raise AdapterError(ErrorCode.FILE_TOO_LARGE, f"the tensors take {total} bytes; the limit is {max_bytes}")
     return dict(sorted(plan.items(), key=lambda item: (-ITEM_BYTES[item[1][2]], item[0])))
 
 
@@ -149,7 +156,9 @@ def cast(array: np.ndarray, old: str, new: str, shown: str) -> np.ndarray:
         else:
             result = seen = wide.astype(NUMPY[new])
     if not bool(np.array_equal(np.isfinite(seen), np.isfinite(wide))):
-        raise AdapterError("out_of_range", f"{shown} holds numbers that {new} cannot; choose another --dtype", shown)
+        raise AdapterError(
+            ErrorCode.OUT_OF_RANGE, f"{shown} holds numbers that {new} cannot; choose another --dtype", shown
+        )
     return result
 
 
@@ -173,7 +182,9 @@ def write_safetensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES:
-        raise AdapterError("header_too_large", f"the names take {len(text)} bytes; the limit is {MAX_HEADER_BYTES}")
+        raise AdapterError(
+            ErrorCode.HEADER_TOO_LARGE, f"the names take {len(text)} bytes; the limit is {MAX_HEADER_BYTES}"
+        )
     target.write(struct.pack("<Q", len(text)) + text)
     for key, (source_key, old, new, _) in plan.items():
         target.write(cast(read(source_key), old, new, printable(source_key)).tobytes())

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from guanaco.adapters.errors import AdapterError, printable
 from guanaco.adapters.peft.patterns import Budget, Matcher, PatternError
 from guanaco.adapters.peft.strict_json import JsonError, parse_object
+from guanaco.models.error_codes import ErrorCode
 
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 64 * 1024
@@ -59,23 +60,32 @@ UNDERSTOOD = frozenset(
 )
 # field → (code, why). Refused where set to anything but null, false or empty; `bias` has a default of its own.
 REFUSED = {
-    "alora_invocation_tokens": ("alora_unsupported", "activated LoRA switches on in the middle of a prompt"),
-    "arrow_config": ("arrow_unsupported", "Arrow routes each token to another adapter"),
-    "bias": ("bias_unsupported", "the base model's biases are shared by all adapters"),
-    "ensure_weight_tying": ("weight_tying_unsupported", "it adapts tied embeddings, which all adapters share"),
-    "fan_in_fan_out": ("fan_in_fan_out_unsupported", "it transposes the matrices, as GPT-2 needs and LLaMA does not"),
-    "kasa_config": ("kasa_unsupported", "KaSA changes the base model's weights"),
-    "layer_replication": ("layer_replication_unsupported", "it changes the number of layers"),
-    "lora_bias": ("lora_bias_unsupported", "a bias on lora_B is not computed here"),
-    "megatron_config": ("megatron_unsupported", "Megatron's layers are not LLaMA's"),
-    "modules_to_save": ("modules_to_save_unsupported", "full copies of modules cannot share a batch with the base"),
-    "monteclora_config": ("monteclora_unsupported", "MonteCLoRA samples its matrices"),
-    "target_parameters": ("target_parameters_unsupported", "only linear layers can be adapted, by target_modules"),
-    "trainable_token_indices": ("trainable_tokens_unsupported", "the vocabulary is shared by all adapters"),
-    "use_bdlora": ("bdlora_unsupported", "BD-LoRA's block-diagonal matrices are not read here"),
-    "use_dora": ("dora_unsupported", "DoRA needs the norm of every adapted column of the base model"),
-    "use_qalora": ("qalora_unsupported", "QALoRA pools its inputs"),
-    "velora_config": ("velora_unsupported", "VeLoRA keeps training state among the matrices"),
+    "alora_invocation_tokens": (ErrorCode.ALORA_UNSUPPORTED, "activated LoRA switches on in the middle of a prompt"),
+    "arrow_config": (ErrorCode.ARROW_UNSUPPORTED, "Arrow routes each token to another adapter"),
+    "bias": (ErrorCode.BIAS_UNSUPPORTED, "the base model's biases are shared by all adapters"),
+    "ensure_weight_tying": (ErrorCode.WEIGHT_TYING_UNSUPPORTED, "it adapts tied embeddings, which all adapters share"),
+    "fan_in_fan_out": (
+        ErrorCode.FAN_IN_FAN_OUT_UNSUPPORTED,
+        "it transposes the matrices, as GPT-2 needs and LLaMA does not",
+    ),
+    "kasa_config": (ErrorCode.KASA_UNSUPPORTED, "KaSA changes the base model's weights"),
+    "layer_replication": (ErrorCode.LAYER_REPLICATION_UNSUPPORTED, "it changes the number of layers"),
+    "lora_bias": (ErrorCode.LORA_BIAS_UNSUPPORTED, "a bias on lora_B is not computed here"),
+    "megatron_config": (ErrorCode.MEGATRON_UNSUPPORTED, "Megatron's layers are not LLaMA's"),
+    "modules_to_save": (
+        ErrorCode.MODULES_TO_SAVE_UNSUPPORTED,
+        "full copies of modules cannot share a batch with the base",
+    ),
+    "monteclora_config": (ErrorCode.MONTECLORA_UNSUPPORTED, "MonteCLoRA samples its matrices"),
+    "target_parameters": (
+        ErrorCode.TARGET_PARAMETERS_UNSUPPORTED,
+        "only linear layers can be adapted, by target_modules",
+    ),
+    "trainable_token_indices": (ErrorCode.TRAINABLE_TOKENS_UNSUPPORTED, "the vocabulary is shared by all adapters"),
+    "use_bdlora": (ErrorCode.BDLORA_UNSUPPORTED, "BD-LoRA's block-diagonal matrices are not read here"),
+    "use_dora": (ErrorCode.DORA_UNSUPPORTED, "DoRA needs the norm of every adapted column of the base model"),
+    "use_qalora": (ErrorCode.QALORA_UNSUPPORTED, "QALoRA pools its inputs"),
+    "velora_config": (ErrorCode.VELORA_UNSUPPORTED, "VeLoRA keeps training state among the matrices"),
 }
 # A pattern that is a name, with at most anchors and escaped dots: nothing in it can backtrack.
 _PLAIN = re.compile(r"(?P<anchor>\^?)(?P<name>(?:[A-Za-z0-9_.-]|\\\.)+)\$?")
@@ -126,7 +136,7 @@ class AdapterConfig:
                 problem = (
                     f"the scale of {module} is {scale:g} (alpha {alpha:g}, rank {rank}); the limit is {MAX_SCALE:g}"
                 )
-                raise AdapterError("scale_too_large", problem, "lora_alpha")
+                raise AdapterError(ErrorCode.SCALE_TOO_LARGE, problem, "lora_alpha")
             result[module] = (rank, scale)
         return result
 
@@ -176,7 +186,7 @@ def _plain(key: str) -> Callable[[str], bool] | None:
 def _pattern(text: str, field: str, budget: Budget) -> Callable[[str], bool]:
     def refuse(error: PatternError) -> AdapterError:
         problem = f"{field} has a pattern that {error}: {printable(text)}; name the modules instead"
-        return AdapterError("pattern_unsupported", problem, field)
+        return AdapterError(ErrorCode.PATTERN_UNSUPPORTED, problem, field)
 
     try:
         matcher = Matcher(text, budget)
@@ -201,7 +211,7 @@ def parse_config(data: bytes, *, strict: bool = False) -> AdapterConfig:
     try:
         fields = parse_object(data)
     except JsonError as error:
-        raise AdapterError("bad_config", f"{CONFIG_NAME} {error}", CONFIG_NAME) from None
+        raise AdapterError(ErrorCode.BAD_CONFIG, f"{CONFIG_NAME} {error}", CONFIG_NAME) from None
     _check_type(fields)
     _check_refused(fields)
     _check_init(fields.get("init_lora_weights", True))
@@ -209,19 +219,19 @@ def parse_config(data: bytes, *, strict: bool = False) -> AdapterConfig:
     targets = _names(fields, "target_modules", allow_pattern=True)
     if not targets:
         raise AdapterError(
-            "no_targets", "target_modules is missing or empty; list the adapted modules", "target_modules"
+            ErrorCode.NO_TARGETS, "target_modules is missing or empty; list the adapted modules", "target_modules"
         )
     layers = _layers(fields)
     layers_pattern = _names(fields, "layers_pattern", allow_pattern=False)
     if isinstance(targets, str) and (fields.get("layers_to_transform") is not None or layers_pattern):
         problem = "layers_to_transform and layers_pattern need target_modules to be a list"
-        raise AdapterError("conflicting_fields", problem, "layers_to_transform")
+        raise AdapterError(ErrorCode.CONFLICTING_FIELDS, problem, "layers_to_transform")
     if not all(re.fullmatch(r"[A-Za-z0-9_.]+", pattern) for pattern in layers_pattern):
         problem = "layers_pattern must name the list of layers, as in layers, not describe it by a pattern"
-        raise AdapterError("pattern_unsupported", problem, "layers_pattern")
+        raise AdapterError(ErrorCode.PATTERN_UNSUPPORTED, problem, "layers_pattern")
     if layers_pattern and not layers:
         problem = "layers_pattern is set without layers_to_transform; set both or neither"
-        raise AdapterError("conflicting_fields", problem, "layers_pattern")
+        raise AdapterError(ErrorCode.CONFLICTING_FIELDS, problem, "layers_pattern")
     base = fields.get("base_model_name_or_path")
     return AdapterConfig(
         rank=_rank(fields.get("r", 8), "r"),
@@ -241,10 +251,12 @@ def parse_config(data: bytes, *, strict: bool = False) -> AdapterConfig:
 def _check_type(fields: dict[str, Any]) -> None:
     kind = fields.get("peft_type")
     if kind is None:
-        raise AdapterError("peft_type_missing", f"{CONFIG_NAME} has no peft_type; is it a PEFT adapter?", "peft_type")
+        raise AdapterError(
+            ErrorCode.PEFT_TYPE_MISSING, f"{CONFIG_NAME} has no peft_type; is it a PEFT adapter?", "peft_type"
+        )
     if kind != "LORA":
         problem = f"peft_type is {printable(str(kind))}; only LORA adapters can share a batch"
-        raise AdapterError("peft_type_unsupported", problem, "peft_type")
+        raise AdapterError(ErrorCode.PEFT_TYPE_UNSUPPORTED, problem, "peft_type")
 
 
 def _check_refused(fields: dict[str, Any]) -> None:
@@ -265,11 +277,11 @@ def _check_init(value: Any) -> None:
             f"init_lora_weights is {printable(kind)}, which changes the base model's weights; make plain LoRA of it "
             "with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
-        raise AdapterError("init_changes_base", problem, "init_lora_weights")
+        raise AdapterError(ErrorCode.INIT_CHANGES_BASE, problem, "init_lora_weights")
     problem = (
         f"init_lora_weights is {printable(kind)}, which is not known here; if it left the base as it was, write true"
     )
-    raise AdapterError("init_unknown", problem, "init_lora_weights")
+    raise AdapterError(ErrorCode.INIT_UNKNOWN, problem, "init_lora_weights")
 
 
 def _unknown_keys(fields: dict[str, Any], *, strict: bool) -> tuple[str, ...]:
@@ -277,7 +289,7 @@ def _unknown_keys(fields: dict[str, Any], *, strict: bool) -> tuple[str, ...]:
     unknown = [printable(key) for key, value in fields.items() if key not in known and value]
     if unknown and strict:
         problem = f"{unknown[0]} is set and not known here; remove it, or leave out --strict if it has no effect"
-        raise AdapterError("unknown_field", problem, unknown[0])
+        raise AdapterError(ErrorCode.UNKNOWN_FIELD, problem, unknown[0])
     return tuple(f"{key} is not known here and was ignored" for key in unknown)
 
 
@@ -290,7 +302,7 @@ def _names(fields: dict[str, Any], field: str, *, allow_pattern: bool) -> tuple[
         return value if allow_pattern or not value else (value,)
     if isinstance(value, list) and all(isinstance(name, str) and name for name in value):
         return tuple(value)
-    raise AdapterError("bad_field", f"{field} must be a list of module names", field)
+    raise AdapterError(ErrorCode.BAD_FIELD, f"{field} must be a list of module names", field)
 
 
 def _layers(fields: dict[str, Any]) -> tuple[int, ...]:
@@ -298,19 +310,21 @@ def _layers(fields: dict[str, Any]) -> tuple[int, ...]:
     layers = [value] if type(value) is int else ([] if value is None else value)
     if not isinstance(layers, list) or not all(type(layer) is int and layer >= 0 for layer in layers):
         problem = "layers_to_transform must be a layer's number or a list of them"
-        raise AdapterError("bad_field", problem, "layers_to_transform")
+        raise AdapterError(ErrorCode.BAD_FIELD, problem, "layers_to_transform")
     return tuple(layers)
 
 
 def _rank(value: Any, field: str) -> int:
     if type(value) is not int or not 0 < value <= MAX_RANK_IN_CONFIG:
-        raise AdapterError("bad_rank", f"{field} must be a whole number above 0, not {printable(str(value))}", field)
+        raise AdapterError(
+            ErrorCode.BAD_RANK, f"{field} must be a whole number above 0, not {printable(str(value))}", field
+        )
     return value
 
 
 def _number(value: Any, field: str) -> float:
     if type(value) not in (int, float) or abs(value) > 1e9:
-        raise AdapterError("bad_alpha", f"{field} must be a number, not {printable(str(value)[:60])}", field)
+        raise AdapterError(ErrorCode.BAD_ALPHA, f"{field} must be a number, not {printable(str(value)[:60])}", field)
     return float(value)
 
 
@@ -318,7 +332,7 @@ def _flag(fields: dict[str, Any], field: str) -> bool:
     value = fields.get(field)
     if value is None or isinstance(value, bool):
         return bool(value)
-    raise AdapterError("bad_field", f"{field} must be true or false", field)
+    raise AdapterError(ErrorCode.BAD_FIELD, f"{field} must be true or false", field)
 
 
 def _pattern_items(
@@ -328,7 +342,9 @@ def _pattern_items(
     if value is None:
         return ()
     if not isinstance(value, dict):
-        raise AdapterError("bad_field", f"{field} must be a table of module names", field)
+        raise AdapterError(ErrorCode.BAD_FIELD, f"{field} must be a table of module names", field)
     if len(value) > MAX_PATTERNS:
-        raise AdapterError("too_many_patterns", f"{field} has {len(value)} entries; the limit is {MAX_PATTERNS}", field)
+        raise AdapterError(
+            ErrorCode.TOO_MANY_PATTERNS, f"{field} has {len(value)} entries; the limit is {MAX_PATTERNS}", field
+        )
     return tuple((key, check(entry, field)) for key, entry in value.items())

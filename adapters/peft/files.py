@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from guanaco.adapters.errors import AdapterError
+from guanaco.models.error_codes import ErrorCode
 from guanaco.models.formats.git_lfs import POINTER_BYTES, POINTER_PROBLEM, is_lfs_pointer
 
 
@@ -32,7 +33,7 @@ class AdapterFiles:
         try:
             return cls._find(path, name, config_name, root)
         except OSError as error:
-            raise AdapterError("unreadable", f"{path} cannot be read: {error.strerror}", "path") from None
+            raise AdapterError(ErrorCode.UNREADABLE, f"{path} cannot be read: {error.strerror}", "path") from None
 
     @classmethod
     def _find(cls, path: Path, name: str, config_name: str, root: Path | None) -> "AdapterFiles":
@@ -40,11 +41,15 @@ class AdapterFiles:
         confined = None if root is None else Path(os.path.realpath(root))
         if confined is not None and not given.is_relative_to(confined):
             # The same answer whether or not there is something: a client must not learn what lies outside.
-            raise AdapterError("outside_root", "the path leads out of --adapter-root; name one inside it", "path")
+            raise AdapterError(
+                ErrorCode.OUTSIDE_ROOT, "the path leads out of --adapter-root; name one inside it", "path"
+            )
         if not _is_there(given):
-            raise AdapterError("not_found", f"there is no directory {path}; check the path", "path")
+            raise AdapterError(ErrorCode.NOT_FOUND, f"there is no directory {path}; check the path", "path")
         if not given.is_dir():
-            raise AdapterError("not_a_directory", f"{path} is no directory; name the one with {config_name}", "path")
+            raise AdapterError(
+                ErrorCode.NOT_A_DIRECTORY, f"{path} is no directory; name the one with {config_name}", "path"
+            )
         hub_cache = given.parent.name == "snapshots" and given.parent.parent.name.startswith("models--")
         root = confined or (given.parent.parent if hub_cache else given)
         if _is_there(given / config_name):
@@ -53,7 +58,7 @@ class AdapterFiles:
             return cls(given / name, root)
         others = sorted(entry.parent.name for entry in given.glob(f"*/{config_name}"))
         hint = f"; these sub-folders have one: {', '.join(others[:8])}" if others else "; is this a PEFT adapter?"
-        raise AdapterError("config_missing", f"{path} has no {config_name}{hint}", config_name)
+        raise AdapterError(ErrorCode.CONFIG_MISSING, f"{path} has no {config_name}{hint}", config_name)
 
     def exists(self, name: str) -> bool:
         """Whether the directory lists `name`; it may still turn out to be a link that leads nowhere."""
@@ -69,13 +74,13 @@ class AdapterFiles:
                 file.seek(0)
                 if is_pointer:
                     file.close()
-                    raise AdapterError("lfs_pointer", f"{name} is {POINTER_PROBLEM}", name)
+                    raise AdapterError(ErrorCode.LFS_POINTER, f"{name} is {POINTER_PROBLEM}", name)
             return file
         except FileNotFoundError:
-            raise AdapterError("not_found", f"{self.directory} has no {name}", name) from None
+            raise AdapterError(ErrorCode.NOT_FOUND, f"{self.directory} has no {name}", name) from None
         except OSError as error:
             raise AdapterError(
-                "unreadable", f"{self.directory / name} cannot be read: {error.strerror}", name
+                ErrorCode.UNREADABLE, f"{self.directory / name} cannot be read: {error.strerror}", name
             ) from None
 
     def _open(self, name: str) -> BinaryIO:
@@ -83,7 +88,7 @@ class AdapterFiles:
         parts = Path(os.path.relpath(target, self.root)).parts
         if ".." in parts:
             problem = f"{name} is a link that leads out of {self.root}; put the file itself there"
-            raise AdapterError("outside_root", problem, name)
+            raise AdapterError(ErrorCode.OUTSIDE_ROOT, problem, name)
         # Component by component without following links: whoever swaps one for a link after `realpath` gets an error.
         folder = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -92,13 +97,13 @@ class AdapterFiles:
                 os.close(folder)
                 folder = inner
             if not stat.S_ISREG(os.stat(parts[-1], dir_fd=folder, follow_symlinks=False).st_mode):
-                raise AdapterError("not_a_file", f"{self.directory / name} is no regular file", name)
+                raise AdapterError(ErrorCode.NOT_A_FILE, f"{self.directory / name} is no regular file", name)
             handle = os.open(parts[-1], os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
         finally:
             os.close(folder)
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             os.close(handle)
-            raise AdapterError("not_a_file", f"{self.directory / name} is no regular file", name)
+            raise AdapterError(ErrorCode.NOT_A_FILE, f"{self.directory / name} is no regular file", name)
         return os.fdopen(handle, "rb", buffering=0)
 
     def read(self, name: str, max_bytes: int) -> bytes:
@@ -110,7 +115,7 @@ class AdapterFiles:
                 if not chunk:
                     return bytes(data)
                 data += chunk
-        raise AdapterError("file_too_large", f"{name} is larger than {max_bytes} bytes", name)
+        raise AdapterError(ErrorCode.FILE_TOO_LARGE, f"{name} is larger than {max_bytes} bytes", name)
 
 
 def _is_there(path: Path) -> bool:

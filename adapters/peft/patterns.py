@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from guanaco.models.errors import GuanacoError
+
 MAX_REPEAT = 64  # largest bound in {m,n}
 MAX_STATES = 4096
 MAX_STEPS = 1_500_000  # characters read and states visited, by all matchers of a budget: under a second of Python
@@ -18,7 +20,7 @@ _ASSERTIONS = {"A": "start", "Z": "end", "b": "boundary", "B": "no_boundary"}
 _BOUNDS = re.compile(r"\{(\d{1,4})?(,)?(\d{1,4})?\}")
 
 
-class PatternError(ValueError):
+class PatternError(GuanacoError, ValueError):
     """A pattern outside the subset, malformed, or too expensive to match."""
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from guanaco.adapters.errors import AdapterError, printable
 from guanaco.adapters.peft.strict_json import JsonError, parse_object
 from guanaco.kernels.memory import mapped_zeros
+from guanaco.models.error_codes import ErrorCode
 
 MAX_HEADER_BYTES = 1 << 20
 _ALIGNMENT = 64  # a cache line
@@ -46,13 +47,13 @@ class SafetensorsFile:
         self._stat = os.fstat(file.fileno())
         size = self._stat.st_size
         if size > max_bytes:
-            raise AdapterError("file_too_large", f"{name} has {size} bytes; the limit is {max_bytes}", name)
+            raise AdapterError(ErrorCode.FILE_TOO_LARGE, f"{name} has {size} bytes; the limit is {max_bytes}", name)
         self._data_start = 8 + self._header_length(size)
         header = self._header()
         self.metadata = self._metadata(header.pop("__metadata__", {}))
         if len(header) > MAX_TENSORS:
             raise AdapterError(
-                "too_many_tensors", f"{name} lists {len(header)} tensors; the limit is {MAX_TENSORS}", name
+                ErrorCode.TOO_MANY_TENSORS, f"{name} lists {len(header)} tensors; the limit is {MAX_TENSORS}", name
             )
         entries = {tensor: _entry(tensor, entry) for tensor, entry in header.items()}
         self.tensors = dict(sorted(entries.items(), key=lambda item: item[1].start))
@@ -78,22 +79,22 @@ class SafetensorsFile:
         now = os.fstat(self._file.fileno())
         if (now.st_size, now.st_mtime_ns) != (self._stat.st_size, self._stat.st_mtime_ns):
             problem = f"{self._name} was written to while it was read; load it again when that is done"
-            raise AdapterError("changed_while_reading", problem, self._name)
+            raise AdapterError(ErrorCode.CHANGED_WHILE_READING, problem, self._name)
 
     def _header_length(self, size: int) -> int:
         if size < 8:
             raise AdapterError(
-                "not_safetensors", f"{self._name} has {size} bytes: it is no safetensors file", self._name
+                ErrorCode.NOT_SAFETENSORS, f"{self._name} has {size} bytes: it is no safetensors file", self._name
             )
         prefix = bytearray(8)
         self._read_into(memoryview(prefix))
         length = int(struct.unpack("<Q", prefix)[0])
         if length > size - 8:
             problem = f"{self._name} is truncated or no safetensors file: the header would have {length} bytes"
-            raise AdapterError("not_safetensors", problem, self._name)
+            raise AdapterError(ErrorCode.NOT_SAFETENSORS, problem, self._name)
         if length > MAX_HEADER_BYTES:
             problem = f"the header of {self._name} has {length} bytes; the limit is {MAX_HEADER_BYTES}"
-            raise AdapterError("header_too_large", problem, self._name)
+            raise AdapterError(ErrorCode.HEADER_TOO_LARGE, problem, self._name)
         return length
 
     def _header(self) -> dict[str, object]:
@@ -102,28 +103,34 @@ class SafetensorsFile:
         try:
             return parse_object(bytes(data))
         except JsonError as error:
-            raise AdapterError("bad_header", f"the header of {self._name} {error}", self._name) from None
+            raise AdapterError(ErrorCode.BAD_HEADER, f"the header of {self._name} {error}", self._name) from None
 
     def _metadata(self, value: object) -> dict[str, str]:
         if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-            raise AdapterError("bad_header", f"__metadata__ of {self._name} is no table of strings", "__metadata__")
+            raise AdapterError(
+                ErrorCode.BAD_HEADER, f"__metadata__ of {self._name} is no table of strings", "__metadata__"
+            )
         return value
 
     def _check_layout(self, data_bytes: int) -> None:
         """The tensors must fill the rest of the file: no hole, no overlap, nothing behind."""
         if not self.tensors:
-            raise AdapterError("empty", f"{self._name} holds no tensor: the adapter was not saved properly", self._name)
+            raise AdapterError(
+                ErrorCode.EMPTY, f"{self._name} holds no tensor: the adapter was not saved properly", self._name
+            )
         position = 0
         for name, stored in self.tensors.items():
             if stored.start != position:
                 problem = f"{printable(name)} starts at byte {stored.start} of the data, where {position} was due"
-                raise AdapterError("bad_layout", problem, printable(name))
+                raise AdapterError(ErrorCode.BAD_LAYOUT, problem, printable(name))
             position += stored.num_bytes
         if position > data_bytes:
-            raise AdapterError("truncated", f"{self._name} has {data_bytes} of {position} bytes of data", self._name)
+            raise AdapterError(
+                ErrorCode.TRUNCATED, f"{self._name} has {data_bytes} of {position} bytes of data", self._name
+            )
         if position < data_bytes:
             problem = f"{self._name} has {data_bytes - position} bytes that belong to no tensor"
-            raise AdapterError("bad_layout", problem, self._name)
+            raise AdapterError(ErrorCode.BAD_LAYOUT, problem, self._name)
 
     def _read_into(self, view: memoryview) -> None:
         done = 0
@@ -131,9 +138,11 @@ class SafetensorsFile:
             try:
                 count = self._file.readinto(view[done:])  # type: ignore[attr-defined]
             except OSError as error:
-                raise AdapterError("unreadable", f"{self._name} cannot be read: {error.strerror}", self._name) from None
+                raise AdapterError(
+                    ErrorCode.UNREADABLE, f"{self._name} cannot be read: {error.strerror}", self._name
+                ) from None
             if not count:
-                raise AdapterError("truncated", f"{self._name} ended while it was read", self._name)
+                raise AdapterError(ErrorCode.TRUNCATED, f"{self._name} ended while it was read", self._name)
             done += count
 
 
@@ -145,19 +154,21 @@ def _entry(name: str, entry: object) -> StoredTensor:
     """One header entry. Arithmetic is Python's: nothing here can overflow."""
     shown = printable(name)
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise AdapterError("bad_header", f"{shown} has no entry of dtype, shape and data_offsets", shown)
+        raise AdapterError(ErrorCode.BAD_HEADER, f"{shown} has no entry of dtype, shape and data_offsets", shown)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not _whole_numbers(shape) or not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise AdapterError("bad_header", f"{shown} has a shape or data_offsets that are no sizes", shown)
+        raise AdapterError(ErrorCode.BAD_HEADER, f"{shown} has a shape or data_offsets that are no sizes", shown)
     if not isinstance(dtype, str) or dtype not in DTYPES:
         problem = f"{shown} is stored as {printable(str(dtype))}; adapters may use {', '.join(DTYPES)}"
-        raise AdapterError("dtype_unsupported", problem, shown)
+        raise AdapterError(ErrorCode.DTYPE_UNSUPPORTED, problem, shown)
     if 0 in shape:
-        raise AdapterError("empty_tensor", f"{shown} has shape {shape}: sharded weights that were not gathered?", shown)
+        raise AdapterError(
+            ErrorCode.EMPTY_TENSOR, f"{shown} has shape {shape}: sharded weights that were not gathered?", shown
+        )
     num_bytes = math.prod(shape) * DTYPES[dtype].itemsize
     if num_bytes != offsets[1] - offsets[0]:
         problem = f"{shown} of shape {shape} takes {num_bytes} bytes, but {offsets[1] - offsets[0]} are set aside"
-        raise AdapterError("bad_layout", problem, shown)
+        raise AdapterError(ErrorCode.BAD_LAYOUT, problem, shown)
     return StoredTensor(DTYPES[dtype], tuple(shape), offsets[0], num_bytes)
 
 

@@ -7,9 +7,10 @@ import json
 from typing import Any
 
 from guanaco.adapters.errors import printable
+from guanaco.models.errors import GuanacoError
 
 
-class JsonError(ValueError):
+class JsonError(GuanacoError, ValueError):
     """Not an acceptable JSON object; the message says where or why, in words that fit after a file's name."""
 
 

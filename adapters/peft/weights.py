@@ -20,6 +20,7 @@ from guanaco.adapters.peft.config import CONFIG_NAME, MAX_CONFIG_BYTES, MODULE_P
 from guanaco.adapters.peft.files import AdapterFiles
 from guanaco.adapters.peft.safetensors import SafetensorsFile, StoredTensor
 from guanaco.kernels.lora_batch import LoraPair
+from guanaco.models.error_codes import ErrorCode
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _SHARD = re.compile(r"adapter_model-\d+-of-\d+\.safetensors")
@@ -38,13 +39,17 @@ _COMPARED_ROWS = 4096  # at a time: 64 MiB of a 7B's embedding in float32
 BaseTable = Callable[[str], Tensor | None]
 # Parts of tensor names that say which unsupported feature wrote them, most telling first.
 _FEATURES = (
-    ("lora_magnitude_vector", "dora_unsupported", "it belongs to DoRA, which is not supported"),
-    ("trainable_tokens", "trainable_tokens_unsupported", "trained tokens would change the shared vocabulary"),
-    ("modules_to_save", "modules_to_save_unsupported", "full copies of modules cannot share a batch with the base"),
-    ("lora_embedding_", "embedding_unsupported", "the embedding is shared by all adapters"),
-    ("embed_tokens", "embedding_unsupported", f"the embedding is shared by all adapters, and {_OTHER_TABLE}"),
-    ("lm_head", "lm_head_unsupported", f"the output layer is shared by all adapters, and {_OTHER_TABLE}"),
-    (".bias", "lora_bias_unsupported", "biases of an adapter are not computed here"),
+    ("lora_magnitude_vector", ErrorCode.DORA_UNSUPPORTED, "it belongs to DoRA, which is not supported"),
+    ("trainable_tokens", ErrorCode.TRAINABLE_TOKENS_UNSUPPORTED, "trained tokens would change the shared vocabulary"),
+    (
+        "modules_to_save",
+        ErrorCode.MODULES_TO_SAVE_UNSUPPORTED,
+        "full copies of modules cannot share a batch with the base",
+    ),
+    ("lora_embedding_", ErrorCode.EMBEDDING_UNSUPPORTED, "the embedding is shared by all adapters"),
+    ("embed_tokens", ErrorCode.EMBEDDING_UNSUPPORTED, f"the embedding is shared by all adapters, and {_OTHER_TABLE}"),
+    ("lm_head", ErrorCode.LM_HEAD_UNSUPPORTED, f"the output layer is shared by all adapters, and {_OTHER_TABLE}"),
+    (".bias", ErrorCode.LORA_BIAS_UNSUPPORTED, "biases of an adapter are not computed here"),
 )
 
 
@@ -149,7 +154,7 @@ def _opened(
     check_weights_exist(files)
     wanted = config.resolve(targets)
     if not wanted:
-        raise AdapterError("no_targets", "target_modules matches no module of the base model", "target_modules")
+        raise AdapterError(ErrorCode.NO_TARGETS, "target_modules matches no module of the base model", "target_modules")
     with files.open(WEIGHTS_NAME) as handle:
         file = SafetensorsFile(handle, WEIGHTS_NAME, limits.max_file_bytes)
         names = _match_names(file.tensors, targets, wanted)
@@ -163,7 +168,7 @@ def check_base(adapter: LoadedAdapter, fingerprint: str) -> None:
     if adapter.base_fingerprint is not None and adapter.base_fingerprint != fingerprint:
         theirs = printable(adapter.base_fingerprint[:16])
         problem = f"it was trained on a base with fingerprint {theirs}, and this one has {fingerprint[:16]}"
-        raise AdapterError("base_mismatch", problem)
+        raise AdapterError(ErrorCode.BASE_MISMATCH, problem)
 
 
 def check_weights_exist(files: AdapterFiles) -> None:
@@ -180,17 +185,17 @@ def check_weights_exist(files: AdapterFiles) -> None:
             f"the weights are split into {len(shards)} files ({shards[0]}, …), and PEFT and this server read one: join "
             f"them there with: {JOIN_SHARDS}"
         )
-        raise AdapterError("weights_sharded", problem, shards[0])
+        raise AdapterError(ErrorCode.WEIGHTS_SHARDED, problem, shards[0])
     pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
     if not pickles:
         problem = f"{files.directory} has no {WEIGHTS_NAME}; was the adapter saved completely?"
-        raise AdapterError("weights_missing", problem, WEIGHTS_NAME)
+        raise AdapterError(ErrorCode.WEIGHTS_MISSING, problem, WEIGHTS_NAME)
     shown = printable(pickles[0])
     problem = (
         f"{shown} is a pickle, which can run code and is never opened here; make {WEIGHTS_NAME} of it with "
         "guanaco adapters convert SRC DST"
     )
-    raise AdapterError("unsupported_format", problem, shown)
+    raise AdapterError(ErrorCode.UNSUPPORTED_FORMAT, problem, shown)
 
 
 # A line for the adapter's directory, for a Python with the safetensors package.
@@ -219,18 +224,20 @@ def _match_names(
             layer = _LAYER.match(module)
             if layer and int(layer[1]) >= num_layers:
                 problem = f"{printable(key)} is for layer {layer[1]}, and the base model has {num_layers} layers"
-                raise AdapterError("layer_out_of_range", problem, printable(key))
+                raise AdapterError(ErrorCode.LAYER_OUT_OF_RANGE, problem, printable(key))
             raise _unexpected(key, "for a module that the base model does not have, or that cannot be adapted")
         if module not in wanted:
             problem = f"{printable(key)} is there, but target_modules and its companions leave its module out"
-            raise AdapterError("untargeted_tensor", problem, printable(key))
+            raise AdapterError(ErrorCode.UNTARGETED_TENSOR, problem, printable(key))
         side = (module, match["side"])
         adapters.add(match["adapter"])
         if side in taken:
-            raise AdapterError("duplicate_tensor", f"{printable(key)} is there in two spellings", printable(key))
+            raise AdapterError(
+                ErrorCode.DUPLICATE_TENSOR, f"{printable(key)} is there in two spellings", printable(key)
+            )
         if len(adapters) > 1:
             problem = f"{printable(key)} is of another adapter than those before; save adapters one by one"
-            raise AdapterError("several_adapters", problem, printable(key))
+            raise AdapterError(ErrorCode.SEVERAL_ADAPTERS, problem, printable(key))
         taken.add(side)
         names[key] = side
     return names
@@ -243,7 +250,7 @@ def _unexpected(key: str, otherwise: str) -> AdapterError:
     for part, code, why in _FEATURES:
         if part in key:
             return AdapterError(code, f"{printable(key)} cannot be honoured: {why}", printable(key))
-    return AdapterError("unexpected_tensor", f"{printable(key)} is {otherwise}", printable(key))
+    return AdapterError(ErrorCode.UNEXPECTED_TENSOR, f"{printable(key)} is {otherwise}", printable(key))
 
 
 def _is_the_bases(file: SafetensorsFile, key: str, base_table: BaseTable | None) -> bool:
@@ -270,27 +277,27 @@ def _check_pairs(
             shown = f"{target}.lora_{side}"
             if (target, side) not in stored:
                 problem = f"{shown} is missing, but its other half is there; was the adapter saved completely?"
-                raise AdapterError("missing_tensor", problem, shown)
+                raise AdapterError(ErrorCode.MISSING_TENSOR, problem, shown)
             shape = stored[target, side].shape
             if len(shape) != 2:
-                raise AdapterError("bad_shape", f"{shown} has shape {list(shape)}; a matrix is needed", shown)
+                raise AdapterError(ErrorCode.BAD_SHAPE, f"{shown} has shape {list(shape)}; a matrix is needed", shown)
             features = targets[target][0] if side == "A" else targets[target][1]
             actual_features, actual_rank = (shape[1], shape[0]) if side == "A" else shape
             if actual_features != features:
                 problem = f"{shown} has shape {list(shape)}, but the base has {features} there: made for another base?"
-                raise AdapterError("shape_mismatch", problem, shown)
+                raise AdapterError(ErrorCode.SHAPE_MISMATCH, problem, shown)
             if actual_rank > limits.max_rank:
                 problem = f"{shown} has rank {actual_rank}; raise the limit of {limits.max_rank} with --max-lora-rank"
-                raise AdapterError("rank_too_large", problem, shown)
+                raise AdapterError(ErrorCode.RANK_TOO_LARGE, problem, shown)
             if actual_rank != rank:
                 problem = f"{shown} has rank {actual_rank}, but {CONFIG_NAME} says {rank}"
-                raise AdapterError("rank_mismatch", problem, shown)
+                raise AdapterError(ErrorCode.RANK_MISMATCH, problem, shown)
 
 
 def _finite(tensor: Tensor, key: str) -> Tensor:
     if not bool(torch.isfinite(tensor).all()):
         problem = f"{printable(key)} holds NaN or infinity: the training diverged, or the file is damaged"
-        raise AdapterError("not_finite", problem, printable(key))
+        raise AdapterError(ErrorCode.NOT_FINITE, problem, printable(key))
     return tensor
 
 
@@ -309,7 +316,7 @@ def _effective_pairs(tensors: dict[_Side, Tensor], scales: dict[str, float]) -> 
         pairs = {target: LoraPair(pair.a.clone(), pair.b.clone(), pair.scale) for target, pair in pairs.items()}
     if not pairs:
         problem = "the adapter has no effect: lora_alpha is 0, or every pair has an all-zero matrix (was it trained?)"
-        raise AdapterError("zero_effect", problem)
+        raise AdapterError(ErrorCode.ZERO_EFFECT, problem)
     return pairs
 
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from guanaco.adapters.errors import AdapterError, printable
+from guanaco.adapters.errors import AdapterError, alias_not_found, printable
 from guanaco.adapters.versions.registry import MAX_HISTORY, AdapterRegistry, check_name
+from guanaco.models.error_codes import ErrorCode
 
 MAX_ALIASES = 1024
 MAX_TARGETS = 8
@@ -80,18 +81,18 @@ class Alias:
 def parse_targets(split: Mapping[str, int]) -> tuple[Target, ...]:
     """The targets of `{"name" or "name@version": weight}`. Raises AdapterError; versions may still be prefixes."""
     if not 1 <= len(split) <= MAX_TARGETS:
-        raise AdapterError("bad_split", f"give 1 to {MAX_TARGETS} targets", "split")
+        raise AdapterError(ErrorCode.BAD_SPLIT, f"give 1 to {MAX_TARGETS} targets", "split")
     targets = []
     for text, weight in split.items():
         match = _TARGET.fullmatch(text)
         if match is None:
             problem = f"{printable(text)!r} is no target: write NAME, or NAME@VERSION with 6 to 64 hex digits"
-            raise AdapterError("bad_target", problem, "split")
+            raise AdapterError(ErrorCode.BAD_TARGET, problem, "split")
         if not 0 <= weight <= MAX_WEIGHT:
-            raise AdapterError("bad_split", f"a weight must be a whole number from 0 to {MAX_WEIGHT}", "split")
+            raise AdapterError(ErrorCode.BAD_SPLIT, f"a weight must be a whole number from 0 to {MAX_WEIGHT}", "split")
         targets.append(Target(match["name"], match["version"], weight))
     if not any(target.weight for target in targets):
-        raise AdapterError("bad_split", "at least one weight must be above 0", "split")
+        raise AdapterError(ErrorCode.BAD_SPLIT, "at least one weight must be above 0", "split")
     return tuple(targets)
 
 
@@ -158,11 +159,13 @@ class AliasTable:
             number = 0 if before is None else before.now.number
             if expected is not None and expected != number:
                 problem = f"{name} has revision {number}, not the expected one; look at it and try again"
-                raise AdapterError("revision_conflict", problem, "expected_revision")
+                raise AdapterError(ErrorCode.REVISION_CONFLICT, problem, "expected_revision")
             if before is None and len(self._aliases) >= MAX_ALIASES:
-                raise AdapterError("too_many_aliases", f"there are {MAX_ALIASES} aliases; remove one first")
+                raise AdapterError(ErrorCode.TOO_MANY_ALIASES, f"there are {MAX_ALIASES} aliases; remove one first")
             if len({target.text for target in targets}) != len(targets):
-                raise AdapterError("bad_split", "two of the targets are the same one: add their weights up", "split")
+                raise AdapterError(
+                    ErrorCode.BAD_SPLIT, "two of the targets are the same one: add their weights up", "split"
+                )
             for target in targets:
                 self._check_target(name, target)
             alias = Alias(name, Revision(1, now, targets)) if before is None else before.changed(targets, now)
@@ -182,7 +185,9 @@ class AliasTable:
             self._found(name)
             self._check_name(new)
             if new in self._aliases:
-                raise AdapterError("name_taken", f"there is an alias called {new} already; remove it first", "name")
+                raise AdapterError(
+                    ErrorCode.NAME_TAKEN, f"there is an alias called {new} already; remove it first", "name"
+                )
             if new in self._reachable(name):
                 raise _cycle(name, new)
             aliases = (_renamed(alias, name, new) for alias in self._aliases.values())
@@ -237,14 +242,14 @@ class AliasTable:
     def _found(self, name: str) -> Alias:
         alias = self._aliases.get(name)
         if alias is None:
-            raise AdapterError("alias_not_found", "no alias is called so; GET /v1/aliases lists them", "name")
+            raise alias_not_found()
         return alias
 
     def _check_name(self, name: str) -> None:
         check_name(name)
         if self._registry.is_taken(name):
             problem = f"{name} is an adapter or the base model; choose another name for the alias"
-            raise AdapterError("name_taken", problem, "name")
+            raise AdapterError(ErrorCode.NAME_TAKEN, problem, "name")
 
     def _check_target(self, name: str, target: Target) -> None:
         if target.name == name or name in self._reachable(target.name):
@@ -253,9 +258,9 @@ class AliasTable:
             return
         if target.name not in self._aliases:
             problem = f"nothing is called {target.name}: load an adapter of that name first"
-            raise AdapterError("target_not_found", problem, "split")
+            raise AdapterError(ErrorCode.TARGET_NOT_FOUND, problem, "split")
         if target.version is not None:
-            raise AdapterError("bad_target", f"{target.name} is an alias: an alias has no versions", "split")
+            raise AdapterError(ErrorCode.BAD_TARGET, f"{target.name} is an alias: an alias has no versions", "split")
 
     def _reachable(self, name: str) -> set[str]:
         """The names of all aliases and adapters that an alias leads to, whatever the weights."""
@@ -270,7 +275,7 @@ class AliasTable:
 
 
 def _cycle(target: str, name: str) -> AdapterError:
-    return AdapterError("alias_cycle", f"{target} leads to {name}: an alias cannot lead to itself", "split")
+    return AdapterError(ErrorCode.ALIAS_CYCLE, f"{target} leads to {name}: an alias cannot lead to itself", "split")
 
 
 def _renamed(alias: Alias, name: str, new: str) -> Alias:

@@ -14,6 +14,7 @@ from guanaco.adapters.errors import AdapterError, printable
 from guanaco.adapters.peft.config import CONFIG_NAME
 from guanaco.adapters.peft.files import AdapterFiles
 from guanaco.adapters.peft.strict_json import JsonError, parse_object
+from guanaco.models.error_codes import ErrorCode
 from guanaco.models.formats.small_files import read_small
 
 PROFILE_NAME = "guanaco.json"
@@ -109,7 +110,7 @@ def read_profile(path: Path, name: str, templates: frozenset[str], root: Path | 
     try:
         fields = parse_object(files.read(PROFILE_NAME, MAX_PROFILE_BYTES))
     except JsonError as error:
-        raise AdapterError("bad_profile", f"{PROFILE_NAME}: {error}", PROFILE_NAME) from None
+        raise AdapterError(ErrorCode.BAD_PROFILE, f"{PROFILE_NAME}: {error}", PROFILE_NAME) from None
     return parse_profile(fields, templates)
 
 
@@ -140,4 +141,4 @@ def _texts(field: str, value: Any, most: int, max_chars: int) -> tuple[str, ...]
 
 
 def _bad(field: str, problem: str) -> AdapterError:
-    return AdapterError("bad_profile", f"profile: {printable(field)} {problem}", field)
+    return AdapterError(ErrorCode.BAD_PROFILE, f"profile: {printable(field)} {problem}", field)

@@ -16,10 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
-from guanaco.adapters.errors import AdapterError, printable
+from guanaco.adapters.errors import AdapterError, adapter_not_found, printable
 from guanaco.adapters.peft.weights import AdapterLimits, BaseTable, LoadedAdapter, load_adapter
 from guanaco.adapters.versions.profile import FROM_FILE, GIVEN, KEPT, KEPT_NOTE, Profile, read_profile
 from guanaco.adapters.versions.version_keys import VersionKeys
+from guanaco.models.error_codes import ErrorCode
 
 # One path segment without tricks: it becomes a model id, a URL part, a metrics label and a sub-folder's name.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -53,7 +54,7 @@ class BrokenEntry:
     name: str
     version: str
     source: str
-    code: str  # of the AdapterError
+    code: ErrorCode  # of the AdapterError
     problem: str
     history: tuple[str, ...] = ()  # as of an AdapterEntry: what it may be rolled back to
     profile: Profile | None = None
@@ -180,7 +181,7 @@ class AdapterRegistry:
             self.check_free(entry.name)
             self._swap(broken={**self._snapshot.broken, entry.name: entry})
 
-    def mark_broken(self, version: str, code: str, problem: str) -> None:
+    def mark_broken(self, version: str, code: ErrorCode, problem: str) -> None:
         """What a name with this version stands for can't be had any more: from now on it is listed as broken."""
         with self._lock:
             broken = dict(self._snapshot.broken)
@@ -197,7 +198,7 @@ class AdapterRegistry:
         with self._lock:
             entry = self._snapshot.entries.get(name) or self._snapshot.broken.get(name)
             if entry is None:
-                raise AdapterError("adapter_not_found", "no adapter is called so; GET /v1/adapters lists them", "name")
+                raise adapter_not_found()
             entries = {other: it for other, it in self._snapshot.entries.items() if other != name}
             broken = {other: it for other, it in self._snapshot.broken.items() if other != name}
             self._swap(entries=entries, broken=broken)
@@ -348,11 +349,13 @@ class AdapterRegistry:
         check_name(name)
         if name in self._base_names:
             problem = f"{name} is the base model's name; give the adapter another one, or set --served-model-name"
-            raise AdapterError("name_taken", problem, "name")
+            raise AdapterError(ErrorCode.NAME_TAKEN, problem, "name")
         if name in self._alias_names and name not in self._snapshot.entries:
-            raise AdapterError("name_taken", f"{name} is an alias; choose another name, or remove the alias", "name")
+            problem = f"{name} is an alias; choose another name, or remove the alias"
+            raise AdapterError(ErrorCode.NAME_TAKEN, problem, "name")
         if name in self._snapshot.entries and not replace:
-            raise AdapterError("name_taken", f"an adapter called {name} is there already; choose another name", "name")
+            problem = f"an adapter called {name} is there already; choose another name"
+            raise AdapterError(ErrorCode.NAME_TAKEN, problem, "name")
 
     def _swap(
         self,
@@ -379,7 +382,7 @@ def check_name(name: str) -> None:
             f"{printable(name)!r} cannot be an adapter's name: it must be 1 to 64 letters, digits, dots, underscores "
             "and hyphens, and start with a letter or digit"
         )
-        raise AdapterError("bad_name", problem, "name")
+        raise AdapterError(ErrorCode.BAD_NAME, problem, "name")
 
 
 def parse_adapter_option(text: str) -> tuple[str, Path]:
@@ -392,6 +395,6 @@ def parse_name_option(text: str, what: str) -> tuple[str, str]:
     """`NAME=…` of an option. Raises AdapterError for anything else; what is behind the first '=' may contain more."""
     name, separator, value = text.partition("=")
     if not separator or not value:
-        raise AdapterError("bad_option", f"{printable(text)!r} is not of the form NAME={what}", "adapter")
+        raise AdapterError(ErrorCode.BAD_OPTION, f"{printable(text)!r} is not of the form NAME={what}", "adapter")
     check_name(name)
     return name, value

@@ -19,6 +19,7 @@ from guanaco.adapters.versions.aliases import Alias, Revision, Target
 from guanaco.adapters.versions.profile import FROM_FILE, GIVEN, KEPT
 from guanaco.adapters.versions.registry import NAME
 from guanaco.adapters.versions.store import sync_directory
+from guanaco.models.error_codes import ErrorCode
 
 T = TypeVar("T")
 
@@ -71,17 +72,19 @@ class RegistryFile:
     def _read(self, parse: Callable[[dict[str, Any]], tuple[T, ...]]) -> tuple[T, ...]:
         try:
             if self.path.stat().st_size > _MAX_BYTES:
-                raise AdapterError("registry_damaged", f"{self.path} is too large to be ours; move it away")
+                raise AdapterError(ErrorCode.REGISTRY_DAMAGED, f"{self.path} is too large to be ours; move it away")
             content = parse_object(self.path.read_bytes())
             if content["format"] != _FORMAT:
-                raise AdapterError("registry_damaged", f"{self.path} was written by another version; move it away")
+                raise AdapterError(
+                    ErrorCode.REGISTRY_DAMAGED, f"{self.path} was written by another version; move it away"
+                )
             return parse(content)
         except FileNotFoundError:
             return ()
         except OSError as error:
-            raise AdapterError("registry_unreadable", f"{self.path} cannot be read: {error.strerror}") from None
+            raise AdapterError(ErrorCode.REGISTRY_UNREADABLE, f"{self.path} cannot be read: {error.strerror}") from None
         except (JsonError, KeyError, TypeError, ValueError, AttributeError):
-            raise AdapterError("registry_damaged", f"{self.path} is damaged; move it away") from None
+            raise AdapterError(ErrorCode.REGISTRY_DAMAGED, f"{self.path} is damaged; move it away") from None
 
     def write(
         self,

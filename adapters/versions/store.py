@@ -28,6 +28,7 @@ from guanaco.adapters.peft.weights import (
     check_files,
     load_adapter,
 )
+from guanaco.models.error_codes import ErrorCode
 
 _VERSION = re.compile(r"[0-9a-f]{64}")
 _COPY_BYTES = 1 << 20
@@ -102,11 +103,13 @@ class VersionStore:
     def read(self, version: str) -> LoadedAdapter:
         """The adapter of a version that was ingested. AdapterError where it is gone or no longer what it was."""
         if _VERSION.fullmatch(version) is None or not (self.directory / version).is_dir():
-            raise AdapterError("version_missing", f"the store has no version {version[:12]}; load the adapter again")
+            raise AdapterError(
+                ErrorCode.VERSION_MISSING, f"the store has no version {version[:12]}; load the adapter again"
+            )
         adapter = self._load(self.directory / version)
         if adapter.version != version:
             problem = f"the stored copy of version {version[:12]} was changed; load the adapter again"
-            raise AdapterError("version_damaged", problem)
+            raise AdapterError(ErrorCode.VERSION_DAMAGED, problem)
         return adapter
 
     def versions(self) -> frozenset[str]:
@@ -146,7 +149,7 @@ class VersionStore:
             while chunk := _read(source, name):
                 size += len(chunk)
                 if size > max_bytes:
-                    raise AdapterError("file_too_large", f"{name} is larger than {max_bytes} bytes", name)
+                    raise AdapterError(ErrorCode.FILE_TOO_LARGE, f"{name} is larger than {max_bytes} bytes", name)
                 target.write(chunk)
             target.flush()
             os.fsync(target.fileno())
@@ -183,7 +186,7 @@ def _read(source: BinaryIO, name: str) -> bytes:
     try:
         return source.read(_COPY_BYTES)
     except OSError as error:
-        raise AdapterError("unreadable", f"{name} cannot be read: {error.strerror}", name) from None
+        raise AdapterError(ErrorCode.UNREADABLE, f"{name} cannot be read: {error.strerror}", name) from None
 
 
 def _check_unchanged(files: AdapterFiles, stamps: dict[str, _Stamp]) -> None:
@@ -192,7 +195,7 @@ def _check_unchanged(files: AdapterFiles, stamps: dict[str, _Stamp]) -> None:
         with files.open(name) as again:
             if _stamp(again) != stamp:
                 problem = f"{name} was changed or exchanged while it was read; load it again when that is done"
-                raise AdapterError("changed_while_reading", problem, name)
+                raise AdapterError(ErrorCode.CHANGED_WHILE_READING, problem, name)
 
 
 def _own(directory: Path) -> BinaryIO:
@@ -204,7 +207,7 @@ def _own(directory: Path) -> BinaryIO:
     except BlockingIOError:
         file.close()
         problem = f"the adapter store {directory} belongs to another server that runs; choose another --adapter-store"
-        raise AdapterError("store_in_use", problem) from None
+        raise AdapterError(ErrorCode.STORE_IN_USE, problem) from None
     return file
 
 
@@ -219,4 +222,4 @@ def sync_directory(path: Path) -> None:
 
 def _storage_error(directory: Path, error: OSError) -> AdapterError:
     problem = f"the adapter store {directory} cannot be used: {error.strerror or error}; free some space or mend it"
-    return AdapterError("store_failed", problem)
+    return AdapterError(ErrorCode.STORE_FAILED, problem)

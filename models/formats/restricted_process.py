@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import BinaryIO, Self
 
+from guanaco.models.errors import GuanacoError
+
 _PR_SET_NO_NEW_PRIVS = 38  # linux/prctl.h
 _F_SETSIG = 10  # linux/fcntl.h
 _SIGNALS_FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
@@ -27,11 +29,11 @@ _LENGTH = struct.Struct(">I")
 _CHUNK = 1 << 16
 
 
-class ProcessTimeout(Exception):
+class ProcessTimeout(GuanacoError):
     """The child did not answer in time. It has been killed."""
 
 
-class ProcessEnded(Exception):
+class ProcessEnded(GuanacoError):
     """The child ended, or it sent something that is no answer. It has been killed."""
 
     def __init__(self, problem: str, status: int | None = None) -> None:

@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
     XetDownloadError,
 )
 
+from guanaco.models.error_codes import ErrorCode
 from guanaco.models.errors import ModelError
 from guanaco.models.loading.hub import progress_bar
 
@@ -36,7 +37,7 @@ _ERRORS = (OSError, httpx2.HTTPError, HFValidationError, XetDownloadError)
 class HubError(ModelError):
     """Files that can't be had. `code` in snake_case says which way it failed; the message is for the operator."""
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: ErrorCode, message: str) -> None:
         super().__init__(message)
         self.code = code
 
@@ -90,7 +91,8 @@ def fetch_files(
                         return Snapshot(path, path.name)
             if offline:
                 raise HubError(
-                    "hub_offline", f"{spec} was not downloaded before, and this server is offline: pull it elsewhere"
+                    ErrorCode.HUB_OFFLINE,
+                    f"{spec} was not downloaded before, and this server is offline: pull it elsewhere",
                 )
         commit = _look(HfApi(endpoint=endpoint, token=token), repository, revision, most_bytes, required)
         path = snapshot(commit, is_local=False)
@@ -117,13 +119,15 @@ def _look(api: HfApi, repository: str, revision: str, most_bytes: Mapping[str, i
     spec = f"{repository}@{revision}"
     commit = api.model_info(repository, revision=revision, timeout=_ANSWER_SECONDS).sha
     if commit is None or _COMMIT.fullmatch(commit) is None:
-        raise HubError("hub_failed", f"{spec} cannot be had: the hub did not say which commit it is; try later")
+        raise HubError(ErrorCode.HUB_FAILED, f"{spec} cannot be had: the hub did not say which commit it is; try later")
     sizes = {file.path: getattr(file, "size", 0) for file in api.list_repo_tree(repository, revision=commit)}
     for name in required:
         if name not in sizes:
             pickles = sorted(other for other in sizes if other.endswith((".bin", ".pt", ".pth")))
             hint = f"; {pickles[0]} is a pickle: download it yourself, then `guanaco adapters convert`"
-            raise HubError("hub_incomplete", f"{spec} has no {name}{hint if pickles else ': is it a PEFT adapter?'}")
+            raise HubError(
+                ErrorCode.HUB_INCOMPLETE, f"{spec} has no {name}{hint if pickles else ': is it a PEFT adapter?'}"
+            )
     for name, most in most_bytes.items():
         if sizes.get(name, 0) > most:
             raise _too_large(spec, name, most)
@@ -131,25 +135,31 @@ def _look(api: HfApi, repository: str, revision: str, most_bytes: Mapping[str, i
 
 
 def _too_large(spec: str, name: str, most: int) -> HubError:
-    return HubError("file_too_large", f"{name} of {spec} is larger than {most} bytes")
+    return HubError(ErrorCode.FILE_TOO_LARGE, f"{name} of {spec} is larger than {most} bytes")
 
 
 def _explained(spec: str, repository: str, error: Exception) -> HubError:
     """What went wrong. The order matters: some errors are kinds of others."""
     if isinstance(error, GatedRepoError):
         problem = f"{spec} is gated: accept its terms on its page, and give a token of that account (--hub-token)"
-        return HubError("hub_forbidden", problem)
+        return HubError(ErrorCode.HUB_FORBIDDEN, problem)
     if isinstance(error, RevisionNotFoundError):
-        return HubError("hub_not_found", f"{repository} has no such revision; name a branch, a tag or a commit of it")
+        return HubError(
+            ErrorCode.HUB_NOT_FOUND, f"{repository} has no such revision; name a branch, a tag or a commit of it"
+        )
     if isinstance(error, RepositoryNotFoundError | HFValidationError):
         problem = f"{repository} is not on the hub: check the name (a private one needs --hub-token)"
-        return HubError("hub_not_found", problem)
+        return HubError(ErrorCode.HUB_NOT_FOUND, problem)
     if isinstance(error, OfflineModeIsEnabled):
-        return HubError("hub_offline", f"{spec} was not downloaded before, and offline mode forbids to do so")
+        return HubError(ErrorCode.HUB_OFFLINE, f"{spec} was not downloaded before, and offline mode forbids to do so")
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
-        code = "hub_forbidden" if status in (401, 403) else "hub_failed"
+        code = ErrorCode.HUB_FORBIDDEN if status in (401, 403) else ErrorCode.HUB_FAILED
         return HubError(code, f"{spec} cannot be had: the hub answered {status}; check the token, or try later")
     if isinstance(error, OSError) and not isinstance(error, LocalEntryNotFoundError | ConnectionError | TimeoutError):
-        return HubError("store_failed", f"{spec} cannot be stored ({error.strerror or error}): make room in the cache")
-    return HubError("hub_failed", f"{spec} was not downloaded: the hub cannot be reached, or broke off; try again")
+        return HubError(
+            ErrorCode.STORE_FAILED, f"{spec} cannot be stored ({error.strerror or error}): make room in the cache"
+        )
+    return HubError(
+        ErrorCode.HUB_FAILED, f"{spec} was not downloaded: the hub cannot be reached, or broke off; try again"
+    )

@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from guanaco.models.error_codes import ErrorCode
 from guanaco.models.errors import TemplateError
 from guanaco.models.formats.small_files import MAX_TEMPLATE_FILE_BYTES, read_small
 from guanaco.models.text.named_templates import NAMED
@@ -30,7 +31,7 @@ MAX_TEMPLATE_CHARS = 1 << 20  # the largest in use, with tools and documents, ha
 _TRIAL = ({"role": "user", "content": "Hello!"},)
 _TRIAL_CHARS = 1 << 20
 # What a template took too much of. A template that does so with the trial does so with every conversation.
-_OVERRUNS = ("template_timeout", "template_too_large", "template_crashed")
+_OVERRUNS = (ErrorCode.TEMPLATE_TIMEOUT, ErrorCode.TEMPLATE_TOO_LARGE, ErrorCode.TEMPLATE_CRASHED)
 
 
 class ChatTemplate:
@@ -107,7 +108,7 @@ class ChatTemplate:
         except TemplateError as error:
             if error.code in _OVERRUNS:
                 raise
-            could_not_try = error.code == "template_unavailable"
+            could_not_try = error.code == ErrorCode.TEMPLATE_UNAVAILABLE
             what = "could not be tried" if could_not_try else "was tried with one question and refused it"
             self.notes = (f"it {what}: {error}",)
 

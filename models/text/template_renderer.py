@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from guanaco.models.error_codes import ErrorCode
 from guanaco.models.errors import TemplateError
 from guanaco.models.formats.restricted_process import ProcessEnded, ProcessTimeout, RestrictedProcess
 
@@ -96,12 +97,12 @@ class TemplateRenderer:
             if digest not in worker.digests:
                 request["source"] = source
             kind, content = self._exchange(worker, digest, request, max_chars)
-            if kind != _TEXT and content["code"] == "unknown_template":  # it was dropped for others
+            if kind != _TEXT and content["code"] == ErrorCode.UNKNOWN_TEMPLATE:  # it was dropped for others
                 kind, content = self._exchange(worker, digest, {**request, "source": source}, max_chars)
             if kind == _TEXT:
                 worker.digests.add(digest)
                 return str(content)
-            if content["code"] == "template_too_large":  # its memory may be in pieces
+            if content["code"] == ErrorCode.TEMPLATE_TOO_LARGE:  # its memory may be in pieces
                 worker.process.close()
             raise TemplateError(content["message"], content["code"])
 
@@ -114,7 +115,7 @@ class TemplateRenderer:
             self._remember_slow(digest)
             problem = f"it was stopped after {self.limits.seconds:g} s"
             logger.warning("chat template %s: %s", digest[:12], problem)
-            raise TemplateError(problem, "template_timeout") from None
+            raise TemplateError(problem, ErrorCode.TEMPLATE_TIMEOUT) from None
         except ProcessEnded as error:
             raise self._ended(digest, error) from None
         milliseconds, kind = int.from_bytes(answer[:4], "big"), answer[4:_HEAD_BYTES]
@@ -128,10 +129,10 @@ class TemplateRenderer:
         problem = f"the process that rendered it ended ({error})"
         logger.warning("chat template %s: %s", digest[:12], problem)
         if error.was_killed:
-            return TemplateError(problem, "template_unavailable")
+            return TemplateError(problem, ErrorCode.TEMPLATE_UNAVAILABLE)
         self._remember_slow(digest)
         used_up = error.status == -signal.SIGXCPU
-        return TemplateError(problem, "template_timeout" if used_up else "template_crashed")
+        return TemplateError(problem, ErrorCode.TEMPLATE_TIMEOUT if used_up else ErrorCode.TEMPLATE_CRASHED)
 
     def _worker_for(self, digest: str) -> _Worker:
         with self._changed:
@@ -146,7 +147,7 @@ class TemplateRenderer:
         except (OSError, ProcessEnded, ProcessTimeout) as error:
             problem = f"no process to render it could be started ({error or 'it took too long'}): look at the machine"
             logger.error("chat template: %s", problem)
-            raise TemplateError(problem, "template_unavailable") from None
+            raise TemplateError(problem, ErrorCode.TEMPLATE_UNAVAILABLE) from None
         with self._changed:
             self._busy[digest] = worker
         return worker
@@ -161,7 +162,7 @@ class TemplateRenderer:
 
     @contextmanager
     def _turn(self, digest: str) -> Iterator[None]:
-        """A place among those that are being rendered. Raises TemplateError ("template_busy") where there is none."""
+        """A place among those that are being rendered. Raises TemplateError (TEMPLATE_BUSY) where there is none."""
         with self._changed:
             self._wait_for_turn(digest)
             self._busy[digest] = None
@@ -182,13 +183,13 @@ class TemplateRenderer:
             if self._is_slow(digest, now):
                 # Those that wait for a slow template would hold the threads that prepare all chats.
                 if not is_free or any(self._is_slow(other, now) for other in self._busy):
-                    raise TemplateError("a chat with it is being rendered, which takes long", "template_busy")
+                    raise TemplateError("a chat with it is being rendered, which takes long", ErrorCode.TEMPLATE_BUSY)
                 return
             if is_free:
                 return
             is_starting = None in self._busy.values()
             if now >= deadline and not is_starting:
-                raise TemplateError("no process to render it became free", "template_busy")
+                raise TemplateError("no process to render it became free", ErrorCode.TEMPLATE_BUSY)
             self._changed.wait(self.limits.seconds if is_starting else deadline - now)
 
     def _is_slow(self, digest: str, now: float) -> bool:

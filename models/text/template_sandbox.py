@@ -19,6 +19,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from guanaco.models.error_codes import ErrorCode
 from guanaco.models.errors import TemplateError
 
 # A product of text or lists may not be longer, nor a power have more bits: "x" * 10**10 is a way to take all memory.
@@ -59,7 +60,7 @@ class SandboxedTemplate:
                 parts.append(part)
                 num_chars += len(part)
                 if num_chars > max_chars:
-                    raise TemplateError(f"its output exceeds {max_chars} characters", "template_too_large")
+                    raise TemplateError(f"its output exceeds {max_chars} characters", ErrorCode.TEMPLATE_TOO_LARGE)
         except _TEMPLATE_FAULTS as error:
             raise TemplateError((str(error) or type(error).__name__)[:_MAX_MESSAGE_CHARS]) from error
         return "".join(parts)

@@ -17,6 +17,7 @@ from typing import Any
 
 import jinja2.debug
 
+from guanaco.models.error_codes import ErrorCode
 from guanaco.models.errors import TemplateError
 from guanaco.models.formats.restricted_process import (
     Budget,
@@ -33,6 +34,10 @@ HEAD = struct.Struct(">Ic")
 MAX_TEMPLATES = 32  # compiled ones that are kept
 # jinja2 imports these when a filter or an error first needs them; no file can be opened then.
 _NEEDED_LATER = (jinja2.debug, pprint, textwrap, unicodedata)
+# Made now: when it is needed, there is no memory to make it with.
+_NO_MEMORY = json.dumps(
+    {"code": ErrorCode.TEMPLATE_TOO_LARGE, "message": "it needs more memory than it may take"}
+).encode()
 _WARM_UP = "{{ strftime_now('%c') }}{{ 'a b' | wordwrap(1) }}{{ {'a': [1]} | tojson(indent=1) }}{{ {} | pprint }}"
 
 
@@ -45,7 +50,7 @@ class _Templates:
     def get(self, digest: str, source: str | None) -> SandboxedTemplate:
         if digest not in self._compiled:
             if source is None:
-                raise TemplateError("the template has to be sent again", "unknown_template")
+                raise TemplateError("the template has to be sent again", ErrorCode.UNKNOWN_TEMPLATE)
             template = SandboxedTemplate(source)
             if len(self._compiled) >= MAX_TEMPLATES:
                 self._compiled.pop(next(iter(self._compiled)))
@@ -66,7 +71,7 @@ def answer(templates: _Templates, message: bytes) -> tuple[bytes, bytes]:
     except TemplateError as error:
         return ERROR, json.dumps({"code": error.code, "message": str(error)}).encode()
     except MemoryError:
-        return ERROR, b'{"code": "template_too_large", "message": "it needs more memory than it may take"}'
+        return ERROR, _NO_MEMORY
 
 
 def main() -> None:

@@ -11,9 +11,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from guanaco.adapters.errors import AdapterError
+from guanaco.adapters.errors import AdapterError, alias_not_found
 from guanaco.adapters.versions.aliases import Alias, AliasTable, Target, parse_targets
 from guanaco.adapters.versions.registry import AdapterRegistry
+from guanaco.models.error_codes import ErrorCode
 from guanaco.server.adapters.sources import AdapterSources
 from guanaco.server.adapters.tiers import AdapterTiers
 
@@ -76,11 +77,11 @@ class AliasManager:
         """Make an alias what it was before its last change, or at an earlier revision: that is a change like others."""
         alias = self._found(name)
         if not alias.history:
-            raise AdapterError("no_history", f"{name} has led nowhere else before", "name")
+            raise AdapterError(ErrorCode.NO_HISTORY, f"{name} has led nowhere else before", "name")
         wanted = alias.history[-1].number if revision is None else revision
         past = next((past for past in alias.history if past.number == wanted), None)
         if past is None:
-            raise AdapterError("revision_missing", f"{name} has no such revision in its history", "revision")
+            raise AdapterError(ErrorCode.REVISION_MISSING, f"{name} has no such revision in its history", "revision")
         return await self._change(
             past.targets, lambda whole: self.table.put(name, whole, now=time.time(), expected=alias.now.number)
         )
@@ -133,14 +134,14 @@ class AliasManager:
     def _whole_version(self, name: str, prefix: str) -> str:
         entry = self._registry.resolve(name)
         if entry is None:
-            kind = "bad_target" if self.table.get(name) is not None else "target_not_found"
+            kind = ErrorCode.BAD_TARGET if self.table.get(name) is not None else ErrorCode.TARGET_NOT_FOUND
             raise AdapterError(kind, f"{name} is no loaded adapter: only those have versions", "split")
         known = {entry.version, *entry.history}
         known |= {v for alias in self.table.all() for v in alias.versions_of(name)}
         matching = [version for version in known if version.startswith(prefix)]
         if len(matching) != 1:
             problem = f"{name} has had no version {prefix}, or several that begin so; see its history"
-            raise AdapterError("version_missing", problem, "split")
+            raise AdapterError(ErrorCode.VERSION_MISSING, problem, "split")
         return matching[0]
 
     async def _hold(self, version: str | None) -> str:
@@ -161,7 +162,7 @@ class AliasManager:
     def _found(self, name: str) -> Alias:
         alias = self.table.get(name)
         if alias is None:
-            raise AdapterError("alias_not_found", "no alias is called so; GET /v1/aliases lists them", "name")
+            raise alias_not_found()
         return alias
 
     def _view(self, alias: Alias) -> AliasView:

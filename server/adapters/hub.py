@@ -15,6 +15,7 @@ from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.peft.config import CONFIG_NAME, MAX_CONFIG_BYTES
 from guanaco.adapters.peft.weights import WEIGHTS_NAME, AdapterLimits
 from guanaco.adapters.versions.profile import MAX_PROFILE_BYTES, PROFILE_NAME
+from guanaco.models.error_codes import ErrorCode
 from guanaco.models.formats.leftovers import PartialFolder
 from guanaco.models.loading.hub_files import HubError, Snapshot, fetch_files
 from guanaco.server.config import Settings
@@ -74,7 +75,7 @@ class AdapterHub:
     def pull(self, address: HubAddress, target: Path) -> HubAddress:
         """Copy an adapter's files into the new directory `target`, which appears whole or not at all. AdapterError."""
         if os.path.lexists(target):
-            raise AdapterError("target_exists", f"{target} is there already; choose another directory")
+            raise AdapterError(ErrorCode.TARGET_EXISTS, f"{target} is there already; choose another directory")
         path, pinned = self.fetch(address)
         try:
             with closing(PartialFolder(target)) as partial:
@@ -85,7 +86,7 @@ class AdapterHub:
                         shutil.copyfile(path / name, inner / name)
                 inner.rename(target)
         except OSError as error:
-            raise AdapterError("target_unwritable", f"{target} cannot be written: {error.strerror}") from None
+            raise AdapterError(ErrorCode.TARGET_UNWRITABLE, f"{target} cannot be written: {error.strerror}") from None
         return pinned
 
     def _fetch(self, address: HubAddress) -> Snapshot:
@@ -102,5 +103,4 @@ class AdapterHub:
                 endpoint=self.endpoint,
             )
         except HubError as error:
-            code = error.code
-            raise AdapterError(code, str(error), "source") from None
+            raise AdapterError(error.code, str(error), "source") from None

@@ -12,13 +12,14 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
-from guanaco.adapters.errors import AdapterError
+from guanaco.adapters.errors import AdapterError, adapter_not_found
 from guanaco.adapters.peft.weights import LoadedAdapter
 from guanaco.adapters.versions.aliases import AliasTable
 from guanaco.adapters.versions.profile import FROM_FILE, KEPT, Profile
 from guanaco.adapters.versions.registry import AdapterEntry, AdapterRegistry, BrokenEntry, check_name
 from guanaco.adapters.versions.registry_file import RegistryFile
 from guanaco.adapters.versions.store import OnStage, VersionStore
+from guanaco.models.error_codes import ErrorCode
 from guanaco.server.adapters.aliases import AliasManager
 from guanaco.server.adapters.pins import AdapterPins
 from guanaco.server.adapters.records import AdapterRecords
@@ -26,16 +27,11 @@ from guanaco.server.adapters.sources import ROLLED_BACK, AdapterPolicy, AdapterS
 from guanaco.server.adapters.tiers import AdapterTiers
 from guanaco.server.adapters.view import AdapterView, LoadingEntry
 from guanaco.server.engine.async_engine import AsyncEngine, EngineUnavailable, ProbeFailed
-from guanaco.server.engine.sampler import NOT_FINITE
-
-AdapterRefused = AdapterError  # for the API, which knows the engine but not the adapters below it
 
 T = TypeVar("T")
 
 _LoadKey = tuple[str, str, bool, str | None, str | None]  # the arguments of `load`, the profile as JSON
 
-# Codes of loads that say nothing about the adapter.
-_OUR_FAULT = frozenset({"store_failed", "probe_failed", "hub_failed", "hub_offline"})
 _IDLE_POLL_SECONDS = 0.02
 
 
@@ -201,7 +197,7 @@ class AdapterManager:
             entry = await load
             result = "ok"
         except AdapterError as error:
-            result = "failed" if error.code in _OUR_FAULT else "refused"
+            result = "failed" if error.kind.is_failure else "refused"
             raise
         finally:
             self._on_load(result, time.monotonic() - started)
@@ -285,15 +281,17 @@ class AdapterManager:
         try:
             effect = await self._engine.probe_adapter(version, self._probe_token_ids)
         except (ProbeFailed, EngineUnavailable) as error:
-            if str(error) == NOT_FINITE:
+            if isinstance(error, ProbeFailed) and error.code == ErrorCode.NUMERICAL_ERROR:
                 raise _not_finite() from None
-            raise AdapterError("probe_failed", f"the adapter could not be tried out ({error}); try again") from None
+            raise AdapterError(
+                ErrorCode.PROBE_FAILED, f"the adapter could not be tried out ({error}); try again"
+            ) from None
         finally:
             self._on_stage("probe", time.monotonic() - started)
         if not math.isfinite(effect):
             raise _not_finite()
         if effect == 0:
-            raise AdapterError("zero_effect", "the adapter changes nothing: the logits are those of the base")
+            raise AdapterError(ErrorCode.ZERO_EFFECT, "the adapter changes nothing: the logits are those of the base")
         return effect
 
     async def _unload(self, name: str, force: bool, timeout_seconds: float) -> bool:
@@ -320,13 +318,13 @@ class AdapterManager:
         broken = {entry.name: entry for entry in self.registry.broken()}
         entry = self.registry.resolve(name) or broken.get(name)
         if entry is None:
-            raise AdapterError("adapter_not_found", "no adapter is called so; GET /v1/adapters lists them", "name")
+            raise adapter_not_found()
         if not entry.history:
-            raise AdapterError("no_history", f"{name} has had no other version to go back to", "name")
+            raise AdapterError(ErrorCode.NO_HISTORY, f"{name} has had no other version to go back to", "name")
         matching = [old for old in entry.history if old.startswith(version or entry.history[-1])]
         if len(matching) != 1:
             raise AdapterError(
-                "version_missing", f"{name} has had no such version, or several; see its history", "version"
+                ErrorCode.VERSION_MISSING, f"{name} has had no such version, or several; see its history", "version"
             )
         adapter = await self._sources.stored(matching[0])
         source = f"{ROLLED_BACK}{matching[0][:12]}"
@@ -367,7 +365,9 @@ class AdapterManager:
         entry = self.registry.resolve(name)
         if expected is not None and (entry is None or entry.version != expected):
             now = "is not loaded" if entry is None else f"stands for version {entry.version}"
-            raise AdapterError("version_conflict", f"{name} {now}, not for the expected one", "expected_version")
+            raise AdapterError(
+                ErrorCode.VERSION_CONFLICT, f"{name} {now}, not for the expected one", "expected_version"
+            )
 
     async def _locked(self, name: str, work: Callable[[], Awaitable[T]]) -> T:
         lock = self._locks.setdefault(name, asyncio.Lock())
@@ -392,4 +392,4 @@ class AdapterManager:
 
 
 def _not_finite() -> AdapterError:
-    return AdapterError("effect_not_finite", "with this adapter the model computes NaN or infinity")
+    return AdapterError(ErrorCode.EFFECT_NOT_FINITE, "with this adapter the model computes NaN or infinity")

@@ -6,8 +6,9 @@ Says what is wanted; the engine's ledger of host memory does it. On the event lo
 import logging
 from collections.abc import Iterable
 
-from guanaco.adapters.errors import AdapterError
+from guanaco.adapters.errors import AdapterError, adapter_not_found
 from guanaco.adapters.versions.registry import AdapterRegistry
+from guanaco.models.error_codes import ErrorCode
 from guanaco.server.engine.async_engine import AsyncEngine
 
 logger = logging.getLogger(__name__)
@@ -34,14 +35,14 @@ class AdapterPins:
     async def pin(self, name: str) -> None:
         """Keep an adapter in memory. AdapterError where there is none, or no room beside what is held already."""
         if self._registry.resolve(name) is None:
-            raise AdapterError("adapter_not_found", "no adapter is called so; GET /v1/adapters lists them", "name")
+            raise adapter_not_found()
         was_pinned = name in self.names
         self.names.add(name)
         if not await self._tell_engine() and not was_pinned:
             self.names.discard(name)
             await self._tell_engine()
             problem = "there is no room to keep it: unpin or unload another, or raise --adapter-host-memory"
-            raise AdapterError("host_memory_full", problem)
+            raise AdapterError(ErrorCode.HOST_MEMORY_FULL, problem)
 
     async def unpin(self, name: str) -> None:
         """Let it be evicted again. Unknown names are not pinned anyway."""

@@ -14,6 +14,7 @@ from guanaco.adapters.versions.aliases import AliasTable
 from guanaco.adapters.versions.profile import Profile
 from guanaco.adapters.versions.registry import AdapterEntry, AdapterRegistry, BrokenEntry
 from guanaco.adapters.versions.registry_file import RegistryFile, Saved
+from guanaco.models.error_codes import ErrorCode
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class AdapterRecords:
                     in_memory=stays(adapter),
                 )
             except AdapterError as error:
-                if error.code == "name_taken":
+                if error.code == ErrorCode.NAME_TAKEN:
                     self._persistent.discard(record.name)
                     self._shadowed[record.name] = record
                     notes.append(f"adapter {record.name}: --adapter goes before what was loaded under that name")
@@ -79,7 +80,7 @@ class AdapterRecords:
                         history=record.history,
                         # Of one that is itself at fault only the restriction stays; a roll-back has no more.
                         profile=_restriction(record.profile or {}, profile)
-                        if error.code == "bad_profile"
+                        if error.code == ErrorCode.BAD_PROFILE
                         else profile(record.profile or {}),
                         profile_from=record.profile_from,
                     )

@@ -19,6 +19,7 @@ from guanaco.adapters.peft.weights import LoadedAdapter, check_base
 from guanaco.adapters.versions.profile import FROM_FILE, GIVEN, KEPT, Profile, parse_profile, read_profile
 from guanaco.adapters.versions.registry import AdapterRegistry
 from guanaco.adapters.versions.store import OnStage, VersionStore
+from guanaco.models.error_codes import ErrorCode
 from guanaco.server.adapters.hub import AdapterHub, HubAddress
 
 T = TypeVar("T")
@@ -84,19 +85,19 @@ class AdapterSources:
         if address is None or (root is not None and await self.on_thread(lambda: os.path.lexists(root / source))):
             if root is None:
                 problem = "start the server with --adapter-root DIR: adapters are loaded from below it"
-                raise AdapterError("no_adapter_root", problem, "source")
+                raise AdapterError(ErrorCode.NO_ADAPTER_ROOT, problem, "source")
             # An absolute path replaces the root; that it leads below it is checked when it is opened.
             return Located(root / source, root, source)
         if hub is None:
             problem = "nothing below --adapter-root is called so, and --hub-adapters is off: nothing comes from the hub"
-            raise AdapterError("hub_disabled", problem, "source")
+            raise AdapterError(ErrorCode.HUB_DISABLED, problem, "source")
         started = time.monotonic()
         try:
             fetching = asyncio.get_running_loop().run_in_executor(self._hub_threads, hub.fetch, address)
             path, pinned = await asyncio.wait_for(fetching, _FETCH_SECONDS)
         except TimeoutError:
             problem = f"{source} was not downloaded within {_FETCH_SECONDS:.0f} s; try again, whole files are kept"
-            raise AdapterError("hub_failed", problem, "source") from None
+            raise AdapterError(ErrorCode.HUB_FAILED, problem, "source") from None
         finally:
             self._on_stage("fetch", time.monotonic() - started)
         return Located(path, None, str(pinned))
@@ -170,4 +171,4 @@ class AdapterSources:
     def _check_text(self, source: str) -> None:
         if not source or len(source) > MAX_SOURCE_CHARS or not source.isprintable():
             problem = f"the path must have 1 to {MAX_SOURCE_CHARS} printable characters"
-            raise AdapterError("bad_source", problem, "source")
+            raise AdapterError(ErrorCode.BAD_SOURCE, problem, "source")

@@ -12,17 +12,13 @@ from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.peft.weights import LoadedAdapter
 from guanaco.adapters.versions.registry import AdapterRegistry
 from guanaco.adapters.versions.store import VersionStore
+from guanaco.models.error_codes import ErrorCode
 from guanaco.server.engine.async_engine import AsyncEngine
 
 logger = logging.getLogger(__name__)
 
-# TokenOutput.error of requests whose adapter could not be read: its copy is damaged or gone, or it may work again
-ADAPTER_BROKEN = "adapter_broken"
-ADAPTER_READ_FAILED = "adapter_read_failed"
-
 # Reads at the same time. Many, since they wait for a disk: one that hangs must not keep the others from theirs.
 _READ_THREADS = 16
-_MAY_PASS = frozenset({"unreadable"})  # codes that say nothing about the copy: too many open files, an I/O error
 
 
 class AdapterTiers:
@@ -112,26 +108,26 @@ class AdapterTiers:
         host, slots = self._engine.ledgers.host, self._engine.ledgers.slots
         if (device_bytes := self._device_bytes(adapter)) > slots.num_bytes:
             problem = f"it takes {device_bytes} bytes of the device's {slots.num_bytes}: raise --adapter-device-memory"
-            return AdapterError("device_memory_full", problem)
+            return AdapterError(ErrorCode.DEVICE_MEMORY_FULL, problem)
         problem = (
             f"it needs {adapter.num_bytes} bytes, and {host.num_evictable_bytes} of {host.limit_bytes} are free or "
             "could be: unload another, wait for what runs, or raise --adapter-host-memory"
         )
-        return AdapterError("host_memory_full", problem)
+        return AdapterError(ErrorCode.HOST_MEMORY_FULL, problem)
 
     def _read(self, version: str) -> None:
         """On a thread of its own: bring one version into memory, and tell the engine how that went."""
-        error: str | None = None
+        error: ErrorCode | None = None
         try:
             self._registry.keep(self._registry.staged(version) or self._store.read(version))
         except AdapterError as problem:
             logger.error("adapter version %.12s could not be read: %s", version, problem)
-            error = ADAPTER_READ_FAILED
-            if problem.code not in _MAY_PASS:
-                error = ADAPTER_BROKEN
+            error = ErrorCode.ADAPTER_READ_FAILED
+            if problem.code != ErrorCode.UNREADABLE:  # which says nothing about the copy: too many open files, say
+                error = ErrorCode.ADAPTER_BROKEN
                 self._registry.mark_broken(version, problem.code, str(problem))
                 self._engine.on_loop(lambda: self._on_broken(version))
         except Exception:
             logger.exception("adapter version %.12s could not be read", version)
-            error = ADAPTER_READ_FAILED
+            error = ErrorCode.ADAPTER_READ_FAILED
         self._engine.send(lambda engine: engine.adapter_read(version, error))

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
-from guanaco.server.config import SettingsError
+from guanaco.models.errors import OperatorError
 from guanaco.server.errors import CommandError
 
 EXIT_USAGE = 2  # something the operator can put right; the last line on stderr says what
@@ -14,13 +14,9 @@ EXIT_USAGE = 2  # something the operator can put right; the last line on stderr 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Errors that the operator can put right end the program with one line and exit code 2, without a traceback."""
-    from guanaco.adapters.errors import AdapterError
-    from guanaco.models.errors import ModelError
-    from guanaco.models.text.chat_template import TemplateError
-
     try:
         yield
-    except (SettingsError, CommandError, ModelError, AdapterError, TemplateError) as error:
+    except OperatorError as error:
         print(f"guanaco: {error}", file=sys.stderr)
         raise SystemExit(EXIT_USAGE) from None
 

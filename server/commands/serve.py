@@ -20,7 +20,7 @@ from rich.table import Table
 from guanaco.adapters.peft.weights import AdapterLimits
 from guanaco.adapters.versions.registry_file import RegistryFile
 from guanaco.adapters.versions.store import VersionStore
-from guanaco.models.text.chat_template import TemplateError, named_template
+from guanaco.models.text.chat_template import named_template
 from guanaco.models.text.template_renderer import shared_renderer
 from guanaco.server.adapters.hub import AdapterHub
 from guanaco.server.adapters.manager import AdapterManager
@@ -134,7 +134,6 @@ def _api_state(settings: Settings, runtime: Runtime, keys: KeyRing, admin_keys: 
         adapters=manager,
         chat_template=base.template,
         named_template=named_template,
-        template_errors=(TemplateError,),
     )
 
 

@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from guanaco.models.error_codes import ErrorCode
+from guanaco.models.errors import GuanacoError
 from guanaco.server.engine.awake_clock import CLOCK, awake_seconds
 from guanaco.server.engine.detokenizer import Decoder
 from guanaco.server.engine.engine import AdapterSource, Engine
@@ -29,11 +31,6 @@ from guanaco.server.engine.request_stream import RequestStream
 from guanaco.server.engine.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
-
-# TextOutput.error of requests that the engine itself ended
-ENGINE_DEAD = "engine_dead"
-SHUTTING_DOWN = "server_shutting_down"
-ADAPTER_UNLOADED = "adapter_unloaded"
 
 _WATCH_SECONDS = 0.25  # how often a stuck engine is looked for
 _LEAST_RETRY_SECONDS, _MOST_RETRY_SECONDS = 1.0, 60.0
@@ -56,7 +53,7 @@ class Health:
     reason: str  # why not, for the operator; empty if all is well
 
 
-class EngineOverloaded(Exception):
+class EngineOverloaded(GuanacoError):
     """The queue is full."""
 
     def __init__(self, retry_after_seconds: float) -> None:
@@ -64,15 +61,19 @@ class EngineOverloaded(Exception):
         self.retry_after_seconds = retry_after_seconds
 
 
-class NeverFits(ValueError):
+class NeverFits(GuanacoError, ValueError):
     """Requests that belong together and are more than may ever wait at once; the message has the numbers."""
 
 
-class ProbeFailed(Exception):
-    """A probe of the engine's own ended without a result; the message is the engine's word for why."""
+class ProbeFailed(GuanacoError):
+    """A probe of the engine's own ended without a result. `code` is why, if the engine ended it with an error."""
+
+    def __init__(self, code: ErrorCode | None, reason: str) -> None:
+        super().__init__(code or reason)
+        self.code = code
 
 
-class EngineUnavailable(Exception):
+class EngineUnavailable(GuanacoError):
     """The engine takes no new requests: it is dead or stuck, or being drained."""
 
     def __init__(self, reason: str, *, draining: bool) -> None:
@@ -169,16 +170,16 @@ class AsyncEngine:
             arrival_seconds=awake_seconds(),
             background=True,
         )
-        error: str | None = "the probe took too long"
+        code, reason = None, "the probe took too long"
         try:
             async with asyncio.timeout(_PROBE_SECONDS), self._open(request) as stream:
                 async for output in stream:
-                    error = output.error
+                    code, reason = output.error, "the probe gave nothing"
                 if stream.logits is not None:
                     return stream.logits
         except TimeoutError:
             pass
-        raise ProbeFailed(error or "the probe gave nothing")
+        raise ProbeFailed(code, reason)
 
     def end_adapter(self, version: str) -> int:
         """End every open request that uses an adapter version, with an error; how many there were. Not a probe:
@@ -186,7 +187,7 @@ class AsyncEngine:
         open_streams = [stream for stream in self._streams.values() if not stream.request.background]
         users = [s for s in open_streams if any(lora.version == version for lora in s.request.loras)]
         for stream in users:
-            stream.fail(ADAPTER_UNLOADED)
+            stream.fail(ErrorCode.ADAPTER_UNLOADED)
             self.forget(stream.request.request_id, abort=True)
         return len(users)
 
@@ -245,12 +246,12 @@ class AsyncEngine:
         try:
             await asyncio.wait_for(self._all_ended.wait(), deadline_seconds)
         except TimeoutError:
-            self._end_all(SHUTTING_DOWN)
+            self._end_all(ErrorCode.SERVER_SHUTTING_DOWN)
 
     async def stop(self) -> None:
         """End what is open, and the thread."""
         self._draining = True
-        self._end_all(SHUTTING_DOWN)
+        self._end_all(ErrorCode.SERVER_SHUTTING_DOWN)
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -363,17 +364,17 @@ class AsyncEngine:
                 stream.deliver(item)
             except Exception:
                 logger.exception("request %s: its tokens could not be turned into text", item.request_id)
-                stream.fail("internal_error")
+                stream.fail(ErrorCode.INTERNAL_ERROR)
                 self.forget(item.request_id, abort=True)
         self._on_step(output.stats)
 
     def _die(self, reason: str) -> None:
         if self._death is None:
             self._death = reason
-            self._end_all(ENGINE_DEAD)
+            self._end_all(ErrorCode.ENGINE_DEAD)
             self._on_death()
 
-    def _end_all(self, error: str) -> None:
+    def _end_all(self, error: ErrorCode) -> None:
         for request_id, stream in list(self._streams.items()):
             stream.fail(error)
             self.forget(request_id, abort=True)

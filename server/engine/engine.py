@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
+from guanaco.models.error_codes import ErrorCode
+from guanaco.models.errors import GuanacoError
 from guanaco.server.engine.awake_clock import awake_seconds
 from guanaco.server.engine.request import (
     Request,
@@ -21,11 +23,12 @@ from guanaco.server.engine.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
-INTERNAL_ERROR = "internal_error"  # TokenOutput.error of a request that the forward pass could not compute
-ADAPTER_LOAD_FAILED = "adapter_load_failed"  # … whose adapter could not be put on the device
+# A request ends with the first where the forward pass could not compute it, with the second where its adapter could not
+# be put on the device.
+_COMPUTE_ERRORS = (ErrorCode.INTERNAL_ERROR, ErrorCode.ADAPTER_LOAD_FAILED)
 
 
-class EngineFailure(Exception):
+class EngineFailure(GuanacoError):
     """The engine cannot compute any more; the process should end and be started again."""
 
 
@@ -110,7 +113,7 @@ class Engine:
         self._move_adapters()
         return all(found)
 
-    def adapter_read(self, version: str, error: str | None) -> None:
+    def adapter_read(self, version: str, error: ErrorCode | None) -> None:
         """A read that `source` was told to start has ended; with an error, so do those who waited for it."""
         self.scheduler.adapter_read(version, error)
         self._move_adapters()
@@ -158,7 +161,7 @@ class Engine:
         good = []
         for index, item in enumerate(batch.sequences):
             if failed_versions & {lora.version for lora in item.sequence.request.loras}:
-                results[index] = SampledToken(None, error=ADAPTER_LOAD_FAILED)
+                results[index] = SampledToken(None, error=ErrorCode.ADAPTER_LOAD_FAILED)
             else:
                 good.append(index)
         self._run_part(batch, good, results)
@@ -190,7 +193,7 @@ class Engine:
             if len(indexes) == 1:
                 request_id = batch.sequences[indexes[0]].sequence.request.request_id
                 logger.exception("the forward pass failed for request %s", request_id)
-                results[indexes[0]] = SampledToken(None, error=INTERNAL_ERROR)
+                results[indexes[0]] = SampledToken(None, error=ErrorCode.INTERNAL_ERROR)
                 return
             middle = len(indexes) // 2
             self._run_part(batch, indexes[:middle], results)
@@ -199,7 +202,7 @@ class Engine:
     def _check_runner(self, results: dict[int, SampledToken]) -> None:
         """Where every request failed, find out whether it was their fault. A few bad requests at a quiet time must
         not end the server; a broken device must."""
-        if not results or any(r.error not in (INTERNAL_ERROR, ADAPTER_LOAD_FAILED) for r in results.values()):
+        if not results or any(r.error not in _COMPUTE_ERRORS for r in results.values()):
             return
         try:
             self._runner.probe()

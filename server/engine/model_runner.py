@@ -18,8 +18,9 @@ from guanaco.kernels.lora_batch import LoraBatch, LoraTable
 from guanaco.models.architectures.forward_batch import ForwardBatch
 from guanaco.models.architectures.kv_cache import PagedKVCache
 from guanaco.models.architectures.llama import LlamaModel
+from guanaco.models.error_codes import ErrorCode
 from guanaco.server.engine.request import SampledToken, ScheduledBatch, ScheduledSequence, TokenLogprob
-from guanaco.server.engine.sampler import NOT_FINITE, SamplingRow, sample, token_logprobs
+from guanaco.server.engine.sampler import SamplingRow, sample, token_logprobs
 
 # A prompt is scored in pieces whose logits take no more than this: a step of 512 tokens over 128,000 ids took 262 MB.
 _SCORED_LOGITS_BYTES = 32 << 20
@@ -105,7 +106,7 @@ class ModelRunner:
         for first in range(0, len(positions), at_once):
             logits = self._model.logits(hidden[first : first + at_once])
             if not bool(torch.isfinite(logits.sum(dim=-1)).all()):
-                return SampledToken(None, error=NOT_FINITE)
+                return SampledToken(None, error=ErrorCode.NUMERICAL_ERROR)
             predicted = [item.sequence.token_ids[p + 1] for p in positions[first : first + at_once]]
             found += token_logprobs(logits, predicted, [num_top] * len(predicted))
         return replace(token, prompt_logprobs=tuple(found))

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from typing import NamedTuple
 
+from guanaco.models.error_codes import ErrorCode
+
 
 class FinishReason(StrEnum):
     STOP = "stop"  # an eos id, a stop token id or a stop string
@@ -172,7 +174,7 @@ class SampledToken:
     token_id: int | None  # None where nothing was to be sampled
     logprob: TokenLogprob | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
-    error: str | None = None
+    error: ErrorCode | None = None
     logits: bytes | None = None  # float32 [vocab], where they were asked for
 
 
@@ -185,7 +187,7 @@ class TokenOutput(NamedTuple):  # made for every sequence in every step, too
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop token id or stop string that matched; None for eos and the rest
-    error: str | None = None
+    error: ErrorCode | None = None
     num_cached_tokens: int = 0
     queue_seconds: float | None = None  # from the request's arrival to its first step
     logits: bytes | None = None

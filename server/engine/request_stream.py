@@ -9,6 +9,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 
+from guanaco.models.error_codes import ErrorCode
 from guanaco.server.engine.detokenizer import Decoder, Detokenizer
 from guanaco.server.engine.request import FinishReason, Request, TokenLogprob, TokenOutput
 
@@ -22,7 +23,7 @@ class TextOutput(NamedTuple):  # made for every token: a dataclass takes several
     prompt_logprobs: tuple[TokenLogprob, ...]
     finish_reason: FinishReason | None
     stop_reason: int | str | None
-    error: str | None
+    error: ErrorCode | None
     num_prompt_tokens: int
     num_cached_tokens: int
     num_output_tokens: int
@@ -114,7 +115,7 @@ class RequestStream:
         if reason is not None:
             self._engine.forget(self.request.request_id, abort=aborted)
 
-    def fail(self, error: str) -> None:
+    def fail(self, error: ErrorCode) -> None:
         """End with an error; called by the engine, on the loop."""
         if not self._ended:
             failure = TokenOutput(self.request.request_id, (), finish_reason=FinishReason.ERROR, error=error)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from guanaco.kernels import Draw
+from guanaco.models.error_codes import ErrorCode
 from guanaco.server.engine.request import SampledToken, SamplingParams, TokenLogprob
 
 FloatArray = NDArray[np.float32]
@@ -23,7 +24,6 @@ FloatArray = NDArray[np.float32]
 # Candidates looked at before a row is sorted as a whole: with ordinary parameters top_p and min_p end long before.
 _NUM_CANDIDATES = 1024
 
-NOT_FINITE = "numerical_error"  # SampledToken.error of a row whose logits hold NaN or infinity
 
 _FLOAT32 = np.finfo(np.float32)
 _LARGEST = float(_FLOAT32.max)
@@ -78,7 +78,7 @@ def sample(
         for i, logprob in zip(reported, found, strict=True):
             logprobs[i] = logprob
     return [
-        SampledToken(token, logprob) if ok else SampledToken(None, error=NOT_FINITE)
+        SampledToken(token, logprob) if ok else SampledToken(None, error=ErrorCode.NUMERICAL_ERROR)
         for token, logprob, ok in zip(ids, logprobs, finite, strict=True)
     ]
 

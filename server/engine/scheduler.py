@@ -9,6 +9,7 @@ from bisect import insort
 
 from guanaco.adapters.residency.host_table import HostTable
 from guanaco.adapters.residency.slot_table import SlotTable
+from guanaco.models.error_codes import ErrorCode
 from guanaco.server.engine.block_manager import BlockManager, Faults
 from guanaco.server.engine.limits import Limits, StepCounts
 from guanaco.server.engine.loading_queue import LoadingQueue
@@ -27,10 +28,6 @@ from guanaco.server.engine.turns import LAST, Turns
 
 # After so many steps of being passed over for want of an adapter slot, a request lets nobody who needs one pass.
 MAX_PASSED_OVER_STEPS = 32
-
-# TokenOutput.error of a request that waited too long: for its turn, or for its adapters to be read
-QUEUE_TIMEOUT = "queue_timeout"
-ADAPTER_TIMEOUT = "adapter_timeout"
 
 
 def _by_arrival(sequence: Sequence) -> int:
@@ -133,7 +130,7 @@ class Scheduler:
         self.host.remove(version)
         self.slots.set_size(version, 0)
 
-    def adapter_read(self, version: str, error: str | None) -> None:
+    def adapter_read(self, version: str, error: ErrorCode | None) -> None:
         """A version that `host` wanted read is in memory, or could not be had: then whoever waits for it ends so."""
         self.host.read_done(version, is_here=error is None)
         if error is not None:
@@ -245,7 +242,7 @@ class Scheduler:
     def _expire(self, now: float) -> None:
         """Refuse what has waited too long. A preempted sequence has not: it was let in once."""
         for sequence in self.loading.late(now):
-            self._end(sequence, FinishReason.ERROR, error=ADAPTER_TIMEOUT)
+            self._end(sequence, FinishReason.ERROR, error=ErrorCode.ADAPTER_TIMEOUT)
         limit = self.limits.queue_timeout_seconds
         late = []
         for sequence in self.waiting:
@@ -255,7 +252,7 @@ class Scheduler:
                 break  # those behind it came later
             late.append(sequence)
         for sequence in late:
-            self._end(sequence, FinishReason.ERROR, error=QUEUE_TIMEOUT)
+            self._end(sequence, FinishReason.ERROR, error=ErrorCode.QUEUE_TIMEOUT)
 
     def _schedule_decoding(
         self, chosen: dict[int, ScheduledSequence], share: StepShare, *, leave_room: bool = True
@@ -369,7 +366,7 @@ class Scheduler:
         self._wait(sequence)
         self.counts.num_preempted += 1
 
-    def _end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
+    def _end(self, sequence: Sequence, reason: FinishReason, error: ErrorCode | None = None) -> None:
         self._release(sequence, reason)
         output = TokenOutput(sequence.request.request_id, (), finish_reason=reason, error=error)
         self._outputs.append(output)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.requests import Request
 
+from guanaco.models.error_codes import ErrorCode
 from guanaco.server.api.generation.fields import INSTEAD, RouteFields, asks_for_nothing
 from guanaco.server.api.generation.ignored import Ignored, ignored_fields
 from guanaco.server.api.generation.json_structure import check_structure
@@ -29,12 +30,14 @@ async def read_body(request: Request, max_bytes: int, held: HeldBody) -> bytes:
     plain JSON, 503 or 429 where memory has no room for it; ClientGone where the client leaves before its end."""
     headers = request.headers
     if headers.get("content-encoding", "identity").strip().lower() not in ("identity", ""):
-        raise ApiError(415, "unsupported_encoding", "compressed bodies are not read: send the JSON as it is")
+        raise ApiError(415, ErrorCode.UNSUPPORTED_ENCODING, "compressed bodies are not read: send the JSON as it is")
     kind, _, parameters = headers.get("content-type", "").partition(";")
     if kind.strip().lower() != "application/json":
-        raise ApiError(415, "unsupported_media_type", "send the body as JSON, with `Content-Type: application/json`")
+        raise ApiError(
+            415, ErrorCode.UNSUPPORTED_MEDIA_TYPE, "send the body as JSON, with `Content-Type: application/json`"
+        )
     if "charset" in parameters.lower() and "utf-8" not in parameters.lower():
-        raise ApiError(415, "unsupported_media_type", "send the JSON in UTF-8")
+        raise ApiError(415, ErrorCode.UNSUPPORTED_MEDIA_TYPE, "send the JSON in UTF-8")
     announced = headers.get("content-length", "")
     if announced.isascii() and announced.isdecimal():
         if int(announced) > max_bytes:
@@ -55,21 +58,23 @@ async def read_body(request: Request, max_bytes: int, held: HeldBody) -> bytes:
 
 
 def _too_large(max_bytes: int) -> ApiError:
-    return ApiError(413, "request_too_large", f"the body is larger than {max_bytes} bytes, the most this server reads")
+    return ApiError(
+        413, ErrorCode.REQUEST_TOO_LARGE, f"the body is larger than {max_bytes} bytes, the most this server reads"
+    )
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
     """The body as a JSON object."""
     check_structure(body)
     if not body:
-        raise bad_request("the body is empty: send JSON, {} at least", code="invalid_json")
+        raise bad_request("the body is empty: send JSON, {} at least", code=ErrorCode.INVALID_JSON)
     try:
         value = from_json(body, allow_inf_nan=False)
     except ValueError:
         # pydantic's own words would say where, but they can quote the body
-        raise bad_request("the body is not valid JSON in UTF-8", code="invalid_json") from None
+        raise bad_request("the body is not valid JSON in UTF-8", code=ErrorCode.INVALID_JSON) from None
     if not isinstance(value, dict):
-        raise bad_request("the body must be a JSON object", code="invalid_json")
+        raise bad_request("the body must be a JSON object", code=ErrorCode.INVALID_JSON)
     json.loads(body, object_pairs_hook=_refuse_duplicates, parse_int=_pass_over)
     return value
 
@@ -81,7 +86,7 @@ def _pass_over(digits: str) -> None:
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> None:
     """Two readers of one body could otherwise understand two different requests."""
     if len({key for key, _ in pairs}) != len(pairs):
-        raise bad_request("the body has an object with the same key twice", code="invalid_json")
+        raise bad_request("the body has an object with the same key twice", code=ErrorCode.INVALID_JSON)
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,7 @@ def take_fields(data: dict[str, Any], route: RouteFields) -> TakenFields:
     for name in route.refused.keys() & data.keys():
         if not asks_for_nothing(data[name], route.refused[name]):
             advice = f": {INSTEAD[name]}" if name in INSTEAD else ""
-            raise bad_request(f"{name} is not supported by this server{advice}", name, "unsupported_parameter")
+            raise bad_request(f"{name} is not supported by this server{advice}", name, ErrorCode.UNSUPPORTED_PARAMETER)
     ignored = ignored_fields(data, route)
     ours = {name: value for name, value in data.items() if name not in route.aliases}
     renamed: dict[str, str] = {}
@@ -140,8 +145,8 @@ def _field_error(location: Sequence[int | str], kind: str, message: str) -> ApiE
     for part in location:
         param += f"[{part}]" if isinstance(part, int) else f".{part}" if param else part
     if kind == "missing":
-        return bad_request(f"{param} is missing", param, "missing_required_parameter")
-    code = "invalid_type" if kind.endswith("_type") else "invalid_value"
+        return bad_request(f"{param} is missing", param, ErrorCode.MISSING_REQUIRED_PARAMETER)
+    code = ErrorCode.INVALID_TYPE if kind.endswith("_type") else ErrorCode.INVALID_VALUE
     return bad_request(f"{param}: {message}"[:_MAX_MESSAGE], param or None, code)
 
 

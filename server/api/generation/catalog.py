@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from guanaco.models.error_codes import ErrorCode
 from guanaco.server.adapters.sources import shown_source
 from guanaco.server.api.http.auth import ApiKey
 from guanaco.server.api.http.errors import ApiError, alias_target_missing, bad_request, model_not_found
@@ -235,10 +236,12 @@ class Catalog:
             try:
                 model = self.acquire(name, caller, admission)
             except ApiError as error:
-                if error.code != "model_not_found":
+                if error.code != ErrorCode.MODEL_NOT_FOUND:
                     raise
                 text = f"no adapter is called as adapters[{index}].name says; GET /v1/models lists them"
-                raise ApiError(error.status, "adapter_not_found", text, param=f"adapters[{index}].name") from None
+                raise ApiError(
+                    error.status, ErrorCode.ADAPTER_NOT_FOUND, text, param=f"adapters[{index}].name"
+                ) from None
             if model.version is None:
                 raise bad_request("the base is no adapter", f"adapters[{index}].name")
             loras.append(LoraRef(model.version, scale))

@@ -12,6 +12,7 @@ from typing import Any, Self, TypeVar
 
 from starlette.types import Receive
 
+from guanaco.models.error_codes import ErrorCode
 from guanaco.server.api.generation.catalog import ServedModel
 from guanaco.server.api.generation.state import ApiState
 from guanaco.server.api.http.access_log import RequestRecord
@@ -91,9 +92,9 @@ class Generation:
         try:
             self._streams = self._state.engine.submit_all(requests)
         except NeverFits as error:
-            raise bad_request(str(error), code="too_many_prompts") from None
+            raise bad_request(str(error), code=ErrorCode.TOO_MANY_PROMPTS) from None
         except ValueError as error:  # the engine's word for a request that can never run; it holds numbers only
-            raise bad_request(str(error), code="context_length_exceeded") from None
+            raise bad_request(str(error), code=ErrorCode.CONTEXT_LENGTH_EXCEEDED) from None
         self.choices = [Choice(request, num_prompt_tokens=len(request.prompt_token_ids)) for request in requests]
         self._num_unfinished = len(requests)
         for index, stream in enumerate(self._streams):
@@ -222,7 +223,7 @@ class Generation:
 
 def _raise_failure(output: TextOutput) -> None:
     if output.finish_reason in _ENDED_BADLY:
-        raise GenerationFailed(output.error or "aborted")
+        raise GenerationFailed(output.error or ErrorCode.ABORTED)
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

@@ -4,6 +4,8 @@ Chat sends such a body itself. Routes with another shape translate their bodies 
 means the same to all of them. Knows neither HTTP nor answers.
 """
 
+from guanaco.models.error_codes import ErrorCode
+from guanaco.models.errors import TemplateError
 from guanaco.server.api.generation.catalog import Caller
 from guanaco.server.api.generation.ignored import Ignored
 from guanaco.server.api.generation.protocol import ChatBody, ChatMessage
@@ -74,7 +76,7 @@ def render_messages(
     check_text_size(sum(len(message.content.encode()) for message in messages), max_model_len, "messages")
     if template is None:
         text = "this model has no chat template: use /v1/completions, or start the server with --chat-template NAME"
-        raise bad_request(text, "messages", "no_chat_template")
+        raise bad_request(text, "messages", ErrorCode.NO_CHAT_TEMPLATE)
     try:
         token_ids = state.tokenizer.encode_chat(
             [message.template_message() for message in messages],
@@ -82,33 +84,33 @@ def render_messages(
             template=template,
             max_chars=max_model_len * MAX_BYTES_PER_TOKEN,
         )
-    except state.template_errors as error:
-        raise _template_problem(getattr(error, "code", "template_error")) from None
+    except TemplateError as error:  # its text may quote the messages: only its code goes on
+        raise _template_problem(error.code) from None
     if not token_ids:
         raise bad_request("the messages come to no tokens at all", "messages")
     check_token_ids(state, token_ids, "messages")
     return tuple(token_ids)
 
 
-def _template_problem(code: str) -> ApiError:
+def _template_problem(code: ErrorCode) -> ApiError:
     """What a client is told of a chat template that gave no prompt. `code` is the template error's own."""
     instead = "ask the server's operator for another chat template, or use /v1/completions"
     match code:
-        case "template_timeout":
+        case ErrorCode.TEMPLATE_TIMEOUT:
             text = f"the model's chat template took too long with these messages and was stopped: {instead}"
-        case "template_too_large":
+        case ErrorCode.TEMPLATE_TOO_LARGE:
             text = f"the model's chat template made more of these messages than the context holds: {instead}"
-        case "template_crashed":
+        case ErrorCode.TEMPLATE_CRASHED:
             text = f"the model's chat template broke the process that renders it: {instead}"
-        case "template_busy":
+        case ErrorCode.TEMPLATE_BUSY:
             text = "the model's chat template is slow, and another chat is being prepared with it; try again later"
             return ApiError(503, code, text, param="messages", retry_after=1)
-        case "template_unavailable":
+        case ErrorCode.TEMPLATE_UNAVAILABLE:
             text = "the process that prepares chats ended or could not be started; try again, the log has the reason"
             return ApiError(503, code, text, retry_after=5)
         case _:
             code, text = (
-                "template_error",
+                ErrorCode.TEMPLATE_ERROR,
                 "the model's chat template doesn't take these messages (their roles or their order)",
             )
     return bad_request(text, "messages", code)

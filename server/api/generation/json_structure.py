@@ -6,6 +6,7 @@ Bytes are cheap; lists, keys and numbers are not. Doesn't parse. Called by `body
 
 import re
 
+from guanaco.models.error_codes import ErrorCode
 from guanaco.server.api.http.errors import bad_request
 
 MAX_ITEMS = 1 << 18  # commas: a prompt of that many token ids
@@ -58,7 +59,7 @@ def _check(counts: _Counts, body: bytes, start: int, end: int) -> None:
     if problem is None and end - start > MAX_DIGITS and _LONG_NUMBER.search(body, start, end):
         problem = f"a number of more than {MAX_DIGITS} digits"
     if problem is not None:
-        raise bad_request(f"the body has {problem}: send less at once", code="invalid_json")
+        raise bad_request(f"the body has {problem}: send less at once", code=ErrorCode.INVALID_JSON)
 
 
 def _may_have_long_number(body: bytes) -> bool:

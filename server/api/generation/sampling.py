@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from guanaco.models.error_codes import ErrorCode
 from guanaco.server.api.generation.protocol import MAX_TOP_K, MAX_TOTAL_TOKENS, GenerationBody
 from guanaco.server.api.http.errors import ApiError, bad_request
 from guanaco.server.engine.request import SamplingParams
@@ -56,7 +57,7 @@ def check_request(body: GenerationBody, num_token_ids: int) -> None:
     if body.stream_options is not None and not body.stream:
         raise bad_request("stream_options needs stream to be true", "stream_options")
     if body.best_of is not None and body.best_of != body.n:
-        raise bad_request("best_of is only supported where it equals n", "best_of", "unsupported_parameter")
+        raise bad_request("best_of is only supported where it equals n", "best_of", ErrorCode.UNSUPPORTED_PARAMETER)
     beyond = f"a token id is beyond the model's vocabulary: token ids must be below {num_token_ids}"
     if any(token >= num_token_ids for token in body.stop_token_ids):
         raise bad_request(beyond, "stop_token_ids")
@@ -91,7 +92,7 @@ def sampling_params(
     if limit is not None and limit > room:
         raise ApiError(
             400,
-            "context_length_exceeded",
+            ErrorCode.CONTEXT_LENGTH_EXCEEDED,
             f"the prompt has {num_prompt_tokens} tokens and {limit_name} asks for {limit}, but this model's maximum "
             f"context length is {max_model_len} tokens: at most {room} can be generated",
             param=limit_name,
@@ -137,7 +138,7 @@ def for_choice(params: SamplingParams, index: int) -> SamplingParams:
 def context_exceeded(num_prompt_tokens: int, max_model_len: int, param: str) -> ApiError:
     return ApiError(
         400,
-        "context_length_exceeded",
+        ErrorCode.CONTEXT_LENGTH_EXCEEDED,
         f"the prompt has {num_prompt_tokens} tokens; this model's maximum context length is {max_model_len} tokens, "
         "and at least one of them must be left to generate",
         param=param,

@@ -71,9 +71,7 @@ class ChatTokenizer(Protocol):
 
 @dataclass(frozen=True)
 class ApiState:
-    """Everything that the HTTP side needs. `template_errors` are the exceptions that a chat template raises when the
-    messages don't suit it, or when it takes too long or too much: their `code` says which. Their text may quote the
-    messages, and stays here."""
+    """Everything that the HTTP side needs."""
 
     engine: AsyncEngine
     tokenizer: ChatTokenizer
@@ -88,7 +86,6 @@ class ApiState:
     adapters: AdapterManager | None = None  # None: adapters stay as they were at the start
     chat_template: Template | None = None  # to be used instead of the tokenizer's own
     named_template: Callable[[str], Template] = field(default=_no_template)  # for profiles
-    template_errors: tuple[type[Exception], ...] = ()
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
     # For requests that generate; for /tokenize and /detokenize; for writing large answers.
     preparation: FairPool = field(default_factory=lambda: FairPool(_PREPARE_THREADS, "guanaco-prepare"))

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from starlette.types import Scope
 
+from guanaco.models.error_codes import ErrorCode
 from guanaco.server.engine.awake_clock import awake_seconds
 
 access_logger = logging.getLogger("guanaco.access")
@@ -35,7 +36,7 @@ class RequestRecord:
     route: str | None = None  # the route's pattern, not the client's path
     status: int | None = None
     outcome: str | None = None  # ok, rejected, cancelled, failed
-    error_code: str | None = None
+    error_code: ErrorCode | None = None
     key_id: str | None = None
     model: str | None = None  # a served name
     adapter_version: str | None = None

@@ -13,6 +13,7 @@ from typing import Self
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from guanaco.models.error_codes import ErrorCode
 from guanaco.server.api.http.access_log import record_of
 from guanaco.server.api.http.errors import ApiError
 from guanaco.server.config import Settings, SettingsError, read_named_file
@@ -154,15 +155,19 @@ class AuthMiddleware:
 
 
 _ADMIN_DISABLED = ApiError(
-    403, "admin_disabled", "adapters can't be changed while this server runs; start it with --admin-key to allow it"
+    403,
+    ErrorCode.ADMIN_DISABLED,
+    "adapters can't be changed while this server runs; start it with --admin-key to allow it",
 )
 
 
 def _wrong_key(presented: bytes | None, admin: bool) -> ApiError:
     kind = "admin" if admin else "API"
     text = f"send {'its admin key' if admin else 'one of its API keys'} to this server as `Authorization: Bearer KEY`"
-    code = f"{'missing' if presented is None else 'invalid'}_{kind.lower()}_key"
-    return ApiError(401, code, text if presented is None else f"this {kind} key is not valid; {text}")
+    if presented is None:
+        return ApiError(401, ErrorCode.MISSING_ADMIN_KEY if admin else ErrorCode.MISSING_API_KEY, text)
+    code = ErrorCode.INVALID_ADMIN_KEY if admin else ErrorCode.INVALID_API_KEY
+    return ApiError(401, code, f"this {kind} key is not valid; {text}")
 
 
 async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:

@@ -13,17 +13,19 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from guanaco.models.error_codes import ErrorCode
+from guanaco.models.errors import GuanacoError
 from guanaco.server.engine.async_engine import EngineOverloaded, EngineUnavailable
 
 _TYPES = {429: "rate_limit_error"}  # besides these: 4xx invalid_request_error, 5xx server_error
 CLIENT_CLOSED_REQUEST = 499  # nginx's number, for the log only: nobody is there to read it
 
 
-class ApiError(Exception):
+class ApiError(GuanacoError):
     """A failure in the words and numbers that the client gets."""
 
     def __init__(
-        self, status: int, code: str, message: str, *, param: str | None = None, retry_after: float | None = None
+        self, status: int, code: ErrorCode, message: str, *, param: str | None = None, retry_after: float | None = None
     ) -> None:
         super().__init__(code)
         self.status = status
@@ -55,82 +57,103 @@ class ApiError(Exception):
         return Response(self.body(), self.status, self.headers(), "application/json")
 
 
-class ClientGone(Exception):
+class ClientGone(GuanacoError):
     """The client left before its answer was complete: there is nobody to tell."""
 
 
-class GenerationFailed(Exception):
+class GenerationFailed(GuanacoError):
     """The engine ended a request without finishing it. `reason` is the engine's word for why."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: ErrorCode) -> None:
         super().__init__(reason)
         self.reason = reason
 
 
-class DeadlineExceeded(Exception):
+class DeadlineExceeded(GuanacoError):
     """A request took longer than `request_timeout` altogether."""
 
 
-def bad_request(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
+def bad_request(message: str, param: str | None = None, code: ErrorCode = ErrorCode.INVALID_VALUE) -> ApiError:
     return ApiError(400, code, message, param=param)
 
 
 def model_not_found() -> ApiError:
-    return ApiError(404, "model_not_found", "no model of that name is served; GET /v1/models lists them", param="model")
+    return ApiError(
+        404, ErrorCode.MODEL_NOT_FOUND, "no model of that name is served; GET /v1/models lists them", param="model"
+    )
 
 
 def alias_target_missing() -> ApiError:
     text = "this name is an alias, and what it leads to is not loaded: its operator must load that, or re-point it"
-    return ApiError(404, "alias_target_missing", text, param="model")
+    return ApiError(404, ErrorCode.ALIAS_TARGET_MISSING, text, param="model")
 
 
 def draining(retry_after: float = 5.0) -> ApiError:
-    return ApiError(503, "server_draining", "this server is shutting down; try another one", retry_after=retry_after)
+    return ApiError(
+        503, ErrorCode.SERVER_DRAINING, "this server is shutting down; try another one", retry_after=retry_after
+    )
 
 
 def overloaded(retry_after: float = 1.0) -> ApiError:
     text = "too many requests are waiting; try again later"
-    return ApiError(503, "server_overloaded", text, retry_after=retry_after)
+    return ApiError(503, ErrorCode.SERVER_OVERLOADED, text, retry_after=retry_after)
 
 
 def _unavailable(error: EngineUnavailable) -> ApiError:
     if error.draining:
         return draining()
-    return ApiError(503, "engine_unavailable", "the engine does not run; the server must be restarted", retry_after=10)
+    return ApiError(
+        503, ErrorCode.ENGINE_UNAVAILABLE, "the engine does not run; the server must be restarted", retry_after=10
+    )
 
 
 def _http(error: HTTPException) -> ApiError:
     if error.status_code == 404:
-        return ApiError(404, "not_found", "there is no such route; GET /openapi.json lists them")
+        return ApiError(404, ErrorCode.NOT_FOUND, "there is no such route; GET /openapi.json lists them")
     if error.status_code == 405:
-        return ApiError(405, "method_not_allowed", "this route doesn't answer this method")
-    return ApiError(error.status_code, "http_error", "the request could not be served")
+        return ApiError(405, ErrorCode.METHOD_NOT_ALLOWED, "this route doesn't answer this method")
+    return ApiError(error.status_code, ErrorCode.HTTP_ERROR, "the request could not be served")
 
 
 # The engine's words for an end without a finish, and what the client is told.
 _FAILURES = {
-    "queue_timeout": ApiError(
-        503, "queue_timeout", "the request waited too long for its turn; try again later", retry_after=5
+    ErrorCode.QUEUE_TIMEOUT: ApiError(
+        503, ErrorCode.QUEUE_TIMEOUT, "the request waited too long for its turn; try again later", retry_after=5
     ),
-    "server_shutting_down": ApiError(
-        503, "server_shutting_down", "the server was shut down before the end of the answer"
+    ErrorCode.SERVER_SHUTTING_DOWN: ApiError(
+        503, ErrorCode.SERVER_SHUTTING_DOWN, "the server was shut down before the end of the answer"
     ),
-    "engine_dead": ApiError(500, "engine_unavailable", "the engine failed before the answer was complete"),
-    "adapter_load_failed": ApiError(500, "adapter_load_failed", "the adapter could not be brought to the device"),
-    "adapter_timeout": ApiError(
-        503, "adapter_timeout", "the adapter could not be read into memory in time; try again later", retry_after=5
+    ErrorCode.ENGINE_DEAD: ApiError(
+        500, ErrorCode.ENGINE_UNAVAILABLE, "the engine failed before the answer was complete"
     ),
-    "adapter_read_failed": ApiError(
-        503, "adapter_read_failed", "the adapter could not be read into memory; try again later", retry_after=5
+    ErrorCode.ADAPTER_LOAD_FAILED: ApiError(
+        500, ErrorCode.ADAPTER_LOAD_FAILED, "the adapter could not be brought to the device"
     ),
-    "adapter_broken": ApiError(500, "adapter_broken", "the server's copy of the adapter is damaged or gone"),
-    "adapter_unloaded": ApiError(503, "adapter_unloaded", "the adapter was removed before the answer was complete"),
-    "numerical_error": ApiError(500, "numerical_error", "the model produced values that are not numbers"),
+    ErrorCode.ADAPTER_TIMEOUT: ApiError(
+        503,
+        ErrorCode.ADAPTER_TIMEOUT,
+        "the adapter could not be read into memory in time; try again later",
+        retry_after=5,
+    ),
+    ErrorCode.ADAPTER_READ_FAILED: ApiError(
+        503, ErrorCode.ADAPTER_READ_FAILED, "the adapter could not be read into memory; try again later", retry_after=5
+    ),
+    ErrorCode.ADAPTER_BROKEN: ApiError(
+        500, ErrorCode.ADAPTER_BROKEN, "the server's copy of the adapter is damaged or gone"
+    ),
+    ErrorCode.ADAPTER_UNLOADED: ApiError(
+        503, ErrorCode.ADAPTER_UNLOADED, "the adapter was removed before the answer was complete"
+    ),
+    ErrorCode.NUMERICAL_ERROR: ApiError(
+        500, ErrorCode.NUMERICAL_ERROR, "the model produced values that are not numbers"
+    ),
 }
 _OUT_OF_MEMORY = ApiError(
-    503, "out_of_memory", "the server has no memory for this request; ask for less at once", retry_after=5
+    503, ErrorCode.OUT_OF_MEMORY, "the server has no memory for this request; ask for less at once", retry_after=5
 )
-_INTERNAL = ApiError(500, "internal_error", "the server failed; its log has the details under this request's id")
+_INTERNAL = ApiError(
+    500, ErrorCode.INTERNAL_ERROR, "the server failed; its log has the details under this request's id"
+)
 
 
 def as_api_error(error: BaseException) -> ApiError:
@@ -147,7 +170,7 @@ def as_api_error(error: BaseException) -> ApiError:
         case MemoryError():
             return _OUT_OF_MEMORY
         case DeadlineExceeded():
-            return ApiError(504, "request_timeout", "the request took longer than this server allows")
+            return ApiError(504, ErrorCode.REQUEST_TIMEOUT, "the request took longer than this server allows")
         case RequestValidationError():  # FastAPI's own handler would quote the input
             return bad_request("the request is not valid")
         case HTTPException():

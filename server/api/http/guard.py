@@ -12,6 +12,8 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
+from guanaco.models.error_codes import ErrorCode
+from guanaco.models.errors import GuanacoError
 from guanaco.server.api.http.auth import OPEN_PATHS
 from guanaco.server.api.http.early_answers import closing_where_early
 from guanaco.server.api.http.errors import ApiError
@@ -51,7 +53,7 @@ class _Phase(Enum):
     BODY = "body"
 
 
-class _Refused(Exception):
+class _Refused(GuanacoError):
     """Stops the parser from within its callbacks; `GuardedHttpProtocol._refusal` says what the client gets."""
 
 
@@ -127,7 +129,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
             self._refuse(_head_too_large())
         overhead = self._received_body_bytes - self._body_bytes
         if self._phase is _Phase.BODY and overhead > self.limits.max_chunk_overhead_bytes:
-            self._refuse(ApiError(413, "request_too_large", "the chunks of the body have too long extensions"))
+            self._refuse(ApiError(413, ErrorCode.REQUEST_TOO_LARGE, "the chunks of the body have too long extensions"))
 
     @property
     def _is_idle(self) -> bool:
@@ -154,7 +156,9 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         super().on_url(url)
         self._head_bytes += len(url)
         if len(self.url) > self.limits.max_url_bytes:
-            self._stop(ApiError(414, "uri_too_long", f"the URL is longer than {self.limits.max_url_bytes} bytes"))
+            self._stop(
+                ApiError(414, ErrorCode.URI_TOO_LONG, f"the URL is longer than {self.limits.max_url_bytes} bytes")
+            )
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._phase is _Phase.HEAD:  # else a trailer: what came after the body must not change what was checked
@@ -169,10 +173,10 @@ class GuardedHttpProtocol(HttpToolsProtocol):
             return
         if self._is_spare and self.url.partition(b"?")[0] not in _SPARE_URLS:
             text = "too many connections are open; try again later, and keep fewer open"
-            self._stop(ApiError(503, "too_many_connections", text, retry_after=1.0))
+            self._stop(ApiError(503, ErrorCode.TOO_MANY_CONNECTIONS, text, retry_after=1.0))
         version = self.parser.get_http_version()
         if fault := head_fault(self.parser.get_method(), version, self.headers):
-            self._stop(ApiError(400, "malformed_request", fault))
+            self._stop(ApiError(400, ErrorCode.MALFORMED_REQUEST, fault))
         if version == OLD_VERSION:
             self.expect_100_continue = False  # such a client would take the line for its answer
         runs_now = self._is_idle
@@ -194,12 +198,12 @@ class GuardedHttpProtocol(HttpToolsProtocol):
     def on_chunk_header(self) -> None:
         self._num_chunks += 1
         if self._num_chunks > self.limits.max_chunks:
-            self._stop(ApiError(413, "request_too_large", "the body comes in too many chunks"))
+            self._stop(ApiError(413, ErrorCode.REQUEST_TOO_LARGE, "the body comes in too many chunks"))
 
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)
         if self._body_bytes > self.limits.max_body_bytes:
-            self._stop(ApiError(413, "request_too_large", "the body is too large"))
+            self._stop(ApiError(413, ErrorCode.REQUEST_TOO_LARGE, "the body is too large"))
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -251,7 +255,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
             return
         if self._closes_after_body and not self.cycle.response_complete:
             return  # what came behind its body; the answer is still being written
-        refusal = self._refusal or ApiError(400, "malformed_request", "this is not a valid HTTP request")
+        refusal = self._refusal or ApiError(400, ErrorCode.MALFORMED_REQUEST, "this is not a valid HTTP request")
         self._stop_read_timer()
         self.count_refused(refusal.code)
         if self._is_idle or not self.cycle.response_started:
@@ -277,7 +281,9 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         if self._phase is _Phase.BETWEEN:
             self._close()  # an idle connection: nobody waits for an answer
         else:
-            self._refuse(ApiError(408, "request_timeout", f"the {self._phase.value} of the request took too long"))
+            self._refuse(
+                ApiError(408, ErrorCode.REQUEST_TIMEOUT, f"the {self._phase.value} of the request took too long")
+            )
 
     def _stop_read_timer(self) -> None:
         if self._read_timer is not None:
@@ -319,7 +325,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
 
 
 def _head_too_large() -> ApiError:
-    return ApiError(431, "headers_too_large", "the head of the request is too large, or has too many fields")
+    return ApiError(431, ErrorCode.HEADERS_TOO_LARGE, "the head of the request is too large, or has too many fields")
 
 
 def guarded(

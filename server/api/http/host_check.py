@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from guanaco.models.error_codes import ErrorCode
 from guanaco.server.api.http.access_log import record_of
 from guanaco.server.api.http.errors import ApiError
 
@@ -62,7 +63,7 @@ def _is_address(text: str) -> bool:
 
 _REFUSED = ApiError(
     403,
-    "host_not_allowed",
+    ErrorCode.HOST_NOT_ALLOWED,
     "this server has no API key, so it answers only to localhost, to IP addresses, and to names given with "
     "--allowed-host; the Host header of this request has another name. Start the server with --allowed-host NAME, or "
     "set --api-key",

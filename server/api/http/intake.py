@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
+from guanaco.models.error_codes import ErrorCode
 from guanaco.server.api.http.auth import ApiKey
 from guanaco.server.api.http.errors import ApiError
 
@@ -41,7 +42,7 @@ class Intake:
         most = self.max_token_requests
         if self.num_token_requests >= most or self._token_requests[owner] >= self._share(most):
             text = "too many requests to /tokenize and /detokenize at once; try again later"
-            raise ApiError(429, "too_many_token_requests", text, retry_after=_RETRY_SECONDS)
+            raise ApiError(429, ErrorCode.TOO_MANY_TOKEN_REQUESTS, text, retry_after=_RETRY_SECONDS)
         self._token_requests[owner] += 1
         try:
             yield
@@ -63,10 +64,10 @@ class Intake:
             most -= most // 8
         if self.num_body_bytes + more > most:
             text = "the request bodies that are being read fill the memory for them; try again later"
-            raise ApiError(503, "server_overloaded", text, retry_after=_RETRY_SECONDS)
+            raise ApiError(503, ErrorCode.SERVER_OVERLOADED, text, retry_after=_RETRY_SECONDS)
         if self._body_bytes[owner] + more > self._share(self.max_body_memory):
             text = "the request bodies of this API key fill its half of the memory for them; try again later"
-            raise ApiError(429, "too_many_body_bytes", text, retry_after=_RETRY_SECONDS)
+            raise ApiError(429, ErrorCode.TOO_MANY_BODY_BYTES, text, retry_after=_RETRY_SECONDS)
 
     def _change(self, owner: str, num_bytes: int) -> None:
         self.num_body_bytes += num_bytes

@@ -13,7 +13,9 @@ from pydantic_core import PydanticCustomError
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from guanaco.server.adapters.manager import AdapterManager, AdapterRefused
+from guanaco.adapters.errors import AdapterError, adapter_not_found
+from guanaco.models.error_codes import ErrorCode
+from guanaco.server.adapters.manager import AdapterManager
 from guanaco.server.adapters.view import AdapterView
 from guanaco.server.api.generation.body import body_schema
 from guanaco.server.api.generation.protocol import Body
@@ -88,18 +90,18 @@ def _card(view: AdapterView) -> dict[str, Any]:
 def _view(manager: AdapterManager, name: str) -> AdapterView:
     view = manager.view(name)
     if view is None:
-        raise ApiError(404, "adapter_not_found", "no adapter is called so; GET /v1/adapters lists them", param="name")
+        raise refusal(adapter_not_found())
     return view
 
 
-def _vllm_refusal(error: AdapterRefused, is_there: bool = False) -> ApiError:
+def _vllm_refusal(error: AdapterError, is_there: bool = False) -> ApiError:
     """As `refusal`, with the field's name on vLLM's routes, and with vLLM's status for a name that can't be had."""
     known = refusal(error)
     param = _VLLM_FIELDS.get(error.field or "", error.field)
-    if error.code != "name_taken":
+    if error.code != ErrorCode.NAME_TAKEN:
         return ApiError(known.status, known.code, known.message, param=param)
     hint = "; to replace it, set load_inplace to true" if is_there else ""
-    return ApiError(400, "name_taken", f"{error}{hint}", param=param)
+    return ApiError(400, ErrorCode.NAME_TAKEN, f"{error}{hint}", param=param)
 
 
 @router.post("/v1/load_lora_adapter", summary="vLLM's: load an adapter", openapi_extra=body_schema(LoadBody))
@@ -109,12 +111,12 @@ async def load_lora_adapter(request: Request) -> Response:
     try:
         try:
             await manager.load(body.lora_name, body.lora_path, replace=body.load_inplace)
-        except AdapterRefused as error:
+        except AdapterError as error:
             # Controllers repeat a load whose answer they have not seen, and take nothing but 200 for its success.
-            is_there = error.code == "name_taken" and manager.view(body.lora_name) is not None
+            is_there = error.code == ErrorCode.NAME_TAKEN and manager.view(body.lora_name) is not None
             if not is_there or not await manager.is_same(body.lora_name, body.lora_path):
                 raise
-    except AdapterRefused as error:
+    except AdapterError as error:
         raise _vllm_refusal(error, manager.view(body.lora_name) is not None) from None
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
@@ -124,7 +126,7 @@ async def unload_lora_adapter(request: Request) -> Response:
     manager, body = manager_of(request), await admin_body(request, UnloadBody)
     try:
         await manager.unload(body.lora_name)
-    except AdapterRefused as error:
+    except AdapterError as error:
         raise _vllm_refusal(error) from None
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
@@ -146,7 +148,7 @@ async def put_adapter(request: Request, name: str) -> Response:
     profile = {"profile": body.profile} if isinstance(body.profile, str) else body.profile
     try:
         await manager.load(name, body.source, replace=True, expected_version=body.expected_version, profile=profile)
-    except AdapterRefused as error:
+    except AdapterError as error:
         raise refusal(error) from None
     return json_response(_card(_view(manager, name)), 201 if is_new else 200)
 
@@ -166,7 +168,7 @@ async def delete_adapter(request: Request, name: str) -> Response:
         raise bad_request(f"timeout must be a number of seconds up to {_MAX_TIMEOUT_SECONDS:.0f}", "timeout")
     try:
         drained = await manager.unload(name, force=force == "true", timeout_seconds=float(timeout))
-    except AdapterRefused as error:
+    except AdapterError as error:
         raise refusal(error) from None
     return json_response({"object": "adapter.deleted", "name": name, "deleted": True, "drained": drained})
 
@@ -176,7 +178,7 @@ async def check_adapter(request: Request, name: str) -> Response:
     manager, body = manager_of(request), await admin_body(request, CheckBody)
     try:
         report = await manager.check(name, body.source)
-    except AdapterRefused as error:
+    except AdapterError as error:
         raise refusal(error) from None
     return json_response({"object": "adapter.check", "name": name, **report})
 
@@ -188,7 +190,7 @@ async def rollback_adapter(request: Request, name: str) -> Response:
     manager, body = manager_of(request), await admin_body(request, RollbackBody)
     try:
         await manager.rollback(name, body.version)
-    except AdapterRefused as error:
+    except AdapterError as error:
         raise refusal(error) from None
     return json_response(_card(_view(manager, name)))
 
@@ -200,6 +202,6 @@ async def pin_adapter(request: Request, name: str) -> Response:
     manager, body = manager_of(request), await admin_body(request, PinBody)
     try:
         await manager.pin(name, pinned=body.pinned)
-    except AdapterRefused as error:
+    except AdapterError as error:
         raise refusal(error) from None
     return json_response(_card(_view(manager, name)))

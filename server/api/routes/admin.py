@@ -10,37 +10,25 @@ from typing import Annotated, Any
 from pydantic import Field
 from starlette.requests import Request
 
-from guanaco.server.adapters.manager import AdapterManager, AdapterRefused
+from guanaco.adapters.errors import AdapterError, ErrorKind
+from guanaco.models.error_codes import ErrorCode
+from guanaco.server.adapters.manager import AdapterManager
 from guanaco.server.api.generation.body import parse_object, read_body, validate
 from guanaco.server.api.generation.state import state_of
 from guanaco.server.api.http.errors import ApiError
 
 Name = Annotated[str, Field(min_length=1, max_length=64)]
 
-# Of a refusal's code; all others are a 400.
 STATUS = {
-    "adapter_not_found": 404,
-    "not_found": 404,
-    "version_missing": 404,
-    "alias_not_found": 404,
-    "target_not_found": 404,
-    "revision_missing": 404,
-    "changed_while_reading": 409,
-    "alias_cycle": 409,
-    "too_many_aliases": 409,
-    "revision_conflict": 409,
-    "hub_forbidden": 403,
-    "hub_not_found": 404,
-    "hub_failed": 502,
-    "hub_offline": 503,
-    "name_taken": 409,
-    "no_history": 409,
-    "version_conflict": 409,
-    "host_memory_full": 507,
-    "device_memory_full": 507,
-    "store_failed": 507,
-    "version_damaged": 500,
-    "probe_failed": 503,
+    ErrorKind.CALLER: 400,
+    ErrorKind.MISSING: 404,
+    ErrorKind.FORBIDDEN: 403,
+    ErrorKind.CONFLICT: 409,
+    ErrorKind.CAPACITY: 507,
+    ErrorKind.UPSTREAM: 502,
+    ErrorKind.PASSING: 503,
+    ErrorKind.STORAGE: 507,
+    ErrorKind.OURS: 500,
 }
 
 
@@ -48,7 +36,7 @@ def manager_of(request: Request) -> AdapterManager:
     """What changes adapters; a 403 where nothing does."""
     manager = state_of(request).adapters
     if manager is None:
-        raise ApiError(403, "admin_disabled", "adapters can't be changed while this server runs")
+        raise ApiError(403, ErrorCode.ADMIN_DISABLED, "adapters can't be changed while this server runs")
     return manager
 
 
@@ -60,6 +48,6 @@ async def admin_body(request: Request, model: type[Any]) -> Any:
         return validate(model, await asyncio.to_thread(parse_object, raw))
 
 
-def refusal(error: AdapterRefused) -> ApiError:
+def refusal(error: AdapterError) -> ApiError:
     """A refusal as the client gets it."""
-    return ApiError(STATUS.get(error.code, 400), error.code, str(error), param=error.field)
+    return ApiError(STATUS[error.kind], error.code, str(error), param=error.field)

@@ -8,12 +8,12 @@ from pydantic_core import PydanticCustomError
 from starlette.requests import Request
 from starlette.responses import Response
 
+from guanaco.adapters.errors import AdapterError, alias_not_found
 from guanaco.server.adapters.aliases import AliasManager
-from guanaco.server.adapters.manager import AdapterRefused
 from guanaco.server.api.generation.body import body_schema
 from guanaco.server.api.generation.protocol import Body
 from guanaco.server.api.generation.state import json_response
-from guanaco.server.api.http.errors import ApiError, bad_request
+from guanaco.server.api.http.errors import bad_request
 from guanaco.server.api.routes.admin import Name, admin_body, manager_of, refusal
 
 router = APIRouter(tags=["aliases"])
@@ -54,7 +54,7 @@ class RevisionBody(Body):
 def _card(aliases: AliasManager, name: str) -> dict[str, Any]:
     view = aliases.view(name)
     if view is None:
-        raise ApiError(404, "alias_not_found", "no alias is called so; GET /v1/aliases lists them", param="name")
+        raise refusal(alias_not_found())
     return {"object": "alias", **view.public()}
 
 
@@ -78,7 +78,7 @@ async def put_alias(request: Request, name: str) -> Response:
     is_new = aliases.view(name) is None
     try:
         await aliases.put(name, split, expected_revision=body.expected_revision)
-    except AdapterRefused as error:
+    except AdapterError as error:
         raise refusal(error) from None
     return json_response(_card(aliases, name), 201 if is_new else 200)
 
@@ -87,7 +87,7 @@ async def put_alias(request: Request, name: str) -> Response:
 async def delete_alias(request: Request, name: str) -> Response:
     try:
         await manager_of(request).aliases.remove(name)
-    except AdapterRefused as error:
+    except AdapterError as error:
         raise refusal(error) from None
     return json_response({"object": "alias.deleted", "name": name, "deleted": True})
 
@@ -97,7 +97,7 @@ async def rename_alias(request: Request, name: str) -> Response:
     aliases, body = manager_of(request).aliases, await admin_body(request, RenameBody)
     try:
         await aliases.rename(name, body.name)
-    except AdapterRefused as error:
+    except AdapterError as error:
         raise refusal(error) from None
     return json_response(_card(aliases, body.name))
 
@@ -109,6 +109,6 @@ async def rollback_alias(request: Request, name: str) -> Response:
     aliases, body = manager_of(request).aliases, await admin_body(request, RevisionBody)
     try:
         await aliases.rollback(name, body.revision)
-    except AdapterRefused as error:
+    except AdapterError as error:
         raise refusal(error) from None
     return json_response(_card(aliases, name))

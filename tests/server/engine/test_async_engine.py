@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 
 from guanaco.adapters.residency.slot_table import SlotTable
+from guanaco.models.error_codes import ErrorCode
 from guanaco.server.engine import async_engine, awake_clock
 from guanaco.server.engine.async_engine import (
-    ENGINE_DEAD,
-    SHUTTING_DOWN,
     AsyncEngine,
     EngineOverloaded,
     EngineUnavailable,
@@ -23,7 +22,7 @@ from guanaco.server.engine.async_engine import (
 )
 from guanaco.server.engine.awake_clock import AwakeClock
 from guanaco.server.engine.block_manager import BlockManager
-from guanaco.server.engine.engine import INTERNAL_ERROR, Engine
+from guanaco.server.engine.engine import Engine
 from guanaco.server.engine.request import (
     FinishReason,
     LoraRef,
@@ -264,7 +263,7 @@ def test_an_engine_that_dies_ends_every_stream_with_a_reason(failure: BaseExcept
             bench.runner.fatal = failure
             bench.runner.going.set()
             for outputs in await asyncio.gather(*map(read, streams)):
-                assert (outputs[-1].finish_reason, outputs[-1].error) == (FinishReason.ERROR, ENGINE_DEAD)
+                assert (outputs[-1].finish_reason, outputs[-1].error) == (FinishReason.ERROR, ErrorCode.ENGINE_DEAD)
             health = bench.engine.health()
             assert (health.live, health.ready) == (False, False)
             assert health.reason
@@ -286,7 +285,7 @@ def test_a_step_that_hangs_ends_every_stream(monkeypatch: pytest.MonkeyPatch) ->
             assert bench.engine.heartbeat_age_seconds == 0.0
             bench.runner.going.clear()
             outputs = await read(bench.engine.submit(request("stuck")))
-            assert outputs[-1].error == ENGINE_DEAD
+            assert outputs[-1].error == ErrorCode.ENGINE_DEAD
             assert not bench.engine.health().live
             assert bench.engine.heartbeat_age_seconds > 0.1
             assert bench.deaths == 1
@@ -326,7 +325,7 @@ def test_a_bad_request_is_no_ones_death() -> None:
             bench.runner.faults.raising_ids = {"bad"}
             good = request("good")
             bad, other = bench.engine.submit(request("bad")), bench.engine.submit(good)
-            assert (await read(bad))[-1].error == INTERNAL_ERROR
+            assert (await read(bad))[-1].error == ErrorCode.INTERNAL_ERROR
             assert "".join(output.text for output in await read(other)) == text_of(good, 8)
             assert bench.engine.health().ready
             assert bench.deaths == 0
@@ -374,7 +373,7 @@ def test_the_deadline_of_a_drain_ends_the_rest() -> None:
             bench.runner.going.clear()
             stream = bench.engine.submit(request("long", max_tokens=200))
             await bench.engine.drain(0.05)
-            assert (await read(stream))[-1].error == SHUTTING_DOWN
+            assert (await read(stream))[-1].error == ErrorCode.SERVER_SHUTTING_DOWN
             bench.runner.going.set()
             await bench.assert_quiet()
 
@@ -386,7 +385,7 @@ def test_stopping_ends_what_is_open() -> None:
         async with running() as bench:
             stream = bench.engine.submit(request("open", max_tokens=200))
             await bench.engine.stop()
-            assert (await read(stream))[-1].error == SHUTTING_DOWN
+            assert (await read(stream))[-1].error == ErrorCode.SERVER_SHUTTING_DOWN
             assert not bench.engine._thread.is_alive()
 
     run(test)

@@ -5,8 +5,9 @@ import logging
 import pytest
 
 from guanaco.adapters.residency.slot_table import SlotTable
+from guanaco.models.error_codes import ErrorCode
 from guanaco.server.engine.block_manager import BlockManager
-from guanaco.server.engine.engine import ADAPTER_LOAD_FAILED, INTERNAL_ERROR, Engine, EngineFailure
+from guanaco.server.engine.engine import Engine, EngineFailure
 from guanaco.server.engine.request import FinishReason, LoraRef, Request, SamplingParams, TokenOutput
 from guanaco.server.engine.scheduler import Limits, Scheduler
 from support.simulation.fake_runner import FakeRunner, expected_tokens
@@ -67,7 +68,7 @@ def test_a_bad_request_fails_alone(bad: set[int], when: int) -> None:
     for number in bad:
         assert (bench.ends[f"r{number}"].finish_reason, bench.ends[f"r{number}"].error) == (
             FinishReason.ERROR,
-            INTERNAL_ERROR,
+            ErrorCode.INTERNAL_ERROR,
         )
     bench.assert_right(*(f"r{number}" for number in range(7) if number not in bad))
 
@@ -102,7 +103,7 @@ def test_an_adapter_that_cannot_be_loaded_hurts_only_its_requests() -> None:
         bench.add(name, adapter)
     bench.run()
     bench.assert_right("base", "x")
-    assert {bench.ends[name].error for name in ("y", "z")} == {ADAPTER_LOAD_FAILED}
+    assert {bench.ends[name].error for name in ("y", "z")} == {ErrorCode.ADAPTER_LOAD_FAILED}
     bench.runner.faults.bad_versions.clear()
     bench.add("later", "broken")
     bench.run()
@@ -126,7 +127,7 @@ def test_one_bad_request_at_a_quiet_time_does_not_end_the_engine() -> None:
         bench.add(f"bad{number}")
         bench.runner.faults.raising_ids = {f"bad{number}"}
         bench.run()
-        assert bench.ends[f"bad{number}"].error == INTERNAL_ERROR
+        assert bench.ends[f"bad{number}"].error == ErrorCode.INTERNAL_ERROR
     bench.add("good")
     bench.run()
     bench.assert_right("good")

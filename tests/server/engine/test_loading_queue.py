@@ -6,11 +6,12 @@ import pytest
 
 from guanaco.adapters.residency.host_table import HostTable
 from guanaco.adapters.residency.slot_table import SlotTable
+from guanaco.models.error_codes import ErrorCode
 from guanaco.server.engine.block_manager import BlockManager
 from guanaco.server.engine.engine import Engine
 from guanaco.server.engine.loading_queue import MAX_STEPS_WITHOUT_ROOM
 from guanaco.server.engine.request import FinishReason, LoraRef, Request, SamplingParams, TokenOutput
-from guanaco.server.engine.scheduler import ADAPTER_TIMEOUT, Limits, Scheduler
+from guanaco.server.engine.scheduler import Limits, Scheduler
 from support.simulation.fake_runner import FakeRunner, expected_tokens
 
 LIMITS = Limits(8, 64, 64, queue_timeout_seconds=0.0, adapter_timeout_seconds=5.0)
@@ -117,7 +118,7 @@ def test_an_engine_that_only_waits_has_no_work_until_somebody_is_late() -> None:
     bench.now = 5.5
     assert bench.engine.has_work
     bench.step()
-    assert (bench.ends["one"].finish_reason, bench.ends["one"].error) == (FinishReason.ERROR, ADAPTER_TIMEOUT)
+    assert (bench.ends["one"].finish_reason, bench.ends["one"].error) == (FinishReason.ERROR, ErrorCode.ADAPTER_TIMEOUT)
     assert (bench.loading, bench.host.num_pins("a")) == (["two"], 0)
     assert not bench.engine.has_work
     assert bench.engine.seconds_left == pytest.approx(1.5)

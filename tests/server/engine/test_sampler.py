@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from guanaco.models.error_codes import ErrorCode
 from guanaco.server.engine.request import SamplingParams
-from guanaco.server.engine.sampler import NOT_FINITE, SamplingRow, sample, token_logprobs, uniform
+from guanaco.server.engine.sampler import SamplingRow, sample, token_logprobs, uniform
 
 EOS = frozenset({2})
 DRAW = SamplingParams(max_tokens=10, seed=0)
@@ -174,7 +175,7 @@ def test_a_row_that_is_not_finite_fails_alone(bad: float, params: SamplingParams
     logits[1, 7] = bad
     first, failed, last = sample(logits, [row(params)] * 3, EOS)
     assert (first, last) == (expected[0], expected[2])
-    assert (failed.token_id, failed.error) == (None, NOT_FINITE)
+    assert (failed.token_id, failed.error) == (None, ErrorCode.NUMERICAL_ERROR)
 
 
 def test_logprobs_are_those_of_the_raw_logits() -> None:
@@ -226,7 +227,7 @@ def test_a_row_of_huge_numbers_is_finite() -> None:
     logits = torch.tensor([[3e38, 2.9e38, 3.1e38, -3e38], [0.0, 1.0, math.inf, 0.0]])
     first, second = sample(logits, [row(GREEDY)] * 2, EOS)
     assert (first.token_id, first.error) == (2, None)
-    assert second.error == NOT_FINITE
+    assert second.error == ErrorCode.NUMERICAL_ERROR
 
 
 def test_bans_that_leave_nothing_are_none() -> None:
@@ -254,4 +255,4 @@ def test_an_id_that_is_no_token_is_an_error_of_its_row(wrong: int) -> None:
     logits = torch.tensor([[0.0, 1.0, 5.0]] * 2)
     first, second = sample(logits, [row(DRAW), row(replace(DRAW, logprobs=1))], EOS, Faulty())
     assert (first.token_id, first.error) == (1, None)
-    assert (second.token_id, second.error) == (None, NOT_FINITE)
+    assert (second.token_id, second.error) == (None, ErrorCode.NUMERICAL_ERROR)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from guanaco.adapters.residency.slot_table import SlotTable
+from guanaco.models.error_codes import ErrorCode
 from guanaco.server.engine.block_manager import BlockManager
 from guanaco.server.engine.request import (
     FinishReason,
@@ -16,7 +17,7 @@ from guanaco.server.engine.request import (
     Status,
     TokenOutput,
 )
-from guanaco.server.engine.scheduler import MAX_PASSED_OVER_STEPS, QUEUE_TIMEOUT, Limits, Scheduler
+from guanaco.server.engine.scheduler import MAX_PASSED_OVER_STEPS, Limits, Scheduler
 
 EOS = 7
 LIMITS = Limits(max_num_seqs=4, max_num_batched_tokens=16, max_model_len=64, queue_timeout_seconds=10.0)
@@ -197,7 +198,7 @@ def test_who_waits_too_long_is_told_so_and_who_was_let_in_once_is_not() -> None:
     bench.add("waits", 40, first=1)
     bench.now = 10.1
     (timeout,) = [o for o in bench.step() if o.request_id == "waits"]
-    assert (timeout.finish_reason, timeout.error) == (FinishReason.ERROR, QUEUE_TIMEOUT)
+    assert (timeout.finish_reason, timeout.error) == (FinishReason.ERROR, ErrorCode.QUEUE_TIMEOUT)
     assert bench.running == ["runs"]
     bench.scheduler._preempt(bench.scheduler.running[0])
     bench.now = 1000.0

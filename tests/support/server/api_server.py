@@ -15,7 +15,7 @@ from guanaco.server.api.http.auth import KeyRing
 from guanaco.server.api.server import bind, make_server
 from guanaco.server.config import Settings
 from guanaco.server.metrics.server import Metrics
-from support.server.fake_engine import FakeEngine, FakeTokenizer, Script, TemplateProblem
+from support.server.fake_engine import FakeEngine, FakeTokenizer, Script
 
 BASE, PIRATE, TERSE = "org/base-model", "pirate", "terse"
 PIRATE_VERSION, TERSE_VERSION = "a" * 64, "b" * 64
@@ -41,7 +41,6 @@ def make_state(*, keys: tuple[str, ...] = (), max_model_len: int = MAX_MODEL_LEN
         metrics=metrics,
         version="1.2.3",
         keys=KeyRing(keys),
-        template_errors=(TemplateProblem,),
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from guanaco.models.errors import TemplateError
 from guanaco.server.engine.async_engine import EngineOverloaded, EngineUnavailable, Health
 from guanaco.server.engine.request import FinishReason, Request, TokenLogprob
 from guanaco.server.engine.request_stream import TextOutput
@@ -22,7 +23,7 @@ VOCAB_SIZE = 262
 WORDS = ("alpha", "bravo", "cañon", "delta", "écho", "f€", "golf", "🦙")
 
 
-class TemplateProblem(Exception):
+class TemplateProblem(TemplateError):
     """What the fake chat template raises: it wants the first message not to come from the assistant."""
 
 

@@ -10,7 +10,7 @@ import threading
 from dataclasses import replace
 from typing import Any
 
-from guanaco.models.text.chat_template import ChatTemplate, TemplateError
+from guanaco.models.text.chat_template import ChatTemplate
 from guanaco.models.text.template_renderer import TemplateLimits, TemplateRenderer
 from guanaco.server.api.server import bind, serve
 from support.server.api_server import PIRATE, make_state
@@ -37,7 +37,7 @@ def main() -> int:
     renderer = TemplateRenderer(TemplateLimits(seconds=options["seconds"]))
     made = [ChatTemplate(options[name], renderer=renderer) for name in ("template", "adapter_template")]
     state = make_state()
-    state = replace(state, tokenizer=TemplateTokenizer(), chat_template=made[0], template_errors=(TemplateError,))
+    state = replace(state, tokenizer=TemplateTokenizer(), chat_template=made[0])
     # The adapter has a template of its own; the state is frozen.
     object.__setattr__(state, "template_for", lambda model: made[model.name == PIRATE])
 

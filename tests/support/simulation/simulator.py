@@ -12,8 +12,9 @@ from random import Random
 
 from guanaco.adapters.residency.host_table import HostTable
 from guanaco.adapters.residency.slot_table import SlotTable
+from guanaco.models.error_codes import ErrorCode
 from guanaco.server.engine.block_manager import BlockManager
-from guanaco.server.engine.engine import ADAPTER_LOAD_FAILED, INTERNAL_ERROR, Engine
+from guanaco.server.engine.engine import Engine
 from guanaco.server.engine.limits import Limits
 from guanaco.server.engine.loading_queue import MAX_STEPS_WITHOUT_ROOM
 from guanaco.server.engine.request import (
@@ -25,7 +26,7 @@ from guanaco.server.engine.request import (
     Status,
     TokenOutput,
 )
-from guanaco.server.engine.scheduler import ADAPTER_TIMEOUT, MAX_PASSED_OVER_STEPS, QUEUE_TIMEOUT
+from guanaco.server.engine.scheduler import MAX_PASSED_OVER_STEPS
 from support.simulation.checked_scheduler import CheckedScheduler
 from support.simulation.fake_runner import namespace_number, namespace_of_request, next_state, next_token
 from support.simulation.simulated_adapters import BROKEN, SimulatedAdapters
@@ -316,16 +317,16 @@ class Simulation:
 
     def _is_to_fail(self, client: Client, error: str) -> bool:
         request, runner = client.request, self.runner
-        if error == QUEUE_TIMEOUT:
+        if error == ErrorCode.QUEUE_TIMEOUT:
             return 0 < self.world.queue_timeout_seconds < self.now - request.arrival_seconds and not client.num_tokens
-        if error == ADAPTER_TIMEOUT:
+        if error == ErrorCode.ADAPTER_TIMEOUT:
             limit = self.world.adapter_timeout_seconds
             return 0 < limit < self.now - request.arrival_seconds and bool(request.loras) and not client.num_tokens
         if error == BROKEN:
             return not self.adapters.failed.isdisjoint(request.versions)
-        if error == ADAPTER_LOAD_FAILED:
+        if error == ErrorCode.ADAPTER_LOAD_FAILED:
             return not runner.failed_loads.isdisjoint(lora.version for lora in request.loras)
-        if error == INTERNAL_ERROR:
+        if error == ErrorCode.INTERNAL_ERROR:
             return request.request_id in runner.failed_alone
         return error == "numerical_error" and request.request_id in runner.faults.nan_ids
 
