@@ -1,7 +1,6 @@
 """PEFT's adapter_config.json → AdapterConfig, and what is refused and why.
 
-Reads fields, not tensors, and knows no model: modules are names. Matching follows PEFT 0.21 (`tuners_utils.
-check_target_module_exists`, `utils.other.get_pattern_key`). Called by `weights`.
+Reads fields, not tensors, and knows no model: modules are names, which `matching` compares. Called by `weights`.
 """
 
 import math
@@ -11,7 +10,16 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from guanaco.adapters.errors import AdapterError, printable
-from guanaco.adapters.peft.patterns import Budget, Matcher, PatternError
+from guanaco.adapters.peft.matching import (
+    Resolved,
+    Table,
+    excluding_nothing,
+    in_layer,
+    matcher,
+    matching_nothing,
+    no_effect,
+)
+from guanaco.adapters.peft.patterns import Budget
 from guanaco.adapters.peft.strict_json import JsonError, parse_object
 from guanaco.models.error_codes import ErrorCode
 
@@ -87,9 +95,6 @@ REFUSED = {
     "use_qalora": (ErrorCode.QALORA_UNSUPPORTED, "QALoRA pools its inputs"),
     "velora_config": (ErrorCode.VELORA_UNSUPPORTED, "VeLoRA keeps training state among the matrices"),
 }
-# A pattern that is a name, with at most anchors and escaped dots: nothing in it can backtrack.
-_PLAIN = re.compile(r"(?P<anchor>\^?)(?P<name>(?:[A-Za-z0-9_.-]|\\\.)+)\$?")
-
 Value = TypeVar("Value", int, float)
 
 # These leave the base model as it is, so that any trained A and B mean the same.
@@ -114,23 +119,22 @@ class AdapterConfig:
     base_model: str | None  # as the adapter says; it may be a path on its author's machine
     notes: tuple[str, ...]  # what was ignored, for the operator
 
-    def resolve(self, modules: Iterable[str]) -> dict[str, tuple[int, float]]:
-        """(rank, scale) of each of `modules` that is targeted; names without the prefix `model.`, order kept.
+    def resolve(self, modules: Iterable[str]) -> Resolved:
+        """(rank, scale) of each of `modules` that is targeted; names without the prefix `model.`, order kept. Its notes
+        name the entries without an effect.
 
         Raises AdapterError for a pattern that cannot be matched here and for a scale beyond all reason.
         """
-        budget = Budget()
-        targeted = _compile(self.target_modules, "target_modules", budget)
-        excluded = _compile(self.exclude_modules, "exclude_modules", budget)
-        ranks = _compile_table(self.rank_pattern, "rank_pattern", budget)
-        alphas = _compile_table(self.alpha_pattern, "alpha_pattern", budget)
-        result = {}
-        for module in modules:
-            name = MODULE_PREFIX + module
+        budget, names = Budget(), [MODULE_PREFIX + module for module in modules]
+        targeted = matcher(self.target_modules, "target_modules", budget)
+        excluded = matcher(self.exclude_modules, "exclude_modules", budget)
+        ranks = Table(self.rank_pattern, "rank_pattern", self.rank, budget)
+        alphas = Table(self.alpha_pattern, "alpha_pattern", self.alpha, budget)
+        result = Resolved()
+        for name in names:
             if excluded(name) or not targeted(name) or not self._in_layers(name):
                 continue
-            rank = next((rank for matches, rank in ranks if matches(name)), self.rank)
-            alpha = next((alpha for matches, alpha in alphas if matches(name)), self.alpha)
+            module, rank, alpha = name.removeprefix(MODULE_PREFIX), ranks.get(name), alphas.get(name)
             scale = alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
             if abs(scale) > MAX_SCALE:
                 problem = (
@@ -138,68 +142,30 @@ class AdapterConfig:
                 )
                 raise AdapterError(ErrorCode.SCALE_TOO_LARGE, problem, "lora_alpha")
             result[module] = (rank, scale)
+        unmatched = {
+            "target_modules": matching_nothing(self.target_modules, names),
+            "exclude_modules": excluding_nothing(self.exclude_modules, names, excluded),
+            "layers_to_transform": self._missing_layers(names),
+            "layers_pattern": [p for p in self.layers_pattern if not any(f".{p}." in f".{name}" for name in names)],
+            "rank_pattern": ranks.unused(),
+            "alpha_pattern": alphas.unused(),
+        }
+        result.notes = tuple(no_effect(field, entries) for field, entries in unmatched.items() if entries)
         return result
+
+    def _missing_layers(self, names: list[str]) -> list[str]:
+        """The entries of `layers_to_transform` that are no layer of the base."""
+        there = {int(match["index"]) for match in map(in_layer, names) if match}
+        return [str(layer) for layer in self.layers_to_transform if layer not in there]
 
     def _in_layers(self, name: str) -> bool:
         """PEFT compares the first number in the name, which must follow one of `layers_pattern` where that is given."""
         if not self.layers_to_transform or (not isinstance(self.target_modules, str) and name in self.target_modules):
             return True
-        match = re.match(r"(?P<list>.*?\.[^.]*)\.(?P<index>\d+)\.", name)
+        match = in_layer(name)
         if match is None or int(match["index"]) not in self.layers_to_transform:
             return False
         return not self.layers_pattern or any(f".{match['list']}".endswith(f".{p}") for p in self.layers_pattern)
-
-
-def _compile(names: tuple[str, ...] | str, field: str, budget: Budget) -> Callable[[str], bool]:
-    """Whether a module is meant: a pattern for its whole name, or names that it is or ends with after a dot."""
-    if isinstance(names, str):
-        if names.lower() == "all-linear":
-            return lambda _: True
-        return _pattern(names, field, budget) if names else lambda _: False
-    exact, endings = frozenset(names), tuple(f".{name}" for name in names)
-    return lambda name: name in exact or name.endswith(endings)
-
-
-def _compile_table(
-    items: tuple[tuple[str, Value], ...], field: str, budget: Budget
-) -> list[tuple[Callable[[str], bool], Value]]:
-    """PEFT matches `(.*\\.)?(KEY)$` from the start of the name. Most keys are plain names; there may be hundreds."""
-    return [(_plain(key) or _pattern(rf"(.*\.)?({key})", field, budget), value) for key, value in items]
-
-
-def _plain(key: str) -> Callable[[str], bool] | None:
-    match = _PLAIN.fullmatch(key)
-    if match is None:
-        return None
-    ending = re.compile(match["name"])
-    length, anchored = len(match["name"].replace("\\", "")), bool(match["anchor"])
-
-    def matches(name: str) -> bool:
-        rest = len(name) - length
-        if rest and (rest < 0 or anchored or name[rest - 1] != "."):
-            return False
-        return ending.fullmatch(name, rest) is not None
-
-    return matches
-
-
-def _pattern(text: str, field: str, budget: Budget) -> Callable[[str], bool]:
-    def refuse(error: PatternError) -> AdapterError:
-        problem = f"{field} has a pattern that {error}: {printable(text)}; name the modules instead"
-        return AdapterError(ErrorCode.PATTERN_UNSUPPORTED, problem, field)
-
-    try:
-        matcher = Matcher(text, budget)
-    except PatternError as error:
-        raise refuse(error) from None
-
-    def matches(name: str) -> bool:
-        try:
-            return matcher.fullmatch(name)
-        except PatternError as error:
-            raise refuse(error) from None
-
-    return matches
 
 
 def parse_config(data: bytes, *, strict: bool = False) -> AdapterConfig:
@@ -233,6 +199,8 @@ def parse_config(data: bytes, *, strict: bool = False) -> AdapterConfig:
         problem = "layers_pattern is set without layers_to_transform; set both or neither"
         raise AdapterError(ErrorCode.CONFLICTING_FIELDS, problem, "layers_pattern")
     base = fields.get("base_model_name_or_path")
+    if base is not None and not isinstance(base, str):
+        notes += ("base_model_name_or_path is no text and was ignored: nothing says which base this adapter is for",)
     return AdapterConfig(
         rank=_rank(fields.get("r", 8), "r"),
         alpha=_number(fields.get("lora_alpha", 8), "lora_alpha"),

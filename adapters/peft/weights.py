@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from guanaco.adapters.errors import AdapterError, printable
+from guanaco.adapters.peft.beside import notes_beside
 from guanaco.adapters.peft.config import CONFIG_NAME, MAX_CONFIG_BYTES, MODULE_PREFIX, AdapterConfig, parse_config
 from guanaco.adapters.peft.files import AdapterFiles
+from guanaco.adapters.peft.matching import Resolved
 from guanaco.adapters.peft.safetensors import SafetensorsFile, StoredTensor
 from guanaco.kernels.lora_batch import LoraPair
 from guanaco.models.error_codes import ErrorCode
@@ -101,7 +103,7 @@ def load_adapter(
     scales = {target: scale for target, (_, scale) in wanted.items()}
     pairs = _effective_pairs(tensors, scales)
     inert = [target for target in wanted if target not in pairs]
-    notes = config.notes
+    notes = (*config.notes, *targeted.notes, *notes_beside(files))
     if tables:
         saved = " and ".join(_TABLES[key] for key in tables)
         notes += (f"{saved} came along in {WEIGHTS_NAME}, equal to the base's: not read again",)
@@ -148,7 +150,7 @@ def _with_tensors(targeted: _Wanted, names: dict[str, _Side]) -> _Wanted:
 @contextmanager
 def _opened(
     files: AdapterFiles, targets: dict[str, tuple[int, int]], limits: AdapterLimits, strict: bool
-) -> Iterator[tuple[AdapterConfig, _Wanted, SafetensorsFile, dict[str, _Side]]]:
+) -> Iterator[tuple[AdapterConfig, Resolved, SafetensorsFile, dict[str, _Side]]]:
     """The config, what it targets, and the open file with what each of its tensors is: all of it fits together."""
     config = parse_config(files.read(CONFIG_NAME, MAX_CONFIG_BYTES), strict=strict)
     check_weights_exist(files)

@@ -14,10 +14,12 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
 from guanaco.adapters.errors import AdapterError
+from guanaco.adapters.peft.beside import notes_beside
 from guanaco.adapters.peft.config import CONFIG_NAME, MAX_CONFIG_BYTES
 from guanaco.adapters.peft.files import AdapterFiles
 from guanaco.adapters.peft.weights import (
@@ -91,6 +93,7 @@ class VersionStore:
                 copied = time.monotonic()
                 on_stage("read", copied - started)
                 adapter = self._load(incoming)
+                adapter = replace(adapter, notes=(*adapter.notes, *notes_beside(files)))
                 if keep:
                     self._publish(incoming, adapter.version)
                 on_stage("ingest", time.monotonic() - copied)

@@ -1,0 +1,127 @@
+"""Which modules the entries of an adapter_config.json mean, and which entries mean none.
+
+Matching follows PEFT 0.21 (`tuners_utils.check_target_module_exists`, `utils.other.get_pattern_key`). Knows names, not
+fields. Called by `config`.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from guanaco.adapters.errors import AdapterError, printable
+from guanaco.adapters.peft.patterns import Budget, Matcher, PatternError
+from guanaco.models.error_codes import ErrorCode
+
+# Modules of LLaMA that no adapter of ours changes: an adapter that excludes them gets what it asks for.
+_NEVER_ADAPTED = (
+    *("lm_head", "model.embed_tokens", "model.norm", "model.layers.0.self_attn", "model.layers.0.mlp"),
+    *("model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm"),
+)
+_MAX_SHOWN = 5  # entries in one note
+_IN_LAYER = re.compile(r"(?P<list>.*?\.[^.]*)\.(?P<index>\d+)\.")
+# A pattern that is a name, with at most anchors and escaped dots: nothing in it can backtrack.
+_PLAIN = re.compile(r"(?P<anchor>\^?)(?P<name>(?:[A-Za-z0-9_.-]|\\\.)+)\$?")
+
+Value = TypeVar("Value", bound=float)
+
+
+class Resolved(dict[str, tuple[int, float]]):
+    """(rank, scale) by targeted module. `notes` name the config's entries that had no effect, for the operator."""
+
+    notes: tuple[str, ...] = ()
+
+
+def in_layer(name: str) -> re.Match[str] | None:
+    """The list of layers (`list`) and the number (`index`) in a module's name; None for a module outside of layers."""
+    return _IN_LAYER.match(name)
+
+
+def matcher(names: tuple[str, ...] | str, field: str, budget: Budget) -> Callable[[str], bool]:
+    """Whether a module is meant: a pattern for its whole name, or names that it is or ends with after a dot."""
+    if isinstance(names, str):
+        if names.lower() == "all-linear":
+            return lambda _: True
+        return _pattern(names, field, budget) if names else lambda _: False
+    exact, endings = frozenset(names), tuple(f".{name}" for name in names)
+    return lambda name: name in exact or name.endswith(endings)
+
+
+class Table(Generic[Value]):
+    """`rank_pattern` or `alpha_pattern`: the first key that matches a module gives its value.
+
+    PEFT matches `(.*\\.)?(KEY)$` from the start of the name. Most keys are plain names; there may be hundreds.
+    """
+
+    def __init__(self, items: tuple[tuple[str, Value], ...], field: str, default: Value, budget: Budget) -> None:
+        self._default = default
+        self._items = [(key, _plain(key) or _pattern(rf"(.*\.)?({key})", field, budget), value) for key, value in items]
+        self._used: set[str] = set()
+
+    def get(self, name: str) -> Value:
+        """The value for a module, the default where no key matches."""
+        for key, matches, value in self._items:
+            if matches(name):
+                self._used.add(key)
+                return value
+        return self._default
+
+    def unused(self) -> list[str]:
+        """The keys that gave no module their value."""
+        return [key for key, _, _ in self._items if key not in self._used]
+
+
+def matching_nothing(entries: tuple[str, ...] | str, names: list[str]) -> list[str]:
+    """The entries of a list of module names that no module has or ends with. A pattern counts as a whole elsewhere."""
+    if isinstance(entries, str):
+        return []
+    endings = {".".join(parts[start:]) for parts in (name.split(".") for name in names) for start in range(len(parts))}
+    return [entry for entry in entries if entry not in endings]
+
+
+def excluding_nothing(entries: tuple[str, ...] | str, names: list[str], excluded: Callable[[str], bool]) -> list[str]:
+    """The entries of `exclude_modules` that match no module: modules that are never adapted count as excluded."""
+    everything = [*names, *_NEVER_ADAPTED]
+    if isinstance(entries, str):
+        return [entries] if entries and not any(map(excluded, everything)) else []
+    return matching_nothing(entries, everything)
+
+
+def no_effect(field: str, entries: list[str]) -> str:
+    """The note on entries of a field that change nothing."""
+    shown = ", ".join(map(printable, entries[:_MAX_SHOWN])) + (", ..." if len(entries) > _MAX_SHOWN else "")
+    return f"{field} has entries without an effect on this base: {shown}; check their spelling and the adapter's base"
+
+
+def _plain(key: str) -> Callable[[str], bool] | None:
+    match = _PLAIN.fullmatch(key)
+    if match is None:
+        return None
+    ending = re.compile(match["name"])
+    length, anchored = len(match["name"].replace("\\", "")), bool(match["anchor"])
+
+    def matches(name: str) -> bool:
+        rest = len(name) - length
+        if rest and (rest < 0 or anchored or name[rest - 1] != "."):
+            return False
+        return ending.fullmatch(name, rest) is not None
+
+    return matches
+
+
+def _pattern(text: str, field: str, budget: Budget) -> Callable[[str], bool]:
+    def refuse(error: PatternError) -> AdapterError:
+        problem = f"{field} has a pattern that {error}: {printable(text)}; name the modules instead"
+        return AdapterError(ErrorCode.PATTERN_UNSUPPORTED, problem, field)
+
+    try:
+        matcher = Matcher(text, budget)
+    except PatternError as error:
+        raise refuse(error) from None
+
+    def matches(name: str) -> bool:
+        try:
+            return matcher.fullmatch(name)
+        except PatternError as error:
+            raise refuse(error) from None
+
+    return matches
