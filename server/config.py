@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
-    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
@@ -23,138 +22,54 @@ from pydantic_settings import (
 from guanaco.models.errors import OperatorError
 from guanaco.models.formats.small_files import read_small
 from guanaco.server.service_links import is_service_link
+from guanaco.server.setting_types import EMPTY_KEY, Bytes, Count, HostNames, Key, Keys, Origins, Seconds, Texts
 
 MAX_NAMED_FILE_BYTES = 1 << 20  # of --config and of a file of keys
 ENV_PREFIX = "GUANACO_"
-
-_UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
 class SettingsError(OperatorError):
     """A setting that is unknown or does not parse; the message is one line that names it."""
 
 
-def _parse_bytes(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
-    if match is None or match.group(2).lower() not in _UNITS:
-        raise ValueError(f"{value!r} is not a size: write a number of bytes, or one with KiB, MiB, GiB, KB, MB or GB")
-    return int(float(match.group(1)) * _UNITS[match.group(2).lower()])
-
-
-def _parse_list(value: object) -> object:
-    """Environment variables hold lists as comma-separated text."""
-    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
-
-
-def _key(value: object) -> object:
-    """An empty key would let everybody in: an unset shell variable makes one."""
-    text = value.get_secret_value() if isinstance(value, SecretStr) else value
-    if not isinstance(text, str):
-        return value
-    if not text.strip():
-        raise ValueError(_EMPTY_KEY)
-    return text.strip()
-
-
-def _parse_keys(value: object) -> object:
-    keys = _parse_list(value)
-    if isinstance(value, str) and not keys:
-        raise ValueError(_EMPTY_KEY)
-    return keys
-
-
-def _host_name(value: object) -> object:
-    if isinstance(value, str) and not _HOST_NAME.fullmatch(value):
-        raise ValueError(f"{value!r} is not a host name: write it without a scheme, a port or wildcards")
-    return value
-
-
-_HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?")
-_EMPTY_KEY = "the key is empty: write a key (is a shell variable unset?), or leave the setting out"
-
-Bytes = Annotated[int, BeforeValidator(_parse_bytes), Field(ge=0)]
-Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_parse_list)]
-Key = Annotated[SecretStr, BeforeValidator(_key)]
-Keys = Annotated[tuple[Key, ...], NoDecode, BeforeValidator(_parse_keys)]
-HostName = Annotated[str, BeforeValidator(_host_name)]
-HostNames = Annotated[tuple[HostName, ...], NoDecode, BeforeValidator(_parse_list)]
-Count = Annotated[int, Field(ge=1)]
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-def _parse_origins(value: object) -> object:
-    origins = _parse_list(value)
-    for origin in origins if isinstance(origins, (tuple, list)) else ():
-        if origin != "*" and (_ORIGIN.fullmatch(str(origin)) is None or _DEFAULT_PORT.search(str(origin))):
-            raise ValueError("an origin is written as browsers send it: https://chat.example or http://localhost:3000")
-    return origins
-
-
-# Browsers send a scheme, a host in small letters and a port that is not the scheme's own; no path.
-_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:\d{1,5})?")
-_DEFAULT_PORT = re.compile(r"^(http://.*:80|https://.*:443)$")
-Origins = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_parse_origins)]
-
-
-class Settings(BaseSettings):
-    """Born valid, never changed. Each field is a flag (`--port`), a variable (`GUANACO_PORT`) and a YAML key."""
-
-    model_config = SettingsConfigDict(
-        env_prefix=ENV_PREFIX, frozen=True, extra="forbid", env_ignore_empty=True, hide_input_in_errors=True
-    )
+class ModelSettings(BaseModel):
+    """What is served, and where it is kept."""
 
     model: str | None = Field(None, description="directory, GGUF file or hub id ORG/NAME@REVISION; none: the demo")
+    served_model_name: str | None = Field(None, description="name of the base model in the API")
+    chat_template: str | None = Field(
+        None, description="template name (guanaco, chatml, …) or a Jinja file; none: the model's"
+    )
+    literal_prompts: bool = Field(
+        False, description="read control tokens in the prompts of /v1/completions and /tokenize as plain text"
+    )
+    cache: Path = Field(Path("~/.cache/guanaco"), description="where downloaded and quantised models are kept")
+    quantized_cache: bool = Field(True, description="keep a model that is quantised at load in the cache")
+    offline: bool = Field(False, description="never use the network")
+    hub_token: Key | None = Field(None, description="Hugging Face token for gated or private models")
+
+
+class AdapterSettings(BaseModel):
+    """Adapters that are loaded at start, and how much room all of them get."""
+
     adapter: Texts = Field((), description="NAME=PATH of a PEFT LoRA adapter; repeat for more (none: the demo's two)")
     adapter_profile: Texts = Field(
         (), description="NAME=PROFILE for an adapter of --adapter: guanaco, or a JSON file; repeat for more"
     )
-    served_model_name: str | None = Field(None, description="name of the base model in the API")
-    host: str = Field("127.0.0.1", description="address to listen on")
-    port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="port to listen on; 0 picks a free one")
-    allowed_host: HostNames = Field(
-        (), description="host name that clients may use while there is no API key, besides localhost; repeat for more"
-    )
-    api_key: Keys = Field((), description="API key that clients must send; repeat for more")
-    api_key_file: Path | None = Field(None, description="file with one API key a line")
-    allow_origin: Origins = Field(
-        (), description="origin whose web pages may use the API, e.g. https://chat.example; *: all, without API keys"
-    )
-    allow_unauthenticated: bool = Field(False, description="listen beyond loopback without an API key")
-    provider: Literal["auto", "reference", "cpu", "triton"] = Field(
-        "auto", description="kernel provider; auto: triton where there is an NVIDIA GPU, else cpu"
-    )
-    cuda_graphs: bool = Field(
-        True, description="triton: replay decode steps as CUDA graphs, and copy adapters on a stream of their own"
-    )
-    tuned_kernels: bool = Field(
-        True, description="triton: use the tiles that `guanaco bench kernels --tune` timed on this card, if it did"
-    )
-    cpu_isa: Literal["auto", "avx512vnni", "avx512", "avx2", "portable"] = Field(
-        "auto", description="instruction set of the cpu provider"
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="compute and KV cache dtype (float16: triton only)"
-    )
-    kv_cache_dtype: Literal["auto", "int8", "fp8"] = Field(
-        "auto", description="KV cache; auto: as --dtype; 8 bits with scales take half of 16 (triton and reference only)"
-    )
-    threads: Annotated[int, Field(ge=0)] = Field(
-        0, description="compute threads; 0: what the machine or container allows"
-    )
-    max_model_len: Count | None = Field(None, description="longest context in tokens; none: the model's own")
-    max_num_seqs: Count = Field(64, description="most sequences that run at once")
-    max_num_batched_tokens: Count = Field(512, description="most tokens that one step computes")
-    flood_step_tokens: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="most tokens of a step for one adapter's flood; 0: no limit; none: 32 on a CPU with adapters"
-    )
-    block_size: Annotated[int, Field(ge=1, le=256)] = Field(16, description="token positions per KV block")
-    kv_cache_memory: Bytes | None = Field(None, description="size of the KV cache, e.g. 2GiB; none: by free memory")
-    decoded_weights_memory: Bytes = Field(
-        2 << 30, description="memory that the reference provider may spend on weights kept decoded"
-    )
     adapter_slots: Count = Field(8, description="most different adapters in one step")
+    max_lora_rank: Count = Field(256, description="largest adapter rank that is accepted")
+    strict_base: bool = Field(False, description="refuse an adapter that records another base than this one")
+    adapter_host_memory: Bytes = Field(
+        4 << 30, description="most memory for adapters; the least recently used beyond it wait on disk"
+    )
+    adapter_device_memory: Bytes = Field(
+        2 << 30, description="most memory of a GPU for adapters that run, exact to their ranks; a CPU needs none"
+    )
+
+
+class AdminSettings(BaseModel):
+    """Adapters that come and go while the server runs."""
+
     admin_key: Key | None = Field(
         None, description="key that may load and unload adapters while the server runs; none: nobody may"
     )
@@ -171,42 +86,72 @@ class Settings(BaseSettings):
     adapter_store: Path | None = Field(
         None, description="directory for copies of such adapters; none: adapters/ in the cache"
     )
-    adapter_host_memory: Bytes = Field(
-        4 << 30, description="most memory for adapters; the least recently used beyond it wait on disk"
+
+
+class DeviceSettings(BaseModel):
+    """What computes, and in which numbers."""
+
+    provider: Literal["auto", "reference", "cpu", "triton"] = Field(
+        "auto", description="kernel provider; auto: triton where there is an NVIDIA GPU, else cpu"
     )
-    metrics_adapters: Count = Field(
-        64, description="adapters with metrics of their own; all others are counted as (other)"
+    threads: Annotated[int, Field(ge=0)] = Field(
+        0, description="compute threads; 0: what the machine or container allows"
     )
-    metrics_compat: bool = Field(
-        False, description="give the KV and prefix cache's metrics under vLLM's old names too, for older routers"
+    cpu_isa: Literal["auto", "avx512vnni", "avx512", "avx2", "portable"] = Field(
+        "auto", description="instruction set of the cpu provider"
     )
-    adapter_device_memory: Bytes = Field(
-        2 << 30, description="most memory of a GPU for adapters that run, exact to their ranks; a CPU needs none"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="compute and KV cache dtype (float16: triton only)"
     )
-    strict_base: bool = Field(False, description="refuse an adapter that records another base than this one")
-    max_lora_rank: Count = Field(256, description="largest adapter rank that is accepted")
-    chat_template: str | None = Field(
-        None, description="template name (guanaco, chatml, …) or a Jinja file; none: the model's"
+    kv_cache_dtype: Literal["auto", "int8", "fp8"] = Field(
+        "auto", description="KV cache; auto: as --dtype; 8 bits with scales take half of 16 (triton and reference only)"
     )
-    literal_prompts: bool = Field(
-        False, description="read control tokens in the prompts of /v1/completions and /tokenize as plain text"
+    cuda_graphs: bool = Field(
+        True, description="triton: replay decode steps as CUDA graphs, and copy adapters on a stream of their own"
     )
-    cache: Path = Field(Path("~/.cache/guanaco"), description="where downloaded and quantised models are kept")
-    quantized_cache: bool = Field(True, description="keep a model that is quantised at load in the cache")
-    offline: bool = Field(False, description="never use the network")
-    hub_token: Key | None = Field(None, description="Hugging Face token for gated or private models")
+    tuned_kernels: bool = Field(
+        True, description="triton: use the tiles that `guanaco bench kernels --tune` timed on this card, if it did"
+    )
+    decoded_weights_memory: Bytes = Field(
+        2 << 30, description="memory that the reference provider may spend on weights kept decoded"
+    )
+
+
+class BatchSettings(BaseModel):
+    """How much is computed together, and the KV cache for it."""
+
+    max_model_len: Count | None = Field(None, description="longest context in tokens; none: the model's own")
+    max_num_seqs: Count = Field(64, description="most sequences that run at once")
+    max_num_batched_tokens: Count = Field(512, description="most tokens that one step computes")
+    flood_step_tokens: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="most tokens of a step for one adapter's flood; 0: no limit; none: 32 on a CPU with adapters"
+    )
+    block_size: Annotated[int, Field(ge=1, le=256)] = Field(16, description="token positions per KV block")
+    kv_cache_memory: Bytes | None = Field(None, description="size of the KV cache, e.g. 2GiB; none: by free memory")
+
+
+class NetworkSettings(BaseModel):
+    """Who may connect, and from where."""
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="port to listen on; 0 picks a free one")
+    api_key: Keys = Field((), description="API key that clients must send; repeat for more")
+    api_key_file: Path | None = Field(None, description="file with one API key a line")
+    allow_unauthenticated: bool = Field(False, description="listen beyond loopback without an API key")
+    allowed_host: HostNames = Field(
+        (), description="host name that clients may use while there is no API key, besides localhost; repeat for more"
+    )
+    allow_origin: Origins = Field(
+        (), description="origin whose web pages may use the API, e.g. https://chat.example; *: all, without API keys"
+    )
+
+
+class LimitSettings(BaseModel):
+    """How much of everything is accepted at once."""
+
     max_queued_requests: Count = Field(256, description="requests that may wait; more are refused with 503")
     max_queued_tokens: Count = Field(131072, description="prompt tokens that may wait; more are refused with 503")
-    queue_timeout: Seconds = Field(60.0, description="seconds a request may wait before it is refused with 503")
-    adapter_timeout: Seconds = Field(
-        20.0, description="seconds a request may wait for its adapter to be read before it is refused with 503"
-    )
-    request_timeout: Seconds = Field(600.0, description="seconds a request may take altogether")
-    drain_delay: Seconds = Field(0.0, description="seconds after SIGTERM in which new requests are still accepted")
-    drain_timeout: Seconds = Field(30.0, description="seconds that running requests get to finish after SIGTERM")
-    step_timeout: Annotated[float, Field(gt=0)] = Field(
-        60.0, description="seconds without progress of a busy engine after which it counts as stuck"
-    )
+    max_connections: Count = Field(1024, description="most connections at once; more are refused with 503")
     max_body_bytes: Bytes = Field(4 << 20, description="largest request body")
     max_body_memory: Bytes = Field(
         256 << 20, description="most memory for all request bodies at once, but two always fit; more get 503 or 429"
@@ -218,11 +163,70 @@ class Settings(BaseSettings):
     max_answer_logprobs: Count = Field(
         1 << 18, description="most log-probabilities in one answer, those of alternatives and of the prompt included"
     )
-    max_connections: Count = Field(1024, description="most connections at once; more are refused with 503")
+
+
+class TimeSettings(BaseModel):
+    """How long everything may take, in seconds."""
+
+    queue_timeout: Seconds = Field(60.0, description="seconds a request may wait before it is refused with 503")
+    adapter_timeout: Seconds = Field(
+        20.0, description="seconds a request may wait for its adapter to be read before it is refused with 503"
+    )
+    request_timeout: Seconds = Field(600.0, description="seconds a request may take altogether")
+    step_timeout: Annotated[float, Field(gt=0)] = Field(
+        60.0, description="seconds without progress of a busy engine after which it counts as stuck"
+    )
     header_timeout: Seconds = Field(10.0, description="seconds a client may take to send its request head")
     body_timeout: Seconds = Field(30.0, description="seconds a client may take to send its request body")
     keep_alive_timeout: Seconds = Field(30.0, description="seconds an idle connection is kept")
+    drain_delay: Seconds = Field(0.0, description="seconds after SIGTERM in which new requests are still accepted")
+    drain_timeout: Seconds = Field(30.0, description="seconds that running requests get to finish after SIGTERM")
+
+
+class LogSettings(BaseModel):
+    """What is told about the server."""
+
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="log level")
+    metrics_adapters: Count = Field(
+        64, description="adapters with metrics of their own; all others are counted as (other)"
+    )
+    metrics_compat: bool = Field(
+        False, description="give the KV and prefix cache's metrics under vLLM's old names too, for older routers"
+    )
+
+
+# The panels of `guanaco serve --help`, in their order. A new setting goes into the class that it belongs to.
+SECTIONS: dict[str, type[BaseModel]] = {
+    "Model": ModelSettings,
+    "Adapters": AdapterSettings,
+    "Adapters while the server runs": AdminSettings,
+    "CPU and GPU": DeviceSettings,
+    "Batches and context": BatchSettings,
+    "Network and security": NetworkSettings,
+    "Limits": LimitSettings,
+    "Time limits": TimeSettings,
+    "Logging and metrics": LogSettings,
+}
+
+
+# The bases stand in reverse: pydantic takes the fields of the last one first.
+class Settings(
+    LogSettings,
+    TimeSettings,
+    LimitSettings,
+    NetworkSettings,
+    BatchSettings,
+    DeviceSettings,
+    AdminSettings,
+    AdapterSettings,
+    ModelSettings,
+    BaseSettings,
+):
+    """Born valid, never changed. Each field is a flag (`--port`), a variable (`GUANACO_PORT`) and a YAML key."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, frozen=True, extra="forbid", env_ignore_empty=True, hide_input_in_errors=True
+    )
 
     @classmethod
     def settings_customise_sources(
@@ -301,7 +305,7 @@ def load_settings(flags: Mapping[str, Any], config_file: Path | None = None) -> 
         raise SettingsError(f"unknown environment variable {variable}: {hint}")
     for name in _KEYS - flags.keys():
         if os.environ.get(ENV_PREFIX + name.upper()) == "":
-            raise SettingsError(f"{ENV_PREFIX}{name.upper()}: {_EMPTY_KEY}")
+            raise SettingsError(f"{ENV_PREFIX}{name.upper()}: {EMPTY_KEY}")
     values = _read_yaml(config_file) if config_file else {}
     for key in values:
         if key not in Settings.model_fields:

@@ -13,7 +13,7 @@ from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.versions.profile import named_profile
 from guanaco.models.text.chat_template import TEMPLATE_NAMES, TemplateError, load_template
 from guanaco.server.api.http.auth import KeyRing
-from guanaco.server.config import ENV_PREFIX, Settings, SettingsError, load_settings
+from guanaco.server.config import ENV_PREFIX, SECTIONS, Settings, SettingsError, load_settings
 
 OTHER_VALUE = {  # a text for each setting that is valid and not its default
     "provider": "reference",
@@ -67,6 +67,11 @@ def test_every_setting_has_a_variable_and_a_key(name: str, monkeypatch: pytest.M
     monkeypatch.setenv(ENV_PREFIX + name.upper(), _value(name))
     assert getattr(load_settings({}), name) == from_file
     assert Settings.model_fields[name].description
+
+
+def test_every_setting_is_in_one_section() -> None:
+    assert sorted(name for section in SECTIONS.values() for name in section.model_fields) == NAMES
+    assert list(Settings.model_fields) == [name for section in SECTIONS.values() for name in section.model_fields]
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in OTHER_VALUE])
