@@ -59,6 +59,7 @@ ALLOWED = {
     "server/bootstrap/machine.py": set(),
     "server/api/http": _HTTP,
     "server/api/generation": _GENERATION,
+    "server/api/messages": {*_GENERATION, "server.api.messages"},
     "server/api/routes": {*_GENERATION, "server.api.routes", "adapters.errors"},
     "server/api": {*_GENERATION, "server.api"},
     "server/commands": {"server", "kernels", "models", "adapters"},

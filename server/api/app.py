@@ -20,6 +20,8 @@ from guanaco.server.api.http.cors import ClientCors
 from guanaco.server.api.http.errors import HANDLED, handle_error
 from guanaco.server.api.http.host_check import HostCheck
 from guanaco.server.api.http.middleware import Gate, RequestScope
+from guanaco.server.api.messages import routes as messages
+from guanaco.server.api.messages.protocol import CountBody, MessagesBody
 from guanaco.server.api.routes import adapters as adapters_admin
 from guanaco.server.api.routes import aliases as aliases_admin
 from guanaco.server.api.routes import chat, completions, info, tokens
@@ -27,7 +29,7 @@ from guanaco.server.metrics.server import Metrics
 
 logger = logging.getLogger("guanaco.api")
 
-_BODIES: tuple[type[BaseModel], ...] = (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody)
+_BODIES: tuple[type[BaseModel], ...] = (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody, MessagesBody, CountBody)
 _LAG_PROBE_SECONDS = 0.5
 _STOP_TIMEOUT_SECONDS = 5.0  # an engine that is stuck in a step must not keep the process alive
 
@@ -51,6 +53,7 @@ def create_app(state: ApiState) -> FastAPI:
         info.router,
         chat.router,
         completions.router,
+        messages.router,
         tokens.router,
         adapters_admin.router,
         aliases_admin.router,

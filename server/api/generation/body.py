@@ -14,7 +14,7 @@ from pydantic_core import from_json
 from starlette.requests import Request
 
 from guanaco.models.error_codes import ErrorCode
-from guanaco.server.api.generation.fields import INSTEAD, RouteFields, asks_for_nothing
+from guanaco.server.api.generation.fields import RouteFields, asks_for_nothing
 from guanaco.server.api.generation.ignored import Ignored, ignored_fields
 from guanaco.server.api.generation.json_structure import check_structure
 from guanaco.server.api.http.errors import ApiError, ClientGone, bad_request
@@ -113,7 +113,7 @@ def take_fields(data: dict[str, Any], route: RouteFields) -> TakenFields:
     400 for a field that would change the answer and isn't supported, and for two names of one field with two values."""
     for name in route.refused.keys() & data.keys():
         if not asks_for_nothing(data[name], route.refused[name]):
-            advice = f": {INSTEAD[name]}" if name in INSTEAD else ""
+            advice = f": {route.instead[name]}" if name in route.instead else ""
             raise bad_request(f"{name} is not supported by this server{advice}", name, ErrorCode.UNSUPPORTED_PARAMETER)
     ignored = ignored_fields(data, route)
     ours = {name: value for name, value in data.items() if name not in route.aliases}

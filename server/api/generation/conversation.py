@@ -4,9 +4,16 @@ Chat sends such a body itself. Routes with another shape translate their bodies 
 means the same to all of them. Knows neither HTTP nor answers.
 """
 
+import re
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
 from guanaco.models.error_codes import ErrorCode
 from guanaco.models.errors import TemplateError
+from guanaco.server.api.generation.body import validate
 from guanaco.server.api.generation.catalog import Caller
+from guanaco.server.api.generation.fields import ALIASES, REFUSED_IN_CHAT, Neutral
 from guanaco.server.api.generation.ignored import Ignored
 from guanaco.server.api.generation.protocol import ChatBody, ChatMessage
 from guanaco.server.api.generation.sampling import check_request, sampling_params
@@ -21,6 +28,55 @@ from guanaco.server.api.generation.serving import (
 from guanaco.server.api.generation.state import ApiState, Template
 from guanaco.server.api.http.errors import ApiError, bad_request
 from guanaco.server.api.http.lifecycle import Admission
+
+# Values of chat's own fields that ask for nothing, besides their defaults.
+_NEUTRAL: Mapping[str, Neutral] = {
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "ignore_eos": (False,),
+    "include_stop_str_in_output": (False,),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "n": (1,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "skip_special_tokens": (True,),
+    "stop": ([],),
+    "stop_token_ids": ([],),
+    "top_logprobs": (0,),
+}
+_HARMLESS_ELSEWHERE = frozenset(("user", "stream_options"))
+
+
+def refused_besides(own: Collection[str], specific: Mapping[str, Neutral]) -> Mapping[str, Neutral]:
+    """What a route with fields of its own has to refuse: `specific`, and chat's fields that the route doesn't have.
+
+    A client that writes chat's name of a field would otherwise get an answer without it."""
+    chat = {name: _NEUTRAL.get(name, ()) for name in (*ChatBody.model_fields, *ALIASES, *REFUSED_IN_CHAT)}
+    known = {**chat, **REFUSED_IN_CHAT, **specific}
+    return {name: known[name] for name in known if name not in own and name not in _HARMLESS_ELSEWHERE}
+
+
+def chat_body(fields: Mapping[str, Any], names: Mapping[str, str]) -> ChatBody:
+    """A translated body. names: chat's names of fields → those that the client knows, for errors."""
+    with renamed_errors(names):
+        return validate(ChatBody, dict(fields))
+
+
+@contextmanager
+def renamed_errors(names: Mapping[str, str]) -> Iterator[None]:
+    """Have errors name a field as the client did. A position within a translated field would not be the client's."""
+    try:
+        yield
+    except ApiError as error:
+        param = error.param or ""
+        name = re.split(r"[.\[]", param, maxsplit=1)[0]
+        if (theirs := names.get(name)) is None:
+            raise
+        text = error.message.replace(param, theirs)
+        raise ApiError(error.status, error.code, text, param=theirs, retry_after=error.retry_after) from None
 
 
 def prepare_conversation(

@@ -34,4 +34,5 @@ def event(data: object) -> bytes:
 
 def named_event(data: dict[str, Any]) -> bytes:
     """The same with the event's name, which is the data's `type`: Anthropic's client skips events without one."""
-    return b"event: " + data["type"].encode() + b"\n" + event(data)
+    name: str = data["type"]
+    return b"event: " + name.encode() + b"\n" + event(data)

@@ -6,7 +6,7 @@ list is ignored, and the answer names it. Knows names and values only; `body` ap
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 Neutral = tuple[Any, ...]  # the values of a refused field that ask for nothing, and pass; null always does
@@ -352,6 +352,7 @@ HARMLESS_IN_MESSAGE = frozenset(
         *("reasoning", "reasoning_content", "reasoning_details", "thinking", "type", "weight"),
     )
 )
+IN_MESSAGE = frozenset(("role", "content", *REFUSED_IN_MESSAGE, *HARMLESS_IN_MESSAGE))
 HARMLESS_IN_PART = frozenset(("type", "text", "cache_control", "annotations"))
 HARMLESS_IN_STREAM_OPTIONS = frozenset(("include_obfuscation",))
 
@@ -364,6 +365,10 @@ class RouteFields:
     refused: Mapping[str, Neutral]
     aliases: Mapping[str, str]
     harmless: frozenset[str] = HARMLESS
+    instead: Mapping[str, str] = field(default_factory=lambda: INSTEAD)  # refused field → what to do without it
+    conversation: str = "messages"  # the field with the messages
+    in_message: frozenset[str] = IN_MESSAGE  # what each of them may hold
+    in_part: frozenset[str] = HARMLESS_IN_PART  # what a part of its content may hold
 
     def ignored(self, names: Iterable[str]) -> list[str]:
         """The names that are on no list."""

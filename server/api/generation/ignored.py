@@ -11,20 +11,13 @@ from typing import Any
 
 from starlette.responses import Response
 
-from guanaco.server.api.generation.fields import (
-    HARMLESS_IN_MESSAGE,
-    HARMLESS_IN_PART,
-    HARMLESS_IN_STREAM_OPTIONS,
-    REFUSED_IN_MESSAGE,
-    RouteFields,
-)
+from guanaco.server.api.generation.fields import HARMLESS_IN_STREAM_OPTIONS, RouteFields
 
 HEADER = "X-Ignored-Fields"
 MAX_NAMES = 16  # in the header; the number of the others follows as "+N"
 MAX_NAME_CHARS = 48
 _OTHER = re.compile(r"[^A-Za-z0-9_.\-]")
 
-_IN_MESSAGE = frozenset(("role", "content")) | REFUSED_IN_MESSAGE.keys() | HARMLESS_IN_MESSAGE
 _IN_STREAM_OPTIONS = frozenset(("include_usage", "continuous_usage_stats")) | HARMLESS_IN_STREAM_OPTIONS
 
 
@@ -34,6 +27,10 @@ class Ignored:
 
     count: int = 0
     header: str | None = None
+
+    def and_also(self, name: str) -> "Ignored":
+        """The same and one more: a header, say. `name` is ours."""
+        return Ignored(self.count + 1, name if self.header is None else f"{self.header}, {name}")
 
     def name_in(self, response: Response) -> None:
         """Set the header of an answer, where there is something to name."""
@@ -58,16 +55,17 @@ def _names(data: Mapping[str, Any], route: RouteFields) -> Iterator[str]:
     yield from route.ignored(name for name, value in data.items() if value is not None)
     if isinstance(options := data.get("stream_options"), dict):
         yield from (f"stream_options.{name}" for name in options if name not in _IN_STREAM_OPTIONS)
-    messages = data.get("messages")
+    messages = data.get(route.conversation)
     for message in messages if isinstance(messages, list) else ():
         if not isinstance(message, dict):
             continue
-        yield from (f"messages.{name}" for name, value in message.items() if _counts(name, value, _IN_MESSAGE))
+        at = route.conversation
+        yield from (f"{at}.{name}" for name, value in message.items() if _counts(name, value, route.in_message))
         content = message.get("content")
         for part in content if isinstance(content, list) else ():
             if isinstance(part, dict):
                 yield from (
-                    f"messages.content.{name}" for name, value in part.items() if _counts(name, value, HARMLESS_IN_PART)
+                    f"{at}.content.{name}" for name, value in part.items() if _counts(name, value, route.in_part)
                 )
 
 

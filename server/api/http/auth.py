@@ -135,13 +135,13 @@ class AuthMiddleware:
             presented = presented_key(scope["headers"])
             key = self._find(presented, admin)
             if key is None and (admin or self.keys):
-                await _refuse(_wrong_key(presented, admin), scope, receive, send)
+                await _wrong_key(presented, admin).answer(scope, receive, send)
                 return
             if key is not None:
                 record_of(scope).key_id = key.id
                 scope["guanaco.key"] = key
             if for_admins and not admin:
-                await _refuse(_ADMIN_DISABLED, scope, receive, send)
+                await _ADMIN_DISABLED.answer(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
@@ -168,8 +168,3 @@ def _wrong_key(presented: bytes | None, admin: bool) -> ApiError:
         return ApiError(401, ErrorCode.MISSING_ADMIN_KEY if admin else ErrorCode.MISSING_API_KEY, text)
     code = ErrorCode.INVALID_ADMIN_KEY if admin else ErrorCode.INVALID_API_KEY
     return ApiError(401, code, f"this {kind} key is not valid; {text}")
-
-
-async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
-    record_of(scope).error_code = error.code
-    await error.response()(scope, receive, send)

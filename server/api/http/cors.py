@@ -13,21 +13,22 @@ from guanaco.server.api.http.auth import OPEN_PATHS
 
 # All others are closed to pages: a new route is until it is listed here. Admin, files and jobs routes never are.
 CORS_PATHS = OPEN_PATHS | {
-    *("/v1/models", "/v1/chat/completions", "/v1/completions"),
+    *("/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/messages/count_tokens"),
     *("/tokenize", "/detokenize", "/tokenizer_info", "/version"),
 }
 _MODELS = "/v1/models/"
 _METHODS = ("GET", "HEAD", "POST")
 _STAINLESS: tuple[str, ...] = ("Arch", "Async", "Helper-Method", "Lang", "OS", "Package-Version", "Poll-Helper")
 _STAINLESS += ("Retry-Count", "Runtime", "Runtime-Version", "Timeout")
-# Ours, and what OpenAI's client adds in a browser.
+# Ours, and what OpenAI's and Anthropic's clients add in a browser.
 _HEADERS = (
     *("Authorization", "X-Api-Key", "X-Request-Id", "X-Split-Key"),
     *("Cache-Control", "Idempotency-Key", "Last-Event-ID", "User-Agent", "X-Requested-With"),
     *("OpenAI-Beta", "OpenAI-Organization", "OpenAI-Project"),
+    *("Anthropic-Beta", "Anthropic-Dangerous-Direct-Browser-Access", "Anthropic-Version"),
     *(f"X-Stainless-{name}" for name in _STAINLESS),
 )
-_EXPOSED = ("Retry-After", "X-Adapter-Version", "X-Ignored-Fields", "X-Request-Id")
+_EXPOSED = ("Retry-After", "X-Adapter-Version", "X-Ignored-Fields", "X-Request-Id", "Request-Id")
 _PREFLIGHT_SECONDS = 600  # for which a browser remembers the answer
 
 

@@ -12,9 +12,12 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from guanaco.models.error_codes import ErrorCode
 from guanaco.models.errors import GuanacoError
+from guanaco.server.api.http.access_log import record_of
+from guanaco.server.api.http.envelopes import anthropic_envelope, anthropic_status, is_anthropic
 from guanaco.server.engine.async_engine import EngineOverloaded, EngineUnavailable
 
 _TYPES = {429: "rate_limit_error"}  # besides these: 4xx invalid_request_error, 5xx server_error
@@ -42,8 +45,12 @@ class ApiError(GuanacoError):
         """OpenAI's shape: {"error": {message, type, param, code}}."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
-    def body(self) -> bytes:
-        return orjson.dumps(self.envelope())
+    def on_path(self, path: str, request_id: str | None) -> tuple[int, bytes]:
+        """Status and body for a request to `path`: its clients know one envelope."""
+        if not is_anthropic(path):
+            return self.status, orjson.dumps(self.envelope())
+        envelope = anthropic_envelope(self.status, self.code, self.message, self.param, request_id)
+        return anthropic_status(self.status, self.code), orjson.dumps(envelope)
 
     def headers(self) -> dict[str, str]:
         headers = {}
@@ -53,8 +60,16 @@ class ApiError(GuanacoError):
             headers["WWW-Authenticate"] = "Bearer"
         return headers
 
-    def response(self) -> Response:
-        return Response(self.body(), self.status, self.headers(), "application/json")
+    def response(self, scope: Scope) -> Response:
+        """The answer to the request of `scope`, whose record gets the code."""
+        record = record_of(scope)
+        record.error_code = self.code
+        status, body = self.on_path(scope["path"], record.request_id)
+        return Response(body, status, self.headers(), "application/json")
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it, from within the chain of ASGI applications."""
+        await self.response(scope)(scope, receive, send)
 
 
 class ClientGone(GuanacoError):
@@ -199,9 +214,7 @@ def is_unforeseen(error: BaseException) -> bool:
 async def handle_error(request: Request, error: Exception) -> Response:
     """Starlette's exception handler for everything in the table."""
     known = as_api_error(error)
-    response = known.response()
+    response = known.response(request.scope)
     if isinstance(error, HTTPException):
         response.headers.update({k: v for k, v in (error.headers or {}).items() if k.lower() == "allow"})
-    if (record := request.scope.get("guanaco.record")) is not None:
-        record.error_code = known.code
     return response

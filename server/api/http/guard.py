@@ -259,9 +259,9 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         self._stop_read_timer()
         self.count_refused(refusal.code)
         if self._is_idle or not self.cycle.response_started:
-            body = refusal.body()
+            status, body = refusal.on_path(self.url.partition(b"?")[0].decode("latin-1"), None)
             head = [
-                STATUS_LINE[refusal.status],
+                STATUS_LINE[status],
                 *(name + b": " + value + b"\r\n" for name, value in self.server_state.default_headers),
                 *(f"{name}: {value}\r\n".encode() for name, value in refusal.headers().items()),
                 b"content-type: application/json\r\nconnection: close\r\n",

@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from guanaco.models.error_codes import ErrorCode
-from guanaco.server.api.http.access_log import record_of
 from guanaco.server.api.http.errors import ApiError
 
 _NAME = re.compile(rb"([A-Za-z0-9_.-]+)(?::\d{0,5})?")
@@ -30,8 +29,7 @@ class HostCheck:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not self.has_keys and not self._is_allowed(scope):
-            record_of(scope).error_code = _REFUSED.code
-            await _REFUSED.response()(scope, receive, send)
+            await _REFUSED.answer(scope, receive, send)
             return
         await self.app(scope, receive, send)
 

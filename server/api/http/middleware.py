@@ -10,8 +10,9 @@ import secrets
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from guanaco.server.api.http.access_log import RequestRecord, access_logger, new_record, record_of
+from guanaco.server.api.http.access_log import RequestRecord, access_logger, new_record
 from guanaco.server.api.http.auth import OPEN_PATHS
+from guanaco.server.api.http.envelopes import OVERLOADED_STATUSES, is_anthropic
 from guanaco.server.api.http.errors import (
     CLIENT_CLOSED_REQUEST,
     ApiError,
@@ -54,6 +55,8 @@ class RequestScope:
                 record.status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = record.request_id
+                if is_anthropic(scope["path"]):
+                    headers["Request-Id"] = record.request_id
                 if self.lifecycle.refusing:
                     headers["Connection"] = "close"
             await send(message)
@@ -74,7 +77,7 @@ class RequestScope:
                 record.outcome = "cancelled"
             else:
                 record.outcome = "ok" if record.status < 400 else "rejected" if record.status < 500 else "failed"
-                record.outcome = "rejected" if record.status == 503 else record.outcome
+                record.outcome = "rejected" if record.status in OVERLOADED_STATUSES else record.outcome
         if record.status is not None and record.status >= 400 and record.error_code is not None:
             self.metrics.count_rejected(record.error_code)
         if (route := scope.get("route")) is not None:
@@ -89,7 +92,7 @@ async def _answer_failure(error: Exception, record: RequestRecord, scope: Scope,
     if is_unforeseen(error):
         log_unforeseen(error, record.request_id)
     if record.status is None:
-        await known.response()(scope, receive, send)
+        await known.answer(scope, receive, send)
     else:
         record.outcome = "failed"  # returning with the response unfinished makes uvicorn close the connection
 
@@ -117,8 +120,7 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] == "POST" and (error := self._refusal()) is not None:
-            record_of(scope).error_code = error.code
-            await error.response()(scope, receive, send)
+            await error.answer(scope, receive, send)
             return
         await self.app(scope, receive, send)
 

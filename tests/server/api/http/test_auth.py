@@ -57,7 +57,8 @@ def test_every_route_and_method_is_closed_without_a_key(server: LiveServer) -> N
                     assert response.headers["www-authenticate"] == "Bearer"
                     if method != "HEAD":
                         error = response.json()["error"]
-                        assert error["code"] == ("invalid_api_key" if headers else "missing_api_key")
+                        code = error["code"] if "code" in error else error["details"]["error_code"]
+                        assert code == ("invalid_api_key" if headers else "missing_api_key")
     assert server.engine.requests == []
 
 

@@ -1,12 +1,13 @@
 """JSON as the standard has it: UTF-8, one value per key, finite numbers. Files from strangers are read with it.
 
-Knows nothing of what the values mean. Called by the readers of adapters, models and their headers.
+Knows nothing of what the values mean. Called by `config` and `safetensors_file`.
 """
 
 import json
 from typing import Any
 
-from guanaco.models.errors import GuanacoError, printable
+from guanaco.adapters.errors import printable
+from guanaco.models.errors import GuanacoError
 
 
 class JsonError(GuanacoError, ValueError):

@@ -1,0 +1,48 @@
+"""The shape of an error's body: Anthropic's on Anthropic's routes, OpenAI's on all others.
+
+A path decides, since errors come before there is a route, too: from keys, limits and the parser. Pure functions over
+plain values; `errors` calls them.
+"""
+
+from typing import Any
+
+from guanaco.models.error_codes import ErrorCode
+
+ANTHROPIC_PATH = "/v1/messages"
+
+_OVERLOADED_STATUS = 529  # Anthropic's number for 503 where the server has too much to do
+OVERLOADED_STATUSES = frozenset((503, _OVERLOADED_STATUS))
+_OVERLOADED_CODES = frozenset((ErrorCode.SERVER_OVERLOADED, ErrorCode.QUEUE_TIMEOUT, ErrorCode.TOO_MANY_CONNECTIONS))
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    504: "timeout_error",
+    _OVERLOADED_STATUS: "overloaded_error",
+}  # besides these: 4xx invalid_request_error, 5xx api_error
+
+
+def is_anthropic(path: str) -> bool:
+    """Whether a path is one of Anthropic's API."""
+    return path == ANTHROPIC_PATH or path.startswith(ANTHROPIC_PATH + "/")
+
+
+def anthropic_status(status: int, code: ErrorCode) -> int:
+    """The status that Anthropic's clients know for an error of ours."""
+    return _OVERLOADED_STATUS if status == 503 and code in _OVERLOADED_CODES else status
+
+
+def anthropic_envelope(
+    status: int, code: ErrorCode, message: str, param: str | None, request_id: str | None
+) -> dict[str, Any]:
+    """Anthropic's shape: {"type": "error", "error": {type, message, details}, "request_id"}.
+
+    Their clients read our code as `error_code`. A message that doesn't name its field is given the field's name."""
+    kind = _ANTHROPIC_TYPES.get(
+        anthropic_status(status, code), "invalid_request_error" if status < 500 else "api_error"
+    )
+    text = message if param is None or param in message else f"{param}: {message}"
+    details = {"error_code": code, "param": param}
+    return {"type": "error", "error": {"type": kind, "message": text, "details": details}, "request_id": request_id}

@@ -1,0 +1,108 @@
+"""The bodies of Anthropic's Messages API: fields, types and limits.
+
+Says what a request may hold; `translate` reads the messages. Nothing here is echoed: errors name limits, never values.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import Field, WithJsonSchema
+
+from guanaco.server.api.generation.conversation import refused_besides
+from guanaco.server.api.generation.fields import HARMLESS, Neutral, RouteFields
+from guanaco.server.api.generation.protocol import (
+    MAX_MESSAGES,
+    MAX_SALT_CHARS,
+    MAX_TOP_K,
+    AdapterChoices,
+    Body,
+    StopStrings,
+    TokenCount,
+)
+
+_TEXT = {"type": "string"}
+_BLOCKS = {"type": "array", "items": {"type": "object", "required": ["type"]}}
+_MESSAGE = {
+    "type": "object",
+    "properties": {"role": {"enum": ["user", "assistant", "system"]}, "content": {"anyOf": [_TEXT, _BLOCKS]}},
+    "required": ["role", "content"],
+}
+# Read by `translate`, which knows what the blocks of each role may be.
+Messages = Annotated[
+    list[Any],
+    Field(min_length=1, max_length=MAX_MESSAGES),
+    WithJsonSchema({"type": "array", "items": _MESSAGE, "minItems": 1, "maxItems": MAX_MESSAGES}),
+]
+System = Annotated[Any, WithJsonSchema({"anyOf": [_TEXT, _BLOCKS, {"type": "null"}]})]
+
+
+class Metadata(Body):
+    user_id: str | None = None
+
+
+class CountBody(Body):
+    """POST /v1/messages/count_tokens."""
+
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+    messages: Messages
+    system: System = None
+    adapters: AdapterChoices = ()
+
+
+class MessagesBody(CountBody):
+    """POST /v1/messages. The fields after `stream` are extensions of this server, as in chat completions."""
+
+    max_tokens: TokenCount
+    metadata: Metadata | None = None
+    stop_sequences: StopStrings = ()
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=MAX_TOP_K)] | None = None
+    stream: bool | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
+
+
+_OWN = frozenset(MessagesBody.model_fields)
+# Anthropic's own fields that would change the answer.
+_REFUSED: Mapping[str, Neutral] = {
+    "container": (),
+    "context_management": ({}, {"edits": []}),
+    "fallbacks": ([],),
+    "mcp_servers": ([],),
+    "output_config": ({},),
+    "output_format": (),
+    "prefill": (),
+    "prompt": (),
+    "thinking": ({"type": "disabled"},),
+    "tools": ([],),
+    "tool_choice": ({"type": "none"}, {"type": "auto"}),
+}
+_INSTEAD: Mapping[str, str] = {
+    "thinking": "leave it out, or send {type: disabled}",
+    "stop": "use stop_sequences",
+    "max_completion_tokens": "use max_tokens",
+    "max_output_tokens": "use max_tokens",
+    "instructions": "use system",
+    "system_prompt": "use system",
+    "input": "use messages",
+    "inputs": "use messages",
+}
+_HARMLESS = frozenset(
+    ("cache_control", "diagnostics", "inference_geo", "speed", "user_profile_id", "workspace_id", *HARMLESS)
+)
+_IN_MESSAGE = frozenset(("role", "content", "id", "type"))
+_IN_BLOCK = frozenset(("type", "text", "cache_control", "citations", "signature", "thinking", "data"))
+MESSAGES_FIELDS = RouteFields(
+    own=_OWN,
+    refused=refused_besides(_OWN, _REFUSED),
+    aliases={},
+    harmless=_HARMLESS - _OWN,
+    instead=_INSTEAD,
+    in_message=_IN_MESSAGE,
+    in_part=_IN_BLOCK,
+)
+# A whole request may be sent to be counted: it has the same fields.
+COUNT_FIELDS = MESSAGES_FIELDS

@@ -1,0 +1,146 @@
+"""Anthropic's official client, synchronous and not, against the live server: each understands what the other sends."""
+
+import asyncio
+from collections.abc import Iterator
+
+import anthropic
+import pytest
+from anthropic import Anthropic, AsyncAnthropic
+
+from support.server.api_server import BASE, PIRATE, PIRATE_VERSION, WAIT, LiveServer, make_state
+from support.server.fake_engine import reply_of
+
+KEY = "sk-test"
+MESSAGES = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[LiveServer]:
+    with LiveServer(make_state(keys=(KEY,))) as live:
+        yield live
+
+
+@pytest.fixture
+def server(shared: LiveServer) -> Iterator[LiveServer]:
+    shared.script()
+    yield shared
+    shared.assert_quiet()
+
+
+@pytest.fixture(scope="module")
+def client(shared: LiveServer) -> Iterator[Anthropic]:
+    with Anthropic(base_url=shared.url, api_key=KEY, max_retries=0, timeout=WAIT) as made:
+        yield made
+
+
+def test_create(server: LiveServer, client: Anthropic) -> None:
+    message = client.messages.create(
+        model=PIRATE, max_tokens=15, messages=MESSAGES, system="be brief", metadata={"user_id": "ann"}
+    )
+    request = server.engine.requests[-1]
+    assert [(block.type, block.text) for block in message.content] == [("text", reply_of(request)[:15])]
+    assert (message.type, message.role, message.model) == ("message", "assistant", PIRATE)
+    assert (message.stop_reason, message.stop_sequence) == ("max_tokens", None)
+    assert (message.usage.input_tokens, message.usage.output_tokens) == (len(request.prompt_token_ids), 15)
+    assert message.id.startswith("msg_")
+    assert message._request_id
+    assert [lora.version for lora in request.loras] == [PIRATE_VERSION]
+
+
+def test_stream_helper(server: LiveServer, client: Anthropic) -> None:
+    with client.messages.stream(model=BASE, max_tokens=2000, messages=MESSAGES, stop_sequences=["€"]) as stream:
+        kinds = [event.type for event in stream]
+        final = stream.get_final_message()
+    text = reply_of(server.engine.requests[-1]).split("€")[0]
+    assert final.content[0].text == text
+    assert (final.stop_reason, final.stop_sequence) == ("stop_sequence", "€")
+    assert final.usage.output_tokens >= len(text)
+    assert kinds[:2] == ["message_start", "content_block_start"]
+    assert kinds.count("text") == len(text)
+    assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
+
+
+def test_raw_stream(server: LiveServer, client: Anthropic) -> None:
+    events = list(client.messages.create(model=BASE, max_tokens=8, messages=MESSAGES, stream=True))
+    text = "".join(event.delta.text for event in events if event.type == "content_block_delta")
+    assert text == reply_of(server.engine.requests[-1])[:8]
+    (delta,) = [event for event in events if event.type == "message_delta"]
+    assert (delta.delta.stop_reason, delta.usage.output_tokens) == ("max_tokens", 8)
+
+
+def test_count_tokens_is_what_create_counts(server: LiveServer, client: Anthropic) -> None:
+    fields = {"model": BASE, "messages": MESSAGES, "system": "be brief"}
+    counted = client.messages.count_tokens(**fields).input_tokens
+    assert counted == client.messages.create(max_tokens=1, **fields).usage.input_tokens
+
+
+def test_cached_tokens_are_counted_apart(server: LiveServer, client: Anthropic) -> None:
+    server.script(cached_tokens=3)
+    with client.messages.stream(model=BASE, max_tokens=2, messages=MESSAGES) as stream:
+        streamed = stream.get_final_message().usage
+    whole = client.messages.create(model=BASE, max_tokens=2, messages=MESSAGES).usage
+    prompt = len(server.engine.requests[-1].prompt_token_ids)
+    for usage in (streamed, whole):
+        assert (usage.input_tokens, usage.cache_read_input_tokens) == (prompt - 3, 3)
+
+
+def test_errors_are_the_clients_own_exceptions(server: LiveServer, client: Anthropic) -> None:
+    with pytest.raises(anthropic.NotFoundError) as not_found:
+        client.messages.create(model="nobody", max_tokens=5, messages=MESSAGES)
+    assert (not_found.value.type, not_found.value.error_code) == ("not_found_error", "model_not_found")
+    assert not_found.value.request_id == not_found.value.body["request_id"]
+    with pytest.raises(anthropic.BadRequestError, match="max_tokens") as bad:
+        client.messages.create(model=BASE, max_tokens=0, messages=MESSAGES)
+    assert bad.value.type == "invalid_request_error"
+    with Anthropic(base_url=server.url, api_key="no", max_retries=0) as stranger:
+        with pytest.raises(anthropic.AuthenticationError) as unknown:
+            stranger.messages.create(model=BASE, max_tokens=5, messages=MESSAGES)
+        assert (unknown.value.type, unknown.value.error_code) == ("authentication_error", "invalid_api_key")
+    server.script(fail_after=0, failure="numerical_error")
+    with pytest.raises(anthropic.InternalServerError) as failed:
+        client.messages.create(model=BASE, max_tokens=5, messages=MESSAGES, stream=True)
+    assert failed.value.type == "api_error"
+
+
+def test_an_overloaded_server_is_what_the_client_calls_so(server: LiveServer, client: Anthropic) -> None:
+    server.engine.max_running = 0
+    with pytest.raises(anthropic.OverloadedError) as busy:
+        client.messages.create(model=BASE, max_tokens=5, messages=MESSAGES)
+    server.engine.max_running = 10_000
+    assert (busy.value.status_code, busy.value.type) == (529, "overloaded_error")
+    assert busy.value.response.headers["retry-after"] == "3"
+
+
+def test_failure_in_the_middle_of_a_stream_raises(server: LiveServer, client: Anthropic) -> None:
+    server.script(fail_after=5, failure="numerical_error")
+    with (
+        client.messages.stream(model=BASE, max_tokens=50, messages=MESSAGES) as stream,
+        pytest.raises(anthropic.APIStatusError, match="not numbers") as failed,
+    ):
+        stream.until_done()
+    assert (failed.value.type, failed.value.error_code) == ("api_error", "numerical_error")
+
+
+def test_closing_a_stream_ends_the_generation(server: LiveServer, client: Anthropic) -> None:
+    server.script(step_seconds=0.02)
+    aborted = len(server.engine.aborted)
+    with client.messages.stream(model=BASE, max_tokens=4000, messages=MESSAGES) as stream:
+        next(stream.text_stream)
+    server.until(lambda engine: len(engine.aborted) == aborted + 1)
+
+
+def test_cancelling_an_async_call_ends_the_generation(server: LiveServer) -> None:
+    gate = server.gate()
+    aborted = len(server.engine.aborted)
+
+    async def work() -> None:
+        async with AsyncAnthropic(base_url=server.url, api_key=KEY, max_retries=0) as client:
+            call = asyncio.ensure_future(client.messages.create(model=BASE, max_tokens=5, messages=MESSAGES))
+            await asyncio.to_thread(server.until, lambda engine: len(engine.running) == 1)
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+
+    asyncio.run(work())
+    server.until(lambda engine: len(engine.aborted) == aborted + 1)
+    server.open(gate)
