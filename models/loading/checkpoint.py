@@ -20,7 +20,10 @@ from guanaco.models.architectures.llama import WeightSource
 from guanaco.models.errors import ModelError
 from guanaco.models.formats.raw_file import FileLayout
 from guanaco.models.formats.safetensors import SafetensorsFile
+from guanaco.models.formats.shown import listed
 from guanaco.models.loading.gguf_checkpoint import GgufCheckpoint
+from guanaco.models.loading.unread_fields import config_notes
+from guanaco.models.loading.unread_files import ADAPTER_WEIGHTS, notes_beside_gguf, notes_beside_weights
 
 INDEX_FILE = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -35,6 +38,7 @@ class Checkpoint(WeightSource, Protocol):
     config: LlamaConfig
     is_quantized: bool  # some weights are in NF4 already: then all are served as they are
     num_bytes: int  # of all tensors as stored
+    notes: list[str]  # what an operator should know of the files: what was found, what is used, what to do
 
     def matrix(self, name: str, shape: tuple[int, int]) -> Nf4Weight | Tensor: ...
 
@@ -54,7 +58,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     if path.is_file():
         if path.suffix == ".gguf":
-            return GgufCheckpoint(path)
+            return _open_gguf(path, is_named=True)
         raise ModelError(f"{path} is no model: give a directory with config.json and safetensors, or a .gguf file")
     if not path.is_dir():
         raise ModelError(f"{path} does not exist: give a model directory, a .gguf file, or a hub id like org/name")
@@ -62,11 +66,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
         files = sorted(file for file in path.iterdir() if file.is_file())
     except OSError as error:
         raise ModelError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
-    if any(file.suffix == ".safetensors" and file.name != "adapter_model.safetensors" for file in files):
+    if any(file.suffix == ".safetensors" and file.name != ADAPTER_WEIGHTS for file in files):
         return SafetensorsCheckpoint(path)
     ggufs = [file for file in files if file.suffix == ".gguf"]
     if len(ggufs) == 1:
-        return GgufCheckpoint(ggufs[0])
+        return _open_gguf(ggufs[0], is_named=False)
     if ggufs:
         raise ModelError(f"{path} has several GGUF files: name one of them, {ggufs[0]} for example")
     if (path / "adapter_config.json").exists():
@@ -76,6 +80,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if (path / INDEX_FILE).exists():
         raise ModelError(f"{path} has an index ({INDEX_FILE}) but none of its shards: download the model again")
     raise ModelError(f"{path} holds no weights: it needs safetensors files or one .gguf file")
+
+
+def _open_gguf(file: Path, *, is_named: bool) -> GgufCheckpoint:
+    checkpoint = GgufCheckpoint(file)
+    checkpoint.notes += notes_beside_gguf(file, is_named=is_named)
+    return checkpoint
 
 
 def stored_table(path: Path, name: str) -> Tensor | None:
@@ -105,6 +115,7 @@ class SafetensorsCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = read_config(path)
+        self.notes = list(config_notes(read_json(path / "config.json")))
         self._files: list[SafetensorsFile] = []
         try:
             self._home = self._open_files()
@@ -116,6 +127,7 @@ class SafetensorsCheckpoint:
             raise
         self._quantized = quantized_names(self._home)
         self.is_quantized = bool(self._quantized)
+        self._note_format()
         self.num_bytes = sum(file.tensors[name].num_bytes for name, file in self._home.items())
         self._asked: set[str] = set()
 
@@ -167,12 +179,15 @@ class SafetensorsCheckpoint:
         index_path = self.path / INDEX_FILE
         single = self.path / "model.safetensors"
         if index_path.exists() and not single.exists():
-            return self._open_shards(index_path)
-        names = sorted(p.name for p in self.path.glob("*.safetensors") if p.name != "adapter_model.safetensors")
+            home = self._open_shards(index_path)
+            self.notes += notes_beside_weights(self.path, {INDEX_FILE, *(file.path.name for file in self._files)})
+            return home
+        names = sorted(p.name for p in self.path.glob("*.safetensors") if p.name != ADAPTER_WEIGHTS)
         if not single.exists() and len(names) > 1:
             raise ModelError(f"{self.path} has {len(names)} safetensors files and no {INDEX_FILE}: download it again")
         file = SafetensorsFile(single if single.exists() else self.path / names[0])
         self._files.append(file)
+        self.notes += notes_beside_weights(self.path, {file.path.name})
         return dict.fromkeys(file.tensors, file)
 
     def _open_shards(self, index_path: Path) -> dict[str, SafetensorsFile]:
@@ -192,7 +207,18 @@ class SafetensorsCheckpoint:
                 raise ModelError(
                     f"{self.path / str(shard)} lacks the tensor {name} that the index promises: download both again"
                 )
-        return {name: shards[str(shard)] for name, shard in weight_map.items()}
+        home = {name: shards[str(shard)] for name, shard in weight_map.items()}
+        found = [(name, file) for file in self._files for name in file.tensors]
+        if forgotten := {name: file for name, file in found if name not in home}:
+            self.notes.append(
+                f"{len(forgotten)} tensors are in the shards and not in {INDEX_FILE}: {listed(sorted(forgotten))}; "
+                "they are read all the same, as in transformers"
+            )
+        if twice := sorted(name for name, file in found if name in home and home[name] is not file):
+            self.notes.append(
+                f"{len(twice)} tensors are in several shards: {listed(twice)}; the one that {INDEX_FILE} names is used"
+            )
+        return forgotten | home
 
     def _stored_name(self, name: str) -> str:
         stored_name = name if name.startswith("lm_head.") else self._prefix + name
@@ -208,6 +234,20 @@ class SafetensorsCheckpoint:
         first, second = self._home[embedding].read(embedding), self._home[head].read(head)
         if first.dtype != second.dtype or not torch.equal(first, second):
             self.config = replace(self.config, tie_word_embeddings=False)
+            self.notes.append(
+                f"config.json ties the head to the embedding, but {head} is stored and differs: the stored head is "
+                f"used, as in transformers; remove {head} from the weights if the tie is right"
+            )
+
+    def _note_format(self) -> None:
+        says_nf4 = self.config.quantization is not None
+        if says_nf4 and not self.is_quantized:
+            self.notes.append(
+                "config.json says that the weights are in NF4, but they are dense: they are quantised at load, and the "
+                "other settings of its quantization_config are not used"
+            )
+        elif self.is_quantized and not says_nf4:
+            self.notes.append("the weights are in NF4 although config.json names no quantization: served as stored")
 
     def _check_shape(self, name: str, stored: tuple[int, ...], expected: tuple[int, ...]) -> None:
         if stored != expected:

@@ -20,6 +20,8 @@ from guanaco.models.architectures.layers import rope_frequencies
 from guanaco.models.errors import ModelError
 from guanaco.models.formats.gguf import GgufTensor, read_table
 from guanaco.models.formats.raw_file import FileLayout, RawFile
+from guanaco.models.formats.shown import shown
+from guanaco.models.loading.unread_fields import gguf_notes
 from guanaco.models.text.gguf_tokenizer import end_ids
 
 _TYPES = gguf.GGMLQuantizationType
@@ -68,6 +70,7 @@ class GgufCheckpoint:
         except BaseException:
             self.close()
             raise
+        self.notes = list(gguf_notes(self.metadata, self.config.vocab_size))
         self.num_bytes = sum(entry.num_bytes for entry in self._entries.values())
         self._asked = {_ROPE_FACTORS}
 
@@ -175,7 +178,9 @@ def _config_fields(path: Path, metadata: dict[str, Any], entries: dict[str, Gguf
             )
     for key in ("expert_count", "attention.sliding_window", "attention.clamp_kqv", "logit_scale"):
         if get(key, needed=False):
-            raise ModelError(f"{path}: llama.{key} = {get(key)} is not supported: it is not part of LLaMA")
+            raise ModelError(f"{path}: llama.{key} = {shown(get(key))} is not supported: it is not part of LLaMA")
+    if get("attention.causal", needed=False) is False:
+        raise ModelError(f"{path}: llama.attention.causal = False is not supported: such a model generates no text")
     return {
         "model_type": "llama",
         "vocab_size": embedding.shape[0] if embedding else get("vocab_size"),
@@ -198,10 +203,12 @@ def _config_fields(path: Path, metadata: dict[str, Any], entries: dict[str, Gguf
 
 
 def _rope_scaling(get: Callable[..., Any]) -> dict[str, Any] | None:
-    kind = get("rope.scaling.type", needed=False)
-    old_factor = get("rope.scale_linear", needed=False)
-    if kind is None and old_factor not in (None, 1.0):
-        return {"rope_type": "linear", "factor": old_factor}
-    if kind in (None, "none"):
+    """By llama.cpp's rules: without a type it is linear, and the older key of the factor counts where the newer one is
+    absent. A factor of 0 or 1 scales nothing."""
+    kind = get("rope.scaling.type", needed=False) or "linear"
+    factor = get("rope.scaling.factor", needed=False)
+    if factor is None:
+        factor = get("rope.scale_linear", needed=False)
+    if kind == "none" or (kind == "linear" and factor in (None, 0, 1)):
         return None
-    return {"rope_type": kind, "factor": get("rope.scaling.factor", needed=False)}
+    return {"rope_type": kind, "factor": factor}

@@ -21,6 +21,7 @@ from guanaco.kernels.nf4 import Nf4Weight, dtype_name
 from guanaco.models.architectures.config import LlamaConfig
 from guanaco.models.architectures.llama import LlamaModel
 from guanaco.models.errors import ModelError
+from guanaco.models.formats.shown import listed
 from guanaco.models.loading.checkpoint import Checkpoint, open_checkpoint
 from guanaco.models.loading.model_cache import CachedModel, ModelCache, source_key
 from guanaco.models.loading.packed_cache import PackedWeights, PackedWriter, packed_key
@@ -37,7 +38,6 @@ Weight = TypeVar("Weight", Nf4Weight, Tensor)
 
 # What `progress` is told while another process quantises the same model.
 WAITING = "waiting for another process that quantises this model"
-_MAX_LISTED = 5
 
 
 @dataclass(frozen=True)
@@ -87,13 +87,18 @@ def load_model(
     """
     how = _How(progress, keep_float32)
     with closing(open_checkpoint(path)) as source:
-        if cache_dir is None or not ops.packed_format:
-            return _load_unpacked(source, ops, cache_dir, how, None)
-        try:
-            ModelCache(cache_dir).remove_leftovers()
-            return _load_packed(source, ops, cache_dir, how)
-        except OSError as error:
-            return _not_packed(_load_unpacked(source, ops, cache_dir, how, None), error)
+        loaded = _load_source(source, ops, cache_dir, how)
+        return replace(loaded, notes=(*source.notes, *loaded.notes))
+
+
+def _load_source(source: Checkpoint, ops: Ops, cache_dir: Path | None, how: _How) -> LoadedModel:
+    if cache_dir is None or not ops.packed_format:
+        return _load_unpacked(source, ops, cache_dir, how, None)
+    try:
+        ModelCache(cache_dir).remove_leftovers()
+        return _load_packed(source, ops, cache_dir, how)
+    except OSError as error:
+        return _not_packed(_load_unpacked(source, ops, cache_dir, how, None), error)
 
 
 def _load_unpacked(
@@ -180,8 +185,7 @@ class ServedWeights:
         """What the source had that is remarkable. Complete once the model is built."""
         notes = []
         if unused := self._source.unused():
-            listed = ", ".join(unused[:_MAX_LISTED]) + (", …" if len(unused) > _MAX_LISTED else "")
-            notes.append(f"{len(unused)} tensors are not part of this LLaMA and were ignored: {listed}")
+            notes.append(f"{len(unused)} tensors are not part of this LLaMA and were ignored: {listed(unused)}")
         if self._num_dense_projections:
             notes.append(f"{self._num_dense_projections} projections are dense in the checkpoint and are served so")
         if self._num_rounded:

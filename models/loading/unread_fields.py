@@ -6,6 +6,8 @@ Knows field names, not how they are used. Called once, when a model is loaded.
 from collections.abc import Mapping
 from typing import Any
 
+from guanaco.models.formats.shown import joined, listed, shown
+
 # Sampling defaults that are used, with the range that a request may have too; others are not used, and told.
 _SAMPLING: Mapping[str, tuple[float, float]] = {
     "temperature": (0.0, 2.0),
@@ -45,12 +47,34 @@ _CONFIG_KNOWN = frozenset(
         *("use_cache", "attention_dropout", "hidden_dropout", "output_attentions", "output_hidden_states"),
         *("return_dict", "id2label", "label2id", "problem_type", "chunk_size_feed_forward", "auto_map", "torchscript"),
         *("_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "max_sequence_length"),
-        *("unsloth_version", "unsloth_fixed", "use_flash_attn", "gradient_checkpointing", "is_llama_config"),
+        *(
+            "unsloth_version",
+            "unsloth_fixed",
+            "original_max_position_embeddings",
+            "use_flash_attn",
+            "gradient_checkpointing",
+            "is_llama_config",
+        ),
     }
 )
 
-_MAX_SHOWN = 8
-_MAX_CHARS = 60
+# Fields of rope_scaling and rope_parameters that every rope type has, and those of each one.
+_ROPE_READ = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+_ROPE_OF = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+# Keys of a GGUF file's `llama.` metadata that are read, refused where set, or change no answer (llama.cpp's names).
+_GGUF_READ = frozenset(
+    {
+        *("vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length"),
+        *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
+        *("attention.layer_norm_rms_epsilon", "attention.causal", "rope.dimension_count", "rope.freq_base"),
+        *("rope.scaling.type", "rope.scaling.factor", "rope.scale_linear", "expert_count", "logit_scale"),
+        *("attention.sliding_window", "attention.clamp_kqv", "rope.scaling.finetuned"),
+        *("rope.scaling.original_context_length", "expert_used_count", "use_parallel_residual", "tensor_data_layout"),
+    }
+)
 
 
 def generation_notes(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -67,17 +91,90 @@ def generation_notes(config: Mapping[str, Any]) -> tuple[str, ...]:
                 continue
         elif value in _GENERATION_NEUTRAL.get(name, (0,)):
             continue
-        unread.append(f"{name} = {value!r}"[:_MAX_CHARS])
+        unread.append(f"{listed([name])} = {shown(value)}")
     return _note("generation_config.json asks for what is not done here", unread)
 
 
 def config_notes(fields: Mapping[str, Any]) -> tuple[str, ...]:
     """Notes on fields of a config.json that are unknown here, and so were ignored."""
-    asks = (name for name, value in fields.items() if name not in _CONFIG_KNOWN and value not in (None, False, [], {}))
-    return _note("config.json has fields that are unknown here and were ignored", [name[:_MAX_CHARS] for name in asks])
+    asks = [name for name, value in fields.items() if name not in _CONFIG_KNOWN and value not in (None, False, [], {})]
+    notes = _note("config.json has fields that are unknown here and were ignored", [listed([name]) for name in asks])
+    if fields.get("auto_map"):
+        notes += ("config.json names code of its own (auto_map): it is never run, the model is computed as a LLaMA",)
+    bos = fields.get("bos_token_id")
+    if isinstance(bos, list) and len(bos) > 1:
+        notes += (f"config.json has {len(bos)} ids as bos_token_id: the first, {shown(bos[0])}, is used",)
+    return (*notes, *_rope_notes(fields))
+
+
+def _rope_notes(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """Notes on the spellings of rotary scaling that lose against another one (`config._parse_rope` has the order), and
+    on fields that the rope type does not use. The fields have been checked."""
+    scaling, parameters = fields.get("rope_scaling"), fields.get("rope_parameters")
+    name, rope = ("rope_scaling", scaling) if scaling else ("rope_parameters", parameters)
+    if not isinstance(rope, Mapping) or not rope:
+        return ()
+    notes, theta = [], fields.get("rope_theta")
+    if isinstance(parameters, Mapping) and scaling and parameters:
+        ours, theirs = (
+            {"rope_theta": 10000.0 if theta is None else theta, **_modern_rope(one)} for one in (rope, parameters)
+        )
+        if ours != theirs:
+            notes.append(
+                "config.json's rope_scaling and rope_parameters differ: rope_scaling is used, as in transformers"
+            )
+    kind = rope.get("rope_type", rope.get("type")) or "default"
+    beside = [
+        ("rope_theta", theta),
+        ("original_max_position_embeddings", fields.get("original_max_position_embeddings")),
+    ]
+    for key, value in beside:
+        inside = rope.get(key)
+        if value is not None and inside not in (None, value):
+            used = inside if key == "rope_theta" else value
+            notes.append(f"config.json's {key} is {shown(value)}, and {shown(inside)} in {name}: {shown(used)} is used")
+    if rope.get("type") not in (None, kind):
+        notes.append(
+            f"{name} in config.json says type {shown(rope['type'])} and rope_type {shown(kind)}: rope_type is used"
+        )
+    unread = [
+        key for key, value in rope.items() if value is not None and key not in (*_ROPE_READ, *_ROPE_OF.get(kind, ()))
+    ]
+    if unread:
+        notes.append(f"{name} in config.json has fields that rope type {shown(kind)} does not use: {listed(unread)}")
+    return tuple(notes)
+
+
+def _modern_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
+    fields = {key: value for key, value in rope.items() if value is not None and key != "type"}
+    return {**fields, "rope_type": rope.get("rope_type", rope.get("type")) or "default"}
+
+
+def gguf_notes(metadata: Mapping[str, Any], num_rows: int) -> tuple[str, ...]:
+    """Notes on keys of a GGUF file that are not used. num_rows: of its embedding. `gguf_tokenizer` has those on the
+    tokenizer's keys."""
+    unread = (key for key, value in metadata.items() if key.startswith("llama.") and value not in (None, False, "", []))
+    asks = [key for key in unread if key.removeprefix("llama.") not in _GGUF_READ]
+    notes = [f"the GGUF file has keys that are unknown here and were ignored: {listed(asks)}"] if asks else []
+    sampling = [
+        f"{listed([key])} = {shown(value)}" for key, value in metadata.items() if key.startswith("general.sampling.")
+    ]
+    if sampling:
+        notes.append(f"the GGUF file's sampling defaults are not used: {joined(sampling)}; give them in requests")
+    old, factor = metadata.get("llama.rope.scale_linear"), metadata.get("llama.rope.scaling.factor")
+    kind = metadata.get("llama.rope.scaling.type")
+    if kind == "none" and any(value not in (None, 0, 1) for value in (old, factor)):
+        notes.append("the GGUF file has a factor of rope scaling and says type none: positions are not scaled")
+    elif None not in (old, factor) and old != factor:
+        text = f"the GGUF file says llama.rope.scaling.factor {shown(factor)} and llama.rope.scale_linear {shown(old)}"
+        notes.append(f"{text}: the first is used, as in llama.cpp")
+    stated = metadata.get("llama.vocab_size")
+    if stated not in (None, num_rows):
+        notes.append(f"the GGUF file says llama.vocab_size {shown(stated)}: its embedding's {num_rows} rows are used")
+    return tuple(notes)
 
 
 def _note(what: str, items: list[str]) -> tuple[str, ...]:
     if not items:
         return ()
-    return (f"{what}: {', '.join(items[:_MAX_SHOWN])}{', …' if len(items) > _MAX_SHOWN else ''}",)
+    return (f"{what}: {joined(items)}",)

@@ -9,7 +9,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from guanaco.models.errors import ModelError
+from guanaco.models.formats.shown import listed
 from guanaco.models.text.tokenizer_json import SPLITS, AddedToken, byte_level_json, sentencepiece_json
+
+# Keys below `tokenizer.ggml.` that are read, or change nothing for a tokenizer that is supported.
+_READ = frozenset(
+    {
+        *("model", "tokens", "token_type", "scores", "merges", "pre", "add_bos_token", "add_eos_token"),
+        *("add_space_prefix", "token_type_count", "remove_extra_whitespaces", "add_sep_token"),
+    }
+)
+_VARIANT = "tokenizer.chat_template."  # then a name: llama.cpp's for "tool_use" and the like
 
 # llama.cpp's token types: `tokenizer.ggml.token_type`.
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
@@ -93,10 +103,23 @@ def remarks(metadata: Mapping[str, Any]) -> tuple[str, ...]:
     for key, value in metadata.items():
         is_id = key.startswith("tokenizer.ggml.") and key.endswith("_token_id") and isinstance(value, int)
         if is_id and not 0 <= value < num_tokens:
-            notes.append(f"the GGUF file says {key} = {value}, which no token has: it is not used")
+            notes.append(f"the GGUF file says {listed([key])} = {value}, which no token has: it is not used")
     if metadata.get("tokenizer.ggml.model") == "gpt2" and not metadata.get(SPLIT_KEY):
         notes.append(f"the GGUF file has no {SPLIT_KEY}: text is cut by llama.cpp's default rule")
+    if variants := [key for key in metadata if key.startswith(_VARIANT)]:
+        used = "tokenizer.chat_template is used" if "tokenizer.chat_template" in metadata else "none is used"
+        notes.append(f"the GGUF file has chat templates besides its default: {listed(variants)}; {used}")
+    asks = [key for key, value in metadata.items() if _is_unread(key) and value not in (None, False, "", [])]
+    if asks:
+        notes.append(f"the GGUF file has tokenizer keys that are unknown here and were ignored: {listed(asks)}")
     return tuple(notes)
+
+
+def _is_unread(key: str) -> bool:
+    """Whether nothing here reads a key of the tokenizer's, and it may change ids."""
+    if key.startswith((_VARIANT, "tokenizer.chat_template", "tokenizer.huggingface.")) or key.endswith("_token_id"):
+        return False
+    return key.startswith("tokenizer.") and key.removeprefix("tokenizer.ggml.") not in _READ
 
 
 class _Reader:

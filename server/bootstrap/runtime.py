@@ -25,7 +25,7 @@ from guanaco.models.loading.checkpoint import stored_table
 from guanaco.models.loading.demo import ensure_demo_model
 from guanaco.models.loading.hub import resolve_model
 from guanaco.models.loading.loader import LoadedModel, load_model
-from guanaco.models.loading.unread_fields import config_notes, generation_notes
+from guanaco.models.loading.unread_fields import generation_notes
 from guanaco.models.text.chat_template import TEMPLATE_NAMES, ChatTemplate
 from guanaco.models.text.special_ids import missing_rows_note, reconcile_special_ids
 from guanaco.models.text.tokenizer import Tokenizer
@@ -211,7 +211,6 @@ def _load_base(settings: Settings, ops: Ops, console: Console) -> Base:
         *tokenizer.notes,
         *special.notes,
         *generation_notes(generation_config),
-        *_config_notes(path),
         *missing_rows_note(tokenizer, loaded.config.vocab_size),
         *(() if template is None else template.notes),
     )
@@ -226,11 +225,6 @@ def _load_base(settings: Settings, ops: Ops, console: Console) -> Base:
         notes=notes,
         path=path,
     )
-
-
-def _config_notes(path: Path) -> tuple[str, ...]:
-    file = path / "config.json"
-    return config_notes(read_json(file)) if path.is_dir() and file.exists() else ()
 
 
 def _generation_config(path: Path) -> dict[str, Any]:
