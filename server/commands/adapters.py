@@ -1,6 +1,6 @@
-"""The command line's verbs about adapters and aliases: `guanaco adapters …`, `guanaco aliases …`. Used by `cli`.
+"""The command line's verbs about adapters and aliases: `guanaco adapters …`, `guanaco aliases …`. Used by `main`.
 
-The work is in `adapters_command`; heavy imports happen inside a verb.
+The work is in `adapter_actions.py`; heavy imports happen inside a verb.
 """
 
 from pathlib import Path
@@ -8,11 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from guanaco.server.commands.common import one_line_errors
-from guanaco.server.config import load_settings
+from guanaco.server.commands.classes import Command, Group
 
-adapters_app = typer.Typer(help="Adapters: their files here, and those of a running server.", no_args_is_help=True)
-aliases_app = typer.Typer(help="Aliases of a running server: names that lead to adapters.", no_args_is_help=True)
+adapters_app = typer.Typer(
+    cls=Group, help="Adapters: their files here, and those of a running server.", no_args_is_help=True
+)
+aliases_app = typer.Typer(
+    cls=Group, help="Aliases of a running server: names that lead to adapters.", no_args_is_help=True
+)
 
 _Url = Annotated[str, typer.Option(help="address of the running server, with or without /v1")]
 _AdminKey = Annotated[str | None, typer.Option(envvar="GUANACO_ADMIN_KEY", help="the server's admin key")]
@@ -25,37 +28,34 @@ def _admin(
 ) -> None:
     from guanaco.server.commands.adapter_actions import AdminClient, show
 
-    with one_line_errors():
-        show(AdminClient(url, admin_key).call(method, path, body), as_json=as_json)
+    show(AdminClient(url, admin_key).call(method, path, body), as_json=as_json)
 
 
 def _of(collection: str, name: str, rest: str = "") -> str:
     """The address of one adapter or alias. The name becomes a part of it: one that is none ends the program."""
     from guanaco.adapters.versions.registry import check_name
 
-    with one_line_errors():
-        check_name(name)
+    check_name(name)
     return f"/{collection}/{name}{rest}"
 
 
-@adapters_app.command("list")
+@adapters_app.command("list", cls=Command)
 def adapters_list(url: _Url = _URL, admin_key: _AdminKey = None, as_json: _AsJson = False) -> None:
     """List the adapters of a running server with their state."""
     _admin(url, admin_key, as_json, "GET", "/adapters")
 
 
-@adapters_app.command("inspect")
+@adapters_app.command("inspect", cls=Command)
 def adapters_inspect(
     path: Annotated[Path, typer.Argument(help="directory of the adapter")], as_json: _AsJson = False
 ) -> None:
     """Say what an adapter's files hold; no server and no model is needed."""
     from guanaco.server.commands.adapter_actions import inspect_path, show
 
-    with one_line_errors():
-        show(inspect_path(path), as_json=as_json)
+    show(inspect_path(path), as_json=as_json)
 
 
-@adapters_app.command("convert")
+@adapters_app.command("convert", cls=Command)
 def adapters_convert(
     src: Annotated[Path, typer.Argument(help="directory of the old adapter: pickled or float32 weights, old config")],
     dst: Annotated[Path, typer.Argument(help="directory to write; must not exist")],
@@ -65,11 +65,10 @@ def adapters_convert(
     from guanaco.adapters.convert.conversion import convert_adapter
     from guanaco.server.commands.adapter_actions import show_conversion
 
-    with one_line_errors():
-        show_conversion(convert_adapter(src, dst, dtype=dtype), dst)
+    show_conversion(convert_adapter(src, dst, dtype=dtype), dst)
 
 
-@adapters_app.command("pull")
+@adapters_app.command("pull", cls=Command)
 def adapters_pull(
     source: Annotated[str, typer.Argument(help="ORG/NAME, or ORG/NAME@REVISION")],
     directory: Annotated[
@@ -81,15 +80,13 @@ def adapters_pull(
 ) -> None:
     """Download an adapter: config, safetensors weights and guanaco.json, at one commit."""
     from guanaco.server.commands.adapter_actions import pull_adapter
+    from guanaco.server.commands.setting_options import settings_with
 
-    given = {"cache": cache, "hub_token": hub_token, "offline": offline or None}
-    with one_line_errors():
-        pull_adapter(
-            load_settings({key: value for key, value in given.items() if value is not None}), source, directory
-        )
+    settings = settings_with(cache=cache, hub_token=hub_token, offline=offline or None)
+    pull_adapter(settings, source, directory)
 
 
-@adapters_app.command("check")
+@adapters_app.command("check", cls=Command)
 def adapters_check(
     name: Annotated[str, typer.Argument(help="the name it would get")],
     source: Annotated[str, typer.Argument(help="path below the server's --adapter-root, or ORG/NAME@REVISION")],
@@ -101,7 +98,7 @@ def adapters_check(
     _admin(url, admin_key, as_json, "POST", _of("adapters", name, "/check"), {"source": source})
 
 
-@adapters_app.command("load")
+@adapters_app.command("load", cls=Command)
 def adapters_load(
     name: Annotated[str, typer.Argument(help="the name that clients will use")],
     source: Annotated[str, typer.Argument(help="path below the server's --adapter-root, or ORG/NAME@REVISION")],
@@ -117,12 +114,11 @@ def adapters_load(
     from guanaco.adapters.versions.profile import profile_fields
 
     body: dict[str, Any] = {"source": source, **({"expected_version": expected_version} if expected_version else {})}
-    with one_line_errors():
-        body |= {} if profile is None else {"profile": profile_fields(profile)}
+    body |= {} if profile is None else {"profile": profile_fields(profile)}
     _admin(url, admin_key, as_json, "PUT", _of("adapters", name), body)
 
 
-@adapters_app.command("unload")
+@adapters_app.command("unload", cls=Command)
 def adapters_unload(
     name: Annotated[str, typer.Argument(help="which")],
     force: Annotated[bool, typer.Option("--force", help="end the requests that use it")] = False,
@@ -136,7 +132,7 @@ def adapters_unload(
     _admin(url, admin_key, as_json, "DELETE", _of("adapters", name, query))
 
 
-@adapters_app.command("rollback")
+@adapters_app.command("rollback", cls=Command)
 def adapters_rollback(
     name: Annotated[str, typer.Argument(help="which")],
     to: Annotated[str | None, typer.Option("--to", help="a version of its history (none: the one before)")] = None,
@@ -148,7 +144,7 @@ def adapters_rollback(
     _admin(url, admin_key, as_json, "POST", _of("adapters", name, "/rollback"), {"version": to} if to else {})
 
 
-@adapters_app.command("pin")
+@adapters_app.command("pin", cls=Command)
 def adapters_pin(
     name: Annotated[str, typer.Argument(help="which")],
     off: Annotated[bool, typer.Option("--off", help="no longer")] = False,
@@ -160,13 +156,13 @@ def adapters_pin(
     _admin(url, admin_key, as_json, "POST", _of("adapters", name, "/pin"), {"pinned": not off})
 
 
-@aliases_app.command("list")
+@aliases_app.command("list", cls=Command)
 def aliases_list(url: _Url = _URL, admin_key: _AdminKey = None, as_json: _AsJson = False) -> None:
     """List the aliases of a running server, and where they lead."""
     _admin(url, admin_key, as_json, "GET", "/aliases")
 
 
-@aliases_app.command("show")
+@aliases_app.command("show", cls=Command)
 def aliases_show(
     name: Annotated[str, typer.Argument(help="which")],
     url: _Url = _URL,
@@ -177,7 +173,7 @@ def aliases_show(
     _admin(url, admin_key, as_json, "GET", _of("aliases", name))
 
 
-@aliases_app.command("set")
+@aliases_app.command("set", cls=Command)
 def aliases_set(
     name: Annotated[str, typer.Argument(help="the name that clients will use")],
     targets: Annotated[list[str], typer.Argument(help="NAME or NAME@VERSION; of several, each with =WEIGHT")],
@@ -191,14 +187,13 @@ def aliases_set(
     """Point an alias to an adapter or one version of it, or split it: set prod new=10 old@3f2c9a=90."""
     from guanaco.server.commands.adapter_actions import parse_split
 
-    with one_line_errors():
-        body: dict[str, Any] = {"split": parse_split(targets)}
+    body: dict[str, Any] = {"split": parse_split(targets)}
     if expected_revision is not None:
         body["expected_revision"] = expected_revision
     _admin(url, admin_key, as_json, "PUT", _of("aliases", name), body)
 
 
-@aliases_app.command("rename")
+@aliases_app.command("rename", cls=Command)
 def aliases_rename(
     name: Annotated[str, typer.Argument(help="which")],
     new: Annotated[str, typer.Argument(help="its new name")],
@@ -210,7 +205,7 @@ def aliases_rename(
     _admin(url, admin_key, as_json, "POST", _of("aliases", name, "/rename"), {"name": new})
 
 
-@aliases_app.command("rollback")
+@aliases_app.command("rollback", cls=Command)
 def aliases_rollback(
     name: Annotated[str, typer.Argument(help="which")],
     to: Annotated[
@@ -224,7 +219,7 @@ def aliases_rollback(
     _admin(url, admin_key, as_json, "POST", _of("aliases", name, "/rollback"), {"revision": to} if to else {})
 
 
-@aliases_app.command("remove")
+@aliases_app.command("remove", cls=Command)
 def aliases_remove(
     name: Annotated[str, typer.Argument(help="which")],
     url: _Url = _URL,
