@@ -23,6 +23,7 @@ class ErrorCode(StrEnum):
     MISSING_API_KEY = "missing_api_key"
     REQUEST_TIMEOUT = "request_timeout"
     REQUEST_TOO_LARGE = "request_too_large"
+    ROUTE_NOT_SERVED = "route_not_served"
     UNSUPPORTED_ENCODING = "unsupported_encoding"
     UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type"
     URI_TOO_LONG = "uri_too_long"

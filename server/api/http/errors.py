@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from guanaco.models.error_codes import ErrorCode
 from guanaco.models.errors import GuanacoError
 from guanaco.server.api.http.access_log import record_of
-from guanaco.server.api.http.envelopes import anthropic_envelope, anthropic_status, is_anthropic
+from guanaco.server.api.http.error_paths import anthropic_envelope, anthropic_status, is_anthropic, not_served
 from guanaco.server.engine.async_engine import EngineOverloaded, EngineUnavailable
 
 _TYPES = {429: "rate_limit_error"}  # besides these: 4xx invalid_request_error, 5xx server_error
@@ -214,6 +214,8 @@ def is_unforeseen(error: BaseException) -> bool:
 async def handle_error(request: Request, error: Exception) -> Response:
     """Starlette's exception handler for everything in the table."""
     known = as_api_error(error)
+    if known.code is ErrorCode.NOT_FOUND and (text := not_served(request.scope["path"])) is not None:
+        known = ApiError(404, ErrorCode.ROUTE_NOT_SERVED, text)
     response = known.response(request.scope)
     if isinstance(error, HTTPException):
         response.headers.update({k: v for k, v in (error.headers or {}).items() if k.lower() == "allow"})

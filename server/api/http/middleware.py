@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from guanaco.server.api.http.access_log import RequestRecord, access_logger, new_record
 from guanaco.server.api.http.auth import OPEN_PATHS
-from guanaco.server.api.http.envelopes import OVERLOADED_STATUSES, is_anthropic
+from guanaco.server.api.http.error_paths import OVERLOADED_STATUSES, is_anthropic
 from guanaco.server.api.http.errors import (
     CLIENT_CLOSED_REQUEST,
     ApiError,

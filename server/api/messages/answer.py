@@ -11,7 +11,7 @@ import orjson
 from guanaco.server.api.generation.answer import Answer
 from guanaco.server.api.generation.catalog import ServedModel
 from guanaco.server.api.generation.encode import named_event
-from guanaco.server.api.http.envelopes import anthropic_envelope
+from guanaco.server.api.http.error_paths import anthropic_envelope
 from guanaco.server.api.http.errors import ApiError
 from guanaco.server.api.messages.protocol import MessagesBody
 from guanaco.server.engine.request import FinishReason

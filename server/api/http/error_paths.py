@@ -1,9 +1,10 @@
-"""The shape of an error's body: Anthropic's on Anthropic's routes, OpenAI's on all others.
+"""What a path decides about its errors: the shape of their body, and what is said where there is no route.
 
-A path decides, since errors come before there is a route, too: from keys, limits and the parser. Pure functions over
-plain values; `errors` calls them.
+The shape is Anthropic's on Anthropic's routes and OpenAI's on all others. Errors come before there is a route, too:
+from keys, limits and the parser. Pure functions over plain values; `errors` calls them.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from guanaco.models.error_codes import ErrorCode
@@ -22,6 +23,30 @@ _ANTHROPIC_TYPES = {
     504: "timeout_error",
     _OVERLOADED_STATUS: "overloaded_error",
 }  # besides these: 4xx invalid_request_error, 5xx api_error
+
+SERVED = "POST /v1/chat/completions, /v1/completions, /v1/messages, /tokenize and GET /v1/models"
+# The beginning of a path, without `/v1` → what it would be for.
+NOT_SERVED: Mapping[str, str] = {
+    "assistants": "assistants are",
+    "audio": "audio is",
+    "batches": "batches are",
+    "containers": "containers are",
+    "conversations": "stored conversations are",
+    "embeddings": "embeddings are",
+    "evals": "evals are",
+    "files": "files are",
+    "fine_tuning": "fine-tuning jobs are",
+    "images": "images are",
+    "moderations": "moderations are",
+    "organization": "the management of organizations is",
+    "realtime": "realtime sessions are",
+    "rerank": "reranking is",
+    "score": "scoring is",
+    "threads": "threads are",
+    "uploads": "uploads are",
+    "vector_stores": "vector stores are",
+    "videos": "videos are",
+}
 
 
 def is_anthropic(path: str) -> bool:
@@ -46,3 +71,11 @@ def anthropic_envelope(
     text = message if param is None or param in message else f"{param}: {message}"
     details = {"error_code": code, "param": param}
     return {"type": "error", "error": {"type": kind, "message": text, "details": details}, "request_id": request_id}
+
+
+def not_served(path: str) -> str | None:
+    """What the client is told; None for a path that is none of OpenAI's."""
+    family = path.removeprefix("/v1").removeprefix("/").partition("/")[0]
+    if (what := NOT_SERVED.get(family)) is None:
+        return None
+    return f"{what} not served here: this server generates text with {SERVED}"
