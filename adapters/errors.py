@@ -70,9 +70,3 @@ def adapter_not_found() -> AdapterError:
 def alias_not_found() -> AdapterError:
     """The refusal of a name that no alias has."""
     return AdapterError(ErrorCode.ALIAS_NOT_FOUND, "no alias is called so; GET /v1/aliases lists them", "name")
-
-
-def printable(text: str) -> str:
-    """A stranger's string for a message: one line, no control characters, 200 characters at most."""
-    short = text if len(text) <= 200 else text[:200] + "..."
-    return "".join(c if " " <= c <= "~" else c.encode("unicode_escape").decode() for c in short)

@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from guanaco.adapters.errors import AdapterError, printable
+from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.peft.config import CONFIG_NAME, MAX_CONFIG_BYTES, parse_config
 from guanaco.adapters.peft.files import AdapterFiles
-from guanaco.adapters.peft.safetensors import SafetensorsFile
-from guanaco.adapters.peft.strict_json import JsonError, parse_object
+from guanaco.adapters.peft.safetensors import AdapterTensors
 from guanaco.adapters.peft.weights import WEIGHTS_NAME, AdapterLimits
 from guanaco.models.error_codes import ErrorCode
+from guanaco.models.errors import printable
 from guanaco.models.formats.leftovers import PartialFolder
 from guanaco.models.formats.restricted_process import ProcessEnded, ProcessTimeout, RestrictedProcess
+from guanaco.models.formats.strict_json import JsonError, parse_object
 
 PICKLED_NAMES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
 DTYPES = {"keep": "keep", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -180,7 +181,7 @@ def printable_message(text: str) -> str:
 def _check_result(directory: Path, limits: AdapterLimits) -> None:
     """The server's own reader takes the header, so that nothing is called converted that it would refuse to open."""
     with AdapterFiles(directory, Path(os.path.realpath(directory))).open(WEIGHTS_NAME) as file:
-        SafetensorsFile(file, WEIGHTS_NAME, limits.max_file_bytes)
+        AdapterTensors(file, WEIGHTS_NAME, limits.max_file_bytes)
     for path in (directory / CONFIG_NAME, directory):
         handle = os.open(path, os.O_RDONLY)
         try:

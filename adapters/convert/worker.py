@@ -18,15 +18,19 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from guanaco.adapters.convert.torch_pickle import TorchFile
-from guanaco.adapters.errors import AdapterError, printable
-from guanaco.adapters.peft.strict_json import JsonError, parse_object
+from guanaco.adapters.errors import AdapterError
 from guanaco.models.error_codes import ErrorCode
+from guanaco.models.errors import printable
 from guanaco.models.formats.restricted_process import Budget, follow_parent, read_frame, restrict, write_frame
+from guanaco.models.formats.safetensors_header import ITEM_BYTES, HeaderRules, SafetensorsError, read_header
 
 MAX_HEADER_BYTES = 1 << 20
 MAX_TENSORS = 4096
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+# Looser than the server's rules: the server's own reader checks what was written.
+_RULES = HeaderRules(
+    tuple(NUMPY), "adapters are made of floating-point numbers", max_header_bytes=MAX_HEADER_BYTES, is_strict=False
+)
 _BASE_MEMORY_BYTES = 1 << 30  # what Python and numpy reserve, with room
 _BYTES_PER_CPU_SECOND = 20e6
 
@@ -50,55 +54,26 @@ class SafetensorsSource:
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         size = os.fstat(file.fileno()).st_size
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if length > min(size - 8, MAX_HEADER_BYTES):
-            raise AdapterError(ErrorCode.NOT_SAFETENSORS, "the file is truncated or no safetensors file")
         try:
-            header = parse_object(file.read(length))
-        except JsonError as error:
-            raise AdapterError(ErrorCode.BAD_HEADER, f"the header {error}") from None
-        metadata = header.pop("__metadata__", {})
-        self.metadata = {k: v for k, v in metadata.items() if isinstance(v, str)} if isinstance(metadata, dict) else {}
-        self._start = 8 + length
-        self._entries = {name: self._entry(name, entry, size) for name, entry in header.items()}
-        self.tensors = {name: (dtype, shape) for name, (dtype, shape, _) in self._entries.items()}
+            header = read_header(self._read, size, "the file", _RULES)
+        except SafetensorsError as error:
+            raise AdapterError(error.code, str(error), error.field) from None
+        self.metadata = header.metadata
+        self._entries = header.tensors
+        self.tensors = {name: (entry.dtype, entry.shape) for name, entry in self._entries.items()}
 
     def read(self, name: str) -> np.ndarray:
         """The elements of one tensor; bfloat16 as uint16."""
-        dtype, shape, start = self._entries[name]
-        self._file.seek(start)
-        num_bytes = math.prod(shape) * ITEM_BYTES[dtype]
-        data = self._file.read(num_bytes)
-        if len(data) != num_bytes:
-            raise AdapterError(ErrorCode.TRUNCATED, f"the data of {printable(name)} is not all there", printable(name))
-        return np.frombuffer(data, dtype=NUMPY[dtype]).reshape(shape)
+        entry = self._entries[name]
+        data = self._read(entry.offset, entry.num_bytes)
+        if len(data) != entry.num_bytes:
+            shown = printable(name)
+            raise AdapterError(ErrorCode.TRUNCATED, f"the data of {shown} is not all there", shown)
+        return np.frombuffer(data, dtype=NUMPY[entry.dtype]).reshape(entry.shape)
 
-    def _entry(self, name: str, entry: object, size: int) -> tuple[str, tuple[int, ...], int]:
-        shown = printable(name)
-        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-            raise AdapterError(ErrorCode.BAD_HEADER, f"{shown} has no entry of dtype, shape and data_offsets", shown)
-        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        for sizes in (shape, offsets):
-            if (
-                not isinstance(sizes, list)
-                or len(sizes) > 8
-                or not all(type(n) is int and 0 <= n < 2**48 for n in sizes)
-            ):
-                raise AdapterError(
-                    ErrorCode.BAD_HEADER, f"{shown} has a shape or data_offsets that are no sizes", shown
-                )
-        if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-            problem = f"{shown} is stored as {printable(str(dtype))}; adapters are made of floating-point numbers"
-            raise AdapterError(ErrorCode.DTYPE_UNSUPPORTED, problem, shown)
-        if 0 in shape:
-            raise AdapterError(
-                ErrorCode.EMPTY_TENSOR, f"{shown} has shape {shape}: sharded weights not gathered?", shown
-            )
-        num_bytes = math.prod(shape) * ITEM_BYTES[dtype]
-        if len(offsets) != 2 or offsets[1] - offsets[0] != num_bytes or self._start + offsets[1] > size:
-            raise AdapterError(ErrorCode.BAD_LAYOUT, f"the data of {shown} is not where the header says", shown)
-        return dtype, tuple(shape), self._start + offsets[0]
+    def _read(self, offset: int, num_bytes: int) -> bytes:
+        self._file.seek(offset)
+        return self._file.read(num_bytes)
 
 
 Plan = dict[str, tuple[str, str, str, tuple[int, ...]]]  # new key → (old key, old dtype, new dtype, shape)
@@ -119,6 +94,9 @@ def make_plan(tensors: dict[str, tuple[str | None, tuple[int, ...]]], dtype: str
         shown = printable(key)
         if old is None:
             raise AdapterError(ErrorCode.DTYPE_UNSUPPORTED, f"{shown} does not hold floating-point numbers", shown)
+        if 0 in shape:
+            problem = f"{shown} has shape {list(shape)}: sharded weights not gathered?"
+            raise AdapterError(ErrorCode.EMPTY_TENSOR, problem, shown)
         new_key, adapter = modern_key(key)
         adapters.add(adapter)
         if new_key in plan:

@@ -5,7 +5,7 @@ Looks at names, and at one small field. Called by `weights` and by the store, be
 
 from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.peft.files import AdapterFiles
-from guanaco.adapters.peft.strict_json import JsonError, parse_object
+from guanaco.models.formats.strict_json import JsonError, parse_object
 
 _OTHER_WEIGHTS = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _TOKENIZER_CONFIG = "tokenizer_config.json"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from guanaco.adapters.errors import AdapterError, printable
+from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.peft.matching import (
     Resolved,
     Table,
@@ -20,8 +20,9 @@ from guanaco.adapters.peft.matching import (
     no_effect,
 )
 from guanaco.adapters.peft.patterns import Budget
-from guanaco.adapters.peft.strict_json import JsonError, parse_object
 from guanaco.models.error_codes import ErrorCode
+from guanaco.models.errors import printable
+from guanaco.models.formats.strict_json import JsonError, parse_object
 
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 64 * 1024

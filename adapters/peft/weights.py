@@ -15,14 +15,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from guanaco.adapters.errors import AdapterError, printable
+from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.peft.beside import notes_beside
 from guanaco.adapters.peft.config import CONFIG_NAME, MAX_CONFIG_BYTES, MODULE_PREFIX, AdapterConfig, parse_config
 from guanaco.adapters.peft.files import AdapterFiles
 from guanaco.adapters.peft.matching import Resolved
-from guanaco.adapters.peft.safetensors import SafetensorsFile, StoredTensor
+from guanaco.adapters.peft.safetensors import AdapterTensors
 from guanaco.kernels.lora_batch import LoraPair
 from guanaco.models.error_codes import ErrorCode
+from guanaco.models.errors import printable
+from guanaco.models.formats.safetensors import StoredTensor
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _SHARD = re.compile(r"adapter_model-\d+-of-\d+\.safetensors")
@@ -99,7 +101,7 @@ def load_adapter(
         for key in tables:
             if not _is_the_bases(file, key, base_table):
                 raise _unexpected(key, "")
-        tensors = {names[key]: _finite(tensor, key) for key, tensor in file.read(without=tables)}
+        tensors = {names[key]: _finite(tensor, key) for key, tensor in file.read_all(without=tables)}
     scales = {target: scale for target, (_, scale) in wanted.items()}
     pairs = _effective_pairs(tensors, scales)
     inert = [target for target in wanted if target not in pairs]
@@ -150,7 +152,7 @@ def _with_tensors(targeted: _Wanted, names: dict[str, _Side]) -> _Wanted:
 @contextmanager
 def _opened(
     files: AdapterFiles, targets: dict[str, tuple[int, int]], limits: AdapterLimits, strict: bool
-) -> Iterator[tuple[AdapterConfig, Resolved, SafetensorsFile, dict[str, _Side]]]:
+) -> Iterator[tuple[AdapterConfig, Resolved, AdapterTensors, dict[str, _Side]]]:
     """The config, what it targets, and the open file with what each of its tensors is: all of it fits together."""
     config = parse_config(files.read(CONFIG_NAME, MAX_CONFIG_BYTES), strict=strict)
     check_weights_exist(files)
@@ -158,7 +160,7 @@ def _opened(
     if not wanted:
         raise AdapterError(ErrorCode.NO_TARGETS, "target_modules matches no module of the base model", "target_modules")
     with files.open(WEIGHTS_NAME) as handle:
-        file = SafetensorsFile(handle, WEIGHTS_NAME, limits.max_file_bytes)
+        file = AdapterTensors(handle, WEIGHTS_NAME, limits.max_file_bytes)
         names = _match_names(file.tensors, targets, wanted)
         stored = {names[key]: tensor for key, tensor in file.tensors.items() if key in names}
         _check_pairs(stored, targets, _with_tensors(wanted, names), limits)
@@ -255,12 +257,12 @@ def _unexpected(key: str, otherwise: str) -> AdapterError:
     return AdapterError(ErrorCode.UNEXPECTED_TENSOR, f"{printable(key)} is {otherwise}", printable(key))
 
 
-def _is_the_bases(file: SafetensorsFile, key: str, base_table: BaseTable | None) -> bool:
+def _is_the_bases(file: AdapterTensors, key: str, base_table: BaseTable | None) -> bool:
     """Whether a saved table has the base's values: one of the two may be the other one, rounded to fewer bits."""
     ours = None if base_table is None else base_table(_TABLES[key])
     if ours is None or tuple(ours.shape) != file.tensors[key].shape:
         return False
-    ((_, theirs),) = file.read(without=file.tensors.keys() - {key})
+    ((_, theirs),) = file.read_all(without=file.tensors.keys() - {key})
     for mine, other in zip(ours.split(_COMPARED_ROWS), theirs.split(_COMPARED_ROWS), strict=True):
         if not (torch.equal(mine.to(other.dtype), other) or torch.equal(mine, other.to(mine.dtype))):
             return False

@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from guanaco.adapters.errors import AdapterError, alias_not_found, printable
-from guanaco.adapters.versions.registry import MAX_HISTORY, AdapterRegistry, check_name
+from guanaco.adapters.errors import AdapterError, alias_not_found
+from guanaco.adapters.versions.names import check_name
+from guanaco.adapters.versions.registry import MAX_HISTORY, AdapterRegistry
 from guanaco.models.error_codes import ErrorCode
+from guanaco.models.errors import printable
 
 MAX_ALIASES = 1024
 MAX_TARGETS = 8

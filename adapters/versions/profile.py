@@ -10,12 +10,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from guanaco.adapters.errors import AdapterError, printable
+from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.peft.config import CONFIG_NAME
 from guanaco.adapters.peft.files import AdapterFiles
-from guanaco.adapters.peft.strict_json import JsonError, parse_object
 from guanaco.models.error_codes import ErrorCode
+from guanaco.models.errors import printable
 from guanaco.models.formats.small_files import read_small
+from guanaco.models.formats.strict_json import JsonError, parse_object
 
 PROFILE_NAME = "guanaco.json"
 # Where a name's profile is from: the file beside the adapter, the operator's load, or an earlier load of the operator.

@@ -6,8 +6,6 @@ holds a lease on it; whether its copy is in memory is the ledger's to say (`host
 requests or HTTP.
 """
 
-import os
-import re
 import threading
 import time
 from collections import Counter
@@ -16,14 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
-from guanaco.adapters.errors import AdapterError, adapter_not_found, printable
+from guanaco.adapters.errors import AdapterError, adapter_not_found
 from guanaco.adapters.peft.weights import AdapterLimits, BaseTable, LoadedAdapter, load_adapter
+from guanaco.adapters.versions.names import check_name
 from guanaco.adapters.versions.profile import FROM_FILE, GIVEN, KEPT, KEPT_NOTE, Profile, read_profile
 from guanaco.adapters.versions.version_keys import VersionKeys
 from guanaco.models.error_codes import ErrorCode
 
-# One path segment without tricks: it becomes a model id, a URL part, a metrics label and a sub-folder's name.
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MAX_HISTORY = 8  # versions that a name can be rolled back to
 
 
@@ -373,28 +370,3 @@ class AdapterRegistry:
             old.versions if versions is None else versions,
             old.copies if copies is None else MappingProxyType(dict(copies)),
         )
-
-
-def check_name(name: str) -> None:
-    """Raises AdapterError unless `name` may be an adapter's name."""
-    if NAME.fullmatch(name) is None:
-        problem = (
-            f"{printable(name)!r} cannot be an adapter's name: it must be 1 to 64 letters, digits, dots, underscores "
-            "and hyphens, and start with a letter or digit"
-        )
-        raise AdapterError(ErrorCode.BAD_NAME, problem, "name")
-
-
-def parse_adapter_option(text: str) -> tuple[str, Path]:
-    """`NAME=PATH` of the option --adapter. Raises AdapterError for anything else; the path may contain '='."""
-    name, path = parse_name_option(text, "PATH")
-    return name, Path(os.path.expanduser(path))
-
-
-def parse_name_option(text: str, what: str) -> tuple[str, str]:
-    """`NAME=…` of an option. Raises AdapterError for anything else; what is behind the first '=' may contain more."""
-    name, separator, value = text.partition("=")
-    if not separator or not value:
-        raise AdapterError(ErrorCode.BAD_OPTION, f"{printable(text)!r} is not of the form NAME={what}", "adapter")
-    check_name(name)
-    return name, value

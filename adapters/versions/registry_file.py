@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from guanaco.adapters.errors import AdapterError
-from guanaco.adapters.peft.strict_json import JsonError, parse_object
 from guanaco.adapters.versions.aliases import Alias, Revision, Target
+from guanaco.adapters.versions.names import NAME
 from guanaco.adapters.versions.profile import FROM_FILE, GIVEN, KEPT
-from guanaco.adapters.versions.registry import NAME
 from guanaco.adapters.versions.store import sync_directory
 from guanaco.models.error_codes import ErrorCode
+from guanaco.models.formats.strict_json import JsonError, parse_object
 
 T = TypeVar("T")
 

@@ -4,23 +4,59 @@ Not through mmap: a file that is truncated under a map kills the process (SIGBUS
 memory. Knows no format. Called by the readers of both formats.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from guanaco.models.errors import ModelError
+from guanaco.models.errors import GuanacoError, ModelError
 from guanaco.models.formats.git_lfs import POINTER_BYTES, POINTER_PROBLEM, is_lfs_pointer
 
 
-class RawFile:
-    """An open file; `num_bytes` is its size when it was opened."""
+class OpenFile(ABC):
+    """Reads of an open, unbuffered file. A subclass says in which exception a read that fails ends."""
+
+    def __init__(self, file: BinaryIO, num_bytes: int) -> None:
+        self._file = file
+        self.num_bytes = num_bytes  # when it was opened
+
+    def read_into(self, offset: int, buffer: Any) -> None:
+        """Fill a writable buffer of bytes from `offset`. Raises where the file ends or fails before."""
+        view = memoryview(buffer)
+        try:
+            self._file.seek(offset)
+            done = 0
+            while done < len(view):  # one call reads 2 GiB at most
+                count = self._file.readinto(view[done:])  # type: ignore[attr-defined]
+                if not count:
+                    raise self.ended(offset + done)
+                done += count
+        except OSError as error:
+            raise self.failed(error) from error
+
+    def read_bytes(self, offset: int, num_bytes: int) -> bytes:
+        """`num_bytes` from `offset`, as bytes."""
+        data = bytearray(num_bytes)
+        self.read_into(offset, data)
+        return bytes(data)
+
+    @abstractmethod
+    def ended(self, offset: int) -> GuanacoError:
+        """The refusal of a file that ends at `offset`, before its data do."""
+
+    @abstractmethod
+    def failed(self, error: OSError) -> GuanacoError:
+        """The refusal of a file that cannot be read."""
+
+
+class RawFile(OpenFile):
+    """A file of a model. What fails is a ModelError."""
 
     def __init__(self, path: Path) -> None:
         """Raises ModelError if `path` cannot be opened, or is a Git LFS pointer."""
         self.path = path
         try:
-            self._file = path.open("rb", buffering=0)
-            self.num_bytes = path.stat().st_size
+            super().__init__(path.open("rb", buffering=0), path.stat().st_size)
             is_pointer = self.num_bytes < POINTER_BYTES and is_lfs_pointer(self._file.read(64))
         except OSError as error:
             raise ModelError(f"{path} cannot be read ({error.strerror}): check the path and its permissions") from error
@@ -31,25 +67,11 @@ class RawFile:
     def close(self) -> None:
         self._file.close()
 
-    def read_into(self, offset: int, buffer: Any) -> None:
-        """Fill a writable buffer of bytes from `offset`. Raises ModelError where the file ends or fails before."""
-        view = memoryview(buffer)
-        try:
-            self._file.seek(offset)
-            done = 0
-            while done < len(view):  # one call reads 2 GiB at most
-                count = self._file.readinto(view[done:])
-                if not count:
-                    raise self.damaged(f"it ends at byte {offset + done}, where tensor data should be")
-                done += count
-        except OSError as error:
-            raise ModelError(f"{self.path} cannot be read ({error.strerror}): check the disk") from error
+    def ended(self, offset: int) -> ModelError:
+        return self.damaged(f"it ends at byte {offset}, where tensor data should be")
 
-    def read_bytes(self, offset: int, num_bytes: int) -> bytes:
-        """`num_bytes` from `offset`, as bytes."""
-        data = bytearray(num_bytes)
-        self.read_into(offset, data)
-        return bytes(data)
+    def failed(self, error: OSError) -> ModelError:
+        return ModelError(f"{self.path} cannot be read ({error.strerror}): check the disk")
 
     def damaged(self, problem: str) -> ModelError:
         """The refusal of this file; `problem` says what is wrong with it."""

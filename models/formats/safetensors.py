@@ -1,25 +1,24 @@
-"""One safetensors file: its header checked before anything is allocated, its tensors read one by one.
+"""One safetensors file: its header checked before anything is allocated, its tensors read into memory of our own.
 
-Our own reader rather than the library's, which maps the file (see `raw_file`), and which says less about what is wrong.
-Knows nothing of models. Called by `checkpoint` and `quantize`.
+Never mapped (see `raw_file`). Knows nothing of models or adapters; the rules and the exceptions are its caller's.
+Called by the loading of models and by the reader of adapters.
 """
 
-import json
-import math
-import struct
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from guanaco.kernels.memory import mapped_zeros
-from guanaco.models.formats.raw_file import FileLayout, RawFile
+from guanaco.models.error_codes import ErrorCode
+from guanaco.models.formats.raw_file import FileLayout, OpenFile, RawFile
+from guanaco.models.formats.safetensors_header import HeaderRules, SafetensorsError, read_header
 
 # The header of a large model is 100 kB; as Python's values it takes up to 25 times as much. The format allows 100 MB.
 MAX_HEADER_BYTES = 16 << 20
-_MAX_DIMS = 8
+_ALIGNMENT = 64  # a cache line
 
 DTYPES = {
     "F64": torch.float64,
@@ -35,6 +34,9 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+_MODEL_RULES = HeaderRules(
+    tuple(DTYPES), f"models may use {', '.join(DTYPES)}", max_header_bytes=MAX_HEADER_BYTES, is_strict=False
+)
 
 
 @dataclass(frozen=True)
@@ -47,71 +49,73 @@ class StoredTensor:
     num_bytes: int
 
 
-class SafetensorsFile:
-    """An open safetensors file; `tensors` is its table of contents."""
+class SafetensorsReader:
+    """The tensors of an open file whose header has been read."""
+
+    def __init__(self, file: OpenFile, name: str, rules: HeaderRules) -> None:
+        """Raises SafetensorsError for a header that breaks the rules, and what `file` raises where a read fails."""
+        self._file = file
+        self._header = read_header(file.read_bytes, file.num_bytes, name, rules)
+        self.metadata = self._header.metadata
+        self.tensors = {
+            tensor: StoredTensor(DTYPES[entry.dtype], entry.shape, entry.offset, entry.num_bytes)
+            for tensor, entry in self._header.tensors.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        """The tensor in memory of its own. Raises what the file raises if it has become shorter since it was opened."""
+        stored = self.tensors[name]
+        data = mapped_zeros((stored.num_bytes,), torch.uint8, huge=True)
+        return self._fill(data, stored)
+
+    def read_all(self, *, without: Container[str] = ()) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor in the order of `tensors`, but those called in `without`. They share one piece of memory, so
+        that a large file's is in huge pages: a core's page tables don't hold the small pages of eight adapters (their
+        layers cost 4 % more)."""
+        wanted = {name: stored for name, stored in self.tensors.items() if name not in without}
+        whole = mapped_zeros((sum(_aligned(stored.num_bytes) for stored in wanted.values()),), torch.uint8, huge=True)
+        place = 0
+        for name, stored in wanted.items():
+            yield name, self._fill(whole[place : place + stored.num_bytes], stored)
+            place += _aligned(stored.num_bytes)
+
+    def _fill(self, data: Tensor, stored: StoredTensor) -> Tensor:
+        self._file.read_into(stored.offset, data.numpy())
+        return data.view(stored.dtype).view(stored.shape)
+
+
+class SafetensorsFile(SafetensorsReader):
+    """A file of a model. What is wrong with it is a ModelError."""
 
     def __init__(self, path: Path) -> None:
         """Open and check `path`. Raises ModelError for a file that is absent, truncated or no safetensors."""
         self.path = path
-        self._file = RawFile(path)
+        file = RawFile(path)
         try:
-            self._header = self._read_header()
-            self.tensors = self._parse_header()
+            super().__init__(file, path.name, _MODEL_RULES)
+        except SafetensorsError as error:
+            file.close()
+            raise file.damaged(_PROBLEMS.get(error.code, "its header makes no sense ({})").format(error)) from error
         except BaseException:
-            self.close()
+            file.close()
             raise
+        self._raw = file
 
     def close(self) -> None:
-        self._file.close()
-
-    def read(self, name: str) -> Tensor:
-        """The tensor in memory of its own. Raises ModelError if the file has become shorter since it was opened."""
-        stored = self.tensors[name]
-        data = mapped_zeros((stored.num_bytes,), torch.uint8, huge=True)
-        self._file.read_into(stored.offset, data.numpy())
-        return data.view(stored.dtype).view(stored.shape)
+        self._raw.close()
 
     def layout(self) -> FileLayout:
+        """What the model cache recognises the file by."""
         spans = tuple((tensor.offset, tensor.num_bytes) for tensor in self.tensors.values())
-        return FileLayout(self.path, self._header, spans)
-
-    def _read_header(self) -> bytes:
-        if self._file.num_bytes < 8:
-            raise self._file.damaged(f"it has {self._file.num_bytes} bytes")
-        (length,) = struct.unpack("<Q", self._file.read_bytes(0, 8))
-        if length > min(MAX_HEADER_BYTES, self._file.num_bytes - 8):
-            raise self._file.damaged("it does not start with a safetensors header")
-        return self._file.read_bytes(8, length)
-
-    def _parse_header(self) -> dict[str, StoredTensor]:
-        start = 8 + len(self._header)
-        try:
-            header = json.loads(self._header, object_pairs_hook=_unique_keys)
-            header.pop("__metadata__", None)
-            tensors = {name: _parse_entry(entry, start) for name, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise self._file.damaged(f"its header makes no sense ({error})") from error
-        end = max((t.offset + t.num_bytes for t in tensors.values()), default=start)
-        if end > self._file.num_bytes:
-            raise self._file.damaged(f"it is truncated: {self._file.num_bytes} of {end} bytes are there")
-        return tensors
+        return FileLayout(self.path, self._header.raw, spans)
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return fields
+_PROBLEMS = {
+    ErrorCode.NOT_SAFETENSORS: "it does not start with a safetensors header ({})",
+    ErrorCode.HEADER_TOO_LARGE: "it does not start with a safetensors header ({})",
+    ErrorCode.TRUNCATED: "{}",
+}
 
 
-def _parse_entry(entry: dict[str, Any], start: int) -> StoredTensor:
-    dtype = DTYPES[entry["dtype"]]
-    shape = tuple(entry["shape"])
-    first, last = entry["data_offsets"]
-    if len(shape) > _MAX_DIMS:
-        raise ValueError(f"a tensor has {len(shape)} dimensions")
-    if any(isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < 1 << 63 for n in (*shape, first, last)):
-        raise ValueError("a size or an offset is no whole number")
-    if last - first != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"shape {list(shape)} of {entry['dtype']} does not fit {last - first} bytes")
-    return StoredTensor(dtype, shape, start + first, last - first)
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT

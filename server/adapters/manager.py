@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 from guanaco.adapters.errors import AdapterError, adapter_not_found
 from guanaco.adapters.peft.weights import LoadedAdapter
 from guanaco.adapters.versions.aliases import AliasTable
+from guanaco.adapters.versions.names import check_name
 from guanaco.adapters.versions.profile import FROM_FILE, KEPT, Profile
-from guanaco.adapters.versions.registry import AdapterEntry, AdapterRegistry, BrokenEntry, check_name
+from guanaco.adapters.versions.registry import AdapterEntry, AdapterRegistry, BrokenEntry
 from guanaco.adapters.versions.registry_file import RegistryFile
 from guanaco.adapters.versions.store import OnStage, VersionStore
 from guanaco.models.error_codes import ErrorCode

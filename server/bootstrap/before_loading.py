@@ -11,8 +11,8 @@ from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.peft.config import CONFIG_NAME, MAX_CONFIG_BYTES, parse_config
 from guanaco.adapters.peft.files import AdapterFiles
 from guanaco.adapters.peft.weights import WEIGHTS_NAME, check_weights_exist
+from guanaco.adapters.versions.names import parse_adapter_option, parse_name_option
 from guanaco.adapters.versions.profile import Profile, named_profile, read_profile
-from guanaco.adapters.versions.registry import parse_adapter_option, parse_name_option
 from guanaco.models.architectures.config import read_config
 from guanaco.models.loading.demo import DEMO_NAME, demo_adapters
 from guanaco.models.text.chat_template import TEMPLATE_NAMES, ChatTemplate, load_template

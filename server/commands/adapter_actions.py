@@ -17,7 +17,7 @@ from rich.table import Table
 from guanaco.adapters.convert.conversion import ConvertReport
 from guanaco.adapters.peft.config import CONFIG_NAME, MAX_CONFIG_BYTES, parse_config
 from guanaco.adapters.peft.files import AdapterFiles
-from guanaco.adapters.peft.safetensors import SafetensorsFile
+from guanaco.adapters.peft.safetensors import AdapterTensors
 from guanaco.adapters.peft.weights import BASE_FINGERPRINT_KEY, WEIGHTS_NAME, AdapterLimits, check_weights_exist
 from guanaco.server.adapters.hub import AdapterHub, HubAddress
 from guanaco.server.bootstrap.memory_plan import human_bytes
@@ -178,7 +178,7 @@ def inspect_path(path: Path) -> dict[str, Any]:
     config = parse_config(files.read(CONFIG_NAME, MAX_CONFIG_BYTES))
     check_weights_exist(files)
     with files.open(WEIGHTS_NAME) as handle:
-        file = SafetensorsFile(handle, WEIGHTS_NAME, AdapterLimits().max_file_bytes)
+        file = AdapterTensors(handle, WEIGHTS_NAME, AdapterLimits().max_file_bytes)
         ranks = sorted({t.shape[0] for name, t in file.tensors.items() if ".lora_A" in name and len(t.shape) == 2})
         return {
             "path": str(files.directory),

@@ -33,7 +33,7 @@ def _admin(
 
 def _of(collection: str, name: str, rest: str = "") -> str:
     """The address of one adapter or alias. The name becomes a part of it: one that is none ends the program."""
-    from guanaco.adapters.versions.registry import check_name
+    from guanaco.adapters.versions.names import check_name
 
     check_name(name)
     return f"/{collection}/{name}{rest}"

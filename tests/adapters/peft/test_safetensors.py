@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from guanaco.adapters.errors import AdapterError
-from guanaco.adapters.peft.safetensors import MAX_HEADER_BYTES, MAX_TENSORS, SafetensorsFile
+from guanaco.adapters.peft.safetensors import MAX_HEADER_BYTES, MAX_TENSORS, AdapterTensors
 
 
 def build(header, data=b"", length=None):
@@ -28,7 +28,7 @@ def read(tmp_path, content, max_bytes=1 << 24):
     path = tmp_path / "file"
     path.write_bytes(content)
     with path.open("rb", buffering=0) as handle:
-        return dict(SafetensorsFile(handle, "file", max_bytes).read())
+        return dict(AdapterTensors(handle, "file", max_bytes).read_all())
 
 
 def zipped():
@@ -155,7 +155,7 @@ def test_tensors_are_not_the_file(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(safetensors.torch.save({"a": torch.ones(1000), "b": torch.ones(1000)}))
     with path.open("rb", buffering=0) as handle:
-        loaded = dict(SafetensorsFile(handle, "file", 1 << 20).read())
+        loaded = dict(AdapterTensors(handle, "file", 1 << 20).read_all())
     with path.open("r+b") as handle:
         handle.write(b"\xff" * 9000)
         handle.truncate(10)
@@ -176,7 +176,7 @@ def test_sparse_terabyte_is_refused_at_once(tmp_path):
     path.write_bytes(build({"a": entry(0, 2**40 - 4096, (2**38 - 1024,))}))
     os.truncate(path, 2**40)
     with path.open("rb", buffering=0) as handle, pytest.raises(AdapterError) as error:
-        SafetensorsFile(handle, "file", 4 << 30)
+        AdapterTensors(handle, "file", 4 << 30)
     assert error.value.code == "file_too_large"
 
 
@@ -185,7 +185,7 @@ def test_file_that_changes_while_it_is_read(tmp_path, change):
     path = tmp_path / "file"
     path.write_bytes(safetensors.torch.save({"a": torch.ones(1000), "b": torch.ones(1000)}))
     with path.open("rb", buffering=0) as handle:
-        tensors = SafetensorsFile(handle, "file", 1 << 20).read()
+        tensors = AdapterTensors(handle, "file", 1 << 20).read_all()
         next(tensors)
         if change == "truncate":
             os.truncate(path, 5000)
@@ -210,7 +210,7 @@ def test_short_reads_are_continued(tmp_path):
     tensors = {"a": torch.arange(100.0)}
     path.write_bytes(safetensors.torch.save(tensors))
     with Slow(path) as handle:
-        loaded = dict(SafetensorsFile(handle, "file", 1 << 20).read())
+        loaded = dict(AdapterTensors(handle, "file", 1 << 20).read_all())
     assert torch.equal(loaded["a"], tensors["a"])
 
 

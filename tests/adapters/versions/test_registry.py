@@ -9,7 +9,8 @@ import pytest
 from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.peft.weights import AdapterLimits
 from guanaco.adapters.versions import registry as registry_module
-from guanaco.adapters.versions.registry import AdapterRegistry, parse_adapter_option
+from guanaco.adapters.versions.names import parse_adapter_option
+from guanaco.adapters.versions.registry import AdapterRegistry
 from support.adapters.tiny_adapters import make_adapter
 
 TARGETS = {"layers.0.self_attn.q_proj": (8, 8), "layers.0.mlp.up_proj": (8, 24)}

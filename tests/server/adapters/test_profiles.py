@@ -10,6 +10,7 @@ import pytest
 from prometheus_client.core import GaugeMetricFamily
 
 from guanaco.adapters.errors import AdapterError
+from guanaco.adapters.versions.names import parse_name_option
 from guanaco.adapters.versions.profile import (
     BUILT_IN,
     MAX_PROFILE_BYTES,
@@ -18,7 +19,6 @@ from guanaco.adapters.versions.profile import (
     named_profile,
     parse_profile,
 )
-from guanaco.adapters.versions.registry import parse_name_option
 from guanaco.models.text.chat_template import TEMPLATE_NAMES, named_template
 from guanaco.server.api.http.auth import KeyRing
 from guanaco.server.engine.request import SamplingParams

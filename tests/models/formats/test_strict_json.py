@@ -2,7 +2,7 @@
 
 import pytest
 
-from guanaco.adapters.peft.strict_json import JsonError, parse_object
+from guanaco.models.formats.strict_json import JsonError, parse_object
 
 
 def test_an_object_keeps_its_order():

@@ -1,13 +1,12 @@
 """JSON as the standard has it: UTF-8, one value per key, finite numbers. Files from strangers are read with it.
 
-Knows nothing of what the values mean. Called by `config` and `safetensors_file`.
+Knows nothing of what the values mean. Called by the readers of adapters, models and their headers.
 """
 
 import json
 from typing import Any
 
-from guanaco.adapters.errors import printable
-from guanaco.models.errors import GuanacoError
+from guanaco.models.errors import GuanacoError, printable
 
 
 class JsonError(GuanacoError, ValueError):
