@@ -4,7 +4,6 @@ Knows nothing of tensors or of where a checkpoint comes from. Called by `checkpo
 (which translates GGUF metadata into the same fields first), so that there is one judge of what can run here.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from guanaco.models.errors import ModelError
-from guanaco.models.formats.small_files import MAX_JSON_BYTES, read_small
+from guanaco.models.formats.strict_json import read_json
 
 
 @dataclass(frozen=True)
@@ -140,21 +139,6 @@ _ARCHITECTURES = ("llamaforcausallm", "llamamodel")  # lower case: the oldest co
 def read_config(path: Path) -> LlamaConfig:
     """The config of the checkpoint directory `path`. Raises ModelError if there is none or it cannot run here."""
     return parse_config(read_json(path / "config.json"), str(path / "config.json"))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises ModelError if the file is absent or holds anything else."""
-    try:
-        fields = json.loads(read_small(path, MAX_JSON_BYTES).decode("utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path} is missing: a model directory needs it; download the model again") from None
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read ({error.strerror}); download the model again") from error
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read as JSON ({error}); download the model again") from error
-    if not isinstance(fields, dict):
-        raise ModelError(f"{path} holds a JSON {type(fields).__name__}, not an object; download the model again")
-    return fields
 
 
 def parse_config(fields: Mapping[str, Any], source: str) -> LlamaConfig:

@@ -4,20 +4,38 @@ Knows nothing of what the values mean. Called by the readers of adapters, models
 """
 
 import json
+from pathlib import Path
 from typing import Any
 
-from guanaco.models.errors import GuanacoError, printable
+from guanaco.models.errors import GuanacoError, ModelError, printable
+from guanaco.models.formats.small_files import MAX_JSON_BYTES, read_small
 
 
 class JsonError(GuanacoError, ValueError):
     """Not an acceptable JSON object; the message says where or why, in words that fit after a file's name."""
 
 
-def parse_object(data: bytes) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model. Raises ModelError if the file is absent or holds anything else.
+
+    Numbers and repeated keys are read as transformers reads them: a model that others load is not refused for those.
+    """
+    try:
+        return parse_object(read_small(path, MAX_JSON_BYTES), is_strict=False)
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing: a model directory needs it; download the model again") from None
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror}); download the model again") from error
+    except JsonError as error:
+        raise ModelError(f"{path} {error}; download the model again") from error
+
+
+def parse_object(data: bytes, *, is_strict: bool = True) -> dict[str, Any]:
     """The object in `data`; keys keep their order.
 
     Raises JsonError for anything else: another encoding or a byte order mark, a repeated key (every reader would pick
     another one), NaN or Infinity in any spelling, nesting deeper than Python's stack, a value that is no object.
+    Unless `is_strict`, the last of a repeated key counts, and NaN and Infinity are numbers.
     """
     try:
         text = data.decode("utf-8")
@@ -26,7 +44,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
     if text.startswith("\ufeff"):
         raise JsonError("starts with a byte order mark")
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+        value = json.loads(text, **(_STRICT if is_strict else {}))
     except JsonError:
         raise
     except RecursionError:
@@ -60,3 +78,6 @@ def _finite(text: str) -> float:
     if value in (float("inf"), float("-inf")):
         raise JsonError(f"holds {text[:40]}, which is too large for a number")
     return value
+
+
+_STRICT: dict[str, Any] = {"object_pairs_hook": _unique, "parse_constant": _no_constant, "parse_float": _finite}

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from guanaco.kernels.nf4 import SOURCE_DTYPES, Nf4Weight, dtype_name
 from guanaco.kernels.nf4_state import from_state, quantized_names, state_keys
-from guanaco.models.architectures.config import LlamaConfig, read_config, read_json
+from guanaco.models.architectures.config import LlamaConfig, read_config
 from guanaco.models.architectures.llama import WeightSource
 from guanaco.models.errors import ModelError
 from guanaco.models.formats.raw_file import FileLayout
 from guanaco.models.formats.safetensors import SafetensorsFile
 from guanaco.models.formats.shown import listed
+from guanaco.models.formats.strict_json import read_json
 from guanaco.models.loading.gguf_checkpoint import GgufCheckpoint
 from guanaco.models.loading.unread_fields import config_notes
 from guanaco.models.loading.unread_files import ADAPTER_WEIGHTS, notes_beside_gguf, notes_beside_weights

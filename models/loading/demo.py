@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from guanaco.models.architectures.config import read_json
 from guanaco.models.errors import ModelError
+from guanaco.models.formats.strict_json import read_json
 from guanaco.models.loading.demo_convert import RECIPE, checkpoint_fingerprint, convert_demo
 from guanaco.models.loading.quantize import Progress
 

@@ -1,6 +1,6 @@
 """What the operator calls a model → a local path: a directory, a GGUF file, or a Hugging Face id that is downloaded.
 
-Knows names and errors of the hub, nothing of what is in the files. The library resumes a lost connection, keeps whole
+Knows the hub's names, nothing of what is in the files. The library resumes a lost connection, keeps whole
 files of a download that failed, and reads HF_TOKEN and HF_HUB_OFFLINE itself. Called by the server's wiring.
 """
 
@@ -10,24 +10,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import huggingface_hub
 from huggingface_hub import get_cached_repo_tree, snapshot_download
-from huggingface_hub.errors import (
-    CachedRepoTreeNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    IncompleteSnapshotError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    XetDownloadError,
-)
+from huggingface_hub.errors import CachedRepoTreeNotFoundError
 from huggingface_hub.utils.tqdm import tqdm
 
 from guanaco.models.errors import ModelError
+from guanaco.models.formats.hub_errors import LIBRARY_ERRORS, OF_MODELS, explained
 from guanaco.models.loading.checkpoint import PICKLE_SUFFIXES, pickles_refused
 from guanaco.models.loading.quantize import Progress
 
@@ -80,8 +69,10 @@ def resolve_model(
                 endpoint=endpoint,
             )
         )
-    except (OSError, httpx2.HTTPError, HFValidationError, XetDownloadError) as error:
-        raise _explained(spec, repository, revision, offline, error) from error
+    except LIBRARY_ERRORS as error:
+        raise explained(
+            error, OF_MODELS, spec=spec, repository=repository, revision=revision, offline=offline
+        ) from error
     if not any(snapshot.glob("*.safetensors")):
         raise _without_weights(spec, repository, snapshot, cache_dir, offline=offline)
     return snapshot
@@ -116,33 +107,6 @@ def _has_snapshot(cache: Path, repository: str, revision: str | None, *, offline
 
 def _folder(repository: str) -> str:
     return "models--" + repository.replace("/", "--")
-
-
-def _explained(spec: str, repository: str, revision: str | None, offline: bool, error: Exception) -> ModelError:
-    """The one line for each way in which a download fails. The order matters: some errors are kinds of others."""
-    if isinstance(error, GatedRepoError):
-        problem = "is gated: accept its terms on its page, and give a token of that account (HF_TOKEN)"
-    elif isinstance(error, RevisionNotFoundError):
-        problem = f"does not exist: {repository} has no revision {revision!r}; name a branch, a tag or a commit of it"
-    elif isinstance(error, RepositoryNotFoundError):
-        problem = "is neither a path here nor a model on the hub: check the name (a private one needs HF_TOKEN)"
-    elif isinstance(error, IncompleteSnapshotError):
-        problem = "was downloaded only in part, and the hub cannot be asked now: go online and start again"
-    elif isinstance(error, LocalEntryNotFoundError):
-        is_offline = offline or isinstance(error.__cause__, OfflineModeIsEnabled)
-        reason = "offline mode forbids to download it" if is_offline else "the hub cannot be reached"
-        problem = f"is not a path here, it was not downloaded before, and {reason}: check the path or go online"
-    elif isinstance(error, HfHubHTTPError):
-        problem = (
-            f"cannot be had: the hub answered {error.response.status_code}; check the token (HF_TOKEN), or try later"
-        )
-    elif isinstance(error, HFValidationError):
-        problem = "does not exist, and is no hub id like org/name either: check the path"
-    elif isinstance(error, OSError):
-        problem = f"cannot be stored ({error}): make room, or name another cache directory"
-    else:
-        problem = f"was not downloaded completely ({error}): start again, whole files are kept"
-    return ModelError(f"{spec} {' '.join(problem.split())}")  # errors of libraries may have several lines
 
 
 def _without_weights(

@@ -10,36 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx2
 import huggingface_hub
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    IncompleteSnapshotError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    XetDownloadError,
-)
+from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
 
 from guanaco.models.error_codes import ErrorCode
-from guanaco.models.errors import ModelError
+from guanaco.models.formats.hub_errors import LIBRARY_ERRORS, OF_ADAPTERS, HubError, explained
 from guanaco.models.loading.hub import progress_bar
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ANSWER_SECONDS = 20.0  # for the questions before the download, which has the library's own limits
-_ERRORS = (OSError, httpx2.HTTPError, HFValidationError, XetDownloadError)
-
-
-class HubError(ModelError):
-    """Files that can't be had. `code` in snake_case says which way it failed; the message is for the operator."""
-
-    def __init__(self, code: ErrorCode, message: str) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 @dataclass(frozen=True)
@@ -96,8 +76,8 @@ def fetch_files(
                 )
         commit = _look(HfApi(endpoint=endpoint, token=token), repository, revision, most_bytes, required)
         path = snapshot(commit, is_local=False)
-    except _ERRORS as error:
-        raise _explained(spec, repository, error) from error
+    except LIBRARY_ERRORS as error:
+        raise explained(error, OF_ADAPTERS, spec=spec, repository=repository, revision=revision) from error
     for name, most in most_bytes.items():
         if (path / name).exists() and (path / name).stat().st_size > most:  # whatever the hub had said
             raise _too_large(spec, name, most)
@@ -136,30 +116,3 @@ def _look(api: HfApi, repository: str, revision: str, most_bytes: Mapping[str, i
 
 def _too_large(spec: str, name: str, most: int) -> HubError:
     return HubError(ErrorCode.FILE_TOO_LARGE, f"{name} of {spec} is larger than {most} bytes")
-
-
-def _explained(spec: str, repository: str, error: Exception) -> HubError:
-    """What went wrong. The order matters: some errors are kinds of others."""
-    if isinstance(error, GatedRepoError):
-        problem = f"{spec} is gated: accept its terms on its page, and give a token of that account (--hub-token)"
-        return HubError(ErrorCode.HUB_FORBIDDEN, problem)
-    if isinstance(error, RevisionNotFoundError):
-        return HubError(
-            ErrorCode.HUB_NOT_FOUND, f"{repository} has no such revision; name a branch, a tag or a commit of it"
-        )
-    if isinstance(error, RepositoryNotFoundError | HFValidationError):
-        problem = f"{repository} is not on the hub: check the name (a private one needs --hub-token)"
-        return HubError(ErrorCode.HUB_NOT_FOUND, problem)
-    if isinstance(error, OfflineModeIsEnabled):
-        return HubError(ErrorCode.HUB_OFFLINE, f"{spec} was not downloaded before, and offline mode forbids to do so")
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        code = ErrorCode.HUB_FORBIDDEN if status in (401, 403) else ErrorCode.HUB_FAILED
-        return HubError(code, f"{spec} cannot be had: the hub answered {status}; check the token, or try later")
-    if isinstance(error, OSError) and not isinstance(error, LocalEntryNotFoundError | ConnectionError | TimeoutError):
-        return HubError(
-            ErrorCode.STORE_FAILED, f"{spec} cannot be stored ({error.strerror or error}): make room in the cache"
-        )
-    return HubError(
-        ErrorCode.HUB_FAILED, f"{spec} was not downloaded: the hub cannot be reached, or broke off; try again"
-    )

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from guanaco.models.architectures.config import LlamaConfig, read_json
+from guanaco.models.architectures.config import LlamaConfig
 from guanaco.models.errors import ModelError
 from guanaco.models.formats.raw_file import FileLayout, RawFile
+from guanaco.models.formats.strict_json import read_json
 from guanaco.models.loading.quantize import Nf4CheckpointWriter
 
 # Part of every key: raise it when the same source would come out as other bytes.

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from guanaco.kernels.ops import PackedWeight
-from guanaco.models.architectures.config import read_json
 from guanaco.models.errors import ModelError
+from guanaco.models.formats.strict_json import read_json
 from guanaco.models.loading.model_cache import FORMAT, MANIFEST, ModelCache
 
 WEIGHTS = "weights.bin"

@@ -24,10 +24,11 @@ from torch import Tensor
 from guanaco.kernels import nf4
 from guanaco.kernels.nf4 import SOURCE_DTYPES, Nf4Weight, dtype_name
 from guanaco.kernels.nf4_state import to_state
-from guanaco.models.architectures.config import LlamaConfig, read_json
+from guanaco.models.architectures.config import LlamaConfig
 from guanaco.models.architectures.llama import projection_shapes
 from guanaco.models.errors import ModelError
 from guanaco.models.formats.leftovers import PartialFolder
+from guanaco.models.formats.strict_json import read_json
 from guanaco.models.loading.checkpoint import Checkpoint, open_checkpoint
 from guanaco.models.loading.gguf_checkpoint import GgufCheckpoint
 from guanaco.models.text.gguf_tokenizer import tokenizer_files

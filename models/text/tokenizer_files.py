@@ -13,11 +13,11 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from guanaco.models.architectures.config import read_json
 from guanaco.models.errors import ModelError
 from guanaco.models.formats.gguf import read_table
 from guanaco.models.formats.raw_file import RawFile
 from guanaco.models.formats.small_files import MAX_TEMPLATE_FILE_BYTES, MAX_TOKENIZER_BYTES, read_small
+from guanaco.models.formats.strict_json import read_json
 from guanaco.models.text.gguf_tokenizer import remarks, tokenizer_files
 from guanaco.models.text.sentencepiece import read_sentencepiece
 

@@ -16,8 +16,9 @@ from guanaco.adapters.peft.config import CONFIG_NAME, MAX_CONFIG_BYTES
 from guanaco.adapters.peft.weights import WEIGHTS_NAME, AdapterLimits
 from guanaco.adapters.versions.profile import MAX_PROFILE_BYTES, PROFILE_NAME
 from guanaco.models.error_codes import ErrorCode
+from guanaco.models.formats.hub_errors import HubError
 from guanaco.models.formats.leftovers import PartialFolder
-from guanaco.models.loading.hub_files import HubError, Snapshot, fetch_files
+from guanaco.models.loading.hub_files import Snapshot, fetch_files
 from guanaco.server.config import Settings
 
 _ADDRESS = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})@([A-Za-z0-9][\w./-]{0,127})")

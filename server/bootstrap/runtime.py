@@ -19,8 +19,8 @@ from guanaco.adapters.residency.slot_store import SlotStore
 from guanaco.adapters.residency.slot_table import SlotTable
 from guanaco.adapters.versions.registry import AdapterEntry, AdapterRegistry
 from guanaco.kernels import NativeUnavailable, Ops, load_ops
-from guanaco.models.architectures.config import read_json
 from guanaco.models.architectures.kv_cache import PagedKVCache, block_bytes
+from guanaco.models.formats.strict_json import read_json
 from guanaco.models.loading.checkpoint import stored_table
 from guanaco.models.loading.demo import ensure_demo_model
 from guanaco.models.loading.hub import resolve_model

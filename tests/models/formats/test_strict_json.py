@@ -1,8 +1,11 @@
 """What the standard's JSON is not."""
 
+from pathlib import Path
+
 import pytest
 
-from guanaco.models.formats.strict_json import JsonError, parse_object
+from guanaco.models.errors import ModelError
+from guanaco.models.formats.strict_json import JsonError, parse_object, read_json
 
 
 def test_an_object_keeps_its_order():
@@ -39,3 +42,16 @@ def test_an_object_keeps_its_order():
 def test_refused(data, says):
     with pytest.raises(JsonError, match=says):
         parse_object(data)
+
+
+def test_a_models_json_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+    """A repeated key and Infinity refuse no model that others load; what is no JSON object does."""
+    path = tmp_path / "config.json"
+    path.write_text('{"a": 1, "a": 2, "b": Infinity}')
+    assert read_json(path) == {"a": 2, "b": float("inf")}
+    for text, said in (("[]", "not an object"), ("{", "not JSON"), ("\ufeff{}", "byte order mark")):
+        path.write_text(text)
+        with pytest.raises(ModelError, match=rf"config\.json .*{said}.*; download the model again"):
+            read_json(path)
+    with pytest.raises(ModelError, match="is missing"):
+        read_json(tmp_path / "none.json")

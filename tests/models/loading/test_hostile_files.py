@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from guanaco.models.architectures.config import parse_config, read_config, read_json
+from guanaco.models.architectures.config import parse_config, read_config
 from guanaco.models.errors import ModelError, TokenizerError
 from guanaco.models.formats.safetensors import SafetensorsFile
+from guanaco.models.formats.strict_json import read_json
 from guanaco.models.loading.gguf_checkpoint import GgufCheckpoint
 from guanaco.models.text.sentencepiece import read_sentencepiece
 from guanaco.models.text.token_pattern import longest_match_pattern
