@@ -30,6 +30,8 @@ class ErrorCode(StrEnum):
 
     # Its fields.
     CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
+    GRAMMAR_UNAVAILABLE = "grammar_unavailable"
+    INVALID_GRAMMAR = "invalid_grammar"
     INVALID_TYPE = "invalid_type"
     INVALID_VALUE = "invalid_value"
     MISSING_REQUIRED_PARAMETER = "missing_required_parameter"
@@ -64,6 +66,8 @@ class ErrorCode(StrEnum):
     ADAPTER_UNLOADED = "adapter_unloaded"
     ENGINE_DEAD = "engine_dead"
     ENGINE_UNAVAILABLE = "engine_unavailable"
+    GRAMMAR_STUCK = "grammar_stuck"
+    GRAMMAR_TOO_COMPLEX = "grammar_too_complex"
     INTERNAL_ERROR = "internal_error"
     NUMERICAL_ERROR = "numerical_error"
     QUEUE_TIMEOUT = "queue_timeout"

@@ -163,6 +163,7 @@ class LimitSettings(BaseModel):
     max_answer_logprobs: Count = Field(
         1 << 18, description="most log-probabilities in one answer, those of alternatives and of the prompt included"
     )
+    max_grammar_bytes: Bytes = Field(256 << 10, description="largest JSON schema, regex or grammar of a request")
 
 
 class TimeSettings(BaseModel):
@@ -175,6 +176,9 @@ class TimeSettings(BaseModel):
     request_timeout: Seconds = Field(600.0, description="seconds a request may take altogether")
     step_timeout: Annotated[float, Field(gt=0)] = Field(
         60.0, description="seconds without progress of a busy engine after which it counts as stuck"
+    )
+    grammar_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        2.0, description="seconds that a request's JSON schema, regex or grammar may take to compile; more gets 400"
     )
     header_timeout: Seconds = Field(10.0, description="seconds a client may take to send its request head")
     body_timeout: Seconds = Field(30.0, description="seconds a client may take to send its request body")

@@ -20,7 +20,7 @@ MAX_FUNCTION_LINES = 70
 _ERRORS = {"models.errors", "models.error_codes"}
 _ENGINE = {"server.engine", "kernels", "models", "adapters", "server.config"}
 _HTTP = {"server.api.http", "server.engine", "server.metrics", "server.config", "server.errors", *_ERRORS}
-_GENERATION = {*_HTTP, "server.api.generation", "server.adapters"}
+_GENERATION = {*_HTTP, "server.api.generation", "server.adapters", "server.grammars"}
 # Room (or file) -> what of ours it may import, as prefixes of guanaco.*. The most specific entry of a file counts.
 ALLOWED = {
     "kernels": {"kernels.nf4", "kernels.ops", "kernels.lora_batch", "kernels.layer_cache"},
@@ -51,6 +51,7 @@ ALLOWED = {
     "server/errors.py": {"models.errors"},
     "server/metrics": {"server.metrics", "server.engine.request"},
     "server/engine": _ENGINE,
+    "server/grammars": {"server.grammars", "models.formats.restricted_process", *_ERRORS},
     "server/adapters": {
         "server.adapters", "server.engine", "server.config", "adapters", "models.loading", "models.formats",
         *_ERRORS,
@@ -85,6 +86,7 @@ BANNED = {
     "server/api": {*_NO_TRAINING, "torch", "safetensors"},
     "server/metrics": {*_NO_TRAINING, "torch"},
     "server/config.py": {*_NO_TRAINING, "torch"},
+    "server/grammars": {*_NO_TRAINING, *_NO_WEB, "torch", "tokenizers"},
     "server/training": _NO_WEB,
     "server": _NO_TRAINING,
 }

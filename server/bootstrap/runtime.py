@@ -47,8 +47,8 @@ from guanaco.server.bootstrap.progress import reporting
 from guanaco.server.config import Settings
 from guanaco.server.engine.block_manager import BlockManager
 from guanaco.server.engine.engine import Engine
-from guanaco.server.engine.limits import Limits
 from guanaco.server.engine.model_runner import ModelRunner
+from guanaco.server.engine.request import Limits
 from guanaco.server.engine.scheduler import Scheduler
 from guanaco.server.errors import CommandError
 

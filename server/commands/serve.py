@@ -134,6 +134,7 @@ def _api_state(settings: Settings, runtime: Runtime, keys: KeyRing, admin_keys: 
         adapters=manager,
         chat_template=base.template,
         named_template=named_template,
+        eos_ids=base.eos_ids,
     )
 
 

@@ -19,6 +19,7 @@ from guanaco.models.architectures.forward_batch import ForwardBatch
 from guanaco.models.architectures.kv_cache import PagedKVCache
 from guanaco.models.architectures.llama import LlamaModel
 from guanaco.models.error_codes import ErrorCode
+from guanaco.server.engine.constraints import MaskFiller, StepMasks
 from guanaco.server.engine.request import SampledToken, ScheduledBatch, ScheduledSequence, TokenLogprob
 from guanaco.server.engine.sampler import SamplingRow, sample, token_logprobs
 
@@ -68,6 +69,7 @@ class ModelRunner:
         self._slots = slots
         self._eos_ids = eos_ids
         self._device = model.ops.device
+        self._masks = MaskFiller(model.config.vocab_size)
 
     def load_adapter(self, slot: int, version: str) -> None:
         """Put an adapter version into an adapter slot."""
@@ -83,8 +85,12 @@ class ModelRunner:
         run again; nothing else is changed."""
         scored = [_scored_positions(item) for item in batch.sequences]
         rows = self._step_rows(batch)
-        logits, hidden = self._forward(batch, rows, begin, keep_hidden=any(scored))
-        drawn = iter(self._draw(batch, logits))
+        pending = self._masks.start([i.sequence.request.constraint for i in batch.sequences if i.needs_sample])
+        try:
+            logits, hidden = self._forward(batch, rows, begin, keep_hidden=any(scored))
+        finally:
+            masks = None if pending is None else pending.join()
+        drawn = iter(self._draw(batch, logits, masks))
         results, index = [], 0
         for item, positions, first_row in zip(batch.sequences, scored, rows.ends, strict=False):
             token = next(drawn) if item.needs_sample else SampledToken(None)
@@ -126,7 +132,7 @@ class ModelRunner:
         )
         self._model.forward(batch, self._kv)
 
-    def _draw(self, batch: ScheduledBatch, logits: Tensor) -> list[SampledToken]:
+    def _draw(self, batch: ScheduledBatch, logits: Tensor, masks: StepMasks | None) -> list[SampledToken]:
         """The next token of each sequence that needs one: each has a row of logits."""
         rows = []
         for item in batch.sequences:
@@ -134,7 +140,7 @@ class ModelRunner:
                 request = item.sequence.request
                 output_ids = item.sequence.token_ids[item.sequence.num_prompt_tokens :]
                 rows.append(SamplingRow(request.params, request.prompt_token_ids, output_ids))
-        return sample(logits, rows, self._eos_ids, self._model.ops)
+        return sample(logits, rows, self._eos_ids, self._model.ops, masks)
 
     def _forward(
         self, batch: ScheduledBatch, rows: StepRows, begin: Callable[[], None], *, keep_hidden: bool

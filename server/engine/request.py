@@ -1,4 +1,4 @@
-"""The messages of the engine: what the API hands it, what it hands back, and its own record of a request.
+"""The messages of the engine: what the API hands it, what it hands back, its own record of a request, and its bounds.
 
 Plain data, no torch: the scheduler and its simulator run on these in milliseconds.
 """
@@ -8,6 +8,7 @@ from enum import Enum, StrEnum
 from typing import NamedTuple
 
 from guanaco.models.error_codes import ErrorCode
+from guanaco.server.engine.constraints import Constraint
 
 
 class FinishReason(StrEnum):
@@ -64,6 +65,7 @@ class Request:
     cache_salt: str = ""  # prefix-cache tenant: requests of different salts never share a block
     arrival_seconds: float = 0.0  # monotonic clock; the queue deadline counts from here
     background: bool = False  # goes after everybody else's, within a bound: the engine's own probes
+    constraint: Constraint | None = None  # on its tokens: this request's own, as it keeps the place in its text
 
     @property
     def versions(self) -> tuple[str, ...]:
@@ -191,6 +193,7 @@ class TokenOutput(NamedTuple):  # made for every sequence in every step, too
     num_cached_tokens: int = 0
     queue_seconds: float | None = None  # from the request's arrival to its first step
     logits: bytes | None = None
+    ends_in_text: bool = False  # of an end by `stop`: its last token is text, since a constraint was complete with it
 
 
 @dataclass(frozen=True)
@@ -213,3 +216,26 @@ class StepStats:
 class StepOutput:
     outputs: tuple[TokenOutput, ...]
     stats: StepStats
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of one engine. `max_model_len` tokens of one sequence must fit into the KV cache."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    queue_timeout_seconds: float
+    adapter_timeout_seconds: float = 0.0  # that a request waits for adapters that are not in memory; 0: for ever
+    num_rows: int | None = None  # embedding rows of the model: every token id is below; None: not checked
+    flood_num_seqs: int = 8  # requests of one adapter that make others wait: a flood
+    flood_step_tokens: int = 0  # that floods have of each step at most; 0: all that there are
+
+
+@dataclass
+class StepCounts:
+    """What one step did, for the metrics."""
+
+    num_preempted: int = 0
+    prefix_queries_tokens: int = 0
+    prefix_hits_tokens: int = 0

@@ -100,7 +100,7 @@ class RequestStream:
         self._num_output_tokens += len(output.token_ids)
         self._num_cached_tokens = max(self._num_cached_tokens, output.num_cached_tokens)
         shown = output.token_ids
-        if reason is FinishReason.STOP and not self.request.params.include_stop_str:
+        if reason is FinishReason.STOP and not (output.ends_in_text or self.request.params.include_stop_str):
             shown = shown[:-1]  # the eos or stop token itself is no text
         text = self._detokenizer.append(shown, finished=reason is not None)
         aborted = False

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from guanaco.kernels import Draw
 from guanaco.models.error_codes import ErrorCode
+from guanaco.server.engine.constraints import StepMasks
 from guanaco.server.engine.request import SampledToken, SamplingParams, TokenLogprob
 
 FloatArray = NDArray[np.float32]
@@ -55,9 +56,14 @@ def uniform(seed: int, position: int) -> float:
 
 
 def sample(
-    logits: Tensor, rows: list[SamplingRow], eos_ids: frozenset[int], ops: Drawing | None = None
+    logits: Tensor,
+    rows: list[SamplingRow],
+    eos_ids: frozenset[int],
+    ops: Drawing | None = None,
+    masks: StepMasks | None = None,
 ) -> list[SampledToken]:
-    """One token per row of float32 logits [r, vocab]; a row that is not finite gets an error instead.
+    """One token per row of float32 logits [r, vocab]; a row that is not finite, or whose mask failed, gets an error
+    instead.
 
     ops: a kernel provider, which may draw the tokens; the code here is what it is held to.
     """
@@ -65,7 +71,7 @@ def sample(
     if not rows:
         return []
     finite = _finite(logits)
-    adjusted = _adjust(logits, rows, eos_ids)
+    adjusted = _adjust(logits, rows, eos_ids, masks)
     ids = _ids(adjusted, rows, finite, ops)
     # A provider's fault must neither end up in a client's answer nor index the embedding of the next step.
     finite = [ok and 0 <= token < logits.shape[1] for ok, token in zip(finite, ids, strict=True)]
@@ -77,10 +83,13 @@ def sample(
         )
         for i, logprob in zip(reported, found, strict=True):
             logprobs[i] = logprob
-    return [
+    tokens = [
         SampledToken(token, logprob) if ok else SampledToken(None, error=ErrorCode.NUMERICAL_ERROR)
         for token, logprob, ok in zip(ids, logprobs, finite, strict=True)
     ]
+    for index, error in masks.errors.items() if masks is not None else ():
+        tokens[index] = SampledToken(None, error=error)
+    return tokens
 
 
 def _finite(logits: Tensor) -> list[bool]:
@@ -129,15 +138,16 @@ def token_logprobs(logits: Tensor, token_ids: list[int], num_top: list[int]) -> 
     ]
 
 
-def _adjust(logits: Tensor, rows: list[SamplingRow], eos_ids: frozenset[int]) -> Tensor:
+def _adjust(logits: Tensor, rows: list[SamplingRow], eos_ids: frozenset[int], masks: StepMasks | None) -> Tensor:
     """The logits with penalties, biases and forbidden tokens applied; the input itself where no row asks for any.
 
     A row of finite logits keeps a finite one, and gets no infinity but that of the forbidden tokens.
     """
     out = logits
+    masked = frozenset(() if masks is None else masks.rows)
     for index, row in enumerate(rows):
         params = row.params
-        banned = _banned(row, eos_ids, logits.shape[1])
+        banned = [] if index in masked else _banned(row, eos_ids, logits.shape[1])
         if not (_has_penalty(params) or params.logit_bias or banned):
             continue
         if out is logits:
@@ -150,7 +160,30 @@ def _adjust(logits: Tensor, rows: list[SamplingRow], eos_ids: frozenset[int]) ->
         out[index].clamp_(-_LARGEST, _LARGEST)  # a tiny repetition penalty makes large quotients
         if banned:
             out[index, banned] = -torch.inf
+    if masks is not None:
+        out = logits.clone() if out is logits else out
+        _apply_masks(out, rows, eos_ids, masks)
     return out
+
+
+def _apply_masks(out: Tensor, rows: list[SamplingRow], eos_ids: frozenset[int], masks: StepMasks) -> None:
+    """Forbid what the masks leave out, and the ends before min_tokens where something else may come."""
+    vocab = out.shape[1]
+    words = masks.words.copy()
+    for place, index in enumerate(masks.rows):
+        left = words[place].copy()
+        for token in _banned(rows[index], eos_ids, vocab):
+            left[token // 32] &= ~np.int32(np.uint32(1 << (token % 32)).view(np.int32))
+        if left.any():
+            words[place] = left
+        if index in masks.errors:
+            words[place] = -1  # its token counts for nothing, but must be one
+    # 32 times smaller than flags would be, on its way to a GPU.
+    bits = torch.from_numpy(words).to(out.device).unsqueeze(-1)
+    allowed = (bits >> torch.arange(32, device=out.device, dtype=torch.int32)) & 1
+    forbidden = (allowed == 0).view(len(words), -1)[:, :vocab]
+    masked = torch.tensor(masks.rows, device=out.device)
+    out[masked] = out[masked].masked_fill(forbidden, -torch.inf)
 
 
 def _banned(row: SamplingRow, eos_ids: frozenset[int], vocab: int) -> list[int]:

@@ -11,19 +11,21 @@ from guanaco.adapters.residency.host_table import HostTable
 from guanaco.adapters.residency.slot_table import SlotTable
 from guanaco.models.error_codes import ErrorCode
 from guanaco.server.engine.block_manager import BlockManager, Faults
-from guanaco.server.engine.limits import Limits, StepCounts
 from guanaco.server.engine.loading_queue import LoadingQueue
 from guanaco.server.engine.request import (
     FinishReason,
+    Limits,
     Request,
     SampledToken,
     ScheduledBatch,
     ScheduledSequence,
     Sequence,
     Status,
+    StepCounts,
     TokenOutput,
 )
 from guanaco.server.engine.step_share import StepShare
+from guanaco.server.engine.stops import End, end_of
 from guanaco.server.engine.turns import LAST, Turns
 
 # After so many steps of being passed over for want of an adapter slot, a request lets nobody who needs one pass.
@@ -196,38 +198,29 @@ class Scheduler:
 
     def _advance(self, sequence: Sequence, token: SampledToken) -> TokenOutput:
         """Append a sampled token, and finish the sequence if that was its last."""
-        reason, stop_reason = None, None
+        end: End | None = None
         new_ids: tuple[int, ...] = ()
         if token.token_id is not None:
             sequence.token_ids.append(token.token_id)
             new_ids = (token.token_id,)
-            reason, stop_reason = self._finish_reason(sequence, token.token_id)
+            end = end_of(sequence, token.token_id, self._eos_ids, self.limits.max_model_len)
         elif sequence.is_all_scored:
-            reason = FinishReason.LENGTH
-        if reason is not None:
-            self._release(sequence, reason)
+            end = End(FinishReason.LENGTH)
+        if end is not None:
+            self._release(sequence, end.reason)
         return TokenOutput(
             sequence.request.request_id,
             new_ids,
             () if token.logprob is None else (token.logprob,),
             token.prompt_logprobs,
-            reason,
-            stop_reason,
+            None if end is None else end.reason,
+            None if end is None else end.stop_reason,
+            error=None if end is None else end.error,
             num_cached_tokens=sequence.num_cached_tokens,
             queue_seconds=sequence.queue_seconds,
             logits=token.logits,
+            ends_in_text=end is not None and end.is_in_text,
         )
-
-    def _finish_reason(self, sequence: Sequence, token_id: int) -> tuple[FinishReason | None, int | None]:
-        params, num_output_tokens = sequence.request.params, sequence.num_output_tokens
-        if num_output_tokens >= params.min_tokens:
-            if token_id in params.stop_token_ids:
-                return FinishReason.STOP, token_id
-            if token_id in self._eos_ids and not params.ignore_eos:
-                return FinishReason.STOP, None
-        if num_output_tokens >= params.max_tokens or sequence.num_tokens >= self.limits.max_model_len:
-            return FinishReason.LENGTH, None
-        return None, None
 
     def admit_loaded(self, *, is_step: bool = False) -> None:
         """Let those wait for their turn whose adapters are in memory, and have those read for which there is room."""

@@ -8,8 +8,7 @@ Pure. Made by the scheduler for each step.
 
 from collections.abc import Collection, Iterable
 
-from guanaco.server.engine.limits import Limits
-from guanaco.server.engine.request import Sequence
+from guanaco.server.engine.request import Limits, Sequence
 
 # While others are decoding, prompts get at most this share of a step, so that a long one widens the gap between the
 # others' tokens by a quarter of a full step, not by a whole one. Of a flood's part its prompts get as much.

@@ -1,11 +1,14 @@
-"""What a request's stop strings are to the engine: control tokens that end it, and texts that are searched for.
+"""What ends a request: its stop strings, as control tokens and as texts that are searched for, and its last token.
 
-Knows no HTTP and no model. Called by the API and by `guanaco generate`.
+Knows no HTTP and no model. Called by the API and by `guanaco generate`, and by the scheduler for every token.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
+
+from guanaco.models.error_codes import ErrorCode
+from guanaco.server.engine.request import FinishReason, Sequence
 
 
 class ControlTokens(Protocol):
@@ -37,3 +40,37 @@ class Stops:
     @property
     def token_ids(self) -> frozenset[int]:
         return frozenset(token for token, _ in self.tokens)
+
+
+@dataclass(frozen=True)
+class End:
+    """Why a request ends with the token that was drawn last."""
+
+    reason: FinishReason
+    stop_reason: int | None = None  # the stop token
+    error: ErrorCode | None = None
+    is_in_text: bool = False  # that token is text, and no mark of the end
+
+
+def end_of(sequence: Sequence, token_id: int, eos_ids: frozenset[int], max_model_len: int) -> End | None:
+    """The end that a drawn token makes, None where the request goes on. Its constraint takes the token in here, once.
+
+    A constraint that is complete ends the request as an eos would, before min_tokens too: nothing else can come.
+    """
+    params, num_output_tokens = sequence.request.params, sequence.num_output_tokens
+    if num_output_tokens >= params.min_tokens:
+        if token_id in params.stop_token_ids:
+            return End(FinishReason.STOP, token_id)
+        if token_id in eos_ids and not params.ignore_eos:
+            return End(FinishReason.STOP)
+    if (constraint := sequence.request.constraint) is not None:
+        if constraint.is_end(token_id):
+            return End(FinishReason.STOP)
+        constraint.accept(token_id)
+        if constraint.error is not None:
+            return End(FinishReason.ERROR, error=constraint.error)
+        if constraint.is_complete:
+            return End(FinishReason.STOP, is_in_text=True)
+    if num_output_tokens >= params.max_tokens or sequence.num_tokens >= max_model_len:
+        return End(FinishReason.LENGTH)
+    return None

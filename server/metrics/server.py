@@ -42,6 +42,7 @@ _STEP_TOKEN_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 
 _N_BUCKETS = (1, 2, 5, 10, 20)
 _STEP_SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _ENGINE = "0"  # vLLM numbers its engines; one process has one here
+_GRAMMAR_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 _LAG_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
 
 
@@ -220,6 +221,13 @@ class Metrics:
             buckets=_LAG_BUCKETS,
             registry=self.registry,
         )
+        self._grammar_seconds = Histogram(
+            "guanaco_grammar_compile_seconds",
+            "Compiling what a request demands of its answer: a JSON schema, a regex, choices or a grammar.",
+            buckets=_GRAMMAR_BUCKETS,
+            registry=self.registry,
+        )
+        self._grammar_hits = counter("guanaco_grammar_cache_hits", "Such demands that were kept from before.")
         self._heartbeat = Gauge(
             "guanaco_engine_heartbeat_age_seconds",
             "Seconds since the engine moved.",
@@ -319,6 +327,13 @@ class Metrics:
 
     def count_slow_client(self) -> None:
         self._slow_clients.inc()
+
+    def observe_grammar(self, seconds: float, is_hit: bool) -> None:
+        """A request's grammar was compiled in so many seconds, or was there from before."""
+        if is_hit:
+            self._grammar_hits.inc()
+        else:
+            self._grammar_seconds.observe(seconds)
 
     def observe_loop_lag(self, seconds: float) -> None:
         self._lag.observe(seconds)

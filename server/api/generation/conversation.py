@@ -24,10 +24,12 @@ from guanaco.server.api.generation.serving import (
     acquire_model,
     check_text_size,
     check_token_ids,
+    grammar_of,
 )
 from guanaco.server.api.generation.state import ApiState, Template
 from guanaco.server.api.http.errors import ApiError, bad_request
 from guanaco.server.api.http.lifecycle import Admission
+from guanaco.server.grammars.spec import Grammar
 
 # Values of chat's own fields that ask for nothing, besides their defaults.
 _NEUTRAL: Mapping[str, Neutral] = {
@@ -87,14 +89,17 @@ def prepare_conversation(
     ignored: Ignored,
     *,
     fit_into_context: bool = False,
+    tool_grammar: Grammar | None = None,
 ) -> Prepared:
     """Tokenise the conversation and work out its parameters. Runs on a worker thread.
 
     fit_into_context: a limit that is longer than the room in the context means that room, and is no error.
+    tool_grammar: what a tool call that is required demands of the answer's text.
     """
     check_request(body, state.num_token_ids)
     if body.top_logprobs and not body.logprobs:
         raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
+    grammar = grammar_of(body, besides=tool_grammar)
     model = acquire_model(state, body, caller, admission)
     token_ids = render_messages(
         state,
@@ -114,10 +119,10 @@ def prepare_conversation(
         max_model_len=model.max_model_len,
         prompt_name="messages",
         num_logprobs=body.num_logprobs,
-        more_stops=() if body.ignore_eos else state.stops_of(model),
+        more_stops=() if body.ignore_eos else state.stops_of(model, in_text=grammar is None),
     )
     salt = state.keys.cache_salt(caller.key, body.cache_salt)
-    return Prepared(body, model, (Prompt(token_ids, params),), salt, ignored)
+    return Prepared(body, model, (Prompt(token_ids, params),), salt, ignored, grammar)
 
 
 def render_messages(

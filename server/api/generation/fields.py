@@ -200,12 +200,7 @@ _OUTPUT: Mapping[str, Neutral] = {
     "grammar": ("",),
     "grammar_lazy": (False,),
     "grammar_triggers": ([],),
-    "guided_choice": (),
-    "guided_decoding_backend": (),
-    "guided_grammar": (),
-    "guided_json": (),
     "guided_json_object": (False,),
-    "guided_regex": (),
     "guided_whitespace_pattern": (),
     "json_mode": (False,),
     "json_object": (False,),
@@ -225,7 +220,6 @@ _OUTPUT: Mapping[str, Neutral] = {
     "reasoning_format": ("none", "auto"),
     "regex": (),
     "response_fields": ([],),
-    "response_format": ({"type": "text"},),
     "return_context_logits": (False,),
     "return_full_text": (False,),
     "return_generation_logits": (False,),
@@ -243,7 +237,6 @@ _OUTPUT: Mapping[str, Neutral] = {
     "stop_regex": ([], ""),
     "stop_words": ([],),
     "structural_tag": (),
-    "structured_outputs": (),
     "t_max_predict_ms": (-1, 0),
     "thinking_budget": (-1, 0),
     "thinking_token_budget": (-1, 0),
@@ -276,6 +269,7 @@ REFUSED_IN_MESSAGE: Mapping[str, Neutral] = {
 
 _TO_MIX = "put an adapter's name into model, or give adapters: [{name, scale}]"
 _TOP_LEVEL = "put the fields that it holds into the body itself"
+_STRUCTURED = "use response_format, or structured_outputs"
 _PROMPTS = "give prompt, or messages where the route takes them"
 INSTEAD: Mapping[str, str] = {
     **dict.fromkeys(_ADAPTERS, _TO_MIX),
@@ -283,6 +277,8 @@ INSTEAD: Mapping[str, str] = {
     **dict.fromkeys(("content", "input", "input_ids", "inputs", "prompt_token_ids", "text", "text_input"), _PROMPTS),
     **dict.fromkeys(("runtime_top_k",), "use top_k"),
     **dict.fromkeys(("runtime_top_p",), "use top_p"),
+    **dict.fromkeys(("choice", "ebnf", "format", "grammar", "json_schema", "lark", "regex", "schema"), _STRUCTURED),
+    **dict.fromkeys(("guided_json_object", "json_mode", "json_object", "structural_tag"), _STRUCTURED),
     "base_model": "put the name into model",
     "do_sample": "for greedy answers, use temperature 0",
     "end_id": "use stop_token_ids",
@@ -332,6 +328,7 @@ HARMLESS = frozenset(
         *("metadata", "moderation", "prediction", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
         *("safety_identifier", "service_tier", "store", "parallel_tool_calls"),
         *("request_id", "rid", "priority", "session_id", "conversation_id", "custom_labels", "log_metrics"),
+        "guided_decoding_backend",  # there is one
         *("api_token", "keep_alive", "stream_interval", "separate_reasoning", "stream_reasoning", "include_reasoning"),
         *("spaces_between_special_tokens", "background", "request_timeout"),
         "reasoning_effort",  # the LLaMA family has no such setting

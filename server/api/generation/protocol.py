@@ -160,6 +160,17 @@ Prompts = Annotated[
         ]
     ),
 ]
+# What the answer must look like: `server.grammars.requested` reads these.
+_ResponseFormat = Annotated[
+    Any,
+    _schema(
+        type=["object", "null"],
+        properties={"type": {"enum": ["text", "json_object", "json_schema"]}, "json_schema": {"type": "object"}},
+        required=["type"],
+    ),
+]
+_Json = Annotated[Any, _schema(type=["object", "string", "boolean", "null"])]
+_Text = Annotated[Any, _schema(type=["string", "null"])]
 TokenCount = Annotated[int, Field(ge=1, lt=2**31)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
@@ -230,6 +241,12 @@ class GenerationBody(Body):
     adapters: AdapterChoices = ()
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
     user: User = None
+    response_format: _ResponseFormat = None
+    structured_outputs: Annotated[Any, _schema(type=["object", "null"])] = None
+    guided_json: _Json = None
+    guided_regex: _Text = None
+    guided_choice: Annotated[Any, _schema(type=["array", "null"], items={"type": "string"})] = None
+    guided_grammar: _Text = None
 
     @property
     def token_limit(self) -> int | None:

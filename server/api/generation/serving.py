@@ -11,6 +11,7 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from guanaco.models.error_codes import ErrorCode
 from guanaco.server.api.generation.answer import Answer
 from guanaco.server.api.generation.answer_size import most_tokens_a_choice
 from guanaco.server.api.generation.body import parse_object, read_body
@@ -24,11 +25,16 @@ from guanaco.server.api.generation.sse import stream_generation
 from guanaco.server.api.generation.state import ApiState, encoded_response, state_of
 from guanaco.server.api.http.access_log import record_of
 from guanaco.server.api.http.auth import ApiKey
-from guanaco.server.api.http.errors import bad_request
+from guanaco.server.api.http.errors import ApiError, bad_request
 from guanaco.server.api.http.fair_pool import FairPool, Lane
 from guanaco.server.api.http.lifecycle import Admission, Lifecycle
 from guanaco.server.engine.awake_clock import awake_seconds
+from guanaco.server.engine.constraints import Constraint
 from guanaco.server.engine.request import Request, SamplingParams
+from guanaco.server.grammars.errors import GrammarError, GrammarUnavailable
+from guanaco.server.grammars.requested import FIELDS as STRUCTURE_FIELDS
+from guanaco.server.grammars.requested import requested
+from guanaco.server.grammars.spec import Grammar
 
 # No vocabulary of ours has a longer common token: a text of more bytes than this times the context can't fit into it,
 # and is refused before it is tokenised.
@@ -56,6 +62,7 @@ class Prepared:
     prompts: tuple[Prompt, ...]
     cache_salt: str
     ignored: Ignored
+    grammar: Grammar | None = None  # that every choice's text must follow
 
     @property
     def stream(self) -> bool:
@@ -67,8 +74,10 @@ class Prepared:
         prompts = [replace(prompt, params=its) for prompt, its in zip(self.prompts, params, strict=True)]
         return replace(self, prompts=tuple(prompts))
 
-    def engine_requests(self, answer_id: str, arrival_seconds: float) -> list[Request]:
-        """n requests for each prompt, in the order of the choices' indexes."""
+    def engine_requests(
+        self, answer_id: str, arrival_seconds: float, new_constraint: Callable[[SamplingParams], Constraint | None]
+    ) -> list[Request]:
+        """n requests for each prompt, in the order of the choices' indexes. Each gets a constraint of its own."""
         choices = [(prompt, choice) for prompt in self.prompts for choice in range(self.body.n)]
         return [
             Request(
@@ -78,6 +87,7 @@ class Prepared:
                 loras=self.model.loras,
                 cache_salt=self.cache_salt,
                 arrival_seconds=arrival_seconds,
+                constraint=new_constraint(prompt.params),
             )
             for index, (prompt, choice) in enumerate(choices)
         ]
@@ -95,6 +105,7 @@ async def serve(request: HttpRequest, prepare: Prepare) -> Response:
         admission = state.admit()
         try:
             prepared, answer = await _prepare(request, body, prepare, admission)
+            new_constraint = await _constraints(request, prepared)
         except BaseException:
             admission.release()
             raise
@@ -103,7 +114,7 @@ async def serve(request: HttpRequest, prepare: Prepare) -> Response:
         state.metrics.count_ignored_fields(prepared.ignored.count)
         record.model, record.adapter_version = prepared.model.name, prepared.model.versions
         record.stream = prepared.stream
-        requests = prepared.engine_requests(answer.id, record.started)
+        requests = prepared.engine_requests(answer.id, record.started, new_constraint)
         generation = await Generation.start(state, prepared.model, record, admission, requests, prepared.body.n)
     except BaseException:
         admission.release()
@@ -137,6 +148,43 @@ async def _prepare(
     sizes = [(len(prompt.token_ids), prompt.params) for prompt in prepared.prompts]
     most = most_tokens_a_choice(prepared.body, sizes, state.settings)
     return prepared if most is None else prepared.shortened(most), answer
+
+
+async def _constraints(request: HttpRequest, prepared: Prepared) -> Callable[[SamplingParams], Constraint | None]:
+    """What makes the constraint of each choice. Its grammar is compiled here, on a thread: it may take seconds."""
+    state, grammar = state_of(request), prepared.grammar
+    if grammar is None:
+        return lambda _params: None
+    lane = state.lane(key_of(request), prepared.body.model)
+    try:
+        compiled = await state.grammar_work.run(lane, state.grammars.compile, grammar)
+    except GrammarError as error:
+        raise _bad_grammar(error) from None
+    except GrammarUnavailable as error:
+        status = 503 if error.is_here else 501
+        raise ApiError(status, ErrorCode.GRAMMAR_UNAVAILABLE, str(error), param=grammar.param) from None
+    return lambda params: compiled.matcher(state.ends_of(params))
+
+
+def grammar_of(body: GenerationBody, *, besides: Grammar | None = None) -> Grammar | None:
+    """What the body's fields demand of the answer's text; 400 where they are wrong, or two of them demand something.
+
+    besides: what tools demand, which leaves no room for another demand.
+    """
+    try:
+        grammar = requested({name: getattr(body, name) for name in STRUCTURE_FIELDS})
+    except GrammarError as error:
+        raise _bad_grammar(error) from None
+    if grammar is not None and besides is not None:
+        text = f"{grammar.param} and a tool call that is required both say what the answer must look like: give one"
+        raise bad_request(text, grammar.param, ErrorCode.INVALID_GRAMMAR)
+    return grammar or besides
+
+
+def _bad_grammar(error: GrammarError) -> ApiError:
+    return bad_request(
+        str(error) if error.param is None else f"{error.param}: {error}", error.param, ErrorCode.INVALID_GRAMMAR
+    )
 
 
 Work = Callable[[ApiState, Caller, dict[str, Any]], tuple[dict[str, Any], Ignored]]

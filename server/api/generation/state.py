@@ -22,6 +22,9 @@ from guanaco.server.api.http.intake import Intake
 from guanaco.server.api.http.lifecycle import Admission, Lifecycle
 from guanaco.server.config import Settings
 from guanaco.server.engine.async_engine import AsyncEngine
+from guanaco.server.engine.request import SamplingParams
+from guanaco.server.grammars.compiler import GrammarCompiler, GrammarLimits
+from guanaco.server.grammars.vocabulary import Vocabulary
 from guanaco.server.metrics.server import Metrics
 
 # Parsing and tokenising run off the event loop: a body of megabytes must not delay everybody's next token. Each kind of
@@ -29,6 +32,7 @@ from guanaco.server.metrics.server import Metrics
 _PREPARE_THREADS = 2
 _TOKEN_THREADS = 1
 _ANSWER_THREADS = 1
+_GRAMMAR_THREADS = 1
 
 
 class Template(Protocol):
@@ -87,10 +91,12 @@ class ApiState:
     chat_template: Template | None = None  # to be used instead of the tokenizer's own
     named_template: Callable[[str], Template] = field(default=_no_template)  # for profiles
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
-    # For requests that generate; for /tokenize and /detokenize; for writing large answers.
+    eos_ids: frozenset[int] | None = None  # that end a text; None: the tokenizer's
+    # For requests that generate; for /tokenize and /detokenize; for writing large answers; for grammars.
     preparation: FairPool = field(default_factory=lambda: FairPool(_PREPARE_THREADS, "guanaco-prepare"))
     token_work: FairPool = field(default_factory=lambda: FairPool(_TOKEN_THREADS, "guanaco-tokens"))
     answer_work: FairPool = field(default_factory=lambda: FairPool(_ANSWER_THREADS, "guanaco-answer"))
+    grammar_work: FairPool = field(default_factory=lambda: FairPool(_GRAMMAR_THREADS, "guanaco-grammar"))
 
     @property
     def num_token_ids(self) -> int:
@@ -115,8 +121,9 @@ class ApiState:
         return Lane(tenant)
 
     def shut_down_workers(self) -> None:
-        for pool in (self.preparation, self.token_work, self.answer_work):
+        for pool in (self.preparation, self.token_work, self.answer_work, self.grammar_work):
             pool.shutdown()
+        self.grammars.close()
 
     def admit(self) -> Admission:
         """A place for one request that is ready to be prepared; 503 where all are taken."""
@@ -130,11 +137,35 @@ class ApiState:
             return self.named_template(model.profile.chat_template)
         return self.chat_template or self.tokenizer.chat_template
 
-    def stops_of(self, model: ServedModel) -> tuple[str, ...]:
-        """What ends a chat answer besides the client's stop strings."""
+    def stops_of(self, model: ServedModel, *, in_text: bool = True) -> tuple[str, ...]:
+        """What ends a chat answer besides the client's stop strings. in_text: False leaves control tokens alone, for a
+        text that ends by its grammar and may hold the others."""
         template = self.template_for(model)
         stops = () if template is None else template.stop_strings
-        return stops if model.profile is None else (*model.profile.stop, *stops)
+        stops = stops if model.profile is None else (*model.profile.stop, *stops)
+        return stops if in_text else tuple(stop for stop in stops if self.tokenizer.control_id(stop) is not None)
+
+    @property
+    def all_eos_ids(self) -> frozenset[int]:
+        """The ids that end a text."""
+        return frozenset(self.tokenizer.eos_ids) if self.eos_ids is None else self.eos_ids
+
+    def ends_of(self, params: SamplingParams) -> frozenset[int]:
+        """The control tokens that may end a text that is whole by its grammar."""
+        ends = params.stop_token_ids & self.tokenizer.special_ids
+        return ends if params.ignore_eos else ends | self.all_eos_ids
+
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        """Compiles what requests demand of their answers' texts."""
+        settings = self.settings
+        limits = GrammarLimits(seconds=settings.grammar_timeout, grammar_bytes=settings.max_grammar_bytes)
+        never = self.tokenizer.special_ids | self.all_eos_ids
+        return GrammarCompiler(
+            lambda: Vocabulary.of(self.tokenizer.token_bytes, self.num_token_ids, never),
+            limits,
+            self.metrics.observe_grammar,
+        )
 
     def defaults_for(self, model: ServedModel) -> SamplingDefaults:
         """What a client of a model gets who doesn't say."""

@@ -162,6 +162,16 @@ _FAILURES = {
     ErrorCode.NUMERICAL_ERROR: ApiError(
         500, ErrorCode.NUMERICAL_ERROR, "the model produced values that are not numbers"
     ),
+    ErrorCode.GRAMMAR_TOO_COMPLEX: ApiError(
+        400,
+        ErrorCode.GRAMMAR_TOO_COMPLEX,
+        "the grammar of the answer became too complex for this server: simplify it",
+    ),
+    ErrorCode.GRAMMAR_STUCK: ApiError(
+        400,
+        ErrorCode.GRAMMAR_STUCK,
+        "the grammar of the answer came to a place where this model has no token that may follow",
+    ),
 }
 _OUT_OF_MEMORY = ApiError(
     503, ErrorCode.OUT_OF_MEMORY, "the server has no memory for this request; ask for less at once", retry_after=5

@@ -21,6 +21,7 @@ from guanaco.server.api.generation.serving import (
     check_text_size,
     check_token_ids,
     encode_raw,
+    grammar_of,
     serve,
 )
 from guanaco.server.api.generation.state import ApiState, ChatTokenizer
@@ -46,11 +47,12 @@ def prepare_completion(
     if body.max_tokens == 0 and not body.echo:
         raise bad_request("max_tokens: 0 needs echo: without the prompt, the answer would be empty", "max_tokens")
     check_request(body, state.num_token_ids)
+    grammar = grammar_of(body)
     model = acquire_model(state, body, caller, admission)
-    prompts = tuple(_prompt(state, body, prompt, model) for prompt in body.prompt)
+    prompts = tuple(_prompt(state, body, prompt, model, follows_grammar=grammar is not None) for prompt in body.prompt)
     _check_scored_size(body, sum(len(prompt.token_ids) for prompt in prompts))
     salt = state.keys.cache_salt(caller.key, body.cache_salt)
-    prepared = Prepared(body, model, prompts, salt, fields.ignored)
+    prepared = Prepared(body, model, prompts, salt, fields.ignored, grammar)
     return prepared, CompletionAnswer(body, model, state.tokenizer, prompts)
 
 
@@ -64,7 +66,9 @@ def _check_scored_size(body: CompletionBody, num_tokens: int) -> None:
         raise bad_request(f"{most}, which is tokens of all prompts x (logprobs + 1) x n: {advice}", "logprobs")
 
 
-def _prompt(state: ApiState, body: CompletionBody, prompt: protocol.Prompt, model: ServedModel) -> Prompt:
+def _prompt(
+    state: ApiState, body: CompletionBody, prompt: protocol.Prompt, model: ServedModel, *, follows_grammar: bool
+) -> Prompt:
     """One prompt as token ids. Text gets a BOS as the tokenizer's own rule says; token ids are taken as they are."""
     if isinstance(prompt, str):
         check_text_size(len(prompt.encode()), model.max_model_len, "prompt")
@@ -86,7 +90,7 @@ def _prompt(state: ApiState, body: CompletionBody, prompt: protocol.Prompt, mode
         prompt_name="prompt",
         num_logprobs=body.num_logprobs,
         prompt_logprobs=body.num_logprobs if body.echo else None,
-        more_stops=() if body.ignore_eos or model.profile is None else model.profile.stop,
+        more_stops=() if body.ignore_eos or follows_grammar or model.profile is None else model.profile.stop,
     )
     text = None
     skip = body.skip_special_tokens is not False

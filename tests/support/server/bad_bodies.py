@@ -48,6 +48,12 @@ _FIELDS: dict[str, tuple[Any, ...]] = {
     "include_stop_str_in_output": _NOT_BOOLS,
     "stream_options": ({"include_usage": True}, {}, [], "x", 5, True),  # without stream, or not an object
     "cache_salt": ("", "x" * 257, 5, [], True),
+    "response_format": ({"type": "json_schema", "json_schema": {}}, {"type": "xml"}, "text", {}, 5, []),
+    "structured_outputs": ({}, {"regex": 5}, {"json": "{"}, {"x": 1}, {"choice": []}, 5, [], "x"),
+    "guided_choice": ([], ["a", 1], [""], "a", 5, {}),
+    "guided_grammar": ("", " ", 5, []),
+    "guided_json": ("{", "[]", 5, [], {"not": {}}),
+    "guided_regex": ("", 5, []),
 }
 
 # field → values that ask for what isn't supported
@@ -62,18 +68,12 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "documents": ([{}],),
     "function_call": ("auto", {"name": "x"}),
     "functions": ([{"name": "x"}],),
-    "guided_choice": (["a"],),
-    "guided_grammar": ("root ::= x",),
-    "guided_json": ({}, "{}"),
-    "guided_regex": ("(a+)+$",),
     "logits_processors": (["x"],),
     "lora_path": ("/etc/passwd",),
     "lora_request": ({"lora_name": "x"},),
     "modalities": (["text", "audio"], ["audio"], "text"),
     "prompt_embeds": ("gASV",),
     "prompt_logprobs": (1, 0),
-    "response_format": ({"type": "json_object"}, {"type": "json_schema", "json_schema": {}}, "text", {}, 5),
-    "structured_outputs": ({"regex": "("},),
     "suffix": ("x",),
     "tool_choice": ("auto", "required", {"type": "function"}, 5),
     "tools": ([{"type": "function"}], {}, "x"),

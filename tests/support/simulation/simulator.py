@@ -15,11 +15,11 @@ from guanaco.adapters.residency.slot_table import SlotTable
 from guanaco.models.error_codes import ErrorCode
 from guanaco.server.engine.block_manager import BlockManager
 from guanaco.server.engine.engine import Engine
-from guanaco.server.engine.limits import Limits
 from guanaco.server.engine.loading_queue import MAX_STEPS_WITHOUT_ROOM
 from guanaco.server.engine.request import (
     BlockContent,
     FinishReason,
+    Limits,
     LoraRef,
     Request,
     SamplingParams,

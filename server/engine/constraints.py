@@ -1,0 +1,90 @@
+"""What limits the tokens of one sequence, and how a step's masks are made while its forward pass runs.
+
+Knows no grammar: `server.grammars` has what fulfils `Constraint`. No torch here: a mask is int32 words, bit i of them
+token id i. Called by the model runner, before and after the forward pass.
+"""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from guanaco.models.error_codes import ErrorCode
+
+Words = NDArray[np.int32]
+
+_MOST_THREADS = 4
+
+
+class Constraint(Protocol):
+    """One sequence's demand on its tokens. It keeps its place through preemptions: each drawn token comes once."""
+
+    error: ErrorCode | None  # why it cannot go on: the request ends with it
+    is_complete: bool  # the text is whole and nothing can follow: the request ends
+
+    def is_end(self, token_id: int) -> bool:
+        """Whether this token ends the answer: `accept` never gets it."""
+
+    def fill(self, row: Words) -> None:
+        """Set the bits of the ids that may come next; on any thread, never twice at once. Filling again is harmless."""
+
+    def accept(self, token_id: int) -> None:
+        """Take in the token that was drawn."""
+
+
+@dataclass(frozen=True)
+class StepMasks:
+    """The masks of one step. rows: indexes of the sampled rows that have one, ascending; words int32 [rows, words]."""
+
+    rows: tuple[int, ...]
+    words: Words
+    errors: dict[int, ErrorCode]  # by index of a sampled row: it cannot go on
+
+
+def words_of(num_ids: int) -> int:
+    return (num_ids + 31) // 32
+
+
+class PendingMasks:
+    """Masks that are being filled."""
+
+    def __init__(self, rows: tuple[int, ...], constraints: list[Constraint], words: Words, work: list[Future[None]]):
+        self._rows, self._constraints, self._words, self._work = rows, constraints, words, work
+
+    def join(self) -> StepMasks:
+        """Wait until all are filled. Called in every case, or a mask would be filled twice at once."""
+        wait(self._work)
+        errors = {row: c.error for row, c in zip(self._rows, self._constraints, strict=True) if c.error is not None}
+        return StepMasks(self._rows, self._words, errors)
+
+
+class MaskFiller:
+    """Threads that fill masks; they start with the first sequence that needs one."""
+
+    def __init__(self, num_ids: int, num_threads: int | None = None) -> None:
+        """num_ids: of the logits."""
+        self._num_words = words_of(num_ids)
+        self._num_threads = num_threads or max(1, min(_MOST_THREADS, (os.cpu_count() or 2) // 2))
+        self._pool: ThreadPoolExecutor | None = None
+
+    def start(self, constraints: Sequence[Constraint | None]) -> PendingMasks | None:
+        """Begin with the masks of one step's sampled rows; None where no row has a constraint."""
+        rows = tuple(index for index, constraint in enumerate(constraints) if constraint is not None)
+        if not rows:
+            return None
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="guanaco-masks")
+        present = [constraint for constraint in constraints if constraint is not None]
+        words = np.zeros((len(rows), self._num_words), dtype=np.int32)
+        parts = [range(first, len(rows), self._num_threads) for first in range(min(self._num_threads, len(rows)))]
+        work = [self._pool.submit(_fill, [present[i] for i in part], [words[i] for i in part]) for part in parts]
+        return PendingMasks(rows, present, words, work)
+
+
+def _fill(constraints: list[Constraint], rows: list[Words]) -> None:
+    for constraint, row in zip(constraints, rows, strict=True):
+        constraint.fill(row)

@@ -1,0 +1,184 @@
+"""Grammars compiled, and kept: first in a process that can be replaced, so that none of them stops the server.
+
+A grammar gets at most GrammarLimits of time and memory there. What has passed is compiled again in this process, with
+the interpreter's lock released. What has failed is remembered, so that a client who repeats it costs nothing. All
+methods block: they are for worker threads. Called by `serving` in the API.
+"""
+
+import atexit
+import json
+import logging
+import math
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+from guanaco.models.formats.restricted_process import ProcessEnded, ProcessTimeout, RestrictedProcess
+from guanaco.server.grammars.building import build
+from guanaco.server.grammars.errors import GrammarError, GrammarUnavailable
+from guanaco.server.grammars.matcher import GrammarMatcher
+from guanaco.server.grammars.spec import Grammar
+from guanaco.server.grammars.vocabulary import Vocabulary
+
+logger = logging.getLogger("guanaco.grammars")
+
+_WORKER = "guanaco.server.grammars.worker"
+_MAX_ANSWER_BYTES = 1 << 24
+_MAX_REFUSED = 256
+_MISSING = "this server has no structured output: the package llguidance is not installed on it"
+
+
+@dataclass(frozen=True)
+class GrammarLimits:
+    """What compiling may take, and what is kept."""
+
+    seconds: float = 2.0  # of one grammar
+    grammar_bytes: int = 256 << 10  # of one grammar's text
+    memory_bytes: int = 1 << 30  # address space of the process, with its interpreter and the vocabulary
+    start_seconds: float = 60.0  # of the process, which is our own code: a busy machine takes its time
+    kept: int = 128  # compiled grammars
+    kept_bytes: int = 2 << 20  # … and the text of all of them
+
+
+@dataclass(frozen=True)
+class CompiledGrammar:
+    """A grammar that is ready: each choice of an answer gets a matcher of its own."""
+
+    grammar: Grammar
+    vocabulary: Vocabulary
+    prototype: Any  # LLMatcher in its first state
+
+    def matcher(self, ends: Collection[int]) -> GrammarMatcher:
+        """For one sequence. ends: the ids that may end its answer once the grammar is complete."""
+        return GrammarMatcher(self.prototype, self.vocabulary, ends)
+
+
+class GrammarCompiler:
+    """The grammars of one model. Safe to use from several threads; nothing happens before the first grammar."""
+
+    def __init__(
+        self,
+        vocabulary: Callable[[], Vocabulary],
+        limits: GrammarLimits | None = None,
+        observe: Callable[[float, bool], None] = lambda _seconds, _hit: None,
+    ) -> None:
+        """vocabulary: makes the model's, once. observe: told the seconds of each compilation, and whether it was kept
+        from before."""
+        self.limits = limits or GrammarLimits()
+        self._make_vocabulary = vocabulary
+        self._observe = observe
+        self._vocabulary: Vocabulary | None = None
+        self._kept: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
+        self._refused: OrderedDict[Grammar, str] = OrderedDict()
+        self._process: RestrictedProcess | None = None
+        self._turn = threading.Lock()  # one grammar is compiled at a time
+        self._books = threading.Lock()
+        self._closed = False
+        atexit.register(self.close)
+
+    def compile(self, grammar: Grammar) -> CompiledGrammar:
+        """The grammar, ready for matchers. Raises GrammarError or GrammarUnavailable."""
+        started = time.monotonic()
+        if len(grammar.text) > self.limits.grammar_bytes:
+            text = f"it is larger than {self.limits.grammar_bytes} bytes (--max-grammar-bytes): use a smaller one"
+            raise GrammarError(text, grammar.param)
+        found = self._look_up(grammar)
+        if found is None:
+            with self._turn:
+                found = self._look_up(grammar) or self._compile(grammar)
+            self._observe(time.monotonic() - started, False)
+        else:
+            self._observe(0.0, True)
+        return found
+
+    def close(self) -> None:
+        """End the process; what it compiles ends with an error."""
+        self._closed = True
+        process = self._process
+        if process is not None:
+            process.kill()
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process, where there is one."""
+        process = self._process
+        return None if process is None else process.pid
+
+    def _look_up(self, grammar: Grammar) -> CompiledGrammar | None:
+        with self._books:
+            if (problem := self._refused.get(grammar)) is not None:
+                raise GrammarError(problem, grammar.param)
+            if (found := self._kept.get(grammar)) is not None:
+                self._kept.move_to_end(grammar)
+            return found
+
+    def _compile(self, grammar: Grammar) -> CompiledGrammar:
+        try:
+            lark = self._checked(grammar, self._its_vocabulary())
+            compiled = CompiledGrammar(
+                grammar, self._its_vocabulary(), build(lark, self._its_vocabulary(), grammar.kind)
+            )
+        except GrammarError as error:
+            with self._books:
+                self._refused[grammar] = str(error)
+                while len(self._refused) > _MAX_REFUSED:
+                    self._refused.popitem(last=False)
+            raise GrammarError(str(error), grammar.param) from None
+        with self._books:
+            self._kept[grammar] = compiled
+            while len(self._kept) > self.limits.kept or self._kept_bytes() > self.limits.kept_bytes:
+                self._kept.popitem(last=False)
+        return compiled
+
+    def _kept_bytes(self) -> int:
+        return sum(len(grammar.text) for grammar in self._kept)
+
+    def _its_vocabulary(self) -> Vocabulary:
+        if self._vocabulary is None:
+            try:
+                import llguidance  # noqa: F401
+            except ImportError:
+                raise GrammarUnavailable(_MISSING, is_here=False) from None
+            self._vocabulary = self._make_vocabulary()
+        return self._vocabulary
+
+    def _checked(self, grammar: Grammar, vocabulary: Vocabulary) -> str:
+        """The grammar in Lark, once the process has compiled it. Raises GrammarError or GrammarUnavailable."""
+        message = json.dumps({"kind": grammar.kind, "text": grammar.text}).encode()
+        seconds = self.limits.seconds
+        process = self._running(vocabulary)
+        try:
+            answer = json.loads(process.exchange(message, seconds=seconds, max_bytes=_MAX_ANSWER_BYTES))
+        except ProcessTimeout:
+            self._process = None
+            logger.warning("a grammar (%s) was stopped after %g s", grammar.kind, seconds)
+            raise GrammarError(f"compiling it took more than {seconds:g} s: simplify it") from None
+        except ProcessEnded as error:
+            self._process = None
+            logger.warning("the process that compiled a grammar (%s) ended (%s)", grammar.kind, error)
+            raise GrammarError("it is too large or too deeply nested for this server: simplify it") from None
+        if (problem := answer.get("problem")) is not None:
+            raise GrammarError(problem)
+        return str(answer["lark"])
+
+    def _running(self, vocabulary: Vocabulary) -> RestrictedProcess:
+        if self._process is not None and not self._process.has_ended:
+            return self._process
+        if self._process is not None:
+            self._process.close()
+        if self._closed:
+            raise GrammarUnavailable("the server is shutting down", is_here=True)
+        limits = self.limits
+        try:
+            process = RestrictedProcess(_WORKER, (str(limits.memory_bytes), str(math.ceil(limits.seconds))))
+            process.exchange(vocabulary.packed(), seconds=limits.start_seconds, max_bytes=_MAX_ANSWER_BYTES)
+        except (OSError, ProcessEnded, ProcessTimeout) as error:
+            self._process = None
+            logger.error("no process to compile grammars could be started (%s): look at the machine", error)
+            text = "the server could not start the process that compiles grammars; its log has the reason"
+            raise GrammarUnavailable(text, is_here=True) from None
+        self._process = process
+        return process

@@ -1,0 +1,76 @@
+"""One sequence's place in its grammar: which tokens may come next, and what came.
+
+The engine's `Constraint`. Masks may be filled on another thread, one at a time and never while a token is taken in.
+No method raises: a matcher that cannot go on has an `error`.
+"""
+
+import logging
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+
+from guanaco.models.error_codes import ErrorCode
+from guanaco.server.grammars.vocabulary import Bits, Vocabulary, bits_of
+
+logger = logging.getLogger("guanaco.grammars")
+
+
+class GrammarMatcher:
+    """A matcher of llguidance's, with the request's own ends of text."""
+
+    def __init__(self, prototype: Any, vocabulary: Vocabulary, ends: Collection[int]) -> None:
+        """prototype: an LLMatcher in its first state, which stays as it is. ends: ids that may end the answer."""
+        self.error: ErrorCode | None = None
+        self.is_complete = False  # the text is whole, and nothing can be added to it
+        self._matcher = prototype.deep_copy()
+        self._vocabulary = vocabulary
+        self._ends = frozenset(index for index in ends if 0 <= index < vocabulary.num_ids)
+        self._end_bits = bits_of(sorted(self._ends), vocabulary.num_words)
+        self._mask = np.zeros(vocabulary.num_words, dtype=np.int32)
+
+    def is_end(self, token_id: int) -> bool:
+        return token_id in self._ends
+
+    def fill(self, row: Bits) -> None:
+        """Set the bits of `row`, [(vocabulary + 31) // 32] words, to those ids that may come next."""
+        mask, num_ids = self._mask, self._vocabulary.num_ids
+        try:
+            if self.error is None:
+                self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+                self._look()
+        except BaseException as error:
+            self._fail(f"{type(error).__name__}: its mask failed", ErrorCode.GRAMMAR_STUCK)
+        if self.error is not None:
+            row[:] = 0
+            return
+        may_end = bool((int(mask[num_ids // 32]) >> (num_ids % 32)) & 1)
+        mask &= self._vocabulary.text_bits
+        if may_end:
+            mask |= self._end_bits
+        row[:] = mask[: len(row)]
+        if not row.any():
+            self._fail("nothing may follow", ErrorCode.GRAMMAR_STUCK)
+
+    def accept(self, token_id: int) -> None:
+        """Take in the token that was drawn, which is no end."""
+        try:
+            if self.error is None and not self._matcher.consume_token(token_id):
+                self._look()
+                self._fail("a token was drawn that may not come", ErrorCode.GRAMMAR_STUCK)
+            self._look()
+            self.is_complete = self.error is None and bool(self._matcher.is_stopped())
+        except BaseException as error:
+            self._fail(f"{type(error).__name__}: a token failed", ErrorCode.GRAMMAR_STUCK)
+
+    def _look(self) -> None:
+        """Find out whether llguidance has given up."""
+        if self.error is None and self._matcher.is_error():
+            reason = self._matcher.stop_reason()
+            is_limit = reason in ("ParserTooComplex", "LexerTooComplex")
+            self._fail(reason, ErrorCode.GRAMMAR_TOO_COMPLEX if is_limit else ErrorCode.GRAMMAR_STUCK)
+
+    def _fail(self, why: str, error: ErrorCode) -> None:
+        if self.error is None:
+            logger.warning("a grammar ends its request: %s", why)
+            self.error = error

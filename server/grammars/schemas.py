@@ -1,0 +1,104 @@
+"""JSON schemas before they are compiled: what this server cannot enforce is named, what only describes is left out.
+
+Whatever passes is enforced. The white space of the JSON is ours to say: none but one space after a comma or a colon, or
+a model could write blanks for ever. Called by `spec`.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from guanaco.server.grammars.errors import GrammarError
+
+MAX_DEPTH = 64  # of schemas in schemas
+MAX_SCHEMAS = 20_000  # subschemas of one schema
+
+_ONE_SPACE = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+_COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
+
+_ONE = frozenset(("additionalProperties", "additionalItems", "items"))  # keywords whose value is a schema
+_LISTS = frozenset(("allOf", "anyOf", "oneOf", "prefixItems"))  # … a list of schemas
+_MAPS = frozenset(("properties", "patternProperties", "$defs", "definitions"))  # … schemas by name
+_ENFORCED = frozenset(
+    (
+        *("type", "enum", "const", "required", "minProperties", "maxProperties", "minItems", "maxItems"),
+        *("minLength", "maxLength", "pattern", "format"),
+        *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
+        *("$ref", "$id", "id", "$schema", "$anchor"),
+    )
+)
+# JSON Schema's own keywords that limit values and that are not enforced: a request with one is refused.
+_UNSUPPORTED = frozenset(
+    (
+        *("not", "if", "then", "else", "contains", "minContains", "maxContains", "uniqueItems", "propertyNames"),
+        *("dependentRequired", "dependentSchemas", "dependencies", "unevaluatedProperties", "unevaluatedItems"),
+        *("$dynamicRef", "$dynamicAnchor", "$recursiveRef", "$recursiveAnchor"),
+    )
+)
+_DESCRIBING = frozenset(("default", "example", "examples", "discriminator", "xml", "externalDocs", "x-guidance"))
+FORMATS = ("date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid")
+# OpenAPI's formats, and those that say what a text is for: they limit no text.
+_DESCRIBING_FORMATS = frozenset(("int32", "int64", "float", "double", "decimal", "byte", "binary", "password", "path"))
+
+
+def lark_json(schema: Mapping[str, Any] | bool, *, compact: bool = False) -> str:
+    """The schema as one line of JSON for Lark's `%json`. Raises GrammarError."""
+    if schema is False:
+        raise GrammarError("the schema is false: it allows no value")
+    if not isinstance(schema, Mapping | bool):
+        raise GrammarError("the schema must be a JSON object")
+    cleaned = _Cleaner().clean({} if schema is True else schema, 1)
+    assert isinstance(cleaned, dict)
+    return json.dumps({**cleaned, "x-guidance": _COMPACT if compact else _ONE_SPACE})
+
+
+class _Cleaner:
+    """One schema's way through here; counts what it has seen."""
+
+    def __init__(self) -> None:
+        self._num_schemas = 0
+
+    def clean(self, schema: object, depth: int) -> dict[str, Any] | bool:
+        if isinstance(schema, bool):
+            return schema
+        if not isinstance(schema, Mapping):
+            raise GrammarError("the schema is not valid: a subschema must be an object, true or false")
+        self._num_schemas += 1
+        if depth > MAX_DEPTH:
+            raise GrammarError(f"the schema is nested more than {MAX_DEPTH} levels deep: use fewer")
+        if self._num_schemas > MAX_SCHEMAS:
+            raise GrammarError(f"the schema has more than {MAX_SCHEMAS} subschemas: use fewer")
+        if refused := sorted(_UNSUPPORTED & schema.keys()):
+            raise GrammarError(f"the schema uses {', '.join(refused)}, which this server cannot enforce: leave it out")
+        cleaned: dict[str, Any] = {}
+        for keyword, value in schema.items():
+            if keyword in _ONE and not isinstance(value, list):
+                cleaned[keyword] = self.clean(value, depth + 1)
+            elif keyword in _LISTS or (keyword == "items" and isinstance(value, list)):
+                cleaned[keyword] = self._list(keyword, value, depth)
+            elif keyword in _MAPS:
+                cleaned[keyword] = self._map(keyword, value, depth)
+            elif keyword in _ENFORCED or (isinstance(value, Mapping) and keyword not in _DESCRIBING):
+                cleaned[keyword] = value  # a $ref may lead into objects of any name
+        self._settle_format(cleaned)
+        if "discriminator" in schema and "oneOf" in cleaned and "anyOf" not in cleaned:
+            cleaned["anyOf"] = cleaned.pop("oneOf")  # the discriminator tells the branches apart: no two can match
+        return cleaned
+
+    def _list(self, keyword: str, value: object, depth: int) -> list[dict[str, Any] | bool]:
+        if not isinstance(value, list) or not value:
+            raise GrammarError(f"the schema is not valid: {keyword} must be a list of schemas, not an empty one")
+        return [self.clean(item, depth + 1) for item in value]
+
+    def _map(self, keyword: str, value: object, depth: int) -> dict[str, dict[str, Any] | bool]:
+        if not isinstance(value, Mapping):
+            raise GrammarError(f"the schema is not valid: {keyword} must be an object of schemas")
+        return {name: self.clean(item, depth + 1) for name, item in value.items()}
+
+    def _settle_format(self, cleaned: dict[str, Any]) -> None:
+        if (name := cleaned.get("format")) is None or name in FORMATS:
+            return
+        if not isinstance(name, str) or name not in _DESCRIBING_FORMATS:
+            known = ", ".join(FORMATS)
+            raise GrammarError(f"the schema has a format that this server cannot enforce: format may be {known}")
+        del cleaned["format"]

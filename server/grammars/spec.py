@@ -1,0 +1,117 @@
+"""What an answer must look like, as plain data: a `Grammar` is hashable, and equal demands are equal.
+
+All kinds become one language, llguidance's dialect of Lark. Nothing is compiled here. Raises GrammarError for what is
+wrong at first sight; its message may be shown to a client. Called by the routes.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from guanaco.server.grammars.errors import GrammarError
+from guanaco.server.grammars.schemas import lark_json
+
+MAX_CHOICES = 4096
+MAX_REPEATS = 128
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """One demand.
+
+    kind: json_object, json_schema, regex, choice, grammar or tools. text: Lark; of a regex, the pattern; of a grammar
+    that a client wrote, Lark or GBNF. param: the request's field that it comes from, for errors.
+    """
+
+    kind: str
+    text: str
+    param: str | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a grammar: a Lark expression, and the rules that it needs (their names are by content)."""
+
+    expression: str
+    rules: tuple[str, ...] = ()
+
+
+def json_object() -> Grammar:
+    """Any JSON object."""
+    return grammar_of_parts(schema({"type": "object"}), kind="json_object")
+
+
+def json_schema(value: Mapping[str, Any] | bool, *, compact: bool = False) -> Grammar:
+    """JSON that is valid by a schema. compact: without any space; else at most one follows each comma and colon."""
+    return grammar_of_parts(schema(value, compact=compact), kind="json_schema")
+
+
+def regex(pattern: str) -> Grammar:
+    """A text that the whole pattern matches, in the syntax of Rust's regex crate."""
+    if not pattern:
+        raise GrammarError("the regular expression is empty: write one that matches the answer")
+    return Grammar("regex", pattern)
+
+
+def choice(options: Sequence[str]) -> Grammar:
+    """One of these texts, exactly."""
+    if not options or not all(isinstance(option, str) and option for option in options):
+        raise GrammarError("give a list of at least one text, none of them empty")
+    if len(options) > MAX_CHOICES:
+        raise GrammarError(f"at most {MAX_CHOICES} choices")
+    return grammar_of_parts(one_of(*map(literal, dict.fromkeys(options))), kind="choice")
+
+
+def written(text: str) -> Grammar:
+    """A grammar as a client wrote it: Lark in llguidance's dialect, or GBNF as llama.cpp and xgrammar have it."""
+    if not text.strip():
+        raise GrammarError("the grammar is empty: write Lark or GBNF")
+    if "%llguidance" in text:
+        raise GrammarError("%llguidance is not for a request's grammar: leave the line out")
+    return Grammar("grammar", text)
+
+
+def literal(text: str) -> Part:
+    """Exactly this text. It never becomes a control token, whatever it says."""
+    return Part(json.dumps(text))
+
+
+def schema(value: Mapping[str, Any] | bool, *, compact: bool = False) -> Part:
+    """JSON that is valid by a schema; see `json_schema`."""
+    rule = "%json " + lark_json(value, compact=compact)
+    name = f"json_{_digest(rule)}"
+    return Part(name, (f"{name}: {rule}",))
+
+
+def in_order(*parts: Part) -> Part:
+    """One part after the other."""
+    return Part("(" + " ".join(part.expression for part in parts) + ")", _rules(parts))
+
+
+def one_of(*parts: Part) -> Part:
+    """Any one of the parts."""
+    assert parts, "a choice of nothing"
+    return Part("(" + " | ".join(part.expression for part in parts) + ")", _rules(parts))
+
+
+def repeated(part: Part, *, separator: str, least: int = 1, most: int = MAX_REPEATS) -> Part:
+    """The part `least` to `most` times, with `separator` between; least is 1 or more."""
+    assert 1 <= least <= most <= MAX_REPEATS, (least, most)
+    name = f"item_{_digest(part.expression)}"
+    more = f"({literal(separator).expression} {name}){{{least - 1},{most - 1}}}" if most > 1 else ""
+    return Part(f"({name} {more})", (*part.rules, f"{name}: {part.expression}"))
+
+
+def grammar_of_parts(part: Part, *, kind: str = "tools", param: str | None = None) -> Grammar:
+    """A part as a whole grammar. param: the request's field that it comes from, for errors."""
+    return Grammar(kind, "\n".join((f"start: {part.expression}", *dict.fromkeys(part.rules), "")), param)
+
+
+def _rules(parts: Sequence[Part]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(rule for part in parts for rule in part.rules))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
