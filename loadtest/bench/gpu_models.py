@@ -26,7 +26,7 @@ from guanaco.server.engine.block_manager import BlockManager
 from guanaco.server.engine.cuda_graphs import CudaCapture, DecodeGraphs, RunEagerly
 from guanaco.server.engine.engine import Engine
 from guanaco.server.engine.model_runner import ModelRunner
-from guanaco.server.engine.request import LoraRef, Request, SamplingParams, StepOutput
+from guanaco.server.engine.request import LoraRef, Request, SamplingParams, StepOutput, Submit
 from guanaco.server.engine.scheduler import Limits, Scheduler
 from support.adapters.tiny_adapters import make_adapter
 from support.server.answers import Answers, add_outputs
@@ -149,7 +149,7 @@ class Streams:
         )
         name = f"r{self._number}"
         self._number += 1
-        self.engine.add_request(Request(name, ids, params, loras))
+        self.engine.handle(Submit(Request(name, ids, params, loras)))
         return name
 
     def run(self) -> None:

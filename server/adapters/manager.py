@@ -80,7 +80,7 @@ class AdapterManager:
         for entry in self.registry.entries():  # those of --adapter, which no store has
             self.tiers.adopt(self.registry.host_copy(entry.version), is_permanent=True)
         notes = self._records.restore(self._sources.stored_now, self._sources.profile, self.tiers.adopt)
-        self._sources.collect_now(self._records.wanted)
+        self._sources.collect_now(self._wanted)
         return (*notes, *self._pins.restore(self._records.pinned()))
 
     async def load(
@@ -342,15 +342,12 @@ class AdapterManager:
         return task
 
     async def _retire_when_idle(self, version: str) -> None:
-        while True:
+        while not self.registry.drop(version):
             if self.registry.is_wanted(version):
                 return  # it came back
-            idle = self.registry.num_leases(version) == 0 and await self._engine.forget_adapter(version)
-            if idle and self.registry.drop(version):
-                self.tiers.forget(version)
-                await self._collect()
-                return
             await asyncio.sleep(_IDLE_POLL_SECONDS)
+        if await self.tiers.forget(version):
+            await self._collect()
 
     def _broke(self, version: str) -> None:
         """The stored copy of a version turned out to be damaged or gone: its names are listed as broken already."""
@@ -360,7 +357,10 @@ class AdapterManager:
 
     async def _collect(self) -> None:
         """Remove the stored copies of versions that no name has now or had before, and nobody uses."""
-        await self._sources.collect(self._records.wanted)
+        await self._sources.collect(self._wanted)
+
+    def _wanted(self) -> frozenset[str]:
+        return self._records.wanted() | self.tiers.leaving
 
     def _check_expected(self, name: str, expected: str | None) -> None:
         entry = self.registry.resolve(name)

@@ -7,9 +7,10 @@ import logging
 from collections.abc import Iterable
 
 from guanaco.adapters.errors import AdapterError, adapter_not_found
-from guanaco.adapters.versions.registry import AdapterRegistry
+from guanaco.adapters.versions.registry import AdapterEntry, AdapterRegistry
 from guanaco.models.error_codes import ErrorCode
 from guanaco.server.engine.async_engine import AsyncEngine
+from guanaco.server.engine.request import AddVersion
 
 logger = logging.getLogger(__name__)
 
@@ -19,17 +20,19 @@ class AdapterPins:
 
     def __init__(self, registry: AdapterRegistry, engine: AsyncEngine) -> None:
         self.names: set[str] = set()
+        self._kept: frozenset[str] = frozenset()  # the versions that the engine was told to keep
         self._registry = registry
         self._engine = engine
 
     def restore(self, names: Iterable[str]) -> tuple[str, ...]:
         """Before the engine starts: what was pinned before a restart; remarks for the operator."""
         self.names = set(names)
-        host = self._engine.ledgers.host
+        host, pinned = self._engine.ledgers.host, self._pinned()
+        self._kept = frozenset(entry.version for entry in pinned)
         return tuple(
             f"adapter {entry.name} is pinned, and there is no room to keep it in memory"
-            for entry in self._registry.entries()
-            if entry.name in self.names and not host.keep(entry.version)
+            for entry in pinned
+            if not host.keep(entry.version)
         )
 
     async def pin(self, name: str) -> None:
@@ -51,9 +54,16 @@ class AdapterPins:
 
     async def refresh(self) -> None:
         """Names have come to stand for other versions, or for none."""
-        if self.names and not await self._tell_engine():
+        if (self.names or self._kept) and not await self._tell_engine():
             logger.warning("some pinned adapters find no room in memory; they are read when they are wanted")
 
     async def _tell_engine(self) -> bool:
-        versions = frozenset(entry.version for entry in self._registry.entries() if entry.name in self.names)
-        return await self._engine.between_steps(lambda engine: engine.keep_adapters(versions), otherwise=True)
+        """All that is wanted, since what was refused before may find room now."""
+        wanted = {entry.version: entry for entry in self._pinned()}
+        released = [AddVersion(version, 0, is_kept=False) for version in self._kept - wanted.keys()]
+        kept = [AddVersion(version, entry.num_bytes, is_kept=True) for version, entry in sorted(wanted.items())]
+        self._kept = frozenset(wanted)
+        return await self._engine.add_versions(*released, *kept)
+
+    def _pinned(self) -> list[AdapterEntry]:
+        return [entry for entry in self._registry.entries() if entry.name in self.names]

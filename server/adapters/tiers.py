@@ -4,6 +4,7 @@ Decides nothing: the scheduler does, on the engine's thread; here are the thread
 A version that can't be read is marked broken. Made and used by the adapter manager.
 """
 
+import asyncio
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from guanaco.adapters.versions.registry import AdapterRegistry
 from guanaco.adapters.versions.store import VersionStore
 from guanaco.models.error_codes import ErrorCode
 from guanaco.server.engine.async_engine import AsyncEngine
+from guanaco.server.engine.request import AddVersion, ForgetVersion, ReadDone
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +24,8 @@ _READ_THREADS = 16
 
 
 class AdapterTiers:
-    """The `AdapterSource` of an engine: all versions of one store. `start` and `drop` are for the engine's thread."""
+    """The `AdapterSource` of an engine: all versions of one store. `start`, `drop` and `gone` are for the engine's
+    thread."""
 
     def __init__(
         self,
@@ -39,6 +42,7 @@ class AdapterTiers:
         self._engine = engine
         self._on_broken = on_broken
         self._device_bytes = device_bytes
+        self._leaving: dict[str, asyncio.Future[bool]] = {}  # versions that the engine was told to forget
         self._threads = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="guanaco-adapter-reads")
         engine.read_adapters_from(self)
 
@@ -49,6 +53,10 @@ class AdapterTiers:
     def drop(self, version: str) -> None:
         """Let a copy in host memory go."""
         self._registry.let_go(version)
+
+    def gone(self, version: str) -> None:
+        """A version of `forget` is off device and host."""
+        self._engine.on_loop(lambda: self._left(version, is_gone=True))
 
     def adopt(self, adapter: LoadedAdapter, *, is_permanent: bool = False) -> bool:
         """Before the engine starts: tell of a version that was just read. True if it is to stay in host memory, which
@@ -67,17 +75,27 @@ class AdapterTiers:
     async def register(self, adapter: LoadedAdapter) -> None:
         """Tell of a version that requests may ask for from now on. AdapterError where there is no room for it beside
         what requests hold."""
-        version, num_bytes, device_bytes = adapter.version, adapter.num_bytes, self._device_bytes(adapter)
-        added = await self._engine.between_steps(
-            lambda engine: engine.add_adapter(version, num_bytes, device_bytes), otherwise=True
-        )
-        if not added:
+        self._left(adapter.version, is_gone=False)
+        if not await self._engine.add_versions(
+            AddVersion(adapter.version, adapter.num_bytes, self._device_bytes(adapter))
+        ):
             raise self._full(adapter)
 
-    def forget(self, version: str) -> None:
-        """A version exists no more: `AsyncEngine.forget_adapter` took it off device and host, and its last lease is
-        given back."""
-        self._engine.send(lambda engine: engine.scheduler.remove_adapter(version))
+    async def forget(self, version: str) -> bool:
+        """Have a version taken off device and host that no request will ask for; False where it came back before."""
+        left = self._leaving.setdefault(version, asyncio.get_running_loop().create_future())
+        self._engine.send(ForgetVersion(version))
+        return await asyncio.shield(left)
+
+    def _left(self, version: str, *, is_gone: bool) -> None:
+        left = self._leaving.pop(version, None)
+        if left is not None:
+            left.set_result(is_gone)
+
+    @property
+    def leaving(self) -> frozenset[str]:
+        """Versions that the engine was told to forget and may still read."""
+        return frozenset(self._leaving)
 
     def tier(self, version: str) -> str:
         """`device`, `host` or `disk`: the fastest place that has it, perhaps a step ago."""
@@ -130,4 +148,4 @@ class AdapterTiers:
         except Exception:
             logger.exception("adapter version %.12s could not be read", version)
             error = ErrorCode.ADAPTER_READ_FAILED
-        self._engine.send(lambda engine: engine.adapter_read(version, error))
+        self._engine.send(ReadDone(version, error))

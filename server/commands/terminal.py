@@ -186,7 +186,7 @@ def generate_once(
     from guanaco.models.text.chat_template import load_template
     from guanaco.server.bootstrap.runtime import build_runtime
     from guanaco.server.engine.detokenizer import Detokenizer
-    from guanaco.server.engine.request import FinishReason, LoraRef, Request, SamplingParams
+    from guanaco.server.engine.request import FinishReason, LoraRef, Request, SamplingParams, Submit
     from guanaco.server.engine.stops import Stops
 
     runtime = build_runtime(settings, Console(stderr=True), name)
@@ -217,7 +217,8 @@ def generate_once(
     detokenizer = Detokenizer(tokenizer, params, ids)
     loras = () if adapter is None else (LoraRef(adapter.version),)
     try:
-        runtime.engine.add_request(Request("generate", tuple(ids), params, loras, arrival_seconds=awake_seconds()))
+        request = Request("generate", tuple(ids), params, loras, arrival_seconds=awake_seconds())
+        runtime.engine.handle(Submit(request))
     except ValueError as error:  # a token that the model has no embedding row for
         raise CommandError(str(error)) from None
     while runtime.engine.has_work and detokenizer.stop_reason is None:

@@ -21,11 +21,15 @@ from guanaco.server.engine.awake_clock import CLOCK, awake_seconds
 from guanaco.server.engine.detokenizer import Decoder
 from guanaco.server.engine.engine import AdapterSource, Engine
 from guanaco.server.engine.request import (
+    Abort,
+    AddVersion,
     LoraRef,
+    Message,
     Request,
     SamplingParams,
     StepOutput,
     StepStats,
+    Submit,
 )
 from guanaco.server.engine.request_stream import RequestStream
 from guanaco.server.engine.scheduler import Scheduler
@@ -106,8 +110,8 @@ class AsyncEngine:
         self._all_ended = asyncio.Event()
         self._all_ended.set()
         self._wake = threading.Condition()
-        # New requests, ids to abort, and what else is to be done between two steps; guarded by _wake.
-        self._inbox: deque[Request | str | Callable[[Engine], None]] = deque()
+        # Messages that wait for the next step, each with who waits for its answer; guarded by _wake.
+        self._inbox: deque[tuple[Message, asyncio.Future[bool] | None]] = deque()
         self._stopping = False  # guarded by _wake
         self._draining = False
         self._death: str | None = None
@@ -146,7 +150,7 @@ class AsyncEngine:
         stream = RequestStream(self, request)
         self._streams[request.request_id] = stream
         self._all_ended.clear()
-        self._send(request)
+        self.send(Submit(request))
         return stream
 
     async def probe_adapter(self, version: str, token_ids: tuple[int, ...]) -> float:
@@ -191,27 +195,23 @@ class AsyncEngine:
             self.forget(stream.request.request_id, abort=True)
         return len(users)
 
-    async def forget_adapter(self, version: str) -> bool:
-        """Take an adapter version off device and host, after all that was sent before; False where it is in use."""
-        return await self.between_steps(lambda engine: engine.forget_adapter(version), otherwise=True)
+    async def add_versions(self, *messages: AddVersion) -> bool:
+        """Tell of adapter versions, all between the same two steps; whether there was room for all of them.
 
-    async def between_steps(self, work: Callable[[Engine], bool], *, otherwise: bool) -> bool:
-        """Have something done on the engine's thread, after all that was sent before. `otherwise` is the answer of an
-        engine that runs no more; one that does not answer in time says False."""
+        An engine that runs no more says True; one that does not answer in time says False.
+        """
         if self._death is not None or not self._thread.is_alive():
-            return otherwise
-        done: asyncio.Future[bool] = self._loop.create_future()
+            return True
+        answers = [self._loop.create_future() for _ in messages]
+        self._put(*zip(messages, answers, strict=True))
+        if not answers:
+            return True
+        _, late = await asyncio.wait(answers, timeout=self._step_timeout_seconds)
+        return not late and all(answer.result() for answer in answers)
 
-        def do(engine: Engine) -> None:
-            self._loop.call_soon_threadsafe(_set_result, done, work(engine))
-
-        self._send(do)
-        finished, _ = await asyncio.wait({done}, timeout=self._step_timeout_seconds)
-        return bool(finished) and done.result()
-
-    def send(self, work: Callable[[Engine], None]) -> None:
-        """Have something done on the engine's thread before its next step; from any thread."""
-        self._send(work)
+    def send(self, message: Message) -> None:
+        """Have the engine take in a message before its next step; from any thread."""
+        self._put((message, None))
 
     def on_loop(self, work: Callable[[], object]) -> None:
         """Have something done on the event loop; from any thread. Nothing happens where the loop is closed."""
@@ -264,7 +264,7 @@ class AsyncEngine:
     def forget(self, request_id: str, *, abort: bool) -> None:
         """A stream has ended; with `abort`, the engine doesn't know yet. Called by the stream."""
         if self._streams.pop(request_id, None) is not None and abort:
-            self._send(request_id)
+            self.send(Abort(request_id))
         if not self._streams:
             self._all_ended.set()
 
@@ -286,7 +286,7 @@ class AsyncEngine:
                 f"{most_alike} of them wait, with {caps.max_tokens} tokens; send fewer, or several requests"
             )
         with self._wake:
-            coming = [item for item in self._inbox if isinstance(item, Request)]
+            coming = [message.request for message, _ in self._inbox if isinstance(message, Submit)]
         coming = [r for r in coming if scheduler.host.is_ready(r.versions) is is_ready]
         waiting = scheduler.waiting[:] if is_ready else scheduler.loading.sequences[:]
         queue = [*(sequence.request for sequence in waiting), *coming]
@@ -301,9 +301,9 @@ class AsyncEngine:
             seconds = num_tokens / self._tokens_per_second if self._tokens_per_second else _LEAST_RETRY_SECONDS
             raise EngineOverloaded(min(max(seconds, _LEAST_RETRY_SECONDS), _MOST_RETRY_SECONDS))
 
-    def _send(self, message: Request | str | Callable[[Engine], None]) -> None:
+    def _put(self, *messages: tuple[Message, asyncio.Future[bool] | None]) -> None:
         with self._wake:
-            self._inbox.append(message)
+            self._inbox.extend(messages)
             self._wake.notify()
 
     def _run(self) -> None:
@@ -337,13 +337,10 @@ class AsyncEngine:
             if self._stopping:
                 return False
             messages, self._inbox = self._inbox, deque()
-        for message in messages:
-            if isinstance(message, Request):
-                self._engine.add_request(message)
-            elif isinstance(message, str):
-                self._engine.abort(message)
-            else:
-                message(self._engine)
+        answers = self._engine.handle(*(message for message, _ in messages))
+        for (_, waiting), answer in zip(messages, answers, strict=True):
+            if waiting is not None:
+                self._loop.call_soon_threadsafe(_set_result, waiting, answer)
         return True
 
     def _report_death(self) -> None:

@@ -13,11 +13,17 @@ from guanaco.models.error_codes import ErrorCode
 from guanaco.models.errors import GuanacoError
 from guanaco.server.engine.awake_clock import awake_seconds
 from guanaco.server.engine.request import (
+    Abort,
+    AddVersion,
+    ForgetVersion,
+    Message,
+    ReadDone,
     Request,
     SampledToken,
     ScheduledBatch,
     StepOutput,
     StepStats,
+    Submit,
 )
 from guanaco.server.engine.scheduler import Scheduler
 
@@ -52,17 +58,20 @@ class Runner(Protocol):
 
 
 class AdapterSource(Protocol):
-    """Where adapters that are not in host memory come from: `adapter_tiers.AdapterTiers`, or a made-up one."""
+    """Where adapters that are not in host memory come from: `server.adapters.tiers`, or a made-up one."""
 
     def start(self, version: str) -> None:
-        """Begin to read a version; `Engine.adapter_read` is called when it is in host memory, or cannot be had."""
+        """Begin to read a version; `ReadDone` follows when it is in host memory, or cannot be had."""
 
     def drop(self, version: str) -> None:
         """Let the host copy of a version go."""
 
+    def gone(self, version: str) -> None:
+        """A version that was to be forgotten is: it is neither on the device nor in host memory, nor being read."""
+
 
 class Engine:
-    """Requests in, one StepOutput per step out. Not thread-safe: whoever steps it also adds and aborts."""
+    """Messages in, one StepOutput per step out. Not thread-safe: one thread calls both."""
 
     def __init__(self, scheduler: Scheduler, runner: Runner, clock: Callable[[], float] = awake_seconds) -> None:
         self.scheduler = scheduler
@@ -70,6 +79,7 @@ class Engine:
         self.on_forward: Callable[[], None] = lambda: None  # called when a step's forward pass begins
         self._runner = runner
         self._clock = clock
+        self._leaving: dict[str, None] = {}  # versions to forget as soon as nobody holds them
 
     @property
     def has_work(self) -> bool:
@@ -81,52 +91,55 @@ class Engine:
         """How long an engine without work may be left alone: until somebody has waited too long for an adapter."""
         return self.scheduler.loading.seconds_left(self._clock())
 
-    def add_request(self, request: Request) -> None:
-        """Queue a request; without a seed it gets one here, which it keeps through preemptions.
+    def handle(self, *messages: Message) -> tuple[bool, ...]:
+        """Take messages in, in order; then adapters move as far as there is room.
 
-        Raises ValueError for one that could never fit.
+        Returns an answer for each: False for an AddVersion that host memory or the device has no room for. Raises
+        ValueError for a request that could never fit.
         """
-        if request.params.seed is None:
-            seed = int.from_bytes(os.urandom(7))
-            request = replace(request, params=replace(request.params, seed=seed))
-        self.scheduler.add(request)
-        self._move_adapters()
+        answers = tuple(self._handle(message) for message in messages)
+        self._settle()
+        return answers
 
-    def abort(self, request_id: str) -> None:
-        """End a request before the next step."""
-        self.scheduler.abort(request_id)
-
-    def add_adapter(self, version: str, num_bytes: int, device_bytes: int = 0) -> bool:
-        """Tell of an adapter version that is not in memory yet; False where host or device have no room for it.
-
-        device_bytes: what it takes of the device's arena, 0 where there is none.
-        """
-        return self.scheduler.add_adapter(version, num_bytes, device_bytes)
-
-    def keep_adapters(self, versions: frozenset[str]) -> bool:
-        """These versions stay in host memory, and no others for this reason; False where some find no room."""
-        host = self.scheduler.host
-        for version in host.kept - versions:
-            host.release(version)
-        found = [host.keep(version) for version in sorted(versions - host.kept)]
-        self.scheduler.admit_loaded()  # who was let go leaves room
-        self._move_adapters()
-        return all(found)
-
-    def adapter_read(self, version: str, error: ErrorCode | None) -> None:
-        """A read that `source` was told to start has ended; with an error, so do those who waited for it."""
-        self.scheduler.adapter_read(version, error)
-        self._move_adapters()
-
-    def forget_adapter(self, version: str) -> bool:
-        """Take an adapter version off device and host; False where a request still holds it, or it is being read."""
-        scheduler = self.scheduler
-        if scheduler.slots.num_pins(version) or not scheduler.host.evict(version):
-            return False
-        self._clear_slot(version)
-        scheduler.admit_loaded()  # others may take the room
-        self._move_adapters()
+    def _handle(self, message: Message) -> bool:
+        match message:
+            case Submit(request):
+                self.scheduler.add(_seeded(request))
+            case Abort(request_id):
+                self.scheduler.abort(request_id)
+            case AddVersion():
+                return self._add_version(message)
+            case ForgetVersion(version):
+                self._leaving[version] = None
+            case ReadDone(version, error):
+                self.scheduler.adapter_read(version, error)
         return True
+
+    def _add_version(self, message: AddVersion) -> bool:
+        version, host = message.version, self.scheduler.host
+        if message.is_kept is False:
+            host.release(version)
+            return True
+        self._leaving.pop(version, None)
+        if not self.scheduler.add_adapter(version, message.num_bytes, message.device_bytes):
+            return False
+        return not message.is_kept or host.keep(version)
+
+    def _settle(self) -> None:
+        """After every change: forget what was to be forgotten and is free now, and let others have the room."""
+        for version in list(self._leaving):
+            if not self.scheduler.uses(version) and self.scheduler.host.evict(version):
+                self._forget(version)
+        self.scheduler.admit_loaded()
+        self._move_adapters()
+
+    def _forget(self, version: str) -> None:
+        del self._leaving[version]
+        self._move_adapters()
+        self._clear_slot(version)
+        self.scheduler.remove_adapter(version)
+        if self.source is not None:
+            self.source.gone(version)
 
     def _move_adapters(self) -> None:
         """Do what the ledger of host memory has decided. A version that leaves it leaves the device too: on the CPU
@@ -152,7 +165,7 @@ class Engine:
         self._move_adapters()
         sampled = self._run(batch)
         outputs = self.scheduler.update(batch, sampled)
-        self._move_adapters()
+        self._settle()
         return StepOutput(tuple(outputs), self._stats(batch, started))
 
     def _run(self, batch: ScheduledBatch) -> tuple[SampledToken, ...]:
@@ -224,3 +237,10 @@ class Engine:
             running_adapters=tuple(batch.adapter_slots),
             waiting_adapters=tuple(sorted({lora.version for s in waiting for lora in s.request.loras})),
         )
+
+
+def _seeded(request: Request) -> Request:
+    """A request without a seed gets one here, which it keeps through preemptions."""
+    if request.params.seed is not None:
+        return request
+    return replace(request, params=replace(request.params, seed=int.from_bytes(os.urandom(7))))

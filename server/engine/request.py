@@ -73,6 +73,49 @@ class Request:
         return tuple(lora.version for lora in self.loras)
 
 
+@dataclass(frozen=True)
+class Submit:
+    """A request to queue."""
+
+    request: Request
+
+
+@dataclass(frozen=True)
+class Abort:
+    """A request to end now. An unknown id means nothing: the request may just have finished."""
+
+    request_id: str
+
+
+@dataclass(frozen=True)
+class AddVersion:
+    """An adapter version that requests may name from now on. The sizes of one that is known stay as they are."""
+
+    version: str
+    num_bytes: int  # of host memory
+    device_bytes: int = 0  # of the device's arena; 0 where there is none
+    # True: it stays in host memory from now on. False: only that ends, and nothing is added. None: as it is.
+    is_kept: bool | None = None
+
+
+@dataclass(frozen=True)
+class ForgetVersion:
+    """An adapter version that no request will name any more, unless `AddVersion` comes again."""
+
+    version: str
+
+
+@dataclass(frozen=True)
+class ReadDone:
+    """A read that the engine asked for has ended; with an error, the version is not in host memory."""
+
+    version: str
+    error: ErrorCode | None = None
+
+
+Message = Submit | Abort | AddVersion | ForgetVersion | ReadDone  # from the event loop to the engine
+
+
 @dataclass(frozen=True, eq=False, slots=True)  # equal content is `block_manager`'s business: chains are long
 class BlockContent:
     """What a full KV block holds: its tokens, after everything that comes before them."""

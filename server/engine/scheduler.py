@@ -132,6 +132,10 @@ class Scheduler:
         self.host.remove(version)
         self.slots.set_size(version, 0)
 
+    def uses(self, version: str) -> bool:
+        """Whether an unfinished request names an adapter version."""
+        return any(version in sequence.versions for sequence in self._sequences.values())
+
     def adapter_read(self, version: str, error: ErrorCode | None) -> None:
         """A version that `host` wanted read is in memory, or could not be had: then whoever waits for it ends so."""
         self.host.read_done(version, is_here=error is None)

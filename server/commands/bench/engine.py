@@ -16,7 +16,7 @@ from guanaco.server.bootstrap.runtime import Runtime, build_runtime
 from guanaco.server.config import Settings
 from guanaco.server.engine.awake_clock import awake_seconds
 from guanaco.server.engine.engine import Engine
-from guanaco.server.engine.request import FinishReason, LoraRef, Request, SamplingParams, TokenOutput
+from guanaco.server.engine.request import FinishReason, LoraRef, Request, SamplingParams, Submit, TokenOutput
 from guanaco.server.errors import CommandError
 
 _ROUNDS = 3
@@ -122,7 +122,8 @@ class _Bench:
         ids = tuple(self._random.randrange(lowest, self._vocab_size) for _ in range(length))
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
         loras = self._loras[stream % len(self._loras)]
-        self._engine.add_request(Request(request_id, ids, params, loras, arrival_seconds=awake_seconds()))
+        request = Request(request_id, ids, params, loras, arrival_seconds=awake_seconds())
+        self._engine.handle(Submit(request))
         return request_id
 
     def _run(self) -> None:

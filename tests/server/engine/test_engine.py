@@ -8,7 +8,7 @@ from guanaco.adapters.residency.slot_table import SlotTable
 from guanaco.models.error_codes import ErrorCode
 from guanaco.server.engine.block_manager import BlockManager
 from guanaco.server.engine.engine import Engine, EngineFailure
-from guanaco.server.engine.request import FinishReason, LoraRef, Request, SamplingParams, TokenOutput
+from guanaco.server.engine.request import FinishReason, LoraRef, Request, SamplingParams, Submit, TokenOutput
 from guanaco.server.engine.scheduler import Limits, Scheduler
 from support.simulation.fake_runner import FakeRunner, expected_tokens
 
@@ -38,7 +38,7 @@ class Bench:
         request = Request(name, prompt, SamplingParams(max_tokens=NUM_TOKENS, seed=3), loras)
         self.requests[name] = request
         self.tokens[name] = []
-        self.engine.add_request(request)
+        self.engine.handle(Submit(request))
 
     def run(self, num_steps: int = 100) -> None:
         for _ in range(num_steps):
@@ -137,7 +137,7 @@ def test_a_request_without_a_seed_gets_one_of_its_own_and_keeps_it() -> None:
     bench = Bench()
     prompt = (1, 2, 3)
     for number in range(8):
-        bench.engine.add_request(Request(f"r{number}", prompt, SamplingParams(max_tokens=2)))
+        bench.engine.handle(Submit(Request(f"r{number}", prompt, SamplingParams(max_tokens=2))))
     seeds = [s.request.params.seed for s in bench.engine.scheduler.waiting]
     assert len(set(seeds)) == 8
     assert None not in seeds

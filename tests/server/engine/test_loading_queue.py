@@ -10,7 +10,18 @@ from guanaco.models.error_codes import ErrorCode
 from guanaco.server.engine.block_manager import BlockManager
 from guanaco.server.engine.engine import Engine
 from guanaco.server.engine.loading_queue import MAX_STEPS_WITHOUT_ROOM
-from guanaco.server.engine.request import FinishReason, LoraRef, Request, SamplingParams, TokenOutput
+from guanaco.server.engine.request import (
+    Abort,
+    AddVersion,
+    FinishReason,
+    ForgetVersion,
+    LoraRef,
+    ReadDone,
+    Request,
+    SamplingParams,
+    Submit,
+    TokenOutput,
+)
 from guanaco.server.engine.scheduler import Limits, Scheduler
 from support.simulation.fake_runner import FakeRunner, expected_tokens
 
@@ -23,6 +34,7 @@ class HandSource:
 
     started: list[str] = field(default_factory=list)
     here: set[str] = field(default_factory=set)
+    forgotten: list[str] = field(default_factory=list)
 
     def start(self, version: str) -> None:
         assert version not in self.started
@@ -30,6 +42,9 @@ class HandSource:
 
     def drop(self, version: str) -> None:
         self.here.remove(version)
+
+    def gone(self, version: str) -> None:
+        self.forgotten.append(version)
 
 
 class Bench:
@@ -45,7 +60,7 @@ class Bench:
         self.engine = Engine(scheduler, self.runner, clock=lambda: self.now)
         self.engine.source = self.source
         for version in adapters:
-            assert self.engine.add_adapter(version, 1)
+            assert self.engine.handle(AddVersion(version, 1)) == (True,)
         self.requests: dict[str, Request] = {}
         self.tokens: dict[str, list[int]] = {}
         self.ends: dict[str, TokenOutput] = {}
@@ -55,13 +70,13 @@ class Bench:
         loras = tuple(LoraRef(version) for version in adapters)
         request = Request(name, tuple(name.encode()), params, loras, arrival_seconds=self.now)
         self.requests[name], self.tokens[name] = request, []
-        self.engine.add_request(request)
+        self.engine.handle(Submit(request))
 
     def read(self, version: str, error: str | None = None) -> None:
         self.source.started.remove(version)
         if error is None:
             self.source.here.add(version)
-        self.engine.adapter_read(version, error)
+        self.engine.handle(ReadDone(version, error))
 
     def step(self, count: int = 1) -> None:
         for _ in range(count):
@@ -165,7 +180,7 @@ def test_an_abort_hands_the_room_on() -> None:
     bench.add("one", "a")
     bench.read("a")
     bench.add("two", "b")
-    bench.engine.abort("one")
+    bench.engine.handle(Abort("one"))
     bench.step()
     assert bench.source.started == ["b"]
 
@@ -177,10 +192,48 @@ def test_a_removed_adapter_hands_its_room_on() -> None:
     bench.add("one", "a")
     bench.read("a")
     bench.add("two", "b")
-    assert not bench.engine.forget_adapter("a"), "somebody holds it"
-    assert bench.source.started == []
-    assert bench.engine.forget_adapter("fixed")
-    assert (bench.source.here, bench.source.started) == ({"a"}, ["b"])
+    bench.engine.handle(ForgetVersion("a"))
+    assert (bench.source.forgotten, bench.source.started) == ([], []), "somebody holds it"
+    bench.engine.handle(ForgetVersion("fixed"))
+    assert (bench.source.forgotten, bench.source.here, bench.source.started) == (["fixed"], {"a"}, ["b"])
+
+
+def test_what_is_to_be_forgotten_goes_with_the_last_request_that_names_it() -> None:
+    bench = Bench(room=1)
+    bench.add("one", "a")
+    bench.add("waits", "b")
+    bench.add("late", "a")
+    bench.engine.handle(ForgetVersion("a"), ForgetVersion("c"))
+    assert bench.source.forgotten == ["c"]
+    bench.engine.handle(Abort("one"), Abort("late"))
+    assert bench.source.forgotten == ["c"], "it is being read"
+    bench.read("a")
+    assert (bench.source.forgotten, bench.source.here, bench.source.started) == (["c", "a"], set(), ["b"])
+    assert not bench.host.is_known("a")
+    assert bench.runner.slots == [None] * 4
+
+
+def test_what_comes_back_before_it_is_gone_stays() -> None:
+    bench = Bench(room=2)
+    bench.add("one", "a")
+    bench.read("a")
+    bench.engine.handle(ForgetVersion("a"), AddVersion("a", 1))
+    bench.finish()
+    bench.assert_right("one")
+    assert (bench.source.forgotten, bench.source.here) == ([], {"a"})
+
+
+def test_kept_ones_are_exchanged_before_anybody_else_gets_the_room() -> None:
+    bench = Bench(room=1)
+    assert bench.engine.handle(AddVersion("a", 1, is_kept=True)) == (True,)
+    bench.read("a")
+    bench.add("waits", "b")
+    assert bench.engine.handle(AddVersion("c", 1, is_kept=True)) == (False,)
+    exchange = (AddVersion("a", 0, is_kept=False), AddVersion("c", 1, is_kept=True))
+    assert bench.engine.handle(*exchange) == (True, True)
+    assert (bench.source.started, bench.host.kept) == (["c"], {"c"})
+    bench.engine.handle(AddVersion("never", 0, is_kept=False))
+    assert not bench.host.is_known("never")
 
 
 def test_nobody_waits_for_room_for_ever() -> None:

@@ -23,7 +23,16 @@ from guanaco.server.engine import model_runner
 from guanaco.server.engine.block_manager import BlockManager
 from guanaco.server.engine.engine import Engine
 from guanaco.server.engine.model_runner import ModelRunner
-from guanaco.server.engine.request import FinishReason, LoraRef, Request, SamplingParams, StepStats, TokenOutput
+from guanaco.server.engine.request import (
+    FinishReason,
+    ForgetVersion,
+    LoraRef,
+    Request,
+    SamplingParams,
+    StepStats,
+    Submit,
+    TokenOutput,
+)
 from guanaco.server.engine.scheduler import Limits, Scheduler
 from support.adapters.tiny_adapters import make_adapter
 from support.models.oracles import PagedRun, oracle_logits, reference_ops, transformers_oracle
@@ -73,7 +82,7 @@ class Run:
     def __call__(self, *requests: Request) -> dict[str, list[int]]:
         for one in requests:
             self.outputs[one.request_id] = []
-            self.engine.add_request(one)
+            self.engine.handle(Submit(one))
         while self.engine.has_work:
             step = self.engine.step()
             self.steps.append(step.stats)
@@ -188,7 +197,7 @@ def test_a_forgotten_adapter_leaves_the_device(setting: Setting) -> None:
     first = run(request(setting, "a", prompt_of(1, 9), "x"))["a"]
     store = run.runner._slots
     assert store.num_bytes > 0
-    assert run.engine.forget_adapter(setting.version("x"))
+    run.engine.handle(ForgetVersion(setting.version("x")))
     assert store.num_bytes == 0
     assert run(request(setting, "b", prompt_of(1, 9), "x"))["b"] == first, "and comes back when it is wanted"
 
@@ -285,7 +294,7 @@ def test_a_scored_prompt_that_is_no_number_fails_alone(setting: Setting, monkeyp
     original = setting.model.logits
     run = Run(setting)
     monkeypatch.setattr(setting.model, "logits", lambda h: original(h) * (float("nan") if len(h) == 8 else 1))
-    run.engine.add_request(request(setting, "bad", prompt_of(1, 9), max_tokens=0, prompt_logprobs=1))
+    run.engine.handle(Submit(request(setting, "bad", prompt_of(1, 9), max_tokens=0, prompt_logprobs=1)))
     run.outputs["bad"] = []
     run(request(setting, "good", prompt_of(2, 12), max_tokens=0, prompt_logprobs=1))
     assert run.outputs["bad"][-1].error == "numerical_error"
@@ -317,7 +326,7 @@ def test_a_model_that_is_not_a_number_ends_that_request(setting: Setting) -> Non
     wanted = request(setting, "base", prompt_of(8, 20))
     huge = request(setting, "huge", prompt_of(9, 20), "x", scale=1e38)
     run = Run(setting)
-    run.engine.add_request(huge)
+    run.engine.handle(Submit(huge))
     run.outputs["huge"] = []
     assert run(wanted)["base"] == greedy_alone(setting, wanted)
     assert run.outputs["huge"][-1].error == "numerical_error"

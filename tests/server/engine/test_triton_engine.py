@@ -27,7 +27,7 @@ from guanaco.server.engine.block_manager import BlockManager
 from guanaco.server.engine.cuda_graphs import DecodeGraphs, RunEagerly
 from guanaco.server.engine.engine import Engine
 from guanaco.server.engine.model_runner import ModelRunner, StepRows
-from guanaco.server.engine.request import LoraRef, Request, SamplingParams
+from guanaco.server.engine.request import LoraRef, Request, SamplingParams, Submit
 from guanaco.server.engine.scheduler import Limits, Scheduler
 from support.adapters.tiny_adapters import make_adapter
 from support.models.oracles import reference_ops
@@ -109,7 +109,7 @@ class Run:
     def answers(self, requests: list[Request]) -> Answers:
         answers: Answers = {}
         for one in requests:
-            self.engine.add_request(one)
+            self.engine.handle(Submit(one))
         while self.engine.has_work:
             step = self.engine.step()
             self.num_preempted += step.stats.num_preempted

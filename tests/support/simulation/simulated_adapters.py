@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from random import Random
 
 from guanaco.server.engine.engine import Engine
+from guanaco.server.engine.request import AddVersion, ForgetVersion, ReadDone
 from guanaco.server.engine.scheduler import Scheduler
 
 BROKEN = "adapter_broken"
@@ -39,7 +40,8 @@ class SimulatedAdapters:
         self._sizes: dict[str, int] = {}
         self._memory: set[str] = set()
         self._reading: dict[str, int] = {}  # version → steps until it is read
-        self._retired: set[str] = set()
+        self._retired: set[str] = set()  # to be forgotten; the engine was told of `_told`
+        self._told: set[str] = set()
         self._num_made = 0
         self._names: dict[int, str] = {}
         for name in range(num_names):
@@ -57,6 +59,18 @@ class SimulatedAdapters:
     def drop(self, version: str) -> None:
         self._memory.remove(version)
         self.counts["evictions"] += 1
+
+    def gone(self, version: str) -> None:
+        """A removed version goes when its last client has; never before."""
+        assert version in self._told, "a version goes that nobody removed"
+        assert version not in self._memory | self._reading.keys(), "a removed version stays in memory"
+        assert version not in self._scheduler.slots.resident, "a removed version stays on the device"
+        open_sequences = self._scheduler._sequences.values()
+        assert not any(version in sequence.versions for sequence in open_sequences), "it goes while it is used"
+        self._retired.remove(version)
+        self._told.remove(version)
+        del self._sizes[version]
+        self.counts["forgotten"] += 1
 
     def check_loaded(self, version: str) -> None:
         """A version goes to the device: it must be in memory."""
@@ -92,13 +106,22 @@ class SimulatedAdapters:
             if name in self._names:
                 self._retire(self._names.pop(name))
                 self.counts["removed or replaced"] += 1
-            self._name(name)
+            self._name(name, engine)
         if self.keeps and random.random() < 0.03:  # at most one is kept: the others must have room
             versions = sorted(v for v in self._names.values() if 2 * self._sizes[v] <= self._room - 4)
             kept = frozenset(random.sample(versions, min(len(versions), random.randrange(2))))
-            self.counts["kept"] += engine.keep_adapters(kept) and bool(kept)
-        for version in sorted(self._retired):
-            self._forget(engine, version)
+            self.counts["kept"] += self.keep(engine, kept) and bool(kept)
+        for version in sorted(self._retired - self._told):
+            self._told.add(version)
+            engine.handle(ForgetVersion(version))
+        for version in self._retired:
+            assert self._is_used(version) or version in self._reading, "a version that nobody uses cannot be removed"
+
+    def keep(self, engine: Engine, versions: frozenset[str]) -> bool:
+        """An operator wants these kept and no others; whether there was room for all of them."""
+        released = [AddVersion(version, 0, is_kept=False) for version in sorted(self._host.kept - versions)]
+        kept = [AddVersion(version, self._sizes[version], is_kept=True) for version in sorted(versions)]
+        return all(engine.handle(*released, *kept))
 
     def check(self, on_device: Iterable[str]) -> None:
         """Between two steps: memory holds what the ledger says, no more than there may be, and all that is on the
@@ -110,11 +133,15 @@ class SimulatedAdapters:
         assert here.issuperset(set(on_device) & self._sizes.keys()), "a version left memory and not the device"
         assert self._sizes.keys() >= self._retired, "forgotten too early"
 
-    def _name(self, name: int, *, is_permanent: bool = False) -> None:
+    def _name(self, name: int, engine: Engine | None = None, *, is_permanent: bool = False) -> None:
         """Have a name stand for a new version, or for one that another name or an earlier time had."""
         known = sorted(self._sizes)
         if known and self._random.random() < 0.2:
             version = self._random.choice(known)
+            if version in self._told:
+                assert engine is not None
+                self._told.remove(version)
+                engine.handle(AddVersion(version, self._sizes[version]))
             self._retired.discard(version)
             self._names[name] = version
             return
@@ -140,17 +167,4 @@ class SimulatedAdapters:
             self.counts["failed reads"] += 1
         else:
             self._memory.add(version)
-        engine.adapter_read(version, BROKEN if fails else None)
-
-    def _forget(self, engine: Engine, version: str) -> None:
-        """A removed version goes when its last client has; never before."""
-        if engine.forget_adapter(version):
-            assert version not in self._memory, "a removed version stays in memory"
-            assert version not in engine.scheduler.slots.resident, "a removed version stays on the device"
-            if not self._is_used(version):
-                self._scheduler.remove_adapter(version)
-                self._retired.remove(version)
-                del self._sizes[version]
-                self.counts["forgotten"] += 1
-        else:
-            assert self._is_used(version) or version in self._reading, "a version that nobody uses cannot be removed"
+        engine.handle(ReadDone(version, BROKEN if fails else None))

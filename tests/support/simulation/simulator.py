@@ -17,6 +17,7 @@ from guanaco.server.engine.block_manager import BlockManager
 from guanaco.server.engine.engine import Engine
 from guanaco.server.engine.loading_queue import MAX_STEPS_WITHOUT_ROOM
 from guanaco.server.engine.request import (
+    Abort,
     BlockContent,
     FinishReason,
     Limits,
@@ -24,6 +25,7 @@ from guanaco.server.engine.request import (
     Request,
     SamplingParams,
     Status,
+    Submit,
     TokenOutput,
 )
 from guanaco.server.engine.scheduler import MAX_PASSED_OVER_STEPS
@@ -111,7 +113,7 @@ class Simulation:
         """Let everything end, and check that nothing is left."""
         self.faults.chance = self.adapters.fault_chance = 0.0
         self.adapters.keeps = False
-        self.engine.keep_adapters(frozenset())
+        self.adapters.keep(self.engine, frozenset())
         each = self.world.max_model_len * 4 + MAX_PASSED_OVER_STEPS + MAX_STEPS_WITHOUT_ROOM
         most = self.report.num_steps + 400 + len(self.clients) * each
         while self.engine.has_work or self.scheduler.loading.sequences:
@@ -211,7 +213,7 @@ class Simulation:
         fits = fits and len(set(request.versions)) <= self.world.num_slots
         fits = fits and self.adapters.fit_together(request.versions)
         try:
-            self.engine.add_request(request)
+            self.engine.handle(Submit(request))
         except ValueError:
             assert not fits, "a request that fits was refused"
             self.report.counts["refused"] += 1
@@ -225,7 +227,7 @@ class Simulation:
 
     def abort(self, request_id: str) -> None:
         self.clients[request_id].aborted = True
-        self.engine.abort(request_id)
+        self.engine.handle(Abort(request_id))
 
     def step(self) -> None:
         report = self.report
