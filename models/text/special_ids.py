@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from guanaco.models.errors import ModelError
+from guanaco.models.formats.shown import shown
 from guanaco.models.text.tokenizer import Tokenizer
 
 
@@ -36,7 +37,7 @@ def reconcile_special_ids(
     notes: list[str] = []
 
     def name(index: int) -> str:
-        return repr(tokenizer.token_text(index)) if 0 <= index < tokenizer.vocab_size else "not in the vocabulary"
+        return shown(tokenizer.token_text(index)) if 0 <= index < tokenizer.vocab_size else "not in the vocabulary"
 
     bos_id = tokenizer.bos_id
     if bos_id is None and config_bos is not None and config_bos in tokenizer.special_ids:
@@ -71,7 +72,7 @@ def missing_rows_note(tokenizer: Tokenizer, num_rows: int) -> tuple[str, ...]:
     beyond = tokenizer.vocab_size - num_rows
     if beyond <= 0:
         return ()
-    names = ", ".join(f"{tokenizer.token_text(i)!r}" for i in range(num_rows, num_rows + min(beyond, 3)))
+    names = ", ".join(shown(tokenizer.token_text(i)) for i in range(num_rows, num_rows + min(beyond, 3)))
     more = ", …" if beyond > 3 else ""
     return (
         f"the tokenizer has {beyond} tokens more than the model's {num_rows} embedding rows ({names}{more}): "

@@ -175,7 +175,7 @@ class Tokenizer:
             template.try_out(self._names)
             return (*files.notes, *template.notes), template
         except TemplateError as error:
-            return (*files.notes, f"{error}: give another one with --chat-template"), None
+            return (f"{error}: give another one with --chat-template", *files.notes), None
 
 
 class _ControlTokens:

@@ -16,10 +16,12 @@ from tokenizers import Tokenizer as Backend
 from guanaco.models.errors import ModelError
 from guanaco.models.formats.gguf import read_table
 from guanaco.models.formats.raw_file import RawFile
+from guanaco.models.formats.shown import listed
 from guanaco.models.formats.small_files import MAX_TEMPLATE_FILE_BYTES, MAX_TOKENIZER_BYTES, read_small
 from guanaco.models.formats.strict_json import read_json
 from guanaco.models.text.gguf_tokenizer import remarks, tokenizer_files
 from guanaco.models.text.sentencepiece import read_sentencepiece
+from guanaco.models.text.tokenizer_notes import config_notes, file_notes, name_notes, settings_notes, template_notes
 
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 MAX_ADDED_TOKENS = 16384  # LLaMA 3 has 256, others some thousand; all of them are searched for in every text
@@ -46,41 +48,62 @@ def read_tokenizer(path: Path) -> TokenizerFiles:
     """
     config = _optional_json(path / "tokenizer_config.json")
     defaults: dict[str, str] = {}
-    gguf_notes: tuple[str, ...] = ()
+    notes: list[str] = []
     if (path / "tokenizer.json").is_file():
         backend = _parse_backend((path / "tokenizer.json"), None)
+        notes += file_notes(path, "tokenizer.json", backend)
     elif (path / "tokenizer.model").is_file():
         model = read_sentencepiece(path / "tokenizer.model")
         backend = _parse_backend(path / "tokenizer.model", json.dumps(model.tokenizer_json()))
         named = {"bos_token": model.bos_token, "eos_token": model.eos_token}
         defaults = {name: token for name, token in named.items() if token is not None}
+        notes += file_notes(path, "tokenizer.model", backend)
     else:
-        gguf_path = _gguf_in(path)
-        with closing(RawFile(gguf_path)) as file:
-            metadata, _ = read_table(file)
-            try:
-                files = tokenizer_files(metadata, str(gguf_path))
-                gguf_notes = remarks(metadata)
-            except (TypeError, ValueError, AttributeError, LookupError) as error:  # values of other types
-                raise ModelError(f"{gguf_path}: its tokenizer makes no sense ({error}); get the file again") from error
-        backend = _parse_backend(gguf_path, files["tokenizer.json"])
-        config = json.loads(files["tokenizer_config.json"]) | config
-    backend.no_truncation()  # some files carry the settings of their training
+        backend, made, gguf_notes = _read_gguf(_gguf_in(path))
+        notes += gguf_notes
+        if replaced := [name for name, value in config.items() if made.get(name) not in (None, value)]:
+            text = "tokenizer_config.json beside the GGUF file is used where the file says otherwise"
+            notes.append(f"{text}: {listed(replaced)}")
+        config = made | config
+    notes += [*settings_notes(backend), *config_notes(config, backend)]
+    backend.no_truncation()
     backend.no_padding()
-    named_tokens = dict(_named_tokens(_optional_json(path / "special_tokens_map.json"), config))
+    if getattr(backend.model, "dropout", None):
+        backend.model.dropout = None  # ids would be drawn at random
+    sources = [
+        (file, dict(_named_tokens(fields)))
+        for file, fields in (
+            ("special_tokens_map.json", _optional_json(path / "special_tokens_map.json")),
+            ("tokenizer_config.json", config),
+        )
+    ]
+    if "added_tokens_decoder" not in config:  # as in transformers: without it the map is read last
+        sources.reverse()
+    named_tokens = sources[0][1] | sources[1][1]
+    notes += name_notes(named_tokens, sources, backend)
     _add_tokens(backend, path, config, named_tokens)
-    template, notes = _chat_template(path, config)
+    template, more_notes = _chat_template(path, config)
     add_bos = config.get("add_bos_token")
-    # An empty name counts as none: the oldest LLaMA conversions name their tokens so.
-    names = {**defaults, **{name: token for name, token in named_tokens.items() if name in NAMES and token}}
+    names = {**defaults, **{name: token for name, token in named_tokens.items() if name in NAMES}}
     return TokenizerFiles(
         backend=backend,
         names={name: token for name, token in names.items() if backend.token_to_id(token) is not None},
         add_bos=add_bos if isinstance(add_bos, bool) else None,
         adds_eos=config.get("add_eos_token") is True,
         chat_template=template,
-        notes=(*gguf_notes, *notes),
+        notes=(*notes, *more_notes),
     )
+
+
+def _read_gguf(path: Path) -> tuple[Backend, dict[str, Any], tuple[str, ...]]:
+    """The tokenizer in a GGUF file, the fields of its tokenizer_config.json, and notes."""
+    with closing(RawFile(path)) as file:
+        metadata, _ = read_table(file)
+        try:
+            files, notes = tokenizer_files(metadata, str(path)), remarks(metadata)
+        except (TypeError, ValueError, AttributeError, LookupError) as error:  # values of other types
+            raise ModelError(f"{path}: its tokenizer makes no sense ({error}); get the file again") from error
+    return _parse_backend(path, files["tokenizer.json"]), json.loads(files["tokenizer_config.json"]), notes
 
 
 def _parse_backend(path: Path, text: str | None) -> Backend:
@@ -106,17 +129,19 @@ def _optional_json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _named_tokens(*sources: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(name, token) from special_tokens_map.json, then tokenizer_config.json, which wins; lists as name.0, name.1, …"""
-    for source in sources:
-        for name in NAMES:
-            if (token := _content(source.get(name))) is not None:
-                yield name, token
-        for name in _MORE_NAMES:
-            listed = source.get(name) or []
-            for number, value in enumerate(listed.values() if isinstance(listed, dict) else listed):
-                if token := _content(value):
-                    yield f"{name}.{number}", token
+def _named_tokens(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(name, token) in special_tokens_map.json or tokenizer_config.json; those of lists have their token in the name.
+
+    An empty name counts as none: the oldest LLaMA conversions name their tokens so.
+    """
+    for name in NAMES:
+        if token := _content(fields.get(name)):
+            yield name, token
+    for name in _MORE_NAMES:
+        listed_tokens = fields.get(name) or []
+        for value in listed_tokens.values() if isinstance(listed_tokens, dict) else listed_tokens:
+            if token := _content(value):
+                yield f"{name}.{token}", token
 
 
 def _content(value: Any) -> str | None:
@@ -178,23 +203,34 @@ def _as_special(token: AddedToken) -> AddedToken:
     )
 
 
-def _chat_template(path: Path, config: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...]]:
+def _chat_template(path: Path, config: Mapping[str, Any]) -> tuple[str | None, list[str]]:
     """The template's source, from the first place that has one, and what there is to remark."""
-    file = path / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return read_small(file, MAX_TEMPLATE_FILE_BYTES).decode("utf-8"), ()
-        except OSError as error:
-            raise ModelError(f"{file} cannot be read ({error.strerror}); download it again") from error
-        except UnicodeDecodeError as error:
-            raise ModelError(f"{file} cannot be read ({error}); download it again") from error
-    template = _optional_json(path / "chat_template.json").get("chat_template") or config.get("chat_template")
-    if isinstance(template, str):
-        return template, ()
+    places = [
+        ("chat_template.jinja", _template_file(path / "chat_template.jinja")),
+        ("chat_template.json", _optional_json(path / "chat_template.json").get("chat_template")),
+        ("tokenizer_config.json", config.get("chat_template")),
+    ]
+    places = [(file, template) for file, template in places if template or (template == "" and file.endswith(".jinja"))]
+    if not places:
+        return None, []
+    template, variants = places[0][1], [file.stem for file in sorted(path.glob("additional_chat_templates/*.jinja"))]
     if isinstance(template, list):  # [{"name": "default", "template": …}, {"name": "tool_use", …}]
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        chosen = named.get("default") or (next(iter(named.values())) if len(named) == 1 else None)
-        if isinstance(chosen, str):
-            return chosen, ()
-        return None, (f"none of the model's chat templates is the default ({', '.join(map(str, named))})",)
-    return None, ()
+        named = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default") or (next(iter(named.values())) if len(named) == 1 else None)
+        if not isinstance(template, str):
+            return None, [f"none of the model's chat templates is the default ({listed(named)})"]
+        variants += [name for name in named if name != "default"] if len(named) > 1 else []
+    if not isinstance(template, str):
+        return None, [f"the chat template of {places[0][0]} is no text and is not used"]
+    return template, template_notes(template, places, variants)
+
+
+def _template_file(file: Path) -> str | None:
+    if not file.is_file():
+        return None
+    try:
+        return read_small(file, MAX_TEMPLATE_FILE_BYTES).decode("utf-8")
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read ({error.strerror}); download it again") from error
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{file} cannot be read ({error}); download it again") from error
