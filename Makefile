@@ -19,12 +19,12 @@ DEPS    := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard kernels/cpu/native/
 RUNTIME := $(VENV)/.installed
 TESTING := $(VENV)/.installed-test
 
-.PHONY: serve install test lint typecheck accept bench asan clean
+.PHONY: serve install links test lint typecheck accept bench asan clean
 
 serve: $(RUNTIME)
 	exec $(BIN)/guanaco serve $(ARGS)
 
-install: $(RUNTIME)
+install: $(RUNTIME) links
 	@$(if $(EXTRAS),$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable ".[$(EXTRAS)]")
 	@echo "== . $(VENV)/bin/activate    puts the guanaco command on the PATH"
 
@@ -40,11 +40,13 @@ lint: $(TESTING)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# mypy does not follow the map of folders that setuptools installs; a folder of links gives it the same names.
-typecheck: $(TESTING)
+typecheck: $(TESTING) links
+	$(BIN)/mypy -p guanaco.kernels -p guanaco.models -p guanaco.adapters -p guanaco.server
+
+# Editors and mypy do not follow the map of folders that setuptools installs; a folder of links gives them the same names.
+links:
 	@mkdir -p .typing/guanaco
 	@for p in adapters kernels models server; do ln -sfn ../../$$p .typing/guanaco/$$p; done
-	$(BIN)/mypy -p guanaco.kernels -p guanaco.models -p guanaco.adapters -p guanaco.server
 
 bench: $(RUNTIME)
 	$(BIN)/guanaco bench engine --json $(ARGS)
