@@ -40,6 +40,11 @@ class ModelSettings(BaseModel):
     chat_template: str | None = Field(
         None, description="template name (guanaco, chatml, …) or a Jinja file; none: the model's"
     )
+    tool_format: Literal["auto", "hermes", "llama3", "mistral", "none"] = Field(
+        "auto",
+        description="how the model writes tool calls; auto: as its chat template's text shows; none: answers are not "
+        "searched for calls",
+    )
     literal_prompts: bool = Field(
         False, description="read control tokens in the prompts of /v1/completions and /tokenize as plain text"
     )

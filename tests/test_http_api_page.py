@@ -6,6 +6,9 @@ from pathlib import Path
 from guanaco.server.api.app import create_app
 from guanaco.server.api.generation import protocol
 from guanaco.server.api.http.auth import OPEN_PATHS, is_admin_path
+from guanaco.server.api.tools import definitions
+from guanaco.server.api.tools.formats.registry import FORMATS
+from guanaco.server.api.tools.history import MAX_CALLS
 from guanaco.server.config import Settings
 from support.server.api_server import make_state
 
@@ -66,3 +69,16 @@ def test_limits_name_settings_that_exist() -> None:
     flags = {word for word in quoted(section("Limits of one request")) if word.startswith("--")}
     assert flags
     assert flags <= {"--" + name.replace("_", "-") for name in Settings.model_fields}
+
+
+def test_tools_have_the_limits_and_formats_of_the_code() -> None:
+    text = section("Tools")
+    for words in (
+        f"up to {definitions.MAX_TOOLS} tools",
+        f"1 to {definitions.MAX_NAME_CHARS} letters",
+        f"up to {definitions.MAX_DESCRIPTION_CHARS:,} characters",
+        f"up to {definitions.MAX_PARAMETERS_BYTES:,} bytes",
+        f"up to {MAX_CALLS} calls",
+    ):
+        assert words in text, words
+    assert first_column("Tools") >= {*FORMATS, "none"}

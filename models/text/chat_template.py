@@ -6,7 +6,7 @@ by `tokenizer`; templates of our own are in `named_templates`.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from guanaco.models.errors import TemplateError
 from guanaco.models.formats.small_files import MAX_TEMPLATE_FILE_BYTES, read_small
 from guanaco.models.text.named_templates import NAMED
 from guanaco.models.text.template_renderer import MAX_OUTPUT_CHARS, TemplateRenderer, shared_renderer
+from guanaco.models.text.template_tools import ToolSupport, find_tool_support
 
 __all__ = [
     "MAX_OUTPUT_CHARS",
@@ -77,16 +78,18 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         special_tokens: Mapping[str, str] | None = None,
         max_chars: int = MAX_OUTPUT_CHARS,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """The prompt. A message is {"role": …, "content": …} and more; keys whose value is None are left out.
 
+        tools: functions as OpenAI's API has them, {"type": "function", "function": {…}}; None: the template sees none.
         special_tokens: more of a tokenizer's named tokens, such as unk_token. max_chars: a longer prompt is an error.
         Raises TemplateError with the template's own words where it refuses, and for anything else that goes wrong.
         """
         tokens = {"bos_token": bos_token, "eos_token": eos_token, **(special_tokens or {})}
         variables = {
             "messages": [{key: _plain(v) for key, v in message.items() if v is not None} for message in messages],
-            "tools": None,
+            "tools": None if tools is None else [_plain(tool) for tool in tools],
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
             # Absent ones stay undefined, which templates can ask for; they would print None.
@@ -111,6 +114,21 @@ class ChatTemplate:
             could_not_try = error.code == ErrorCode.TEMPLATE_UNAVAILABLE
             what = "could not be tried" if could_not_try else "was tried with one question and refused it"
             self.notes = (f"it {what}: {error}",)
+
+    @cached_property
+    def tool_support(self) -> ToolSupport:
+        """What the template itself writes of tools, found by trial. Raises TemplateError where a trial overruns."""
+        tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+
+        def render(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None) -> str:
+            try:
+                return self.render(messages, tools=tools, special_tokens=tokens, max_chars=_TRIAL_CHARS)
+            except TemplateError as error:
+                if error.code != ErrorCode.TEMPLATE_ERROR:
+                    raise
+                return ""
+
+        return find_tool_support(render)
 
     def _labelled(self, error: TemplateError) -> TemplateError:
         return TemplateError(f"{self._label}: {error}", error.code)

@@ -90,10 +90,11 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         template: ChatTemplate | None = None,
         max_chars: int = MAX_OUTPUT_CHARS,
+        tools: Sequence[dict[str, Any]] | None = None,
     ) -> list[int]:
         """Ids of a conversation through `template`, or the model's own if that is None. max_chars: of the prompt.
 
-        What the template writes as control tokens becomes them; what the messages' strings hold stays text. BOS comes
+        What the template writes as control tokens becomes them; the strings of messages and tools stay text. BOS comes
         from a template that is complete, and otherwise from the tokenizer's rule. Raises TemplateError.
         """
         template = template or self.chat_template
@@ -110,6 +111,7 @@ class Tokenizer:
                 add_generation_prompt=add_generation_prompt,
                 special_tokens=names,
                 max_chars=max_chars,
+                tools=None if tools is None else [self._control.mark(tool) for tool in tools],
             )
         except TemplateError as error:
             raise TemplateError(self._control.unmark(str(error)), error.code) from error
@@ -188,6 +190,7 @@ class _ControlTokens:
 
     def __init__(self, tokens: list[tuple[int, AddedToken]]) -> None:
         self._mark = _private_text()
+        self._escaped_mark = json.dumps(self._mark)[1:-1]  # as a template's tojson may write it
         self._tokens = tokens
         self._ids = {token.content: index for index, token in tokens}
         self._stand_ins = {token.content: _private_text() for _, token in tokens}
@@ -231,7 +234,7 @@ class _ControlTokens:
 
     def unmark(self, text: str) -> str:
         """`text` without marks."""
-        return text.replace(self._mark, "")
+        return text.replace(self._mark, "").replace(self._escaped_mark, "")
 
 
 def _split_after(text: str, cuts: list[int]) -> Iterator[str]:

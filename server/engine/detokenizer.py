@@ -47,7 +47,7 @@ class Detokenizer:
             self._window.append(token_id)
             self._num_tokens += 1
             self._hold(self._new_text())
-            if self._params.stops_see_control and self._params.skip_special_tokens:
+            if self._params.stops_see_control and self._is_hidden(token_id):
                 self._hold(self._control_text(token_id), hidden=True)
             if self._num_tokens >= self._params.min_tokens and self._find_stop():
                 return self._take(len(self._held))
@@ -83,7 +83,13 @@ class Detokenizer:
         return len(text) - min(num_unclear, _MAX_HELD_CHARACTERS)
 
     def _decode(self, token_ids: list[int]) -> str:
+        if hidden := self._params.hidden_token_ids:
+            token_ids = [token_id for token_id in token_ids if token_id not in hidden]
         return self._decoder.decode(token_ids, skip_special_tokens=self._params.skip_special_tokens)
+
+    def _is_hidden(self, token_id: int) -> bool:
+        """Whether the token would be no text if it is a control token."""
+        return self._params.skip_special_tokens or token_id in self._params.hidden_token_ids
 
     def _control_text(self, token_id: int) -> str:
         """What a control token reads like; nothing for other tokens."""

@@ -43,6 +43,7 @@ class SamplingParams:
     min_tokens: int = 0  # no eos, stop id or stop string before
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    hidden_token_ids: frozenset[int] = frozenset()  # no text, although control tokens are shown
     return_logits: bool = False  # of the first token drawn, raw: the engine's own probes want them
 
 

@@ -104,9 +104,11 @@ class RequestStream:
             shown = shown[:-1]  # the eos or stop token itself is no text
         text = self._detokenizer.append(shown, finished=reason is not None)
         aborted = False
-        if isinstance(stop_reason, int) and (name := dict(self.request.params.stop_token_texts).get(stop_reason)):
+        params = self.request.params
+        if isinstance(stop_reason, int) and (name := dict(params.stop_token_texts).get(stop_reason)):
+            is_hidden = params.skip_special_tokens or stop_reason in params.hidden_token_ids
             stop_reason = name
-            if self.request.params.include_stop_str and self.request.params.skip_special_tokens:
+            if params.include_stop_str and is_hidden:
                 text += name  # no other control token is text, but the client asked for this one
         elif self._detokenizer.stop_reason is not None:
             aborted = reason is None

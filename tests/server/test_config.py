@@ -20,6 +20,7 @@ OTHER_VALUE = {  # a text for each setting that is valid and not its default
     "cpu_isa": "portable",
     "dtype": "bfloat16",
     "kv_cache_dtype": "int8",
+    "tool_format": "llama3",
     "log_level": "debug",
     "cache": "elsewhere",
     "allowed_host": "other.example",

@@ -99,8 +99,9 @@ class ChoicesAnswer(Answer):
         self._usage_always = self._usage_at_end and bool(options and options.continuous_usage_stats)
 
     @abstractmethod
-    def choice_chunk(self, index: int, output: TextOutput) -> dict[str, Any] | None:
-        """What is new of a choice, as an entry of `choices`; None where there is nothing to show yet."""
+    def choice_chunks(self, index: int, output: TextOutput) -> list[dict[str, Any]]:
+        """What is new of a choice, as entries of `choices`, each for a chunk of its own; none where there is nothing to
+        show yet."""
 
     @property
     @abstractmethod
@@ -119,15 +120,18 @@ class ChoicesAnswer(Answer):
         return self.has_logprobs or self.num_choices > _FEW_CHOICES
 
     def events(self, index: int, output: TextOutput) -> bytes:
-        """The chunk for one output. No chunk for an output without text (half a character, say): load tools take each
-        chunk with choices for a token."""
-        choice = self.choice_chunk(index, output)
-        if choice is None:
-            return b""
-        chunk = {**self._head, "object": self.chunk_name, "choices": [choice]}
+        """The chunks for one output, most often one. No chunk for an output without text (half a character, say): load
+        tools take each chunk with choices for a token."""
+        chunks = [
+            {**self._head, "object": self.chunk_name, "choices": [choice]}
+            for choice in self.choice_chunks(index, output)
+        ]
         if self._usage_at_end:
-            chunk["usage"] = self.generation.usage() if self._usage_always else None
-        return b"data: " + encode(chunk) + b"\n\n" if is_large_output(output) else event(chunk)
+            for chunk in chunks:
+                chunk["usage"] = self.generation.usage() if self._usage_always else None
+        if is_large_output(output):
+            return b"".join(b"data: " + encode(chunk) + b"\n\n" for chunk in chunks)
+        return b"".join(map(event, chunks))
 
     def last_events(self) -> bytes:
         """The chunk with the usage and without choices, where the client asked for it, and `[DONE]`."""

@@ -7,6 +7,7 @@ means the same to all of them. Knows neither HTTP nor answers.
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from guanaco.models.error_codes import ErrorCode
@@ -15,7 +16,7 @@ from guanaco.server.api.generation.body import validate
 from guanaco.server.api.generation.catalog import Caller
 from guanaco.server.api.generation.fields import ALIASES, REFUSED_IN_CHAT, Neutral
 from guanaco.server.api.generation.ignored import Ignored
-from guanaco.server.api.generation.protocol import ChatBody, ChatMessage
+from guanaco.server.api.generation.protocol import ChatBody, ChatMessage, TokenizeBody
 from guanaco.server.api.generation.sampling import check_request, sampling_params
 from guanaco.server.api.generation.serving import (
     MAX_BYTES_PER_TOKEN,
@@ -29,6 +30,7 @@ from guanaco.server.api.generation.serving import (
 from guanaco.server.api.generation.state import ApiState, Template
 from guanaco.server.api.http.errors import ApiError, bad_request
 from guanaco.server.api.http.lifecycle import Admission
+from guanaco.server.api.tools.plan import ToolPlan, plan_tools
 from guanaco.server.grammars.spec import Grammar
 
 # Values of chat's own fields that ask for nothing, besides their defaults.
@@ -47,6 +49,8 @@ _NEUTRAL: Mapping[str, Neutral] = {
     "skip_special_tokens": (True,),
     "stop": ([],),
     "stop_token_ids": ([],),
+    "tool_choice": ("none",),
+    "tools": ([],),
     "top_logprobs": (0,),
 }
 _HARMLESS_ELSEWHERE = frozenset(("user", "stream_options"))
@@ -101,11 +105,14 @@ def prepare_conversation(
         raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
     grammar = grammar_of(body, besides=tool_grammar)
     model = acquire_model(state, body, caller, admission)
+    template = state.template_for(model)
+    tools = tool_plan(state, template, body)
     token_ids = render_messages(
         state,
-        state.template_for(model),
+        template,
         body.messages,
         model.max_model_len,
+        tools=tools,
         add_generation_prompt=body.add_generation_prompt is not False,
     )
     params = sampling_params(
@@ -121,8 +128,22 @@ def prepare_conversation(
         num_logprobs=body.num_logprobs,
         more_stops=() if body.ignore_eos else state.stops_of(model, in_text=grammar is None),
     )
+    if params.skip_special_tokens and (visible := tools.visible_ids(state.tokenizer)):
+        hidden = state.tokenizer.special_ids - visible
+        params = replace(params, skip_special_tokens=False, hidden_token_ids=hidden)
     salt = state.keys.cache_salt(caller.key, body.cache_salt)
-    return Prepared(body, model, (Prompt(token_ids, params),), salt, ignored, grammar)
+    return Prepared(body, model, (Prompt(token_ids, params),), salt, ignored, grammar, tools)
+
+
+def tool_plan(state: ApiState, template: Template | None, body: ChatBody | TokenizeBody) -> ToolPlan:
+    """What a conversation's tools come to with a template. 400 where the fields about them contradict each other."""
+    return plan_tools(
+        body.tools,
+        body.tool_choice,
+        body.parallel_tool_calls,
+        template=template,
+        setting=state.settings.tool_format,
+    )
 
 
 def render_messages(
@@ -131,16 +152,20 @@ def render_messages(
     messages: list[ChatMessage],
     max_model_len: int,
     *,
+    tools: ToolPlan,
     add_generation_prompt: bool,
 ) -> tuple[int, ...]:
     """The conversation as token ids, through the chat template. 400 where it doesn't suit the template."""
-    check_text_size(sum(len(message.content.encode()) for message in messages), max_model_len, "messages")
+    check_text_size(sum(message.num_bytes for message in messages), max_model_len, "messages")
+    check_text_size(tools.num_bytes, max_model_len, "tools")
     if template is None:
         text = "this model has no chat template: use /v1/completions, or start the server with --chat-template NAME"
         raise bad_request(text, "messages", ErrorCode.NO_CHAT_TEMPLATE)
     try:
+        shown, functions = tools.prompt([message.template_message() for message in messages])
         token_ids = state.tokenizer.encode_chat(
-            [message.template_message() for message in messages],
+            shown,
+            tools=functions,
             add_generation_prompt=add_generation_prompt,
             template=template,
             max_chars=max_model_len * MAX_BYTES_PER_TOKEN,

@@ -249,7 +249,13 @@ _OUTPUT: Mapping[str, Neutral] = {
     "web_search_options": (),
 }
 REFUSED: Mapping[str, Neutral] = {**_ADAPTERS, **_SAMPLING, **_PROMPT, **_OUTPUT}
-REFUSED_IN_CHAT: Mapping[str, Neutral] = {**REFUSED, "echo": (False,), "prompt": ("",), "add_special_tokens": (False,)}
+_TAKEN_IN_CHAT = frozenset(("tools", "tool_choice"))
+REFUSED_IN_CHAT: Mapping[str, Neutral] = {
+    **{name: neutral for name, neutral in REFUSED.items() if name not in _TAKEN_IN_CHAT},
+    "echo": (False,),
+    "prompt": ("",),
+    "add_special_tokens": (False,),
+}
 REFUSED_IN_COMPLETIONS: Mapping[str, Neutral] = {**REFUSED, "messages": ([],), "top_logprobs": (0,)}
 REFUSED_IN_MESSAGE: Mapping[str, Neutral] = {
     "audio": (),
@@ -260,7 +266,6 @@ REFUSED_IN_MESSAGE: Mapping[str, Neutral] = {
     "prefix": (False,),
     "refusal": ("",),
     "task": (),
-    "tool_calls": ([],),
     "tool_name": (),
     "tools": ([],),
     "videos": ([],),
@@ -282,6 +287,10 @@ INSTEAD: Mapping[str, str] = {
     "base_model": "put the name into model",
     "do_sample": "for greedy answers, use temperature 0",
     "end_id": "use stop_token_ids",
+    "function_call": "use tool_choice in /v1/chat/completions",
+    "functions": "use tools in /v1/chat/completions",
+    "tool_choice": "use /v1/chat/completions",
+    "tools": "use /v1/chat/completions",
     "extra_key": "use cache_salt",
     "max_length": "use max_tokens, which doesn't count the prompt",
     "messages": "use /v1/chat/completions",
@@ -322,11 +331,18 @@ ALIASES: Mapping[str, str] = {
 ALIASES_IN_COMPLETIONS: Mapping[str, str] = {**ALIASES, "max_completion_tokens": "max_tokens"}
 ALIASES_OF_TOKENIZE: Mapping[str, str] = {"add_special": "add_special_tokens", "with_pieces": "return_token_strs"}
 
+# In a message: what to use in a field's place.
+INSTEAD_IN_MESSAGE: Mapping[str, str] = {
+    "function_call": "use tool_calls",
+    "tool_name": "give tool_call_id",
+    "tools": "put tools into the body itself",
+}
+
 # Fields that change nothing about the answer here: bookkeeping, routing and speed of other servers.
 HARMLESS = frozenset(
     (
         *("metadata", "moderation", "prediction", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
-        *("safety_identifier", "service_tier", "store", "parallel_tool_calls"),
+        *("safety_identifier", "service_tier", "store"),
         *("request_id", "rid", "priority", "session_id", "conversation_id", "custom_labels", "log_metrics"),
         "guided_decoding_backend",  # there is one
         *("api_token", "keep_alive", "stream_interval", "separate_reasoning", "stream_reasoning", "include_reasoning"),
@@ -342,6 +358,7 @@ HARMLESS = frozenset(
         *("images_config", "max_dynamic_patch", "min_dynamic_patch", "use_audio_in_video"),
     )
 )
+HARMLESS_OUTSIDE_CHAT = HARMLESS | {"parallel_tool_calls"}
 # In a message: what other models gave besides the answer, which chat templates of the LLaMA family leave out.
 HARMLESS_IN_MESSAGE = frozenset(
     (
@@ -349,7 +366,7 @@ HARMLESS_IN_MESSAGE = frozenset(
         *("reasoning", "reasoning_content", "reasoning_details", "thinking", "type", "weight"),
     )
 )
-IN_MESSAGE = frozenset(("role", "content", *REFUSED_IN_MESSAGE, *HARMLESS_IN_MESSAGE))
+IN_MESSAGE = frozenset(("role", "content", "tool_calls", "tool_call_id", *REFUSED_IN_MESSAGE, *HARMLESS_IN_MESSAGE))
 HARMLESS_IN_PART = frozenset(("type", "text", "cache_control", "annotations"))
 HARMLESS_IN_STREAM_OPTIONS = frozenset(("include_obfuscation",))
 

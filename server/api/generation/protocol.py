@@ -13,6 +13,8 @@ from guanaco.server.api.generation.fields import (
     ALIASES,
     ALIASES_IN_COMPLETIONS,
     ALIASES_OF_TOKENIZE,
+    HARMLESS_OUTSIDE_CHAT,
+    INSTEAD_IN_MESSAGE,
     REFUSED,
     REFUSED_IN_CHAT,
     REFUSED_IN_COMPLETIONS,
@@ -20,6 +22,7 @@ from guanaco.server.api.generation.fields import (
     RouteFields,
     asks_for_nothing,
 )
+from guanaco.server.api.tools.fields import ToolCallId, ToolCalls, ToolChoiceField, Tools
 
 # Limits (shared/design/reliability.md 2.6): what one request may ask for, refused before any work is done for it.
 MAX_MESSAGES = 512
@@ -255,14 +258,30 @@ class GenerationBody(Body):
 
 
 class ChatMessage(Body):
-    """One message. Roles tool and function belong to tools, which aren't supported."""
+    """One message. The role function, and with it function_call, is OpenAI's old form of tools: not taken."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content
+    tool_calls: ToolCalls = ()
+    tool_call_id: ToolCallId = None
+    name: User = None
 
-    def template_message(self) -> dict[str, str]:
+    @property
+    def num_bytes(self) -> int:
+        """Of its text."""
+        return len(self.content.encode()) + sum(call.num_bytes for call in self.tool_calls)
+
+    def template_message(self) -> dict[str, Any]:
         """The message as chat templates know it: `developer` is OpenAI's newer name of `system`."""
-        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+        message: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": self.content,
+        }
+        if self.tool_calls:
+            message["tool_calls"] = [call.shown() for call in self.tool_calls]
+        if self.role == "tool":
+            message |= {"tool_call_id": self.tool_call_id, "name": self.name}
+        return message
 
 
 def _message(value: object) -> object:
@@ -270,7 +289,12 @@ def _message(value: object) -> object:
         raise _fail("each message must be an object with role and content")
     for name, neutral in REFUSED_IN_MESSAGE.items():
         if not asks_for_nothing(value.get(name), neutral):
-            raise _fail(f"{name} is not supported in a message")
+            advice = f": {INSTEAD_IN_MESSAGE[name]}" if name in INSTEAD_IN_MESSAGE else ""
+            raise _fail(f"{name} is not supported in a message{advice}")
+    if value.get("role") == "function":
+        raise _fail("the role function is not supported: use the role tool, with tool_call_id")
+    if value.get("role") != "assistant" and value.get("tool_calls"):
+        raise _fail("only a message of the role assistant has tool_calls")
     if value.get("content") is None and value.get("role") != "assistant":
         raise _fail("a message must have content")
     return {"content": None, **value}
@@ -286,6 +310,9 @@ class ChatBody(GenerationBody):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     add_generation_prompt: bool | None = None
+    tools: Tools = ()
+    tool_choice: ToolChoiceField = None
+    parallel_tool_calls: bool | None = None
 
     @property
     def token_limit(self) -> int | None:
@@ -323,6 +350,9 @@ class TokenizeBody(Body):
     ) = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
+    tools: Tools = ()
+    tool_choice: ToolChoiceField = None
+    parallel_tool_calls: bool | None = None
     return_token_strs: bool | None = None
 
 
@@ -336,7 +366,7 @@ class DetokenizeBody(Body):
 
 _CHAT, _COMPLETION = frozenset(ChatBody.model_fields), frozenset(CompletionBody.model_fields)
 CHAT_FIELDS = RouteFields(_CHAT, REFUSED_IN_CHAT, ALIASES)
-COMPLETION_FIELDS = RouteFields(_COMPLETION, REFUSED_IN_COMPLETIONS, ALIASES_IN_COMPLETIONS)
+COMPLETION_FIELDS = RouteFields(_COMPLETION, REFUSED_IN_COMPLETIONS, ALIASES_IN_COMPLETIONS, HARMLESS_OUTSIDE_CHAT)
 # Routers send a whole chat request to /tokenize: it takes and refuses the same fields.
 _TOKENIZE = frozenset(TokenizeBody.model_fields)
 TOKENIZE_CHAT_FIELDS = RouteFields(
@@ -345,6 +375,9 @@ TOKENIZE_CHAT_FIELDS = RouteFields(
     {**ALIASES, "with_pieces": "return_token_strs"},
 )
 TOKENIZE_PROMPT_FIELDS = RouteFields(
-    _COMPLETION | _TOKENIZE, REFUSED_IN_COMPLETIONS, {**ALIASES_IN_COMPLETIONS, **ALIASES_OF_TOKENIZE}
+    _COMPLETION | _TOKENIZE,
+    REFUSED_IN_COMPLETIONS,
+    {**ALIASES_IN_COMPLETIONS, **ALIASES_OF_TOKENIZE},
+    HARMLESS_OUTSIDE_CHAT,
 )
-DETOKENIZE_FIELDS = RouteFields(frozenset(DetokenizeBody.model_fields), REFUSED, {})
+DETOKENIZE_FIELDS = RouteFields(frozenset(DetokenizeBody.model_fields), REFUSED, {}, HARMLESS_OUTSIDE_CHAT)

@@ -5,7 +5,7 @@ ends: how a body becomes engine requests, and what an answer looks like.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -28,6 +28,7 @@ from guanaco.server.api.http.auth import ApiKey
 from guanaco.server.api.http.errors import ApiError, bad_request
 from guanaco.server.api.http.fair_pool import FairPool, Lane
 from guanaco.server.api.http.lifecycle import Admission, Lifecycle
+from guanaco.server.api.tools.plan import ToolPlan
 from guanaco.server.engine.awake_clock import awake_seconds
 from guanaco.server.engine.constraints import Constraint
 from guanaco.server.engine.request import Request, SamplingParams
@@ -63,6 +64,7 @@ class Prepared:
     cache_salt: str
     ignored: Ignored
     grammar: Grammar | None = None  # that every choice's text must follow
+    tools: ToolPlan = field(default_factory=ToolPlan)
 
     @property
     def stream(self) -> bool:

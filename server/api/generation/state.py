@@ -20,6 +20,7 @@ from guanaco.server.api.http.errors import overloaded
 from guanaco.server.api.http.fair_pool import FairPool, Lane
 from guanaco.server.api.http.intake import Intake
 from guanaco.server.api.http.lifecycle import Admission, Lifecycle
+from guanaco.server.api.tools.plan import ToolTemplate
 from guanaco.server.config import Settings
 from guanaco.server.engine.async_engine import AsyncEngine
 from guanaco.server.engine.request import SamplingParams
@@ -35,8 +36,9 @@ _ANSWER_THREADS = 1
 _GRAMMAR_THREADS = 1
 
 
-class Template(Protocol):
-    """What the API knows of a chat template: how a model that was trained on it goes on where it should stop."""
+class Template(ToolTemplate, Protocol):
+    """What the API knows of a chat template: what it takes of tools, and how a model that was trained on it goes on
+    where it should stop."""
 
     @property
     def stop_strings(self) -> tuple[str, ...]: ...
@@ -70,6 +72,7 @@ class ChatTokenizer(Protocol):
         add_generation_prompt: bool = True,
         template: Any = None,
         max_chars: int = ...,
+        tools: Sequence[dict[str, Any]] | None = None,
     ) -> list[int]: ...
 
 

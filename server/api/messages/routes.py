@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from guanaco.server.api.generation.body import body_schema, take_fields
 from guanaco.server.api.generation.catalog import Caller
-from guanaco.server.api.generation.conversation import prepare_conversation, renamed_errors, render_messages
+from guanaco.server.api.generation.conversation import prepare_conversation, renamed_errors, render_messages, tool_plan
 from guanaco.server.api.generation.ignored import Ignored
 from guanaco.server.api.generation.serving import Prepared, model_to_look_at, serve, serve_tokens
 from guanaco.server.api.generation.state import ApiState
@@ -59,7 +59,10 @@ def _count(is_beta: bool, state: ApiState, caller: Caller, data: dict[str, Any])
     model = model_to_look_at(state, chat, caller)
     with renamed_errors(NAMES):
         template = state.template_for(model)
-        token_ids = render_messages(state, template, chat.messages, model.max_model_len, add_generation_prompt=True)
+        tools = tool_plan(state, template, chat)
+        token_ids = render_messages(
+            state, template, chat.messages, model.max_model_len, tools=tools, add_generation_prompt=True
+        )
     return {"input_tokens": len(token_ids)}, _with_beta(fields.ignored, is_beta)
 
 

@@ -16,6 +16,9 @@ from guanaco.server.api.generation.protocol import CHAT_FIELDS, ChatBody
 from guanaco.server.api.generation.serving import Prepared, serve
 from guanaco.server.api.generation.state import ApiState, ChatTokenizer
 from guanaco.server.api.http.lifecycle import Admission
+from guanaco.server.api.tools.calls import TOOL_CALLS, ChoiceCalls, deltas
+from guanaco.server.api.tools.plan import ToolPlan
+from guanaco.server.api.tools.reader import Content, Event, ToolCallReader
 from guanaco.server.engine.request import FinishReason, TokenLogprob
 from guanaco.server.engine.request_stream import TextOutput
 
@@ -34,16 +37,29 @@ def prepare_chat(
     fields = take_fields(data, CHAT_FIELDS)
     body = fields.validate(ChatBody)
     prepared = prepare_conversation(state, caller, body, admission, fields.ignored)
-    return prepared, ChatAnswer(body, prepared.model, state.tokenizer)
+    return prepared, ChatAnswer(body, prepared.model, state.tokenizer, prepared.tools)
 
 
 @dataclass
 class _Choice:
-    texts: list[str] = field(default_factory=list)
+    reader: ToolCallReader | None  # None: all of its text is content
+    calls: ChoiceCalls = field(default_factory=ChoiceCalls)
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
+    finish_reason: str | None = None
     stop_reason: int | str | None = None
     started: bool = False
+
+    def read(self, output: TextOutput) -> list[Event]:
+        """What an output says: content, calls."""
+        if self.reader is None:
+            return [Content(output.text)] if output.text else []
+        events = self.reader.feed(output.text)
+        return events if output.finish_reason is None else events + self.reader.finish()
+
+    def finish_reason_of(self, output: TextOutput) -> str | None:
+        """An answer with calls that ended by itself ended for them."""
+        has_calls = self.reader is not None and self.reader.num_calls > 0
+        return TOOL_CALLS if has_calls and output.finish_reason is FinishReason.STOP else output.finish_reason
 
 
 class ChatAnswer(ChoicesAnswer):
@@ -53,11 +69,11 @@ class ChatAnswer(ChoicesAnswer):
     object_name = "chat.completion"
     chunk_name = "chat.completion.chunk"
 
-    def __init__(self, body: ChatBody, model: ServedModel, tokenizer: ChatTokenizer) -> None:
+    def __init__(self, body: ChatBody, model: ServedModel, tokenizer: ChatTokenizer, tools: ToolPlan) -> None:
         super().__init__(body, model)
         self._tokenizer = tokenizer
         self._with_logprobs = bool(body.logprobs)
-        self._choices = [_Choice() for _ in range(body.n)]
+        self._choices = [_Choice(tools.reader()) for _ in range(body.n)]
 
     @property
     def num_choices(self) -> int:
@@ -67,37 +83,40 @@ class ChatAnswer(ChoicesAnswer):
     def has_logprobs(self) -> bool:
         return self._with_logprobs
 
-    def choice_chunk(self, index: int, output: TextOutput) -> dict[str, Any] | None:
+    def choice_chunks(self, index: int, output: TextOutput) -> list[dict[str, Any]]:
         choice = self._choices[index]
         choice.logprobs += output.logprobs
-        if not output.text and output.finish_reason is None:
-            return None
-        delta: dict[str, Any] = {}
+        news = deltas(choice.read(output))
+        if not news and output.finish_reason is None:
+            return []
+        news = news or [{}]
         if not choice.started:
-            delta = {"role": "assistant", "content": output.text}
-        elif output.text:
-            delta = {"content": output.text}
+            news[0] = {"role": "assistant", "content": None if "tool_calls" in news[0] else "", **news[0]}
         choice.started = True
         logprobs, choice.logprobs = choice.logprobs, []
-        return {
-            "index": index,
-            "delta": delta,
-            "logprobs": chat_logprobs(self._tokenizer, logprobs) if self.has_logprobs else None,
-            "finish_reason": output.finish_reason,
-            "stop_reason": output.stop_reason,
-        }
+        chunks: list[dict[str, Any]] = [
+            {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, "stop_reason": None}
+            for delta in news
+        ]
+        if self.has_logprobs:
+            chunks[0]["logprobs"] = chat_logprobs(self._tokenizer, logprobs)
+        chunks[-1] |= {"finish_reason": choice.finish_reason_of(output), "stop_reason": output.stop_reason}
+        return chunks
 
     def add(self, index: int, output: TextOutput) -> None:
         choice = self._choices[index]
-        choice.texts.append(output.text)
+        choice.calls.take(choice.read(output))
         choice.logprobs += output.logprobs
-        choice.finish_reason, choice.stop_reason = output.finish_reason, output.stop_reason
+        choice.finish_reason, choice.stop_reason = choice.finish_reason_of(output), output.stop_reason
 
     def choice(self, index: int) -> dict[str, Any]:
         choice = self._choices[index]
+        message: dict[str, Any] = {"role": "assistant", "content": choice.calls.content, "refusal": None}
+        if choice.calls.calls:
+            message["tool_calls"] = choice.calls.tool_calls
         return {
             "index": index,
-            "message": {"role": "assistant", "content": "".join(choice.texts), "refusal": None},
+            "message": message,
             "logprobs": chat_logprobs(self._tokenizer, choice.logprobs) if self.has_logprobs else None,
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,

@@ -130,11 +130,11 @@ class CompletionAnswer(ChoicesAnswer):
             for _ in range(body.n)
         ]
 
-    def choice_chunk(self, index: int, output: TextOutput) -> dict[str, Any] | None:
+    def choice_chunks(self, index: int, output: TextOutput) -> list[dict[str, Any]]:
         self.add(index, output)
         if not output.text and output.finish_reason is None:
-            return None
-        return self._take(index)
+            return []
+        return [self._take(index)]
 
     def add(self, index: int, output: TextOutput) -> None:
         choice = self._choices[index]

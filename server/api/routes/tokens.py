@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from guanaco.server.api.generation.body import body_schema, take_fields
 from guanaco.server.api.generation.catalog import Caller
-from guanaco.server.api.generation.conversation import render_messages
+from guanaco.server.api.generation.conversation import render_messages, tool_plan
 from guanaco.server.api.generation.ignored import Ignored
 from guanaco.server.api.generation.protocol import (
     DETOKENIZE_FIELDS,
@@ -67,14 +67,15 @@ def _tokenize(state: ApiState, caller: Caller, data: dict[str, Any]) -> tuple[di
     model = model_to_look_at(state, body, caller)
     max_model_len = model.max_model_len
     if body.messages is not None:
-        with_generation_prompt = body.add_generation_prompt is not False
+        template = state.template_for(model)
         token_ids = list(
             render_messages(
                 state,
-                state.template_for(model),
+                template,
                 body.messages,
                 max_model_len,
-                add_generation_prompt=with_generation_prompt,
+                tools=tool_plan(state, template, body),
+                add_generation_prompt=body.add_generation_prompt is not False,
             )
         )
     else:

@@ -75,12 +75,22 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "prompt_embeds": ("gASV",),
     "prompt_logprobs": (1, 0),
     "suffix": ("x",),
-    "tool_choice": ("auto", "required", {"type": "function"}, 5),
+    "tool_choice": (
+        "required",
+        {"type": "function"},
+        {"type": "function", "function": {"name": "f"}},
+        5,
+        "x",
+        [],
+        True,
+    ),
     "tools": ([{"type": "function"}], {}, "x"),
     "truncate_prompt_tokens": (1,),
     "use_beam_search": (True,),
 }
 
+_USER: dict[str, Any] = {"role": "user", "content": "x"}
+_CALL: dict[str, Any] = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 _MESSAGES: tuple[Any, ...] = (
     *(None, [], "hi", 5, {}, True, [None], ["hi"], [5], [[]], [{}], [{"role": "user"}], [{"content": "x"}]),
     [{"role": "user", "content": None}],
@@ -111,10 +121,56 @@ _MESSAGES: tuple[Any, ...] = (
     [{"role": "user", "content": [{"type": "file", "file": {}}]}],
     [{"role": "user", "content": [{"type": ["text"], "text": "x"}]}],
     [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}],
+    *(
+        [_USER, {"role": "assistant", "content": None, "tool_calls": calls}]
+        for calls in (
+            *({}, "x", [None], [{"id": "1", "function": {"name": "f"}}] * 2, [{"function": {"name": "f"}}]),
+            *([{"id": i, "function": {"name": "f"}}] for i in ("", 5, "x" * 257)),
+            *([{"id": "1", "function": {"name": n}}] for n in ("", 5, None, "x" * 257)),
+            *(
+                [{"id": "1", "function": {"name": "f", "arguments": a}}]
+                for a in ("x", "[]", "5", "null", '{"a": NaN}', "{", 5, [], True)
+            ),
+            [{"id": "1", "type": "custom", "custom": {}}],
+        )
+    ),
+    [_USER, {"role": "tool", "content": "x", "tool_call_id": 5}, _USER],
+    [{**_USER, "tool_calls": [_CALL]}],
+    [
+        _USER,
+        {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+        {"role": "tool", "content": "x", "tool_call_id": "2"},
+    ],
+    [_USER, {"role": "assistant", "content": "", "tool_calls": [_CALL]}, *([{"role": "tool", "content": "x"}] * 2)],
+    [
+        _USER,
+        {"role": "assistant", "content": "", "tool_calls": [_CALL, {**_CALL, "id": "2"}]},
+        {"role": "tool", "content": "x"},
+    ],
     [{"role": "assistant", "content": "x", "function_call": {"name": "f"}}],
     [{"role": "assistant", "content": "x", "audio": {"id": "1"}}],
     [{"role": "assistant", "content": "first"}],  # the fake template refuses it
     [{"role": "user", "content": "x"}] * 513,
+)
+_BAD_FUNCTIONS: tuple[Any, ...] = (
+    *(
+        None,
+        5,
+        [],
+        {},
+        {"name": None},
+        {"name": ""},
+        {"name": "a b"},
+        {"name": "x" * 65},
+        {"name": "f\n"},
+        {"name": "é"},
+    ),
+    *({"name": "f", "description": 5}, {"name": "f", "description": "x" * 32769}, {"name": "f", "strict": 1}),
+    *(
+        {"name": "f", "parameters": p}
+        for p in (5, [], "{}", True, {"type": "array"}, {"type": None}, {"a": "x" * 65536})
+    ),
+    {"name": "f", "parameters": {"a": 2**70}},
 )
 _PROMPTS: tuple[Any, ...] = (
     *(None, [], {}, 5, True, 1.5, [None], [[]], [[], []], [True], [1.0], ["x", 1], [1, "x"], [[1], 1], [[1], "x"]),
@@ -122,7 +178,20 @@ _PROMPTS: tuple[Any, ...] = (
     *([1.5], ["x", ["y"]], [[True]], ["x", {}]),
 )
 
+_TOOL = {"type": "function", "function": {"name": "f"}}
 _CHAT_FIELDS: dict[str, tuple[Any, ...]] = {
+    "tools": (
+        *([{}], [None], [5], ["f"], [[]], [{"type": "custom", "custom": {"name": "f"}}], [{"type": "web_search"}]),
+        *([{"type": ["function"], "function": {"name": "f"}}], [{"function": {"name": "f"}}]),
+        *([{"type": "function", "function": function}] for function in _BAD_FUNCTIONS),
+        *([_TOOL, _TOOL], [_TOOL] * 129),
+    ),
+    "tool_choice": (
+        *({}, {"type": "custom"}, {"type": "function", "function": {}}, {"type": "function", "function": {"name": 5}}),
+        *({"type": "allowed_tools"}, {"type": "allowed_tools", "allowed_tools": {"mode": "none", "tools": []}}),
+        *({"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": t}} for t in ([], [{}], 5, ["f"])),
+    ),
+    "parallel_tool_calls": ("true", 1, []),
     "messages": _MESSAGES,
     "max_completion_tokens": (0, -1, 2**31, "5", 5.0, True),
     "logprobs": ("true", 1, 0, [], {}),

@@ -6,12 +6,14 @@ The tokenizer's tokens are the bytes of UTF-8, so that every text can be worked 
 
 import asyncio
 import hashlib
+import json
 import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from guanaco.models.errors import TemplateError
+from guanaco.models.text.template_tools import ToolSupport
 from guanaco.server.engine.async_engine import EngineOverloaded, EngineUnavailable, Health
 from guanaco.server.engine.request import FinishReason, Request, TokenLogprob
 from guanaco.server.engine.request_stream import TextOutput
@@ -27,9 +29,16 @@ class TemplateProblem(TemplateError):
     """What the fake chat template raises: it wants the first message not to come from the assistant."""
 
 
+NO_TOOLS = ToolSupport(tools=False, calls=False, results=False, many_calls=False, system=True)
+
+
 @dataclass(frozen=True)
 class FakeTemplate:
+    """Without tools of its own, as the demo's is, unless `tool_support` says so."""
+
     stop_strings: tuple[str, ...] = ()
+    source: str = ""
+    tool_support: ToolSupport = NO_TOOLS
 
 
 class FakeTokenizer:
@@ -77,13 +86,17 @@ class FakeTokenizer:
         add_generation_prompt: bool = True,
         template: Any = None,
         max_chars: int = 1 << 24,
+        tools: Sequence[dict[str, Any]] | None = None,
     ) -> list[int]:
         if messages[0]["role"] == "assistant":
             raise TemplateProblem("SECRET: a conversation can't begin with " + messages[0]["content"])
-        roles = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
+        roles = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT, "tool": USER}
         ids = [BOS]
+        if tools is not None:
+            ids += [SYSTEM, *json.dumps(tools).encode(), END]
         for message in messages:
-            ids += [roles[message["role"]], *message["content"].encode(), END]
+            calls = json.dumps(message["tool_calls"]) if message.get("tool_calls") else ""
+            ids += [roles[message["role"]], *message["content"].encode(), *calls.encode(), END]
         return ids + [ASSISTANT] * add_generation_prompt
 
 
@@ -106,6 +119,7 @@ class Script:
     raise_on_submit: Exception | None = None
     hide_every: int = 0  # every so many tokens one comes without its text, which comes with the next
     cached_tokens: int = 0
+    reply: str | None = None  # what is written; None: `reply_of`
 
 
 class FakeStream:
@@ -143,7 +157,7 @@ class FakeStream:
 
     async def _run(self) -> AsyncIterator[TextOutput]:
         script, params = self.engine.script, self.request.params
-        tokens = _tokens_of(self.request)
+        tokens = _tokens_of(self.request, script.reply)
         text = held = ""
         prompt_logprobs: tuple[TokenLogprob, ...] = ()
         if params.prompt_logprobs is not None:
@@ -203,9 +217,11 @@ def logprob_of(token_id: int, num_top: int) -> TokenLogprob:
     return TokenLogprob(token_id, -0.125, top)
 
 
-def _tokens_of(request: Request) -> list[tuple[tuple[int, ...], str, FinishReason | None, str | None]]:
+def _tokens_of(
+    request: Request, reply: str | None = None
+) -> list[tuple[tuple[int, ...], str, FinishReason | None, str | None]]:
     """(token ids, text, finish, stop reason) of each step. A character counts as one token, its first byte's id."""
-    params, reply = request.params, reply_of(request)
+    params, reply = request.params, reply_of(request) if reply is None else reply
     if params.max_tokens == 0:
         return [((), "", FinishReason.LENGTH, None)]
     steps: list[tuple[tuple[int, ...], str, FinishReason | None, str | None]] = []

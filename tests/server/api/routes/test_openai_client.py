@@ -102,10 +102,9 @@ def test_errors_are_the_clients_own_exceptions(server: LiveServer, client: OpenA
         client.chat.completions.create(model=BASE, messages=MESSAGES, max_tokens=MAX_MODEL_LEN)
     assert bad.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError) as tools:
-        client.chat.completions.create(
-            model=BASE, messages=MESSAGES, tools=[{"type": "function", "function": {"name": "f"}}]
-        )
-    assert (tools.value.code, tools.value.param) == ("unsupported_parameter", "tools")
+        client.chat.completions.create(model=BASE, messages=MESSAGES, functions=[{"name": "f"}])
+    assert (tools.value.code, tools.value.param) == ("unsupported_parameter", "functions")
+    assert "use tools" in tools.value.message
     with pytest.raises(openai.AuthenticationError), OpenAI(base_url=server.url + "/v1", api_key="no") as stranger:
         stranger.models.list()
     server.script(fail_after=0, failure="numerical_error")

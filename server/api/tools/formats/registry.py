@@ -1,0 +1,24 @@
+"""The formats by name, and which one a chat template's text speaks for."""
+
+from guanaco.server.api.tools.formats.base import CallFormat
+from guanaco.server.api.tools.formats.hermes import HERMES
+from guanaco.server.api.tools.formats.llama3 import LLAMA3, PYTHON_TAG
+from guanaco.server.api.tools.formats.mistral import MISTRAL
+
+FORMATS: dict[str, CallFormat] = {each.name: each for each in (HERMES, LLAMA3, MISTRAL)}
+DEFAULT = HERMES
+# In this order: the first text that a template has decides.
+_SIGNS = (
+    ("<tool_call>", HERMES),
+    ("[TOOL_CALLS]", MISTRAL),
+    (PYTHON_TAG, LLAMA3),
+    ("<|start_header_id|>ipython", LLAMA3),
+    ("'ipython'", LLAMA3),
+    ('"ipython"', LLAMA3),
+    ('"parameters": ', LLAMA3),
+)
+
+
+def format_of_template(source: str) -> CallFormat:
+    """The format that a template's text shows; the default, Hermes', where it shows none."""
+    return next((found for sign, found in _SIGNS if sign in source), DEFAULT)

@@ -1,0 +1,146 @@
+"""One request's tools, from its fields to its prompt and to the reader of its answers.
+
+The room's entry: see the room's docstring. Messages and tools have the shape of OpenAI's chat. Called by the routes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import orjson
+
+from guanaco.models.error_codes import ErrorCode
+from guanaco.server.api.http.errors import bad_request
+from guanaco.server.api.tools.default_prompt import tools_text, with_calls_as_text, with_tools_text
+from guanaco.server.api.tools.definitions import Mode, Tool, ToolChoice
+from guanaco.server.api.tools.formats.base import CallFormat
+from guanaco.server.api.tools.formats.mistral import MISTRAL
+from guanaco.server.api.tools.formats.registry import DEFAULT, FORMATS, format_of_template
+from guanaco.server.api.tools.history import Message, check_history, one_call_a_message, with_mistral_ids
+from guanaco.server.api.tools.reader import ToolCallReader
+
+
+class Support(Protocol):
+    """What a chat template writes of tools by itself (`models.text.template_tools.ToolSupport`)."""
+
+    @property
+    def tools(self) -> bool: ...
+    @property
+    def calls(self) -> bool: ...
+    @property
+    def results(self) -> bool: ...
+    @property
+    def many_calls(self) -> bool: ...
+    @property
+    def system(self) -> bool: ...
+
+
+class ToolTemplate(Protocol):
+    """What is needed of a chat template. `tool_support` may raise the template's own errors."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def tool_support(self) -> Support: ...
+
+
+class ControlIds(Protocol):
+    """What is needed of a tokenizer."""
+
+    def control_id(self, text: str) -> int | None: ...
+
+
+@dataclass(frozen=True)
+class ToolPlan:
+    """What a request's tools come to. One without tools only brings the history into shape."""
+
+    tools: tuple[Tool, ...] = ()
+    mode: Mode = "none"
+    names: tuple[str, ...] = ()  # of the functions that may be called
+    parallel: bool = True  # whether an answer may have several calls
+    setting: str = "auto"  # --tool-format
+    template: ToolTemplate | None = None  # that the prompt is made with
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the tools' text in a prompt, roughly."""
+        return sum(len(orjson.dumps(tool.shown)) for tool in self.shown)
+
+    @property
+    def shown(self) -> tuple[Tool, ...]:
+        """What the model is told of. Of tools that it must not call it isn't: it would call them."""
+        return () if self.mode == "none" else self.tools
+
+    @property
+    def call_format(self) -> CallFormat:
+        """How calls are written; the format `none` only says that answers are not searched."""
+        if self.setting in FORMATS:
+            return FORMATS[self.setting]
+        return DEFAULT if self.setting == "none" or self.template is None else format_of_template(self.template.source)
+
+    def prompt(self, messages: Sequence[Message]) -> tuple[list[Message], list[dict[str, Any]] | None]:
+        """Messages and tools for the template. 400 for a history that doesn't fit together; the template's errors."""
+        messages = check_history(messages)
+        has_calls = any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
+        if self.template is None or not (self.shown or has_calls):
+            return messages, None
+        support, call_format = self.template.tool_support, self.call_format
+        if has_calls and not (support.calls and support.results):
+            messages = with_calls_as_text(messages, call_format)
+        elif has_calls:
+            messages = messages if support.many_calls else one_call_a_message(messages)
+            messages = with_mistral_ids(messages) if call_format is MISTRAL else messages
+        if not self.shown:
+            return messages, None
+        tools = [dict(tool.shown) for tool in self.shown]
+        if support.tools:
+            return messages, tools
+        return with_tools_text(messages, tools_text(tools, call_format), takes_system=support.system), None
+
+    def visible_ids(self, tokenizer: ControlIds) -> frozenset[int]:
+        """The control tokens that begin calls; empty where answers are not searched for calls."""
+        if not self.reads_calls:
+            return frozenset()
+        ids = (tokenizer.control_id(text) for text in self.call_format.control_texts)
+        return frozenset(token for token in ids if token is not None)
+
+    @property
+    def is_forced(self) -> bool:
+        """Whether the answer has to be calls."""
+        return self.mode == "required"
+
+    @property
+    def reads_calls(self) -> bool:
+        """Whether answers are searched for calls."""
+        return self.mode != "none" and bool(self.names) and (self.setting != "none" or self.is_forced)
+
+    def reader(self) -> ToolCallReader | None:
+        """A reader for one choice; None where its text is content whatever it says."""
+        if not self.reads_calls:
+            return None
+        max_calls = None if self.parallel else 1
+        return ToolCallReader(self.call_format, self.names, sure=self.is_forced, max_calls=max_calls)
+
+
+def plan_tools(
+    tools: Sequence[Tool],
+    choice: ToolChoice | None,
+    parallel: bool | None,
+    *,
+    template: ToolTemplate | None,
+    setting: str = "auto",
+) -> ToolPlan:
+    """The plan for a request's fields, which `definitions` parsed. 400 where they contradict each other."""
+    names = [tool.name for tool in tools]
+    if not tools:
+        if choice is not None and choice.mode == "required":
+            raise bad_request("tool_choice asks for a call, but there are no tools", "tool_choice")
+        return ToolPlan(setting=setting, template=template)
+    if choice is not None and choice.names is not None and not set(choice.names) <= set(names):
+        raise bad_request("tool_choice names a function that is not in tools", "tool_choice")
+    if choice is not None and choice.mode == "required":
+        text = 'tool_choice "required" and named functions are not supported by this server: use "auto"'
+        raise bad_request(text, "tool_choice", ErrorCode.UNSUPPORTED_PARAMETER)
+    mode = "auto" if choice is None else choice.mode
+    allowed = names if choice is None or choice.names is None else list(choice.names)
+    return ToolPlan(tuple(tools), mode, tuple(allowed), parallel is not False, setting, template)

@@ -1,0 +1,211 @@
+"""What a model writes, taken apart into content and calls while it comes.
+
+What is no well-formed call stays content, and nothing is lost but the white space around calls. The events of a text
+are the same however it is cut into pieces. Doesn't know the formats' own rules. Made by `plan`, used by answers.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from guanaco.server.api.tools.call_object import NoCall
+from guanaco.server.api.tools.formats.base import SPACE, Call, CallFormat, Candidate, Status
+
+
+@dataclass(frozen=True)
+class Content:
+    text: str
+
+
+@dataclass(frozen=True)
+class CallBegins:
+    index: int  # of the call in the answer
+    name: str
+
+
+@dataclass(frozen=True)
+class CallArguments:
+    index: int
+    text: str  # a piece of the arguments' JSON
+
+
+Event = Content | CallBegins | CallArguments
+
+
+class ToolCallReader:
+    """One answer's reader. `feed` its text as it comes, and `finish` once.
+
+    A call is given when it is complete. With `sure`, the text follows a grammar, so that each beginning becomes a call:
+    arguments are given as they come, and stay unfinished where the answer ends early.
+    """
+
+    def __init__(
+        self, call_format: CallFormat, names: Collection[str], *, sure: bool = False, max_calls: int | None = None
+    ) -> None:
+        """names: of the functions that may be called. max_calls: what comes behind so many calls is content."""
+        self._format = call_format
+        self._names = names
+        self._sure = sure
+        self._max_calls = max_calls
+        self._text = ""  # not given yet: white space, or what may become a marker
+        self._raw = ""  # of the candidate, with the white space before it
+        self._marker_chars = 0  # of `_raw`: white space and marker
+        self._candidate: Candidate | None = None
+        self._at_start = True  # a bare call may begin here
+        self._after_call = False  # nothing but white space has come since the last call
+        self._num_given = 0  # of the candidate's calls
+        self._live_chars: int | None = None  # of the current call's arguments that were given; None: it has not begun
+        self._events: list[Event] = []
+        self.num_calls = 0
+
+    def feed(self, text: str) -> list[Event]:
+        """The events that new text brings."""
+        self._read(text, final=False)
+        return self._take()
+
+    def finish(self) -> list[Event]:
+        """The last events: the text is over."""
+        self._read("", final=True)
+        return self._take()
+
+    def _take(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+    def _read(self, text: str, *, final: bool) -> None:
+        rest = text
+        while True:
+            if self._candidate is None:
+                rest = self._search(rest, final=final)
+                if self._candidate is None:
+                    return
+            rest = self._read_candidate(rest)
+            if self._candidate is not None:
+                if not final:
+                    return
+                rest = self._end_candidate()
+                if self._candidate is None and not rest:
+                    return
+
+    # --- text ---------------------------------------------------------------------------------------------------------
+
+    def _search(self, new: str, *, final: bool) -> str:
+        """Give text up to the next beginning of a call, and start its candidate; returns what is behind it."""
+        text, self._text = self._text + new, ""
+        start, marker = self._find(text)
+        if start is not None:
+            before = text[:start]
+            content = before.rstrip(SPACE) if marker else ""
+            self._give_content(content)
+            self._raw = text[len(content) : start + len(marker)]
+            self._marker_chars = len(self._raw)
+            self._candidate = self._format.candidate(self._names)
+            self._num_given, self._live_chars = 0, None
+            return text[start + len(marker) :]
+        if not final:
+            kept = len(text) - self._num_held(text)
+            self._give_content(text[:kept])
+            self._text = text[kept:]
+        elif not (self._after_call and not text.strip(SPACE)):
+            self._give_content(text)
+        return ""
+
+    def _find(self, text: str) -> tuple[int | None, str]:
+        """Where the first beginning of a call stands, and its marker ("" for a bare one)."""
+        if self._max_calls is not None and self.num_calls >= self._max_calls:
+            return None, ""
+        if self._at_start and self._format.bare is not None and (match := self._format.bare.match(text)):
+            return match.end() - 1, ""
+        found = [(text.find(marker), marker) for marker in self._format.markers if marker in text]
+        return min(found) if found else (None, "")
+
+    def _num_held(self, text: str) -> int:
+        """How much of the end of the text may belong to the beginning of a call: white space, a part of a marker."""
+        longest = 0
+        for marker in self._format.markers:
+            for length in range(min(len(marker) - 1, len(text)), longest, -1):
+                if marker.startswith(text[-length:]):
+                    longest = length
+                    break
+        before = text[: len(text) - longest]
+        held = longest + len(before) - len(before.rstrip(SPACE))
+        if self._at_start and self._format.bare is not None and not text.strip(SPACE + ";"):
+            held = len(text) if text.count(";") <= 1 else held
+        return held
+
+    def _give_content(self, text: str) -> None:
+        if text:
+            self._events.append(Content(text))
+            self._at_start = self._after_call = False
+
+    # --- candidates ---------------------------------------------------------------------------------------------------
+
+    def _read_candidate(self, text: str) -> str:
+        """Take text until the candidate ends or turns out to be no call; returns what is to be read again or next."""
+        candidate = self._candidate
+        assert candidate is not None, "there is a candidate"
+        for position, char in enumerate(text):
+            try:
+                status = candidate.push(char)
+            except NoCall:
+                return self._drop_candidate(text[position:])
+            self._raw += char
+            if status is not Status.MORE:
+                self._give_calls(candidate.calls[self._num_given :])
+                self._num_given = len(candidate.calls)
+                unread = self._raw[len(self._raw) - candidate.unread :]
+                self._raw, self._marker_chars = "", 0
+            if status is Status.END:
+                self._candidate = None
+                return unread + text[position + 1 :]
+        self._give_live()
+        return ""
+
+    def _end_candidate(self) -> str:
+        """The text ended within the candidate."""
+        candidate = self._candidate
+        assert candidate is not None, "there is a candidate"
+        if self._live_chars is not None:  # cut off, as everybody's arguments are at max_tokens
+            self._give_calls(candidate.pending)
+            self._candidate = None
+            return ""
+        try:
+            candidate.finish()
+        except NoCall:
+            return self._drop_candidate("")
+        self._give_calls(candidate.calls[self._num_given :])
+        self._candidate = None
+        return ""
+
+    def _drop_candidate(self, rest: str) -> str:
+        """It was no call: its beginning is content, and what is behind that is read again."""
+        raw, self._raw, self._candidate = self._raw, "", None
+        begin = max(self._marker_chars, 1)
+        text = raw + rest
+        self._give_content(text[:begin])
+        return text[begin:]
+
+    def _give_calls(self, calls: list[Call]) -> None:
+        for call in calls:
+            if self._live_chars is None:
+                self._begin_call(call.name)
+                self._live_chars = 0
+            if rest := call.arguments[self._live_chars :]:
+                self._events.append(CallArguments(self.num_calls - 1, rest))
+            self._live_chars = None
+
+    def _begin_call(self, name: str) -> None:
+        self._events.append(CallBegins(self.num_calls, name))
+        self.num_calls += 1
+        self._at_start = self._after_call = True
+
+    def _give_live(self) -> None:
+        """Where it is sure that this becomes a call: what there is of it."""
+        current = self._candidate.current if self._candidate is not None else None
+        if not self._sure or current is None or current.name is None or current.arguments_start is None:
+            return
+        if self._live_chars is None:
+            self._begin_call(current.name)
+            self._live_chars = 0
+        if new := current.arguments_so_far()[self._live_chars :]:
+            self._events.append(CallArguments(self.num_calls - 1, new))
+            self._live_chars += len(new)
