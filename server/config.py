@@ -301,6 +301,15 @@ def _expanded(path: str) -> Path:
 _KEYS = frozenset({"api_key", "api_key_file", "admin_key", "admin_key_file"})
 
 
+def chat_history_file() -> Path | None:
+    """Where `guanaco chat` keeps what was typed (the XDG specification's place for state); None without a home."""
+    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    try:
+        return Path(state).expanduser() / "guanaco" / "chat_history"
+    except RuntimeError:  # no home directory
+        return None
+
+
 def load_settings(flags: Mapping[str, Any], config_file: Path | None = None) -> Settings:
     """Settings from flags (only those given), the environment and a YAML file.
 

@@ -87,16 +87,22 @@ def chat(
     system: Annotated[str | None, typer.Option(help="system message")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="most tokens per answer")] = 512,
     temperature: Annotated[float | None, typer.Option(min=0.0, help="none: the model's own")] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="show answers as they are, not as Markdown")] = False,
+    history: Annotated[bool, typer.Option(help="keep what was typed for the next conversation")] = True,
 ) -> None:
     """Talk to a running server in the terminal.
 
-    /model NAME switches between the base and its adapters. Without a terminal each line of the input is answered, and
+    /adapter NAME switches between the base and its adapters. Without a terminal each line of the input is answered, and
     only the answers are printed.
     """
-    from guanaco.server.commands.terminal import ChatClient
+    from guanaco.server.commands.chat.client import ChatClient
+    from guanaco.server.commands.chat.session import ChatSession
+    from guanaco.server.config import chat_history_file
 
     system = None if system is None else typed_text(system, "--system")
-    ChatClient(url, api_key=api_key, system=system, max_tokens=max_tokens, temperature=temperature).loop(model)
+    options = {"max_tokens": max_tokens} | ({} if temperature is None else {"temperature": temperature})
+    client = ChatClient(url, api_key=api_key, options=options)
+    ChatSession(client, system=system, plain=plain, history=chat_history_file() if history else None).run(model)
 
 
 @app.command(cls=Command)

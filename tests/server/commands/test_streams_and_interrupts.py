@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 
 from guanaco.server.bootstrap.machine import resident_bytes
 from guanaco.server.bootstrap.progress import reporting
-from guanaco.server.commands import adapter_actions, streams, terminal
+from guanaco.server.commands import adapter_actions, streams
+from guanaco.server.commands.chat import session
 from guanaco.server.commands.common import typed_text
 from guanaco.server.commands.main import app
 from guanaco.server.commands.models import prune_models
@@ -64,7 +65,7 @@ def test_ctrl_c_while_importing_is_one_line() -> None:
 @pytest.mark.parametrize(
     ("arguments", "interrupted"),
     [
-        (("chat",), "guanaco.server.commands.terminal.ChatClient.loop"),
+        (("chat",), "guanaco.server.commands.chat.session.ChatSession.run"),
         (("generate", "hi"), "guanaco.server.bootstrap.runtime.build_runtime"),
         (("serve", "--port", "0"), "guanaco.server.commands.serve.build_runtime"),
         (("bench",), "guanaco.server.commands.bench.engine.build_runtime"),
@@ -143,7 +144,7 @@ def test_words_that_are_not_utf_8() -> None:
         assert (done.exit_code, done.stderr.count("\n")) == (2, 1), done.output
     stream = io.TextIOWrapper(io.BytesIO(b"ok\n\xff\n"), encoding="utf-8")
     with pytest.raises(CommandError, match="not valid UTF-8"):
-        list(terminal._lines(stream))
+        list(session._lines(stream))
 
 
 @pytest.fixture
@@ -233,28 +234,6 @@ def test_cards_are_for_people(capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert not re.search(r"\b17000000|tier|device", out), out
     adapter_actions.show({**card, "tier": "device"}, as_json=True)
     assert json.loads(capsys.readouterr().out)["tier"] == "device", "JSON is for programs"
-
-
-def test_square_brackets_are_no_markup(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name or a server's message that looks like rich's markup is printed as it is."""
-    client = terminal.ChatClient("http://127.0.0.1:9", api_key=None, system=None, max_tokens=1, temperature=None)
-    out = io.StringIO()
-    client._console, client._is_piped = Console(file=out, width=200), False
-    monkeypatch.setattr(client, "_choose", lambda _: "m[/x]")
-    lines = iter(["/models", "hello"])
-
-    def read(*_: object) -> str:
-        return next(lines, "/quit")
-
-    def refuse(*_: object) -> None:
-        raise CommandError("bad [/red] words")
-
-    monkeypatch.setattr(client._console, "input", read)
-    monkeypatch.setattr(client, "_models", lambda: ["m[/x]", "n[/y]"])
-    monkeypatch.setattr(client, "_say", refuse)
-    client.loop(None)
-    for expected in ("m[/x] at", "n[/y]", "bad [/red] words"):
-        assert expected in out.getvalue()
 
 
 def test_nobody_to_ask_is_a_no(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
