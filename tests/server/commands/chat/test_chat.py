@@ -197,7 +197,7 @@ def test_square_brackets_are_no_markup(url: str, monkeypatch: pytest.MonkeyPatch
 
 
 MARKDOWN = st.lists(
-    st.sampled_from(["# A\n", "text ", "\n", "\n\n", "- item\n", "1. one\n", "```\n", "    code\n", "~~~~\n"])
+    st.sampled_from(["# A\n", "text\n", "\n", "\n\n", "- item\n", "1. one\n", "```\n", "    code\n", "~~~~\n"])
 )
 
 
