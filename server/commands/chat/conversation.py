@@ -25,10 +25,6 @@ _ROLES = ("system", "user", "assistant")
 _MAX_FILE_BYTES = 16 << 20
 
 
-class Quit(Exception):
-    """The user asked to end."""
-
-
 @dataclass
 class Conversation:
     """The turns so far. `model` answers the next one."""
@@ -97,12 +93,12 @@ def _message(path: Path, number: int, line: str) -> dict[str, str]:
 def run_command(
     line: str, conversation: Conversation, models: Callable[[], Sequence[str]], say: Callable[[str], None]
 ) -> str | None:
-    """Carry out one line that begins with `/`. Returns a message to send again (/retry), or None. Raises Quit."""
+    """Carry out one line that begins with `/`. Returns a message to send again (/retry), or None. /quit raises EOFError."""
     command, _, rest = line.partition(" ")
     rest = rest.strip()
     match command:
         case "/quit" | "/exit":
-            raise Quit
+            raise EOFError
         case "/adapter" | "/model" if rest:
             conversation.model = choose(rest, models())
             say(f"{conversation.model} answers now")

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from guanaco.server.commands.chat.client import AnswerFigures, ChatClient
-from guanaco.server.commands.chat.conversation import COMMANDS, Conversation, Quit, choose, run_command
+from guanaco.server.commands.chat.conversation import COMMANDS, Conversation, choose, run_command
 from guanaco.server.commands.chat.screen import MarkdownStream
 from guanaco.server.commands.terminal import write_text
 from guanaco.server.errors import CommandError
@@ -57,7 +57,7 @@ class ChatSession:
                     text = run_command(text, conversation, self._client.models, lambda said: _dim(console, said))
                 if text:
                     self._answer(conversation, text, console)
-            except (EOFError, Quit):
+            except EOFError:
                 return
             except KeyboardInterrupt:
                 console.print("[dim]Ctrl-D ends[/]")
@@ -99,7 +99,7 @@ class ChatSession:
                     text = run_command(text, conversation, self._client.models, lambda said: _dim(console, said))
                 if text:
                     self._answer_plainly(conversation, text)
-        except Quit:
+        except EOFError:
             return
 
     def _answer_plainly(self, conversation: Conversation, text: str) -> None:

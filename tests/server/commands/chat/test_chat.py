@@ -21,7 +21,7 @@ from rich.console import Console
 
 from guanaco.server.commands.chat import session as session_module
 from guanaco.server.commands.chat.client import AnswerFigures, ChatClient
-from guanaco.server.commands.chat.conversation import HELP, Conversation, Quit, run_command
+from guanaco.server.commands.chat.conversation import HELP, Conversation, run_command
 from guanaco.server.commands.chat.screen import MarkdownStream, finished_blocks
 from guanaco.server.commands.chat.session import ChatSession
 from guanaco.server.errors import CommandError
@@ -137,7 +137,7 @@ def test_commands_change_the_conversation(tmp_path: Path) -> None:
     run("/system", talk)
     assert (talk.model, talk.system) == ("pirate", None)
     assert run("/help", talk)[1] == HELP
-    with pytest.raises(Quit):
+    with pytest.raises(EOFError):
         run("/quit", talk)
 
 
