@@ -93,7 +93,7 @@ def _message(path: Path, number: int, line: str) -> dict[str, str]:
 def run_command(
     line: str, conversation: Conversation, models: Callable[[], Sequence[str]], say: Callable[[str], None]
 ) -> str | None:
-    """Carry out one line that begins with `/`. Returns a message to send again (/retry), or None. /quit raises EOFError."""
+    """Carry out one line that begins with `/`. Returns a message to send again, or None. EOFError for /quit."""
     command, _, rest = line.partition(" ")
     rest = rest.strip()
     match command:
