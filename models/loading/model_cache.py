@@ -14,13 +14,15 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from guanaco.models.architectures.config import LlamaConfig
 from guanaco.models.errors import ModelError
 from guanaco.models.formats.raw_file import FileLayout, RawFile
 from guanaco.models.formats.strict_json import read_json
 from guanaco.models.loading.quantize import Nf4CheckpointWriter
+
+T = TypeVar("T")
 
 # Part of every key: raise it when the same source would come out as other bytes.
 FORMAT = "guanaco nf4 cache 1"
@@ -97,6 +99,29 @@ class ModelCache:
                     on_wait()
                 fcntl.flock(file, mode)
             yield
+
+    def ensure(
+        self,
+        key: str,
+        *,
+        read: Callable[[CachedModel], T | None],
+        make: Callable[[], T],
+        on_wait: Callable[[], object] | None = None,
+    ) -> tuple[T, CachedModel | None]:
+        """What `read` makes of the entry called `key`, else what `make` returns, which writes the entry if it can.
+
+        `read` returns None for an entry that is damaged. It runs under the shared lock, so that many processes read at
+        once; `make` runs under the exclusive one. The second result is the damaged entry that `make` had to replace.
+        """
+        with self.lock(key, exclusive=False, on_wait=on_wait):
+            entry = self.find(key)
+            if entry is not None and (found := read(entry)) is not None:
+                return found, None
+        with self.lock(key, exclusive=True, on_wait=on_wait):
+            entry = self.find(key)  # between the two locks another process may have made it
+            if entry is not None and (found := read(entry)) is not None:
+                return found, None
+            return make(), entry
 
     def find(self, key: str) -> CachedModel | None:
         """The entry called `key`, if there is one."""

@@ -108,19 +108,23 @@ def test_there_are_enough_of_them() -> None:
     assert all(400 <= case.status < 500 for case in CASES)
 
 
+def _codes_in(tree: ast.AST) -> set[ErrorCode]:
+    named = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    return {ErrorCode[node.attr] for node in named if getattr(node.value, "id", "") == "ErrorCode"}
+
+
 def test_every_code_is_documented_with_its_status() -> None:
     """The table of docs/adapter-codes.md is what the adapters' code raises, and its statuses follow from the kinds."""
-    sources = [*(REPOSITORY / "adapters").rglob("*.py"), *(REPOSITORY / "server").rglob("*.py")]
-    sources += [REPOSITORY / "models/loading/hub_files.py", REPOSITORY / "models/formats/hub_errors.py"]
     raised = {code for code, _ in REFUSED.values()} | {code for _, code, _ in _FEATURES}
-    for path in sources:
+    for shared in ("models/formats/hub_errors.py", "models/formats/safetensors_header.py"):
+        raised |= _codes_in(ast.parse((REPOSITORY / shared).read_text()))
+    sources = [*(REPOSITORY / "adapters").rglob("*.py"), *(REPOSITORY / "server").rglob("*.py")]
+    for path in (*sources, REPOSITORY / "models/loading/hub_files.py"):
         if path.name in ELSEWHERE:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("AdapterError", "HubError"):
-                for word in ast.walk(node.args[0]):
-                    if isinstance(word, ast.Attribute) and getattr(word.value, "id", "") == "ErrorCode":
-                        raised.add(ErrorCode[word.attr])
+                raised |= _codes_in(node.args[0])
     codes = {ErrorCode(code): status for code, status in ADAPTER_CODES.items()}
     assert codes.keys() == raised - NOT_OF_LOADS
     assert {code: refusal(AdapterError(code, "")).status for code in codes} == codes

@@ -22,7 +22,7 @@ from guanaco.models.architectures.forward_batch import ForwardBatch
 from guanaco.models.architectures.kv_cache import PagedKVCache
 from guanaco.models.architectures.llama import LlamaModel
 from guanaco.models.loading.checkpoint import open_checkpoint
-from guanaco.models.loading.loader import ServedWeights
+from guanaco.models.loading.served_weights import ServedWeights
 
 
 def reference_ops(dtype: torch.dtype = torch.float32, decoded_weights_bytes: int = 0) -> Any:

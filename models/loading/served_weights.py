@@ -1,0 +1,207 @@
+"""The weights of a checkpoint on their way into a model: quantised, checked, kept for the next start, packed.
+
+One by one, so that no more than the finished model and one tensor is in memory. Knows neither caches nor locks. Called
+by `loader`.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from guanaco.kernels import Ops, PackedWeight
+from guanaco.kernels.nf4 import Nf4Weight, dtype_name
+from guanaco.models.architectures.config import LlamaConfig
+from guanaco.models.errors import ModelError
+from guanaco.models.formats.shown import listed
+from guanaco.models.loading.checkpoint import Checkpoint
+from guanaco.models.loading.packed_cache import PackedWeights, PackedWriter
+from guanaco.models.loading.quantize import (
+    Nf4CheckpointWriter,
+    Progress,
+    dense_tensor,
+    is_projection,
+    quantize_tensor,
+    weight_shapes,
+)
+
+Served = Nf4Weight | Tensor
+
+
+class Quantizer:
+    """The weights of a checkpoint as they are served. Projections that are dense become NF4, unless the checkpoint has
+    NF4 weights already: such a one is served as it is stored."""
+
+    def __init__(self, source: Checkpoint, *, keep_float32: bool) -> None:
+        self._source = source
+        self._keep_float32 = keep_float32
+        self._num_rounded = 0
+        self._num_dense_projections = 0
+
+    def matrix(self, name: str, shape: tuple[int, int]) -> Served:
+        weight = self._source.matrix(name, shape)
+        if isinstance(weight, Nf4Weight):
+            return weight
+        if not self._source.is_quantized and is_projection(name):
+            with self._naming_source():
+                return quantize_tensor(name, weight)
+        self._num_dense_projections += is_projection(name)
+        return self._dense(name, weight)
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self._dense(name, self._source.tensor(name, shape))
+
+    def notes(self) -> list[str]:
+        """What the source had that is remarkable. Complete once the model is built."""
+        notes = []
+        if unused := self._source.unused():
+            notes.append(f"{len(unused)} tensors are not part of this LLaMA and were ignored: {listed(unused)}")
+        if self._num_dense_projections:
+            notes.append(f"{self._num_dense_projections} projections are dense in the checkpoint and are served so")
+        if self._num_rounded:
+            notes.append(
+                f"{self._num_rounded} float32 tensors that are not quantised (norms, embedding, head) are rounded to "
+                "bfloat16: --dtype float32 keeps them"
+            )
+        return notes
+
+    def _dense(self, name: str, tensor: Tensor) -> Tensor:
+        if self._source.is_quantized:
+            return tensor
+        with self._naming_source():
+            dense = dense_tensor(name, tensor, keep_float32=self._keep_float32)
+        self._num_rounded += dense.dtype != tensor.dtype and not torch.equal(dense.to(tensor.dtype), tensor)
+        return dense
+
+    @contextmanager
+    def _naming_source(self) -> Iterator[None]:
+        """Say which model it was in refusals that only know the tensor."""
+        try:
+            yield
+        except ModelError as error:
+            raise ModelError(f"{self._source.path}: {error}") from error
+
+
+class Fingerprint:
+    """The hex SHA-256 of a config and of all weights that were added; refuses values that are not finite."""
+
+    def __init__(self, path: Path, config: LlamaConfig) -> None:
+        self._path = path
+        self._digest = hashlib.sha256(json.dumps(config.computation(), sort_keys=True).encode())
+
+    def add(self, name: str, weight: Served) -> None:
+        """Raises ModelError for a weight with NaN or infinity."""
+        values = weight.scales() if isinstance(weight, Nf4Weight) else weight
+        if not all(torch.isfinite(bound) for bound in torch.aminmax(values)):
+            raise ModelError(f"{self._path}: {name} holds values that are not finite (NaN or infinity)")
+        if isinstance(weight, Nf4Weight):
+            self._digest.update(f"{name} {weight.fingerprint()}".encode())
+        else:
+            self._digest.update(f"{name} {dtype_name(weight.dtype)} {list(weight.shape)} ".encode())
+            raw: Any = weight.reshape(-1).view(torch.uint8).numpy()
+            self._digest.update(raw)
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+
+class Recorder:
+    """Writes weights to the cache's entry. A full disk ends the caching, not the loading: `error` says why it ended."""
+
+    def __init__(self, writer: Nf4CheckpointWriter) -> None:
+        self._writer = writer
+        self.error: ModelError | None = None
+
+    def __call__(self, name: str, weight: Served) -> None:
+        if self.error is not None:
+            return
+        try:
+            self._writer.add(name if name.startswith("lm_head.") else f"model.{name}", weight)
+        except ModelError as error:
+            self.error = error
+            self._writer.discard()
+
+
+class Packer:
+    """Gives NF4 weights the provider's own form, and keeps that on disk as long as the disk takes it."""
+
+    def __init__(self, ops: Ops, writer: PackedWriter) -> None:
+        self._ops = ops
+        self._writer = writer
+        self.error: OSError | None = None
+
+    def __call__(self, name: str, weight: Nf4Weight) -> Nf4Weight | PackedWeight:
+        packed = self._ops.pack(weight)
+        if isinstance(packed, PackedWeight) and self.error is None:
+            try:
+                self._writer.add(name, packed)
+            except OSError as error:
+                self.error = error
+        return packed
+
+
+class ServedWeights:
+    """A `WeightSource`: each weight passes the quantiser, the fingerprint, the recorder, the progress, the packer."""
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        progress: Progress | None,
+        recorder: Recorder | None = None,
+        packer: Packer | None = None,
+        *,
+        keep_float32: bool = False,
+    ) -> None:
+        self._quantizer = Quantizer(source, keep_float32=keep_float32)
+        self._fingerprint = Fingerprint(source.path, source.config)
+        self._recorder = recorder
+        self._packer = packer
+        self._tell = progress or _tell_nobody
+        # Values, not bytes: a GGUF file has fewer bytes than the tensors that come out of it.
+        self._done_values = 0
+        self._num_values = sum(math.prod(shape) for _, shape in weight_shapes(source.config))
+        self.notes: Callable[[], list[str]] = self._quantizer.notes
+        self.fingerprint: Callable[[], str] = self._fingerprint.hexdigest
+
+    def matrix(self, name: str, shape: tuple[int, int]) -> Served | PackedWeight:
+        weight = self._quantizer.matrix(name, shape)
+        self._pass(name, weight)
+        if self._packer is None or not isinstance(weight, Nf4Weight):
+            return weight
+        return self._packer(name, weight)
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        tensor = self._quantizer.tensor(name, shape)
+        self._pass(name, tensor)
+        return tensor
+
+    def _pass(self, name: str, weight: Served) -> None:
+        self._fingerprint.add(name, weight)
+        if self._recorder is not None:
+            self._recorder(name, weight)
+        self._done_values += math.prod(weight.shape)
+        self._tell(name, self._done_values, self._num_values)
+
+
+class MappedWeights:
+    """A `WeightSource` of weights that were packed earlier; what has no packed form comes from the source."""
+
+    def __init__(self, packed: PackedWeights, served: ServedWeights) -> None:
+        self._packed = packed
+        self._served = served
+
+    def matrix(self, name: str, shape: tuple[int, int]) -> Served | PackedWeight:
+        return self._packed.get(name, shape) or self._served.matrix(name, shape)
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self._served.tensor(name, shape)
+
+
+def _tell_nobody(name: str, done: int, total: int) -> None:
+    """The progress of a load that nobody watches."""
