@@ -37,6 +37,8 @@ class ErrorCode(StrEnum):
     MISSING_REQUIRED_PARAMETER = "missing_required_parameter"
     MODEL_NOT_FOUND = "model_not_found"
     NO_CHAT_TEMPLATE = "no_chat_template"
+    PREVIOUS_RESPONSE_NOT_FOUND = "previous_response_not_found"
+    RESPONSE_NOT_FOUND = "response_not_found"
     TOO_MANY_PROMPTS = "too_many_prompts"
     UNSUPPORTED_PARAMETER = "unsupported_parameter"
 

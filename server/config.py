@@ -169,6 +169,12 @@ class LimitSettings(BaseModel):
         1 << 18, description="most log-probabilities in one answer, those of alternatives and of the prompt included"
     )
     max_grammar_bytes: Bytes = Field(256 << 10, description="largest JSON schema, regex or grammar of a request")
+    max_responses: Count = Field(4096, description="most answers of /v1/responses that are kept; the oldest go first")
+    max_responses_per_key: Count = Field(1024, description="most of them for one API key, or for all without keys")
+    max_response_memory: Bytes = Field(256 << 20, description="most memory for the answers that are kept")
+    max_response_memory_per_key: Bytes = Field(
+        64 << 20, description="most of that memory for one API key; an answer that is larger is not kept"
+    )
 
 
 class TimeSettings(BaseModel):
@@ -187,6 +193,9 @@ class TimeSettings(BaseModel):
     )
     header_timeout: Seconds = Field(10.0, description="seconds a client may take to send its request head")
     body_timeout: Seconds = Field(30.0, description="seconds a client may take to send its request body")
+    response_ttl: Seconds = Field(
+        3600.0, description="seconds for which answers of /v1/responses are kept; 0: none is kept"
+    )
     keep_alive_timeout: Seconds = Field(30.0, description="seconds an idle connection is kept")
     drain_delay: Seconds = Field(0.0, description="seconds after SIGTERM in which new requests are still accepted")
     drain_timeout: Seconds = Field(30.0, description="seconds that running requests get to finish after SIGTERM")

@@ -62,6 +62,7 @@ ALLOWED = {
     "server/api/generation": _GENERATION,
     "server/api/messages": {*_GENERATION, "server.api.messages"},
     "server/api/tools": {"server.api.tools", "server.api.http.errors", *_ERRORS},
+    "server/api/responses": {*_GENERATION, "server.api.responses"},
     "server/api/routes": {*_GENERATION, "server.api.routes", "adapters.errors"},
     "server/api": {*_GENERATION, "server.api"},
     "server/commands": {"server", "kernels", "models", "adapters"},

@@ -22,6 +22,9 @@ from guanaco.server.api.http.host_check import HostCheck
 from guanaco.server.api.http.middleware import Gate, RequestScope
 from guanaco.server.api.messages import routes as messages
 from guanaco.server.api.messages.protocol import CountBody, MessagesBody
+from guanaco.server.api.responses import routes as responses
+from guanaco.server.api.responses.protocol import ResponseBody
+from guanaco.server.api.responses.store import ResponseStore, StoreLimits
 from guanaco.server.api.routes import adapters as adapters_admin
 from guanaco.server.api.routes import aliases as aliases_admin
 from guanaco.server.api.routes import chat, completions, info, tokens
@@ -29,8 +32,17 @@ from guanaco.server.metrics.server import Metrics
 
 logger = logging.getLogger("guanaco.api")
 
-_BODIES: tuple[type[BaseModel], ...] = (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody, MessagesBody, CountBody)
+_BODIES: tuple[type[BaseModel], ...] = (
+    ChatBody,
+    CompletionBody,
+    TokenizeBody,
+    DetokenizeBody,
+    MessagesBody,
+    CountBody,
+    ResponseBody,
+)
 _LAG_PROBE_SECONDS = 0.5
+_FORGET_SECONDS = 10.0
 _STOP_TIMEOUT_SECONDS = 5.0  # an engine that is stuck in a step must not keep the process alive
 
 
@@ -49,11 +61,13 @@ def create_app(state: ApiState) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.api = state
+    app.state.responses = ResponseStore(StoreLimits.from_settings(state.settings))
     for router in (
         info.router,
         chat.router,
         completions.router,
         messages.router,
+        responses.router,
         tokens.router,
         adapters_admin.router,
         aliases_admin.router,
@@ -76,12 +90,16 @@ def create_app(state: ApiState) -> FastAPI:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     state: ApiState = app.state.api
     state.engine.start()
-    lag = asyncio.create_task(_measure_loop_lag(state.metrics))
+    background = (
+        asyncio.create_task(_measure_loop_lag(state.metrics)),
+        asyncio.create_task(_forget_expired(app.state.responses)),
+    )
     try:
         yield
     finally:
-        lag.cancel()
-        await asyncio.gather(lag, return_exceptions=True)
+        for task in background:
+            task.cancel()
+        await asyncio.gather(*background, return_exceptions=True)
         state.shut_down_workers()
         if state.adapters is not None:
             await state.adapters.close()
@@ -97,6 +115,12 @@ async def _measure_loop_lag(metrics: Metrics) -> None:
         due = loop.time() + _LAG_PROBE_SECONDS
         await asyncio.sleep(_LAG_PROBE_SECONDS)
         metrics.observe_loop_lag(max(0.0, loop.time() - due))
+
+
+async def _forget_expired(responses: ResponseStore) -> None:
+    while True:
+        await asyncio.sleep(_FORGET_SECONDS)
+        responses.forget_expired()
 
 
 def _describe_bodies(app: FastAPI) -> None:

@@ -5,7 +5,9 @@ conversions between types. Doesn't know what the fields mean. Error messages nev
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -148,6 +150,20 @@ def _field_error(location: Sequence[int | str], kind: str, message: str) -> ApiE
         return bad_request(f"{param} is missing", param, ErrorCode.MISSING_REQUIRED_PARAMETER)
     code = ErrorCode.INVALID_TYPE if kind.endswith("_type") else ErrorCode.INVALID_VALUE
     return bad_request(f"{param}: {message}"[:_MAX_MESSAGE], param or None, code)
+
+
+@contextmanager
+def renamed_errors(names: Mapping[str, str]) -> Iterator[None]:
+    """Have errors name a field as the client did. A position within a translated field would not be the client's."""
+    try:
+        yield
+    except ApiError as error:
+        param = error.param or ""
+        name = re.split(r"[.\[]", param, maxsplit=1)[0]
+        if (theirs := names.get(name)) is None:
+            raise
+        text = error.message.replace(param, theirs)
+        raise ApiError(error.status, error.code, text, param=theirs, retry_after=error.retry_after) from None
 
 
 def body_schema(model: type[BaseModel]) -> dict[str, Any]:

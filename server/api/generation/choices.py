@@ -60,6 +60,7 @@ class Generation:
         self._mail_came = asyncio.Event()
         self._deadline: AwakeTimer | None = None
         self._closed = False
+        self._cancelled = False
         self.choices: list[Choice] = []
         self.num_per_prompt = 1
 
@@ -110,6 +111,8 @@ class Generation:
             await asyncio.wait_for(self._mail_came.wait(), patience_seconds)
         except TimeoutError:
             return
+        if not self._mail:
+            return  # cancelled
         first = self._mail[0]
         if isinstance(first, Exception):
             raise first
@@ -118,7 +121,7 @@ class Generation:
     @property
     def has_more(self) -> bool:
         """Whether the next item is there already, or the end: the caller need not wait for it."""
-        return bool(self._mail) or self._num_unfinished == 0
+        return bool(self._mail) or self._num_unfinished == 0 or self._cancelled
 
     def __aiter__(self) -> Self:
         return self
@@ -127,6 +130,8 @@ class Generation:
         if self._num_unfinished == 0:
             raise StopAsyncIteration
         while not self._mail:
+            if self._cancelled:
+                raise StopAsyncIteration
             self._mail_came.clear()
             await self._mail_came.wait()
         item = self._mail.popleft()
@@ -185,6 +190,14 @@ class Generation:
             self._state.metrics.observe_longest(max(sibling.num_output_tokens for sibling in siblings))
         if self._num_unfinished == 0:
             self._admission.release()
+
+    async def cancel(self) -> None:
+        """End it without an error, from outside the request: what was taken stays, and nothing follows."""
+        self._cancelled = True
+        self._mail.clear()
+        self._mail_came.set()
+        for stream in self._streams:
+            await stream.aclose()
 
     async def aclose(self) -> None:
         """End what the engine hasn't finished, and write the counts into the request's record. May be called twice."""

@@ -4,15 +4,13 @@ Chat sends such a body itself. Routes with another shape translate their bodies 
 means the same to all of them. Knows neither HTTP nor answers.
 """
 
-import re
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 from guanaco.models.error_codes import ErrorCode
 from guanaco.models.errors import TemplateError
-from guanaco.server.api.generation.body import validate
+from guanaco.server.api.generation.body import renamed_errors, validate
 from guanaco.server.api.generation.catalog import Caller
 from guanaco.server.api.generation.fields import ALIASES, REFUSED_IN_CHAT, Neutral
 from guanaco.server.api.generation.ignored import Ignored
@@ -69,20 +67,6 @@ def chat_body(fields: Mapping[str, Any], names: Mapping[str, str]) -> ChatBody:
     """A translated body. names: chat's names of fields → those that the client knows, for errors."""
     with renamed_errors(names):
         return validate(ChatBody, dict(fields))
-
-
-@contextmanager
-def renamed_errors(names: Mapping[str, str]) -> Iterator[None]:
-    """Have errors name a field as the client did. A position within a translated field would not be the client's."""
-    try:
-        yield
-    except ApiError as error:
-        param = error.param or ""
-        name = re.split(r"[.\[]", param, maxsplit=1)[0]
-        if (theirs := names.get(name)) is None:
-            raise
-        text = error.message.replace(param, theirs)
-        raise ApiError(error.status, error.code, text, param=theirs, retry_after=error.retry_after) from None
 
 
 def prepare_conversation(

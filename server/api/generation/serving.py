@@ -4,7 +4,7 @@ read → parse, validate and tokenise on a worker thread → submit → answer, 
 ends: how a body becomes engine requests, and what an answer looks like.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from starlette.responses import Response
 from guanaco.models.error_codes import ErrorCode
 from guanaco.server.api.generation.answer import Answer
 from guanaco.server.api.generation.answer_size import most_tokens_a_choice
-from guanaco.server.api.generation.body import parse_object, read_body
+from guanaco.server.api.generation.body import parse_object, read_body, renamed_errors
 from guanaco.server.api.generation.catalog import Caller, ServedModel
 from guanaco.server.api.generation.choices import Generation, until_disconnect
 from guanaco.server.api.generation.encode import encode
@@ -65,6 +65,7 @@ class Prepared:
     ignored: Ignored
     grammar: Grammar | None = None  # that every choice's text must follow
     tools: ToolPlan = field(default_factory=ToolPlan)
+    names: Mapping[str, str] = field(default_factory=dict)  # of chat's fields → of the client's, where they are others
 
     @property
     def stream(self) -> bool:
@@ -148,7 +149,8 @@ async def _prepare(
     lane = state.lane(caller.key, data.get("model"))
     prepared, answer = await state.preparation.run(lane, prepare, state, caller, data, admission)
     sizes = [(len(prompt.token_ids), prompt.params) for prompt in prepared.prompts]
-    most = most_tokens_a_choice(prepared.body, sizes, state.settings)
+    with renamed_errors(prepared.names):
+        most = most_tokens_a_choice(prepared.body, sizes, state.settings)
     return prepared if most is None else prepared.shortened(most), answer
 
 

@@ -14,10 +14,11 @@ from guanaco.server.api.http.auth import OPEN_PATHS
 # All others are closed to pages: a new route is until it is listed here. Admin, files and jobs routes never are.
 CORS_PATHS = OPEN_PATHS | {
     *("/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/messages/count_tokens"),
+    "/v1/responses",
     *("/tokenize", "/detokenize", "/tokenizer_info", "/version"),
 }
-_MODELS = "/v1/models/"
-_METHODS = ("GET", "HEAD", "POST")
+_BELOW = ("/v1/models/", "/v1/responses/")
+_METHODS = ("GET", "HEAD", "POST", "DELETE")
 _STAINLESS: tuple[str, ...] = ("Arch", "Async", "Helper-Method", "Lang", "OS", "Package-Version", "Poll-Helper")
 _STAINLESS += ("Retry-Count", "Runtime", "Runtime-Version", "Timeout")
 # Ours, and what OpenAI's and Anthropic's clients add in a browser.
@@ -33,7 +34,7 @@ _PREFLIGHT_SECONDS = 600  # for which a browser remembers the answer
 
 
 class ClientCors:
-    """Answers preflights and names the allowed origin, on CORS_PATHS and each model's own path."""
+    """Answers preflights and names the allowed origin, on CORS_PATHS and the paths of each model and response."""
 
     def __init__(self, app: ASGIApp, origins: Sequence[str]) -> None:
         """origins: exact ones, or `*` alone."""
@@ -49,5 +50,5 @@ class ClientCors:
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_open = scope["type"] == "http" and (scope["path"] in CORS_PATHS or scope["path"].startswith(_MODELS))
+        is_open = scope["type"] == "http" and (scope["path"] in CORS_PATHS or scope["path"].startswith(_BELOW))
         await (self._cors if is_open else self.app)(scope, receive, send)

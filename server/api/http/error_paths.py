@@ -24,7 +24,7 @@ _ANTHROPIC_TYPES = {
     _OVERLOADED_STATUS: "overloaded_error",
 }  # besides these: 4xx invalid_request_error, 5xx api_error
 
-SERVED = "POST /v1/chat/completions, /v1/completions, /v1/messages, /tokenize and GET /v1/models"
+SERVED = "POST /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages, /tokenize and GET /v1/models"
 # The beginning of a path, without `/v1` → what it would be for.
 NOT_SERVED: Mapping[str, str] = {
     "assistants": "assistants are",

@@ -1,5 +1,6 @@
 """POST /v1/messages: a message of the assistant. POST /v1/messages/count_tokens: how long its prompt would be."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -7,9 +8,9 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from guanaco.server.api.generation.body import body_schema, take_fields
+from guanaco.server.api.generation.body import body_schema, renamed_errors, take_fields
 from guanaco.server.api.generation.catalog import Caller
-from guanaco.server.api.generation.conversation import prepare_conversation, renamed_errors, render_messages, tool_plan
+from guanaco.server.api.generation.conversation import prepare_conversation, render_messages, tool_plan
 from guanaco.server.api.generation.ignored import Ignored
 from guanaco.server.api.generation.serving import Prepared, model_to_look_at, serve, serve_tokens
 from guanaco.server.api.generation.state import ApiState
@@ -50,7 +51,7 @@ def prepare_message(
     with renamed_errors(NAMES):
         ignored = _with_beta(fields.ignored, is_beta)
         prepared = prepare_conversation(state, caller, chat, admission, ignored, fit_into_context=True)
-    return prepared, MessagesAnswer(body, prepared.model, caller.request_id)
+    return replace(prepared, names=NAMES), MessagesAnswer(body, prepared.model, caller.request_id)
 
 
 def _count(is_beta: bool, state: ApiState, caller: Caller, data: dict[str, Any]) -> tuple[dict[str, Any], Ignored]:

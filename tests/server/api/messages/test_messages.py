@@ -8,13 +8,13 @@ from typing import Any
 import httpx
 import pytest
 
-from guanaco.server.api.generation.catalog import ServedModel
 from guanaco.server.api.generation.fields import REFUSED
 from guanaco.server.api.generation.ignored import HEADER
 from guanaco.server.api.generation.protocol import ChatBody
 from guanaco.server.api.messages.protocol import MESSAGES_FIELDS
 from support.server.api_server import BASE, MAX_MODEL_LEN, PIRATE, LiveServer, http_post, make_state
 from support.server.fake_engine import ASSISTANT, BOS, END, SYSTEM, USER, FakeTemplate, reply_of
+from support.server.one_adapter import OneAdapter
 
 ROUTE, COUNT = "/v1/messages", "/v1/messages/count_tokens"
 KEYS = ("sk-a", "sk-b")
@@ -328,34 +328,13 @@ def test_an_adapter_that_is_closed_to_a_key_is_not_there() -> None:
     state = make_state(keys=KEYS)
     yours = state.keys.find(KEYS[0].encode())
     assert yours is not None
-    profile = SimpleNamespace(allowed_keys=(yours.id,), chat_template=None, stop=(), sampling={})
-    card = ServedModel("closed", MAX_MODEL_LEN, root="closed", parent=BASE, version="c" * 64, profile=profile)
-    state.catalog._live = _OneAdapter(card)
+    state.catalog._live = OneAdapter("closed", SimpleNamespace(allowed_keys=(yours.id,)))
     with LiveServer(state) as server, server.client() as client:
         for route in (ROUTE, COUNT):
             mine = client.post(route, json=body(model="closed"), headers={"x-api-key": KEYS[0]})
             other = client.post(route, json=body(model="closed"), headers={"x-api-key": KEYS[1]})
             assert mine.status_code == 200, mine.text
             assert error_of(other) == (404, "not_found_error", "model_not_found")
-
-
-class _OneAdapter:
-    """A live adapter with a profile (`catalog.LiveAdapters`)."""
-
-    def __init__(self, card: ServedModel) -> None:
-        self.entry = SimpleNamespace(
-            name=card.name, version=card.version, source="x", loaded_at=0.0, profile=card.profile, version_keys=None
-        )
-
-    def entries(self) -> list[Any]:
-        return [self.entry]
-
-    def resolve(self, name: str, version: str | None = None) -> Any:
-        return self.entry if name == self.entry.name else None
-
-    acquire = resolve
-
-    def release(self, version: str) -> None: ...
 
 
 def test_a_failed_stream_ends_with_an_error_event(client: httpx.Client, server: LiveServer) -> None:

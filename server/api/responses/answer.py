@@ -1,0 +1,230 @@
+"""A response of OpenAI's Responses API, whole or as its sequence of numbered events.
+
+Doesn't know HTTP; `serving` and `sse` call it. It shows itself to the store while it is made, and leaves what it has
+become there, so that its client can ask for it again and go on from it.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import orjson
+
+from guanaco.server.api.generation.answer import Answer
+from guanaco.server.api.generation.choices import Generation
+from guanaco.server.api.generation.encode import named_event
+from guanaco.server.api.generation.logprobs import chat_logprobs
+from guanaco.server.api.generation.state import ChatTokenizer
+from guanaco.server.api.http.errors import ApiError
+from guanaco.server.api.responses.items import Item, new_id
+from guanaco.server.api.responses.store import ResponseStore, StoredResponse
+from guanaco.server.engine.request import FinishReason, TokenLogprob
+from guanaco.server.engine.request_stream import TextOutput
+
+Event = dict[str, Any]
+
+
+class ResponsesAnswer(Answer):
+    """One response. `head`: the fields that are known beforehand. `input_items`: of the whole conversation."""
+
+    id_prefix = "resp_"
+
+    def __init__(
+        self,
+        head: Mapping[str, Any],
+        input_items: Sequence[Item],
+        owner: str,
+        store: ResponseStore | None,
+        tokenizer: ChatTokenizer | None,
+    ) -> None:
+        """store: None where nothing is kept. tokenizer: None where log-probabilities aren't shown."""
+        super().__init__()
+        self.owner = owner
+        self._head = {**head, "created_at": int(time.time())}
+        self._input_items = input_items
+        self._store = store
+        self._tokenizer = tokenizer
+        self._output: list[Item] = []
+        self._open_item: Item | None = None  # the last of them, while it goes on
+        self._texts: list[str] = []  # of the open item
+        self._logprobs: list[TokenLogprob] = []  # of tokens that have not been shown
+        self._status = "in_progress"
+        self._incomplete: str | None = None
+        self._error: dict[str, str] | None = None
+        self._sequence_number = 0
+        self._is_streamed = False
+        self._events_of_cancel: list[Event] = []
+
+    def start(self, generation: Generation) -> None:
+        super().start(generation)
+        if self._store is not None:
+            self._store.begin(self)
+
+    # The stream
+
+    def first_events(self) -> bytes:
+        self._is_streamed = True
+        created = {"type": "response.created", "response": self._object()}
+        return self._encoded([created, {**created, "type": "response.in_progress"}])
+
+    def events(self, index: int, output: TextOutput) -> bytes:  # noqa: ARG002 (there is one choice)
+        return self._encoded(self._take(output))
+
+    def last_events(self) -> bytes:
+        events = self._end() if self._status == "in_progress" else self._events_of_cancel
+        kind = "response.completed" if self._status == "completed" else "response.incomplete"
+        return self._encoded([*events, {"type": kind, "response": self._finished()}])
+
+    def failure(self, error: ApiError) -> bytes:
+        self._close_item("incomplete")
+        self._status = "failed"
+        code = "rate_limit_exceeded" if error.status == 429 else "server_error"
+        self._error = {"code": code, "message": error.message}
+        return self._encoded([{"type": "response.failed", "response": self._finished()}])
+
+    def _encoded(self, events: Sequence[Event]) -> bytes:
+        encoded = []
+        for event in events:
+            encoded.append(named_event({**event, "sequence_number": self._sequence_number}))
+            self._sequence_number += 1
+        return b"".join(encoded)
+
+    # The whole answer
+
+    def add(self, index: int, output: TextOutput) -> None:  # noqa: ARG002 (there is one choice)
+        self._take(output)
+
+    def encoded(self) -> bytes:
+        if self._status == "in_progress":
+            self._end()
+        return orjson.dumps(self._finished())
+
+    @property
+    def is_large(self) -> bool:
+        return self._tokenizer is not None
+
+    # What comes from the model
+
+    def _take(self, output: TextOutput) -> list[Event]:
+        """What an output adds, as events."""
+        if self._tokenizer is not None:
+            self._logprobs += output.logprobs
+        if output.finish_reason is FinishReason.LENGTH:
+            self._incomplete = "max_output_tokens"
+        return self._take_text(output.text) if output.text else []
+
+    def _take_text(self, text: str) -> list[Event]:
+        events = self._open_message()
+        assert self._open_item is not None
+        self._texts.append(text)
+        logprobs = self._shown_logprobs()
+        self._open_item["content"][0]["logprobs"] += logprobs
+        events.append({"type": "response.output_text.delta", **self._place(), "delta": text, "logprobs": logprobs})
+        return events
+
+    def _open_message(self) -> list[Event]:
+        """The message that text goes into, with the events that begin it."""
+        if self._open_item is not None:
+            return []
+        item = {"id": new_id("msg_"), "type": "message", "status": "in_progress", "role": "assistant", "content": []}
+        part = {"type": "output_text", "annotations": [], "logprobs": [], "text": ""}
+        self._output.append(item)
+        added = {"type": "response.output_item.added", "output_index": len(self._output) - 1, "item": {**item}}
+        self._open_item = {**item, "content": [{**part, "logprobs": []}]}
+        self._output[-1] = self._open_item
+        return [added, {"type": "response.content_part.added", **self._place(), "part": part}]
+
+    def _close_item(self, status: str) -> list[Event]:
+        """End the open item; the events of that."""
+        item = self._open_item
+        if item is None:
+            return []
+        part = item["content"][0]
+        part["text"], item["status"] = "".join(self._texts), status
+        part["logprobs"] += self._shown_logprobs()
+        place = self._place()
+        events: list[Event] = [
+            {"type": "response.output_text.done", **place, "text": part["text"], "logprobs": part["logprobs"]},
+            {"type": "response.content_part.done", **place, "part": part},
+            {"type": "response.output_item.done", "output_index": place["output_index"], "item": item},
+        ]
+        self._open_item = None
+        self._texts.clear()
+        return events
+
+    def _place(self) -> dict[str, Any]:
+        assert self._open_item is not None
+        return {"item_id": self._open_item["id"], "output_index": len(self._output) - 1, "content_index": 0}
+
+    def _shown_logprobs(self) -> list[dict[str, Any]]:
+        if self._tokenizer is None:
+            return []
+        logprobs, self._logprobs = self._logprobs, []
+        shown: list[dict[str, Any]] = chat_logprobs(self._tokenizer, logprobs)["content"]
+        return shown
+
+    def _end(self) -> list[Event]:
+        """The end of the model's output. An answer without any text is an empty message."""
+        self._status = "completed" if self._incomplete is None else "incomplete"
+        events = [] if self._output else self._open_message()
+        return events + self._close_item(self._status)
+
+    # What the store and its clients see
+
+    def snapshot(self) -> bytes:
+        return orjson.dumps(self._object())
+
+    async def cancel(self) -> bytes:
+        """End the generation. What has come stays; the request that waits for it gets it, too."""
+        self._events_of_cancel = self._close_item("incomplete")
+        self._status = "cancelled"
+        content = orjson.dumps(self._finished())
+        await self.generation.cancel()
+        return content
+
+    def close(self) -> None:
+        """A client that has left a stream knows the response's id; one that waited for the whole doesn't."""
+        if self._status == "in_progress" and self._is_streamed:
+            self._close_item("incomplete")
+            self._status = "cancelled"
+            self._finished()
+        if self._store is not None:
+            self._store.end(self.id, None)
+
+    def _finished(self) -> dict[str, Any]:
+        """The response in its last state, which is kept. The store keeps the first one that it gets."""
+        final = self._object()
+        if self._store is not None:
+            output = tuple(orjson.dumps(item) for item in self._output)
+            items = tuple(orjson.dumps(item) for item in self._input_items)
+            self._store.end(self.id, StoredResponse(self.id, self.owner, orjson.dumps(final), items, output))
+        return final
+
+    def _object(self) -> dict[str, Any]:
+        is_ended = self._status != "in_progress"
+        output = [dict(item) for item in self._output]
+        if self._open_item is not None:
+            part = self._open_item["content"][0]
+            output[-1]["content"] = [{**part, "text": "".join(self._texts)}]
+        return {
+            "id": self.id,
+            "object": "response",
+            "status": self._status,
+            "completed_at": int(time.time()) if self._status == "completed" else None,
+            "error": self._error,
+            "incomplete_details": None if self._status != "incomplete" else {"reason": self._incomplete},
+            "output": output,
+            "usage": self._usage() if is_ended else None,
+            **self._head,
+        }
+
+    def _usage(self) -> dict[str, Any]:
+        usage = self.generation.usage()
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        return {
+            "input_tokens": usage["prompt_tokens"],
+            "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+            "output_tokens": usage["completion_tokens"],
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": usage["total_tokens"],
+        }
