@@ -172,7 +172,7 @@ def test_every_command_of_the_cpu_image_runs(tmp_path: Path) -> None:
             ["generate", "hi", *settings, "--max-tokens", "2"],
             ["bench", *settings, "--prompt", "4", "--batches", "1", "--json"],
             ["quantize", model, str(tmp_path / "nf4")],
-            ["doctor", *settings],
+            ["doctor", *settings, "--offline"],
             ["serve", *settings, "--print-config"],
             ["models", "list", "--cache", str(tmp_path / "cache")],
             ["models", "prune", "--yes", "--cache", str(tmp_path / "empty")],

@@ -1,8 +1,9 @@
-"""`guanaco doctor`: what this machine has, what would run here, and whether the chosen model would fit.
+"""`guanaco doctor`: what this machine has, what would run here, and which models, adapters and contexts would fit.
 
-Looks and loads nothing: the fit is worked out from a model's configuration. Exit code 1 if something would not work.
+Loads no model and downloads nothing: `doctor_fit.py` works out what fits. Exit code 1 if something would not work.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -12,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
+import httpx2
+from huggingface_hub import constants
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -20,17 +23,17 @@ from guanaco.kernels import PROVIDERS, NativeUnavailable
 from guanaco.kernels.cpu.library import available_isas
 from guanaco.models.architectures.config import LlamaConfig, read_config
 from guanaco.models.architectures.kv_cache import block_bytes
-from guanaco.models.architectures.llama import projection_shapes
 from guanaco.models.errors import ModelError
+from guanaco.models.loading.checkpoint import open_checkpoint
 from guanaco.server.bootstrap.dtypes import expected_cache_dtype, name_of
 from guanaco.server.bootstrap.gpu import Gpu, find_gpu
 from guanaco.server.bootstrap.machine import Machine, look
 from guanaco.server.bootstrap.memory_plan import human_bytes
+from guanaco.server.commands.doctor_fit import ADAPTER_COUNTS, ADAPTER_RANK, Fit, predict, predict_known
 from guanaco.server.config import Settings, SettingsError
 
-# Bits of one NF4 weight with double quantisation: 4, 8 per 64 for its scale, 32 per 16384 for the scale's scale.
-NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 _LEAST_DISK_BYTES = 1 << 30
+_HUB_TIMEOUT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -42,29 +45,49 @@ class Finding:
 
 
 def run_doctor(settings: Settings, *, as_json: bool) -> int:
-    """Print what was found; the exit code."""
-    machine = look()
-    findings = [*_machine(machine), *_software(), _disk(settings), *_fit(settings, machine)]
+    """Print what was found and what would fit; the exit code."""
+    machine, gpu = look(), find_gpu()
+    model, own = _model(settings, machine, gpu)
+    findings = [*_machine(machine, gpu), *_software(), _disk(settings), _hub(settings), model]
+    fits = [*own, *predict_known(settings, machine, gpu)]
     ok = all(finding.ok for finding in findings)
     if as_json:
-        print(json.dumps({"ok": ok, "findings": [asdict(finding) for finding in findings]}, indent=2))
+        told = {"ok": ok, "findings": [asdict(f) for f in findings], "fits": [asdict(fit) for fit in fits]}
+        print(json.dumps(told, indent=2))
         return 0 if ok else 1
     table = Table.grid(padding=(0, 2))
     for finding in findings:
         advice = f"\n[yellow]{escape(finding.advice)}[/]" if finding.advice else ""
         mark = "[green]ok[/]" if finding.ok else "[red]no[/]"
         table.add_row(mark, finding.name, escape(finding.value) + advice)
-    Console(highlight=False, soft_wrap=True).print(table)
+    console = Console(highlight=False)
+    console.print(table, soft_wrap=True)
+    _print_fits(console, fits, machine, gpu)
     return 0 if ok else 1
 
 
-def _machine(machine: Machine) -> list[Finding]:
+def _print_fits(console: Console, fits: list[Fit], machine: Machine, gpu: Gpu | None) -> None:
+    free = machine.memory_available_bytes if gpu is None else gpu.free_bytes
+    console.print(
+        f"\nWhat fits into {human_bytes(free)} with these settings: tokens of the longest request × how many such "
+        f"requests at once, by the number of adapters (rank {ADAPTER_RANK}). "
+        "Adapters beyond --adapter-host-memory wait on disk.\n"
+    )
+    table = Table("model", "weights", "no adapter", *(f"{count}" for count in ADAPTER_COUNTS), box=None, pad_edge=False)
+    for fit in fits:
+        rooms = {room.adapters: f"{room.context} × {room.requests}" for room in fit.rooms}
+        cells = (rooms.get(count, "no") for count in (0, *ADAPTER_COUNTS))
+        table.add_row(escape(fit.model), human_bytes(fit.weights_bytes), *cells)
+    console.print(table)
+
+
+def _machine(machine: Machine, gpu: Gpu | None) -> list[Finding]:
     flags = " ".join(machine.cpu_flags) or "none of the instruction sets that the native kernels look for"
     memory = f"{human_bytes(machine.memory_bytes)}, {human_bytes(machine.memory_available_bytes)} available"
     return [
         Finding("processor", f"{machine.cpu_name}, {machine.cpu_count} usable ({flags})"),
         Finding("memory", memory),
-        _gpu(find_gpu(), machine),
+        _gpu(gpu, machine),
     ]
 
 
@@ -128,28 +151,46 @@ def _disk(settings: Settings) -> Finding:
     return Finding("cache", f"{cache_dir}, {human_bytes(free)} free", free >= _LEAST_DISK_BYTES, advice)
 
 
-def _fit(settings: Settings, machine: Machine) -> list[Finding]:
-    """Whether a local model directory would fit; a hub id is not downloaded for it."""
-    if settings.model is None:
-        return [Finding("model", "the demo (SmolLM2-135M-Instruct): about 1 GiB with decoded weights, fits")]
-    path = Path(os.path.expanduser(settings.model))
-    if not path.is_dir():
-        return [Finding("model", f"{settings.model}: not a directory here, its fit is not worked out")]
+def _hub(settings: Settings) -> Finding:
+    """Whether the hub answers. It must only where the settings need it."""
+    if settings.offline or constants.is_offline_mode():
+        return Finding("hub", "not asked: offline")
+    is_needed = settings.hub_adapters or settings.hub_adapters_unpinned or _is_hub_id(settings.model)
+    advice = "check the network or the proxy; what was downloaded before is used with --offline"
     try:
-        config = read_config(path)
+        answer = httpx2.head(constants.ENDPOINT, timeout=_HUB_TIMEOUT_SECONDS)
+    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+        return Finding("hub", f"{constants.ENDPOINT} does not answer ({error})", not is_needed, advice)
+    if answer.is_server_error:
+        return Finding("hub", f"{constants.ENDPOINT} answers {answer.status_code}", not is_needed, advice)
+    return Finding("hub", f"{constants.ENDPOINT} answers")
+
+
+def _is_hub_id(model: str | None) -> bool:
+    return model is not None and not Path(os.path.expanduser(model)).exists()
+
+
+def _model(settings: Settings, machine: Machine, gpu: Gpu | None) -> tuple[Finding, list[Fit]]:
+    """Whether the chosen model would fit, with its adapters; a hub id is not downloaded for it."""
+    if settings.model is None:
+        return Finding("model", "the demo (SmolLM2-135M-Instruct)"), []
+    path = Path(os.path.expanduser(settings.model))
+    if not path.exists():
+        return Finding("model", f"{settings.model}: not here, so its fit is not worked out"), []
+    try:
+        config = _config(path)
     except ModelError as error:
-        return [Finding("model", settings.model, ok=False, advice=str(error))]
-    weights = weights_bytes(config)
-    fits = weights < machine.memory_available_bytes
-    advice = "" if fits else "it needs more memory than is available"
+        return Finding("model", settings.model, ok=False, advice=str(error)), []
+    fit = predict(path.name, config, settings, machine, gpu)
     dtype = expected_cache_dtype(settings)
     token = f"{human_bytes(block_bytes(config, 1, dtype))} a token in {name_of(dtype)}"
-    value = f"{settings.model}: about {human_bytes(weights)} in NF4, KV cache {token}"
-    return [Finding("model", value, fits, advice)]
+    value = f"{settings.model}: about {human_bytes(fit.weights_bytes)} in NF4, KV cache {token}"
+    advice = "" if fit.rooms else "it needs more memory than is available: free some, or choose a smaller model"
+    return Finding("model", value, bool(fit.rooms), advice), [fit]
 
 
-def weights_bytes(config: LlamaConfig) -> int:
-    """Bytes of the NF4 projections with double quantisation, and of everything else in 16 bit; no decoded copies."""
-    projections = config.num_layers * sum(n * k for n, k in projection_shapes(config).values())
-    heads = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
-    return int(projections * NF4_BITS / 8) + heads * 2
+def _config(path: Path) -> LlamaConfig:
+    if path.is_dir():
+        return read_config(path)
+    with contextlib.closing(open_checkpoint(path)) as checkpoint:
+        return checkpoint.config

@@ -101,11 +101,15 @@ def test_it_generates_and_says_that_it_never_ran_on_a_gpu(tmp_path: Path) -> Non
 
 
 def test_doctor_says_what_ran_where(monkeypatch: pytest.MonkeyPatch) -> None:
-    findings = {f["name"]: f for f in json.loads(CliRunner().invoke(app, ["doctor", "--json"]).stdout)["findings"]}
+    findings = {
+        f["name"]: f for f in json.loads(CliRunner().invoke(app, ["doctor", "--json", "--offline"]).stdout)["findings"]
+    }
     assert "never run on a GPU" in findings["triton"]["value"]
     assert "`auto` takes cpu" in findings["kernel providers"]["value"]
     monkeypatch.setattr(doctor, "find_gpu", lambda: L4)
-    findings = {f["name"]: f for f in json.loads(CliRunner().invoke(app, ["doctor", "--json"]).stdout)["findings"]}
+    findings = {
+        f["name"]: f for f in json.loads(CliRunner().invoke(app, ["doctor", "--json", "--offline"]).stdout)["findings"]
+    }
     assert findings["GPU"]["value"] == "NVIDIA L4, sm_89, 24.0 GiB, 20.0 GiB free"
     assert "`auto` takes triton" in findings["kernel providers"]["value"]
 

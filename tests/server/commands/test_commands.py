@@ -18,7 +18,7 @@ from guanaco.models.architectures.config import read_config
 from guanaco.models.architectures.llama import projection_shapes
 from guanaco.models.loading.checkpoint import open_checkpoint
 from guanaco.server.bootstrap.runtime import _load_provider
-from guanaco.server.commands.doctor import weights_bytes
+from guanaco.server.commands.doctor_fit import weights_bytes
 from guanaco.server.commands.main import app
 from guanaco.server.config import ENV_PREFIX, load_settings
 from support.adapters.tiny_adapters import make_adapter
@@ -51,6 +51,7 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             monkeypatch.delenv(name)
     monkeypatch.setenv("GUANACO_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("GUANACO_THREADS", "1")
+    monkeypatch.setenv("GUANACO_OFFLINE", "1")
     monkeypatch.setenv("GUANACO_KV_CACHE_MEMORY", "4MiB")
 
 

@@ -168,7 +168,7 @@ def test_no_home_directory_is_one_line_that_says_what_to_do(tmp_path: Path, monk
         done = CliRunner().invoke(app, command)
         assert (done.exit_code, done.stderr.count("\n")) == (2, 1), done.output
         assert "name one with --cache (GUANACO_CACHE), or set HOME" in done.stderr
-    done = CliRunner().invoke(app, ["doctor", "--json"])
+    done = CliRunner().invoke(app, ["doctor", "--json", "--offline"])
     (cache,) = (f for f in json.loads(done.stdout)["findings"] if f["name"] == "cache")
     assert (done.exit_code, cache["ok"], "set HOME" in cache["advice"]) == (1, False, True)
     assert CliRunner().invoke(app, ["serve", "--print-config"]).exit_code == 0
@@ -214,7 +214,7 @@ def test_a_narrow_terminal(columns: str, monkeypatch: pytest.MonkeyPatch, capsys
     card = {"name": "a", "state": "ready", "leads_to": "x", "revision": 1, "num_uses": 0, "split": {"x": 1}}
     adapter_actions.show({"data": [{"object": "alias", **card}]}, as_json=False)
     adapter_actions.show({"object": "alias", **card}, as_json=False)
-    for command in (["--help"], ["serve", "--help"], ["doctor"]):
+    for command in (["--help"], ["serve", "--help"], ["doctor", "--offline"]):
         done = CliRunner().invoke(app, command, env={"COLUMNS": columns})
         assert done.exit_code in (0, 1)
         assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
