@@ -60,12 +60,13 @@ def try_out(prototype: Any, vocabulary: Vocabulary, kind: str) -> None:
             raise GrammarError(explain(matcher.get_error() or "too complex", kind))
         if not len(ids):
             if number == 0:
-                raise GrammarError("it allows no text at all")
+                raise GrammarError(_NO_TEXT)
             return
         if not matcher.consume_token(int(ids[draw.randrange(len(ids))])) or matcher.is_stopped():
             return
 
 
+_NO_TEXT = "it allows no text, or none that this model's tokens can spell"
 _TOO_LARGE = "it is too large or too complex for this server: simplify it"
 _IN_SCHEMA = (
     (r"Unimplemented keys: \[([^\]]*)\]", None),
@@ -94,8 +95,10 @@ _LIMIT = re.compile(r"too (big|large|deep|complex|many)|fuel|recursion limit|max
 def explain(error: str, kind: str) -> str:
     """llguidance's error in words of ours, with nothing of the client's: its own text quotes the grammar."""
     first = error.split("\n   1 | ", 1)[0]
-    if _LIMIT.search(first.split('regex "')[0]) or "exceeds" in first:
+    if _LIMIT.search(first.split('regex "')[0]) or "exceed the maximum" in first:
         return _TOO_LARGE
+    if first.startswith("NoExtension"):
+        return _NO_TEXT
     if kind == "regex":
         return _first(_IN_REGEX, first)
     if kind == "grammar":
