@@ -6,6 +6,7 @@ chats with a bad template leaves a process to all others. Knows nothing of jinja
 """
 
 import atexit
+import codecs
 import json
 import logging
 import math
@@ -25,6 +26,7 @@ from guanaco.models.formats.restricted_process import ProcessEnded, ProcessTimeo
 logger = logging.getLogger("guanaco.templates")
 
 MAX_OUTPUT_CHARS = 1 << 24  # where no context says less: 64 characters for each of 262144 tokens
+PIECE_CHARS = 1 << 16  # of a message to a process, made in one call
 _WORKER = "guanaco.models.text.template_worker"
 _HEAD_BYTES, _TEXT = 5, b"T"
 _MAX_ERROR_BYTES = 1 << 16
@@ -107,7 +109,7 @@ class TemplateRenderer:
             raise TemplateError(content["message"], content["code"])
 
     def _exchange(self, worker: _Worker, digest: str, request: Mapping[str, Any], max_chars: int) -> tuple[bytes, Any]:
-        message = json.dumps(request).encode()
+        message = b"".join(json_pieces(request))
         most = _HEAD_BYTES + _MAX_ERROR_BYTES + 4 * max_chars  # UTF-8 takes four bytes for a character at most
         try:
             answer = worker.process.exchange(message, seconds=self.limits.seconds, max_bytes=most)
@@ -121,8 +123,8 @@ class TemplateRenderer:
         milliseconds, kind = int.from_bytes(answer[:4], "big"), answer[4:_HEAD_BYTES]
         if milliseconds > self.limits.slow_seconds * 1000:
             self._remember_slow(digest)
-        content = answer[_HEAD_BYTES:]
-        return kind, content.decode("utf-8", "surrogatepass") if kind == _TEXT else json.loads(content)
+        content = memoryview(answer)[_HEAD_BYTES:]
+        return kind, _text_of(content) if kind == _TEXT else json.loads(bytes(content))
 
     def _ended(self, digest: str, error: ProcessEnded) -> TemplateError:
         """What the end of a process says of the template that it rendered: nothing where somebody else ended it."""
@@ -201,6 +203,39 @@ class TemplateRenderer:
             self._slow_until = {d: until for d, until in self._slow_until.items() if until > now}
             self._slow_until[digest] = now + self.limits.slow_for_seconds
             self._changed.notify_all()
+
+
+def json_pieces(value: Any) -> Iterator[bytes]:
+    """JSON of a value in pieces. A long string makes several: the interpreter's lock is held for all of each."""
+    if isinstance(value, str) and len(value) > PIECE_CHARS:
+        yield b'"'
+        for start in range(0, len(value), PIECE_CHARS):
+            piece = json.dumps(value[start : start + PIECE_CHARS], ensure_ascii=False)[1:-1]
+            yield piece.encode("utf-8", "surrogatepass")
+        yield b'"'
+    elif isinstance(value, Mapping):
+        separator = b"{"
+        for key, item in value.items():
+            yield separator + json.dumps(key).encode() + b":"
+            yield from json_pieces(item)
+            separator = b","
+        yield b"{}" if separator == b"{" else b"}"
+    elif isinstance(value, list | tuple):
+        separator = b"["
+        for item in value:
+            yield separator
+            yield from json_pieces(item)
+            separator = b","
+        yield b"[]" if separator == b"[" else b"]"
+    else:
+        yield json.dumps(value).encode()
+
+
+def _text_of(data: memoryview) -> str:
+    """UTF-8 as text, piece by piece for the same reason."""
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogatepass")
+    pieces = [decoder.decode(data[start : start + PIECE_CHARS]) for start in range(0, len(data), PIECE_CHARS)]
+    return "".join([*pieces, decoder.decode(b"", final=True)])
 
 
 @lru_cache(maxsize=1)

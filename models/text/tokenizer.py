@@ -7,16 +7,13 @@ Knows nothing of requests or streaming. Called by the API and the command line; 
 
 import json
 import re
-import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken
-
 from guanaco.models.errors import TokenizerError
 from guanaco.models.text.chat_template import MAX_OUTPUT_CHARS, ChatTemplate, TemplateError
-from guanaco.models.text.token_pattern import longest_match_pattern
+from guanaco.models.text.control_tokens import ControlTokens
 from guanaco.models.text.tokenizer_files import TokenizerFiles, read_tokenizer
 from guanaco.models.text.tokenizer_json import SPACE
 
@@ -24,6 +21,11 @@ from guanaco.models.text.tokenizer_json import SPACE
 _USUAL_BOS = ("<s>", "<|begin_of_text|>")
 _USUAL_EOS = ("</s>", "<|end_of_text|>", "<|endoftext|>")
 _USUAL_UNK = ("<unk>",)
+
+# How the tokens of a long text are counted before it is encoded as a whole.
+_FREE_BYTES = 1 << 17  # so many more than the most tokens are encoded at once: each token has a byte, or more
+_COUNTED_CHARS = 1 << 16
+_PER_CUT = 64  # tokens that a cut may add: those of a control token's stand-in, or of one long token
 
 
 class Tokenizer:
@@ -49,7 +51,7 @@ class Tokenizer:
         self.notes, self.chat_template = self._compile(files)
         if adds_eos:
             self.notes += ("its tokenizer's rule is to put eos behind every text: prompts get none",)
-        self._control = _ControlTokens([(i, t) for i, t in added.items() if t.special and len(t.content) > 1])
+        self._control = ControlTokens([(i, t) for i, t in added.items() if t.special and len(t.content) > 1])
         # From here on the special tokens are searched for in no text; their stand-ins are, in that of templates.
         backend.encode_special_tokens = True
         self._control.add_stand_ins(backend)
@@ -64,13 +66,16 @@ class Tokenizer:
         """Whether `encode_chat` works without a template that is given to it."""
         return self.chat_template is not None
 
-    def encode(self, text: str, *, add_bos: bool | None = None, parse_control: bool = False) -> list[int]:
+    def encode(
+        self, text: str, *, add_bos: bool | None = None, parse_control: bool = False, max_tokens: int | None = None
+    ) -> list[int]:
         """Ids of a text. add_bos: put BOS in front; None means as the tokenizer's own rule says.
 
         parse_control: read control tokens in the text as such, for a prompt that its writer has templated; else they
         stay text. A prompt that begins with BOS gets no second one.
+        max_tokens: of a text with clearly more of them only the beginning is encoded, to more than `max_tokens` ids.
         """
-        ids = self._encode_control(text) if parse_control else self._encode(text)
+        ids = self._encode_control(text, max_tokens) if parse_control else self._encode(text, max_tokens)
         if self.bos_id is not None and (self._adds_bos if add_bos is None else add_bos):
             return ids if parse_control and ids[:1] == [self.bos_id] else [self.bos_id, *ids]
         return ids
@@ -90,9 +95,11 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         template: ChatTemplate | None = None,
         max_chars: int = MAX_OUTPUT_CHARS,
+        max_tokens: int | None = None,
         tools: Sequence[dict[str, Any]] | None = None,
     ) -> list[int]:
-        """Ids of a conversation through `template`, or the model's own if that is None. max_chars: of the prompt.
+        """Ids of a conversation through `template`, or the model's own if that is None. max_chars: of the prompt;
+        max_tokens: as of `encode`.
 
         What the template writes as control tokens becomes them; the strings of messages and tools stay text. BOS comes
         from a template that is complete, and otherwise from the tokenizer's rule. Raises TemplateError.
@@ -115,7 +122,7 @@ class Tokenizer:
             )
         except TemplateError as error:
             raise TemplateError(self._control.unmark(str(error)), error.code) from error
-        ids = self._encode_control(text)
+        ids = self._encode_control(text, max_tokens)
         if not template.is_complete and self._adds_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
         return ids
@@ -143,19 +150,45 @@ class Tokenizer:
         """`token_bytes` as text, with U+FFFD for what is no whole character."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
-    def _encode_control(self, text: str) -> list[int]:
-        return [self._control.real_ids.get(index, index) for index in self._encode(self._control.substitute(text))]
+    def _encode_control(self, text: str, max_tokens: int | None) -> list[int]:
+        ids = self._encode(self._control.substitute(text), max_tokens)
+        return [self._control.real_ids.get(index, index) for index in ids]
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str, max_tokens: int | None) -> list[int]:
         # Half a surrogate pair is no character; JSON can carry it all the same.
-        clean = text.encode("utf-8", "replace").decode("utf-8")
+        data = text.encode("utf-8", "replace")
+        clean = data.decode("utf-8")
+        if max_tokens is not None and len(data) > max_tokens + _FREE_BYTES:
+            beginning = self._beginning(clean, max_tokens)
+            encoding = self._backend_encoding(beginning)
+            if len(encoding) > max_tokens or len(beginning) == len(clean):
+                return self._ids_of(encoding)
+        return self._ids_of(self._backend_encoding(clean))
+
+    @staticmethod
+    def _ids_of(encoding: Any) -> list[int]:
+        ids: list[int] = encoding.ids  # a list of its own at each call
+        return ids
+
+    def _beginning(self, text: str, max_tokens: int) -> str:
+        """The text, or as much of its beginning as clearly has more than `max_tokens` tokens. The pieces that are
+        counted are cut anywhere, so that the count may be a little too high. Making a list of millions of ids would
+        hold the interpreter's lock; counting those of a piece does not."""
+        count = 0
+        for start in range(0, len(text), _COUNTED_CHARS):
+            count += len(self._backend_encoding(text[start : start + _COUNTED_CHARS])) - _PER_CUT
+            if count > max_tokens + max_tokens // 4:
+                return text[: start + _COUNTED_CHARS]
+        return text
+
+    def _backend_encoding(self, text: str) -> Any:
         try:
             # As in `decode`; the fast one leaves out the offsets, which nobody asks for.
-            return list(self._backend.encode_batch_fast([clean], add_special_tokens=False)[0].ids)
+            return self._backend.encode_batch_fast([text], add_special_tokens=False)[0]
         except BaseException as error:
             if type(error).__name__ != "PanicException":  # the package's, and no Exception
                 raise
-            raise TokenizerError(f"the model's tokenizer failed on a text of {len(clean)} characters") from None
+            raise TokenizerError(f"the model's tokenizer failed on a text of {len(text)} characters") from None
 
     def _id_of(self, name: str) -> int | None:
         return self._backend.token_to_id(self._names[name]) if name in self._names else None
@@ -178,76 +211,6 @@ class Tokenizer:
             return (*files.notes, *template.notes), template
         except TemplateError as error:
             return (f"{error}: give another one with --chat-template", *files.notes), None
-
-
-class _ControlTokens:
-    """Tells control tokens that a template wrote from those that a message holds.
-
-    Before rendering, a mark is put inside each control token in the messages; afterwards, what is still whole must be
-    the template's and is replaced by a stand-in, and the marks go. The stand-ins are added tokens that nobody can type:
-    mark and stand-ins hold random characters from Unicode's private planes, drawn anew in every process.
-    """
-
-    def __init__(self, tokens: list[tuple[int, AddedToken]]) -> None:
-        self._mark = _private_text()
-        self._escaped_mark = json.dumps(self._mark)[1:-1]  # as a template's tojson may write it
-        self._tokens = tokens
-        self._ids = {token.content: index for index, token in tokens}
-        self._stand_ins = {token.content: _private_text() for _, token in tokens}
-        pattern = longest_match_pattern(self._stand_ins)
-        self._whole = re.compile(pattern)
-        self._starts = re.compile(f"(?={pattern})")
-        self.real_ids: dict[int, int] = {}
-
-    def add_stand_ins(self, backend: Any) -> None:
-        """Each matches in text exactly where its token would; `real_ids` leads back to the token."""
-        added = []
-        for _, token in self._tokens:
-            flags = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "normalized")}
-            added.append(AddedToken(self._stand_ins[token.content], special=False, **flags))
-        backend.add_tokens(added)  # at once: each call sorts all added tokens anew
-        for index, token in self._tokens:
-            self.real_ids[backend.token_to_id(self._stand_ins[token.content])] = index
-
-    def id_of(self, text: str) -> int | None:
-        """The id of the token that is spelled `text`."""
-        return self._ids.get(text)
-
-    def is_in(self, text: str) -> bool:
-        """Whether a token's text is somewhere in `text`."""
-        return self._whole.search(text) is not None
-
-    def mark(self, value: Any) -> Any:
-        """A copy of a message with the mark after the first character of every control token in its strings."""
-        if isinstance(value, str):
-            pieces = list(_split_after(value, [match.start() + 1 for match in self._starts.finditer(value)]))
-            return self._mark.join(pieces)
-        if isinstance(value, dict):
-            return {self.mark(key): self.mark(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [self.mark(item) for item in value]
-        return value
-
-    def substitute(self, text: str) -> str:
-        """A rendered text with the template's control tokens as stand-ins, the messages' as they were."""
-        return self.unmark(self._whole.sub(lambda match: self._stand_ins[match[0]], text))
-
-    def unmark(self, text: str) -> str:
-        """`text` without marks."""
-        return text.replace(self._mark, "").replace(self._escaped_mark, "")
-
-
-def _split_after(text: str, cuts: list[int]) -> Iterator[str]:
-    start = 0
-    for cut in cuts:
-        yield text[start:cut]
-        start = cut
-    yield text[start:]
-
-
-def _private_text() -> str:
-    """Six random characters of a private plane, 96 bits; without case, width or meaning to any text function."""
-    return "".join(chr(0xF0000 + secrets.randbelow(0xFFFE)) for _ in range(6))
 
 
 class _ByteLevel:

@@ -138,8 +138,12 @@ def render_messages(
     *,
     tools: ToolPlan,
     add_generation_prompt: bool,
+    max_tokens: int | None = None,
 ) -> tuple[int, ...]:
-    """The conversation as token ids, through the chat template. 400 where it doesn't suit the template."""
+    """The conversation as token ids, through the chat template. 400 where it doesn't suit the template.
+
+    max_tokens: 400 for more. None: the context's, and a longer conversation need not be encoded to its end, since it is
+    refused for that."""
     check_text_size(sum(message.num_bytes for message in messages), max_model_len, "messages")
     check_text_size(tools.num_bytes, max_model_len, "tools")
     if template is None:
@@ -153,11 +157,14 @@ def render_messages(
             add_generation_prompt=add_generation_prompt,
             template=template,
             max_chars=max_model_len * MAX_BYTES_PER_TOKEN,
+            max_tokens=max_model_len if max_tokens is None else max_tokens,
         )
     except TemplateError as error:  # its text may quote the messages: only its code goes on
         raise _template_problem(error.code) from None
     if not token_ids:
         raise bad_request("the messages come to no tokens at all", "messages")
+    if max_tokens is not None and len(token_ids) > max_tokens:
+        raise bad_request(f"the messages come to more than {max_tokens} tokens: send less at once", "messages")
     check_token_ids(state, token_ids, "messages")
     return tuple(token_ids)
 

@@ -39,6 +39,7 @@ DEFAULT_COMPLETION_TOKENS = 16  # max_tokens of a text completion, as OpenAI doc
 MAX_LOGIT_BIAS = 300
 MAX_TOTAL_TOKENS = 8192  # n × max_tokens where n > 1, or the context where that is longer
 MAX_SALT_CHARS = 256
+MAX_TOKENS = 1 << 20  # that /tokenize gives and /detokenize takes
 MAX_ADAPTER_SCALE = 16.0  # of one adapter in a mixture, either sign
 
 
@@ -360,7 +361,9 @@ class DetokenizeBody(Body):
     """POST /detokenize."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)] | None = None
-    tokens: Annotated[tuple[int, ...], BeforeValidator(lambda value: _token_ids(value, 2**20)), _schema(**_IDS_SCHEMA)]
+    tokens: Annotated[
+        tuple[int, ...], BeforeValidator(lambda value: _token_ids(value, MAX_TOKENS)), _schema(**_IDS_SCHEMA)
+    ]
     skip_special_tokens: bool | None = None  # SGLang's; false where it isn't given, as in vLLM
 
 

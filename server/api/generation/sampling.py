@@ -136,11 +136,12 @@ def for_choice(params: SamplingParams, index: int) -> SamplingParams:
 
 
 def context_exceeded(num_prompt_tokens: int, max_model_len: int, param: str) -> ApiError:
+    or_more = " or more" if num_prompt_tokens > max_model_len else ""  # a long text is not encoded to its end
     return ApiError(
         400,
         ErrorCode.CONTEXT_LENGTH_EXCEEDED,
-        f"the prompt has {num_prompt_tokens} tokens; this model's maximum context length is {max_model_len} tokens, "
-        "and at least one of them must be left to generate",
+        f"the prompt has {num_prompt_tokens} tokens{or_more}; this model's maximum context length is {max_model_len} "
+        "tokens, and at least one of them must be left to generate",
         param=param,
     )
 

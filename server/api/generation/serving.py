@@ -273,17 +273,20 @@ def model_to_look_at(state: ApiState, body: GenerationBody | TokenizeBody, calle
 
 def check_token_ids(state: ApiState, token_ids: Sequence[int], param: str) -> None:
     """400 for a prompt with a token that the model has no embedding row for."""
-    if any(token >= state.num_token_ids for token in token_ids):
+    if max(token_ids, default=0) >= state.num_token_ids:
         text = f"a token of the prompt is beyond the model's vocabulary: token ids must be below {state.num_token_ids}"
         raise bad_request(text, param)
 
 
-def encode_raw(state: ApiState, text: str, add_special_tokens: bool | None) -> list[int]:
-    """The ids of a raw prompt. Its writer templates it, so control tokens in it count, unless --literal-prompts."""
+def encode_raw(state: ApiState, text: str, add_special_tokens: bool | None, max_tokens: int) -> list[int]:
+    """The ids of a raw prompt. Its writer templates it, so control tokens in it count, unless --literal-prompts.
+
+    max_tokens: more ids than that mean that the text has at least so many; they are those of its beginning."""
     return state.tokenizer.encode(
         text,
         add_bos=False if add_special_tokens is False else None,
         parse_control=not state.settings.literal_prompts,
+        max_tokens=max_tokens,
     )
 
 

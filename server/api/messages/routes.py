@@ -12,6 +12,7 @@ from guanaco.server.api.generation.body import body_schema, renamed_errors, take
 from guanaco.server.api.generation.catalog import Caller
 from guanaco.server.api.generation.conversation import prepare_conversation, render_messages, tool_plan
 from guanaco.server.api.generation.ignored import Ignored
+from guanaco.server.api.generation.protocol import MAX_TOKENS
 from guanaco.server.api.generation.serving import Prepared, model_to_look_at, serve, serve_tokens
 from guanaco.server.api.generation.state import ApiState
 from guanaco.server.api.http.lifecycle import Admission
@@ -60,9 +61,14 @@ def _count(is_beta: bool, state: ApiState, caller: Caller, data: dict[str, Any])
     model = model_to_look_at(state, chat, caller)
     with renamed_errors(NAMES):
         template = state.template_for(model)
-        tools = tool_plan(state, template, chat)
         token_ids = render_messages(
-            state, template, chat.messages, model.max_model_len, tools=tools, add_generation_prompt=True
+            state,
+            template,
+            chat.messages,
+            model.max_model_len,
+            tools=tool_plan(state, template, chat),
+            add_generation_prompt=True,
+            max_tokens=MAX_TOKENS,
         )
     return {"input_tokens": len(token_ids)}, _with_beta(fields.ignored, is_beta)
 

@@ -72,7 +72,7 @@ def _prompt(
     """One prompt as token ids. Text gets a BOS as the tokenizer's own rule says; token ids are taken as they are."""
     if isinstance(prompt, str):
         check_text_size(len(prompt.encode()), model.max_model_len, "prompt")
-        token_ids = tuple(encode_raw(state, prompt, body.add_special_tokens))
+        token_ids = tuple(encode_raw(state, prompt, body.add_special_tokens, model.max_model_len))
     else:
         token_ids = prompt
     check_token_ids(state, token_ids, "prompt")

@@ -15,6 +15,7 @@ from guanaco.server.api.generation.conversation import render_messages, tool_pla
 from guanaco.server.api.generation.ignored import Ignored
 from guanaco.server.api.generation.protocol import (
     DETOKENIZE_FIELDS,
+    MAX_TOKENS,
     TOKENIZE_CHAT_FIELDS,
     TOKENIZE_PROMPT_FIELDS,
     DetokenizeBody,
@@ -76,12 +77,15 @@ def _tokenize(state: ApiState, caller: Caller, data: dict[str, Any]) -> tuple[di
                 max_model_len,
                 tools=tool_plan(state, template, body),
                 add_generation_prompt=body.add_generation_prompt is not False,
+                max_tokens=MAX_TOKENS,
             )
         )
     else:
         assert body.prompt is not None
         check_text_size(len(body.prompt.encode()), max_model_len, "prompt")
-        token_ids = encode_raw(state, body.prompt, body.add_special_tokens)
+        token_ids = encode_raw(state, body.prompt, body.add_special_tokens, MAX_TOKENS)
+        if len(token_ids) > MAX_TOKENS:
+            raise bad_request(f"the prompt comes to more than {MAX_TOKENS} tokens: send less at once", "prompt")
         check_token_ids(state, token_ids, "prompt")
     answer: dict[str, Any] = {"count": len(token_ids), "max_model_len": max_model_len, "tokens": token_ids}
     if body.return_token_strs:

@@ -52,7 +52,9 @@ class FakeTokenizer:
     def __init__(self) -> None:
         self.chat_template: FakeTemplate | None = FakeTemplate()
 
-    def encode(self, text: str, *, add_bos: bool | None = None, parse_control: bool = False) -> list[int]:
+    def encode(
+        self, text: str, *, add_bos: bool | None = None, parse_control: bool = False, max_tokens: int | None = None
+    ) -> list[int]:
         bos = [BOS] * (add_bos is not False)
         if not parse_control:
             return bos + list(text.encode())
@@ -87,6 +89,7 @@ class FakeTokenizer:
         template: Any = None,
         max_chars: int = 1 << 24,
         tools: Sequence[dict[str, Any]] | None = None,
+        max_tokens: int | None = None,
     ) -> list[int]:
         if messages[0]["role"] == "assistant":
             raise TemplateProblem("SECRET: a conversation can't begin with " + messages[0]["content"])

@@ -27,6 +27,7 @@ class TemplateTokenizer(FakeTokenizer):
         add_generation_prompt: bool = True,
         template: Any = None,
         max_chars: int = 1 << 24,
+        max_tokens: int | None = None,
     ) -> list[int]:
         text = template.render(messages, add_generation_prompt=add_generation_prompt, max_chars=max_chars)
         return [BOS, *text.encode()]

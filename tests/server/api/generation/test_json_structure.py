@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from guanaco.server.api.generation import body as body_module
+from guanaco.server.api.generation import json_structure
 from guanaco.server.api.generation.body import parse_object
 from guanaco.server.api.generation.json_structure import MAX_BRACKETS, MAX_DIGITS, MAX_ITEMS, MAX_KEYS, check_structure
 from guanaco.server.api.http.errors import ApiError
@@ -93,3 +94,45 @@ def test_small_numbers_and_duplicate_keys_are_still_seen() -> None:
     assert parse_object(b'{"a":[1,-2,3.5]}') == {"a": [1, -2, 3.5]}
     with pytest.raises(ApiError):
         parse_object(b'{"a":{"b":1,"b":2}}')
+
+
+class Watched:
+    """A compiled expression that notes how much it was given in one call."""
+
+    def __init__(self, pattern: Any) -> None:
+        self.pattern = pattern
+        self.longest = 0
+
+    def match(self, body: bytes, start: int, end: int) -> Any:
+        self.longest = max(self.longest, end - start)
+        return self.pattern.match(body, start, end)
+
+    def search(self, body: bytes, start: int, end: int) -> Any:
+        self.longest = max(self.longest, end - start)
+        return self.pattern.search(body, start, end)
+
+
+@pytest.mark.parametrize("inside", [b'\\",', b"x,", b"\\\\,", b"7,"])
+def test_no_call_looks_at_more_than_a_piece(inside: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's lock is held for all of a call: one over a text of megabytes stopped every stream."""
+    watched = Watched(json_structure._INSIDE), Watched(json_structure._LONG_NUMBER)
+    monkeypatch.setattr(json_structure, "_INSIDE", watched[0])
+    monkeypatch.setattr(json_structure, "_LONG_NUMBER", watched[1])
+    check_structure(b'{"prompt":"' + inside * 400_000 + b'"}')
+    check_structure(b'{"prompt":"' + b"x7" * 400_000 + b'"}')
+    assert 0 < watched[0].longest <= json_structure.PIECE_BYTES
+    assert 0 < watched[1].longest <= json_structure.PIECE_BYTES + MAX_DIGITS
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_strings_and_numbers_lie_across_pieces(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_structure, "PIECE_BYTES", size)
+    monkeypatch.setattr(json_structure, "MAX_ITEMS", 3)
+    for text in ("", ",", "\\", '"', ',"', '\\",', "a,,,,b\\\\", '"",,,,""'):
+        body = json.dumps([text] * 4).encode()
+        assert refusal(body) is None, text
+        assert "items" in (refusal(body[:-1] + b",1]") or ""), text
+    for end in (b'"', b'"\\', b'",,,,', b'",,,,\\\\\\'):
+        assert refusal(b"[1" + end) is None
+    assert "digits" in (refusal(b"[" + b"7" * (MAX_DIGITS + 1) + b"]") or "")
+    assert refusal(b"[" + b"7" * MAX_DIGITS + b',"' + b"7" * MAX_DIGITS + b'"]') is None
