@@ -116,7 +116,7 @@ class Report:
         except Exception as error:
             traceback.print_exc()
             self.failures.append({"part": part, "error": f"{type(error).__name__}: {error}"})
-            if HAS_GPU and "CUDA error" in str(error):  # nothing runs in this process after an illegal access
+            if isinstance(error, torch.AcceleratorError):  # nothing runs in this process after an illegal access
                 self.is_broken = True
         if HAS_GPU and not self.is_broken:
             torch.cuda.empty_cache()

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -101,12 +102,7 @@ class TakenFields:
 
     def validate(self, model: type[Model]) -> Model:
         """The body as `model`, or a 400 for the first field that is wrong, under the client's name of it."""
-        try:
-            return validate(model, self.data)
-        except ApiError as error:
-            if (alias := self.renamed.get(error.param or "")) is None:
-                raise
-            raise bad_request(error.message.replace(error.param or "", alias, 1), alias, error.code) from None
+        return validate(model, self.data, self.renamed)
 
 
 def take_fields(data: dict[str, Any], route: RouteFields) -> TakenFields:
@@ -131,21 +127,23 @@ def take_fields(data: dict[str, Any], route: RouteFields) -> TakenFields:
     return TakenFields(ours, ignored, renamed)
 
 
-def validate(model: type[Model], data: dict[str, Any]) -> Model:
-    """The data as `model`, or a 400 for the first field that is wrong."""
+def validate(model: type[Model], data: dict[str, Any], renamed: Mapping[str, str] = MappingProxyType({})) -> Model:
+    """The data as `model`, or a 400 for the first field that is wrong, which is called there as `renamed` has it."""
     try:
         return model.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        location, message = first["loc"], first["msg"]
         if first["type"] == "extra_forbidden":  # its location ends with the client's own text
-            raise _field_error(first["loc"][:-1], first["type"], "it has a field that isn't known here") from None
-        raise _field_error(first["loc"], first["type"], first["msg"]) from None
+            location, message = location[:-1], "it has a field that isn't known here"
+        raise _field_error(location, first["type"], message, renamed) from None
 
 
-def _field_error(location: Sequence[int | str], kind: str, message: str) -> ApiError:
+def _field_error(location: Sequence[int | str], kind: str, message: str, renamed: Mapping[str, str]) -> ApiError:
     param = ""
     for part in location:
         param += f"[{part}]" if isinstance(part, int) else f".{part}" if param else part
+    param = renamed.get(param, param)
     if kind == "missing":
         return bad_request(f"{param} is missing", param, ErrorCode.MISSING_REQUIRED_PARAMETER)
     code = ErrorCode.INVALID_TYPE if kind.endswith("_type") else ErrorCode.INVALID_VALUE

@@ -22,7 +22,7 @@ from guanaco.server.api.generation.protocol import Body
 from guanaco.server.api.generation.state import json_response
 from guanaco.server.api.http.access_log import record_of
 from guanaco.server.api.http.errors import ApiError, bad_request
-from guanaco.server.api.routes.admin import Name, admin_body, manager_of, refusal
+from guanaco.server.api.routes.admin import Name, admin_body, manager_of, refusal, refusals
 
 router = APIRouter(tags=["adapters"])
 
@@ -146,10 +146,8 @@ async def put_adapter(request: Request, name: str) -> Response:
     manager, body = manager_of(request), await admin_body(request, PutBody)
     is_new = manager.view(name) is None
     profile = {"profile": body.profile} if isinstance(body.profile, str) else body.profile
-    try:
+    with refusals():
         await manager.load(name, body.source, replace=True, expected_version=body.expected_version, profile=profile)
-    except AdapterError as error:
-        raise refusal(error) from None
     return json_response(_card(_view(manager, name)), 201 if is_new else 200)
 
 
@@ -166,20 +164,16 @@ async def delete_adapter(request: Request, name: str) -> Response:
     timeout = query.get("timeout", str(_DEFAULT_TIMEOUT_SECONDS))
     if re.fullmatch(r"\d{1,3}(\.\d{1,3})?", timeout) is None or float(timeout) > _MAX_TIMEOUT_SECONDS:
         raise bad_request(f"timeout must be a number of seconds up to {_MAX_TIMEOUT_SECONDS:.0f}", "timeout")
-    try:
+    with refusals():
         drained = await manager.unload(name, force=force == "true", timeout_seconds=float(timeout))
-    except AdapterError as error:
-        raise refusal(error) from None
     return json_response({"object": "adapter.deleted", "name": name, "deleted": True, "drained": drained})
 
 
 @router.post("/v1/adapters/{name}/check", summary="Would it load, and fit?", openapi_extra=body_schema(CheckBody))
 async def check_adapter(request: Request, name: str) -> Response:
     manager, body = manager_of(request), await admin_body(request, CheckBody)
-    try:
+    with refusals():
         report = await manager.check(name, body.source)
-    except AdapterError as error:
-        raise refusal(error) from None
     return json_response({"object": "adapter.check", "name": name, **report})
 
 
@@ -188,10 +182,8 @@ async def check_adapter(request: Request, name: str) -> Response:
 )
 async def rollback_adapter(request: Request, name: str) -> Response:
     manager, body = manager_of(request), await admin_body(request, RollbackBody)
-    try:
+    with refusals():
         await manager.rollback(name, body.version)
-    except AdapterError as error:
-        raise refusal(error) from None
     return json_response(_card(_view(manager, name)))
 
 
@@ -200,8 +192,6 @@ async def rollback_adapter(request: Request, name: str) -> Response:
 )
 async def pin_adapter(request: Request, name: str) -> Response:
     manager, body = manager_of(request), await admin_body(request, PinBody)
-    try:
+    with refusals():
         await manager.pin(name, pinned=body.pinned)
-    except AdapterError as error:
-        raise refusal(error) from None
     return json_response(_card(_view(manager, name)))

@@ -5,6 +5,8 @@ here; docs/adapters.md lists the codes.
 """
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -46,6 +48,15 @@ async def admin_body(request: Request, model: type[Any]) -> Any:
     with state.intake.body(request.scope.get("guanaco.key")) as held:
         raw = await read_body(request, state.settings.max_body_bytes, held)
         return validate(model, await asyncio.to_thread(parse_object, raw))
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """What the adapter manager refuses, as the client gets it. Only here: elsewhere its message is not the client's."""
+    try:
+        yield
+    except AdapterError as error:
+        raise refusal(error) from None
 
 
 def refusal(error: AdapterError) -> ApiError:

@@ -8,13 +8,13 @@ from pydantic_core import PydanticCustomError
 from starlette.requests import Request
 from starlette.responses import Response
 
-from guanaco.adapters.errors import AdapterError, alias_not_found
+from guanaco.adapters.errors import alias_not_found
 from guanaco.server.adapters.aliases import AliasManager
 from guanaco.server.api.generation.body import body_schema
 from guanaco.server.api.generation.protocol import Body
 from guanaco.server.api.generation.state import json_response
 from guanaco.server.api.http.errors import bad_request
-from guanaco.server.api.routes.admin import Name, admin_body, manager_of, refusal
+from guanaco.server.api.routes.admin import Name, admin_body, manager_of, refusal, refusals
 
 router = APIRouter(tags=["aliases"])
 
@@ -76,29 +76,23 @@ async def put_alias(request: Request, name: str) -> Response:
         raise bad_request("give either target, or split", "target")
     split = {body.target: 1} if body.split is None else body.split
     is_new = aliases.view(name) is None
-    try:
+    with refusals():
         await aliases.put(name, split, expected_revision=body.expected_revision)
-    except AdapterError as error:
-        raise refusal(error) from None
     return json_response(_card(aliases, name), 201 if is_new else 200)
 
 
 @router.delete("/v1/aliases/{name}", summary="Remove an alias; what it leads to stays")
 async def delete_alias(request: Request, name: str) -> Response:
-    try:
+    with refusals():
         await manager_of(request).aliases.remove(name)
-    except AdapterError as error:
-        raise refusal(error) from None
     return json_response({"object": "alias.deleted", "name": name, "deleted": True})
 
 
 @router.post("/v1/aliases/{name}/rename", summary="Another name for it", openapi_extra=body_schema(RenameBody))
 async def rename_alias(request: Request, name: str) -> Response:
     aliases, body = manager_of(request).aliases, await admin_body(request, RenameBody)
-    try:
+    with refusals():
         await aliases.rename(name, body.name)
-    except AdapterError as error:
-        raise refusal(error) from None
     return json_response(_card(aliases, body.name))
 
 
@@ -107,8 +101,6 @@ async def rename_alias(request: Request, name: str) -> Response:
 )
 async def rollback_alias(request: Request, name: str) -> Response:
     aliases, body = manager_of(request).aliases, await admin_body(request, RevisionBody)
-    try:
+    with refusals():
         await aliases.rollback(name, body.revision)
-    except AdapterError as error:
-        raise refusal(error) from None
     return json_response(_card(aliases, name))
