@@ -15,8 +15,8 @@ from guanaco.models.errors import ModelError, TokenizerError
 from guanaco.models.formats.safetensors import SafetensorsFile
 from guanaco.models.formats.strict_json import read_json
 from guanaco.models.loading.gguf_checkpoint import GgufCheckpoint
+from guanaco.models.text.control_tokens import longest_match_pattern
 from guanaco.models.text.sentencepiece import read_sentencepiece
-from guanaco.models.text.token_pattern import longest_match_pattern
 from guanaco.models.text.tokenizer import Tokenizer
 from guanaco.models.text.tokenizer_check import check_tokenizer
 from guanaco.models.text.tokenizer_json import merges_from_scores
