@@ -8,7 +8,7 @@ import re
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class Checkpoint(WeightSource, Protocol):
     config: LlamaConfig
     is_quantized: bool  # some weights are in NF4 already: then all are served as they are
     num_bytes: int  # of all tensors as stored
+    sampling: dict[str, Any]  # defaults in the weights' file, by the names of generation_config.json
     notes: list[str]  # what an operator should know of the files: what was found, what is used, what to do
 
     def matrix(self, name: str, shape: tuple[int, int]) -> Nf4Weight | Tensor: ...
@@ -116,6 +117,7 @@ class SafetensorsCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = read_config(path)
+        self.sampling: dict[str, Any] = {}
         self.notes = list(config_notes(read_json(path / "config.json")))
         self._files: list[SafetensorsFile] = []
         try:

@@ -21,7 +21,7 @@ from guanaco.models.errors import ModelError
 from guanaco.models.formats.gguf import GgufTensor, read_table
 from guanaco.models.formats.raw_file import FileLayout, RawFile
 from guanaco.models.formats.shown import shown
-from guanaco.models.loading.unread_fields import gguf_notes
+from guanaco.models.loading.unread_fields import gguf_notes, gguf_sampling
 from guanaco.models.text.gguf_tokenizer import end_ids
 
 _TYPES = gguf.GGMLQuantizationType
@@ -70,6 +70,7 @@ class GgufCheckpoint:
         except BaseException:
             self.close()
             raise
+        self.sampling = gguf_sampling(self.metadata)
         self.notes = list(gguf_notes(self.metadata, self.config.vocab_size))
         self.num_bytes = sum(entry.num_bytes for entry in self._entries.values())
         self._asked = {_ROPE_FACTORS}

@@ -5,9 +5,11 @@ provider's form), `ensure_quantized` (an NF4 checkpoint), `load` (the model). On
 feeds both caches and the model. Knows formats only through `checkpoint`. Called by the server's wiring.
 """
 
+from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from guanaco.kernels import Ops
 from guanaco.models.architectures.config import LlamaConfig
@@ -34,6 +36,7 @@ class LoadedModel:
     origin: str  # "checkpoint": as stored; "quantized": from dense weights, now; "cache": the same, earlier
     notes: tuple[str, ...]  # remarks for the operator, a line each
     source_notes: tuple[str, ...]  # those of them that the caches keep: on the source, not on the caches
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # the source's sampling defaults, see `Checkpoint`
 
     def with_note(self, note: str) -> "LoadedModel":
         """The same with one more remark, which no cache keeps."""
@@ -84,7 +87,7 @@ def load_model(
     """
     with closing(open_checkpoint(path)) as source:
         loaded = ensure_packed(Wanted(source, ops, cache_dir, progress, keep_float32))
-        return replace(loaded, notes=(*source.notes, *loaded.notes))
+        return replace(loaded, notes=(*source.notes, *loaded.notes), sampling=source.sampling)
 
 
 def ensure_packed(wanted: Wanted) -> LoadedModel:

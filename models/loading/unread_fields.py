@@ -6,6 +6,8 @@ Knows field names, not how they are used. Called once, when a model is loaded.
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from guanaco.models.formats.shown import joined, listed, shown
 
 # Sampling defaults that are used, with the range that a request may have too; others are not used, and told.
@@ -58,6 +60,13 @@ _CONFIG_KNOWN = frozenset(
     }
 )
 
+# Sampling defaults of a GGUF file, which llama.cpp follows; its penalty for repetition looks at the last tokens only.
+_GGUF_SAMPLING: Mapping[str, str] = {
+    "general.sampling.temp": "temperature",
+    "general.sampling.top_k": "top_k",
+    "general.sampling.top_p": "top_p",
+    "general.sampling.min_p": "min_p",
+}
 # Fields of rope_scaling and rope_parameters that every rope type has, and those of each one.
 _ROPE_READ = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 _ROPE_OF = {
@@ -92,7 +101,7 @@ def generation_notes(config: Mapping[str, Any]) -> tuple[str, ...]:
         elif value in _GENERATION_NEUTRAL.get(name, (0,)):
             continue
         unread.append(f"{listed([name])} = {shown(value)}")
-    return _note("generation_config.json asks for what is not done here", unread)
+    return _note("the model's sampling defaults ask for what is not done here", unread)
 
 
 def config_notes(fields: Mapping[str, Any]) -> tuple[str, ...]:
@@ -156,11 +165,10 @@ def gguf_notes(metadata: Mapping[str, Any], num_rows: int) -> tuple[str, ...]:
     unread = (key for key, value in metadata.items() if key.startswith("llama.") and value not in (None, False, "", []))
     asks = [key for key in unread if key.removeprefix("llama.") not in _GGUF_READ]
     notes = [f"the GGUF file has keys that are unknown here and were ignored: {listed(asks)}"] if asks else []
-    sampling = [
-        f"{listed([key])} = {shown(value)}" for key, value in metadata.items() if key.startswith("general.sampling.")
-    ]
+    asked = [(key, value) for key, value in metadata.items() if key.startswith("general.sampling.")]
+    sampling = [f"{listed([key])} = {shown(value)}" for key, value in asked if key not in _GGUF_SAMPLING]
     if sampling:
-        notes.append(f"the GGUF file's sampling defaults are not used: {joined(sampling)}; give them in requests")
+        notes.append(f"the GGUF file's further sampling defaults are not used here: {joined(sampling)}")
     old, factor = metadata.get("llama.rope.scale_linear"), metadata.get("llama.rope.scaling.factor")
     kind = metadata.get("llama.rope.scaling.type")
     if kind == "none" and any(value not in (None, 0, 1) for value in (old, factor)):
@@ -172,6 +180,13 @@ def gguf_notes(metadata: Mapping[str, Any], num_rows: int) -> tuple[str, ...]:
     if stated not in (None, num_rows):
         notes.append(f"the GGUF file says llama.vocab_size {shown(stated)}: its embedding's {num_rows} rows are used")
     return tuple(notes)
+
+
+def gguf_sampling(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The sampling defaults of a GGUF file that are used, by the names that generation_config.json has for them."""
+    found = {name: metadata[key] for key, name in _GGUF_SAMPLING.items() if key in metadata}
+    # A float32 0.6 is 0.6000000238 as a float64; the shortest decimal that means it is what was meant.
+    return {name: float(str(np.float32(v))) if isinstance(v, float) else v for name, v in found.items()}
 
 
 def _note(what: str, items: list[str]) -> tuple[str, ...]:

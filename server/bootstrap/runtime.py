@@ -198,7 +198,7 @@ def _load_base(settings: Settings, ops: Ops, console: Console) -> Base:
     template = chosen_template(settings)
     check_tokenizer(path)
     tokenizer = Tokenizer.from_directory(path)
-    generation_config = _generation_config(path)
+    generation_config = {**loaded.sampling, **_generation_config(path)}
     special = reconcile_special_ids(
         config_bos=loaded.config.bos_token_id,
         config_eos=loaded.config.eos_token_ids,

@@ -179,7 +179,11 @@ class TestGguf:
         "nothing": ({"llama__rope__scaling__finetuned": True, "llama__vocab_size": 4}, None),
         "unknown": ({"llama__attention__scale": 0.5, "llama__made_up": 1}, "llama.attention.scale, llama.made_up"),
         "hostile": ({"llama.\x1b[2J" + "x" * 999: 1}, "\\x1b[2J"),
-        "sampling": ({"general__sampling__temp": 0.5}, "general.sampling.temp = 0.5"),
+        "sampling": (
+            {"general__sampling__mirostat": 2, "general__sampling__temp": 0.5},
+            "not used here: general.sampling.miro",
+        ),
+        "sampling that is used": ({"general__sampling__temp": 0.5}, None),
         "rows": ({"llama__vocab_size": 5}, "its embedding's 4 rows are used"),
         "two factors": (
             {
@@ -222,6 +226,11 @@ class TestGguf:
         keys = {"scaling__type": kind, "scaling__factor": factor, "scale_linear": old}
         metadata = {f"llama__rope__{key}": value for key, value in keys.items() if value is not None}
         assert self.opened(write(**metadata))[1] == scaling
+
+    def test_sampling_defaults_are_llama_cpps(self, write: Callable[..., Path]) -> None:
+        checkpoint = open_checkpoint(write(general__sampling__temp=0.6, general__sampling__top_k=20))
+        checkpoint.close()
+        assert checkpoint.sampling == {"temperature": 0.6, "top_k": 20}
 
     def test_attention_to_what_comes_later_is_refused(self, write: Callable[..., Path]) -> None:
         with pytest.raises(ModelError, match=r"llama\.attention\.causal"):
