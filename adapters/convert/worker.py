@@ -214,7 +214,8 @@ def main() -> None:
         except AdapterError as error:
             answer = {"code": error.code, "message": str(error), "field": error.field}
         except MemoryError:
-            answer = {"code": "bad_pickle", "message": "the file asks for more memory than it can need", "field": None}
+            problem = "the file asks for more memory than it can need"
+            answer = {"code": ErrorCode.BAD_PICKLE, "message": problem, "field": None}
     write_frame(sys.stdout.buffer, json.dumps(answer).encode())
 
 

@@ -24,17 +24,28 @@ def test_a_code_is_its_members_name_in_small_letters() -> None:
     assert f"{ErrorCode.NOT_FOUND}" == "not_found", "what is written to answers and logs is the value"
 
 
-def test_every_member_is_used_and_every_use_is_a_member() -> None:
-    used = set()
+# Words that are codes and something else, too: the value of a setting's name, and of Anthropic's error types.
+ALSO_OTHER_WORDS = {"request_timeout", "request_too_large"}
+
+
+def test_every_member_is_used_every_use_is_a_member_and_no_code_is_spelled_out() -> None:
+    used, spelled = set(), set()
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "ErrorCode":
                 used.add(node.attr)
+            elif isinstance(node, ast.Constant) and "_" in str(node.value) and path.name != "error_codes.py":
+                spelled.add(node.value)
     assert used == set(ErrorCode.__members__)
+    assert spelled & set(ErrorCode) <= ALSO_OTHER_WORDS
 
 
 def test_the_pages_name_codes_that_exist() -> None:
+    """The table of refused adapters, and every code that a page gives behind its status, as in 404 `not_found`."""
     assert ADAPTER_CODES.keys() <= set(ErrorCode)
+    pages = [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")]
+    named = {code for page in pages for code in re.findall(r"\b[45]\d\d `([a-z_]+)`", page.read_text())}
+    assert {"model_not_found", "alias_target_missing"} <= named <= set(ErrorCode)
     rows = re.findall(r"^\| (`[^|]*`) \| \d{3} \|", (REPOSITORY / "docs/adapters.md").read_text(), re.MULTILINE)
     listed = {code for row in rows for code in re.findall(r"`([a-z_]+)`", row)}
     assert {"model_not_found", "adapter_read_failed"} <= listed <= set(ErrorCode)

@@ -87,7 +87,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         most = self.limits.max_connections
         if len(self.connections) > most + self.limits.max_spare_connections:
-            self.count_refused("too_many_connections")
+            self.count_refused(ErrorCode.TOO_MANY_CONNECTIONS)
             transport.abort()
             return
         self._is_spare = len(self.connections) > most
