@@ -27,7 +27,7 @@ from guanaco.server.api.tools.fields import ToolCallId, ToolCalls, ToolChoiceFie
 # Limits (shared/design/reliability.md 2.6): what one request may ask for, refused before any work is done for it.
 MAX_MESSAGES = 512
 MAX_CHOICES = 8  # n
-MAX_PROMPTS = 32
+MAX_PROMPTS = 128  # lm-eval sends 64; with n they are bounded by what may wait (--max-queued-requests), too
 MAX_STOP_STRINGS = 16  # OpenAI: 4; lm-eval's own tasks send six
 MAX_STOP_CHARS = 128
 MAX_STOP_TOKEN_IDS = 64

@@ -44,9 +44,12 @@ async def detokenize(request: Request) -> Response:
     return await serve_tokens(request, _detokenize)
 
 
-@router.get("/tokenizer_info", summary="Special tokens and sizes of the tokenizer")
+@router.get("/tokenizer_info", summary="Special tokens, sizes and chat template of the tokenizer")
 async def tokenizer_info(request: Request) -> Response:
-    tokenizer = state_of(request).tokenizer
+    """The template is the one that chats with the base get: --chat-template's, or the model's own."""
+    state = state_of(request)
+    tokenizer, base = state.tokenizer, state.catalog.base
+    template = state.template_for(base)
     eos_id = tokenizer.eos_ids[0] if tokenizer.eos_ids else None
     return json_response(
         {
@@ -54,7 +57,8 @@ async def tokenizer_info(request: Request) -> Response:
             "eos_token": None if eos_id is None else tokenizer.token_text(eos_id),
             "pad_token": None,
             "vocab_size": tokenizer.vocab_size,
-            "model_max_length": state_of(request).catalog.base.max_model_len,
+            "model_max_length": base.max_model_len,
+            "chat_template": None if template is None else template.source,
         }
     )
 

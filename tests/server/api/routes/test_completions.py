@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from guanaco.server.api.generation.protocol import MAX_PROMPTS
+from guanaco.server.config import Settings
 from support.server.api_server import BASE, MAX_MODEL_LEN, TERSE, LiveServer, make_state, sse_data
 from support.server.fake_engine import BOS, EOS, FakeTokenizer, reply_of
 
@@ -320,3 +322,17 @@ class TestTokenRoutes:
             response = client.post(path, json=body)
         assert response.status_code == 400
         assert response.json()["error"]["param"]
+
+
+@pytest.mark.parametrize("prompts", [["ab"], [[65, 66]]])
+def test_a_batch_of_lm_eval_and_more_is_one_request(server: LiveServer, prompts: list) -> None:
+    """Its batch_size is 64. Many prompts are as many requests of the engine, and the default queue holds them."""
+    with server.client() as client:
+        body = {"model": BASE, "max_tokens": 1, "temperature": 0}
+        answer = client.post("/v1/completions", json={**body, "prompt": prompts * MAX_PROMPTS})
+        assert [choice["index"] for choice in answer.json()["choices"]] == list(range(MAX_PROMPTS))
+        refused = client.post("/v1/completions", json={**body, "prompt": prompts * (MAX_PROMPTS + 1)})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt")
+    most = Settings().max_queued_requests
+    assert most * 3 // 4 >= MAX_PROMPTS, "of one adapter, three quarters of the queue"
+    assert most // 4 >= 64, "a quarter, where the adapter has to be loaded first"
