@@ -10,6 +10,7 @@ import logging
 import os
 import shlex
 import sys
+import threading
 from importlib.metadata import version
 from pathlib import Path
 
@@ -59,8 +60,13 @@ def run_server(settings: Settings) -> int:
     state = _api_state(settings, runtime, keys, admin_keys)
     port = sock.getsockname()[1]
     stop_logging = start_logging(settings.log_level)
+
+    def started() -> None:
+        _show_banner(console, settings, runtime, port, bool(keys))
+        threading.Thread(target=state.grammars.warm_up, name="guanaco-warm-up", daemon=True).start()
+
     try:
-        return serve(state, sock, on_started=lambda: _show_banner(console, settings, runtime, port, bool(keys)))
+        return serve(state, sock, on_started=started)
     finally:
         shared_renderer().close()  # a template that is being rendered would delay the end
         stop_logging()

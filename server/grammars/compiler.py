@@ -5,7 +5,7 @@ the interpreter's lock released. What has failed is remembered, so that a client
 methods block: they are for worker threads. Called by `serving` in the API.
 """
 
-import atexit
+import contextlib
 import json
 import logging
 import math
@@ -77,7 +77,12 @@ class GrammarCompiler:
         self._turn = threading.Lock()  # one grammar is compiled at a time
         self._books = threading.Lock()
         self._closed = False
-        atexit.register(self.close)
+
+    def warm_up(self) -> None:
+        """Give llguidance the vocabulary, which holds the interpreter's lock for tenths of a second: done at the start,
+        it delays no tokens. Where the library is missing, the first grammar tells."""
+        with self._turn, contextlib.suppress(GrammarUnavailable):
+            _ = self._its_vocabulary().tokenizer
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
         """The grammar, ready for matchers. Raises GrammarError or GrammarUnavailable."""

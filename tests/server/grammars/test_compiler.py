@@ -2,6 +2,7 @@
 
 import gc
 import json
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -139,7 +140,7 @@ def test_kept_texts_are_bounded() -> None:
 
 
 def test_a_missing_library_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
+    monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(GrammarUnavailable, match="not installed") as error:
         GrammarCompiler(lambda: VOCABULARY).compile(json_object())
     assert not error.value.is_here
@@ -150,6 +151,24 @@ def test_a_process_that_cannot_start_is_told(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(GrammarUnavailable, match="could not start") as error:
         GrammarCompiler(lambda: VOCABULARY).compile(json_object())
     assert error.value.is_here
+
+
+def test_warming_up_leaves_nothing_slow_to_the_first_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Vocabulary] = []
+
+    def make() -> Vocabulary:
+        made.append(small_vocabulary())
+        return made[-1]
+
+    compiler = GrammarCompiler(make)
+    compiler.warm_up()
+    tokenizer = made[0].__dict__["tokenizer"]
+    compiler.compile(json_object())
+    assert len(made) == 1
+    assert made[0].tokenizer is tokenizer
+    compiler.close()
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    GrammarCompiler(small_vocabulary).warm_up()
 
 
 def test_several_threads_share_one_compiler(compiler: GrammarCompiler) -> None:

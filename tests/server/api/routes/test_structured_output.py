@@ -1,8 +1,13 @@
 """Structured output over the whole server and a tiny random model: what ends with `stop` keeps what was demanded."""
 
+import gc
 import json
 import re
+import threading
+import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
@@ -11,8 +16,14 @@ import pytest
 from openai import OpenAI
 from pydantic import BaseModel, Field
 
-from support.server.api_server import sse_data
-from support.server.real_server import BASE, RealServer, make_real_server
+from guanaco.models.error_codes import ErrorCode
+from guanaco.server.grammars.compiler import CompiledGrammar
+from guanaco.server.grammars.matcher import GrammarMatcher
+from guanaco.server.grammars.spec import Grammar
+from support.adapters.tiny_adapters import make_adapter
+from support.grammars.random_schemas import RandomSchemas
+from support.server.api_server import WAIT, sse_data
+from support.server.real_server import ADMIN, BASE, RealServer, make_real_server
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 PERSON = {
@@ -257,3 +268,139 @@ def test_official_client_parses_a_pydantic_model(client: httpx.Client, server: R
             model=BASE, messages=[{"role": "user", "content": "Hi"}], max_tokens=300, seed=1, response_format=Person
         )
     assert isinstance(parsed.choices[0].message.parsed, Person)
+
+
+def test_neighbours_get_what_they_get_alone(client: httpx.Client, server: RealServer) -> None:
+    """Requests with and without a demand, at once: each has the same answer as alone."""
+    bodies = [
+        chat(max_tokens=60, temperature=0),
+        chat(max_tokens=60, seed=7),
+        chat(response_format=json_schema(PERSON)),
+        chat(response_format=json_schema(PERSON), seed=9, n=2),
+        chat(guided_regex="[a-z]{40}"),
+    ]
+    alone = [[c["message"] for c in answer(client, body)] for body in bodies]
+    with ThreadPoolExecutor(10) as pool:
+        together = pool.map(lambda body: [c["message"] for c in answer(client, body)], bodies * 2)
+    assert list(together) == alone * 2
+
+
+def test_hostile_demands_disturb_nobody(client: httpx.Client, server: RealServer) -> None:
+    """While the process chews on them, the loop answers and other demands are met."""
+    rules = "\n".join(["start: r0", *(f'r{i}: "a" r{i + 1} | "b" r{i + 1}' for i in range(5000)), 'r5000: "x"'])
+    hostile = [
+        {"guided_grammar": rules},
+        {"guided_json": {"enum": [f"value {i}" for i in range(30_000)]}},
+        {"guided_json": {"type": "integer", "multipleOf": 10**9 + 7}},
+        {"guided_regex": "(" * 1000 + "a" + ")" * 1000},
+    ]
+    expected = answer(client, chat(max_tokens=30, temperature=0))[0]["message"]
+    with ThreadPoolExecutor(8) as pool:
+        refused = [pool.submit(error_of, client, chat(**fields)) for fields in hostile * 2]
+        others = [pool.submit(answer, client, chat(max_tokens=30, temperature=0)) for _ in range(8)]
+        met = [pool.submit(answer, client, chat(guided_choice=[f"met {i}"])) for i in range(4)]
+        assert {future.result()["code"] for future in refused} == {"invalid_grammar"}
+        assert all(future.result()[0]["message"] == expected for future in others)
+        assert [content(future.result()[0]) for future in met] == [f"met {i}" for i in range(4)]
+
+
+def test_compiling_holds_no_thread_of_other_requests(
+    client: httpx.Client, server: RealServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A grammar that is being compiled: the loop, the health check and plain chats go on."""
+    begun, go_on = threading.Event(), threading.Event()
+    compile_it = server.state.grammars.compile
+
+    def slow(grammar: Grammar) -> CompiledGrammar:
+        begun.set()
+        assert go_on.wait(WAIT)
+        return compile_it(grammar)
+
+    monkeypatch.setattr(server.state.grammars, "compile", slow)
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(answer, client, chat(guided_choice=["x"])) for _ in range(2)]
+        assert begun.wait(WAIT)
+        assert client.get("/health/live").status_code == 200
+        assert answer(client, chat(max_tokens=5))
+        go_on.set()
+        assert [content(future.result()[0]) for future in waiting] == ["x", "x"]
+
+
+def test_a_client_that_leaves_frees_its_matcher(
+    client: httpx.Client, server: RealServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matchers: list[weakref.ref[GrammarMatcher]] = []
+    original = CompiledGrammar.matcher
+
+    def watched(self: CompiledGrammar, ends: Any) -> GrammarMatcher:
+        made = original(self, ends)
+        matchers.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(CompiledGrammar, "matcher", watched)
+    body = chat(guided_regex="[a-z]+", ignore_eos=True, max_tokens=400, stream=True)
+    with client.stream("POST", CHAT, json=body) as response:
+        assert next(response.iter_bytes())
+    server.assert_quiet()
+    assert len(matchers) == 1
+
+    def is_freed() -> bool:
+        gc.collect()
+        return matchers[0]() is None
+
+    server.wait(is_freed)
+
+
+def test_a_grammar_that_breaks_down_ends_its_request_alone(
+    client: httpx.Client, server: RealServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = GrammarMatcher.accept
+
+    def accept(self: GrammarMatcher, token_id: int) -> None:
+        original(self, token_id)
+        if getattr(self, "breaks", False):
+            self.error = ErrorCode.GRAMMAR_TOO_COMPLEX
+
+    monkeypatch.setattr(GrammarMatcher, "accept", accept)
+    monkeypatch.setattr(GrammarMatcher, "breaks", True, raising=False)
+    error = error_of(client, chat(guided_choice=["broken"]))
+    assert (error["code"], error["type"]) == ("grammar_too_complex", "invalid_request_error")
+    streamed = client.post(CHAT, json=chat(guided_choice=["broken"], stream=True))
+    assert "grammar_too_complex" in streamed.text
+    monkeypatch.setattr(GrammarMatcher, "breaks", False)
+    assert content(answer(client, chat(guided_choice=["whole"]))[0]) == "whole"
+
+
+def test_adapters_follow_grammars_too(tmp_path: Path) -> None:
+    with make_real_server(tmp_path) as server, server.client() as client:
+        make_adapter(server.root / "x", server.targets, rank=4, seed=1)
+        loaded = client.put("/v1/adapters/x", json={"source": "x"}, headers=ADMIN)
+        assert loaded.status_code in (200, 201), loaded.text
+        fields = {"response_format": json_schema(PERSON), "n": 2}
+        own = answer(client, chat(**fields, model="x"))
+        mixed = answer(client, chat(**fields, adapters=[{"name": "x", "scale": 0.5}]))
+        base = answer(client, chat(**fields))
+        for choice in (*own, *mixed, *base):
+            jsonschema.validate(json.loads(content(choice)), PERSON)
+        assert own != base
+
+
+def test_twenty_random_schemas_through_the_whole_server(client: httpx.Client) -> None:
+    schemas, num_stopped = RandomSchemas(99), 0
+    for seed in range(20):
+        schema = schemas.schema()
+        fields = {"response_format": json_schema(schema), "seed": seed, "stream": bool(seed % 2)}
+        body = chat(max_tokens=300, temperature=1.2, **fields)
+        response = client.post(CHAT, json=body)
+        assert response.status_code == 200, (response.text, schema)
+        if body["stream"]:
+            events = [event["choices"][0] for event in sse_data(response.content)[:-1]]
+            text = "".join(event["delta"].get("content", "") for event in events)
+            reason = events[-1]["finish_reason"]
+        else:
+            choice = response.json()["choices"][0]
+            text, reason = choice["message"]["content"], choice["finish_reason"]
+        if reason == "stop":
+            num_stopped += 1
+            assert jsonschema.Draft202012Validator(schema).is_valid(json.loads(text)), (text, schema)
+    assert num_stopped >= 10
