@@ -4,9 +4,12 @@ message_start, then for each block content_block_start, its deltas and content_b
 stop reason and the usage, and message_stop. Doesn't know HTTP; `serving` and `sse` call it.
 """
 
+import secrets
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
+from pydantic_core import from_json
 
 from guanaco.server.api.generation.answer import Answer
 from guanaco.server.api.generation.catalog import ServedModel
@@ -14,68 +17,111 @@ from guanaco.server.api.generation.encode import named_event
 from guanaco.server.api.http.error_paths import anthropic_envelope
 from guanaco.server.api.http.errors import ApiError
 from guanaco.server.api.messages.protocol import MessagesBody
+from guanaco.server.api.tools.reader import CallArguments, CallBegins, Content, Event, ToolCallReader, read_events
 from guanaco.server.engine.request import FinishReason
 from guanaco.server.engine.request_stream import TextOutput
 
+Block = dict[str, Any]
+
 
 class MessagesAnswer(Answer):
-    """One message. `request_id`: of the HTTP request, for errors in the middle of a stream."""
+    """One message. reader: finds calls of tools; None: there are none. `request_id`: of the HTTP request, for errors in
+    the middle of a stream."""
 
     id_prefix = "msg_"
 
-    def __init__(self, body: MessagesBody, model: ServedModel, request_id: str) -> None:
+    def __init__(self, body: MessagesBody, model: ServedModel, reader: ToolCallReader | None, request_id: str) -> None:
         super().__init__()
         self._model = model.name
         self._stop_sequences = frozenset(body.stop_sequences)
         self._max_tokens = body.max_tokens
         self._request_id = request_id
-        self._texts: list[str] = []
-        self._has_block = False
+        self._reader = reader
+        self._blocks: list[Block] = []
+        self._pieces: list[str] = []  # of the last block: text, or the JSON of a call's input
+        self._is_open = False  # whether the last block goes on
         self._last: TextOutput | None = None  # the one with a finish reason
 
     def first_events(self) -> bytes:
         return named_event({"type": "message_start", "message": self._message([], None, None)})
 
     def events(self, index: int, output: TextOutput) -> bytes:  # noqa: ARG002 (there is one choice)
-        if output.finish_reason is not None:
-            self._last = output
-        if not output.text:
-            return b""
-        delta = {"type": "text_delta", "text": output.text}
-        return self._begin_block() + named_event({"type": "content_block_delta", "index": 0, "delta": delta})
-
-    def _begin_block(self) -> bytes:
-        """The text's block, before its first text. A message without any text has one, too."""
-        if self._has_block:
-            return b""
-        self._has_block = True
-        block = {"type": "text", "text": ""}
-        start = named_event({"type": "content_block_start", "index": 0, "content_block": block})
-        return start + named_event({"type": "ping"})
+        return b"".join(self._take(output))
 
     def last_events(self) -> bytes:
+        events = [*self._open_text(), *self._close()] if not self._blocks else self._close()
         reason, sequence = self._stop()
         delta = {"stop_reason": reason, "stop_sequence": sequence}
-        return (
-            self._begin_block()
-            + named_event({"type": "content_block_stop", "index": 0})
-            + named_event({"type": "message_delta", "delta": delta, "usage": self._usage()})
-            + named_event({"type": "message_stop"})
-        )
+        end = named_event({"type": "message_delta", "delta": delta, "usage": self._usage()})
+        return b"".join(events) + end + named_event({"type": "message_stop"})
 
     def failure(self, error: ApiError) -> bytes:
         envelope = anthropic_envelope(error.status, error.code, error.message, error.param, self._request_id)
         return named_event(envelope)
 
     def add(self, index: int, output: TextOutput) -> None:  # noqa: ARG002 (there is one choice)
-        self._texts.append(output.text)
-        if output.finish_reason is not None:
-            self._last = output
+        self._take(output)
 
     def encoded(self) -> bytes:
-        return orjson.dumps(self._message([{"type": "text", "text": "".join(self._texts)}], *self._stop()))
+        if not self._blocks:
+            self._open_text()
+        self._close()
+        return orjson.dumps(self._message(self._blocks, *self._stop()))
 
-    def _message(self, content: list[dict[str, Any]], reason: str | None, sequence: str | None) -> dict[str, Any]:
+    # Blocks. Each step gives the events that tell of it.
+
+    def _take(self, output: TextOutput) -> list[bytes]:
+        if output.finish_reason is not None:
+            self._last = output
+        return self._read(read_events(self._reader, output.text, is_last=output.finish_reason is not None))
+
+    def _read(self, news: Sequence[Event]) -> list[bytes]:
+        events: list[bytes] = []
+        for new in news:
+            match new:
+                case Content(text):
+                    events += self._open_text()
+                    events.append(self._delta({"type": "text_delta", "text": text}, text))
+                case CallBegins(_, name):
+                    events += self._open({"type": "tool_use", "id": _call_id(), "name": name, "input": {}})
+                case CallArguments(_, text):
+                    events.append(self._delta({"type": "input_json_delta", "partial_json": text}, text))
+        return events
+
+    def _open_text(self) -> list[bytes]:
+        """A block for text, where the last one is none. A message without anything has an empty one."""
+        if self._is_open and self._blocks[-1]["type"] == "text":
+            return []
+        return self._open({"type": "text", "text": ""})
+
+    def _open(self, block: Block) -> list[bytes]:
+        events = self._close()
+        self._blocks.append(block)
+        self._is_open = True
+        place = len(self._blocks) - 1
+        events.append(named_event({"type": "content_block_start", "index": place, "content_block": block}))
+        if place == 0:
+            events.append(named_event({"type": "ping"}))
+        return events
+
+    def _delta(self, delta: Block, piece: str) -> bytes:
+        self._pieces.append(piece)
+        return named_event({"type": "content_block_delta", "index": len(self._blocks) - 1, "delta": delta})
+
+    def _close(self) -> list[bytes]:
+        """End the open block. The input of a call that was cut off is what had come of it."""
+        if not self._is_open:
+            return []
+        whole, block = "".join(self._pieces), self._blocks[-1]
+        if block["type"] == "text":
+            block["text"] = whole
+        else:
+            block["input"] = from_json(whole, allow_partial=True) if whole else {}
+        self._pieces.clear()
+        self._is_open = False
+        return [named_event({"type": "content_block_stop", "index": len(self._blocks) - 1})]
+
+    def _message(self, content: list[Block], reason: str | None, sequence: str | None) -> dict[str, Any]:
         return {
             "id": self.id,
             "type": "message",
@@ -97,7 +143,7 @@ class MessagesAnswer(Answer):
         # The chat template and the adapter's profile have stop strings, too: those end a turn.
         if isinstance(last.stop_reason, str) and last.stop_reason in self._stop_sequences:
             return "stop_sequence", last.stop_reason
-        return "end_turn", None
+        return "tool_use" if self._reader is not None and self._reader.num_calls else "end_turn", None
 
     def _usage(self) -> dict[str, int]:
         """Anthropic counts tokens that came from the cache apart from the others of the prompt."""
@@ -109,3 +155,7 @@ class MessagesAnswer(Answer):
             "cache_read_input_tokens": cached,
             "output_tokens": usage["completion_tokens"],
         }
+
+
+def _call_id() -> str:
+    return "toolu_" + secrets.token_hex(12)

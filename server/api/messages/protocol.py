@@ -4,7 +4,7 @@ Says what a request may hold; `translate` reads the messages. Nothing here is ec
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, WithJsonSchema
 
@@ -27,6 +27,25 @@ _MESSAGE = {
     "properties": {"role": {"enum": ["user", "assistant", "system"]}, "content": {"anyOf": [_TEXT, _BLOCKS]}},
     "required": ["role", "content"],
 }
+_TOOL = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "description": {"type": "string"},
+        "input_schema": {"type": "object"},
+        "strict": {"type": "boolean"},
+    },
+    "required": ["name", "input_schema"],
+}
+_TOOL_CHOICE = {
+    "type": "object",
+    "properties": {
+        "type": {"enum": ["auto", "any", "tool", "none"]},
+        "name": {"type": "string"},
+        "disable_parallel_tool_use": {"type": "boolean"},
+    },
+    "required": ["type"],
+}
 # Read by `translate`, which knows what the blocks of each role may be.
 Messages = Annotated[
     list[Any],
@@ -34,6 +53,23 @@ Messages = Annotated[
     WithJsonSchema({"type": "array", "items": _MESSAGE, "minItems": 1, "maxItems": MAX_MESSAGES}),
 ]
 System = Annotated[Any, WithJsonSchema({"anyOf": [_TEXT, _BLOCKS, {"type": "null"}]})]
+
+
+# Read by `translate`, and then checked as chat's.
+ToolList = Annotated[Any, WithJsonSchema({"type": ["array", "null"], "items": _TOOL})]
+ToolChoice = Annotated[Any, WithJsonSchema({"anyOf": [_TOOL_CHOICE, {"type": "null"}]})]
+
+
+class JsonFormat(Body):
+    type: Literal["json_schema"]
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class OutputConfig(Body):
+    """effort is a wish that the LLaMA family has no setting for."""
+
+    format: JsonFormat | None = None
+    effort: Any = None
 
 
 class Metadata(Body):
@@ -46,6 +82,9 @@ class CountBody(Body):
     model: Annotated[str, Field(min_length=1, max_length=256)]
     messages: Messages
     system: System = None
+    tools: ToolList = None
+    tool_choice: ToolChoice = None
+    output_config: OutputConfig | None = None
     adapters: AdapterChoices = ()
 
 
@@ -72,15 +111,15 @@ _REFUSED: Mapping[str, Neutral] = {
     "context_management": ({}, {"edits": []}),
     "fallbacks": ([],),
     "mcp_servers": ([],),
-    "output_config": ({},),
     "output_format": (),
     "prefill": (),
     "prompt": (),
     "thinking": ({"type": "disabled"},),
-    "tools": ([],),
-    "tool_choice": ({"type": "none"}, {"type": "auto"}),
 }
 _INSTEAD: Mapping[str, str] = {
+    "output_format": "use output_config.format",
+    "response_format": "use output_config.format",
+    "parallel_tool_calls": "use tool_choice.disable_parallel_tool_use",
     "thinking": "leave it out, or send {type: disabled}",
     "stop": "use stop_sequences",
     "max_completion_tokens": "use max_tokens",
@@ -94,7 +133,12 @@ _HARMLESS = frozenset(
     ("cache_control", "diagnostics", "inference_geo", "speed", "user_profile_id", "workspace_id", *HARMLESS)
 )
 _IN_MESSAGE = frozenset(("role", "content", "id", "type"))
-_IN_BLOCK = frozenset(("type", "text", "cache_control", "citations", "signature", "thinking", "data"))
+_IN_BLOCK = frozenset(
+    (
+        *("type", "text", "cache_control", "citations", "signature", "thinking", "data"),
+        *("id", "name", "input", "caller", "tool_use_id", "content", "is_error", "toolset_name"),
+    )
+)
 MESSAGES_FIELDS = RouteFields(
     own=_OWN,
     refused=refused_besides(_OWN, _REFUSED),

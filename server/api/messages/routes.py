@@ -52,7 +52,9 @@ def prepare_message(
     with renamed_errors(NAMES):
         ignored = _with_beta(fields.ignored, is_beta)
         prepared = prepare_conversation(state, caller, chat, admission, ignored, fit_into_context=True)
-    return replace(prepared, names=NAMES), MessagesAnswer(body, prepared.model, caller.request_id)
+    return replace(prepared, names=NAMES), MessagesAnswer(
+        body, prepared.model, prepared.tools.reader(), caller.request_id
+    )
 
 
 def _count(is_beta: bool, state: ApiState, caller: Caller, data: dict[str, Any]) -> tuple[dict[str, Any], Ignored]:

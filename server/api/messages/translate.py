@@ -12,18 +12,33 @@ from guanaco.server.api.generation.protocol import ChatBody
 from guanaco.server.api.http.errors import ApiError, bad_request
 from guanaco.server.api.messages.protocol import CountBody, MessagesBody
 
-# Chat's names of fields → ours, where they are others.
-NAMES: Mapping[str, str] = {"messages": "messages", "stop": "stop_sequences"}
+# Chat's names of fields → ours.
+NAMES: Mapping[str, str] = {
+    "messages": "messages",
+    "stop": "stop_sequences",
+    "tools": "tools",
+    "tool_choice": "tool_choice",
+    "response_format": "output_config.format",
+}
 _ROLES = ("user", "assistant", "system")
 _SAME = ("model", "temperature", "top_p", "top_k", "min_p", "seed", "repetition_penalty", "adapters", "cache_salt")
 # An assistant's thoughts before an answer are no part of the conversation that goes on.
 _LEFT_OUT = ("thinking", "redacted_thinking")
+_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+
+Message = dict[str, Any]
 
 
 def conversation(body: CountBody, data: Mapping[str, Any]) -> ChatBody:
     """The body as chat's. data: the same as the client sent it. 400 for blocks that aren't supported."""
     fields: dict[str, Any] = {name: data[name] for name in _SAME if name in data}
     fields["messages"] = _messages(body)
+    fields["tools"] = _tools(body.tools)
+    if body.tool_choice is not None:
+        fields |= _tool_choice(body.tool_choice)
+    if body.output_config is not None and body.output_config.format is not None:
+        schema = {"name": "output", "schema": body.output_config.format.schema_}
+        fields["response_format"] = {"type": "json_schema", "json_schema": schema}
     if isinstance(body, MessagesBody):
         fields["max_tokens"] = body.max_tokens
         fields["stop"] = list(body.stop_sequences)
@@ -32,9 +47,10 @@ def conversation(body: CountBody, data: Mapping[str, Any]) -> ChatBody:
     return chat_body(fields, NAMES)
 
 
-def _messages(body: CountBody) -> list[dict[str, Any]]:
-    messages: list[dict[str, Any]] = []
-    if system := _text(body.system, "system"):
+def _messages(body: CountBody) -> list[Message]:
+    messages: list[Message] = []
+    calls: set[str] = set()  # ids of calls without a result so far
+    if body.system is not None and (system := _text(body.system, "system")):
         messages.append({"role": "system", "content": system})
     for index, message in enumerate(body.messages):
         at = f"messages[{index}]"
@@ -44,40 +60,126 @@ def _messages(body: CountBody) -> list[dict[str, Any]]:
         if role not in _ROLES:
             raise bad_request(f"{at}.role must be user, assistant or system", f"{at}.role")
         if "content" not in message:
-            raise bad_request(f"{at}.content is missing", f"{at}.content", ErrorCode.MISSING_REQUIRED_PARAMETER)
-        text = _text(message["content"], f"{at}.content", is_answer=role == "assistant")
-        if messages and messages[-1]["role"] == role != "system":  # two turns of one side are one turn
-            messages[-1]["content"] += "\n" + text
-        else:
-            messages.append({"role": role, "content": text})
+            code = ErrorCode.MISSING_REQUIRED_PARAMETER
+            raise bad_request(f"{at}.content is missing", f"{at}.content", code)
+        for piece in _pieces(role, message["content"], f"{at}.content", calls):
+            _append(messages, piece)
     if messages[-1]["role"] == "assistant":
         text = "an answer can't be continued: the last message must not come from the assistant"
         raise bad_request(text, "messages", ErrorCode.UNSUPPORTED_PARAMETER)
     return messages
 
 
-def _text(content: object, at: str, *, is_answer: bool = False) -> str:
-    """The text of a content: a string, or blocks, which become one text with a line for each."""
-    if content is None and at == "system":
-        return ""
+def _append(messages: list[Message], message: Message) -> None:
+    """Two turns of one side in a row are one turn."""
+    last = messages[-1] if messages else None
+    if last is None or last["role"] != message["role"] or message["role"] in ("system", "tool"):
+        messages.append(message)
+        return
+    last["content"] = "\n".join(text for text in (last["content"], message["content"]) if text)
+    if calls := [*last.get("tool_calls", ()), *message.get("tool_calls", ())]:
+        last["tool_calls"] = calls
+
+
+def _pieces(role: str, content: object, at: str, calls: set[str]) -> list[Message]:
+    """One message as chat's: results of tools are messages of their own, before the text."""
+    if not isinstance(content, list):
+        return [{"role": role, "content": _text(content, at)}]
+    texts: list[str] = []
+    made: list[Message] = []
+    results: list[Message] = []
+    for index, block in enumerate(content):
+        here = f"{at}[{index}]"
+        kind = block.get("type") if isinstance(block, dict) else None
+        if kind == "text":
+            texts.append(_block_text(block, here))
+        elif kind == "tool_use" and role == "assistant":
+            made.append(_call(block, here))
+            calls.add(made[-1]["id"])
+        elif kind == "tool_result" and role == "user":
+            results.append(_result(block, here, calls))
+        elif kind not in _LEFT_OUT or role != "assistant":
+            raise _unsupported_block(here)
+    message: Message = {"role": role, "content": "\n".join(texts)}
+    if made:
+        message["tool_calls"] = made
+    return [*results, message] if texts or made or not results else results
+
+
+def _call(block: Mapping[str, Any], at: str) -> Message:
+    for name in ("id", "name"):
+        if not isinstance(block.get(name), str):
+            raise bad_request(f"{at}.{name} must be a string", f"{at}.{name}", ErrorCode.INVALID_TYPE)
+    if not isinstance(block.get("input"), dict):
+        raise bad_request(f"{at}.input must be an object", f"{at}.input", ErrorCode.INVALID_TYPE)
+    function = {"name": block["name"], "arguments": block["input"]}
+    return {"id": block["id"], "type": "function", "function": function}
+
+
+def _result(block: Mapping[str, Any], at: str, calls: set[str]) -> Message:
+    """A tool's result. Models learn of an error by its text alone."""
+    call_id = block.get("tool_use_id")
+    if not isinstance(call_id, str) or call_id not in calls:
+        text = f"{at}.tool_use_id must be the id of a tool_use block of an earlier message, and each has one result"
+        raise bad_request(text, f"{at}.tool_use_id")
+    calls.remove(call_id)
+    content = block.get("content")
+    text = "" if content is None else _text(content, f"{at}.content")
+    return {"role": "tool", "tool_call_id": call_id, "content": f"Error: {text}" if block.get("is_error") else text}
+
+
+def _text(content: object, at: str) -> str:
+    """The text of a content: a string, or blocks of text, which become one text with a line for each."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise bad_request(f"{at} must be a string or a list of blocks", at, ErrorCode.INVALID_TYPE)
-    texts = []
     for index, block in enumerate(content):
-        kind = block.get("type") if isinstance(block, dict) else None
-        if is_answer and kind in _LEFT_OUT:
-            continue
-        if kind != "text":
+        if not isinstance(block, dict) or block.get("type") != "text":
             raise _unsupported_block(f"{at}[{index}]")
-        text = block.get("text")
-        if not isinstance(text, str):
-            raise bad_request(f"{at}[{index}].text must be a string", f"{at}[{index}].text", ErrorCode.INVALID_TYPE)
-        texts.append(text)
-    return "\n".join(texts)
+    return "\n".join(_block_text(block, f"{at}[{index}]") for index, block in enumerate(content))
+
+
+def _block_text(block: Mapping[str, Any], at: str) -> str:
+    text = block.get("text")
+    if not isinstance(text, str):
+        raise bad_request(f"{at}.text must be a string", f"{at}.text", ErrorCode.INVALID_TYPE)
+    return text
 
 
 def _unsupported_block(at: str) -> ApiError:
-    text = f"{at}: only blocks of type text are supported: no images, documents or results of server tools"
+    text = (
+        f"{at}: only text, the assistant's tool_use and the user's tool_result are supported: no images, documents or "
+        "server tools"
+    )
     return bad_request(text, at, ErrorCode.UNSUPPORTED_PARAMETER)
+
+
+def _tools(value: object) -> list[Message]:
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise bad_request("tools must be a list", "tools", ErrorCode.INVALID_TYPE)
+    return [_tool(tool, f"tools[{index}]") for index, tool in enumerate(value)]
+
+
+def _tool(tool: object, at: str) -> Message:
+    if not isinstance(tool, dict) or tool.get("type") not in (None, "custom"):
+        text = f"{at}: only tools of the client are supported (type custom, with name and input_schema)"
+        raise bad_request(text, at, ErrorCode.UNSUPPORTED_PARAMETER)
+    if not isinstance(tool.get("input_schema"), dict):
+        raise bad_request(f"{at}.input_schema must be a JSON schema: an object", f"{at}.input_schema")
+    function = {name: tool[name] for name in ("name", "description", "strict") if name in tool}
+    return {"type": "function", "function": {**function, "parameters": tool["input_schema"]}}
+
+
+def _tool_choice(value: object) -> dict[str, Any]:
+    kind = value.get("type") if isinstance(value, dict) else None
+    if not isinstance(value, dict) or kind not in (*_CHOICES, "tool"):
+        raise bad_request("tool_choice must be an object with a type: auto, any, tool or none", "tool_choice")
+    alone = value.get("disable_parallel_tool_use")
+    if not isinstance(alone, bool | None):
+        at = "tool_choice.disable_parallel_tool_use"
+        raise bad_request(f"{at} must be true or false", at, ErrorCode.INVALID_TYPE)
+    choice: Any = _CHOICES.get(kind) or {"type": "function", "function": {"name": value.get("name")}}
+    return {"tool_choice": choice, "parallel_tool_calls": not alone}

@@ -18,7 +18,7 @@ from guanaco.server.api.generation.state import ApiState, ChatTokenizer
 from guanaco.server.api.http.lifecycle import Admission
 from guanaco.server.api.tools.calls import TOOL_CALLS, ChoiceCalls, deltas
 from guanaco.server.api.tools.plan import ToolPlan
-from guanaco.server.api.tools.reader import Content, Event, ToolCallReader
+from guanaco.server.api.tools.reader import Event, ToolCallReader, read_events
 from guanaco.server.engine.request import FinishReason, TokenLogprob
 from guanaco.server.engine.request_stream import TextOutput
 
@@ -51,10 +51,7 @@ class _Choice:
 
     def read(self, output: TextOutput) -> list[Event]:
         """What an output says: content, calls."""
-        if self.reader is None:
-            return [Content(output.text)] if output.text else []
-        events = self.reader.feed(output.text)
-        return events if output.finish_reason is None else events + self.reader.finish()
+        return read_events(self.reader, output.text, is_last=output.finish_reason is not None)
 
     def finish_reason_of(self, output: TextOutput) -> str | None:
         """An answer with calls that ended by itself ended for them."""

@@ -209,3 +209,11 @@ class ToolCallReader:
         if new := current.arguments_so_far()[self._live_chars :]:
             self._events.append(CallArguments(self.num_calls - 1, new))
             self._live_chars += len(new)
+
+
+def read_events(reader: ToolCallReader | None, text: str, *, is_last: bool) -> list[Event]:
+    """The events of the next piece of an answer. Without a reader all text is content."""
+    if reader is None:
+        return [Content(text)] if text else []
+    events = reader.feed(text)
+    return events + reader.finish() if is_last else events

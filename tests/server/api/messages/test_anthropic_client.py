@@ -144,3 +144,87 @@ def test_cancelling_an_async_call_ends_the_generation(server: LiveServer) -> Non
     asyncio.run(work())
     server.until(lambda engine: len(engine.aborted) == aborted + 1)
     server.open(gate)
+
+
+WEATHER = {
+    "name": "get_weather",
+    "description": "The weather of a city.",
+    "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+}
+CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Zürich"}}\n</tool_call>'
+ASKED = {"model": BASE, "max_tokens": 1000, "messages": [{"role": "user", "content": "Weather?"}], "tools": [WEATHER]}
+
+
+def test_a_tool_is_used(server: LiveServer, client: Anthropic) -> None:
+    server.script(reply="I look. " + CALL)
+    message = client.messages.create(**ASKED)
+    text, call = message.content
+    assert (text.type, text.text) == ("text", "I look.")
+    assert (call.type, call.name, call.input) == ("tool_use", "get_weather", {"city": "Zürich"})
+    assert (message.stop_reason, call.id.startswith("toolu_")) == ("tool_use", True)
+    result = {"type": "tool_result", "tool_use_id": call.id, "content": [{"type": "text", "text": "rain"}]}
+    messages = [*ASKED["messages"], {"role": "assistant", "content": message.content}]
+    messages.append({"role": "user", "content": [result, {"type": "text", "text": "And?"}]})
+    server.script(reply="It rains.")
+    last = client.messages.create(**{**ASKED, "messages": messages})
+    assert (last.content[0].text, last.stop_reason) == ("It rains.", "end_turn")
+    prompt = server.state.tokenizer.decode(server.engine.requests[-1].prompt_token_ids)
+    assert "Zürich" in prompt
+    assert prompt.index("rain") < prompt.index("And?")
+
+
+def test_tools_in_a_stream(server: LiveServer, client: Anthropic) -> None:
+    server.script(reply="I look.\n" + CALL + "\n" + CALL.replace("Zürich", "Basel"))
+    with client.messages.stream(**ASKED) as stream:
+        events = list(stream)
+        final = stream.get_final_message()
+    assert [block.type for block in final.content] == ["text", "tool_use", "tool_use"]
+    assert [block.input for block in final.content[1:]] == [{"city": "Zürich"}, {"city": "Basel"}]
+    assert final.content[0].text == "I look."
+    assert final.stop_reason == "tool_use"
+    started = [event.content_block.type for event in events if event.type == "content_block_start"]
+    assert started == ["text", "tool_use", "tool_use"]
+    assert [event.index for event in events if event.type == "content_block_stop"] == [0, 1, 2]
+    assert any(event.type == "input_json" for event in events)
+
+
+def test_tools_count_as_tokens(server: LiveServer, client: Anthropic) -> None:
+    fields = {name: value for name, value in ASKED.items() if name != "max_tokens"}
+    counted = client.messages.count_tokens(**fields).input_tokens
+    server.script(reply="x")
+    assert counted == client.messages.create(**ASKED).usage.input_tokens
+    without = {**fields, "tools": []}
+    assert client.messages.count_tokens(**without).input_tokens < counted
+
+
+def test_a_choice_of_no_tool_gives_text(server: LiveServer, client: Anthropic) -> None:
+    server.script(reply=CALL)
+    message = client.messages.create(**ASKED, tool_choice={"type": "none"})
+    assert ([block.type for block in message.content], message.stop_reason) == (["text"], "end_turn")
+
+
+def test_one_call_where_several_are_not_wanted(server: LiveServer, client: Anthropic) -> None:
+    server.script(reply=CALL + "\n" + CALL)
+    message = client.messages.create(**ASKED, tool_choice={"type": "auto", "disable_parallel_tool_use": True})
+    assert [block.type for block in message.content].count("tool_use") == 1
+
+
+def test_errors_about_tools_name_the_field(server: LiveServer, client: Anthropic) -> None:
+    def refusal(**fields: object) -> tuple[str, str]:
+        with pytest.raises(anthropic.BadRequestError) as refused:
+            client.messages.create(**{**ASKED, **fields})
+        error = refused.value.body["error"]
+        assert error["details"]["param"] in error["message"]
+        return error["details"]["param"], error["details"]["error_code"]
+
+    assert refusal(tools=[{"type": "web_search_20250305", "name": "web_search"}]) == (
+        "tools[0]",
+        "unsupported_parameter",
+    )
+    assert refusal(tools=[{"name": "f"}])[0] == "tools[0].input_schema"
+    assert refusal(tools=[{**WEATHER, "name": "no name"}])[0] == "tools"
+    assert refusal(tool_choice={"type": "some"})[0] == "tool_choice"
+    assert refusal(tool_choice={"type": "tool", "name": "other"})[0] == "tool_choice"
+    result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": "rain"}
+    at = "messages[0].content[0].tool_use_id"
+    assert refusal(messages=[{"role": "user", "content": [result]}])[0] == at
