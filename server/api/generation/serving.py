@@ -108,7 +108,8 @@ async def serve(request: HttpRequest, prepare: Prepare) -> Response:
         admission = state.admit()
         try:
             prepared, answer = await _prepare(request, body, prepare, admission)
-            new_constraint = await _constraints(request, prepared)
+            with renamed_errors(prepared.names):
+                new_constraint = await _constraints(request, prepared)
         except BaseException:
             admission.release()
             raise

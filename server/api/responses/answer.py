@@ -18,6 +18,8 @@ from guanaco.server.api.generation.state import ChatTokenizer
 from guanaco.server.api.http.errors import ApiError
 from guanaco.server.api.responses.items import Item, new_id
 from guanaco.server.api.responses.store import ResponseStore, StoredResponse
+from guanaco.server.api.tools.calls import new_call_id
+from guanaco.server.api.tools.reader import CallArguments, CallBegins, Content, ToolCallReader, read_events
 from guanaco.server.engine.request import FinishReason, TokenLogprob
 from guanaco.server.engine.request_stream import TextOutput
 
@@ -36,17 +38,20 @@ class ResponsesAnswer(Answer):
         owner: str,
         store: ResponseStore | None,
         tokenizer: ChatTokenizer | None,
+        reader: ToolCallReader | None,
     ) -> None:
-        """store: None where nothing is kept. tokenizer: None where log-probabilities aren't shown."""
+        """store: None where nothing is kept. tokenizer: None where log-probabilities aren't shown. reader: finds calls
+        of tools; None: there are none."""
         super().__init__()
         self.owner = owner
         self._head = {**head, "created_at": int(time.time())}
         self._input_items = input_items
         self._store = store
         self._tokenizer = tokenizer
+        self._reader = reader
         self._output: list[Item] = []
         self._open_item: Item | None = None  # the last of them, while it goes on
-        self._texts: list[str] = []  # of the open item
+        self._pieces: list[str] = []  # of the open item: text, or the JSON of a call's arguments
         self._logprobs: list[TokenLogprob] = []  # of tokens that have not been shown
         self._status = "in_progress"
         self._incomplete: str | None = None
@@ -103,7 +108,7 @@ class ResponsesAnswer(Answer):
     def is_large(self) -> bool:
         return self._tokenizer is not None
 
-    # What comes from the model
+    # What comes from the model. Each step gives the events that tell of it.
 
     def _take(self, output: TextOutput) -> list[Event]:
         """What an output adds, as events."""
@@ -111,50 +116,82 @@ class ResponsesAnswer(Answer):
             self._logprobs += output.logprobs
         if output.finish_reason is FinishReason.LENGTH:
             self._incomplete = "max_output_tokens"
-        return self._take_text(output.text) if output.text else []
+        events: list[Event] = []
+        for new in read_events(self._reader, output.text, is_last=output.finish_reason is not None):
+            match new:
+                case Content(text):
+                    events += self._take_text(text)
+                case CallBegins(_, name):
+                    events += self._open_call(name)
+                case CallArguments(_, text):
+                    self._pieces.append(text)
+                    place = self._place(in_part=False)
+                    events.append({"type": "response.function_call_arguments.delta", **place, "delta": text})
+        return events
 
     def _take_text(self, text: str) -> list[Event]:
         events = self._open_message()
         assert self._open_item is not None
-        self._texts.append(text)
+        self._pieces.append(text)
         logprobs = self._shown_logprobs()
         self._open_item["content"][0]["logprobs"] += logprobs
         events.append({"type": "response.output_text.delta", **self._place(), "delta": text, "logprobs": logprobs})
         return events
 
     def _open_message(self) -> list[Event]:
-        """The message that text goes into, with the events that begin it."""
-        if self._open_item is not None:
+        """A message that text goes into, where the last item is none that goes on."""
+        if self._open_item is not None and self._open_item["type"] == "message":
             return []
         item = {"id": new_id("msg_"), "type": "message", "status": "in_progress", "role": "assistant", "content": []}
+        events = self._open(item)
         part = {"type": "output_text", "annotations": [], "logprobs": [], "text": ""}
+        item["content"] = [{**part, "logprobs": []}]
+        return [*events, {"type": "response.content_part.added", **self._place(), "part": part}]
+
+    def _open_call(self, name: str) -> list[Event]:
+        self._logprobs.clear()  # a call has no place for them
+        call = {"call_id": new_call_id(), "name": name, "arguments": ""}
+        return self._open({"id": new_id("fc_"), "type": "function_call", "status": "in_progress", **call})
+
+    def _open(self, item: Item) -> list[Event]:
+        """Begin an item; what was open before it is complete."""
+        events = self._close_item("completed")
         self._output.append(item)
-        added = {"type": "response.output_item.added", "output_index": len(self._output) - 1, "item": {**item}}
-        self._open_item = {**item, "content": [{**part, "logprobs": []}]}
-        self._output[-1] = self._open_item
-        return [added, {"type": "response.content_part.added", **self._place(), "part": part}]
+        self._open_item = item
+        added = {"type": "response.output_item.added", "output_index": len(self._output) - 1, "item": dict(item)}
+        return [*events, added]
 
     def _close_item(self, status: str) -> list[Event]:
-        """End the open item; the events of that."""
+        """End the open item."""
         item = self._open_item
         if item is None:
             return []
-        part = item["content"][0]
-        part["text"], item["status"] = "".join(self._texts), status
-        part["logprobs"] += self._shown_logprobs()
-        place = self._place()
-        events: list[Event] = [
-            {"type": "response.output_text.done", **place, "text": part["text"], "logprobs": part["logprobs"]},
-            {"type": "response.content_part.done", **place, "part": part},
-            {"type": "response.output_item.done", "output_index": place["output_index"], "item": item},
-        ]
+        whole = "".join(self._pieces)
+        item["status"] = status
+        events: list[Event]
+        if item["type"] == "function_call":
+            item["arguments"] = whole
+            done = {"type": "response.function_call_arguments.done", **self._place(in_part=False)}
+            events = [{**done, "name": item["name"], "arguments": whole}]
+        else:
+            part = item["content"][0]
+            part["text"] = whole
+            part["logprobs"] += self._shown_logprobs()
+            place = self._place()
+            events = [
+                {"type": "response.output_text.done", **place, "text": whole, "logprobs": part["logprobs"]},
+                {"type": "response.content_part.done", **place, "part": part},
+            ]
+        events.append({"type": "response.output_item.done", "output_index": len(self._output) - 1, "item": item})
         self._open_item = None
-        self._texts.clear()
+        self._pieces.clear()
         return events
 
-    def _place(self) -> dict[str, Any]:
+    def _place(self, *, in_part: bool = True) -> dict[str, Any]:
+        """Where in the output the open item is, and its text within it."""
         assert self._open_item is not None
-        return {"item_id": self._open_item["id"], "output_index": len(self._output) - 1, "content_index": 0}
+        place = {"item_id": self._open_item["id"], "output_index": len(self._output) - 1}
+        return {**place, "content_index": 0} if in_part else place
 
     def _shown_logprobs(self) -> list[dict[str, Any]]:
         if self._tokenizer is None:
@@ -164,7 +201,7 @@ class ResponsesAnswer(Answer):
         return shown
 
     def _end(self) -> list[Event]:
-        """The end of the model's output. An answer without any text is an empty message."""
+        """The end of the model's output. An answer without anything is an empty message."""
         self._status = "completed" if self._incomplete is None else "incomplete"
         events = [] if self._output else self._open_message()
         return events + self._close_item(self._status)
@@ -203,9 +240,12 @@ class ResponsesAnswer(Answer):
     def _object(self) -> dict[str, Any]:
         is_ended = self._status != "in_progress"
         output = [dict(item) for item in self._output]
-        if self._open_item is not None:
-            part = self._open_item["content"][0]
-            output[-1]["content"] = [{**part, "text": "".join(self._texts)}]
+        if (item := self._open_item) is not None:
+            so_far = "".join(self._pieces)
+            if item["type"] == "message":
+                output[-1]["content"] = [{**item["content"][0], "text": so_far}]
+            else:
+                output[-1]["arguments"] = so_far
         return {
             "id": self.id,
             "object": "response",

@@ -14,6 +14,7 @@ from guanaco.server.api.http.errors import ApiError, bad_request
 from guanaco.server.api.responses.protocol import MAX_ID_CHARS
 
 Item = dict[str, Any]
+Message = dict[str, Any]
 _ROLES = ("user", "assistant", "system", "developer")
 _TEXT_PARTS = ("input_text", "output_text", "text")
 _ID = re.compile(rf"[A-Za-z0-9_\-]{{1,{MAX_ID_CHARS}}}")
@@ -47,8 +48,12 @@ def _read_item(item: Mapping[str, Any], at: str) -> Item | None:
     kind = item.get("type") or "message"
     if kind == "reasoning":
         return None  # a model's thoughts before an earlier answer are no part of what goes on
+    if kind == "function_call":
+        return _call(item, at)
+    if kind == "function_call_output":
+        return _output(item, at)
     if kind != "message":
-        text = f"{at}.type: this type of item is not supported; only messages are"
+        text = f"{at}.type: only items of type message, function_call and function_call_output are supported"
         raise bad_request(text, f"{at}.type", ErrorCode.UNSUPPORTED_PARAMETER)
     if item.get("role") not in _ROLES:
         raise bad_request(f"{at}.role must be user, assistant, system or developer", f"{at}.role")
@@ -57,13 +62,39 @@ def _read_item(item: Mapping[str, Any], at: str) -> Item | None:
     return _message(item["role"], _text(item["content"], f"{at}.content"), item)
 
 
-def _message(role: str, text: str, item: Mapping[str, Any]) -> Item:
+def _call(item: Mapping[str, Any], at: str) -> Item:
+    for name in ("call_id", "name", "arguments"):
+        if not isinstance(item.get(name), str):
+            raise bad_request(f"{at}.{name} must be a string", f"{at}.{name}", ErrorCode.INVALID_TYPE)
+    return {
+        "id": _id(item, "fc_"),
+        "type": "function_call",
+        "status": "completed",
+        **{name: item[name] for name in ("call_id", "name", "arguments")},
+    }
+
+
+def _output(item: Mapping[str, Any], at: str) -> Item:
+    call_id = item.get("call_id")
+    if not isinstance(call_id, str):
+        raise bad_request(f"{at}.call_id must be a string", f"{at}.call_id", ErrorCode.INVALID_TYPE)
+    text = _text(item.get("output"), f"{at}.output")
+    kind = "function_call_output"
+    return {"id": _id(item, "fco_"), "type": kind, "status": "completed", "call_id": call_id, "output": text}
+
+
+def _id(item: Mapping[str, Any], prefix: str) -> str:
+    """The item's own id, where it is one that we could have given."""
     given = item.get("id")
+    return given if isinstance(given, str) and _ID.fullmatch(given) else new_id(prefix)
+
+
+def _message(role: str, text: str, item: Mapping[str, Any]) -> Item:
     part: Item = {"type": "input_text", "text": text}
     if role == "assistant":
         part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
     return {
-        "id": given if isinstance(given, str) and _ID.fullmatch(given) else new_id("msg_"),
+        "id": _id(item, "msg_"),
         "type": "message",
         "status": "completed",
         "role": role,
@@ -92,17 +123,62 @@ def _unsupported_part(at: str) -> ApiError:
     return bad_request(text, at, ErrorCode.UNSUPPORTED_PARAMETER)
 
 
-def chat_messages(instructions: str | None, items: Iterable[Item]) -> list[dict[str, Any]]:
-    """Items as messages of a chat, behind the instructions. A system message that follows them goes on with them:
-    templates take one."""
-    messages: list[dict[str, Any]] = []
+def chat_messages(instructions: str | None, items: Iterable[Item]) -> list[Message]:
+    """Items as messages of a chat, behind the instructions. 400 for an output that belongs to no call.
+
+    A system message that follows the instructions goes on with them: templates take one. Calls become part of the
+    assistant's message before them."""
+    messages: list[Message] = []
     if instructions:
         messages.append({"role": "system", "content": instructions})
+    open_calls: set[str] = set()
     for item in items:
-        role = "system" if item["role"] == "developer" else item["role"]
-        text = "\n".join(part["text"] for part in item["content"])
-        if role == "system" and len(messages) == 1 and messages[0]["role"] == "system":
-            messages[0]["content"] += "\n" + text
+        last = messages[-1] if messages else None
+        if item["type"] == "function_call":
+            open_calls.add(item["call_id"])
+            if last is None or last["role"] != "assistant":
+                last = {"role": "assistant", "content": None}
+                messages.append(last)
+            last.setdefault("tool_calls", []).append(_chat_call(item))
+        elif item["type"] == "function_call_output":
+            if item["call_id"] not in open_calls:
+                text = "input has a function_call_output whose call_id is that of no function_call before it"
+                raise bad_request(text, "input")
+            open_calls.remove(item["call_id"])
+            messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": item["output"]})
         else:
-            messages.append({"role": role, "content": text})
+            role = "system" if item["role"] == "developer" else item["role"]
+            text = "\n".join(part["text"] for part in item["content"])
+            if role == "system" and len(messages) == 1 and messages[0]["role"] == "system":
+                messages[0]["content"] += "\n" + text
+            else:
+                messages.append({"role": role, "content": text})
     return messages
+
+
+def _chat_call(item: Item) -> Message:
+    function = {"name": item["name"], "arguments": item["arguments"]}
+    return {"id": item["call_id"], "type": "function", "function": function}
+
+
+def chat_tools(value: object) -> list[Message]:
+    """`tools` in chat's shape. 400 for tools that the server would have to run."""
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise bad_request("tools must be a list", "tools", ErrorCode.INVALID_TYPE)
+    tools = []
+    for index, tool in enumerate(value):
+        if not isinstance(tool, dict) or tool.get("type") != "function":
+            text = f"tools[{index}]: only tools of type function are supported, which the client runs itself"
+            raise bad_request(text, f"tools[{index}]", ErrorCode.UNSUPPORTED_PARAMETER)
+        function = {name: tool[name] for name in ("name", "description", "parameters", "strict") if name in tool}
+        tools.append({"type": "function", "function": function})
+    return tools
+
+
+def chat_format(text_format: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """`text.format` as chat's response_format, which has a schema one level deeper."""
+    if text_format is None or text_format.get("type") != "json_schema":
+        return text_format
+    return {"type": "json_schema", "json_schema": {name: text_format[name] for name in text_format if name != "type"}}

@@ -64,14 +64,43 @@ Input = Annotated[
 ]
 
 
-class TextFormat(Body):
-    type: Literal["text"]
+_TOOL = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "function"},
+        "name": {"type": "string"},
+        "description": {"type": "string"},
+        "parameters": {"type": "object"},
+        "strict": {"type": "boolean"},
+    },
+    "required": ["type", "name"],
+}
+# Read by `items`, and then checked as chat's.
+ToolList = Annotated[Any, WithJsonSchema({"type": ["array", "null"], "items": _TOOL})]
+ToolChoice = Annotated[
+    Any, WithJsonSchema({"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}, {"type": "null"}]})
+]
+TextFormat = Annotated[
+    dict[str, Any] | None,
+    WithJsonSchema(
+        {
+            "type": ["object", "null"],
+            "properties": {
+                "type": {"enum": ["text", "json_object", "json_schema"]},
+                "name": {"type": "string"},
+                "schema": {"type": "object"},
+                "strict": {"type": "boolean"},
+            },
+            "required": ["type"],
+        }
+    ),
+]
 
 
 class TextConfig(Body):
     """verbosity is a wish that the LLaMA family has no setting for."""
 
-    format: TextFormat | None = None
+    format: TextFormat = None
     verbosity: Literal["low", "medium", "high"] | None = None
 
 
@@ -92,6 +121,8 @@ class ResponseBody(Body):
     store: bool | None = None
     stream: bool | None = None
     text: TextConfig | None = None
+    tool_choice: ToolChoice = None
+    tools: ToolList = None
     truncation: Literal["disabled"] | None = None
     user: User = None
     top_k: Annotated[int, Field(ge=-1, le=MAX_TOP_K)] | None = None
@@ -117,8 +148,6 @@ _REFUSED: Mapping[str, Neutral] = {
     "image": ({},),
     "prompt": (),
     "reasoning": ({}, {"effort": "none"}, {"effort": None}, {"effort": None, "summary": None}),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
 }
 _INSTEAD: Mapping[str, str] = {
     "background": "use stream",
@@ -131,7 +160,12 @@ _INSTEAD: Mapping[str, str] = {
     "system_prompt": "use instructions",
 }
 _HARMLESS = frozenset(("max_tool_calls", "access_programs", *HARMLESS)) - {"background", "moderation"}
-_IN_ITEM = frozenset(("id", "type", "role", "content", "status", "phase", "summary", "encrypted_content"))
+_IN_ITEM = frozenset(
+    (
+        *("id", "type", "role", "content", "status", "phase", "summary", "encrypted_content"),
+        *("call_id", "name", "arguments", "output", "caller", "namespace"),
+    )
+)
 _IN_PART = frozenset(("type", "text", "annotations", "logprobs", "prompt_cache_breakpoint"))
 RESPONSE_FIELDS = RouteFields(
     own=_OWN,

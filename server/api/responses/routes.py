@@ -26,7 +26,7 @@ from guanaco.server.api.http.auth import ApiKey
 from guanaco.server.api.http.errors import ApiError, bad_request
 from guanaco.server.api.http.lifecycle import Admission
 from guanaco.server.api.responses.answer import ResponsesAnswer
-from guanaco.server.api.responses.items import Item, chat_messages, read_input
+from guanaco.server.api.responses.items import Item, chat_format, chat_messages, chat_tools, read_input
 from guanaco.server.api.responses.protocol import RESPONSE_FIELDS, ResponseBody
 from guanaco.server.api.responses.store import ResponseStore, StoredResponse
 
@@ -34,7 +34,14 @@ router = APIRouter(tags=["responses"])
 
 DEFAULT_PAGE, MAX_PAGE = 20, 100  # input items
 # Chat's names of fields → ours.
-_NAMES = {"messages": "input", "max_tokens": "max_output_tokens", "logprobs": "top_logprobs"}
+_NAMES = {
+    "messages": "input",
+    "max_tokens": "max_output_tokens",
+    "logprobs": "top_logprobs",
+    "tools": "tools",
+    "tool_choice": "tool_choice",
+    "response_format": "text.format",
+}
 _SAME = ("model", "temperature", "top_p", "top_k", "min_p", "seed", "repetition_penalty", "adapters", "cache_salt")
 
 
@@ -124,7 +131,8 @@ def prepare_response(
     is_kept = body.store is not False and store.limits.seconds > 0
     tokenizer = None if body.num_logprobs is None else state.tokenizer
     head = _head(body, data, prepared, is_kept=is_kept)
-    answer = ResponsesAnswer(head, items, _owner(caller.key), store if is_kept else None, tokenizer)
+    kept_in = store if is_kept else None
+    answer = ResponsesAnswer(head, items, _owner(caller.key), kept_in, tokenizer, prepared.tools.reader())
     return replace(prepared, names=_NAMES), answer
 
 
@@ -154,6 +162,9 @@ def _conversation(
     chat: dict[str, Any] = {name: data[name] for name in _SAME if name in data}
     chat["messages"] = chat_messages(body.instructions, items)
     chat["max_tokens"] = body.max_output_tokens
+    chat["tools"], chat["tool_choice"] = chat_tools(body.tools), body.tool_choice
+    chat["parallel_tool_calls"] = body.parallel_tool_calls
+    chat["response_format"] = None if body.text is None else chat_format(body.text.format)
     chat["stream"], chat["user"] = body.stream, body.user
     if body.num_logprobs is not None:
         chat["logprobs"], chat["top_logprobs"] = True, body.num_logprobs
@@ -187,9 +198,12 @@ def _head(body: ResponseBody, data: dict[str, Any], prepared: Prepared, *, is_ke
         "top_p": params.top_p,
         "top_logprobs": body.top_logprobs or 0,
         "parallel_tool_calls": body.parallel_tool_calls is not False,
-        "tool_choice": "auto",
-        "tools": [],
-        "text": {"format": {"type": "text"}, "verbosity": (None if text is None else text.verbosity) or "medium"},
+        "tool_choice": body.tool_choice or "auto",
+        "tools": body.tools or [],
+        "text": {
+            "format": (None if text is None else text.format) or {"type": "text"},
+            "verbosity": (None if text is None else text.verbosity) or "medium",
+        },
         "reasoning": {"effort": None, "summary": None},
         "truncation": "disabled",
         "service_tier": "default",
