@@ -5,10 +5,10 @@ when the first request needs it. Start with `spec.py`: it makes a `Grammar` of J
 choices, grammars and parts of tool calls. `compiler.py` makes a `GrammarMatcher` for each sequence from that.
 
 How a route uses it: `serving.grammar_of(body)` in the API gives the `Grammar` of the request's fields, or None. In
-`Prepared.grammar` it is compiled by `serving`, and each choice gets a matcher. A tool call is made of parts:
+`Prepared.grammar` it is compiled by `serving`, and each choice gets a matcher. A tool call is made of parts,
+as in `server/api/tools/forced.py`:
 
     call = in_order(literal('{"name": "get_weather", "arguments": '), schema(parameters), literal("}"))
     named = grammar_of_parts(in_order(literal("<tool_call>"), call, literal("</tool_call>")))
     required = grammar_of_parts(repeated(one_of(call, other_call), separator="\\n", most=8))
-    prepare_conversation(state, caller, body, admission, ignored, tool_grammar=required)
 """

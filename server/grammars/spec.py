@@ -104,9 +104,23 @@ def repeated(part: Part, *, separator: str, least: int = 1, most: int = MAX_REPE
     return Part(f"({name} {more})", (*part.rules, f"{name}: {part.expression}"))
 
 
+def followed(part: Part, more: Part, *, most: int) -> Part:
+    """The part, and up to `most` times another one behind it; most is 1 or more."""
+    assert 1 <= most <= MAX_REPEATS, most
+    name = f"more_{_digest(more.expression)}"
+    return Part(f"({part.expression} {name}{{0,{most}}})", (*_rules((part, more)), f"{name}: {more.expression}"))
+
+
 def grammar_of_parts(part: Part, *, kind: str = "tools", param: str | None = None) -> Grammar:
     """A part as a whole grammar. param: the request's field that it comes from, for errors."""
     return Grammar(kind, "\n".join((f"start: {part.expression}", *dict.fromkeys(part.rules), "")), param)
+
+
+def part_of(grammar: Grammar) -> Part:
+    """A grammar that was made of parts, as a part of another one."""
+    start, *rules = grammar.text.splitlines()
+    assert start.startswith("start: "), "a grammar that a client wrote is no part"
+    return Part(start.removeprefix("start: "), tuple(rules))
 
 
 def _rules(parts: Sequence[Part]) -> tuple[str, ...]:

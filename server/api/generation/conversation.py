@@ -29,7 +29,6 @@ from guanaco.server.api.generation.state import ApiState, Template
 from guanaco.server.api.http.errors import ApiError, bad_request
 from guanaco.server.api.http.lifecycle import Admission
 from guanaco.server.api.tools.plan import ToolPlan, plan_tools
-from guanaco.server.grammars.spec import Grammar
 
 # Values of chat's own fields that ask for nothing, besides their defaults.
 _NEUTRAL: Mapping[str, Neutral] = {
@@ -77,20 +76,19 @@ def prepare_conversation(
     ignored: Ignored,
     *,
     fit_into_context: bool = False,
-    tool_grammar: Grammar | None = None,
 ) -> Prepared:
     """Tokenise the conversation and work out its parameters. Runs on a worker thread.
 
     fit_into_context: a limit that is longer than the room in the context means that room, and is no error.
-    tool_grammar: what a tool call that is required demands of the answer's text.
     """
     check_request(body, state.num_token_ids)
     if body.top_logprobs and not body.logprobs:
         raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
-    grammar = grammar_of(body, besides=tool_grammar)
+    grammar = grammar_of(body)
     model = acquire_model(state, body, caller, admission)
     template = state.template_for(model)
     tools = tool_plan(state, template, body)
+    grammar = tools.grammar(state.tokenizer, grammar)
     token_ids = render_messages(
         state,
         template,
@@ -163,6 +161,8 @@ def render_messages(
         raise _template_problem(error.code) from None
     if not token_ids:
         raise bad_request("the messages come to no tokens at all", "messages")
+    if add_generation_prompt and (begun := tools.begun(state.tokenizer)) is not None:
+        token_ids.append(begun)
     if max_tokens is not None and len(token_ids) > max_tokens:
         raise bad_request(f"the messages come to more than {max_tokens} tokens: send less at once", "messages")
     check_token_ids(state, token_ids, "messages")

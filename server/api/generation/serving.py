@@ -171,19 +171,13 @@ async def _constraints(request: HttpRequest, prepared: Prepared) -> Callable[[Sa
     return lambda params: compiled.matcher(state.ends_of(params))
 
 
-def grammar_of(body: GenerationBody, *, besides: Grammar | None = None) -> Grammar | None:
+def grammar_of(body: GenerationBody) -> Grammar | None:
     """What the body's fields demand of the answer's text; 400 where they are wrong, or two of them demand something.
-
-    besides: what tools demand, which leaves no room for another demand.
-    """
+    Tools may demand more: see `ToolPlan.grammar`."""
     try:
-        grammar = requested({name: getattr(body, name) for name in STRUCTURE_FIELDS})
+        return requested({name: getattr(body, name) for name in STRUCTURE_FIELDS})
     except GrammarError as error:
         raise _bad_grammar(error) from None
-    if grammar is not None and besides is not None:
-        text = f"{grammar.param} and a tool call that is required both say what the answer must look like: give one"
-        raise bad_request(text, grammar.param, ErrorCode.INVALID_GRAMMAR)
-    return grammar or besides
 
 
 def _bad_grammar(error: GrammarError) -> ApiError:

@@ -40,6 +40,7 @@ class ToolChoice:
 
     mode: Mode
     names: tuple[str, ...] | None = None
+    is_named: bool = False  # this one function has to be called
 
 
 def fail(message: str) -> PydanticCustomError:
@@ -109,7 +110,7 @@ def parse_tool_choice(value: object) -> ToolChoice | None:
         return ToolChoice(value)
     kind = value.get("type") if isinstance(value, dict) else None
     if isinstance(value, dict) and kind == "function":
-        return ToolChoice("required", (_named(value),))
+        return ToolChoice("required", (_named(value),), is_named=True)
     if isinstance(value, dict) and kind == "allowed_tools":
         return _allowed(value)
     raise fail(

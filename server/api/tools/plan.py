@@ -13,11 +13,13 @@ from guanaco.models.error_codes import ErrorCode
 from guanaco.server.api.http.errors import bad_request
 from guanaco.server.api.tools.default_prompt import tools_text, with_calls_as_text, with_tools_text
 from guanaco.server.api.tools.definitions import Mode, Tool, ToolChoice
+from guanaco.server.api.tools.forced import forced_calls
 from guanaco.server.api.tools.formats.base import CallFormat
 from guanaco.server.api.tools.formats.mistral import MISTRAL
 from guanaco.server.api.tools.formats.registry import DEFAULT, FORMATS, format_of_template
 from guanaco.server.api.tools.history import Message, check_history, one_call_a_message, with_mistral_ids
 from guanaco.server.api.tools.reader import ToolCallReader
+from guanaco.server.grammars.spec import Grammar, grammar_of_parts, one_of, part_of
 
 
 class Support(Protocol):
@@ -60,6 +62,7 @@ class ToolPlan:
     parallel: bool = True  # whether an answer may have several calls
     setting: str = "auto"  # --tool-format
     template: ToolTemplate | None = None  # that the prompt is made with
+    is_named: bool = False  # tool_choice names the one function to call
 
     @property
     def num_bytes(self) -> int:
@@ -97,6 +100,34 @@ class ToolPlan:
             return messages, tools
         return with_tools_text(messages, tools_text(tools, call_format), takes_system=support.system), None
 
+    def grammar(self, tokenizer: ControlIds, content: Grammar | None) -> Grammar | None:
+        """What an answer must look like; None for any text. content: what the request's other fields demand of it.
+
+        An answer that has to be calls has no content for `response_format` to be about; one that may be calls is either
+        calls or such content. Any other demand leaves no room for calls. 400 for two demands, and for a schema that
+        can't be enforced.
+        """
+        is_format = content is not None and content.param == "response_format"
+        if not self.is_forced and not (is_format and self.reads_calls):
+            return content
+        if content is not None and not is_format:
+            text = f"{content.param} and tool_choice both say what the answer must look like: give one of them"
+            raise bad_request(text, content.param, ErrorCode.INVALID_GRAMMAR)
+        tools = [(index, tool) for index, tool in enumerate(self.tools) if tool.name in self.names]
+        many = self.parallel and not self.is_named
+        calls = forced_calls(tools, self.call_format, many=many, marker=self.begun(tokenizer) is None)
+        if self.is_forced or content is None:
+            return grammar_of_parts(calls, param="tools")
+        return grammar_of_parts(one_of(part_of(content), calls), param="response_format")
+
+    def begun(self, tokenizer: ControlIds) -> int | None:
+        """The control token that calls begin with, where the answer has to be calls. It stands at the end of the
+        prompt, because no grammar can ask for a control token."""
+        call_format = self.call_format
+        if not self.is_forced or call_format.bare is not None:
+            return None
+        return tokenizer.control_id(call_format.markers[0])
+
     def visible_ids(self, tokenizer: ControlIds) -> frozenset[int]:
         """The control tokens that begin calls; empty where answers are not searched for calls."""
         if not self.reads_calls:
@@ -114,12 +145,15 @@ class ToolPlan:
         """Whether answers are searched for calls."""
         return self.mode != "none" and bool(self.names) and (self.setting != "none" or self.is_forced)
 
-    def reader(self) -> ToolCallReader | None:
+    def reader(self, tokenizer: ControlIds) -> ToolCallReader | None:
         """A reader for one choice; None where its text is content whatever it says."""
         if not self.reads_calls:
             return None
         max_calls = None if self.parallel else 1
-        return ToolCallReader(self.call_format, self.names, sure=self.is_forced, max_calls=max_calls)
+        reader = ToolCallReader(self.call_format, self.names, sure=self.is_forced, max_calls=max_calls)
+        if self.begun(tokenizer) is not None:
+            reader.feed(self.call_format.markers[0])
+        return reader
 
 
 def plan_tools(
@@ -138,9 +172,14 @@ def plan_tools(
         return ToolPlan(setting=setting, template=template)
     if choice is not None and choice.names is not None and not set(choice.names) <= set(names):
         raise bad_request("tool_choice names a function that is not in tools", "tool_choice")
-    if choice is not None and choice.mode == "required":
-        text = 'tool_choice "required" and named functions are not supported by this server: use "auto"'
-        raise bad_request(text, "tool_choice", ErrorCode.UNSUPPORTED_PARAMETER)
-    mode = "auto" if choice is None else choice.mode
+    mode: Mode = "auto" if choice is None else choice.mode
     allowed = names if choice is None or choice.names is None else list(choice.names)
-    return ToolPlan(tuple(tools), mode, tuple(allowed), parallel is not False, setting, template)
+    return ToolPlan(
+        tuple(tools),
+        mode,
+        tuple(allowed),
+        parallel=parallel is not False,
+        setting=setting,
+        template=template,
+        is_named=choice is not None and choice.is_named,
+    )

@@ -8,6 +8,7 @@ from enum import Enum, auto
 from typing import NamedTuple
 
 from guanaco.server.api.tools.call_object import CallObject, NoCall
+from guanaco.server.grammars.spec import Part
 
 SPACE = " \t\n\r"
 
@@ -67,6 +68,13 @@ class CallFormat(ABC):
     @abstractmethod
     def candidate(self, names: Collection[str]) -> Candidate:
         """A new candidate for what stands behind a marker; a bare one's first character is the opening brace."""
+
+    @abstractmethod
+    def forced(self, call: Part, *, most: int, marker: bool) -> Part:
+        """1 to `most` calls as the reader finds them, for answers that have to be calls; `call` is one call's object.
+
+        marker: whether the first marker belongs to the answer; else it stands at the end of the prompt.
+        """
 
     @abstractmethod
     def written(self, calls: list[tuple[str, str]]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Collection
 
 from guanaco.server.api.tools.call_object import NoCall
 from guanaco.server.api.tools.formats.base import SPACE, CallFormat, Candidate, Objects, Status
+from guanaco.server.grammars.spec import Part, followed, in_order, literal
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
@@ -50,6 +51,12 @@ class Hermes(CallFormat):
 
     def candidate(self, names: Collection[str]) -> Candidate:
         return _Tagged(names)
+
+    def forced(self, call: Part, *, most: int, marker: bool) -> Part:
+        rest = in_order(literal("\n"), call, literal(f"\n{CLOSE}"))
+        tagged = in_order(literal(OPEN), rest)
+        first = tagged if marker else rest
+        return first if most == 1 else followed(first, in_order(literal("\n"), tagged), most=most - 1)
 
     def written(self, calls: list[tuple[str, str]]) -> str:
         tagged = (f'{OPEN}\n{{"name": "{name}", "arguments": {arguments}}}\n{CLOSE}' for name, arguments in calls)

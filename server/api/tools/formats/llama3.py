@@ -9,6 +9,7 @@ from collections.abc import Collection
 
 from guanaco.server.api.tools.call_object import NoCall
 from guanaco.server.api.tools.formats.base import CallFormat, Candidate, Objects, Status
+from guanaco.server.grammars.spec import Part
 
 PYTHON_TAG = "<|python_tag|>"
 
@@ -35,6 +36,9 @@ class Llama3(CallFormat):
 
     def candidate(self, names: Collection[str]) -> Candidate:
         return _Bare(names)
+
+    def forced(self, call: Part, *, most: int, marker: bool) -> Part:  # noqa: ARG002 (it has one call, and no marker)
+        return call
 
     def written(self, calls: list[tuple[str, str]]) -> str:
         return "; ".join(f'{{"name": "{name}", "parameters": {arguments}}}' for name, arguments in calls)

@@ -8,6 +8,7 @@ from collections.abc import Collection
 
 from guanaco.server.api.tools.call_object import CallObject, NoCall
 from guanaco.server.api.tools.formats.base import SPACE, Call, CallFormat, Candidate, Objects, Status
+from guanaco.server.grammars.spec import Part, in_order, literal, repeated
 
 MARKER = "[TOOL_CALLS]"
 _ARGS, _CALL_ID = "[ARGS]", "[CALL_ID]"
@@ -99,6 +100,10 @@ class Mistral(CallFormat):
 
     def candidate(self, names: Collection[str]) -> Candidate:
         return _Behind(names)
+
+    def forced(self, call: Part, *, most: int, marker: bool) -> Part:
+        calls = repeated(call, separator=", ", most=most)
+        return in_order(*([literal(MARKER)] if marker else []), literal(" ["), calls, literal("]"))
 
     def written(self, calls: list[tuple[str, str]]) -> str:
         return f"{MARKER}[" + ", ".join(f'{{"name": "{n}", "arguments": {a}}}' for n, a in calls) + "]"

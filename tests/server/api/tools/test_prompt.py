@@ -15,6 +15,7 @@ from guanaco.server.api.tools.history import Message, mistral_id
 from guanaco.server.api.tools.plan import ToolPlan, plan_tools
 from support.models.tiny_tokenizers import CHATML, LLAMA2, SMOLLM, write_byte_level
 from support.models.tool_templates import TOOL_TEMPLATES, TOOL_TOKENS
+from support.server.fake_engine import FakeTokenizer
 
 WEATHER = {
     "type": "function",
@@ -118,7 +119,7 @@ def test_the_format_is_chosen_by_the_templates_text() -> None:
     assert format_of_template(SMOLLM).name == "hermes"
     template = ChatTemplate(TOOL_TEMPLATES["qwen"])
     assert plan(template, TOOLS, setting="llama3").call_format.name == "llama3"
-    assert plan(template, TOOLS, setting="none").reader() is None
+    assert plan(template, TOOLS, setting="none").reader(FakeTokenizer()) is None
 
 
 def test_mistral_gets_ids_of_nine_characters() -> None:
@@ -228,7 +229,7 @@ def test_tools_that_must_not_be_called_are_not_told() -> None:
     template = ChatTemplate(TOOL_TEMPLATES["qwen"])
     none = plan(template, TOOLS, "none")
     assert none.prompt([USER]) == ([USER], None)
-    assert none.reader() is None
+    assert none.reader(FakeTokenizer()) is None
     assert plan(template, None).prompt([USER]) == ([USER], None)
 
 
@@ -264,7 +265,7 @@ def test_choices() -> None:
             plan(ChatTemplate(SMOLLM), tools, choice)
         assert words in error.value.message
         assert error.value.param == "tool_choice"
-    assert plan(ChatTemplate(SMOLLM), None, "auto").reader() is None
+    assert plan(ChatTemplate(SMOLLM), None, "auto").reader(FakeTokenizer()) is None
 
 
 def test_answers_find_their_calls() -> None:

@@ -1,0 +1,214 @@
+"""Answers that have to be calls: drawn at random from their grammars, they are always read as calls that fit."""
+
+import json
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from guanaco.models.text.chat_template import ChatTemplate
+from guanaco.server.api.http.errors import ApiError
+from guanaco.server.api.tools.calls import ChoiceCalls
+from guanaco.server.api.tools.definitions import parse_tool_choice, parse_tools
+from guanaco.server.api.tools.forced import MAX_CALLS, closed
+from guanaco.server.api.tools.plan import ToolPlan, plan_tools
+from guanaco.server.grammars.compiler import GrammarCompiler
+from guanaco.server.grammars.spec import Grammar, json_schema
+from guanaco.server.grammars.vocabulary import Vocabulary
+from support.models.tiny_tokenizers import SMOLLM
+from support.models.tool_templates import TOOL_TEMPLATES
+from support.server.fake_engine import EOS, VOCAB_SIZE, FakeTokenizer
+
+TEMPLATES = {"default": SMOLLM, **TOOL_TEMPLATES}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "set_light",
+            "strict": True,
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "room": {"type": "string", "enum": ["kitchen", "cellar"]},
+                    "level": {"type": "integer", "minimum": 0, "maximum": 100},
+                },
+                "required": ["room", "level"],
+            },
+        },
+    },
+    {"type": "function", "function": {"name": "get_time"}},
+]
+NAMED = {"type": "function", "function": {"name": "set_light"}}
+
+
+class Tokenizer(FakeTokenizer):
+    """With control tokens of the test's own choice."""
+
+    def __init__(self, **controls: int) -> None:
+        super().__init__()
+        self.controls = controls
+
+    def control_id(self, text: str) -> int | None:
+        return self.controls.get(text)
+
+
+@pytest.fixture(scope="module")
+def compiler() -> Iterator[GrammarCompiler]:
+    tokenizer = FakeTokenizer()
+    made = GrammarCompiler(lambda: Vocabulary.of(tokenizer.token_bytes, VOCAB_SIZE, tokenizer.special_ids))
+    yield made
+    made.close()
+
+
+def plan(name: str, choice: Any, tools: Any = TOOLS, **options: Any) -> ToolPlan:
+    parallel = options.pop("parallel", None)
+    template = ChatTemplate(TEMPLATES[name])
+    return plan_tools(parse_tools(tools), parse_tool_choice(choice), parallel, template=template, **options)
+
+
+def draw(compiler: GrammarCompiler, grammar: Grammar, seed: int, most: int = 3000) -> str:
+    """A text of the grammar, token by token; the end is taken as soon as it may be, three times out of four."""
+    matcher, rng = compiler.compile(grammar).matcher(frozenset({EOS})), random.Random(seed)
+    tokens: list[int] = []
+    row = np.zeros((VOCAB_SIZE + 31) // 32, dtype=np.int32)
+    while not matcher.is_complete and len(tokens) < most:
+        matcher.fill(row)
+        assert matcher.error is None
+        allowed = np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")).tolist()
+        if EOS in allowed and (len(allowed) == 1 or rng.random() < 0.75):
+            break
+        token = rng.choice([token for token in allowed if token != EOS])
+        tokens.append(token)
+        matcher.accept(token)
+    return bytes(tokens).decode()
+
+
+def read(made: ToolPlan, text: str, tokenizer: FakeTokenizer | None = None) -> ChoiceCalls:
+    reader = made.reader(tokenizer or FakeTokenizer())
+    assert reader is not None
+    calls = ChoiceCalls()
+    for character in text:
+        calls.take(reader.feed(character))
+    calls.take(reader.finish())
+    return calls
+
+
+def check(calls: ChoiceCalls) -> None:
+    assert calls.content is None
+    for call in calls.tool_calls:
+        arguments = json.loads(call["function"]["arguments"])
+        if call["function"]["name"] == "get_time":
+            assert arguments == {}
+        else:
+            assert set(arguments) == {"room", "level"}
+            assert arguments["room"] in ("kitchen", "cellar")
+            assert 0 <= arguments["level"] <= 100
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_required_calls_always_parse(compiler: GrammarCompiler, name: str) -> None:
+    made = plan(name, "required")
+    grammar = made.grammar(FakeTokenizer(), None)
+    counts = []
+    for seed in range(12):
+        calls = read(made, draw(compiler, grammar, seed))
+        check(calls)
+        counts.append(len(calls.calls))
+    assert min(counts) >= 1
+    assert max(counts) <= MAX_CALLS
+    assert (max(counts) > 1) == (name != "llama3.1"), "its format has one call"
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_named_function_is_called_once(compiler: GrammarCompiler, name: str) -> None:
+    made = plan(name, NAMED)
+    for seed in range(4):
+        calls = read(made, draw(compiler, made.grammar(FakeTokenizer(), None), seed))
+        check(calls)
+        assert [call.name for call in calls.calls] == ["set_light"]
+
+
+def test_one_call_where_more_are_not_wanted(compiler: GrammarCompiler) -> None:
+    made = plan("default", "required", parallel=False)
+    assert {len(read(made, draw(compiler, made.grammar(FakeTokenizer(), None), s)).calls) for s in range(6)} == {1}
+
+
+def test_allowed_tools_that_are_required(compiler: GrammarCompiler) -> None:
+    allowed = {"mode": "required", "tools": [{"type": "function", "function": {"name": "get_time"}}]}
+    made = plan("default", {"type": "allowed_tools", "allowed_tools": allowed})
+    calls = read(made, draw(compiler, made.grammar(FakeTokenizer(), None), 1))
+    assert {call.name for call in calls.calls} == {"get_time"}
+
+
+def test_forced_calls_are_read_whatever_the_setting(compiler: GrammarCompiler) -> None:
+    made = plan("mistral", NAMED, setting="none")
+    check(read(made, draw(compiler, made.grammar(FakeTokenizer(), None), 0)))
+
+
+def test_a_marker_that_is_a_control_token_stands_at_the_end_of_the_prompt(compiler: GrammarCompiler) -> None:
+    tokenizer = Tokenizer(**{"[TOOL_CALLS]": 260, "<tool_call>": 259})
+    for name, token in (("mistral", 260), ("qwen", 259), ("llama3.1", None)):
+        made = plan(name, "required")
+        assert made.begun(tokenizer) == token
+        text = draw(compiler, made.grammar(tokenizer, None), 3)
+        assert not text.startswith(("[TOOL_CALLS]", "<tool_call>"))
+        calls = read(made, text, tokenizer)
+        check(calls)
+        assert calls.calls
+        assert plan(name, "auto").begun(tokenizer) is None
+
+
+def test_calls_or_content_of_a_response_format(compiler: GrammarCompiler) -> None:
+    """A client that gives both wants its tools called, and in the end its JSON."""
+    schema = {"type": "object", "properties": {"x": {"const": 1}}, "required": ["x"], "additionalProperties": False}
+    content = Grammar("json_schema", json_schema(schema).text, "response_format")
+    made = plan("default", "auto")
+    seen = set()
+    for seed in range(12):
+        calls = read(made, draw(compiler, made.grammar(FakeTokenizer(), content), seed))
+        if calls.calls:
+            check(calls)
+        else:
+            assert json.loads(calls.content) == {"x": 1}
+        seen.add(bool(calls.calls))
+    assert seen == {True, False}
+    assert plan("default", "none").grammar(FakeTokenizer(), content) == content
+    assert plan("default", "auto", tools=None).grammar(FakeTokenizer(), content) == content
+    forced = plan("default", NAMED)
+    assert forced.grammar(FakeTokenizer(), content) == forced.grammar(FakeTokenizer(), None)
+
+
+def test_two_demands_are_refused() -> None:
+    regex = Grammar("regex", "a+", "guided_regex")
+    with pytest.raises(ApiError) as error:
+        plan("default", "required").grammar(FakeTokenizer(), regex)
+    assert (error.value.param, error.value.status) == ("guided_regex", 400)
+    assert plan("default", "auto").grammar(FakeTokenizer(), regex) == regex
+
+
+def test_a_schema_that_cannot_be_enforced_is_named() -> None:
+    bad = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "not": {}}}}
+    with pytest.raises(ApiError) as error:
+        plan("default", "required", tools=[TOOLS[0], bad]).grammar(FakeTokenizer(), None)
+    assert error.value.param == "tools[1].function.parameters"
+    assert "not" in error.value.message
+    assert plan("default", "auto", tools=[bad]).grammar(FakeTokenizer(), None) is None, "the model is only told of it"
+    assert plan("default", NAMED, tools=[TOOLS[0], bad]).grammar(FakeTokenizer(), None), "it isn't called"
+
+
+def test_arguments_that_no_parameter_has() -> None:
+    assert closed({"properties": {"a": {}}}) == {
+        "type": "object", "properties": {"a": {}}, "additionalProperties": False,
+    }  # fmt: skip
+    for said in ({"additionalProperties": True}, {"$ref": "#/$defs/A"}, {"anyOf": [{}]}, {"patternProperties": {}}):
+        assert closed(said) == {**said, "type": "object"}
+
+
+def test_arguments_stream_as_they_are_written(compiler: GrammarCompiler) -> None:
+    made = plan("default", NAMED)
+    text = draw(compiler, made.grammar(FakeTokenizer(), None), 1)
+    reader = made.reader(FakeTokenizer())
+    events = [event for character in text for event in reader.feed(character)]
+    assert len(events) > 10
