@@ -1,7 +1,8 @@
 """Names that stand for other names, or for pinned versions of them; one, or several by weight. With their history.
 
 Plain data without tensors: says which adapter a request gets, and keeps what an alias was before. What is loaded is the
-registry's to know, and which versions must stay is told to it. Called by the catalog (from any thread) and the manager.
+registry's to know, and which versions must stay is told to the ledger of holds. Called by the catalog (from any
+thread) and the manager.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from guanaco.adapters.errors import AdapterError, alias_not_found
+from guanaco.adapters.versions.holds import Holder
 from guanaco.adapters.versions.names import check_name
 from guanaco.adapters.versions.registry import MAX_HISTORY, AdapterRegistry
 from guanaco.models.error_codes import ErrorCode
@@ -21,6 +23,7 @@ from guanaco.models.errors import printable
 MAX_ALIASES = 1024
 MAX_TARGETS = 8
 MAX_WEIGHT = 1_000_000
+_PARTY = "aliases"  # in the ledger of holds
 
 _TARGET = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,63})(?:@(?P<version>[0-9a-f]{6,64}))?")
 
@@ -69,6 +72,12 @@ class Alias:
             point -= target.weight
         raise AssertionError("an alias has a target with a weight")
 
+    @property
+    def versions(self) -> frozenset[str]:
+        """The versions that it leads to or led to."""
+        revisions = (self.now, *self.history)
+        return frozenset(t.version for revision in revisions for t in revision.targets if t.version is not None)
+
     def versions_of(self, name: str) -> frozenset[str]:
         """The versions of one name that it leads to or led to."""
         revisions = (self.now, *self.history)
@@ -106,7 +115,6 @@ class AliasTable:
         self._lock = threading.Lock()
         self._aliases: MappingProxyType[str, Alias] = MappingProxyType({})
         self._lost: frozenset[str] = frozenset()  # versions whose copies turned out to be damaged or gone
-        self.held: frozenset[str] = frozenset()  # the versions that the registry was told to keep
 
     def get(self, name: str) -> Alias | None:
         return self._aliases.get(name)
@@ -219,10 +227,10 @@ class AliasTable:
             self._lost -= {version}
             self._swap(self._aliases)
 
-    def wanted(self) -> frozenset[str]:
-        """The versions that an alias has now or had before: their stored copies stay."""
-        revisions = (revision for alias in self._aliases.values() for revision in (alias.now, *alias.history))
-        return frozenset(t.version for revision in revisions for t in revision.targets if t.version is not None)
+    @property
+    def held(self) -> frozenset[str]:
+        """The versions that stay for aliases, as of the last change."""
+        return self._registry.holds.assigned(_PARTY, Holder.ALIAS)
 
     def pinned(self) -> frozenset[str]:
         """The versions that requests can get by an alias: of names that are loaded."""
@@ -235,11 +243,14 @@ class AliasTable:
 
     def _swap(self, aliases: Mapping[str, Alias]) -> None:
         """Readers don't lock: whichever aliases they see, the registry keeps what those lead to."""
-        held = self._pinned_by(aliases)
-        self._registry.heed_aliases(frozenset({*aliases, *self._aliases}), held | self.held)
+        held, holds = self._pinned_by(aliases), self._registry.holds
+        self._registry.heed_aliases(frozenset({*aliases, *self._aliases}))
+        holds.assign(_PARTY, {Holder.ALIAS: held | self.held})
         self._aliases = MappingProxyType(dict(aliases))
-        self.held = held
-        self._registry.heed_aliases(frozenset(aliases), held)
+        # The stored copies stay of all that an alias has now or had before.
+        earlier = [version for alias in aliases.values() for version in alias.versions]
+        holds.assign(_PARTY, {Holder.HISTORY: earlier, Holder.ALIAS: held})
+        self._registry.heed_aliases(frozenset(aliases))
 
     def _found(self, name: str) -> Alias:
         alias = self._aliases.get(name)

@@ -1,9 +1,9 @@
 """Names → immutable adapter versions, and the host copies of those that are in memory.
 
 Reads come from the event loop (names) and the engine thread (versions) at any time: both see one consistent snapshot
-without a lock. Writes are whole-snapshot swaps under one. A version stays as long as a name points to it or somebody
-holds a lease on it; whether its copy is in memory is the ledger's to say (`host_table`). Knows nothing of slots,
-requests or HTTP.
+without a lock. Writes are whole-snapshot swaps under one. A version stays as long as somebody uses it, which the ledger
+`holds` says; whether its copy is in memory is another ledger's to say (`host_table`). Knows nothing of slots, requests
+or HTTP.
 """
 
 import threading
@@ -16,6 +16,7 @@ from types import MappingProxyType
 
 from guanaco.adapters.errors import AdapterError, adapter_not_found
 from guanaco.adapters.peft.weights import AdapterLimits, BaseTable, LoadedAdapter, load_adapter
+from guanaco.adapters.versions.holds import Holder, HoldLedger
 from guanaco.adapters.versions.names import check_name
 from guanaco.adapters.versions.profile import FROM_FILE, GIVEN, KEPT, KEPT_NOTE, Profile, read_profile
 from guanaco.adapters.versions.version_keys import VersionKeys
@@ -88,11 +89,10 @@ class AdapterRegistry:
         self._strict = strict
         self._lock = threading.Lock()
         self.version_keys = VersionKeys()
-        self._leases: Counter[str] = Counter()
+        self.holds = HoldLedger()
         self._num_uses: Counter[str] = Counter()  # by name, since the start
         self._last_used: dict[str, float] = {}
         self._alias_names: frozenset[str] = frozenset()
-        self._pinned: frozenset[str] = frozenset()  # versions that aliases lead to
         nothing: MappingProxyType[str, AdapterEntry] = MappingProxyType({})
         self._snapshot = _Snapshot(nothing, MappingProxyType({}), frozenset(), MappingProxyType({}))
         self._staged: dict[str, LoadedAdapter] = {}  # just read, for `staged`
@@ -191,7 +191,7 @@ class AdapterRegistry:
             self._swap(entries=entries, broken=broken)
 
     def remove(self, name: str) -> AdapterEntry | BrokenEntry:
-        """Forget a name; its version goes when its last lease does. Raises AdapterError where there is none."""
+        """Forget a name; its version goes when its last user does. Raises AdapterError where there is none."""
         with self._lock:
             entry = self._snapshot.entries.get(name) or self._snapshot.broken.get(name)
             if entry is None:
@@ -204,20 +204,18 @@ class AdapterRegistry:
         return entry
 
     def stage(self, adapter: LoadedAdapter) -> None:
-        """Make a version known that no name points to yet, and take a lease on it, so that it can be tried out."""
+        """Make a version known that no name points to yet, so that it can be tried out. For whoever holds it."""
         with self._lock:
-            self._leases[adapter.version] += 1
             self._staged[adapter.version] = adapter
             self._swap(versions=self._snapshot.versions | {adapter.version})
 
     def unstage(self, version: str) -> None:
-        """Give the lease of `stage` back."""
+        """The version was tried out: what was staged is not handed out any more."""
         with self._lock:
             self._staged.pop(version, None)
-        self.release(version)
 
     def staged(self, version: str) -> LoadedAdapter | None:
-        """What was staged and not yet given back: it need not be read."""
+        """What was staged and is being tried out: it need not be read."""
         return self._staged.get(version)
 
     def keep(self, adapter: LoadedAdapter) -> None:
@@ -232,43 +230,33 @@ class AdapterRegistry:
             self._swap(copies={other: it for other, it in self._snapshot.copies.items() if other != version})
 
     def acquire(self, name: str, version: str | None = None) -> AdapterEntry | None:
-        """What `resolve` says, with a lease on its version: it stays usable until `release`."""
+        """What `resolve` says, held by a request: its version stays usable until `release`."""
         with self._lock:
             entry = self.resolve(name, version)
             if entry is not None:
-                self._leases[entry.version] += 1
+                self.holds.take(entry.version, Holder.REQUEST)
                 self._num_uses[name] += 1
                 self._last_used[name] = time.time()
         return entry
 
-    def hold(self, version: str) -> bool:
-        """Take a lease on a version, if it is known; whether it is."""
+    def hold(self, version: str, holder: Holder) -> bool:
+        """Hold a version; whether it is known, and then stays so until the hold is given back."""
         with self._lock:
-            if not self.knows(version):
-                return False
-            self._leases[version] += 1
-        return True
+            self.holds.take(version, holder)
+            return self.knows(version)
 
     def release(self, version: str) -> None:
-        """Give one lease back."""
-        with self._lock:
-            assert self._leases[version] > 0, "a lease is given back once"
-            self._leases[version] -= 1
-            if not self._leases[version]:
-                del self._leases[version]
-
-    def num_leases(self, version: str) -> int:
-        """How many requests, from their first look at the name to their end, hold this version."""
-        return self._leases.get(version, 0)
+        """Give the hold of `acquire` back."""
+        self.holds.give_back(version, Holder.REQUEST)
 
     def usage(self, name: str) -> tuple[int, float | None]:
         """How often a name was used since the start, and when last (seconds since the epoch)."""
         return self._num_uses.get(name, 0), self._last_used.get(name)
 
     def drop(self, version: str) -> bool:
-        """Forget a version and its copy, if no name points to it and nobody holds it; whether it is gone."""
+        """Forget a version and its copy, if nobody uses it; whether it was known, and is no more."""
         with self._lock:
-            if self._leases.get(version, 0) or self.is_wanted(version):
+            if not self.knows(version) or self.holds.is_used(version):
                 return False
             copies = {other: it for other, it in self._snapshot.copies.items() if other != version}
             self._swap(versions=self._snapshot.versions - {version}, copies=copies)
@@ -280,25 +268,25 @@ class AdapterRegistry:
         entry = snapshot.entries.get(name)
         if entry is None or version in (None, entry.version):
             return entry
-        if version not in self._pinned or version not in snapshot.versions:
+        if not self.holds.count(version, Holder.ALIAS) or version not in snapshot.versions:
             return None
         return replace(entry, version=version, version_keys=self.version_keys.of(name, version))
 
     def is_wanted(self, version: str) -> bool:
         """Whether a name stands for a version, or an alias leads to it."""
-        return version in self._pinned or any(e.version == version for e in self._snapshot.entries.values())
+        return bool(self.holds.count(version, Holder.NAME) or self.holds.count(version, Holder.ALIAS))
 
     def is_taken(self, name: str) -> bool:
         """Whether it is the base's name, or an adapter's, be it a broken one."""
         return name in self._base_names or name in self._snapshot.entries or name in self._snapshot.broken
 
-    def heed_aliases(self, names: frozenset[str], pinned: frozenset[str]) -> None:
-        """The names that are aliases, which no adapter may take, and the versions that stay for them."""
+    def heed_aliases(self, names: frozenset[str]) -> None:
+        """The names that are aliases, which no adapter may take."""
         with self._lock:
             for gone in self._alias_names - names - self._snapshot.entries.keys():
                 self._num_uses.pop(gone, None)
                 self._last_used.pop(gone, None)
-            self._alias_names, self._pinned = names, pinned
+            self._alias_names = names
 
     def count_use(self, alias: str) -> None:
         """A request came by an alias."""
@@ -370,3 +358,10 @@ class AdapterRegistry:
             old.versions if versions is None else versions,
             old.copies if copies is None else MappingProxyType(dict(copies)),
         )
+        if entries is None and broken is None:
+            return
+        served, lost = self._snapshot.entries.values(), self._snapshot.broken.values()
+        names = [entry.version for entry in served]
+        history = [version for entry in served for version in entry.history]
+        history += [version for entry in lost for version in (*entry.history, entry.version)]
+        self.holds.assign("registry", {Holder.NAME: names, Holder.HISTORY: history})

@@ -11,7 +11,6 @@ import shutil
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -30,6 +29,7 @@ from guanaco.adapters.peft.weights import (
     check_files,
     load_adapter,
 )
+from guanaco.adapters.versions.holds import Holder, HoldLedger
 from guanaco.models.error_codes import ErrorCode
 
 _VERSION = re.compile(r"[0-9a-f]{64}")
@@ -50,20 +50,23 @@ class VersionStore:
         self,
         directory: Path,
         targets: dict[str, tuple[int, int]],
+        holds: HoldLedger,
         *,
         limits: AdapterLimits | None = None,
         strict: bool = False,
         base_table: BaseTable | None = None,
     ) -> None:
-        """base_table: see `load_adapter`. Raises AdapterError where the directory cannot be written, or belongs to a
-        server that runs."""
+        """holds: says which versions must stay. base_table: see `load_adapter`.
+
+        Raises AdapterError where the directory cannot be written, or belongs to a server that runs.
+        """
         self.directory = directory
         self._targets = dict(targets)
         self._limits = limits or AdapterLimits()
         self._strict = strict
         self._base_table = base_table
         self._lock = threading.Lock()
-        self._fresh: Counter[str] = Counter()  # ingested, and not yet settled: nobody may think them unwanted
+        self._holds = holds
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._owner = _own(directory)
@@ -78,8 +81,8 @@ class VersionStore:
         """Copy the adapter at `path` (or in its sub-folder `name`), check the copy, and keep it under its version.
 
         root: where no link may lead out of; none: the adapter's own folder. keep: False only checks. Raises
-        AdapterError for what cannot be served, and for a full disk; then nothing is left. What is kept stays until
-        `settle`, whatever `collect` is told. on_stage: is told the seconds of "read" and of "ingest".
+        AdapterError for what cannot be served, and for a full disk; then nothing is left. What is kept is held as
+        `Holder.LOAD`, which the caller gives back. on_stage: is told the seconds of "read" and of "ingest".
         """
         started = time.monotonic()
         files = AdapterFiles.find(path, name, CONFIG_NAME, root)
@@ -123,16 +126,10 @@ class VersionStore:
         """Give the directory up to whoever comes next."""
         self._owner.close()
 
-    def settle(self, version: str) -> None:
-        """What was ingested is written down where it is wanted, or refused: `collect` may look at it again."""
+    def collect(self) -> None:
+        """Remove all versions that nobody holds. Nothing can be ingested meanwhile."""
         with self._lock:
-            self._fresh[version] -= 1
-            self._fresh += Counter()  # without the zeros
-
-    def collect(self, wanted: Callable[[], frozenset[str]]) -> None:
-        """Remove all versions that are not wanted; `wanted` is asked while nothing can be ingested."""
-        with self._lock:
-            for version in self.versions() - wanted() - self._fresh.keys():
+            for version in self.versions() - self._holds.held():
                 # Out of sight at once: what is called like a version is one, whenever the process is killed.
                 gone = self.directory / f"{_INCOMING}{version}-gone"
                 shutil.rmtree(gone, ignore_errors=True)
@@ -168,8 +165,12 @@ class VersionStore:
                 if final.exists():
                     final.rename(old)
                 incoming.rename(final)
-            self._fresh[version] += 1
-        sync_directory(self.directory)
+            self._holds.take(version, Holder.LOAD)
+        try:
+            sync_directory(self.directory)
+        except OSError:
+            self._holds.give_back(version, Holder.LOAD)
+            raise
         shutil.rmtree(old, ignore_errors=True)
 
     def _is_intact(self, version: str) -> bool:

@@ -1,18 +1,20 @@
 """Changes of aliases while the server runs: point, re-point, split by weight, rename, roll back, remove.
 
 Each is one step for everybody who asks: before it the old targets, after it the new ones, whose versions are held by
-then. Lives on the event loop; part of the adapter manager, which is told what may be taken off the device.
+then. Lives on the event loop; part of the adapter manager.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from guanaco.adapters.errors import AdapterError, alias_not_found
 from guanaco.adapters.versions.aliases import Alias, AliasTable, Target, parse_targets
+from guanaco.adapters.versions.holds import Holder
 from guanaco.adapters.versions.registry import AdapterRegistry
 from guanaco.models.error_codes import ErrorCode
 from guanaco.server.adapters.sources import AdapterSources
@@ -54,15 +56,13 @@ class AliasManager:
         sources: AdapterSources,
         tiers: AdapterTiers,
         *,
-        retire: Callable[[str], object],
         save: Callable[[], Awaitable[None]],
     ) -> None:
-        """retire: take a version off device and host once nothing needs it. save: write everything down."""
+        """save: write everything down."""
         self.table = table
         self._registry = registry
         self._sources = sources
         self._tiers = tiers
-        self._retire = retire
         self._save = save
         self._lock = asyncio.Lock()  # changes happen one after the other
 
@@ -101,33 +101,27 @@ class AliasManager:
     def views(self) -> tuple[AliasView, ...]:
         return tuple(self._view(alias) for alias in self.table.all())
 
-    async def refresh(self) -> frozenset[str]:
-        """Names came or went: hold what aliases lead to now; the versions that they led to and no longer do."""
-        before = self.table.held
+    async def refresh(self) -> None:
+        """Names came or went: hold what aliases lead to now."""
         self.table.refresh()
         for version in self.table.pinned() - self._registry.versions():
             try:
-                self._registry.release(await self._hold(version))
+                async with self._held(version):
+                    pass
             except AdapterError as error:
                 logger.warning("an alias leads to version %s, which cannot be had: %s", version[:12], error)
-        return before - self.table.held
 
     async def _change(self, targets: tuple[Target, ...], change: Callable[[tuple[Target, ...]], Alias]) -> Alias:
         async with self._lock:
-            before, held = self.table.held, []
-            try:
+            async with AsyncExitStack() as stack:
                 whole = []
                 for target in targets:
                     if target.version is not None:
-                        target = replace(target, version=self._whole_version(target.name, target.version))
-                        held.append(await self._hold(target.version))
+                        version = self._whole_version(target.name, target.version)
+                        target = replace(target, version=version)
+                        await stack.enter_async_context(self._held(version))
                     whole.append(target)
                 alias = change(tuple(whole))
-            finally:
-                for version in held:
-                    self._registry.release(version)
-                for version in {*before, *held} - self.table.held:
-                    self._retire(version)
             await self._save()
         return alias
 
@@ -144,20 +138,22 @@ class AliasManager:
             raise AdapterError(ErrorCode.VERSION_MISSING, problem, "split")
         return matching[0]
 
-    async def _hold(self, version: str | None) -> str:
-        """A lease on a version, which is read from the store if need be."""
-        assert version is not None
-        if not self._registry.hold(version):
-            adapter = await self._sources.stored(version)
-            self._registry.stage(adapter)
-            try:
-                await self._tiers.register(adapter)
-                self.table.regain(version)
-                held = self._registry.hold(version)
-                assert held, "what is staged is known"
-            finally:
-                self._registry.unstage(version)
-        return version
+    @asynccontextmanager
+    async def _held(self, version: str) -> AsyncIterator[None]:
+        """With a version known, which is read from the store if need be."""
+        is_known = self._registry.hold(version, Holder.LOAD)
+        try:
+            if not is_known:
+                adapter = await self._sources.stored(version)
+                self._registry.stage(adapter)
+                try:
+                    await self._tiers.register(adapter)
+                    self.table.regain(version)
+                finally:
+                    self._registry.unstage(version)
+            yield
+        finally:
+            self._registry.holds.give_back(version, Holder.LOAD)
 
     def _found(self, name: str) -> Alias:
         alias = self.table.get(name)

@@ -5,16 +5,16 @@ effect in background requests, so nobody waits for a load but who asked for it. 
 """
 
 import asyncio
-import json
 import math
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from guanaco.adapters.errors import AdapterError, adapter_not_found
 from guanaco.adapters.peft.weights import LoadedAdapter
 from guanaco.adapters.versions.aliases import AliasTable
+from guanaco.adapters.versions.holds import Holder
 from guanaco.adapters.versions.names import check_name
 from guanaco.adapters.versions.profile import FROM_FILE, KEPT, Profile
 from guanaco.adapters.versions.registry import AdapterEntry, AdapterRegistry, BrokenEntry
@@ -24,16 +24,13 @@ from guanaco.models.error_codes import ErrorCode
 from guanaco.server.adapters.aliases import AliasManager
 from guanaco.server.adapters.pins import AdapterPins
 from guanaco.server.adapters.records import AdapterRecords
-from guanaco.server.adapters.sources import ROLLED_BACK, AdapterPolicy, AdapterSources
+from guanaco.server.adapters.retirement import Retirement
+from guanaco.server.adapters.sources import ROLLED_BACK, AdapterPolicy, AdapterSources, LoadRequest
 from guanaco.server.adapters.tiers import AdapterTiers
 from guanaco.server.adapters.view import AdapterView, LoadingEntry
 from guanaco.server.engine.async_engine import AsyncEngine, EngineUnavailable, ProbeFailed
 
 T = TypeVar("T")
-
-_LoadKey = tuple[str, str, bool, str | None, str | None]  # the arguments of `load`, the profile as JSON
-
-_IDLE_POLL_SECONDS = 0.02
 
 
 class AdapterManager:
@@ -69,43 +66,31 @@ class AdapterManager:
         self._locks: dict[str, asyncio.Lock] = {}  # by name: its changes happen one after the other
         self._lock_users: Counter[str] = Counter()  # who holds or waits for each
         self._num_loads: Counter[str] = Counter()  # by name, since the start
-        self._loads: dict[_LoadKey, asyncio.Task[AdapterEntry]] = {}
-        self._retiring: set[asyncio.Task[None]] = set()
-        self.aliases = AliasManager(
-            table, registry, self._sources, self.tiers, retire=self._retire, save=self._aliases_changed
-        )
+        self._loads: dict[LoadRequest, asyncio.Task[AdapterEntry]] = {}
+        self._retirement = Retirement(registry, self.tiers, self._sources, engine)
+        self.aliases = AliasManager(table, registry, self._sources, self.tiers, save=self._changed)
 
     def restore(self) -> tuple[str, ...]:
         """Bring back what was loaded before a restart; remarks for the operator. Once, before the engine runs."""
         for entry in self.registry.entries():  # those of --adapter, which no store has
             self.tiers.adopt(self.registry.host_copy(entry.version), is_permanent=True)
         notes = self._records.restore(self._sources.stored_now, self._sources.profile, self.tiers.adopt)
-        self._sources.collect_now(self._wanted)
-        return (*notes, *self._pins.restore(self._records.pinned()))
+        notes += self._pins.restore(self._records.pinned())
+        self._sources.collect_now()
+        self._retirement.start()
+        return notes
 
-    async def load(
-        self,
-        name: str,
-        source: str,
-        *,
-        replace: bool = False,
-        expected_version: str | None = None,
-        profile: Mapping[str, Any] | None = None,
-    ) -> AdapterEntry:
-        """Read, check, prove and publish the adapter at `source` (below the root, or of the hub) under `name`.
+    async def load(self, wanted: LoadRequest) -> AdapterEntry:
+        """Read, check, prove and publish an adapter.
 
-        replace: whether the name may be taken. expected_version: refuse unless the name stands for that version now.
-        profile: how to serve it, as `parse_profile` takes it; None: as it was given before to this name, else as the
-        file beside the adapter says. An empty one takes what was given before away.
         From its return on, new requests get the new version; those that run keep theirs. The same load asked for
         twice at the same time happens once.
         """
-        key = (name, source, replace, expected_version, None if profile is None else json.dumps(profile))
-        running = self._loads.get(key)
+        running = self._loads.get(wanted)
         if running is None:
-            running = asyncio.create_task(self._timed(self._locked(name, lambda: self._load(*key))))
-            self._loads[key] = running
-            running.add_done_callback(lambda task: self._load_ended(key, task))
+            running = asyncio.create_task(self._timed(self._locked(wanted.name, lambda: self._load(wanted))))
+            self._loads[wanted] = running
+            running.add_done_callback(lambda task: self._load_ended(wanted, task))
         # A client that leaves does not stop a load that others may wait for.
         return await asyncio.shield(running)
 
@@ -144,7 +129,7 @@ class AdapterManager:
     def views(self) -> tuple[AdapterView, ...]:
         """All names: those that serve, the broken ones, and last those that are being loaded for the first time."""
         registry = self.registry
-        loading = {key[0]: key[1] for key in self._loads}
+        loading = {wanted.name: wanted.source for wanted in self._loads}
         entries: list[AdapterEntry | BrokenEntry | LoadingEntry] = [*registry.entries(), *registry.broken()]
         known = {entry.name for entry in entries}
         entries += [LoadingEntry(name, source) for name, source in loading.items() if name not in known]
@@ -155,7 +140,7 @@ class AdapterManager:
         version = entry.version if isinstance(entry, AdapterEntry) else None
         return AdapterView(
             entry,
-            num_requests=0 if version is None else self.registry.num_leases(version),
+            num_requests=0 if version is None else self.registry.holds.count(version, Holder.REQUEST),
             num_uses=num_uses,
             last_used=last_used,
             tier="disk" if version is None else self.tiers.tier(version),
@@ -185,10 +170,11 @@ class AdapterManager:
 
     async def close(self) -> None:
         """Stop what runs in the background. What was published stays published."""
-        tasks = [*self._loads.values(), *self._retiring]
+        tasks = list(self._loads.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._retirement.close()
         self.tiers.close()
         self._sources.close()
 
@@ -204,27 +190,25 @@ class AdapterManager:
             self._on_load(result, time.monotonic() - started)
         return entry
 
-    def _load_ended(self, key: _LoadKey, task: asyncio.Task[AdapterEntry]) -> None:
-        del self._loads[key]
+    def _load_ended(self, wanted: LoadRequest, task: asyncio.Task[AdapterEntry]) -> None:
+        del self._loads[wanted]
         if not task.cancelled():
             task.exception()  # whoever still waits gets it; where nobody does, it is no news for the log
 
-    async def _load(
-        self, name: str, source: str, replace: bool, expected: str | None, profile_json: str | None
-    ) -> AdapterEntry:
-        self.registry.check_free(name, replace=replace)
+    async def _load(self, wanted: LoadRequest) -> AdapterEntry:
+        name, expected = wanted.name, wanted.expected_version
+        self.registry.check_free(name, replace=wanted.replace)
         self._check_expected(name, expected)
-        located = await self._sources.locate(source)
-        profile, origin = await self._sources.profile_for(name, located, profile_json)
+        located = await self._sources.locate(wanted.source)
+        profile, origin = await self._sources.profile_for(name, located, wanted.profile)
         adapter = await self._sources.ingest(name, located)
         try:
             adapter = self._sources.checked(adapter)
             return await self._publish(
-                name, adapter, located.source, profile, origin, replace=replace, expected=expected
+                name, adapter, located.source, profile, origin, replace=wanted.replace, expected=expected
             )
         finally:
-            self._sources.settle(adapter.version)
-            await self._collect()
+            self.registry.holds.give_back(adapter.version, Holder.LOAD)
 
     async def _publish(
         self,
@@ -239,13 +223,11 @@ class AdapterManager:
         again: bool = False,
         history: tuple[str, ...] = (),
     ) -> AdapterEntry:
-        """Prove a version that is stored, then make it what `name` stands for; or discard it.
+        """Prove a version that is stored and held, then make it what `name` stands for; or discard it.
 
         history: of a name that nothing stands for yet, or that is broken.
         """
-        before = self.registry.resolve(name)
         self.registry.stage(adapter)
-        entry = None
         try:
             await self.tiers.register(adapter)
             effect = await self._prove(adapter.version)
@@ -265,16 +247,12 @@ class AdapterManager:
             )
         finally:
             self.registry.unstage(adapter.version)
-            if entry is None:
-                self._retire(adapter.version)
+        self._retirement.stays(adapter.version)
         self._records.keep(name)
-        for version in await self.aliases.refresh():
-            self._retire(version)
+        await self.aliases.refresh()
         await self._changed()
         self._on_stage("publish", time.monotonic() - published)
         self._num_loads[name] += 1
-        if before is not None and before.version != entry.version:
-            self._retire(before.version)
         return entry
 
     async def _prove(self, version: str) -> float:
@@ -301,19 +279,14 @@ class AdapterManager:
         self._num_loads.pop(name, None)
         self._pins.names.discard(name)
         # Not only what the name stood for: aliases lead to earlier versions of it no more.
-        versions = {entry.version, *await self.aliases.refresh()}
+        versions = {entry.version, *self.aliases.table.held}
+        await self.aliases.refresh()
         await self._changed()
-        leaving = [version for version in versions if self.registry.knows(version)]
-        leaving = [version for version in leaving if not self.registry.is_wanted(version)]
-        if not leaving:
-            await self._collect()
-            return True  # nothing to wait for, or another name needs it
+        leaving = [version for version in versions if not self.registry.is_wanted(version)]
         if force:
             for version in leaving:
                 self._engine.end_adapter(version)
-        retiring = {self._retire(version) for version in leaving}
-        _, unfinished = await asyncio.wait(retiring, timeout=timeout_seconds)
-        return not unfinished
+        return await self._retirement.wait(leaving, timeout_seconds)
 
     async def _rollback(self, name: str, version: str | None) -> AdapterEntry:
         broken = {entry.name: entry for entry in self.registry.broken()}
@@ -327,40 +300,21 @@ class AdapterManager:
             raise AdapterError(
                 ErrorCode.VERSION_MISSING, f"{name} has had no such version, or several; see its history", "version"
             )
-        adapter = await self._sources.stored(matching[0])
         source = f"{ROLLED_BACK}{matching[0][:12]}"
         origin = FROM_FILE if entry.profile_from == FROM_FILE else KEPT
-        return await self._publish(
-            name, adapter, source, entry.profile, origin, replace=True, history=entry.history, again=True
-        )
-
-    def _retire(self, version: str) -> asyncio.Task[None]:
-        """Take a version off device and host as soon as nothing needs it."""
-        task = asyncio.create_task(self._retire_when_idle(version))
-        self._retiring.add(task)
-        task.add_done_callback(self._retiring.discard)
-        return task
-
-    async def _retire_when_idle(self, version: str) -> None:
-        while not self.registry.drop(version):
-            if self.registry.is_wanted(version):
-                return  # it came back
-            await asyncio.sleep(_IDLE_POLL_SECONDS)
-        if await self.tiers.forget(version):
-            await self._collect()
+        self.registry.holds.take(matching[0], Holder.LOAD)
+        try:
+            adapter = await self._sources.stored(matching[0])
+            return await self._publish(
+                name, adapter, source, entry.profile, origin, replace=True, history=entry.history, again=True
+            )
+        finally:
+            self.registry.holds.give_back(matching[0], Holder.LOAD)
 
     def _broke(self, version: str) -> None:
         """The stored copy of a version turned out to be damaged or gone: its names are listed as broken already."""
         self.aliases.table.lose(version)
         self._on_change()
-        self._retire(version)
-
-    async def _collect(self) -> None:
-        """Remove the stored copies of versions that no name has now or had before, and nobody uses."""
-        await self._sources.collect(self._wanted)
-
-    def _wanted(self) -> frozenset[str]:
-        return self._records.wanted() | self.tiers.leaving
 
     def _check_expected(self, name: str, expected: str | None) -> None:
         entry = self.registry.resolve(name)
@@ -380,10 +334,6 @@ class AdapterManager:
             self._lock_users[name] -= 1
             if not self._lock_users[name]:
                 del self._lock_users[name], self._locks[name]
-
-    async def _aliases_changed(self) -> None:
-        await self._changed()
-        await self._collect()
 
     async def _changed(self) -> None:
         """Names mean something else from now on: write it down, and tell who keeps a list."""

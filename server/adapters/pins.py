@@ -1,12 +1,13 @@
 """Adapters that stay in host memory because an operator says so: by name, whatever version the name stands for.
 
-Says what is wanted; the engine's ledger of host memory does it. On the event loop. Called by the adapter manager.
+Says what is wanted; the engine's ledger of residency does it. On the event loop. Called by the adapter manager.
 """
 
 import logging
 from collections.abc import Iterable
 
 from guanaco.adapters.errors import AdapterError, adapter_not_found
+from guanaco.adapters.versions.holds import Holder
 from guanaco.adapters.versions.registry import AdapterEntry, AdapterRegistry
 from guanaco.models.error_codes import ErrorCode
 from guanaco.server.engine.async_engine import AsyncEngine
@@ -14,13 +15,14 @@ from guanaco.server.engine.request import AddVersion
 
 logger = logging.getLogger(__name__)
 
+_PARTY = "pins"  # in the ledger of holds
+
 
 class AdapterPins:
     """The pinned names of one registry. A name keeps its pin when it comes to stand for another version."""
 
     def __init__(self, registry: AdapterRegistry, engine: AsyncEngine) -> None:
         self.names: set[str] = set()
-        self._kept: frozenset[str] = frozenset()  # the versions that the engine was told to keep
         self._registry = registry
         self._engine = engine
 
@@ -28,7 +30,7 @@ class AdapterPins:
         """Before the engine starts: what was pinned before a restart; remarks for the operator."""
         self.names = set(names)
         host, pinned = self._engine.ledgers.host, self._pinned()
-        self._kept = frozenset(entry.version for entry in pinned)
+        self._hold({entry.version for entry in pinned})
         return tuple(
             f"adapter {entry.name} is pinned, and there is no room to keep it in memory"
             for entry in pinned
@@ -54,16 +56,23 @@ class AdapterPins:
 
     async def refresh(self) -> None:
         """Names have come to stand for other versions, or for none."""
-        if (self.names or self._kept) and not await self._tell_engine():
+        if (self.names or self._kept()) and not await self._tell_engine():
             logger.warning("some pinned adapters find no room in memory; they are read when they are wanted")
 
     async def _tell_engine(self) -> bool:
         """All that is wanted, since what was refused before may find room now."""
         wanted = {entry.version: entry for entry in self._pinned()}
-        released = [AddVersion(version, 0, is_kept=False) for version in self._kept - wanted.keys()]
+        released = [AddVersion(version, 0, is_kept=False) for version in self._kept() - wanted.keys()]
         kept = [AddVersion(version, entry.num_bytes, is_kept=True) for version, entry in sorted(wanted.items())]
-        self._kept = frozenset(wanted)
+        self._hold(wanted.keys())
         return await self._engine.add_versions(*released, *kept)
+
+    def _kept(self) -> frozenset[str]:
+        """The versions that the engine was told to keep."""
+        return self._registry.holds.assigned(_PARTY, Holder.OPERATOR)
+
+    def _hold(self, versions: Iterable[str]) -> None:
+        self._registry.holds.assign(_PARTY, {Holder.OPERATOR: versions})
 
     def _pinned(self) -> list[AdapterEntry]:
         return [entry for entry in self._registry.entries() if entry.name in self.names]

@@ -5,18 +5,21 @@ Keeps the list in step with the registry, and restores from it. Reads no adapter
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.peft.weights import LoadedAdapter
-from guanaco.adapters.versions.aliases import AliasTable
+from guanaco.adapters.versions.aliases import Alias, AliasTable
+from guanaco.adapters.versions.holds import Holder
 from guanaco.adapters.versions.profile import Profile
-from guanaco.adapters.versions.registry import AdapterEntry, AdapterRegistry, BrokenEntry
+from guanaco.adapters.versions.registry import AdapterRegistry, BrokenEntry
 from guanaco.adapters.versions.registry_file import RegistryFile, Saved
 from guanaco.models.error_codes import ErrorCode
 
 logger = logging.getLogger(__name__)
+
+_PARTY = "records"  # in the ledger of holds
 
 OnThread = Callable[[Callable[[], None]], Awaitable[None]]
 
@@ -47,7 +50,9 @@ class AdapterRecords:
         self._saved.remove_leftovers()
         self._registry.version_keys.restore(self._saved.read_version_keys())
         notes = []
-        for record in self._saved.read():
+        listed = self._saved.read()
+        self._hold(_versions_of(listed, self._saved.read_aliases()))
+        for record in listed:
             self._persistent.add(record.name)
             try:
                 self._registry.check_free(record.name)
@@ -122,20 +127,16 @@ class AdapterRecords:
         self._persistent.discard(name)
         self._shadowed.pop(name, None)
 
-    def wanted(self) -> frozenset[str]:
-        """The versions that a name has now or had before, or that are in use: their stored copies stay."""
-        named: list[AdapterEntry | BrokenEntry | Saved] = [*self._registry.entries(), *self._registry.broken()]
-        named += self._shadowed.values()
-        return frozenset(v for one in named for v in (one.version, *one.history)) | (
-            self._registry.versions() | self._aliases.wanted()
-        )
-
     def pinned(self) -> tuple[str, ...]:
         """The names that were to stay in memory before a restart."""
         return self._saved.read_pinned()
 
     async def save(self, on_thread: OnThread, pinned: frozenset[str]) -> None:
-        """Write down what a restart is to bring back. The change itself stands even if that fails; the log says so."""
+        """Write down what a restart is to bring back. The change itself stands even if that fails; the log says so.
+
+        The list holds the versions that it names, the old one until the new one is written: a stored copy must not go
+        before the list that names it.
+        """
         async with self._saving:
             ready = (
                 Saved(e.name, e.version, e.source, e.history, e.effect, _plain(e.profile), e.profile_from)
@@ -146,14 +147,26 @@ class AdapterRecords:
                 for b in self._registry.broken()
             )
             kept = (record for record in (*ready, *broken) if record.name in self._persistent)
-            records = (*kept, *self._shadowed.values())
-            keys = self._registry.version_keys.records(self.wanted())
+            records, aliases = (*kept, *self._shadowed.values()), self._aliases.all()
+            keys = self._registry.version_keys.records(self._registry.holds.held())
+            versions = _versions_of(records, aliases)
+            self._hold(versions | self._registry.holds.assigned(_PARTY, Holder.HISTORY))
             try:
-                await on_thread(lambda: self._saved.write(records, self._aliases.all(), pinned, keys))
+                await on_thread(lambda: self._saved.write(records, aliases, pinned, keys))
+                self._hold(versions)
             except OSError as error:
                 logger.error(
                     "the list of adapters could not be written (%s): a restart would not know this change", error
                 )
+
+    def _hold(self, versions: frozenset[str]) -> None:
+        self._registry.holds.assign(_PARTY, {Holder.HISTORY: versions})
+
+
+def _versions_of(records: Iterable[Saved], aliases: Iterable[Alias]) -> frozenset[str]:
+    """All versions that a list names."""
+    named = [version for record in records for version in (record.version, *record.history)]
+    return frozenset(named).union(*(alias.versions for alias in aliases))
 
 
 def _restriction(fields: Mapping[str, Any], parse: Callable[[Mapping[str, Any]], Profile]) -> Profile | None:

@@ -5,12 +5,11 @@ publishes what it hands back.
 """
 
 import asyncio
-import json
 import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
@@ -39,6 +38,19 @@ class AdapterPolicy:
     base_fingerprint: str
     strict_base: bool = False
     hub: AdapterHub | None = None  # where org/name@revision comes from; None: nothing does
+
+
+@dataclass(frozen=True)
+class LoadRequest:
+    """A load as an operator asks for it. Two that are equal are the same load."""
+
+    name: str
+    source: str  # below the root, or of the hub
+    replace: bool = False  # whether the name may be taken
+    expected_version: str | None = None  # refuse unless the name stands for it now
+    # How to serve it, as `parse_profile` takes it. None: as it was given before to this name, else as the file beside
+    # the adapter says. An empty one takes what was given before away.
+    profile: Mapping[str, Any] | None = field(default=None, hash=False)
 
 
 @dataclass(frozen=True)
@@ -103,7 +115,7 @@ class AdapterSources:
         return Located(path, None, str(pinned))
 
     async def ingest(self, name: str, at: Located, *, keep: bool = True) -> LoadedAdapter:
-        """The adapter of a source. What is kept is to be settled, whatever happens to it."""
+        """The adapter of a source. What is kept is held as by a load; the caller gives that back."""
         return await self.on_thread(
             lambda: self._store.ingest(at.path, name=name, root=at.root, keep=keep, on_stage=self._on_stage)
         )
@@ -122,11 +134,10 @@ class AdapterSources:
         """What the file beside an adapter asks for; None where there is none."""
         return await self.on_thread(lambda: read_profile(at.path, name, self._registry.templates, at.root))
 
-    async def profile_for(self, name: str, at: Located, given: str | None) -> tuple[Profile | None, str]:
-        """How `name` is to be served after a load, and where that is from. given: by this load, as JSON."""
+    async def profile_for(self, name: str, at: Located, given: Mapping[str, Any] | None) -> tuple[Profile | None, str]:
+        """How `name` is to be served after a load, and where that is from. given: by this load."""
         if given is not None:
-            fields = json.loads(given)
-            return self.profile(fields), GIVEN if fields else FROM_FILE
+            return self.profile(given), GIVEN if given else FROM_FILE
         beside = await self.profile_beside(name, at)  # read in any case: a bad one is refused
         broken = {entry.name: entry for entry in self._registry.broken()}
         entry = self._registry.resolve(name) or broken.get(name)
@@ -146,17 +157,13 @@ class AdapterSources:
         """As `stored`, on the caller's thread: for the start, before anybody waits."""
         return self._store.read(version)
 
-    def settle(self, version: str) -> None:
-        """What was ingested is published by now, or refused: it may be collected."""
-        self._store.settle(version)
+    def collect_now(self) -> None:
+        """Remove the stored copies of versions that nobody holds."""
+        self._store.collect()
 
-    def collect_now(self, wanted: Callable[[], frozenset[str]]) -> None:
-        """Remove the stored copies of versions that are not wanted."""
-        self._store.collect(wanted)
-
-    async def collect(self, wanted: Callable[[], frozenset[str]]) -> None:
+    async def collect(self) -> None:
         """As `collect_now`, off the event loop."""
-        await self.on_thread(lambda: self._store.collect(wanted))
+        await self.on_thread(self._store.collect)
 
     async def on_thread(self, work: Callable[[], T]) -> T:
         """Run file work on one of the loading threads."""

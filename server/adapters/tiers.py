@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.peft.weights import LoadedAdapter
+from guanaco.adapters.versions.holds import Holder
 from guanaco.adapters.versions.registry import AdapterRegistry
 from guanaco.adapters.versions.store import VersionStore
 from guanaco.models.error_codes import ErrorCode
@@ -56,7 +57,7 @@ class AdapterTiers:
 
     def gone(self, version: str) -> None:
         """A version of `forget` is off device and host."""
-        self._engine.on_loop(lambda: self._left(version, is_gone=True))
+        self._engine.on_loop(self._gone, version)
 
     def adopt(self, adapter: LoadedAdapter, *, is_permanent: bool = False) -> bool:
         """Before the engine starts: tell of a version that was just read. True if it is to stay in host memory, which
@@ -66,6 +67,7 @@ class AdapterTiers:
         """
         ledgers, version, num_bytes = self._engine.ledgers, adapter.version, adapter.num_bytes
         device_bytes = self._device_bytes(adapter)
+        self._told(version)
         if ledgers.add_adapter(version, num_bytes, device_bytes, is_here=True, is_permanent=is_permanent):
             return ledgers.host.is_ready([version])
         if not ledgers.add_adapter(version, num_bytes, device_bytes):
@@ -75,7 +77,7 @@ class AdapterTiers:
     async def register(self, adapter: LoadedAdapter) -> None:
         """Tell of a version that requests may ask for from now on. AdapterError where there is no room for it beside
         what requests hold."""
-        self._left(adapter.version, is_gone=False)
+        self._told(adapter.version)
         if not await self._engine.add_versions(
             AddVersion(adapter.version, adapter.num_bytes, self._device_bytes(adapter))
         ):
@@ -87,15 +89,19 @@ class AdapterTiers:
         self._engine.send(ForgetVersion(version))
         return await asyncio.shield(left)
 
-    def _left(self, version: str, *, is_gone: bool) -> None:
-        left = self._leaving.pop(version, None)
-        if left is not None:
-            left.set_result(is_gone)
+    def _told(self, version: str) -> None:
+        """The engine hears of a version, perhaps again: it may read the stored copy."""
+        if (left := self._leaving.pop(version, None)) is not None:
+            left.set_result(False)
+        holds = self._registry.holds
+        if not holds.count(version, Holder.ENGINE):
+            holds.take(version, Holder.ENGINE)
 
-    @property
-    def leaving(self) -> frozenset[str]:
-        """Versions that the engine was told to forget and may still read."""
-        return frozenset(self._leaving)
+    def _gone(self, version: str) -> None:
+        if (left := self._leaving.pop(version, None)) is not None:
+            left.set_result(True)
+            if self._registry.holds.count(version, Holder.ENGINE):
+                self._registry.holds.give_back(version, Holder.ENGINE)
 
     def tier(self, version: str) -> str:
         """`device`, `host` or `disk`: the fastest place that has it, perhaps a step ago."""
@@ -144,7 +150,7 @@ class AdapterTiers:
             if problem.code != ErrorCode.UNREADABLE:  # which says nothing about the copy: too many open files, say
                 error = ErrorCode.ADAPTER_BROKEN
                 self._registry.mark_broken(version, problem.code, str(problem))
-                self._engine.on_loop(lambda: self._on_broken(version))
+                self._engine.on_loop(self._on_broken, version)
         except Exception:
             logger.exception("adapter version %.12s could not be read", version)
             error = ErrorCode.ADAPTER_READ_FAILED

@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from guanaco.adapters.peft.weights import AdapterLimits
+from guanaco.adapters.versions.holds import HoldLedger
 from guanaco.adapters.versions.registry_file import RegistryFile
 from guanaco.adapters.versions.store import VersionStore
 from guanaco.models.text.chat_template import named_template
@@ -152,7 +153,7 @@ def _adapter_manager(
     manager = None
     if settings.has_admin:
         base = runtime.base
-        store = _open_store(settings, base)
+        store = _open_store(settings, base, runtime.registry.holds)
         root = settings.adapter_root
         policy = AdapterPolicy(
             root=None if root is None else Path(os.path.abspath(os.path.expanduser(root))),
@@ -184,11 +185,12 @@ def _adapter_manager(
     return manager
 
 
-def _open_store(settings: Settings, base: Base) -> VersionStore:
+def _open_store(settings: Settings, base: Base, holds: HoldLedger) -> VersionStore:
     """Each base model has a store of its own: what is an adapter of one is nothing to another."""
     return VersionStore(
         settings.adapter_store_dir / base.loaded.fingerprint[:16],
         base.loaded.model.lora_targets,
+        holds,
         limits=AdapterLimits(max_rank=settings.max_lora_rank),
         base_table=base.table,
     )

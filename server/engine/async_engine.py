@@ -213,10 +213,11 @@ class AsyncEngine:
         """Have the engine take in a message before its next step; from any thread."""
         self._put((message, None))
 
-    def on_loop(self, work: Callable[[], object]) -> None:
-        """Have something done on the event loop; from any thread. Nothing happens where the loop is closed."""
+    def on_loop(self, tell: Callable[[str], None], version: str) -> None:
+        """Pass news of an adapter version on to the event loop; from any thread. Nothing happens where the loop is
+        closed."""
         with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(work)
+            self._loop.call_soon_threadsafe(tell, version)
 
     @property
     def ledgers(self) -> Scheduler:

@@ -16,6 +16,7 @@ from starlette.responses import PlainTextResponse, Response
 from guanaco.adapters.errors import AdapterError, adapter_not_found
 from guanaco.models.error_codes import ErrorCode
 from guanaco.server.adapters.manager import AdapterManager
+from guanaco.server.adapters.sources import LoadRequest
 from guanaco.server.adapters.view import AdapterView
 from guanaco.server.api.generation.body import body_schema
 from guanaco.server.api.generation.protocol import Body
@@ -110,7 +111,7 @@ async def load_lora_adapter(request: Request) -> Response:
     record_of(request.scope).model = body.lora_name
     try:
         try:
-            await manager.load(body.lora_name, body.lora_path, replace=body.load_inplace)
+            await manager.load(LoadRequest(body.lora_name, body.lora_path, replace=body.load_inplace))
         except AdapterError as error:
             # Controllers repeat a load whose answer they have not seen, and take nothing but 200 for its success.
             is_there = error.code == ErrorCode.NAME_TAKEN and manager.view(body.lora_name) is not None
@@ -147,7 +148,7 @@ async def put_adapter(request: Request, name: str) -> Response:
     is_new = manager.view(name) is None
     profile = {"profile": body.profile} if isinstance(body.profile, str) else body.profile
     with refusals():
-        await manager.load(name, body.source, replace=True, expected_version=body.expected_version, profile=profile)
+        await manager.load(LoadRequest(name, body.source, True, body.expected_version, profile))
     return json_response(_card(_view(manager, name)), 201 if is_new else 200)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from guanaco.adapters.peft.weights import load_adapter
+from guanaco.adapters.versions.holds import HoldLedger
 from guanaco.adapters.versions.store import VersionStore
 from support.adapters.tiny_adapters import make_adapter
 
@@ -26,7 +27,7 @@ def notes_of(original: Path, folder: Path, files: dict[str, str] | None = None, 
     config.write_text(json.dumps(json.loads(config.read_text()) | fields))
     for name, text in (files or {}).items():
         (adapter / name).write_text(text)
-    store = VersionStore(folder / "store", TARGETS)
+    store = VersionStore(folder / "store", TARGETS, HoldLedger())
     try:
         ingested = store.ingest(adapter, name="default")
     finally:

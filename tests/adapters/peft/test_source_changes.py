@@ -10,6 +10,7 @@ from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.peft.config import CONFIG_NAME
 from guanaco.adapters.peft.weights import WEIGHTS_NAME
 from guanaco.adapters.versions import store as store_module
+from guanaco.adapters.versions.holds import HoldLedger
 from guanaco.adapters.versions.store import VersionStore
 from support.adapters.tiny_adapters import make_adapter
 
@@ -58,7 +59,7 @@ def test_a_change_during_the_copy_is_noticed(
 ) -> None:
     """In the middle of the weights: the config is copied, and some of the bytes."""
     path, other = make(tmp_path / "a", 1), make(tmp_path / "b", 2)
-    store = VersionStore(tmp_path / "store", TARGETS)
+    store = VersionStore(tmp_path / "store", TARGETS, HoldLedger())
     read, pending = store_module._read, [change]
 
     def read_and_change(source: object, name: str) -> bytes:
@@ -80,7 +81,7 @@ def test_a_source_that_cannot_be_read_is_not_the_stores_fault(tmp_path: Path, mo
         def read(self, size: int) -> bytes:
             raise OSError(5, "Input/output error")
 
-    store, read = VersionStore(tmp_path / "store", TARGETS), store_module._read
+    store, read = VersionStore(tmp_path / "store", TARGETS, HoldLedger()), store_module._read
     monkeypatch.setattr(store_module, "_read", lambda _, name: read(Failing(), name))  # type: ignore[arg-type]
     with pytest.raises(AdapterError) as refusal:
         store.ingest(make(tmp_path / "a", 1), name="a")
@@ -92,7 +93,7 @@ def test_what_the_header_tells_is_found_before_anything_is_copied(
 ) -> None:
     path = make(tmp_path / "a", 1)
     os.truncate(path / WEIGHTS_NAME, 3 << 30)  # with a hole: nothing is written
-    store = VersionStore(tmp_path / "store", TARGETS)
+    store = VersionStore(tmp_path / "store", TARGETS, HoldLedger())
     monkeypatch.setattr(store, "_copy", None)
     with pytest.raises(AdapterError) as refusal:
         store.ingest(path, name="a")

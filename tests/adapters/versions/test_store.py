@@ -12,6 +12,7 @@ import pytest
 
 from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.peft.weights import WEIGHTS_NAME, AdapterLimits
+from guanaco.adapters.versions.holds import Holder, HoldLedger
 from guanaco.adapters.versions.registry_file import RegistryFile, Saved
 from guanaco.adapters.versions.store import VersionStore
 from support.adapters.kill_writers import BUGS
@@ -21,17 +22,18 @@ from support.children import environment
 TARGETS = {"layers.0.self_attn.q_proj": (8, 8)}
 
 
-def nothing() -> frozenset[str]:
-    return frozenset()
-
-
 def content(store: VersionStore) -> list[str]:
     return sorted(path.name for path in store.directory.iterdir() if path.name != ".lock")
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> VersionStore:
-    return VersionStore(tmp_path / "store", TARGETS)
+def holds() -> HoldLedger:
+    return HoldLedger()
+
+
+@pytest.fixture
+def store(tmp_path: Path, holds: HoldLedger) -> VersionStore:
+    return VersionStore(tmp_path / "store", TARGETS, holds)
 
 
 def source(tmp_path: Path, seed: int = 0, rank: int = 2) -> Path:
@@ -43,7 +45,7 @@ def test_a_version_outlives_its_source(store: VersionStore, tmp_path: Path) -> N
     loaded = store.ingest(path, name="a")
     shutil.rmtree(path)
     store.close()
-    again = VersionStore(store.directory, TARGETS).read(loaded.version)
+    again = VersionStore(store.directory, TARGETS, HoldLedger()).read(loaded.version)
     (target,) = again.pairs
     assert again.pairs[target].a.equal(loaded.pairs[target].a)
     assert store.versions() == {loaded.version}
@@ -56,7 +58,7 @@ def test_a_refused_adapter_leaves_nothing(store: VersionStore, tmp_path: Path) -
     with pytest.raises(AdapterError):
         store.ingest(path, name="a")
     store.close()
-    small = VersionStore(store.directory, TARGETS, limits=AdapterLimits(max_file_bytes=100))
+    small = VersionStore(store.directory, TARGETS, HoldLedger(), limits=AdapterLimits(max_file_bytes=100))
     with pytest.raises(AdapterError) as refusal:
         small.ingest(source(tmp_path, 1), name="a")
     assert refusal.value.code == "file_too_large"
@@ -84,17 +86,17 @@ def test_a_damaged_copy_is_noticed_and_mended_by_a_new_load(store: VersionStore,
     assert store.read(version).version == version
 
 
-def test_collect_spares_what_was_just_ingested(store: VersionStore, tmp_path: Path) -> None:
+def test_collect_spares_what_was_just_ingested(store: VersionStore, holds: HoldLedger, tmp_path: Path) -> None:
     old, new = (store.ingest(source(tmp_path, seed), name="a").version for seed in range(2))
-    store.settle(old)
-    store.collect(nothing)
+    holds.give_back(old, Holder.LOAD)
+    store.collect()
     assert store.versions() == {new}
     store.ingest(source(tmp_path, 1), name="b")
-    store.settle(new)
-    store.collect(nothing)
-    assert store.versions() == {new}, "one of two loads of it is not settled yet"
-    store.settle(new)
-    store.collect(nothing)
+    holds.give_back(new, Holder.LOAD)
+    store.collect()
+    assert store.versions() == {new}, "one of two loads of it still holds it"
+    holds.give_back(new, Holder.LOAD)
+    store.collect()
     assert store.versions() == frozenset()
 
 
@@ -102,7 +104,7 @@ def test_what_a_killed_process_left_is_removed(store: VersionStore) -> None:
     (store.directory / ".incoming-x").mkdir()
     (store.directory / ".incoming-x" / "f").write_text("half")
     store.close()
-    VersionStore(store.directory, TARGETS)
+    VersionStore(store.directory, TARGETS, HoldLedger())
     assert content(store) == []
 
 
@@ -110,11 +112,11 @@ def test_a_store_has_one_server(store: VersionStore, tmp_path: Path) -> None:
     """Two of them would each remove the versions that only the other one knows."""
     version = store.ingest(source(tmp_path), name="a").version
     with pytest.raises(AdapterError, match="--adapter-store") as refusal:
-        VersionStore(store.directory, TARGETS)
+        VersionStore(store.directory, TARGETS, HoldLedger())
     assert refusal.value.code == "store_in_use"
     assert store.read(version).version == version
     store.close()
-    VersionStore(store.directory, TARGETS).close()
+    VersionStore(store.directory, TARGETS, HoldLedger()).close()
 
 
 def test_a_copy_in_order_is_not_exchanged(store: VersionStore, tmp_path: Path) -> None:
@@ -135,7 +137,7 @@ def test_a_version_is_no_path(store: VersionStore) -> None:
 def test_a_store_that_cannot_be_made_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(AdapterError, match=r"store .* cannot be used"):
-        VersionStore(tmp_path / "file" / "store", TARGETS)
+        VersionStore(tmp_path / "file" / "store", TARGETS, HoldLedger())
 
 
 def kill_writers(directory: Path, num_kills: int, *bug: str) -> subprocess.CompletedProcess[str]:

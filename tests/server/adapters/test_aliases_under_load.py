@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from guanaco.adapters.versions.holds import Holder
 from support.server.adapter_client import check_text, complete, error_code, put
 from support.server.adapter_server import ADMIN, AdapterServer, make_adapter_server
 from support.server.api_server import WAIT
@@ -108,5 +109,5 @@ def test_everything_at_once(tmp_path: Path, proof_count: Callable[[int, int], in
             client.delete(f"/v1/adapters/{card['name']}")
         server.wait(lambda: not server.registry.versions() and not server.model.slots)
         server.wait(lambda: not server.store.versions())
-        assert not server.registry._leases
+        assert not server.registry.holds.held(Holder.REQUEST, Holder.LOAD)
         server.assert_quiet()

@@ -10,6 +10,7 @@ import pytest
 from prometheus_client.core import GaugeMetricFamily
 
 from guanaco.adapters.errors import AdapterError
+from guanaco.adapters.versions.holds import Holder
 from guanaco.adapters.versions.names import parse_name_option
 from guanaco.adapters.versions.profile import (
     BUILT_IN,
@@ -142,7 +143,7 @@ def test_only_allowed_keys_know_of_it(tmp_path: Path) -> None:
             assert client.post("/tokenize", json=tokenize, headers=headers).status_code == status
         unknown = client.get("/v1/models/b", headers=mine).json()
         assert client.get("/v1/models/a", headers=mine).json() == unknown
-        assert server.registry.num_leases(server.registry.entries()[0].version) == 0
+        assert server.registry.holds.count(server.registry.entries()[0].version, Holder.REQUEST) == 0
 
 
 def test_a_restriction_stays_until_another_profile_is_given(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import pytest
 
 from guanaco.adapters.peft.weights import LoadedAdapter
 from guanaco.adapters.residency.host_table import HostTable
+from guanaco.adapters.versions.holds import Holder
 from guanaco.server.engine.request import SampledToken, ScheduledBatch
 from support.adapters.tiny_adapters import make_adapter
 from support.server.adapter_server import ADMIN, TARGETS, AdapterServer, make_adapter_server
@@ -205,7 +206,7 @@ def test_leaving_while_waiting_frees_everything(tmp_path: Path, monkeypatch: pyt
             server.wait(lambda: host_of(server).num_pins(version) == 1)
             sock.close()
             server.wait(lambda: not server.scheduler.loading.sequences and not host_of(server)._pins)
-            server.wait(lambda: server.registry.num_leases(version) == 0)
+            server.wait(lambda: server.registry.holds.count(version, Holder.REQUEST) == 0)
         reads.go.set()
         check(server, "a")
         assert reads.count[version] == 1, "the read that nobody waited for any more was not begun again"

@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
+from guanaco.server.adapters.sources import LoadRequest
 from guanaco.server.metrics.adapters import IDLE_SECONDS, LOAD_STAGES
 from guanaco.server.metrics.server import Metrics, RequestStats
 from support.server.adapter_client import complete, put
@@ -174,9 +175,7 @@ class TestThroughTheServer:
         card = client.get("/v1/adapters/a").json()
         assert (card["num_loads"], card["num_uses"], card["loading"]) == (3, 1, None)
         assert card["last_used"] >= card["loaded_at"]
-        monkeypatch.setattr(
-            server.manager, "_loads", {("a", "s", True, None, None): None, ("n", "t", True, None, None): None}
-        )
+        monkeypatch.setattr(server.manager, "_loads", {LoadRequest("a", "s"): None, LoadRequest("n", "t"): None})
         a, n = client.get("/v1/adapters").json()["data"]
         assert (a["state"], a["loading"], n["state"], n["loading"], n["source"]) == ("ready", "s", "loading", "t", "t")
         assert client.get("/v1/adapters/n").json()["object"] == "adapter"

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from guanaco.adapters.peft.weights import LoadedAdapter
+from guanaco.adapters.versions.holds import Holder, HoldLedger
 from guanaco.adapters.versions.registry_file import RegistryFile, Saved
 from guanaco.adapters.versions.store import VersionStore
 from support.adapters.tiny_adapters import make_adapter
@@ -29,7 +30,8 @@ TARGETS = {"layers.0.self_attn.q_proj": (64, 64), "layers.0.mlp.down_proj": (64,
 
 def write(directory: Path, rng: random.Random) -> None:
     """Load and replace until killed, as the adapter manager does: store, write down, collect."""
-    store = VersionStore(directory / "store", TARGETS)
+    holds = HoldLedger()
+    store = VersionStore(directory / "store", TARGETS, holds)
     file = RegistryFile(store.directory / "registry.json")
     while True:
         records = {record.name: record for record in file.read()}
@@ -38,9 +40,10 @@ def write(directory: Path, rng: random.Random) -> None:
         before = (records[name].version,) if name in records else ()
         records[name] = Saved(name, adapter.version, "source", before)
         file.write(records.values())
-        store.settle(adapter.version)
-        wanted = frozenset(v for record in records.values() for v in (record.version, *record.history))
-        store.collect(lambda wanted=wanted: wanted)  # type: ignore[misc]
+        wanted = [v for record in records.values() for v in (record.version, *record.history)]
+        holds.assign("records", {Holder.NAME: wanted})
+        holds.give_back(adapter.version, Holder.LOAD)
+        store.collect()
 
 
 def _write_in_place(self: RegistryFile, records: Iterable[Saved]) -> None:
@@ -53,7 +56,7 @@ def _write_in_place(self: RegistryFile, records: Iterable[Saved]) -> None:
 
 
 def _publish_file_by_file(self: VersionStore, incoming: Path, version: str) -> None:
-    self._fresh[version] += 1
+    self._holds.take(version, Holder.LOAD)
     if (self.directory / version).exists():
         return
     (self.directory / version).mkdir()
@@ -93,7 +96,7 @@ def main() -> None:
         time.sleep(0.02 + 0.15 * rng.random())
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        store = VersionStore(directory / "store", TARGETS)
+        store = VersionStore(directory / "store", TARGETS, HoldLedger())
         for record in RegistryFile(store.directory / "registry.json").read():
             for version in (record.version, *record.history):
                 assert store.read(version).version == version

@@ -127,7 +127,7 @@ def make_adapter_server(
     made.state.engine._engine._runner = model
     root = directory / "root"
     root.mkdir(exist_ok=True)
-    store = VersionStore(directory / "store", TARGETS, limits=AdapterLimits(max_rank=64))
+    store = VersionStore(directory / "store", TARGETS, registry.holds, limits=AdapterLimits(max_rank=64))
     manager = AdapterManager(
         registry,
         store,

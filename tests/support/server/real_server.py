@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 from rich.console import Console
 
+from guanaco.adapters.versions.holds import Holder
 from guanaco.adapters.versions.registry import AdapterRegistry
 from guanaco.server.adapters.manager import AdapterManager
 from guanaco.server.api.http.auth import KeyRing
@@ -60,14 +61,14 @@ class RealServer(EngineServer):
     def holdings(self) -> dict[str, Any]:
         """What a server that does nothing holds: to be compared before and after."""
         return {
-            "leases": dict(self.registry._leases),
+            "leases": sorted(self.registry.holds.held(Holder.REQUEST, Holder.LOAD)),
             "names": sorted(entry.name for entry in (*self.registry.entries(), *self.registry.broken())),
             "host copies": sorted(self.registry.versions()),
             "slots of nobody": sorted(self.scheduler.slots.resident.keys() - self.registry.versions()),
             "stored": sorted(self.stored()),
             "files": sorted(_open_files()),
             "locks": sorted(self.manager._locks),
-            "tasks": len(self.manager._loads) + len(self.manager._retiring),
+            "tasks": len(self.manager._loads) + len(self.manager._retirement.tasks),
         }
 
 

@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from guanaco.adapters.peft.safetensors import MAX_HEADER_BYTES
+from guanaco.adapters.versions.holds import Holder
 from guanaco.server.adapters.sources import shown_source
 from guanaco.server.api.http.auth import ADMIN_PATHS
 from support.server.adapter_client import COMPLETIONS, check_text, complete, error_code, names, put
@@ -119,10 +120,10 @@ def test_who_runs_keeps_the_version_and_who_comes_gets_the_new_one(server: Adapt
     body = {"model": "a", "prompt": "long", "max_tokens": 200}
     with ThreadPoolExecutor(1) as threads:
         running = threads.submit(complete, client, "long", 200, model="a")
-        server.wait(lambda: server.registry.num_leases(old) == 1)
+        server.wait(lambda: server.registry.holds.count(old, Holder.REQUEST) == 1)
         replaced = threading.Thread(target=put, args=(client, "a", server.source("a2", 2)), daemon=True)
         replaced.start()
-        server.wait(lambda: server.registry.num_leases(old) == 1 and server.num_in_engine >= 1)
+        server.wait(lambda: server.registry.holds.count(old, Holder.REQUEST) == 1 and server.num_in_engine >= 1)
         server.model.going.set()
         replaced.join(WAIT)
         assert check_text(running.result(WAIT), "long", 200) == old
@@ -139,7 +140,7 @@ def test_removing_waits_or_ends_what_runs(server: AdapterServer, client: httpx.C
         server.model.going.clear()
         sock = server.connect()
         sock.sendall(http_post(COMPLETIONS, {"model": "a", "prompt": "x", "max_tokens": 4000, "stream": True}))
-        server.wait(lambda: server.registry.num_leases(version) == 1 and server.num_in_engine == 1)
+        server.wait(lambda: server.registry.holds.count(version, Holder.REQUEST) == 1 and server.num_in_engine == 1)
         if drained:
             server.model.going.set()
         assert client.delete(f"/v1/adapters/a?{query}").json()["drained"] is drained

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from guanaco.adapters.versions.holds import Holder
 from guanaco.server.api.http.auth import KeyRing
 from support.server.adapter_client import check_text, complete, error_code, names, put
 from support.server.adapter_server import ADMIN, AdapterServer, make_adapter_server
@@ -220,7 +221,7 @@ def test_only_who_may_use_all_targets_knows_of_an_alias(tmp_path: Path) -> None:
             for user in range(8):  # whichever of the two it would be
                 body = {"model": "both", "prompt": "x", "max_tokens": 1, "user": str(user)}
                 assert client.post("/v1/completions", json=body, headers=headers).status_code == status
-        assert not server.registry._leases
+        assert not server.registry.holds.held(Holder.REQUEST, Holder.LOAD)
 
 
 def test_re_pointed_between_two_looks(
