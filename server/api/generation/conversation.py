@@ -88,7 +88,7 @@ def prepare_conversation(
     model = acquire_model(state, body, caller, admission)
     template = state.template_for(model)
     tools = tool_plan(state, template, body)
-    grammar = tools.grammar(state.tokenizer, grammar)
+    grammar = tools.grammar(grammar)
     token_ids = render_messages(
         state,
         template,
@@ -110,7 +110,7 @@ def prepare_conversation(
         num_logprobs=body.num_logprobs,
         more_stops=() if body.ignore_eos else state.stops_of(model, in_text=grammar is None),
     )
-    if params.skip_special_tokens and (visible := tools.visible_ids(state.tokenizer)):
+    if params.skip_special_tokens and (visible := tools.visible_ids):
         hidden = state.tokenizer.special_ids - visible
         params = replace(params, skip_special_tokens=False, hidden_token_ids=hidden)
     salt = state.keys.cache_salt(caller.key, body.cache_salt)
@@ -124,6 +124,7 @@ def tool_plan(state: ApiState, template: Template | None, body: ChatBody | Token
         body.tool_choice,
         body.parallel_tool_calls,
         template=template,
+        tokenizer=state.tokenizer,
         setting=state.settings.tool_format,
     )
 
@@ -161,7 +162,7 @@ def render_messages(
         raise _template_problem(error.code) from None
     if not token_ids:
         raise bad_request("the messages come to no tokens at all", "messages")
-    if add_generation_prompt and (begun := tools.begun(state.tokenizer)) is not None:
+    if add_generation_prompt and (begun := tools.begun) is not None:
         token_ids.append(begun)
     if max_tokens is not None and len(token_ids) > max_tokens:
         raise bad_request(f"the messages come to more than {max_tokens} tokens: send less at once", "messages")

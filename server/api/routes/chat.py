@@ -70,7 +70,7 @@ class ChatAnswer(ChoicesAnswer):
         super().__init__(body, model)
         self._tokenizer = tokenizer
         self._with_logprobs = bool(body.logprobs)
-        self._choices = [_Choice(tools.reader(tokenizer)) for _ in range(body.n)]
+        self._choices = [_Choice(tools.reader()) for _ in range(body.n)]
 
     @property
     def num_choices(self) -> int:

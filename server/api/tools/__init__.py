@@ -4,9 +4,9 @@ Start with `plan`: `plan_tools` turns OpenAI-chat-shaped `tools`, `tool_choice` 
 `ToolPlan`, which any route can use that has messages in the shape of OpenAI's chat:
 
 - `plan.prompt(messages)` gives the messages and the tools that the chat template is rendered with.
-- `plan.visible_ids(tokenizer)` are the control tokens that the engine has to show, because calls begin with them.
-- `plan.grammar(tokenizer, content)` is what an answer must look like: calls where it has to be calls, or None.
-- `plan.reader(tokenizer)` is a `ToolCallReader` for one choice, or None where all of its text is content. `feed(text)`
+- `plan.visible_ids` are the control tokens that the engine has to show, because calls begin with them.
+- `plan.grammar(content)` is what an answer must look like: calls where it has to be calls, or None.
+- `plan.reader()` is a `ToolCallReader` for one choice, or None where all of its text is content. `feed(text)`
   and `finish()` return events, `Content`, `CallBegins` and `CallArguments`: the same however the text is cut.
 - `calls.ChoiceCalls` collects events into OpenAI's `tool_calls`, or makes the deltas of a stream of them.
 

@@ -62,6 +62,7 @@ class ToolPlan:
     parallel: bool = True  # whether an answer may have several calls
     setting: str = "auto"  # --tool-format
     template: ToolTemplate | None = None  # that the prompt is made with
+    tokenizer: ControlIds | None = None
     is_named: bool = False  # tool_choice names the one function to call
 
     @property
@@ -100,7 +101,7 @@ class ToolPlan:
             return messages, tools
         return with_tools_text(messages, tools_text(tools, call_format), takes_system=support.system), None
 
-    def grammar(self, tokenizer: ControlIds, content: Grammar | None) -> Grammar | None:
+    def grammar(self, content: Grammar | None) -> Grammar | None:
         """What an answer must look like; None for any text. content: what the request's other fields demand of it.
 
         An answer that has to be calls has no content for `response_format` to be about; one that may be calls is either
@@ -115,24 +116,26 @@ class ToolPlan:
             raise bad_request(text, content.param, ErrorCode.INVALID_GRAMMAR)
         tools = [(index, tool) for index, tool in enumerate(self.tools) if tool.name in self.names]
         many = self.parallel and not self.is_named
-        calls = forced_calls(tools, self.call_format, many=many, marker=self.begun(tokenizer) is None)
+        calls = forced_calls(tools, self.call_format, many=many, marker=self.begun is None)
         if self.is_forced or content is None:
             return grammar_of_parts(calls, param="tools")
         return grammar_of_parts(one_of(part_of(content), calls), param="response_format")
 
-    def begun(self, tokenizer: ControlIds) -> int | None:
+    @property
+    def begun(self) -> int | None:
         """The control token that calls begin with, where the answer has to be calls. It stands at the end of the
         prompt, because no grammar can ask for a control token."""
         call_format = self.call_format
-        if not self.is_forced or call_format.bare is not None:
+        if self.tokenizer is None or not self.is_forced or call_format.bare is not None:
             return None
-        return tokenizer.control_id(call_format.markers[0])
+        return self.tokenizer.control_id(call_format.markers[0])
 
-    def visible_ids(self, tokenizer: ControlIds) -> frozenset[int]:
+    @property
+    def visible_ids(self) -> frozenset[int]:
         """The control tokens that begin calls; empty where answers are not searched for calls."""
-        if not self.reads_calls:
+        if self.tokenizer is None or not self.reads_calls:
             return frozenset()
-        ids = (tokenizer.control_id(text) for text in self.call_format.control_texts)
+        ids = (self.tokenizer.control_id(text) for text in self.call_format.control_texts)
         return frozenset(token for token in ids if token is not None)
 
     @property
@@ -145,13 +148,13 @@ class ToolPlan:
         """Whether answers are searched for calls."""
         return self.mode != "none" and bool(self.names) and (self.setting != "none" or self.is_forced)
 
-    def reader(self, tokenizer: ControlIds) -> ToolCallReader | None:
+    def reader(self) -> ToolCallReader | None:
         """A reader for one choice; None where its text is content whatever it says."""
         if not self.reads_calls:
             return None
         max_calls = None if self.parallel else 1
         reader = ToolCallReader(self.call_format, self.names, sure=self.is_forced, max_calls=max_calls)
-        if self.begun(tokenizer) is not None:
+        if self.begun is not None:
             reader.feed(self.call_format.markers[0])
         return reader
 
@@ -162,6 +165,7 @@ def plan_tools(
     parallel: bool | None,
     *,
     template: ToolTemplate | None,
+    tokenizer: ControlIds | None,
     setting: str = "auto",
 ) -> ToolPlan:
     """The plan for a request's fields, which `definitions` parsed. 400 where they contradict each other."""
@@ -181,5 +185,6 @@ def plan_tools(
         parallel=parallel is not False,
         setting=setting,
         template=template,
+        tokenizer=tokenizer,
         is_named=choice is not None and choice.is_named,
     )

@@ -64,8 +64,8 @@ def compiler() -> Iterator[GrammarCompiler]:
 
 def plan(name: str, choice: Any, tools: Any = TOOLS, **options: Any) -> ToolPlan:
     parallel = options.pop("parallel", None)
-    template = ChatTemplate(TEMPLATES[name])
-    return plan_tools(parse_tools(tools), parse_tool_choice(choice), parallel, template=template, **options)
+    given = {"template": ChatTemplate(TEMPLATES[name]), "tokenizer": FakeTokenizer(), **options}
+    return plan_tools(parse_tools(tools), parse_tool_choice(choice), parallel, **given)
 
 
 def draw(compiler: GrammarCompiler, grammar: Grammar, seed: int, most: int = 3000) -> str:
@@ -85,8 +85,8 @@ def draw(compiler: GrammarCompiler, grammar: Grammar, seed: int, most: int = 300
     return bytes(tokens).decode()
 
 
-def read(made: ToolPlan, text: str, tokenizer: FakeTokenizer | None = None) -> ChoiceCalls:
-    reader = made.reader(tokenizer or FakeTokenizer())
+def read(made: ToolPlan, text: str) -> ChoiceCalls:
+    reader = made.reader()
     assert reader is not None
     calls = ChoiceCalls()
     for character in text:
@@ -110,7 +110,7 @@ def check(calls: ChoiceCalls) -> None:
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_required_calls_always_parse(compiler: GrammarCompiler, name: str) -> None:
     made = plan(name, "required")
-    grammar = made.grammar(FakeTokenizer(), None)
+    grammar = made.grammar(None)
     counts = []
     for seed in range(12):
         calls = read(made, draw(compiler, grammar, seed))
@@ -125,39 +125,39 @@ def test_required_calls_always_parse(compiler: GrammarCompiler, name: str) -> No
 def test_a_named_function_is_called_once(compiler: GrammarCompiler, name: str) -> None:
     made = plan(name, NAMED)
     for seed in range(4):
-        calls = read(made, draw(compiler, made.grammar(FakeTokenizer(), None), seed))
+        calls = read(made, draw(compiler, made.grammar(None), seed))
         check(calls)
         assert [call.name for call in calls.calls] == ["set_light"]
 
 
 def test_one_call_where_more_are_not_wanted(compiler: GrammarCompiler) -> None:
     made = plan("default", "required", parallel=False)
-    assert {len(read(made, draw(compiler, made.grammar(FakeTokenizer(), None), s)).calls) for s in range(6)} == {1}
+    assert {len(read(made, draw(compiler, made.grammar(None), s)).calls) for s in range(6)} == {1}
 
 
 def test_allowed_tools_that_are_required(compiler: GrammarCompiler) -> None:
     allowed = {"mode": "required", "tools": [{"type": "function", "function": {"name": "get_time"}}]}
     made = plan("default", {"type": "allowed_tools", "allowed_tools": allowed})
-    calls = read(made, draw(compiler, made.grammar(FakeTokenizer(), None), 1))
+    calls = read(made, draw(compiler, made.grammar(None), 1))
     assert {call.name for call in calls.calls} == {"get_time"}
 
 
 def test_forced_calls_are_read_whatever_the_setting(compiler: GrammarCompiler) -> None:
     made = plan("mistral", NAMED, setting="none")
-    check(read(made, draw(compiler, made.grammar(FakeTokenizer(), None), 0)))
+    check(read(made, draw(compiler, made.grammar(None), 0)))
 
 
 def test_a_marker_that_is_a_control_token_stands_at_the_end_of_the_prompt(compiler: GrammarCompiler) -> None:
     tokenizer = Tokenizer(**{"[TOOL_CALLS]": 260, "<tool_call>": 259})
     for name, token in (("mistral", 260), ("qwen", 259), ("llama3.1", None)):
-        made = plan(name, "required")
-        assert made.begun(tokenizer) == token
-        text = draw(compiler, made.grammar(tokenizer, None), 3)
+        made = plan(name, "required", tokenizer=tokenizer)
+        assert made.begun == token
+        text = draw(compiler, made.grammar(None), 3)
         assert not text.startswith(("[TOOL_CALLS]", "<tool_call>"))
-        calls = read(made, text, tokenizer)
+        calls = read(made, text)
         check(calls)
         assert calls.calls
-        assert plan(name, "auto").begun(tokenizer) is None
+        assert plan(name, "auto", tokenizer=tokenizer).begun is None
 
 
 def test_calls_or_content_of_a_response_format(compiler: GrammarCompiler) -> None:
@@ -167,35 +167,35 @@ def test_calls_or_content_of_a_response_format(compiler: GrammarCompiler) -> Non
     made = plan("default", "auto")
     seen = set()
     for seed in range(12):
-        calls = read(made, draw(compiler, made.grammar(FakeTokenizer(), content), seed))
+        calls = read(made, draw(compiler, made.grammar(content), seed))
         if calls.calls:
             check(calls)
         else:
             assert json.loads(calls.content) == {"x": 1}
         seen.add(bool(calls.calls))
     assert seen == {True, False}
-    assert plan("default", "none").grammar(FakeTokenizer(), content) == content
-    assert plan("default", "auto", tools=None).grammar(FakeTokenizer(), content) == content
+    assert plan("default", "none").grammar(content) == content
+    assert plan("default", "auto", tools=None).grammar(content) == content
     forced = plan("default", NAMED)
-    assert forced.grammar(FakeTokenizer(), content) == forced.grammar(FakeTokenizer(), None)
+    assert forced.grammar(content) == forced.grammar(None)
 
 
 def test_two_demands_are_refused() -> None:
     regex = Grammar("regex", "a+", "guided_regex")
     with pytest.raises(ApiError) as error:
-        plan("default", "required").grammar(FakeTokenizer(), regex)
+        plan("default", "required").grammar(regex)
     assert (error.value.param, error.value.status) == ("guided_regex", 400)
-    assert plan("default", "auto").grammar(FakeTokenizer(), regex) == regex
+    assert plan("default", "auto").grammar(regex) == regex
 
 
 def test_a_schema_that_cannot_be_enforced_is_named() -> None:
     bad = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "not": {}}}}
     with pytest.raises(ApiError) as error:
-        plan("default", "required", tools=[TOOLS[0], bad]).grammar(FakeTokenizer(), None)
+        plan("default", "required", tools=[TOOLS[0], bad]).grammar(None)
     assert error.value.param == "tools[1].function.parameters"
     assert "not" in error.value.message
-    assert plan("default", "auto", tools=[bad]).grammar(FakeTokenizer(), None) is None, "the model is only told of it"
-    assert plan("default", NAMED, tools=[TOOLS[0], bad]).grammar(FakeTokenizer(), None), "it isn't called"
+    assert plan("default", "auto", tools=[bad]).grammar(None) is None, "the model is only told of it"
+    assert plan("default", NAMED, tools=[TOOLS[0], bad]).grammar(None), "it isn't called"
 
 
 def test_arguments_that_no_parameter_has() -> None:
@@ -208,7 +208,7 @@ def test_arguments_that_no_parameter_has() -> None:
 
 def test_arguments_stream_as_they_are_written(compiler: GrammarCompiler) -> None:
     made = plan("default", NAMED)
-    text = draw(compiler, made.grammar(FakeTokenizer(), None), 1)
-    reader = made.reader(FakeTokenizer())
+    text = draw(compiler, made.grammar(None), 1)
+    reader = made.reader()
     events = [event for character in text for event in reader.feed(character)]
     assert len(events) > 10

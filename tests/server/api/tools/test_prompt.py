@@ -70,7 +70,7 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 def plan(template: ChatTemplate, tools: list[Any] | None = None, choice: Any = None, **options: Any) -> ToolPlan:
     chosen = parse_tool_choice(choice)
-    return plan_tools(parse_tools(tools), chosen, None, template=template, **options)
+    return plan_tools(parse_tools(tools), chosen, None, template=template, tokenizer=FakeTokenizer(), **options)
 
 
 @pytest.mark.parametrize("with_tools", [True, False])
@@ -119,7 +119,7 @@ def test_the_format_is_chosen_by_the_templates_text() -> None:
     assert format_of_template(SMOLLM).name == "hermes"
     template = ChatTemplate(TOOL_TEMPLATES["qwen"])
     assert plan(template, TOOLS, setting="llama3").call_format.name == "llama3"
-    assert plan(template, TOOLS, setting="none").reader(FakeTokenizer()) is None
+    assert plan(template, TOOLS, setting="none").reader() is None
 
 
 def test_mistral_gets_ids_of_nine_characters() -> None:
@@ -229,7 +229,7 @@ def test_tools_that_must_not_be_called_are_not_told() -> None:
     template = ChatTemplate(TOOL_TEMPLATES["qwen"])
     none = plan(template, TOOLS, "none")
     assert none.prompt([USER]) == ([USER], None)
-    assert none.reader(FakeTokenizer()) is None
+    assert none.reader() is None
     assert plan(template, None).prompt([USER]) == ([USER], None)
 
 
@@ -265,7 +265,7 @@ def test_choices() -> None:
             plan(ChatTemplate(SMOLLM), tools, choice)
         assert words in error.value.message
         assert error.value.param == "tool_choice"
-    assert plan(ChatTemplate(SMOLLM), None, "auto").reader(FakeTokenizer()) is None
+    assert plan(ChatTemplate(SMOLLM), None, "auto").reader() is None
 
 
 def test_answers_find_their_calls() -> None:
