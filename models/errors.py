@@ -34,9 +34,3 @@ class TemplateError(OperatorError):
 
 class TokenizerError(GuanacoError):
     """A tokenizer that breaks down on a text, as one whose patterns backtrack without end does."""
-
-
-def printable(text: str) -> str:
-    """A stranger's string for a message: one line, no control characters, 200 characters at most."""
-    short = text if len(text) <= 200 else text[:200] + "..."
-    return "".join(c if " " <= c <= "~" else c.encode("unicode_escape").decode() for c in short)

@@ -16,9 +16,9 @@ from guanaco.adapters.peft.files import AdapterFiles
 from guanaco.adapters.peft.safetensors import AdapterTensors
 from guanaco.adapters.peft.weights import WEIGHTS_NAME, AdapterLimits
 from guanaco.models.error_codes import ErrorCode
-from guanaco.models.errors import printable
 from guanaco.models.formats.leftovers import PartialFolder
 from guanaco.models.formats.restricted_process import ProcessEnded, ProcessTimeout, RestrictedProcess
+from guanaco.models.formats.shown import printable
 from guanaco.models.formats.strict_json import JsonError, parse_object
 
 PICKLED_NAMES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")

@@ -17,7 +17,7 @@ import numpy as np
 
 from guanaco.adapters.errors import AdapterError
 from guanaco.models.error_codes import ErrorCode
-from guanaco.models.errors import printable
+from guanaco.models.formats.shown import printable
 
 MAX_PICKLE_BYTES = 16 << 20  # of the structure, without tensors; LLaMA-65B's adapter has 120 kB of it
 MAX_DIMENSIONS = 8

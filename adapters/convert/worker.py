@@ -20,9 +20,9 @@ import numpy as np
 from guanaco.adapters.convert.torch_pickle import TorchFile
 from guanaco.adapters.errors import AdapterError
 from guanaco.models.error_codes import ErrorCode
-from guanaco.models.errors import printable
 from guanaco.models.formats.restricted_process import Budget, follow_parent, read_frame, restrict, write_frame
 from guanaco.models.formats.safetensors_header import ITEM_BYTES, HeaderRules, SafetensorsError, read_header
+from guanaco.models.formats.shown import printable
 
 MAX_HEADER_BYTES = 1 << 20
 MAX_TENSORS = 4096

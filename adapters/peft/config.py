@@ -21,7 +21,7 @@ from guanaco.adapters.peft.matching import (
 )
 from guanaco.adapters.peft.patterns import Budget
 from guanaco.models.error_codes import ErrorCode
-from guanaco.models.errors import printable
+from guanaco.models.formats.shown import printable
 from guanaco.models.formats.strict_json import JsonError, parse_object
 
 CONFIG_NAME = "adapter_config.json"

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.peft.patterns import Budget, Matcher, PatternError
 from guanaco.models.error_codes import ErrorCode
-from guanaco.models.errors import printable
+from guanaco.models.formats.shown import printable
 
 # Modules of LLaMA that no adapter of ours changes: an adapter that excludes them gets what it asks for.
 _NEVER_ADAPTED = (

@@ -23,8 +23,8 @@ from guanaco.adapters.peft.matching import Resolved
 from guanaco.adapters.peft.safetensors import AdapterTensors
 from guanaco.kernels.lora_batch import LoraPair
 from guanaco.models.error_codes import ErrorCode
-from guanaco.models.errors import printable
 from guanaco.models.formats.safetensors import StoredTensor
+from guanaco.models.formats.shown import printable
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _SHARD = re.compile(r"adapter_model-\d+-of-\d+\.safetensors")

@@ -18,7 +18,7 @@ from guanaco.adapters.versions.holds import Holder
 from guanaco.adapters.versions.names import check_name
 from guanaco.adapters.versions.registry import MAX_HISTORY, AdapterRegistry
 from guanaco.models.error_codes import ErrorCode
-from guanaco.models.errors import printable
+from guanaco.models.formats.shown import printable
 
 MAX_ALIASES = 1024
 MAX_TARGETS = 8

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from guanaco.adapters.errors import AdapterError
 from guanaco.models.error_codes import ErrorCode
-from guanaco.models.errors import printable
+from guanaco.models.formats.shown import printable
 
 # One path segment without tricks: it becomes a model id, a URL part, a metrics label and a sub-folder's name.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

@@ -14,7 +14,7 @@ from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.peft.config import CONFIG_NAME
 from guanaco.adapters.peft.files import AdapterFiles
 from guanaco.models.error_codes import ErrorCode
-from guanaco.models.errors import printable
+from guanaco.models.formats.shown import printable
 from guanaco.models.formats.small_files import read_small
 from guanaco.models.formats.strict_json import JsonError, parse_object
 

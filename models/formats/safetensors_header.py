@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from guanaco.models.error_codes import ErrorCode
-from guanaco.models.errors import GuanacoError, printable
+from guanaco.models.errors import GuanacoError
+from guanaco.models.formats.shown import printable
 from guanaco.models.formats.strict_json import JsonError, parse_object
 
 # Bytes of an element, by the format's name of the dtype.

@@ -1,4 +1,4 @@
-"""Values and names from a model's files, made fit for a message or a note: one bounded line, nothing unescaped."""
+"""A stranger's values and names, made fit for a message or a note: one bounded line, nothing unescaped."""
 
 from collections.abc import Iterable
 from itertools import islice
@@ -23,3 +23,9 @@ def joined(texts: Iterable[str]) -> str:
     """Texts that may be shown as they are, five at most."""
     first = list(islice(texts, _MAX_LISTED + 1))
     return ", ".join(first[:_MAX_LISTED]) + (", …" if len(first) > _MAX_LISTED else "")
+
+
+def printable(text: str) -> str:
+    """A stranger's string for a message: one line, no control characters, 200 characters at most."""
+    short = text if len(text) <= 200 else text[:200] + "..."
+    return "".join(c if " " <= c <= "~" else c.encode("unicode_escape").decode() for c in short)

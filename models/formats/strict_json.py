@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from guanaco.models.errors import GuanacoError, ModelError, printable
+from guanaco.models.errors import GuanacoError, ModelError
+from guanaco.models.formats.shown import printable
 from guanaco.models.formats.small_files import MAX_JSON_BYTES, read_small
 
 
