@@ -56,9 +56,15 @@ class PendingMasks:
         self._rows, self._constraints, self._words, self._work = rows, constraints, words, work
 
     def join(self) -> StepMasks:
-        """Wait until all are filled. Called in every case, or a mask would be filled twice at once."""
+        """Wait until all are filled. Called in every case, or a mask would be filled twice at once.
+
+        A mask that nobody filled, or that allows nothing, is an error of its row: whatever were drawn would be wrong.
+        """
         wait(self._work)
-        errors = {row: c.error for row, c in zip(self._rows, self._constraints, strict=True) if c.error is not None}
+        errors: dict[int, ErrorCode] = {}
+        for row, constraint, words in zip(self._rows, self._constraints, self._words, strict=True):
+            if constraint.error is not None or not words.any():
+                errors[row] = constraint.error or ErrorCode.GRAMMAR_STUCK
         return StepMasks(self._rows, self._words, errors)
 
 

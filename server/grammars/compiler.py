@@ -87,7 +87,7 @@ class GrammarCompiler:
     def compile(self, grammar: Grammar) -> CompiledGrammar:
         """The grammar, ready for matchers. Raises GrammarError or GrammarUnavailable."""
         started = time.monotonic()
-        if len(grammar.text) > self.limits.grammar_bytes:
+        if len(grammar.text.encode()) > self.limits.grammar_bytes:
             text = f"it is larger than {self.limits.grammar_bytes} bytes (--max-grammar-bytes): use a smaller one"
             raise GrammarError(text, grammar.param)
         found = self._look_up(grammar)

@@ -4,6 +4,7 @@ read → parse, validate and tokenise on a worker thread → submit → answer, 
 ends: how a body becomes engine requests, and what an answer looks like.
 """
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,7 +26,7 @@ from guanaco.server.api.generation.sse import stream_generation
 from guanaco.server.api.generation.state import ApiState, encoded_response, state_of
 from guanaco.server.api.http.access_log import record_of
 from guanaco.server.api.http.auth import ApiKey
-from guanaco.server.api.http.errors import ApiError, bad_request
+from guanaco.server.api.http.errors import ApiError, bad_request, overloaded
 from guanaco.server.api.http.fair_pool import FairPool, Lane
 from guanaco.server.api.http.lifecycle import Admission, Lifecycle
 from guanaco.server.api.tools.plan import ToolPlan
@@ -162,7 +163,10 @@ async def _constraints(request: HttpRequest, prepared: Prepared) -> Callable[[Sa
         return lambda _params: None
     lane = state.lane(key_of(request), prepared.body.model)
     try:
-        compiled = await state.grammar_work.run(lane, state.grammars.compile, grammar)
+        async with asyncio.timeout(state.settings.queue_timeout or None):
+            compiled = await state.grammar_work.run(lane, state.grammars.compile, grammar)
+    except TimeoutError:
+        raise overloaded() from None
     except GrammarError as error:
         raise _bad_grammar(error) from None
     except GrammarUnavailable as error:

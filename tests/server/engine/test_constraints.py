@@ -24,7 +24,7 @@ from guanaco.server.engine.block_manager import BlockManager
 from guanaco.server.engine.constraints import MaskFiller, StepMasks, Words, words_of
 from guanaco.server.engine.engine import Engine
 from guanaco.server.engine.model_runner import ModelRunner
-from guanaco.server.engine.request import FinishReason, LoraRef, Request, SamplingParams, TokenOutput
+from guanaco.server.engine.request import Abort, FinishReason, LoraRef, Request, SamplingParams, Submit, TokenOutput
 from guanaco.server.engine.request_stream import RequestStream
 from guanaco.server.engine.sampler import SamplingRow, sample
 from guanaco.server.engine.scheduler import Limits, Scheduler
@@ -112,7 +112,7 @@ class Run:
     def __call__(self, *requests: Request) -> None:
         for one in requests:
             self.outputs[one.request_id] = []
-            self.engine.add_request(one)
+            self.engine.handle(Submit(one))
         while self.engine.has_work:
             self.step()
 
@@ -254,6 +254,22 @@ def test_a_constraint_that_fails_ends_its_request_alone(setting: Setting) -> Non
     assert run.scheduler.blocks.num_free_blocks == run.scheduler.blocks.num_blocks
 
 
+@pytest.mark.parametrize("fault", ["raises", "allows nothing"])
+def test_a_mask_that_is_not_there_draws_nothing(setting: Setting, fault: str) -> None:
+    class Faulty(Digits):
+        def fill(self, row: Words) -> None:
+            if len(self.taken) < 2:
+                super().fill(row)
+            elif fault == "raises":
+                raise RuntimeError("a bug")
+
+    run, constraint = Run(setting), Faulty(9)
+    run(setting.request("a", 9, constraint=constraint), setting.request("b", 12, constraint=Digits(9)))
+    assert run.tokens("a") == constraint.taken
+    assert (len(constraint.taken), run.last("a").error) == (2, ErrorCode.GRAMMAR_STUCK)
+    assert run.last("b").finish_reason is FinishReason.STOP
+
+
 def test_a_failed_forward_pass_leaves_constraints_in_their_place(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,11 +295,11 @@ def test_an_aborted_request_lets_its_constraint_go(setting: Setting) -> None:
     gone = weakref.ref(constraint)
     one = setting.request("a", 9, constraint=constraint)
     run.outputs["a"] = []
-    run.engine.add_request(one)
+    run.engine.handle(Submit(one))
     for _ in range(4):
         run.step()
     assert len(constraint.taken) > 1
-    run.engine.abort("a")
+    run.engine.handle(Abort("a"))
     run.step()
     del one, constraint
     gc.collect()

@@ -22,6 +22,8 @@ from guanaco.server.grammars.matcher import GrammarMatcher
 from guanaco.server.grammars.spec import Grammar
 from support.adapters.tiny_adapters import make_adapter
 from support.grammars.random_schemas import RandomSchemas
+from support.models.tiny_models import make_tiny_llama
+from support.models.tiny_tokenizers import sentencepiece_pieces, write_sentencepiece_like
 from support.server.api_server import WAIT, sse_data
 from support.server.real_server import ADMIN, BASE, RealServer, make_real_server
 
@@ -404,3 +406,39 @@ def test_twenty_random_schemas_through_the_whole_server(client: httpx.Client) ->
             num_stopped += 1
             assert jsonschema.Draft202012Validator(schema).is_valid(json.loads(text)), (text, schema)
     assert num_stopped >= 10
+
+
+def test_a_sentencepiece_vocabulary_spells_the_same_text(tmp_path: Path) -> None:
+    """Its tokens begin with a mark for a space, and bytes have tokens of their own."""
+    model = make_tiny_llama(tmp_path / "model", vocab_size=len(sentencepiece_pieces()[0]))
+    (model / "tokenizer.json").unlink()
+    write_sentencepiece_like(model, chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    schema = {
+        "type": "object",
+        "properties": {"the name": {"type": "string", "maxLength": 20}, "n": {"enum": ["hello human", " two"]}},
+        "required": ["the name", "n"],
+        "additionalProperties": False,
+    }
+    with make_real_server(tmp_path, model=model) as server, server.client() as client:
+        name = server.state.catalog.base.name
+        for choice in answer(client, chat(n=4, model=name, guided_json=schema)):
+            jsonschema.validate(json.loads(content(choice)), schema)
+        for choice in answer(client, chat(n=4, model=name, guided_regex="[a-z ]{10}")):
+            assert re.fullmatch("[a-z ]{10}", content(choice))
+
+
+def test_waiting_for_the_compiler_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a flood of demands a request is refused as it is behind a full queue."""
+    go_on = threading.Event()
+    with make_real_server(tmp_path, queue_timeout=0.2) as server, server.client() as client:
+        compile_it = server.state.grammars.compile
+
+        def slow(grammar: Grammar) -> CompiledGrammar:
+            assert go_on.wait(WAIT)
+            return compile_it(grammar)
+
+        monkeypatch.setattr(server.state.grammars, "compile", slow)
+        error = error_of(client, chat(guided_choice=["x"]), status=503)
+        assert error["code"] == "server_overloaded"
+        go_on.set()
+        server.assert_quiet()
