@@ -41,7 +41,7 @@ from guanaco.server.grammars.spec import Grammar
 # No vocabulary of ours has a longer common token: a text of more bytes than this times the context can't fit into it,
 # and is refused before it is tokenised.
 MAX_BYTES_PER_TOKEN = 64
-_PARSED_ON_LOOP_BYTES = 16 << 10
+SMALL_BODY_BYTES = 16 << 10  # an ordinary chat
 SPLIT_KEY_HEADER = "X-Split-Key"
 MAX_SPLIT_KEY_CHARS = 256
 
@@ -147,8 +147,8 @@ async def _prepare(
     request: HttpRequest, body: bytes, prepare: Prepare, admission: Admission
 ) -> tuple[Prepared, Answer]:
     state, caller = state_of(request), caller_of(request)
-    data = await parse(state.preparation, state.lane(caller.key), body)
-    lane = state.lane(caller.key, data.get("model"))
+    data = await parse(state.preparation, state.lane(caller.key, is_large=True), body)
+    lane = state.lane(caller.key, data.get("model"), is_large=len(body) > SMALL_BODY_BYTES)
     prepared, answer = await state.preparation.run(lane, prepare, state, caller, data, admission)
     sizes = [(len(prompt.token_ids), prompt.params) for prompt in prepared.prompts]
     with renamed_errors(prepared.names):
@@ -200,8 +200,8 @@ async def serve_tokens(request: HttpRequest, work: Work) -> Response:
     with state.intake.token_request(key), state.intake.body(key) as held:
         body = await read_body(request, state.settings.max_body_bytes, held)
         caller = caller_of(request)
-        data = await parse(state.token_work, state.lane(key), body)
-        lane = state.lane(key, data.get("model"))
+        data = await parse(state.token_work, state.lane(key, is_large=True), body)
+        lane = state.lane(key, data.get("model"), is_large=len(body) > SMALL_BODY_BYTES)
         answer, ignored = await state.token_work.run(lane, _encoded, work, state, caller, data)
     state.metrics.count_ignored_fields(ignored.count)
     response = encoded_response(answer)
@@ -216,7 +216,7 @@ def _encoded(work: Work, state: ApiState, caller: Caller, data: dict[str, Any]) 
 
 async def parse(pool: FairPool, lane: Lane, body: bytes) -> dict[str, Any]:
     """The body as a JSON object. A small one is parsed on the loop: that is over before a thread had begun."""
-    if len(body) <= _PARSED_ON_LOOP_BYTES:
+    if len(body) <= SMALL_BODY_BYTES:
         return parse_object(body)
     return await pool.run(lane, parse_object, body)
 

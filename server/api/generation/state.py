@@ -118,13 +118,13 @@ class ApiState:
             has_keys=bool(self.keys),
         )
 
-    def lane(self, key: ApiKey | None, model: object = None) -> Lane:
-        """Where a request waits for a thread: by its key, and there by the model it names. All names that nothing has
-        are one, or a flood of made-up names would get a turn for each."""
+    def lane(self, key: ApiKey | None, model: object = None, *, is_large: bool = False) -> Lane:
+        """Where a request waits for a thread: by its key, and there by the model it names and by its size. All names
+        that nothing has are one, or a flood of made-up names would get a turn for each. A large body takes a thread
+        for long, even if it is refused in the end: small ones take turns with all large ones together."""
         tenant = None if key is None else key.id
-        if isinstance(model, str) and self.catalog.is_known(model, key):
-            return Lane(tenant, model)
-        return Lane(tenant)
+        known = model if isinstance(model, str) and self.catalog.is_known(model, key) else None
+        return Lane(tenant, (known, is_large))
 
     def shut_down_workers(self) -> None:
         for pool in (self.preparation, self.token_work, self.answer_work, self.grammar_work):
