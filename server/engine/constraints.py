@@ -4,6 +4,7 @@ Knows no grammar: `server.grammars` has what fulfils `Constraint`. No torch here
 token id i. Called by the model runner, before and after the forward pass.
 """
 
+import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 from guanaco.models.error_codes import ErrorCode
 
 Words = NDArray[np.int32]
+
+logger = logging.getLogger(__name__)
 
 _MOST_THREADS = 4
 
@@ -93,4 +96,8 @@ class MaskFiller:
 
 def _fill(constraints: list[Constraint], rows: list[Words]) -> None:
     for constraint, row in zip(constraints, rows, strict=True):
-        constraint.fill(row)
+        try:
+            constraint.fill(row)
+        except Exception:
+            logger.exception("a mask could not be filled")
+            row[:] = 0
