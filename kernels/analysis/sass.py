@@ -7,7 +7,6 @@ compile.py for our kernels and by bench/kernels.py for somebody else's binary.
 import re
 import subprocess
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -89,15 +88,6 @@ class Loop:
         return sum(
             i.name in ("LDS", "STS", "LDSM", "STSM", "ATOMS", "LDGSTS", "UTMALDG", "UBLKCP") for i in self.instructions
         )
-
-    @property
-    def load_bytes(self) -> int:
-        """Bytes that one lane loads from global memory in one turn."""
-        return sum(i.global_load_bytes for i in self.instructions)
-
-    def bytes_by_width(self) -> Counter[int]:
-        """Width of a load → bytes that loads of this width bring in one turn."""
-        return Counter(_widths(self.instructions))
 
 
 def _widths(instructions: Iterable[Instruction]) -> dict[int, int]:

@@ -92,11 +92,6 @@ def is_intact(path: Path) -> bool:
         return False
 
 
-def demo_fingerprint(path: Path) -> str:
-    """Which weights the conversion came to: `demo_convert.DEMO_FINGERPRINT`, wherever it ran as it should."""
-    return str(read_json(path / MANIFEST).get("fingerprint", ""))
-
-
 def _build(path: Path, progress: Progress | None, offline: bool) -> None:
     work = Path(tempfile.mkdtemp(prefix=_BUILDING, dir=path.parent))
     try:

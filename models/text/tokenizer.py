@@ -61,11 +61,6 @@ class Tokenizer:
         """The tokenizer of a model directory or GGUF file. Raises ModelError for what is missing or damaged."""
         return cls(read_tokenizer(path))
 
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether `encode_chat` works without a template that is given to it."""
-        return self.chat_template is not None
-
     def encode(
         self, text: str, *, add_bos: bool | None = None, parse_control: bool = False, max_tokens: int | None = None
     ) -> list[int]:

@@ -14,15 +14,7 @@ from guanaco.server.engine.request import BlockContent, Request, Sequence
 
 
 class Faults:
-    """Where a simulator may make ledger and scheduler misbehave within their rights. The real engine runs on this."""
-
-    def refuse_allocation(self) -> bool:
-        """Act as if no block were free."""
-        return False
-
-    def ignore_prefix(self) -> bool:
-        """Act as if nothing were cached."""
-        return False
+    """Where a simulator may make the scheduler misbehave within its rights. The real engine runs on this."""
 
     def preempt_now(self) -> bool:
         """Put the youngest running sequence out, needed or not."""
@@ -65,12 +57,11 @@ def is_same_content(one: BlockContent, other: BlockContent) -> bool:
 class BlockManager:
     """`num_blocks` blocks of `block_size` positions, reference-counted; free ones keep their content until reused."""
 
-    def __init__(self, num_blocks: int, block_size: int, faults: Faults | None = None) -> None:
+    def __init__(self, num_blocks: int, block_size: int) -> None:
         assert num_blocks > 0
         assert block_size > 0
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._faults = faults or Faults()
         self._references = [0] * num_blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # first to be reused first
         self._cached: dict[bytes, int] = {}  # digest → the block that can be found by it
@@ -92,7 +83,7 @@ class BlockManager:
     def find_prefix(self, sequence: Sequence) -> list[int]:
         """The cached blocks that the sequence's tokens begin with. The last token is always left to be computed:
         its logits are what the sequence needs next."""
-        if sequence.request.params.prompt_logprobs is not None or self._faults.ignore_prefix():
+        if sequence.request.params.prompt_logprobs is not None:
             return []  # a prompt's log-probabilities need every position computed
         blocks: list[int] = []
         for index in range((sequence.num_tokens - 1) // self.block_size):
@@ -117,7 +108,7 @@ class BlockManager:
         missing = self.num_missing_blocks(sequence, num_tokens)
         if missing <= 0:
             return True
-        if missing > len(self._free) or self._faults.refuse_allocation():
+        if missing > len(self._free):
             return False
         for _ in range(missing):
             block, _ = self._free.popitem(last=False)

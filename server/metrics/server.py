@@ -1,12 +1,11 @@
 """What the server counts, as Prometheus series in a registry of its own: vLLM's names and buckets where dashboards and
-routers read them, `guanaco_*` for what only we have. Doesn't know requests, engines or HTTP; the API and the engine
-feed it plain numbers. Label values come from the catalog of served models or a fixed list, never from a client.
+routers read them, `guanaco_*` for what only we have. Doesn't know engines or HTTP; the API and the engine feed it
+plain numbers. Label values come from the catalog of served models or a fixed list, never from a client.
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from prometheus_client import (
     CollectorRegistry,
@@ -20,6 +19,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from guanaco.server.engine.request import StepStats
 from guanaco.server.metrics.adapters import DEFAULT_ADAPTER_LABELS, AdapterMetrics, without_names
 from guanaco.server.metrics.histogram import HotHistogram
 
@@ -44,31 +44,6 @@ _STEP_SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5
 _ENGINE = "0"  # vLLM numbers its engines; one process has one here
 _GRAMMAR_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 _LAG_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
-
-
-class StepNumbers(Protocol):
-    """The numbers of one engine step (the engine's `StepStats` has this shape)."""
-
-    @property
-    def num_running(self) -> int: ...
-    @property
-    def num_waiting(self) -> int: ...
-    @property
-    def num_scheduled_tokens(self) -> int: ...
-    @property
-    def num_preempted(self) -> int: ...
-    @property
-    def kv_usage_ratio(self) -> float: ...
-    @property
-    def prefix_queries_tokens(self) -> int: ...
-    @property
-    def prefix_hits_tokens(self) -> int: ...
-    @property
-    def step_seconds(self) -> float: ...
-    @property
-    def running_adapters(self) -> tuple[str, ...]: ...
-    @property
-    def waiting_adapters(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -119,7 +94,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self._clock = clock
-        self._step: StepNumbers | None = None  # the last one that is not in the series yet
+        self._step: StepStats | None = None  # the last one that is not in the series yet
         self._num_preempted = self._prefix_queries_tokens = self._prefix_hits_tokens = 0  # not in the series yet
         self._new_tokens: dict[str | None, int] = {}  # adapter → tokens, too
         self._labels = {"model_name": model_name, "engine": _ENGINE}  # of vLLM's series
@@ -245,7 +220,7 @@ class Metrics:
         """Read the engine's heartbeat age through `age_seconds` at every scrape."""
         self._heartbeat.set_function(age_seconds)
 
-    def observe_step(self, step: StepNumbers) -> None:
+    def observe_step(self, step: StepStats) -> None:
         self._step = step
         self._num_preempted += step.num_preempted
         self._prefix_queries_tokens += step.prefix_queries_tokens

@@ -1,7 +1,7 @@
 """The models this server answers for, by name: the base first, then its adapters.
 
-Doesn't load anything and knows no paths: who does that brings a `LiveAdapters`. An unknown name is a 404, never the
-base.
+Loads nothing and knows no paths: that is the registry's and the aliases' work. An unknown name is a 404,
+never the base.
 """
 
 import hashlib
@@ -9,8 +9,11 @@ import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
+from guanaco.adapters.versions.aliases import AliasTable
+from guanaco.adapters.versions.profile import Profile
+from guanaco.adapters.versions.registry import AdapterEntry, AdapterRegistry
 from guanaco.models.error_codes import ErrorCode
 from guanaco.server.adapters.sources import shown_source
 from guanaco.server.api.http.auth import ApiKey
@@ -21,19 +24,6 @@ from guanaco.server.metrics.adapters import MIXTURE_LABEL
 
 OWNER = "guanaco"
 _ALIAS_LOOKS = 4
-
-
-class ServedProfile(Protocol):
-    """How one adapter wants to be served (`adapters.profile.Profile`)."""
-
-    @property
-    def chat_template(self) -> str | None: ...
-    @property
-    def stop(self) -> tuple[str, ...]: ...
-    @property
-    def sampling(self) -> dict[str, float | int]: ...
-    @property
-    def allowed_keys(self) -> tuple[str, ...] | None: ...
 
 
 @dataclass(frozen=True)
@@ -49,7 +39,7 @@ class ServedModel:
     base_fingerprint: str = ""  # of the base's content
     mixture: tuple[LoraRef, ...] = ()  # of a request that names its adapters itself
     mixed_names: tuple[str, ...] = ()  # the names of the mixture's adapters
-    profile: ServedProfile | None = None
+    profile: Profile | None = None
     version_keys: tuple[str, ...] | None = None  # ids of the keys that the version was published for; None: all
     stands_for: str | None = None  # of an alias: the adapter that this request gets
 
@@ -97,52 +87,6 @@ class ServedModel:
         }
 
 
-class LiveEntry(Protocol):
-    """What the catalog shows of a registered adapter."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def version(self) -> str: ...
-    @property
-    def source(self) -> str: ...
-    @property
-    def loaded_at(self) -> float: ...
-    @property
-    def profile(self) -> ServedProfile | None: ...
-    @property
-    def version_keys(self) -> tuple[str, ...] | None: ...
-
-
-class LiveAdapters(Protocol):
-    """Adapters that come and go. Safe from any thread."""
-
-    def entries(self) -> Sequence[LiveEntry]: ...
-    def resolve(self, name: str, version: str | None = None) -> LiveEntry | None: ...
-    def acquire(self, name: str, version: str | None = None) -> LiveEntry | None:
-        """As `resolve`, and the version stays usable until `release(version)`."""
-
-    def release(self, version: str) -> None: ...
-    def count_use(self, alias: str) -> None: ...
-
-
-class AliasTarget(Protocol):
-    """An adapter that an alias leads to, perhaps in one version, and perhaps not loaded."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def version(self) -> str | None: ...
-
-
-class LiveAliases(Protocol):
-    """Names that stand for live adapters. Safe from any thread."""
-
-    def names(self) -> Sequence[str]: ...
-    def follow(self, name: str, key: str) -> AliasTarget | None: ...
-    def leads_to(self, name: str) -> Sequence[AliasTarget]: ...
-
-
 @dataclass(frozen=True)
 class Caller:
     """Who asks: the key, and the text that a weighted alias chooses by."""
@@ -164,8 +108,8 @@ class Catalog:
         self,
         base: ServedModel,
         adapters: Iterable[ServedModel] = (),
-        live: LiveAdapters | None = None,
-        aliases: LiveAliases | None = None,
+        live: AdapterRegistry | None = None,
+        aliases: AliasTable | None = None,
     ) -> None:
         """aliases: over `live`, which goes before them."""
         self.base = base
@@ -212,7 +156,7 @@ class Catalog:
             live.count_use(name)
         return acquired
 
-    def _acquire_by_alias(self, name: str, caller: Caller) -> LiveEntry:
+    def _acquire_by_alias(self, name: str, caller: Caller) -> AdapterEntry:
         """What an alias gives a caller, with a lease. It may be re-pointed between two looks: it is asked again."""
         if self._live is None or self._aliases is None:
             raise model_not_found()
@@ -285,7 +229,7 @@ class Catalog:
         entry = self._live.resolve(target.name, target.version)
         return None if entry is None else self._model_of(entry, alias=name)
 
-    def _model_of(self, entry: LiveEntry, alias: str | None = None) -> ServedModel:
+    def _model_of(self, entry: AdapterEntry, alias: str | None = None) -> ServedModel:
         base = self.base
         return ServedModel(
             name=alias or entry.name,

@@ -111,13 +111,10 @@ class _QueueHandler(logging.Handler):
     def __init__(self, records: queue.Queue[logging.LogRecord | None]) -> None:
         super().__init__()
         self.records = records
-        self.num_lost = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        try:
+        with contextlib.suppress(queue.Full):  # a reader that hangs must not stop who writes
             self.records.put_nowait(record)
-        except queue.Full:
-            self.num_lost += 1
 
 
 def start_logging(level: str, stream: BinaryIO | None = None) -> Callable[[], None]:

@@ -87,7 +87,7 @@ def test_llama_golden_ids(form: str, request: pytest.FixtureRequest) -> None:
     assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.unk_id) == (1, (2,), 0)
     assert (tokenizer.vocab_size, tokenizer.special_ids) == (32000, {0, 1, 2})
     assert tokenizer.notes == ()
-    assert not tokenizer.has_chat_template
+    assert tokenizer.chat_template is None
 
 
 @needs_llama
@@ -335,7 +335,7 @@ def test_our_stand_ins_are_not_part_of_the_vocabulary(tiny: Tokenizer) -> None:
 
 def test_without_a_template(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_directory(write_byte_level(tmp_path, chat_template=None))
-    assert not tokenizer.has_chat_template
+    assert tokenizer.chat_template is None
     with pytest.raises(TemplateError, match="--chat-template"):
         tokenizer.encode_chat([{"role": "user", "content": "x"}])
     assert tokenizer.encode_chat([{"role": "user", "content": "x"}], template=named_template("chatml"))
@@ -495,9 +495,7 @@ def test_where_the_template_comes_from(files: Path) -> None:
 
     def rendered() -> str:
         tokenizer = Tokenizer.from_directory(files)
-        return (
-            tokenizer.decode(tokenizer.encode_chat(CHAT)) if tokenizer.has_chat_template else "; ".join(tokenizer.notes)
-        )
+        return tokenizer.decode(tokenizer.encode_chat(CHAT)) if tokenizer.chat_template else "; ".join(tokenizer.notes)
 
     edit(files, "tokenizer_config.json", lambda c: c.update(chat_template="config"))
     assert rendered() == "config"
@@ -517,7 +515,7 @@ def test_where_the_template_comes_from(files: Path) -> None:
 def test_a_broken_template_is_a_note(files: Path) -> None:
     (files / "chat_template.jinja").write_text("{% if %}")
     tokenizer = Tokenizer.from_directory(files)
-    assert not tokenizer.has_chat_template
+    assert tokenizer.chat_template is None
     assert "--chat-template" in tokenizer.notes[0]
     assert tokenizer.encode("still works")
 

@@ -1,4 +1,4 @@
-"""One live adapter with a profile (`catalog.LiveAdapters`), for tests of who may use it."""
+"""One live adapter with a profile (in place of an `AdapterRegistry`), for tests of who may use it."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -9,7 +9,7 @@ from random import Random
 
 from guanaco.adapters.residency.slot_table import SlotTable
 from guanaco.server.engine.block_manager import BlockManager, Faults
-from guanaco.server.engine.request import SampledToken, ScheduledBatch
+from guanaco.server.engine.request import SampledToken, ScheduledBatch, Sequence
 from support.simulation.fake_runner import FakeRunner
 from support.simulation.simulated_adapters import SimulatedAdapters
 
@@ -83,6 +83,25 @@ class SeededFaults(Faults):
     refuse_allocation = _fires
     ignore_prefix = _fires
     preempt_now = _fires
+
+
+class FaultyBlocks(BlockManager):
+    """The ledger of blocks, which at times acts as if nothing were free or cached: it may, and others must cope."""
+
+    def __init__(self, num_blocks: int, block_size: int, faults: SeededFaults) -> None:
+        super().__init__(num_blocks, block_size)
+        self._faults = faults
+
+    def find_prefix(self, sequence: Sequence) -> list[int]:
+        if sequence.request.params.prompt_logprobs is None and self._faults.ignore_prefix():
+            return []
+        return super().find_prefix(sequence)
+
+    def allocate(self, sequence: Sequence, num_tokens: int) -> bool:
+        missing = self.num_missing_blocks(sequence, num_tokens)
+        if 0 < missing <= self.num_free_blocks and self._faults.refuse_allocation():
+            return False
+        return super().allocate(sequence, num_tokens)
 
 
 class LedgerRunner(FakeRunner):

@@ -13,7 +13,6 @@ from random import Random
 from guanaco.adapters.residency.host_table import HostTable
 from guanaco.adapters.residency.slot_table import SlotTable
 from guanaco.models.error_codes import ErrorCode
-from guanaco.server.engine.block_manager import BlockManager
 from guanaco.server.engine.engine import Engine
 from guanaco.server.engine.loading_queue import MAX_STEPS_WITHOUT_ROOM
 from guanaco.server.engine.request import (
@@ -32,7 +31,7 @@ from guanaco.server.engine.scheduler import MAX_PASSED_OVER_STEPS
 from support.simulation.checked_scheduler import CheckedScheduler
 from support.simulation.fake_runner import namespace_number, namespace_of_request, next_state, next_token
 from support.simulation.simulated_adapters import BROKEN, SimulatedAdapters
-from support.simulation.simulated_world import LedgerRunner, SeededFaults, World
+from support.simulation.simulated_world import FaultyBlocks, LedgerRunner, SeededFaults, World
 
 EOS_ID, STOP_ID = 0, 1
 FULL_CHECK_EVERY = 8  # steps between two checks of everything that is held and cached
@@ -69,7 +68,7 @@ class Simulation:
         self.report = Report()
         self.faults = SeededFaults(self.random, world.fault_chance)
         self.runner = LedgerRunner(world.num_blocks, world.block_size, world.num_slots, world.vocab_size)
-        self.blocks = BlockManager(world.num_blocks, world.block_size, self.faults)
+        self.blocks = FaultyBlocks(world.num_blocks, world.block_size, self.faults)
         self.runner.blocks = self.blocks
         self.slots = SlotTable(world.num_slots, world.arena_bytes)
         self.runner.table, self.runner.arena = self.slots, [None] * world.arena_bytes
