@@ -15,6 +15,7 @@ from guanaco.server.grammars.schemas import lark_json
 
 MAX_CHOICES = 4096
 MAX_REPEATS = 128
+_ANY_TEXT = r"ANY_TEXT: /(.|\n)*/"
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,22 @@ def followed(part: Part, more: Part, *, most: int) -> Part:
     assert 1 <= most <= MAX_REPEATS, most
     name = f"more_{_digest(more.expression)}"
     return Part(f"({part.expression} {name}{{0,{most}}})", (*_rules((part, more)), f"{name}: {more.expression}"))
+
+
+def any_text() -> Part:
+    """Any text, also none."""
+    return Part("ANY_TEXT", (_ANY_TEXT,))
+
+
+def text_until(end: str) -> Part:
+    """Any text up to the first `end`, with it. What follows this part has to follow there."""
+    name = f"until_{_digest(end)}"
+    return Part(name, (_ANY_TEXT, f"{name}[lazy]: ANY_TEXT {literal(end).expression}"))
+
+
+def at_will(part: Part, *, many: bool) -> Part:
+    """The part or nothing; with `many`, as often as the model likes."""
+    return Part(f"({part.expression}){'*' if many else '?'}", part.rules)
 
 
 def grammar_of_parts(part: Part, *, kind: str = "tools", param: str | None = None) -> Grammar:

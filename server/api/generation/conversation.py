@@ -88,7 +88,8 @@ def prepare_conversation(
     model = acquire_model(state, body, caller, admission)
     template = state.template_for(model)
     tools = tool_plan(state, template, body)
-    grammar = tools.grammar(grammar)
+    is_guided = grammar is None and tools.guides_text
+    tools, grammar = replace(tools, is_sure=is_guided), tools.grammar(grammar)
     token_ids = render_messages(
         state,
         template,
@@ -108,7 +109,7 @@ def prepare_conversation(
         max_model_len=model.max_model_len,
         prompt_name="messages",
         num_logprobs=body.num_logprobs,
-        more_stops=() if body.ignore_eos else state.stops_of(model, in_text=grammar is None),
+        more_stops=() if body.ignore_eos else state.stops_of(model, in_text=grammar is None or is_guided),
     )
     if params.skip_special_tokens and (visible := tools.visible_ids):
         hidden = state.tokenizer.special_ids - visible

@@ -55,11 +55,10 @@ class CallObject:
         written = "".join(self._text[self.arguments_start : self._arguments_end])
         return str(json.loads(written)) if written.startswith('"') else "{}" if written == "null" else written
 
-    def arguments_so_far(self) -> str:
-        """The arguments as far as they were written."""
-        if self.arguments_start is None:
-            return "{}" if self.done else ""
-        return "".join(self._text[self.arguments_start : self._arguments_end])
+    def arguments_from(self, offset: int) -> str:
+        """The arguments as far as they were written, without their first `offset` characters."""
+        assert self.arguments_start is not None, "the arguments have begun"
+        return "".join(self._text[self.arguments_start + offset : self._arguments_end])
 
     def push(self, char: str) -> None:
         """Take the next character. Raises NoCall where it can't belong to a call."""

@@ -13,7 +13,7 @@ from guanaco.models.error_codes import ErrorCode
 from guanaco.server.api.http.errors import bad_request
 from guanaco.server.api.tools.default_prompt import tools_text, with_calls_as_text, with_tools_text
 from guanaco.server.api.tools.definitions import Mode, Tool, ToolChoice
-from guanaco.server.api.tools.forced import forced_calls
+from guanaco.server.api.tools.forced import forced_calls, strict_calls
 from guanaco.server.api.tools.formats.base import CallFormat
 from guanaco.server.api.tools.formats.mistral import MISTRAL
 from guanaco.server.api.tools.formats.registry import DEFAULT, FORMATS, format_of_template
@@ -63,6 +63,7 @@ class ToolPlan:
     setting: str = "auto"  # --tool-format
     template: ToolTemplate | None = None  # that the prompt is made with
     tokenizer: ControlIds | None = None
+    is_sure: bool = False  # answers follow a grammar by which whatever begins as a call becomes one
     is_named: bool = False  # tool_choice names the one function to call
 
     @property
@@ -108,18 +109,30 @@ class ToolPlan:
         calls or such content. Any other demand leaves no room for calls. 400 for two demands, and for a schema that
         can't be enforced.
         """
+        tools = [(index, tool) for index, tool in enumerate(self.tools) if tool.name in self.names]
+        many = self.parallel and not self.is_named
+        if content is None and self.guides_text:
+            return grammar_of_parts(strict_calls(tools, self.call_format, many=many), param="tools")
         is_format = content is not None and content.param == "response_format"
         if not self.is_forced and not (is_format and self.reads_calls):
             return content
         if content is not None and not is_format:
             text = f"{content.param} and tool_choice both say what the answer must look like: give one of them"
             raise bad_request(text, content.param, ErrorCode.INVALID_GRAMMAR)
-        tools = [(index, tool) for index, tool in enumerate(self.tools) if tool.name in self.names]
-        many = self.parallel and not self.is_named
         calls = forced_calls(tools, self.call_format, many=many, marker=self.begun is None)
         if self.is_forced or content is None:
             return grammar_of_parts(calls, param="tools")
         return grammar_of_parts(one_of(part_of(content), calls), param="response_format")
+
+    @property
+    def guides_text(self) -> bool:
+        """Whether calls in a free text can follow a grammar, and have to: a tool is strict, and the format's marker is
+        no control token, which no grammar can ask for."""
+        call_format, tokenizer = self.call_format, self.tokenizer
+        if tokenizer is None or self.mode != "auto" or not self.reads_calls or not call_format.guides_text:
+            return False
+        is_strict = any(tool.strict for tool in self.tools if tool.name in self.names)
+        return is_strict and tokenizer.control_id(call_format.markers[0]) is None
 
     @property
     def begun(self) -> int | None:
@@ -153,7 +166,7 @@ class ToolPlan:
         if not self.reads_calls:
             return None
         max_calls = None if self.parallel else 1
-        reader = ToolCallReader(self.call_format, self.names, sure=self.is_forced, max_calls=max_calls)
+        reader = ToolCallReader(self.call_format, self.names, sure=self.is_forced or self.is_sure, max_calls=max_calls)
         if self.begun is not None:
             reader.feed(self.call_format.markers[0])
         return reader

@@ -47,7 +47,7 @@ class ToolCallReader:
         self._sure = sure
         self._max_calls = max_calls
         self._text = ""  # not given yet: white space, or what may become a marker
-        self._raw = ""  # of the candidate, with the white space before it
+        self._raw: list[str] = []  # of the candidate, with the white space before it
         self._marker_chars = 0  # of `_raw`: white space and marker
         self._candidate: Candidate | None = None
         self._at_start = True  # a bare call may begin here
@@ -96,8 +96,8 @@ class ToolCallReader:
             before = text[:start]
             content = before.rstrip(SPACE) if marker else ""
             self._give_content(content)
-            self._raw = text[len(content) : start + len(marker)]
-            self._marker_chars = len(self._raw)
+            self._raw = [text[len(content) : start + len(marker)]]
+            self._marker_chars = len(self._raw[0])
             self._candidate = self._format.candidate(self._names)
             self._num_given, self._live_chars = 0, None
             return text[start + len(marker) :]
@@ -148,12 +148,12 @@ class ToolCallReader:
                 status = candidate.push(char)
             except NoCall:
                 return self._drop_candidate(text[position:])
-            self._raw += char
+            self._raw.append(char)
             if status is not Status.MORE:
                 self._give_calls(candidate.calls[self._num_given :])
                 self._num_given = len(candidate.calls)
-                unread = self._raw[len(self._raw) - candidate.unread :]
-                self._raw, self._marker_chars = "", 0
+                unread = "".join(self._raw[len(self._raw) - candidate.unread :])
+                self._raw, self._marker_chars = [], 0
             if status is Status.END:
                 self._candidate = None
                 return unread + text[position + 1 :]
@@ -178,7 +178,7 @@ class ToolCallReader:
 
     def _drop_candidate(self, rest: str) -> str:
         """It was no call: its beginning is content, and what is behind that is read again."""
-        raw, self._raw, self._candidate = self._raw, "", None
+        raw, self._raw, self._candidate = "".join(self._raw), [], None
         begin = max(self._marker_chars, 1)
         text = raw + rest
         self._give_content(text[:begin])
@@ -206,7 +206,7 @@ class ToolCallReader:
         if self._live_chars is None:
             self._begin_call(current.name)
             self._live_chars = 0
-        if new := current.arguments_so_far()[self._live_chars :]:
+        if new := current.arguments_from(self._live_chars):
             self._events.append(CallArguments(self.num_calls - 1, new))
             self._live_chars += len(new)
 

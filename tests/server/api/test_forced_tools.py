@@ -109,3 +109,30 @@ def test_a_schema_that_cannot_be_enforced(client: OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as error:
         client.chat.completions.create(model=BASE, messages=QUESTION, tools=[bad], tool_choice="required")
     assert (error.value.code, error.value.param) == ("invalid_grammar", "tools[0].function.parameters")
+
+
+def test_a_strict_tool_that_may_be_called(client: OpenAI) -> None:
+    """Any text may come, and where a call begins it becomes one."""
+    strict = {**LIGHT, "function": {**LIGHT["function"], "strict": True}}
+    answer = client.chat.completions.create(model=BASE, messages=QUESTION, tools=[strict], seed=5, max_tokens=12, n=2)
+    assert all(choice.message.content and not choice.message.tool_calls for choice in answer.choices)
+
+
+def test_the_other_routes_force_calls_as_well(server: RealServer, client: OpenAI) -> None:
+    flat = {"type": "function", "name": "set_light", "parameters": LIGHT["function"]["parameters"], "strict": False}
+    response = client.responses.create(model=BASE, input="Dim it.", tools=[flat], tool_choice="required")
+    calls = [item for item in response.output if item.type == "function_call"]
+    assert calls
+    assert all(json.loads(call.arguments)["room"] in ROOMS for call in calls)
+    body = {
+        "model": BASE,
+        "max_tokens": 1000,
+        "messages": QUESTION,
+        "tools": [{"name": "set_light", "input_schema": LIGHT["function"]["parameters"]}],
+        "tool_choice": {"type": "tool", "name": "set_light"},
+    }
+    with server.client() as http:
+        message = http.post("/v1/messages", json=body).json()
+    (block,) = message["content"]
+    assert (block["type"], block["name"], message["stop_reason"]) == ("tool_use", "set_light", "tool_use")
+    assert block["input"]["room"] in ROOMS

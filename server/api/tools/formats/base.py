@@ -57,6 +57,7 @@ class CallFormat(ABC):
     markers: tuple[str, ...]
     bare: re.Pattern[str] | None = None
     argument_key: str = "arguments"
+    guides_text: bool = False  # whether `within_text` is there
     many: bool = True  # whether an answer may have several calls
     instruction: str = "To call a function, write its name and its arguments as JSON in this form, and nothing else:"
 
@@ -75,6 +76,10 @@ class CallFormat(ABC):
 
         marker: whether the first marker belongs to the answer; else it stands at the end of the prompt.
         """
+
+    def within_text(self, call: Part, *, many: bool) -> Part:
+        """Any text in which each marker is followed by a call; `call` as above."""
+        raise NotImplementedError(f"calls of the format {self.name} have no grammar in a free text")
 
     @abstractmethod
     def written(self, calls: list[tuple[str, str]]) -> str:

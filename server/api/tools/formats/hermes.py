@@ -8,7 +8,7 @@ from collections.abc import Collection
 
 from guanaco.server.api.tools.call_object import NoCall
 from guanaco.server.api.tools.formats.base import SPACE, CallFormat, Candidate, Objects, Status
-from guanaco.server.grammars.spec import Part, followed, in_order, literal
+from guanaco.server.grammars.spec import Part, any_text, at_will, followed, in_order, literal, text_until
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
@@ -58,6 +58,10 @@ class Hermes(CallFormat):
         first = tagged if marker else rest
         return first if most == 1 else followed(first, in_order(literal("\n"), tagged), most=most - 1)
 
+    def within_text(self, call: Part, *, many: bool) -> Part:
+        begun = in_order(text_until(OPEN), literal("\n"), call, literal(f"\n{CLOSE}"))
+        return in_order(at_will(begun, many=many), any_text())
+
     def written(self, calls: list[tuple[str, str]]) -> str:
         tagged = (f'{OPEN}\n{{"name": "{name}", "arguments": {arguments}}}\n{CLOSE}' for name, arguments in calls)
         return "\n".join(tagged)
@@ -66,6 +70,7 @@ class Hermes(CallFormat):
 HERMES = Hermes(
     "hermes",
     (OPEN,),
+    guides_text=True,
     instruction="For each function call, return a json object with function name and arguments within "
     f"{OPEN}{CLOSE} XML tags:",
 )

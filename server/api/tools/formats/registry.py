@@ -15,7 +15,6 @@ _SIGNS = (
     ("<|start_header_id|>ipython", LLAMA3),
     ("'ipython'", LLAMA3),
     ('"ipython"', LLAMA3),
-    ('"parameters": ', LLAMA3),
 )
 
 

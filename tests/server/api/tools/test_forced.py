@@ -212,3 +212,45 @@ def test_arguments_stream_as_they_are_written(compiler: GrammarCompiler) -> None
     reader = made.reader()
     events = [event for character in text for event in reader.feed(character)]
     assert len(events) > 10
+
+
+def allowed_after(compiler: GrammarCompiler, grammar: Grammar, text: str) -> set[str]:
+    """The characters that may follow a text, "" for its end; the text itself must be allowed."""
+    matcher = compiler.compile(grammar).matcher(frozenset({EOS}))
+    row = np.zeros((VOCAB_SIZE + 31) // 32, dtype=np.int32)
+    for number, byte in enumerate([*text.encode(), None]):
+        matcher.fill(row)
+        assert matcher.error is None
+        tokens = np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")).tolist()
+        if byte is None:
+            return {"" if token == EOS else chr(token) for token in tokens}
+        assert byte in tokens, f"not after {number} bytes"
+        matcher.accept(byte)
+    raise AssertionError
+
+
+def test_strict_tools_in_a_free_text(compiler: GrammarCompiler) -> None:
+    """Any text may come; where a call begins, it has to become one."""
+    grammar = plan("default", "auto").grammar(None)
+    assert grammar is not None
+    assert len(allowed_after(compiler, grammar, "I see, <tool_cal <b>")) > 100
+    assert "" in allowed_after(compiler, grammar, "")
+    assert allowed_after(compiler, grammar, "Well. <tool_call>") == {"\n"}
+    call = '<tool_call>\n{"name": "set_light", "arguments": {"room": "cellar", "level": 7}}\n</tool_call>'
+    assert allowed_after(compiler, grammar, call[: call.index("ellar")]) == {"e"}
+    assert len(allowed_after(compiler, grammar, call)) > 100
+    assert allowed_after(compiler, grammar, call + " and " + call + "\n<tool_call>") == {"\n"}
+    one = plan("default", "auto", parallel=False).grammar(None)
+    assert len(allowed_after(compiler, one, call + "<tool_call>")) > 100, "the second one is content"
+
+
+def test_where_nothing_is_enforced_with_auto() -> None:
+    assert plan("default", "auto", tools=TOOLS[1:]).grammar(None) is None, "no tool is strict"
+    assert plan("llama3.1", "auto").grammar(None) is None
+    assert plan("qwen", "auto", tokenizer=Tokenizer(**{"<tool_call>": 259})).grammar(None) is None
+    regex = Grammar("regex", "a+", "guided_regex")
+    assert plan("default", "auto").grammar(regex) == regex
+    bad = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "not": {}}}}
+    assert plan("default", "auto", tools=[TOOLS[0], bad]).grammar(None), "it is not strict: any object will do"
+    with pytest.raises(ApiError):
+        plan("default", "auto", tools=[{**bad, "function": {**bad["function"], "strict": True}}]).grammar(None)
