@@ -7,6 +7,7 @@ python serve_template.py '{"template": "…", "adapter_template": "…", "second
 import json
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +28,7 @@ class TemplateTokenizer(FakeTokenizer):
         add_generation_prompt: bool = True,
         template: Any = None,
         max_chars: int = 1 << 24,
+        tools: Sequence[dict[str, Any]] | None = None,
         max_tokens: int | None = None,
     ) -> list[int]:
         text = template.render(messages, add_generation_prompt=add_generation_prompt, max_chars=max_chars)
