@@ -62,7 +62,9 @@ def try_out(prototype: Any, vocabulary: Vocabulary, kind: str) -> None:
             if number == 0:
                 raise GrammarError(_NO_TEXT)
             return
-        if not matcher.consume_token(int(ids[draw.randrange(len(ids))])) or matcher.is_stopped():
+        if not matcher.consume_token(int(ids[draw.randrange(len(ids))])):
+            raise GrammarError(explain(matcher.get_error(), kind))
+        if matcher.is_stopped() and not matcher.is_error():
             return
 
 

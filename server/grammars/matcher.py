@@ -67,7 +67,8 @@ class GrammarMatcher:
         """Find out whether llguidance has given up."""
         if self.error is None and self._matcher.is_error():
             reason = self._matcher.stop_reason()
-            is_limit = reason in ("ParserTooComplex", "LexerTooComplex")
+            # A row of the parser's that is too long is no reason of its own.
+            is_limit = reason in ("ParserTooComplex", "LexerTooComplex") or "max is" in self._matcher.get_error()
             self._fail(reason, ErrorCode.GRAMMAR_TOO_COMPLEX if is_limit else ErrorCode.GRAMMAR_STUCK)
 
     def _fail(self, why: str, error: ErrorCode) -> None:

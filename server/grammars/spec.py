@@ -62,7 +62,9 @@ def choice(options: Sequence[str]) -> Grammar:
         raise GrammarError("give a list of at least one text, none of them empty")
     if len(options) > MAX_CHOICES:
         raise GrammarError(f"at most {MAX_CHOICES} choices")
-    return grammar_of_parts(one_of(*map(literal, dict.fromkeys(options))), kind="choice")
+    # One terminal: as alternatives of a rule, each would be a place of the parser's, which has 2000.
+    texts = " | ".join(literal(option).expression for option in dict.fromkeys(options))
+    return grammar_of_parts(Part("CHOICE", (f"CHOICE: {texts}",)), kind="choice")
 
 
 def written(text: str) -> Grammar:

@@ -50,6 +50,10 @@ HOSTILE: dict[str, tuple[Grammar, str]] = {
         json_schema({"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(4000)}}),
         "too large|took more",
     ),
+    "many optional properties": (
+        json_schema({"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(1000)}}),
+        "too large",
+    ),
     "product of unions": (
         json_schema({"allOf": [{"anyOf": [{"pattern": f"a{{{j}}}"} for j in range(10)]} for _ in range(8)]}),
         "too large",
@@ -68,6 +72,11 @@ BOUNDED = {
     "nested repeats": regex("((((a{100}){100}){100}){100})"),
     "catastrophic": regex("(a+)+b"),
     "exponential automaton": regex("(a|b)*a(a|b){20}"),
+    "many choices": choice([f"value number {i}" for i in range(4096)]),
+    "many branches": json_schema({"anyOf": [{"const": [f"k{i}", i]} for i in range(500)]}),
+    "many optional properties": json_schema(
+        {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(300)}}
+    ),
     "a recursive type": json_schema(
         {"$ref": "#/$defs/n", "$defs": {"n": {"properties": {"c": {"items": {"$ref": "#/$defs/n"}}}}}}
     ),
@@ -226,6 +235,17 @@ def test_a_token_that_may_not_come_ends_the_matcher(compiler: GrammarCompiler) -
     assert matcher.error is ErrorCode.GRAMMAR_STUCK
     assert allowed(matcher) == []
     assert not matcher.is_complete
+
+
+def test_a_limit_that_is_reached_later_is_told_as_one() -> None:
+    """The first letter is common to all: only then there are too many places at once."""
+    names = {f"p{i}": {"type": "string"} for i in range(1000)}
+    grammar = json_schema({"type": "object", "properties": names})
+    matcher = GrammarMatcher(build(lark_of(grammar), VOCABULARY, grammar.kind), VOCABULARY, {END})
+    allowed(matcher)
+    matcher.accept(ord("{"))
+    allowed(matcher)
+    assert matcher.error is ErrorCode.GRAMMAR_TOO_COMPLEX
 
 
 def test_a_text_that_needs_a_missing_byte_is_stuck() -> None:
