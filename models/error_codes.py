@@ -143,7 +143,6 @@ class ErrorCode(StrEnum):
     TARGET_PARAMETERS_UNSUPPORTED = "target_parameters_unsupported"
     TOO_MANY_PATTERNS = "too_many_patterns"
     TRAINABLE_TOKENS_UNSUPPORTED = "trainable_tokens_unsupported"
-    UNKNOWN_FIELD = "unknown_field"
     VELORA_UNSUPPORTED = "velora_unsupported"
     WEIGHT_TYING_UNSUPPORTED = "weight_tying_unsupported"
 

@@ -8,6 +8,7 @@ import pytest
 from typer.main import get_command
 
 from guanaco.adapters.versions.profile import _FIELDS
+from guanaco.models.error_codes import ErrorCode
 from guanaco.server.api.app import create_app
 from guanaco.server.api.http.auth import is_admin_path
 from guanaco.server.commands.main import app
@@ -77,8 +78,9 @@ def test_what_clients_are_told() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "ApiError" and len(node.args) > 1:
                 status, code = node.args[:2]
-                if isinstance(code, ast.Constant) and re.search("adapter_|alias_|admin_|model_not", str(code.value)):
-                    found[code.value] = status.value if isinstance(status, ast.Constant) else 404  # of `acquire`
+                for name in (n.attr for n in ast.walk(code) if isinstance(n, ast.Attribute)):
+                    if re.match("ADAPTER_|ALIAS_|ADMIN_|MODEL_NOT", name):
+                        found[ErrorCode[name].value] = status.value if isinstance(status, ast.Constant) else 404
     told = {}
     for line in section("What clients are told").splitlines():
         if line.startswith("| `"):

@@ -169,10 +169,9 @@ class AdapterConfig:
         return not self.layers_pattern or any(f".{match['list']}".endswith(f".{p}") for p in self.layers_pattern)
 
 
-def parse_config(data: bytes, *, strict: bool = False) -> AdapterConfig:
-    """Read the bytes of an adapter_config.json.
+def parse_config(data: bytes) -> AdapterConfig:
+    """Read the bytes of an adapter_config.json. Keys that PEFT 0.21 does not know and that are set become notes.
 
-    strict: refuse keys that PEFT 0.21 does not know and that are set; otherwise they become notes.
     Raises AdapterError with the field at fault.
     """
     try:
@@ -182,7 +181,7 @@ def parse_config(data: bytes, *, strict: bool = False) -> AdapterConfig:
     _check_type(fields)
     _check_refused(fields)
     _check_init(fields.get("init_lora_weights", True))
-    notes = _unknown_keys(fields, strict=strict)
+    notes = _unknown_keys(fields)
     targets = _names(fields, "target_modules", allow_pattern=True)
     if not targets:
         raise AdapterError(
@@ -253,12 +252,9 @@ def _check_init(value: Any) -> None:
     raise AdapterError(ErrorCode.INIT_UNKNOWN, problem, "init_lora_weights")
 
 
-def _unknown_keys(fields: dict[str, Any], *, strict: bool) -> tuple[str, ...]:
+def _unknown_keys(fields: dict[str, Any]) -> tuple[str, ...]:
     known = HARMLESS | UNDERSTOOD | REFUSED.keys()
     unknown = [printable(key) for key, value in fields.items() if key not in known and value]
-    if unknown and strict:
-        problem = f"{unknown[0]} is set and not known here; remove it, or leave out --strict if it has no effect"
-        raise AdapterError(ErrorCode.UNKNOWN_FIELD, problem, unknown[0])
     return tuple(f"{key} is not known here and was ignored" for key in unknown)
 
 

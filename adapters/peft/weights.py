@@ -86,16 +86,15 @@ def load_adapter(
     *,
     name: str = "default",
     limits: AdapterLimits | None = None,
-    strict: bool = False,
     base_table: BaseTable | None = None,
 ) -> LoadedAdapter:
     """Read the PEFT adapter at `path` (or in its sub-folder `name`) for a base with these targets.
 
-    strict: refuse config keys that are set and unknown. base_table: to compare a saved embedding with; without it any
+    base_table: to compare a saved embedding with; without it any
     is refused. Raises AdapterError for everything that cannot be honoured.
     """
     files = AdapterFiles.find(path, name, CONFIG_NAME)
-    with _opened(files, targets, limits or AdapterLimits(), strict) as (config, targeted, file, names):
+    with _opened(files, targets, limits or AdapterLimits()) as (config, targeted, file, names):
         wanted = _with_tensors(targeted, names)
         tables = [key for key in file.tensors if key not in names]
         for key in tables:
@@ -129,12 +128,10 @@ def load_adapter(
     )
 
 
-def check_files(
-    files: AdapterFiles, targets: dict[str, tuple[int, int]], limits: AdapterLimits, *, strict: bool = False
-) -> None:
+def check_files(files: AdapterFiles, targets: dict[str, tuple[int, int]], limits: AdapterLimits) -> None:
     """All that config and header tell, without a look at the tensors: as `load_adapter`, and for a file of any size at
     once. Whether a saved embedding is the base's, only that one tells. Raises AdapterError."""
-    with _opened(files, targets, limits, strict):
+    with _opened(files, targets, limits):
         pass
 
 
@@ -151,10 +148,10 @@ def _with_tensors(targeted: _Wanted, names: dict[str, _Side]) -> _Wanted:
 
 @contextmanager
 def _opened(
-    files: AdapterFiles, targets: dict[str, tuple[int, int]], limits: AdapterLimits, strict: bool
+    files: AdapterFiles, targets: dict[str, tuple[int, int]], limits: AdapterLimits
 ) -> Iterator[tuple[AdapterConfig, Resolved, AdapterTensors, dict[str, _Side]]]:
     """The config, what it targets, and the open file with what each of its tensors is: all of it fits together."""
-    config = parse_config(files.read(CONFIG_NAME, MAX_CONFIG_BYTES), strict=strict)
+    config = parse_config(files.read(CONFIG_NAME, MAX_CONFIG_BYTES))
     check_weights_exist(files)
     wanted = config.resolve(targets)
     if not wanted:

@@ -76,7 +76,6 @@ class AdapterRegistry:
         *,
         base_names: tuple[str, ...],
         limits: AdapterLimits | None = None,
-        strict: bool = False,
         templates: frozenset[str] = frozenset(),
         base_table: BaseTable | None = None,
     ) -> None:
@@ -86,7 +85,6 @@ class AdapterRegistry:
         self._targets = dict(targets)
         self._base_names = frozenset(base_names)
         self._limits = limits or AdapterLimits()
-        self._strict = strict
         self._lock = threading.Lock()
         self.version_keys = VersionKeys()
         self.holds = HoldLedger()
@@ -109,7 +107,6 @@ class AdapterRegistry:
             self._targets,
             name=name,
             limits=self._limits,
-            strict=self._strict,
             base_table=self._base_table,
         )
         origin = FROM_FILE if profile is None else GIVEN

@@ -53,7 +53,6 @@ class VersionStore:
         holds: HoldLedger,
         *,
         limits: AdapterLimits | None = None,
-        strict: bool = False,
         base_table: BaseTable | None = None,
     ) -> None:
         """holds: says which versions must stay. base_table: see `load_adapter`.
@@ -63,7 +62,6 @@ class VersionStore:
         self.directory = directory
         self._targets = dict(targets)
         self._limits = limits or AdapterLimits()
-        self._strict = strict
         self._base_table = base_table
         self._lock = threading.Lock()
         self._holds = holds
@@ -86,7 +84,7 @@ class VersionStore:
         """
         started = time.monotonic()
         files = AdapterFiles.find(path, name, CONFIG_NAME, root)
-        check_files(files, self._targets, self._limits, strict=self._strict)  # or four gigabytes might be copied for it
+        check_files(files, self._targets, self._limits)  # or four gigabytes might be copied for it
         try:
             incoming = Path(tempfile.mkdtemp(prefix=_INCOMING, dir=self.directory))
             try:
@@ -138,9 +136,7 @@ class VersionStore:
                 shutil.rmtree(gone, ignore_errors=True)
 
     def _load(self, folder: Path) -> LoadedAdapter:
-        return load_adapter(
-            folder, self._targets, limits=self._limits, strict=self._strict, base_table=self._base_table
-        )
+        return load_adapter(folder, self._targets, limits=self._limits, base_table=self._base_table)
 
     def _copy(self, files: AdapterFiles, name: str, to: Path, max_bytes: int) -> _Stamp:
         """Copy a file; what it was when that began."""

@@ -83,7 +83,7 @@ PEFT_CONFIGS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equals_pefts_delta_weights(base, targets, tmp_path, name, dtype):
     deltas = peft_adapter(base, tmp_path, dtype=dtype, **PEFT_CONFIGS[name])
-    adapter = load_adapter(tmp_path, targets, strict=True)
+    adapter = load_adapter(tmp_path, targets)
     assert adapter.pairs.keys() == deltas.keys()
     for target, pair in adapter.pairs.items():
         assert pair.a.dtype == pair.b.dtype == dtype
