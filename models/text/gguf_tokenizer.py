@@ -82,6 +82,9 @@ def tokenizer_files(metadata: Mapping[str, Any], source: str) -> dict[str, str]:
         fields["model_max_length"] = metadata["llama.context_length"]
     if "tokenizer.chat_template" in metadata:
         fields["chat_template"] = metadata["tokenizer.chat_template"]
+        if isinstance(for_tools := metadata.get(_VARIANT + "tool_use"), str):
+            named = {"default": fields["chat_template"], "tool_use": for_tools}
+            fields["chat_template"] = [{"name": name, "template": text} for name, text in named.items()]
     return {
         "tokenizer.json": json.dumps(reader.tokenizer_json(), ensure_ascii=False, separators=(",", ":")) + "\n",
         "tokenizer_config.json": json.dumps(fields, ensure_ascii=False, indent=2) + "\n",
@@ -106,7 +109,8 @@ def remarks(metadata: Mapping[str, Any]) -> tuple[str, ...]:
             notes.append(f"the GGUF file says {listed([key])} = {value}, which no token has: it is not used")
     if metadata.get("tokenizer.ggml.model") == "gpt2" and not metadata.get(SPLIT_KEY):
         notes.append(f"the GGUF file has no {SPLIT_KEY}: text is cut by llama.cpp's default rule")
-    if variants := [key for key in metadata if key.startswith(_VARIANT)]:
+    used_variant = _VARIANT + "tool_use" if "tokenizer.chat_template" in metadata else ""
+    if variants := [key for key in metadata if key.startswith(_VARIANT) and key != used_variant]:
         used = "tokenizer.chat_template is used" if "tokenizer.chat_template" in metadata else "none is used"
         notes.append(f"the GGUF file has chat templates besides its default: {listed(variants)}; {used}")
     asks = [key for key, value in metadata.items() if _is_unread(key) and value not in (None, False, "", [])]

@@ -49,6 +49,7 @@ class Tokenizer:
         self._added_texts = {index: token.content for index, token in added.items()}
         self._bytes = _ByteLevel() if "ByteLevel" in _part_types(backend.decoder) else None
         self.notes, self.chat_template = self._compile(files)
+        self.tool_template = self._compile_tool_template(files)  # for chats with tools; None: the same
         if adds_eos:
             self.notes += ("its tokenizer's rule is to put eos behind every text: prompts get none",)
         self._control = ControlTokens([(i, t) for i, t in added.items() if t.special and len(t.content) > 1])
@@ -206,6 +207,17 @@ class Tokenizer:
             return (*files.notes, *template.notes), template
         except TemplateError as error:
             return (f"{error}: give another one with --chat-template", *files.notes), None
+
+    def _compile_tool_template(self, files: TokenizerFiles) -> ChatTemplate | None:
+        if files.tool_template is None or self.chat_template is None:
+            return None
+        try:
+            template = ChatTemplate(files.tool_template, name="tool_use of the model")
+            template.try_out(self._names)
+        except TemplateError as error:
+            self.notes = (f"{error}: the default one is used for chats with tools", *self.notes)
+            return None
+        return template
 
 
 class _ByteLevel:

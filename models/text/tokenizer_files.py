@@ -26,6 +26,7 @@ from guanaco.models.text.tokenizer_notes import config_notes, file_notes, name_n
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 MAX_ADDED_TOKENS = 16384  # LLaMA 3 has 256, others some thousand; all of them are searched for in every text
 _MORE_NAMES = ("additional_special_tokens", "extra_special_tokens")
+TOOL_USE = "tool_use"  # the name of a chat template
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -38,6 +39,7 @@ class TokenizerFiles:
     add_bos: bool | None  # what the config says; None: what the backend does
     adds_eos: bool  # the config says that every text is to end with eos
     chat_template: str | None
+    tool_template: str | None  # for chats with tools, where it is another one
     notes: tuple[str, ...]
 
 
@@ -82,7 +84,7 @@ def read_tokenizer(path: Path) -> TokenizerFiles:
     named_tokens = sources[0][1] | sources[1][1]
     notes += name_notes(named_tokens, sources, backend)
     _add_tokens(backend, path, config, named_tokens)
-    template, more_notes = _chat_template(path, config)
+    template, tool_template, more_notes = _chat_template(path, config)
     add_bos = config.get("add_bos_token")
     names = {**defaults, **{name: token for name, token in named_tokens.items() if name in NAMES}}
     return TokenizerFiles(
@@ -91,6 +93,7 @@ def read_tokenizer(path: Path) -> TokenizerFiles:
         add_bos=add_bos if isinstance(add_bos, bool) else None,
         adds_eos=config.get("add_eos_token") is True,
         chat_template=template,
+        tool_template=tool_template,
         notes=(*notes, *more_notes),
     )
 
@@ -203,8 +206,9 @@ def _as_special(token: AddedToken) -> AddedToken:
     )
 
 
-def _chat_template(path: Path, config: Mapping[str, Any]) -> tuple[str | None, list[str]]:
-    """The template's source, from the first place that has one, and what there is to remark."""
+def _chat_template(path: Path, config: Mapping[str, Any]) -> tuple[str | None, str | None, list[str]]:
+    """The template's source, from the first place that has one; that of the one named tool_use, which transformers
+    takes for chats with tools; and what there is to remark."""
     places = [
         ("chat_template.jinja", _template_file(path / "chat_template.jinja")),
         ("chat_template.json", _optional_json(path / "chat_template.json").get("chat_template")),
@@ -212,17 +216,21 @@ def _chat_template(path: Path, config: Mapping[str, Any]) -> tuple[str | None, l
     ]
     places = [(file, template) for file, template in places if template or (template == "" and file.endswith(".jinja"))]
     if not places:
-        return None, []
+        return None, None, []
     template, variants = places[0][1], [file.stem for file in sorted(path.glob("additional_chat_templates/*.jinja"))]
+    tool_template = _template_file(path / "additional_chat_templates" / f"{TOOL_USE}.jinja")
     if isinstance(template, list):  # [{"name": "default", "template": …}, {"name": "tool_use", …}]
         named = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default") or (next(iter(named.values())) if len(named) == 1 else None)
         if not isinstance(template, str):
-            return None, [f"none of the model's chat templates is the default ({listed(named)})"]
+            return None, None, [f"none of the model's chat templates is the default ({listed(named)})"]
         variants += [name for name in named if name != "default"] if len(named) > 1 else []
+        if len(named) > 1 and isinstance(named.get(TOOL_USE), str):
+            tool_template = named[TOOL_USE]
     if not isinstance(template, str):
-        return None, [f"the chat template of {places[0][0]} is no text and is not used"]
-    return template, template_notes(template, places, variants)
+        return None, None, [f"the chat template of {places[0][0]} is no text and is not used"]
+    variants = [name for name in variants if name != TOOL_USE or tool_template is None]
+    return template, tool_template, template_notes(template, places, variants)
 
 
 def _template_file(file: Path) -> str | None:

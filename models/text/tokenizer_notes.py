@@ -82,7 +82,7 @@ def template_notes(used: str, places: Sequence[tuple[str, Any]], variants: Seque
     if others := [file for file, template in places[1:] if template and template != used]:
         notes.append(f"the chat template of {places[0][0]} is used, and not that of {listed(others)}")
     if variants:
-        notes.append(f"the model has more chat templates ({listed(variants)}): the default one is used for all chats")
+        notes.append(f"the model has more chat templates ({listed(variants)}): none of these is used")
     return notes
 
 

@@ -119,8 +119,9 @@ def prepare_conversation(
 
 
 def tool_plan(state: ApiState, template: Template | None, body: ChatBody | TokenizeBody) -> ToolPlan:
-    """What a conversation's tools come to with a template. 400 where the fields about them contradict each other."""
-    return plan_tools(
+    """What a conversation's tools come to with a template, or with the one that the model has for them in its place.
+    400 where the fields about them contradict each other."""
+    plan = plan_tools(
         body.tools,
         body.tool_choice,
         body.parallel_tool_calls,
@@ -128,6 +129,8 @@ def tool_plan(state: ApiState, template: Template | None, body: ChatBody | Token
         tokenizer=state.tokenizer,
         setting=state.settings.tool_format,
     )
+    own = state.tokenizer.tool_template
+    return replace(plan, template=own) if plan.shown and own and template is state.tokenizer.chat_template else plan
 
 
 def render_messages(
@@ -155,7 +158,7 @@ def render_messages(
             shown,
             tools=functions,
             add_generation_prompt=add_generation_prompt,
-            template=template,
+            template=tools.template,
             max_chars=max_model_len * MAX_BYTES_PER_TOKEN,
             max_tokens=max_model_len if max_tokens is None else max_tokens,
         )

@@ -58,6 +58,9 @@ class ChatTokenizer(Protocol):
 
     @property
     def chat_template(self) -> Template | None: ...
+    @property
+    def tool_template(self) -> Template | None:
+        """The model's own for chats with tools; None: the same as for others."""
 
     def encode(
         self, text: str, *, add_bos: bool | None = None, parse_control: bool = False, max_tokens: int | None = None

@@ -51,7 +51,7 @@ def dropout(path: Path) -> None:
 
 def more_templates(path: Path) -> None:
     (path / "additional_chat_templates").mkdir()
-    (path / "additional_chat_templates" / "tool_use.jinja").write_text("x")
+    (path / "additional_chat_templates" / "rag.jinja").write_text("x")
 
 
 def file(name: str, text: str = "x") -> Callable[[Path], object]:
@@ -76,7 +76,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str | None]] = {
     "default of several": (config(chat_template=NAMED), "tool\\x1b[2J"),
     "no default of several": (config(chat_template=[{**NAMED[0], "name": "a"}, NAMED[1]]), "none of the model's"),
     "a template that is no text": (config(chat_template={"a": 1}), "no text"),
-    "more in a folder": (more_templates, "tool_use"),
+    "more in a folder": (more_templates, "rag"),
     "two places": (file("chat_template.jinja"), "not that of tokenizer_config.json"),
     "two places, one template": (file("chat_template.jinja", TEMPLATE), None),
     "a second vocabulary": (file("tokenizer.model"), "not tokenizer.model"),
@@ -133,7 +133,8 @@ def test_dropout_is_switched_off(original: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "part"),
     [
-        ({"tokenizer.chat_template": "x", "tokenizer.chat_template.tool_use": "y"}, "tokenizer.chat_template.tool_use"),
+        ({"tokenizer.chat_template": "x", "tokenizer.chat_template.tool_use": "y"}, None),
+        ({"tokenizer.chat_template": "x", "tokenizer.chat_template.rag": "y"}, "tokenizer.chat_template.rag"),
         ({"tokenizer.chat_template.rag": "y", "tokenizer.chat_templates": ["rag"]}, "none is used"),
         ({"tokenizer.ggml.precompiled_charsmap": [1], "tokenizer.\x1b": "x"}, "precompiled_charsmap, tokenizer.\\x1b"),
         ({"tokenizer.ggml.add_space_prefix": True, "tokenizer.ggml.unknown_flag": False}, None),

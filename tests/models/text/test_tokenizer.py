@@ -512,6 +512,28 @@ def test_where_the_template_comes_from(files: Path) -> None:
     assert rendered() == "jinja"
 
 
+def test_the_template_for_chats_with_tools(files: Path) -> None:
+    """transformers takes the one that is named tool_use."""
+
+    def own() -> str | None:
+        template = Tokenizer.from_directory(files).tool_template
+        return None if template is None else template.source
+
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "named"}]
+    edit(files, "tokenizer_config.json", lambda c: c.update(chat_template=named))
+    assert own() == "tools"
+    edit(files, "tokenizer_config.json", lambda c: c.update(chat_template=named[:1]))
+    assert own() is None, "there is one for all chats"
+    edit(files, "tokenizer_config.json", lambda c: c.update(chat_template="config"))
+    assert own() is None
+    (files / "additional_chat_templates").mkdir()
+    (files / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    assert own() == "{{ tools }}"
+    (files / "additional_chat_templates" / "tool_use.jinja").write_text("{% if %}")
+    assert own() is None
+    assert "tool_use" in Tokenizer.from_directory(files).notes[0]
+
+
 def test_a_broken_template_is_a_note(files: Path) -> None:
     (files / "chat_template.jinja").write_text("{% if %}")
     tokenizer = Tokenizer.from_directory(files)

@@ -51,6 +51,7 @@ class FakeTokenizer:
 
     def __init__(self) -> None:
         self.chat_template: FakeTemplate | None = FakeTemplate()
+        self.tool_template: FakeTemplate | None = None
 
     def encode(
         self, text: str, *, add_bos: bool | None = None, parse_control: bool = False, max_tokens: int | None = None

@@ -3,13 +3,14 @@
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from openai import OpenAI
 
 from support.server.api_server import BASE, WAIT, LiveServer, make_state, sse_data
-from support.server.fake_engine import END, USER, FakeTemplate, reply_of
+from support.server.fake_engine import END, NO_TOOLS, USER, FakeTemplate, reply_of
 
 ROUTE = "/v1/chat/completions"
 WEATHER = {
@@ -218,6 +219,19 @@ def test_a_template_with_tools_gets_them_and_hidden_markers_are_shown() -> None:
         assert server.engine.requests[-1].params.skip_special_tokens
         post(server, max_tokens=1, skip_special_tokens=False)
         assert server.engine.requests[-1].params.hidden_token_ids == frozenset()
+
+
+def test_the_models_template_for_tools_is_used_where_there_are_tools() -> None:
+    state = make_state()
+    all_of_them = replace(NO_TOOLS, tools=True, calls=True, results=True)
+    state.tokenizer.tool_template = FakeTemplate(source="[TOOL_CALLS]", tool_support=all_of_them)
+    with LiveServer(state) as server:
+        server.script(reply='[TOOL_CALLS][{"name": "get_time"}]')
+        assert post(server)["choices"][0]["message"]["tool_calls"]
+        ids = server.engine.requests[-1].prompt_token_ids
+        assert json.dumps([WEATHER]).encode()[:-1] in bytes(token for token in ids if token < 256)
+        assert tuple(post(server, route="/tokenize")["tokens"]) == ids
+        assert post(server, tool_choice="none")["choices"][0]["message"]["content"].startswith("[TOOL_CALLS]")
 
 
 def test_the_setting_none_leaves_answers_alone() -> None:
