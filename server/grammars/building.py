@@ -75,7 +75,8 @@ _IN_SCHEMA = (
     (r"oneOf constraints are not supported", "oneOf has branches that may overlap, which this server cannot enforce: "
      "use anyOf, or give every branch a required property with its own const"),
     (r"Unknown format", f"format may be {', '.join(FORMATS)}"),
-    (r"registry|Pointer|\$ref", "a $ref leads nowhere: it must point into the schema itself, such as #/$defs/NAME"),
+    (r"circular references", "a $ref that leads back to itself has other keywords beside it: put them into $defs"),
+    (r"registry|Pointer|\$ref|URI", "a $ref leads nowhere: it must point into the schema itself, such as #/$defs/NAME"),
     (r"Unsatisfiable", "the schema allows no value: look at its limits, and at allOf"),
     (r"look-around|lookaround", "a pattern has look-around (?=…), which this server cannot enforce: write it without"),
     (r"regex", "a pattern is not a regular expression that can be read (the syntax of Rust's regex crate)"),
