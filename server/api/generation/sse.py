@@ -28,7 +28,7 @@ FIRST_OUTPUT_PATIENCE_SECONDS = 15.0
 _MAX_EVENTS_PER_WRITE = 256  # a slow reader's backlog is encoded in pieces of so many events
 
 # The library would end all streams at SIGTERM. `GuanacoServer` lets them finish, within --drain-timeout.
-AppStatus.disable_automatic_graceful_drain()
+AppStatus.enable_automatic_graceful_drain = False
 # At DEBUG the library logs the text of every answer.
 logging.getLogger("sse_starlette").setLevel(logging.INFO)
 

@@ -142,7 +142,13 @@ class ResponsesAnswer(Answer):
         """A message that text goes into, where the last item is none that goes on."""
         if self._open_item is not None and self._open_item["type"] == "message":
             return []
-        item = {"id": new_id("msg_"), "type": "message", "status": "in_progress", "role": "assistant", "content": []}
+        item: dict[str, Any] = {
+            "id": new_id("msg_"),
+            "type": "message",
+            "status": "in_progress",
+            "role": "assistant",
+            "content": [],
+        }
         events = self._open(item)
         part = {"type": "output_text", "annotations": [], "logprobs": [], "text": ""}
         item["content"] = [{**part, "logprobs": []}]

@@ -6,9 +6,9 @@ input is a turn, nothing but the answers is written to standard output, and the 
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -22,13 +22,10 @@ from guanaco.server.errors import CommandError
 _NOT_TEXT = "the input is not valid UTF-8: send UTF-8"
 # A model may write what a terminal takes as commands: escape sequences, carriage returns, bells.
 _CONTROL = {code: "\ufffd" for code in (*range(32), 127, *range(128, 160)) if chr(code) not in "\n\t"}
+# Shows a prompt and reads one message. EOFError at the end of the input; KeyboardInterrupt for Ctrl-C.
+Reader = Callable[[str], str]
+
 _HINT = "/help lists the commands · Alt-Enter starts a new line · Ctrl-C stops an answer · Ctrl-D ends"
-
-
-class _Reader(Protocol):
-    """Reads one message. EOFError at the end of the input; KeyboardInterrupt for Ctrl-C."""
-
-    def __call__(self, prompt: str) -> str: ...
 
 
 class ChatSession:
@@ -48,7 +45,7 @@ class ChatSession:
         else:
             self._answer_all(conversation)
 
-    def _talk(self, conversation: Conversation, console: Console, read: _Reader) -> None:
+    def _talk(self, conversation: Conversation, console: Console, read: Reader) -> None:
         console.print(f"[bold]{escape(conversation.model)}[/] at {escape(self._client.url)}\n[dim]{_HINT}[/]")
         while True:
             try:
@@ -125,7 +122,7 @@ def _lines(stream: TextIO) -> Iterator[str]:
         raise CommandError(_NOT_TEXT) from None
 
 
-def _line_editor(client: ChatClient, history: Path | None) -> _Reader:
+def _line_editor(client: ChatClient, history: Path | None) -> Reader:
     """A prompt with history, completion of commands and names, and several lines (Alt-Enter, or pasted)."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
@@ -159,7 +156,7 @@ def _line_editor(client: ChatClient, history: Path | None) -> _Reader:
         completer=completer,
         complete_while_typing=False,
     )
-    return session.prompt
+    return lambda prompt: session.prompt(prompt)
 
 
 def _names(client: ChatClient) -> list[str]:
