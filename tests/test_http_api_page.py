@@ -8,7 +8,7 @@ from guanaco.server.api.generation import protocol
 from guanaco.server.api.http.auth import OPEN_PATHS, is_admin_path
 from guanaco.server.api.tools import definitions
 from guanaco.server.api.tools.formats.registry import FORMATS
-from guanaco.server.api.tools.history import MAX_CALLS
+from guanaco.server.api.tools.history import MAX_ARGUMENT_PARTS, MAX_CALLS
 from guanaco.server.config import Settings
 from support.server.api_server import make_state
 
@@ -79,6 +79,7 @@ def test_tools_have_the_limits_and_formats_of_the_code() -> None:
         f"up to {definitions.MAX_DESCRIPTION_CHARS:,} characters",
         f"up to {definitions.MAX_PARAMETERS_BYTES:,} bytes",
         f"up to {MAX_CALLS} calls",
+        f"up to {MAX_ARGUMENT_PARTS:,} commas",
     ):
         assert words in text, words
     assert first_column("Tools") >= {*FORMATS, "none"}

@@ -17,6 +17,7 @@ from guanaco.server.api.tools.definitions import MessageCall, fail
 
 MAX_CALLS = 128  # of one message
 MAX_ID_CHARS = 256
+MAX_ARGUMENT_PARTS = 65536  # commas, colons and brackets: a parser holds the interpreter's lock for all of them
 _MAX_FUNCTION_NAME_CHARS = 256  # of a call of the past: its tool may have been another server's
 _MISTRAL_ID_CHARS = 9
 _ALPHANUMERIC = string.ascii_letters + string.digits
@@ -62,6 +63,8 @@ def _arguments(value: object, place: str) -> Mapping[str, Any]:
     """JSON text of an object; none and an object itself are understood, too."""
     arguments = {} if value is None or value == "" else value
     if isinstance(arguments, str):
+        if sum(map(arguments.count, ",:[{")) > MAX_ARGUMENT_PARTS:
+            raise fail(f"{place} may have at most {MAX_ARGUMENT_PARTS} commas, colons and brackets")
         try:
             arguments = from_json(arguments, allow_inf_nan=False)
         except ValueError:

@@ -129,7 +129,7 @@ _MESSAGES: tuple[Any, ...] = (
             *([{"id": "1", "function": {"name": n}}] for n in ("", 5, None, "x" * 257)),
             *(
                 [{"id": "1", "function": {"name": "f", "arguments": a}}]
-                for a in ("x", "[]", "5", "null", '{"a": NaN}', "{", 5, [], True)
+                for a in ("x", '{"a": [' + "[]," * 40_000 + "[]]}", "[]", "5", "null", '{"a": NaN}', "{", 5, [], True)
             ),
             [{"id": "1", "type": "custom", "custom": {}}],
         )
