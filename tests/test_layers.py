@@ -22,6 +22,7 @@ _ENGINE = {"server.engine", "kernels", "models", "adapters", "server.config"}
 _HTTP = {"server.api.http", "server.engine", "server.metrics", "server.config", "server.errors", *_ERRORS}
 _GENERATION = {
     *_HTTP, "server.api.tools", "server.api.generation", "server.adapters", "server.grammars", "adapters.versions",
+    "models.text",
 }  # fmt: skip
 # Room (or file) -> what of ours it may import, as prefixes of guanaco.*. The most specific entry of a file counts.
 ALLOWED = {
@@ -64,7 +65,7 @@ ALLOWED = {
     "server/api/generation": _GENERATION,
     "server/api/messages": {*_GENERATION, "server.api.messages"},
     "server/api/responses": {*_GENERATION, "server.api.responses"},
-    "server/api/tools": {"server.api.tools", "server.api.http.errors", "server.grammars", *_ERRORS},
+    "server/api/tools": {"server.api.tools", "server.api.http.errors", "server.grammars", "models.text", *_ERRORS},
     "server/api/routes": {*_GENERATION, "server.api.routes", "adapters.errors"},
     "server/api": {*_GENERATION, "server.api"},
     "server/commands": {"server", "kernels", "models", "adapters"},

@@ -10,6 +10,7 @@ from typing import Any
 
 from guanaco.models.error_codes import ErrorCode
 from guanaco.models.errors import TemplateError
+from guanaco.models.text.chat_template import ChatTemplate
 from guanaco.server.api.generation.body import renamed_errors, validate
 from guanaco.server.api.generation.catalog import Caller
 from guanaco.server.api.generation.fields import ALIASES, REFUSED_IN_CHAT, Neutral
@@ -25,7 +26,7 @@ from guanaco.server.api.generation.serving import (
     check_token_ids,
     grammar_of,
 )
-from guanaco.server.api.generation.state import ApiState, Template
+from guanaco.server.api.generation.state import ApiState
 from guanaco.server.api.http.errors import ApiError, bad_request
 from guanaco.server.api.http.lifecycle import Admission
 from guanaco.server.api.tools.plan import ToolPlan, plan_tools
@@ -118,7 +119,7 @@ def prepare_conversation(
     return Prepared(body, model, (Prompt(token_ids, params),), salt, ignored, grammar, tools)
 
 
-def tool_plan(state: ApiState, template: Template | None, body: ChatBody | TokenizeBody) -> ToolPlan:
+def tool_plan(state: ApiState, template: ChatTemplate | None, body: ChatBody | TokenizeBody) -> ToolPlan:
     """What a conversation's tools come to with a template, or with the one that the model has for them in its place.
     400 where the fields about them contradict each other."""
     plan = plan_tools(
@@ -135,7 +136,7 @@ def tool_plan(state: ApiState, template: Template | None, body: ChatBody | Token
 
 def render_messages(
     state: ApiState,
-    template: Template | None,
+    template: ChatTemplate | None,
     messages: list[ChatMessage],
     max_model_len: int,
     *,

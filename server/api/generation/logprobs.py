@@ -7,14 +7,14 @@ import codecs
 from collections.abc import Sequence
 from typing import Any
 
-from guanaco.server.api.generation.state import ChatTokenizer
+from guanaco.models.text.tokenizer import Tokenizer
 from guanaco.server.engine.request import TokenLogprob
 
 # JSON has no minus infinity (a token that a bias or a mask forbids); vLLM's number in its place.
 _LOWEST = -9999.0
 
 
-def chat_logprobs(tokenizer: ChatTokenizer, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+def chat_logprobs(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
     """`choices[].logprobs` of a chat completion."""
     return {
         "content": [
@@ -28,7 +28,7 @@ def chat_logprobs(tokenizer: ChatTokenizer, logprobs: Sequence[TokenLogprob]) ->
     }
 
 
-def _entry(tokenizer: ChatTokenizer, token_id: int, logprob: float) -> dict[str, Any]:
+def _entry(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
     raw = tokenizer.token_bytes(token_id)
     return {"token": _text(raw), "logprob": max(logprob, _LOWEST), "bytes": list(raw)}
 
@@ -42,7 +42,7 @@ class CompletionLogprobs:
     """Builds `choices[].logprobs` of a text completion. Text offsets count the characters of the choice's text and run
     on from one chunk to the next; special tokens that the text leaves out take no room in it."""
 
-    def __init__(self, tokenizer: ChatTokenizer, *, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._hidden = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may take several tokens

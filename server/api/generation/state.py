@@ -3,15 +3,17 @@
 Names no concrete tokenizer: the API may not import the models' package, so it says here what it needs of one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
+from guanaco.models.text.chat_template import ChatTemplate
+from guanaco.models.text.tokenizer import Tokenizer
 from guanaco.server.adapters.manager import AdapterManager
 from guanaco.server.api.generation.catalog import Catalog, ServedModel
 from guanaco.server.api.generation.sampling import SamplingDefaults
@@ -20,7 +22,6 @@ from guanaco.server.api.http.errors import overloaded
 from guanaco.server.api.http.fair_pool import FairPool, Lane
 from guanaco.server.api.http.intake import Intake
 from guanaco.server.api.http.lifecycle import Admission, Lifecycle
-from guanaco.server.api.tools.plan import ToolTemplate
 from guanaco.server.config import Settings
 from guanaco.server.engine.async_engine import AsyncEngine
 from guanaco.server.engine.request import SamplingParams
@@ -36,50 +37,8 @@ _ANSWER_THREADS = 1
 _GRAMMAR_THREADS = 1
 
 
-class Template(ToolTemplate, Protocol):
-    """What the API knows of a chat template: what it takes of tools, and how a model that was trained on it goes on
-    where it should stop."""
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]: ...
-
-
-def _no_template(name: str) -> Template:
+def _no_template(name: str) -> ChatTemplate:
     raise LookupError(name)
-
-
-class ChatTokenizer(Protocol):
-    """What the API needs of a tokenizer (`models.tokenizer.Tokenizer` has it). Used from several threads at once."""
-
-    bos_id: int | None
-    eos_ids: tuple[int, ...]
-    vocab_size: int
-    special_ids: frozenset[int]
-
-    @property
-    def chat_template(self) -> Template | None: ...
-    @property
-    def tool_template(self) -> Template | None:
-        """The model's own for chats with tools; None: the same as for others."""
-
-    def encode(
-        self, text: str, *, add_bos: bool | None = None, parse_control: bool = False, max_tokens: int | None = None
-    ) -> list[int]: ...
-    def control_id(self, text: str) -> int | None: ...
-    def holds_control(self, text: str) -> bool: ...
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
-    def token_bytes(self, token_id: int) -> bytes: ...
-    def token_text(self, token_id: int) -> str: ...
-    def encode_chat(
-        self,
-        messages: list[dict[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        template: Any = None,
-        max_chars: int = ...,
-        tools: Sequence[dict[str, Any]] | None = None,
-        max_tokens: int | None = None,
-    ) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -87,7 +46,7 @@ class ApiState:
     """Everything that the HTTP side needs."""
 
     engine: AsyncEngine
-    tokenizer: ChatTokenizer
+    tokenizer: Tokenizer
     catalog: Catalog
     settings: Settings
     metrics: Metrics
@@ -97,8 +56,8 @@ class ApiState:
     keys: KeyRing = field(default_factory=KeyRing)
     admin_keys: KeyRing = field(default_factory=KeyRing)
     adapters: AdapterManager | None = None  # None: adapters stay as they were at the start
-    chat_template: Template | None = None  # to be used instead of the tokenizer's own
-    named_template: Callable[[str], Template] = field(default=_no_template)  # for profiles
+    chat_template: ChatTemplate | None = None  # to be used instead of the tokenizer's own
+    named_template: Callable[[str], ChatTemplate] = field(default=_no_template)  # for profiles
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
     eos_ids: frozenset[int] | None = None  # that end a text; None: the tokenizer's
     # For requests that generate; for /tokenize and /detokenize; for writing large answers; for grammars.
@@ -140,7 +99,7 @@ class ApiState:
             raise overloaded()
         return Admission(self.lifecycle)
 
-    def template_for(self, model: ServedModel) -> Template | None:
+    def template_for(self, model: ServedModel) -> ChatTemplate | None:
         """The chat template of a model: its profile's, or the operator's, or the tokenizer's own."""
         if model.profile is not None and model.profile.chat_template is not None:
             return self.named_template(model.profile.chat_template)

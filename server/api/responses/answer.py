@@ -10,11 +10,11 @@ from typing import Any
 
 import orjson
 
+from guanaco.models.text.tokenizer import Tokenizer
 from guanaco.server.api.generation.answer import Answer
 from guanaco.server.api.generation.choices import Generation
 from guanaco.server.api.generation.encode import named_event
 from guanaco.server.api.generation.logprobs import chat_logprobs
-from guanaco.server.api.generation.state import ChatTokenizer
 from guanaco.server.api.http.errors import ApiError
 from guanaco.server.api.responses.items import Item, new_id
 from guanaco.server.api.responses.store import ResponseStore, StoredResponse
@@ -37,7 +37,7 @@ class ResponsesAnswer(Answer):
         input_items: Sequence[Item],
         owner: str,
         store: ResponseStore | None,
-        tokenizer: ChatTokenizer | None,
+        tokenizer: Tokenizer | None,
         reader: ToolCallReader | None,
     ) -> None:
         """store: None where nothing is kept. tokenizer: None where log-probabilities aren't shown. reader: finds calls

@@ -7,6 +7,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from guanaco.models.text.tokenizer import Tokenizer
 from guanaco.server.api.generation.answer import ChoicesAnswer
 from guanaco.server.api.generation.body import body_schema, take_fields
 from guanaco.server.api.generation.catalog import Caller, ServedModel
@@ -14,7 +15,7 @@ from guanaco.server.api.generation.conversation import prepare_conversation
 from guanaco.server.api.generation.logprobs import chat_logprobs
 from guanaco.server.api.generation.protocol import CHAT_FIELDS, ChatBody
 from guanaco.server.api.generation.serving import Prepared, serve
-from guanaco.server.api.generation.state import ApiState, ChatTokenizer
+from guanaco.server.api.generation.state import ApiState
 from guanaco.server.api.http.lifecycle import Admission
 from guanaco.server.api.tools.calls import TOOL_CALLS, ChoiceCalls, deltas
 from guanaco.server.api.tools.plan import ToolPlan
@@ -66,7 +67,7 @@ class ChatAnswer(ChoicesAnswer):
     object_name = "chat.completion"
     chunk_name = "chat.completion.chunk"
 
-    def __init__(self, body: ChatBody, model: ServedModel, tokenizer: ChatTokenizer, tools: ToolPlan) -> None:
+    def __init__(self, body: ChatBody, model: ServedModel, tokenizer: Tokenizer, tools: ToolPlan) -> None:
         super().__init__(body, model)
         self._tokenizer = tokenizer
         self._with_logprobs = bool(body.logprobs)

@@ -7,6 +7,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from guanaco.models.text.tokenizer import Tokenizer
 from guanaco.server.api.generation import protocol
 from guanaco.server.api.generation.answer import ChoicesAnswer
 from guanaco.server.api.generation.body import body_schema, take_fields
@@ -24,7 +25,7 @@ from guanaco.server.api.generation.serving import (
     grammar_of,
     serve,
 )
-from guanaco.server.api.generation.state import ApiState, ChatTokenizer
+from guanaco.server.api.generation.state import ApiState
 from guanaco.server.api.http.errors import bad_request
 from guanaco.server.api.http.lifecycle import Admission
 from guanaco.server.engine.request import FinishReason, TokenLogprob
@@ -119,7 +120,7 @@ class CompletionAnswer(ChoicesAnswer):
     chunk_name = "text_completion"
 
     def __init__(
-        self, body: CompletionBody, model: ServedModel, tokenizer: ChatTokenizer, prompts: tuple[Prompt, ...]
+        self, body: CompletionBody, model: ServedModel, tokenizer: Tokenizer, prompts: tuple[Prompt, ...]
     ) -> None:
         super().__init__(body, model)
         self._with_logprobs = body.logprobs is not None

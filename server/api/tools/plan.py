@@ -5,11 +5,13 @@ The room's entry: see the room's docstring. Messages and tools have the shape of
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import orjson
 
 from guanaco.models.error_codes import ErrorCode
+from guanaco.models.text.chat_template import ChatTemplate
+from guanaco.models.text.tokenizer import Tokenizer
 from guanaco.server.api.http.errors import bad_request
 from guanaco.server.api.tools.default_prompt import tools_text, with_calls_as_text, with_tools_text
 from guanaco.server.api.tools.definitions import Mode, Tool, ToolChoice
@@ -22,36 +24,6 @@ from guanaco.server.api.tools.reader import ToolCallReader
 from guanaco.server.grammars.spec import Grammar, grammar_of_parts, one_of, part_of
 
 
-class Support(Protocol):
-    """What a chat template writes of tools by itself (`models.text.template_tools.ToolSupport`)."""
-
-    @property
-    def tools(self) -> bool: ...
-    @property
-    def calls(self) -> bool: ...
-    @property
-    def results(self) -> bool: ...
-    @property
-    def many_calls(self) -> bool: ...
-    @property
-    def system(self) -> bool: ...
-
-
-class ToolTemplate(Protocol):
-    """What is needed of a chat template. `tool_support` may raise the template's own errors."""
-
-    @property
-    def source(self) -> str: ...
-    @property
-    def tool_support(self) -> Support: ...
-
-
-class ControlIds(Protocol):
-    """What is needed of a tokenizer."""
-
-    def control_id(self, text: str) -> int | None: ...
-
-
 @dataclass(frozen=True)
 class ToolPlan:
     """What a request's tools come to. One without tools only brings the history into shape."""
@@ -61,8 +33,8 @@ class ToolPlan:
     names: tuple[str, ...] = ()  # of the functions that may be called
     parallel: bool = True  # whether an answer may have several calls
     setting: str = "auto"  # --tool-format
-    template: ToolTemplate | None = None  # that the prompt is made with
-    tokenizer: ControlIds | None = None
+    template: ChatTemplate | None = None  # that the prompt is made with
+    tokenizer: Tokenizer | None = None
     is_sure: bool = False  # answers follow a grammar by which whatever begins as a call becomes one
     is_named: bool = False  # tool_choice names the one function to call
 
@@ -177,8 +149,8 @@ def plan_tools(
     choice: ToolChoice | None,
     parallel: bool | None,
     *,
-    template: ToolTemplate | None,
-    tokenizer: ControlIds | None,
+    template: ChatTemplate | None,
+    tokenizer: Tokenizer | None,
     setting: str = "auto",
 ) -> ToolPlan:
     """The plan for a request's fields, which `definitions` parsed. 400 where they contradict each other."""
