@@ -1,14 +1,12 @@
 """The ledger of host memory: which adapter versions are in it, which are being read, who holds them, who goes first.
 
 Plain integers and strings: no torch, no clock, no threads; the copies are the registry's, the reading is
-`server.engine.adapter_tiers`'. Called by the scheduler and its simulator, from one thread; others may look.
+`server.adapters.tiers`'. A part of the ledger of residency (`ledger`), which alone changes it; others may look.
 
-How a scheduler uses it:
+How that uses it:
 
-    if table.pin(versions):           # there is room for all of them: those that are away will be read
-        table.is_ready(versions)      # … and have been: the request may run
-    table.take_evicted()              # copies to drop, and then
-    table.take_reads()                # versions to read, each once however many wait for it
+    moves = table.pin(versions)       # there is room for all of them, or None; those that are away are to be read
+    table.is_ready(versions)          # … and have been: the request may run
     table.read_done(version, ok)      # its copy is there, or could not be had
     table.unpin(versions)             # the request ended: exactly once per successful pin
 
@@ -19,6 +17,8 @@ never told of (`add`) is none of its business: it counts as ready, and takes not
 
 from collections import Counter
 from collections.abc import Iterable
+
+from guanaco.adapters.residency.moves import Evict, Moves, Read
 
 
 class HostTable:
@@ -36,8 +36,6 @@ class HostTable:
         self._kept: set[str] = set()  # here or being read, and not to be evicted, since an operator says so
         self._pins: Counter[str] = Counter()  # counts above zero only
         self._idle: dict[str, None] = {}  # here, unpinned, evictable; insertion order is least recently used first
-        self._evicted: dict[str, None] = {}  # what `take_…` hands out next
-        self._reads: dict[str, None] = {}
 
     def add(self, version: str, num_bytes: int, *, is_here: bool = False, is_permanent: bool = False) -> bool:
         """Tell of a version; one that is known stays as it is. False, and nothing changed, where there is no room:
@@ -66,9 +64,10 @@ class HostTable:
         assert version not in self._here | self._reading, f"a version is forgotten while it is here: {version}"
         self._sizes.pop(version, None)
 
-    def pin(self, versions: Iterable[str]) -> bool:
-        """Hold every version once more, or change nothing and return False where there is no room for those that are
-        away. Others are evicted for them, and they are to be read. A version named twice counts once."""
+    def pin(self, versions: Iterable[str]) -> Moves | None:
+        """Hold every version once more, or change nothing and return None where there is no room for those that are
+        away. Others are evicted for them, and they are to be read, each once however many wait for it. A version named
+        twice counts once."""
         wanted = [version for version in dict.fromkeys(versions) if version in self._sizes]
         missing = [version for version in wanted if version not in self._here and version not in self._reading]
         needed = self.num_bytes + sum(self._sizes[version] for version in missing) - self.limit_bytes
@@ -81,18 +80,17 @@ class HostTable:
                     victims.append(version)
                     needed -= self._sizes[version]
             if needed > 0:
-                return False
-        for version in victims:
-            self._drop(version)
-            self.num_evictions += 1
+                return None
+        evicted = [self._drop(version) for version in victims]
+        self.num_evictions += len(evicted)
+        self.num_reads += len(missing)
         for version in missing:
             self._reading.add(version)
-            self._reads[version] = None
             self.num_bytes += self._sizes[version]
         for version in wanted:
             self._pins[version] += 1
             self._idle.pop(version, None)
-        return True
+        return (*evicted, *(Read(version) for version in missing))
 
     def unpin(self, versions: Iterable[str]) -> None:
         """Take back one pin of each version; one that has none left becomes the most recently used to evict."""
@@ -105,15 +103,15 @@ class HostTable:
                 del self._pins[version]
                 self._settle(version)
 
-    def keep(self, version: str) -> bool:
-        """From now on a version is not evicted for others; one that is away is read. False where there is no room."""
+    def keep(self, version: str) -> Moves | None:
+        """From now on a version is not evicted for others; one that is away is read. None where there is no room."""
         if version not in self._sizes:
-            return True
-        if not self.pin([version]):
-            return False
-        self._kept.add(version)
-        self.unpin([version])
-        return True
+            return ()
+        moves = self.pin([version])
+        if moves is not None:
+            self._kept.add(version)
+            self.unpin([version])
+        return moves
 
     def release(self, version: str) -> None:
         """Take `keep` back."""
@@ -135,17 +133,6 @@ class HostTable:
             others |= (self._kept | self._reading) - wanted
         return sum(self._sizes.get(version, 0) for version in wanted | others) <= self.limit_bytes
 
-    def take_evicted(self) -> tuple[str, ...]:
-        """Copies that must be dropped now, each once. To be asked for before `take_reads`: one may be in both."""
-        evicted, self._evicted = tuple(self._evicted), {}
-        return evicted
-
-    def take_reads(self) -> tuple[str, ...]:
-        """Versions that must be read now, each once."""
-        reads, self._reads = tuple(self._reads), {}
-        self.num_reads += len(reads)
-        return reads
-
     def read_done(self, version: str, *, is_here: bool) -> None:
         """A read has ended; with `is_here` False its bytes are free again, and whoever holds it must let go."""
         self._reading.discard(version)
@@ -156,15 +143,19 @@ class HostTable:
             self._kept.discard(version)
             self.num_bytes -= self._sizes[version]
 
-    def evict(self, version: str) -> bool:
-        """Let a copy go, permanent, kept or not; False where somebody holds it or it is being read."""
-        if self._pins[version] or version in self._reading:
-            return False
-        if version in self._here:
-            self._permanent.discard(version)
-            self._kept.discard(version)
-            self._drop(version)
-        return True
+    def evict(self, version: str) -> Moves | None:
+        """Let a copy go, permanent, kept or not; None where somebody holds it or it is being read."""
+        if self.is_held(version):
+            return None
+        if version not in self._here:
+            return ()
+        self._permanent.discard(version)
+        self._kept.discard(version)
+        return (self._drop(version),)
+
+    def is_held(self, version: str) -> bool:
+        """Whether a request holds a version, or a read of it runs."""
+        return version in self._pins or version in self._reading
 
     @property
     def kept(self) -> frozenset[str]:
@@ -202,8 +193,8 @@ class HostTable:
             self._idle.pop(version, None)
             self._idle[version] = None
 
-    def _drop(self, version: str) -> None:
+    def _drop(self, version: str) -> Evict:
         self._here.remove(version)
         self._idle.pop(version, None)
         self.num_bytes -= self._sizes[version]
-        self._evicted[version] = None
+        return Evict(version, from_host=True)

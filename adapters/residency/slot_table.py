@@ -1,10 +1,10 @@
 """The ledger of device places: which adapter version is in which adapter slot, and where in the device's arena; who
 holds it, and who goes first.
 
-Plain integers and strings: no torch, no clock, no randomness; the tensors are `slot_store`'s. Called by the scheduler
-and its simulator, from one thread.
+Plain integers and strings: no torch, no clock, no randomness; the tensors are `slot_store`'s. A part of the ledger of
+residency (`ledger`), which alone changes it.
 
-How a scheduler uses it:
+How that uses it:
 
     plan = table.pin(versions)        # a sequence starts to run: all of its versions get a place and a pin, or None
     table.slot_of(version)            # any time while it is pinned; constant until the last unpin
@@ -51,7 +51,7 @@ class SlotTable:
         self._slots: dict[str, int] = {}
         self._sizes: dict[str, int] = {}  # of the versions that take bytes of the arena
         self._offsets: dict[str, int] = {}  # where they lie in it: resident ones only
-        self._vacated: set[int] = set()  # slots that lost their version to another one's bytes
+        self._vacated: dict[int, str] = {}  # slots that lost their version to another one's bytes → that version
         self._pins: dict[str, int] = {}  # resident versions only, and only counts above zero
         self._unpinned: dict[str, None] = {}  # resident without a pin; insertion order is least recently used first
 
@@ -113,7 +113,7 @@ class SlotTable:
             self.num_evictions += 1
             if version in self._sizes:  # others' bytes may soon be where its own were: it must be copied again
                 self._stored[slot] = None
-                self._vacated.add(slot)
+                self._vacated[slot] = version
         for slot, version in plan.loads:
             self._versions[slot] = version
             self._slots[version] = slot
@@ -132,10 +132,10 @@ class SlotTable:
                 del self._pins[version]
                 self._unpinned[version] = None
 
-    def take_clears(self) -> tuple[int, ...]:
-        """Slots that are empty now and were not: each is handed out once."""
-        vacated, self._vacated = self._vacated, set()
-        return tuple(sorted(slot for slot in vacated if self._versions[slot] is None))
+    def take_clears(self) -> tuple[tuple[int, str], ...]:
+        """Slots that are empty now and were not, with what was in them: each is handed out once."""
+        vacated, self._vacated = self._vacated, {}
+        return tuple(sorted((slot, version) for slot, version in vacated.items() if self._versions[slot] is None))
 
     def take_loads(self) -> tuple[tuple[int, str], ...]:
         """The (slot, version) copies that must happen before the next forward pass; each is handed out once.

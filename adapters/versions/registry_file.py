@@ -55,9 +55,9 @@ class RegistryFile:
         """The aliases that were written last; none where there is no file, or an old one. Raises as `read`."""
         return self._read(lambda content: tuple(_alias(record) for record in content.get("aliases", [])))
 
-    def read_pinned(self) -> tuple[str, ...]:
-        """The names that were to stay in memory. Raises as `read`."""
-        return self._read(lambda content: tuple(str(name) for name in content.get("pinned", [])))
+    def read_names(self, part: str) -> tuple[str, ...]:
+        """A part of the file that is a list of names; empty in a file without it. Raises as `read`."""
+        return self._read(lambda content: tuple(str(name) for name in content.get(part, [])))
 
     def read_version_keys(self) -> tuple[tuple[str, str, tuple[str, ...]], ...]:
         """Name, version and the ids of the keys that it was published for. Raises as `read`."""
@@ -90,16 +90,17 @@ class RegistryFile:
         self,
         records: Iterable[Saved],
         aliases: Iterable[Alias] = (),
-        pinned: Iterable[str] = (),
         version_keys: Iterable[dict[str, Any]] = (),
+        **names: Iterable[str],
     ) -> None:
-        """Replace the file. Raises OSError; then the old one is still there."""
+        """Replace the file. names: further parts, each a list of names. Raises OSError; then the old file is still
+        there."""
         content = {
             "format": _FORMAT,
             "adapters": [asdict(record) for record in records],
             "aliases": [asdict(alias) for alias in aliases],
-            "pinned": sorted(pinned),
             "version_keys": list(version_keys),
+            **{part: sorted(listed) for part, listed in names.items()},
         }
         text = json.dumps(content, indent=1)
         handle, temporary = tempfile.mkstemp(prefix=f".{self.path.name}-", dir=self.path.parent)

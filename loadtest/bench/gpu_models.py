@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from guanaco.adapters.peft.weights import AdapterLimits
+from guanaco.adapters.residency.ledger import ResidencyLedger
 from guanaco.adapters.residency.slot_store import SlotStore
 from guanaco.adapters.residency.slot_table import SlotTable
 from guanaco.adapters.versions.registry import AdapterRegistry
@@ -135,7 +136,9 @@ class Streams:
             )
         runner = ModelRunner(model, kv, registry, store, frozenset(), path)
         limits = Limits(num_seqs, chunk, max_model_len=context, queue_timeout_seconds=0.0)
-        scheduler = Scheduler(limits, BlockManager(num_blocks, BLOCK_SIZE), SlotTable(slots), frozenset())
+        scheduler = Scheduler(
+            limits, BlockManager(num_blocks, BLOCK_SIZE), ResidencyLedger(SlotTable(slots)), frozenset()
+        )
         return Streams(Engine(scheduler, runner, clock=lambda: 0.0), registry, model.config.vocab_size, path)
 
     def request(self, prompt: int, max_tokens: int, *adapters: str) -> str:

@@ -68,10 +68,8 @@ class AliasManager:
 
     async def put(self, name: str, split: Mapping[str, int], *, expected_revision: int | None = None) -> Alias:
         """Make `name` lead to the targets of `split`; see `parse_targets`."""
-        targets = parse_targets(split)
-        return await self._change(
-            targets, lambda whole: self.table.put(name, whole, now=time.time(), expected=expected_revision)
-        )
+        async with self._changing(parse_targets(split)) as targets:
+            return self.table.put(name, targets, now=time.time(), expected=expected_revision)
 
     async def rollback(self, name: str, revision: int | None = None) -> Alias:
         """Make an alias what it was before its last change, or at an earlier revision: that is a change like others."""
@@ -82,17 +80,18 @@ class AliasManager:
         past = next((past for past in alias.history if past.number == wanted), None)
         if past is None:
             raise AdapterError(ErrorCode.REVISION_MISSING, f"{name} has no such revision in its history", "revision")
-        return await self._change(
-            past.targets, lambda whole: self.table.put(name, whole, now=time.time(), expected=alias.now.number)
-        )
+        async with self._changing(past.targets) as targets:
+            return self.table.put(name, targets, now=time.time(), expected=alias.now.number)
 
     async def rename(self, name: str, new: str) -> Alias:
         """Another name for an alias, for all that lead to it too."""
-        return await self._change((), lambda _: self.table.rename(name, new))
+        async with self._changing():
+            return self.table.rename(name, new)
 
     async def remove(self, name: str) -> Alias:
         """Forget an alias; requests that came by it go on."""
-        return await self._change((), lambda _: self.table.remove(name))
+        async with self._changing():
+            return self.table.remove(name)
 
     def view(self, name: str) -> AliasView | None:
         alias = self.table.get(name)
@@ -111,7 +110,9 @@ class AliasManager:
             except AdapterError as error:
                 logger.warning("an alias leads to version %s, which cannot be had: %s", version[:12], error)
 
-    async def _change(self, targets: tuple[Target, ...], change: Callable[[tuple[Target, ...]], Alias]) -> Alias:
+    @asynccontextmanager
+    async def _changing(self, targets: tuple[Target, ...] = ()) -> AsyncIterator[tuple[Target, ...]]:
+        """With other changes waiting, and the targets' versions whole and known; then everything is written down."""
         async with self._lock:
             async with AsyncExitStack() as stack:
                 whole = []
@@ -121,9 +122,8 @@ class AliasManager:
                         target = replace(target, version=version)
                         await stack.enter_async_context(self._held(version))
                     whole.append(target)
-                alias = change(tuple(whole))
+                yield tuple(whole)
             await self._save()
-        return alias
 
     def _whole_version(self, name: str, prefix: str) -> str:
         entry = self._registry.resolve(name)

@@ -1,15 +1,16 @@
 """Adapters that come and go while the engine runs: load, prove, publish, replace, roll back, drain, remove.
 
-Lives on the event loop; reading, copying and hashing happen on the threads of `adapter_sources`, and the proof of
-effect in background requests, so nobody waits for a load but who asked for it. Knows no HTTP. Used by the admin routes.
+Lives on the event loop; reading, copying and hashing happen on the threads of `sources`, and the proof of effect in
+background requests, so a load delays nobody but its caller. Knows no HTTP. Used by the admin routes.
 """
 
 import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
 
 from guanaco.adapters.errors import AdapterError, adapter_not_found
 from guanaco.adapters.peft.weights import LoadedAdapter
@@ -29,8 +30,6 @@ from guanaco.server.adapters.sources import ROLLED_BACK, AdapterPolicy, AdapterS
 from guanaco.server.adapters.tiers import AdapterTiers
 from guanaco.server.adapters.view import AdapterView, LoadingEntry
 from guanaco.server.engine.async_engine import AsyncEngine, EngineUnavailable, ProbeFailed
-
-T = TypeVar("T")
 
 
 class AdapterManager:
@@ -75,7 +74,7 @@ class AdapterManager:
         for entry in self.registry.entries():  # those of --adapter, which no store has
             self.tiers.adopt(self.registry.host_copy(entry.version), is_permanent=True)
         notes = self._records.restore(self._sources.stored_now, self._sources.profile, self.tiers.adopt)
-        notes += self._pins.restore(self._records.pinned())
+        notes += self._pins.restore(self._records)
         self._sources.collect_now()
         self._retirement.start()
         return notes
@@ -88,7 +87,7 @@ class AdapterManager:
         """
         running = self._loads.get(wanted)
         if running is None:
-            running = asyncio.create_task(self._timed(self._locked(wanted.name, lambda: self._load(wanted))))
+            running = asyncio.create_task(self._timed(self._load_locked(wanted)))
             self._loads[wanted] = running
             running.add_done_callback(lambda task: self._load_ended(wanted, task))
         # A client that leaves does not stop a load that others may wait for.
@@ -97,13 +96,11 @@ class AdapterManager:
     async def is_same(self, name: str, source: str) -> bool:
         """Whether loading `source` as `name` would change nothing: its content and the profile beside it are those that
         `name` has. Reads the whole source; AdapterError as of `load`."""
-        return await self._locked(name, lambda: self._is_same(name, source))
-
-    async def _is_same(self, name: str, source: str) -> bool:
-        located = await self._sources.locate(source)
-        profile, _ = await self._sources.profile_for(name, located, None)
-        adapter = await self._sources.ingest(name, located, keep=False)
-        entry = self.registry.resolve(name)
+        async with self._locked(name):
+            located = await self._sources.locate(source)
+            profile, _ = await self._sources.profile_for(name, located, None)
+            adapter = await self._sources.ingest(name, located, keep=False)
+            entry = self.registry.resolve(name)
         return entry is not None and entry.version == adapter.version and entry.profile == profile
 
     async def unload(self, name: str, *, force: bool = False, timeout_seconds: float = 0.0) -> bool:
@@ -111,15 +108,18 @@ class AdapterManager:
 
         Waits so long for the last of them; afterwards the version is taken off the device in the background.
         """
-        return await self._locked(name, lambda: self._unload(name, force, timeout_seconds))
+        async with self._locked(name):
+            return await self._unload(name, force, timeout_seconds)
 
     async def rollback(self, name: str, version: str | None = None) -> AdapterEntry:
         """Make `name` what it was before its last change, or an earlier version of its history."""
-        return await self._locked(name, lambda: self._rollback(name, version))
+        async with self._locked(name):
+            return await self._rollback(name, version)
 
     async def pin(self, name: str, *, pinned: bool) -> None:
         """Keep `name` in host memory, whatever version it comes to stand for, until told otherwise."""
-        await self._locked(name, lambda: self._pins.pin(name) if pinned else self._pins.unpin(name))
+        async with self._locked(name):
+            await (self._pins.pin(name) if pinned else self._pins.unpin(name))
         await self._changed()
 
     def view(self, name: str) -> AdapterView | None:
@@ -194,6 +194,10 @@ class AdapterManager:
         del self._loads[wanted]
         if not task.cancelled():
             task.exception()  # whoever still waits gets it; where nobody does, it is no news for the log
+
+    async def _load_locked(self, wanted: LoadRequest) -> AdapterEntry:
+        async with self._locked(wanted.name):
+            return await self._load(wanted)
 
     async def _load(self, wanted: LoadRequest) -> AdapterEntry:
         name, expected = wanted.name, wanted.expected_version
@@ -324,12 +328,14 @@ class AdapterManager:
                 ErrorCode.VERSION_CONFLICT, f"{name} {now}, not for the expected one", "expected_version"
             )
 
-    async def _locked(self, name: str, work: Callable[[], Awaitable[T]]) -> T:
+    @asynccontextmanager
+    async def _locked(self, name: str) -> AsyncIterator[None]:
+        """With all other changes of a name waiting."""
         lock = self._locks.setdefault(name, asyncio.Lock())
         self._lock_users[name] += 1
         try:
             async with lock:
-                return await work()
+                yield
         finally:
             self._lock_users[name] -= 1
             if not self._lock_users[name]:
@@ -338,7 +344,7 @@ class AdapterManager:
     async def _changed(self) -> None:
         """Names mean something else from now on: write it down, and tell who keeps a list."""
         await self._pins.refresh()
-        await self._records.save(self._sources.on_thread, frozenset(self._pins.names))
+        await self._records.save(self._sources.on_thread, **self._pins.saved())
         self._on_change()
 
 

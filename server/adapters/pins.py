@@ -7,15 +7,16 @@ import logging
 from collections.abc import Iterable
 
 from guanaco.adapters.errors import AdapterError, adapter_not_found
+from guanaco.adapters.residency.messages import AddVersion
 from guanaco.adapters.versions.holds import Holder
 from guanaco.adapters.versions.registry import AdapterEntry, AdapterRegistry
 from guanaco.models.error_codes import ErrorCode
+from guanaco.server.adapters.records import AdapterRecords
 from guanaco.server.engine.async_engine import AsyncEngine
-from guanaco.server.engine.request import AddVersion
 
 logger = logging.getLogger(__name__)
 
-_PARTY = "pins"  # in the ledger of holds
+_PARTY = "pinned"  # in the ledger of holds, and in the list that a restart reads
 
 
 class AdapterPins:
@@ -26,15 +27,20 @@ class AdapterPins:
         self._registry = registry
         self._engine = engine
 
-    def restore(self, names: Iterable[str]) -> tuple[str, ...]:
+    def saved(self) -> dict[str, frozenset[str]]:
+        """What `AdapterRecords.save` is to write down."""
+        return {_PARTY: frozenset(self.names)}
+
+    def restore(self, records: AdapterRecords) -> tuple[str, ...]:
         """Before the engine starts: what was pinned before a restart; remarks for the operator."""
-        self.names = set(names)
-        host, pinned = self._engine.ledgers.host, self._pinned()
+        self.names = set(records.names(_PARTY))
+        pinned = self._pinned()
         self._hold({entry.version for entry in pinned})
+        wanted = (AddVersion(entry.version, entry.num_bytes, is_kept=True) for entry in pinned)
         return tuple(
             f"adapter {entry.name} is pinned, and there is no room to keep it in memory"
-            for entry in pinned
-            if not host.keep(entry.version)
+            for entry, has_room in zip(pinned, self._engine.keep_from_start(*wanted), strict=True)
+            if not has_room
         )
 
     async def pin(self, name: str) -> None:

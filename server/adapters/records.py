@@ -6,6 +6,7 @@ Keeps the list in step with the registry, and restores from it. Reads no adapter
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from guanaco.adapters.errors import AdapterError
@@ -127,12 +128,13 @@ class AdapterRecords:
         self._persistent.discard(name)
         self._shadowed.pop(name, None)
 
-    def pinned(self) -> tuple[str, ...]:
-        """The names that were to stay in memory before a restart."""
-        return self._saved.read_pinned()
+    def names(self, part: str) -> tuple[str, ...]:
+        """What `save` was told of a part before a restart."""
+        return self._saved.read_names(part)
 
-    async def save(self, on_thread: OnThread, pinned: frozenset[str]) -> None:
-        """Write down what a restart is to bring back. The change itself stands even if that fails; the log says so.
+    async def save(self, on_thread: OnThread, **names: frozenset[str]) -> None:
+        """Write down what a restart is to bring back, and further parts that are lists of names. The change itself
+        stands even if that fails; the log says so.
 
         The list holds the versions that it names, the old one until the new one is written: a stored copy must not go
         before the list that names it.
@@ -152,7 +154,7 @@ class AdapterRecords:
             versions = _versions_of(records, aliases)
             self._hold(versions | self._registry.holds.assigned(_PARTY, Holder.HISTORY))
             try:
-                await on_thread(lambda: self._saved.write(records, aliases, pinned, keys))
+                await on_thread(partial(self._saved.write, records, aliases, keys, **names))
                 self._hold(versions)
             except OSError as error:
                 logger.error(

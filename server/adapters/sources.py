@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path, PurePath
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.peft.weights import LoadedAdapter, check_base
@@ -21,6 +22,7 @@ from guanaco.adapters.versions.store import OnStage, VersionStore
 from guanaco.models.error_codes import ErrorCode
 from guanaco.server.adapters.hub import AdapterHub, HubAddress
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 _LOAD_THREADS = 2
@@ -94,7 +96,7 @@ class AdapterSources:
         self._check_text(source)
         hub, root = self._policy.hub, self._policy.root
         address = HubAddress.parse(source) if hub is None else hub.address(source)
-        if address is None or (root is not None and await self.on_thread(lambda: os.path.lexists(root / source))):
+        if address is None or (root is not None and await self.on_thread(os.path.lexists, root / source)):
             if root is None:
                 problem = "start the server with --adapter-root DIR: adapters are loaded from below it"
                 raise AdapterError(ErrorCode.NO_ADAPTER_ROOT, problem, "source")
@@ -117,7 +119,7 @@ class AdapterSources:
     async def ingest(self, name: str, at: Located, *, keep: bool = True) -> LoadedAdapter:
         """The adapter of a source. What is kept is held as by a load; the caller gives that back."""
         return await self.on_thread(
-            lambda: self._store.ingest(at.path, name=name, root=at.root, keep=keep, on_stage=self._on_stage)
+            self._store.ingest, at.path, name=name, root=at.root, keep=keep, on_stage=self._on_stage
         )
 
     def checked(self, adapter: LoadedAdapter) -> LoadedAdapter:
@@ -132,7 +134,7 @@ class AdapterSources:
 
     async def profile_beside(self, name: str, at: Located) -> Profile | None:
         """What the file beside an adapter asks for; None where there is none."""
-        return await self.on_thread(lambda: read_profile(at.path, name, self._registry.templates, at.root))
+        return await self.on_thread(read_profile, at.path, name, self._registry.templates, at.root)
 
     async def profile_for(self, name: str, at: Located, given: Mapping[str, Any] | None) -> tuple[Profile | None, str]:
         """How `name` is to be served after a load, and where that is from. given: by this load."""
@@ -151,7 +153,7 @@ class AdapterSources:
 
     async def stored(self, version: str) -> LoadedAdapter:
         """A version that the store keeps."""
-        return await self.on_thread(lambda: self._store.read(version))
+        return await self.on_thread(self._store.read, version)
 
     def stored_now(self, version: str) -> LoadedAdapter:
         """As `stored`, on the caller's thread: for the start, before anybody waits."""
@@ -165,9 +167,9 @@ class AdapterSources:
         """As `collect_now`, off the event loop."""
         await self.on_thread(self._store.collect)
 
-    async def on_thread(self, work: Callable[[], T]) -> T:
+    async def on_thread(self, work: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
         """Run file work on one of the loading threads."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(work, *args, **options))
 
     def close(self) -> None:
         """Give the threads and the store up."""

@@ -11,12 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.peft.weights import LoadedAdapter
+from guanaco.adapters.residency.messages import AddVersion, ForgetVersion, ReadDone
 from guanaco.adapters.versions.holds import Holder
 from guanaco.adapters.versions.registry import AdapterRegistry
 from guanaco.adapters.versions.store import VersionStore
 from guanaco.models.error_codes import ErrorCode
 from guanaco.server.engine.async_engine import AsyncEngine
-from guanaco.server.engine.request import AddVersion, ForgetVersion, ReadDone
 
 logger = logging.getLogger(__name__)
 
@@ -65,12 +65,12 @@ class AdapterTiers:
 
         Raises AdapterError for one that is too large ever to be there.
         """
-        ledgers, version, num_bytes = self._engine.ledgers, adapter.version, adapter.num_bytes
+        residency, version, num_bytes = self._engine.residency, adapter.version, adapter.num_bytes
         device_bytes = self._device_bytes(adapter)
         self._told(version)
-        if ledgers.add_adapter(version, num_bytes, device_bytes, is_here=True, is_permanent=is_permanent):
-            return ledgers.host.is_ready([version])
-        if not ledgers.add_adapter(version, num_bytes, device_bytes):
+        if residency.add(version, num_bytes, device_bytes, is_here=True, is_permanent=is_permanent):
+            return residency.is_ready([version])
+        if not residency.add(version, num_bytes, device_bytes):
             raise self._full(adapter)
         return False
 
@@ -85,6 +85,8 @@ class AdapterTiers:
 
     async def forget(self, version: str) -> bool:
         """Have a version taken off device and host that no request will ask for; False where it came back before."""
+        if not self._engine.health().live:
+            return True
         left = self._leaving.setdefault(version, asyncio.get_running_loop().create_future())
         self._engine.send(ForgetVersion(version))
         return await asyncio.shield(left)
@@ -105,31 +107,28 @@ class AdapterTiers:
 
     def tier(self, version: str) -> str:
         """`device`, `host` or `disk`: the fastest place that has it, perhaps a step ago."""
-        ledgers = self._engine.ledgers
-        if version in ledgers.slots.resident:
-            return "device"
-        return "host" if ledgers.host.is_ready([version]) else "disk"
+        return self._engine.residency.tier(version)
 
     def check_room(self, adapter: LoadedAdapter) -> None:
         """AdapterError where an adapter would find no room now, beside what requests hold."""
-        ledgers = self._engine.ledgers
-        too_large = self._device_bytes(adapter) > ledgers.slots.num_bytes
+        residency = self._engine.residency
+        too_large = self._device_bytes(adapter) > residency.slots.num_bytes
         if too_large or (
-            not ledgers.host.is_known(adapter.version) and adapter.num_bytes > ledgers.host.num_evictable_bytes
+            not residency.host.is_known(adapter.version) and adapter.num_bytes > residency.host.num_evictable_bytes
         ):
             raise self._full(adapter)
 
     @property
     def free_bytes(self) -> int:
         """Of host memory, what a new adapter could have."""
-        return self._engine.ledgers.host.num_evictable_bytes
+        return self._engine.residency.host.num_evictable_bytes
 
     def close(self) -> None:
         """Read no more. A read that hangs is left behind."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _full(self, adapter: LoadedAdapter) -> AdapterError:
-        host, slots = self._engine.ledgers.host, self._engine.ledgers.slots
+        host, slots = self._engine.residency.host, self._engine.residency.slots
         if (device_bytes := self._device_bytes(adapter)) > slots.num_bytes:
             problem = f"it takes {device_bytes} bytes of the device's {slots.num_bytes}: raise --adapter-device-memory"
             return AdapterError(ErrorCode.DEVICE_MEMORY_FULL, problem)

@@ -15,6 +15,7 @@ from rich.console import Console
 from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.peft.weights import AdapterLimits, check_base
 from guanaco.adapters.residency.host_table import HostTable
+from guanaco.adapters.residency.ledger import ResidencyLedger
 from guanaco.adapters.residency.slot_store import SlotStore
 from guanaco.adapters.residency.slot_table import SlotTable
 from guanaco.adapters.versions.registry import AdapterEntry, AdapterRegistry
@@ -340,8 +341,8 @@ def _build_engine(
     path = make_decode_path(settings, model, ops, kv, plan.max_model_len)
     runner = ModelRunner(model, kv, registry, slots, base.eos_ids, path)
     blocks = BlockManager(plan.num_blocks, plan.block_size)
-    host = HostTable(settings.adapter_host_memory)
-    return Engine(Scheduler(limits, blocks, table, base.eos_ids, host=host), runner)
+    residency = ResidencyLedger(table, HostTable(settings.adapter_host_memory))
+    return Engine(Scheduler(limits, blocks, residency, base.eos_ids), runner)
 
 
 def _flood_step_tokens(settings: Settings, registry: AdapterRegistry, ops: Ops) -> int:

@@ -176,11 +176,11 @@ def _adapter_manager(
         for note in manager.restore():
             logger.warning(note)
     metrics.adapters.set_names(runtime.registry.names_by_version())
-    scheduler = runtime.engine.scheduler
-    metrics.adapters.set_device(lambda: runtime.registry.names_of(scheduler.slots.resident))
+    residency = runtime.engine.scheduler.residency
+    metrics.adapters.set_device(lambda: runtime.registry.names_of(residency.slots.resident))
     metrics.adapters.set_tiers(
         sizes={"host": lambda: runtime.registry.num_bytes, "device": lambda: runtime.slots.num_bytes},
-        evictions={"host": lambda: scheduler.host.num_evictions, "device": lambda: scheduler.slots.num_evictions},
+        evictions={"host": lambda: residency.host.num_evictions, "device": lambda: residency.slots.num_evictions},
     )
     return manager
 

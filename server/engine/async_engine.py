@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from guanaco.adapters.residency.ledger import ResidencyLedger
+from guanaco.adapters.residency.messages import AddVersion
 from guanaco.models.error_codes import ErrorCode
 from guanaco.models.errors import GuanacoError
 from guanaco.server.engine.awake_clock import CLOCK, awake_seconds
@@ -22,7 +24,6 @@ from guanaco.server.engine.detokenizer import Decoder
 from guanaco.server.engine.engine import AdapterSource, Engine
 from guanaco.server.engine.request import (
     Abort,
-    AddVersion,
     LoraRef,
     Message,
     Request,
@@ -32,7 +33,6 @@ from guanaco.server.engine.request import (
     Submit,
 )
 from guanaco.server.engine.request_stream import RequestStream
-from guanaco.server.engine.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -200,12 +200,10 @@ class AsyncEngine:
 
         An engine that runs no more says True; one that does not answer in time says False.
         """
-        if self._death is not None or not self._thread.is_alive():
+        if not messages or self._death is not None or not self._thread.is_alive():
             return True
         answers = [self._loop.create_future() for _ in messages]
         self._put(*zip(messages, answers, strict=True))
-        if not answers:
-            return True
         _, late = await asyncio.wait(answers, timeout=self._step_timeout_seconds)
         return not late and all(answer.result() for answer in answers)
 
@@ -220,9 +218,13 @@ class AsyncEngine:
             self._loop.call_soon_threadsafe(tell, version)
 
     @property
-    def ledgers(self) -> Scheduler:
+    def residency(self) -> ResidencyLedger:
         """To look at from any thread, perhaps a step old; and to fill before `start`."""
-        return self._engine.scheduler
+        return self._engine.scheduler.residency
+
+    def keep_from_start(self, *messages: AddVersion) -> tuple[bool, ...]:
+        """Before `start`: versions to keep in host memory; whether there was room for each."""
+        return self._engine.keep_from_start(*messages)
 
     def read_adapters_from(self, source: AdapterSource) -> None:
         """Where adapters that are not in host memory come from. Called before `start`."""
@@ -276,7 +278,7 @@ class AsyncEngine:
         of that, and three quarters of the other: neither a flood nor a source that hangs fills the others' queue.
         """
         scheduler, caps, versions = self._engine.scheduler, self._caps, requests[0].versions
-        is_ready = scheduler.host.is_ready(versions)
+        is_ready = scheduler.residency.is_ready(versions)
         quarter = max(1, caps.max_requests // 4)
         most_alike = max(1, caps.max_requests - quarter if is_ready else quarter) if versions else caps.max_requests
         new_tokens = sum(len(r.prompt_token_ids) for r in requests)
@@ -288,7 +290,7 @@ class AsyncEngine:
             )
         with self._wake:
             coming = [message.request for message, _ in self._inbox if isinstance(message, Submit)]
-        coming = [r for r in coming if scheduler.host.is_ready(r.versions) is is_ready]
+        coming = [r for r in coming if scheduler.residency.is_ready(r.versions) is is_ready]
         waiting = scheduler.waiting[:] if is_ready else scheduler.loading.sequences[:]
         queue = [*(sequence.request for sequence in waiting), *coming]
         if not queue:

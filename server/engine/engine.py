@@ -9,16 +9,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
+from guanaco.adapters.residency.messages import AddVersion
+from guanaco.adapters.residency.moves import Copy, Evict, Moves, Read
 from guanaco.models.error_codes import ErrorCode
 from guanaco.models.errors import GuanacoError
 from guanaco.server.engine.awake_clock import awake_seconds
 from guanaco.server.engine.request import (
-    Abort,
-    AddVersion,
-    ForgetVersion,
     Message,
-    ReadDone,
-    Request,
     SampledToken,
     ScheduledBatch,
     StepOutput,
@@ -79,7 +76,7 @@ class Engine:
         self.on_forward: Callable[[], None] = lambda: None  # called when a step's forward pass begins
         self._runner = runner
         self._clock = clock
-        self._leaving: dict[str, None] = {}  # versions to forget as soon as nobody holds them
+        self._first_moves: Moves = ()  # to be made with the first messages
 
     @property
     def has_work(self) -> bool:
@@ -92,84 +89,28 @@ class Engine:
         return self.scheduler.loading.seconds_left(self._clock())
 
     def handle(self, *messages: Message) -> tuple[bool, ...]:
-        """Take messages in, in order; then adapters move as far as there is room.
-
-        Returns an answer for each: False for an AddVersion that host memory or the device has no room for. Raises
-        ValueError for a request that could never fit.
-        """
-        answers = tuple(self._handle(message) for message in messages)
-        self._settle()
+        """Take messages in, in order, and move adapters; returns and raises what `Scheduler.handle` does."""
+        answers, moves = self.scheduler.handle(*(_seeded(message) for message in messages))
+        first, self._first_moves = self._first_moves, ()
+        self._move((*first, *moves))
         return answers
 
-    def _handle(self, message: Message) -> bool:
-        match message:
-            case Submit(request):
-                self.scheduler.add(_seeded(request))
-            case Abort(request_id):
-                self.scheduler.abort(request_id)
-            case AddVersion():
-                return self._add_version(message)
-            case ForgetVersion(version):
-                self._leaving[version] = None
-            case ReadDone(version, error):
-                self.scheduler.adapter_read(version, error)
-        return True
-
-    def _add_version(self, message: AddVersion) -> bool:
-        version, host = message.version, self.scheduler.host
-        if message.is_kept is False:
-            host.release(version)
-            return True
-        self._leaving.pop(version, None)
-        if not self.scheduler.add_adapter(version, message.num_bytes, message.device_bytes):
-            return False
-        return not message.is_kept or host.keep(version)
-
-    def _settle(self) -> None:
-        """After every change: forget what was to be forgotten and is free now, and let others have the room."""
-        for version in list(self._leaving):
-            if not self.scheduler.uses(version) and self.scheduler.host.evict(version):
-                self._forget(version)
-        self.scheduler.admit_loaded()
-        self._move_adapters()
-
-    def _forget(self, version: str) -> None:
-        del self._leaving[version]
-        self._move_adapters()
-        self._clear_slot(version)
-        self.scheduler.remove_adapter(version)
-        if self.source is not None:
-            self.source.gone(version)
-
-    def _move_adapters(self) -> None:
-        """Do what the ledger of host memory has decided. A version that leaves it leaves the device too: on the CPU
-        they are the same bytes."""
-        host, source = self.scheduler.host, self.source
-        for version in host.take_evicted():
-            self._clear_slot(version)
-            if source is not None:
-                source.drop(version)
-        for version in host.take_reads():
-            assert source is not None, "an adapter is away, and nobody can read it"
-            source.start(version)
-
-    def _clear_slot(self, version: str) -> None:
-        slot = self.scheduler.slots.forget(version)
-        if slot is not None:
-            self._runner.clear_adapter(slot)
+    def keep_from_start(self, *messages: AddVersion) -> tuple[bool, ...]:
+        """Before the engine's thread runs: versions to keep in host memory; whether there was room for each. They are
+        read when it runs, since only then somebody hears how a read ends."""
+        answers, self._first_moves = self.scheduler.handle(*messages)
+        return answers
 
     def step(self) -> StepOutput:
         """Compute one step. Raises EngineFailure where nothing can be computed any more."""
         started = self._clock()
         batch = self.scheduler.schedule(started)
-        self._move_adapters()
-        sampled = self._run(batch)
-        outputs = self.scheduler.update(batch, sampled)
-        self._settle()
-        return StepOutput(tuple(outputs), self._stats(batch, started))
+        sampled = self._run(batch, self._move(batch.moves))
+        outputs, moves = self.scheduler.update(batch, sampled)
+        self._move(moves)
+        return StepOutput(outputs, self._stats(batch, started))
 
-    def _run(self, batch: ScheduledBatch) -> tuple[SampledToken, ...]:
-        failed_versions = self._load_adapters(batch)
+    def _run(self, batch: ScheduledBatch, failed_versions: set[str]) -> tuple[SampledToken, ...]:
         results: dict[int, SampledToken] = {}
         good = []
         for index, item in enumerate(batch.sequences):
@@ -181,25 +122,38 @@ class Engine:
         self._check_runner(results)
         return tuple(results[index] for index in range(len(batch.sequences)))
 
-    def _load_adapters(self, batch: ScheduledBatch) -> set[str]:
-        """Make the step's copies; returns the versions that are not where they should be."""
-        for slot in self.scheduler.slots.take_clears():
-            self._runner.clear_adapter(slot)
+    def _move(self, moves: Moves) -> set[str]:
+        """Move adapters, in order; returns the versions that could not be copied to the device."""
         failed = set()
-        for slot, version in batch.slot_loads:
-            try:
-                self._runner.load_adapter(slot, version)
-            except Exception:
-                logger.exception("adapter version %.12s could not be put into slot %d", version, slot)
-                self.scheduler.slots.load_failed(slot)
-                failed.add(version)
+        for move in moves:
+            match move:
+                case Evict():
+                    self._evict(move)
+                case Read(version):
+                    assert self.source is not None, "an adapter is away, and nobody can read it"
+                    self.source.start(version)
+                case Copy(version, slot):
+                    try:
+                        self._runner.load_adapter(slot, version)
+                    except Exception:
+                        logger.exception("adapter version %.12s could not be put into slot %d", version, slot)
+                        self.scheduler.residency.copy_failed(slot)
+                        failed.add(version)
         return failed
+
+    def _evict(self, move: Evict) -> None:
+        if move.slot is not None:
+            self._runner.clear_adapter(move.slot)
+        if self.source is not None and move.from_host:
+            self.source.drop(move.version)
+        if self.source is not None and move.is_forgotten:
+            self.source.gone(move.version)
 
     def _run_part(self, batch: ScheduledBatch, indexes: list[int], results: dict[int, SampledToken]) -> None:
         """Run some of the batch's sequences; where that fails, each half on its own, down to the one at fault."""
         if not indexes:
             return
-        part = replace(batch, sequences=tuple(batch.sequences[i] for i in indexes), slot_loads=())
+        part = replace(batch, sequences=tuple(batch.sequences[i] for i in indexes), moves=())
         try:
             results.update(zip(indexes, self._runner.run(part, self.on_forward), strict=True))
         except Exception:
@@ -239,8 +193,9 @@ class Engine:
         )
 
 
-def _seeded(request: Request) -> Request:
+def _seeded(message: Message) -> Message:
     """A request without a seed gets one here, which it keeps through preemptions."""
-    if request.params.seed is not None:
-        return request
-    return replace(request, params=replace(request.params, seed=int.from_bytes(os.urandom(7))))
+    if not isinstance(message, Submit) or message.request.params.seed is not None:
+        return message
+    params = replace(message.request.params, seed=int.from_bytes(os.urandom(7)))
+    return Submit(replace(message.request, params=params))

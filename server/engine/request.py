@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from typing import NamedTuple
 
+from guanaco.adapters.residency.messages import AddVersion, ForgetVersion, ReadDone
+from guanaco.adapters.residency.moves import Moves
 from guanaco.models.error_codes import ErrorCode
 from guanaco.server.engine.constraints import Constraint
 
@@ -88,32 +90,6 @@ class Abort:
     request_id: str
 
 
-@dataclass(frozen=True)
-class AddVersion:
-    """An adapter version that requests may name from now on. The sizes of one that is known stay as they are."""
-
-    version: str
-    num_bytes: int  # of host memory
-    device_bytes: int = 0  # of the device's arena; 0 where there is none
-    # True: it stays in host memory from now on. False: only that ends, and nothing is added. None: as it is.
-    is_kept: bool | None = None
-
-
-@dataclass(frozen=True)
-class ForgetVersion:
-    """An adapter version that no request will name any more, unless `AddVersion` comes again."""
-
-    version: str
-
-
-@dataclass(frozen=True)
-class ReadDone:
-    """A read that the engine asked for has ended; with an error, the version is not in host memory."""
-
-    version: str
-    error: ErrorCode | None = None
-
-
 Message = Submit | Abort | AddVersion | ForgetVersion | ReadDone  # from the event loop to the engine
 
 
@@ -193,11 +169,11 @@ class ScheduledSequence(NamedTuple):  # made for every sequence in every step: a
 @dataclass(frozen=True)
 class ScheduledBatch:
     """One step, decided. `adapter_slots` maps each adapter version of the step to its place on the device;
-    `slot_loads` lists the (slot, version) copies that must happen before the forward pass."""
+    `moves` must be made before the forward pass, in order."""
 
     sequences: tuple[ScheduledSequence, ...]
     adapter_slots: dict[str, int]
-    slot_loads: tuple[tuple[int, str], ...]
+    moves: Moves
 
     @property
     def num_tokens(self) -> int:

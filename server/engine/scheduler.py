@@ -6,15 +6,19 @@ hits and recomputing after a preemption all follow from that. Driven by the engi
 """
 
 from bisect import insort
+from operator import attrgetter
 
-from guanaco.adapters.residency.host_table import HostTable
-from guanaco.adapters.residency.slot_table import SlotTable
+from guanaco.adapters.residency.ledger import ResidencyLedger
+from guanaco.adapters.residency.messages import AddVersion, ForgetVersion, ReadDone
+from guanaco.adapters.residency.moves import Move, Moves
 from guanaco.models.error_codes import ErrorCode
 from guanaco.server.engine.block_manager import BlockManager, Faults
 from guanaco.server.engine.loading_queue import LoadingQueue
 from guanaco.server.engine.request import (
+    Abort,
     FinishReason,
     Limits,
+    Message,
     Request,
     SampledToken,
     ScheduledBatch,
@@ -22,6 +26,7 @@ from guanaco.server.engine.request import (
     Sequence,
     Status,
     StepCounts,
+    Submit,
     TokenOutput,
 )
 from guanaco.server.engine.step_share import StepShare
@@ -30,10 +35,7 @@ from guanaco.server.engine.turns import LAST, Turns
 
 # After so many steps of being passed over for want of an adapter slot, a request lets nobody who needs one pass.
 MAX_PASSED_OVER_STEPS = 32
-
-
-def _by_arrival(sequence: Sequence) -> int:
-    return sequence.arrival_number
+_by_arrival = attrgetter("arrival_number")
 
 
 class Scheduler:
@@ -48,19 +50,16 @@ class Scheduler:
         self,
         limits: Limits,
         blocks: BlockManager,
-        slots: SlotTable,
+        residency: ResidencyLedger,
         eos_ids: frozenset[int],
         faults: Faults | None = None,
-        host: HostTable | None = None,
     ) -> None:
-        """host: none where all adapters stay in memory."""
         assert limits.max_num_batched_tokens >= limits.max_num_seqs, "every running sequence must get its next token"
         assert limits.max_model_len <= blocks.num_blocks * blocks.block_size, "one sequence must fit"
         self.limits = limits
         self.blocks = blocks
-        self.slots = slots
-        self.host = host or HostTable(0)
-        self.loading = LoadingQueue(self.host, limits.adapter_timeout_seconds)
+        self.residency = residency
+        self.loading = LoadingQueue(residency, limits.adapter_timeout_seconds)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_waiting_tokens = 0  # of all waiting sequences; read from other threads, hence a number of its own
@@ -72,10 +71,38 @@ class Scheduler:
         self._sequences: dict[str, Sequence] = {}  # by request id: all that load, wait or run
         self._num_arrived = self._num_turns = 0
         self._outputs: list[TokenOutput] = []  # what ended outside of `update`
+        self._moves: list[Move] = []  # what the next of `handle`, `schedule` and `update` returns
 
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running or self._outputs)
+
+    def handle(self, *messages: Message) -> tuple[tuple[bool, ...], Moves]:
+        """Take messages in, in order; then others get the room that these gave back. Returns an answer for each, False
+        for an AddVersion without room, and the moves of adapters. ValueError for a request that could never fit."""
+        answers = tuple(self._handle(message) for message in messages)
+        self.admit_loaded()
+        return answers, self._take_moves()
+
+    def _handle(self, message: Message) -> bool:
+        match message:
+            case Submit(request):
+                self.add(request)
+            case Abort(request_id):
+                self.abort(request_id)
+            case AddVersion():
+                added, moves = self.residency.add_version(message)
+                self._moves += moves
+                return added
+            case ForgetVersion(version):
+                self._moves += self.residency.forget(version)
+            case ReadDone(version, error):
+                self.adapter_read(version, error)
+        return True
+
+    def _take_moves(self) -> Moves:
+        moves, self._moves = tuple(self._moves), []
+        return moves
 
     def add(self, request: Request) -> None:
         """Queue a request. ValueError for one that could never run: it would block the queue for ever."""
@@ -85,8 +112,8 @@ class Scheduler:
         self._num_arrived += 1
         self._sequences[request.request_id] = sequence
         if request.loras:
+            self.residency.enter(sequence.versions)
             self.loading.add(sequence)
-            self.admit_loaded()
         else:
             self._wait(sequence)
 
@@ -100,12 +127,7 @@ class Scheduler:
             raise ValueError(f"the prompt has a token id that the model's {rows} embedding rows do not hold")
         if length + (request.params.max_tokens > 0) > limit:
             raise ValueError(f"the prompt has {length} tokens, and a context of {limit} must hold it and one more")
-        versions = {lora.version for lora in request.loras}
-        if not self.slots.can_ever_fit(versions):
-            places = f"{self.slots.num_slots} slots and {self.slots.num_bytes} bytes of the device"
-            raise ValueError(f"{len(versions)} adapters in one request: {places} do not hold them")
-        if not self.host.can_ever_fit(versions):
-            raise ValueError(f"{len(versions)} adapters in one request: {self.host.limit_bytes} bytes do not hold them")
+        self.residency.check_fits(request.versions)
 
     def abort(self, request_id: str) -> None:
         """End a request now, wherever it is. Unknown ids are none of our business: it may just have finished."""
@@ -113,36 +135,12 @@ class Scheduler:
         if sequence is not None:
             self._end(sequence, FinishReason.ABORT)
 
-    def add_adapter(
-        self, version: str, num_bytes: int, device_bytes: int, *, is_here: bool = False, is_permanent: bool = False
-    ) -> bool:
-        """Tell of an adapter version (as `HostTable.add`) and its bytes in the device's arena; False, and nothing
-        changed, where there is no room for it."""
-        if self.host.is_known(version):
-            return True
-        if device_bytes > self.slots.num_bytes:
-            return False
-        if not self.host.add(version, num_bytes, is_here=is_here, is_permanent=is_permanent):
-            return False
-        self.slots.set_size(version, device_bytes)
-        return True
-
-    def remove_adapter(self, version: str) -> None:
-        """Forget a version that was taken off host and device."""
-        self.host.remove(version)
-        self.slots.set_size(version, 0)
-
-    def uses(self, version: str) -> bool:
-        """Whether an unfinished request names an adapter version."""
-        return any(version in sequence.versions for sequence in self._sequences.values())
-
     def adapter_read(self, version: str, error: ErrorCode | None) -> None:
-        """A version that `host` wanted read is in memory, or could not be had: then whoever waits for it ends so."""
-        self.host.read_done(version, is_here=error is None)
+        """A version that was to be read is in memory, or could not be had: then whoever waits for it ends so."""
+        self._moves += self.residency.read_done(version, is_here=error is None)
         if error is not None:
             for sequence in [s for s in self.loading.sequences if s.holds_adapters and version in s.versions]:
                 self._end(sequence, FinishReason.ERROR, error=error)
-        self.admit_loaded()
 
     def schedule(self, now: float) -> ScheduledBatch:
         """Decide one step at monotonic time `now` (seconds). May be empty."""
@@ -171,16 +169,12 @@ class Scheduler:
         for item in chosen.values():
             self._num_turns += 1
             item.sequence.last_turn = self._num_turns
-        with_adapters = [item.sequence.request.loras for item in chosen.values() if item.sequence.request.loras]
-        adapter_slots = {}
-        for version in sorted({lora.version for loras in with_adapters for lora in loras}):
-            slot = self.slots.slot_of(version)
-            assert slot is not None, "a running sequence's adapter has no slot"
-            adapter_slots[version] = slot
-        return ScheduledBatch(tuple(chosen.values()), adapter_slots, self.slots.take_loads())
+        adapter_slots = self.residency.slots_of(v for item in chosen.values() for v in item.sequence.versions)
+        self._moves += self.residency.step_moves()
+        return ScheduledBatch(tuple(chosen.values()), adapter_slots, self._take_moves())
 
-    def update(self, batch: ScheduledBatch, sampled: tuple[SampledToken, ...]) -> list[TokenOutput]:
-        """Enter what the step computed; returns what there is to tell, ends outside of steps included."""
+    def update(self, batch: ScheduledBatch, sampled: tuple[SampledToken, ...]) -> tuple[tuple[TokenOutput, ...], Moves]:
+        """Enter what the step computed. Returns what there is to tell, other ends too, and the moves of adapters."""
         assert len(batch.sequences) == len(sampled)
         outputs, self._outputs = self._outputs, []
         for item, token in zip(batch.sequences, sampled, strict=True):
@@ -197,8 +191,8 @@ class Scheduler:
                 outputs.append(self._advance(sequence, token))
         outputs += self._outputs
         self._outputs = []
-        self.admit_loaded()  # of who ended, others may take the room
-        return outputs
+        self.admit_loaded()  # others may take the room of those that ended
+        return tuple(outputs), self._take_moves()
 
     def _advance(self, sequence: Sequence, token: SampledToken) -> TokenOutput:
         """Append a sampled token, and finish the sequence if that was its last."""
@@ -228,7 +222,9 @@ class Scheduler:
 
     def admit_loaded(self, *, is_step: bool = False) -> None:
         """Let those wait for their turn whose adapters are in memory, and have those read for which there is room."""
-        for sequence in self.loading.take_ready(is_step=is_step):
+        ready, moves = self.loading.take_ready(is_step=is_step)
+        self._moves += moves
+        for sequence in ready:
             self._wait(sequence)
 
     def _wait(self, sequence: Sequence) -> None:
@@ -294,7 +290,7 @@ class Scheduler:
                 # After a preemption nobody starts: who was just put out would come straight back in.
                 if rank >= full_for or self.counts.num_preempted or (versions and reserved):
                     continue
-                if versions in refused or (versions and self.slots.plan(versions) is None):
+                if versions in refused or (versions and not self.residency.can_place(versions)):
                     refused.add(versions)
                     sequence.num_passed_over += 1
                     reserved = sequence.num_passed_over > MAX_PASSED_OVER_STEPS
@@ -348,8 +344,8 @@ class Scheduler:
             self.counts.prefix_queries_tokens += sequence.num_tokens
             self.counts.prefix_hits_tokens += sequence.num_computed_tokens
         if sequence.versions:
-            plan = self.slots.pin(sequence.versions)
-            assert plan is not None, "planned a moment ago"
+            has_place = self.residency.place(sequence.versions)
+            assert has_place, "planned a moment ago"
         self._leave_queue(sequence)
         sequence.status = Status.RUNNING
         insort(self.running, sequence, key=_by_arrival)
@@ -377,8 +373,8 @@ class Scheduler:
             self.loading.remove(sequence)
         else:
             self._leave_queue(sequence)
-        if sequence.holds_adapters:
-            self.host.unpin(sequence.versions)
+        if sequence.versions:
+            self._moves += self.residency.leave(sequence.versions, holds=sequence.holds_adapters)
         del self._sequences[sequence.request.request_id]
         sequence.status = Status.FINISHED
         sequence.finish_reason = reason
@@ -390,4 +386,4 @@ class Scheduler:
     def _give_back(self, sequence: Sequence) -> None:
         self.blocks.free(sequence)
         if sequence.request.loras:
-            self.slots.unpin(sequence.versions)
+            self.residency.unplace(sequence.versions)

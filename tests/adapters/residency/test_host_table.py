@@ -15,6 +15,7 @@ from hypothesis.stateful import (
 )
 
 from guanaco.adapters.residency.host_table import HostTable
+from guanaco.adapters.residency.moves import Evict, Read
 
 SIZES = {f"v{i}": size for i, size in enumerate((10, 10, 25, 40, 5, 60))}
 VERSIONS = st.sampled_from(list(SIZES))
@@ -31,6 +32,7 @@ class HostTableMachine(RuleBasedStateMachine):
         self.reading = set()
         self.memory = set()  # what really is there
         self.started = set()
+        self.moves = []  # to be made, sooner or later
         self.permanent = set()
         self.kept = set()  # by an operator
         if permanent and limit >= SIZES["v0"]:
@@ -46,11 +48,13 @@ class HostTableMachine(RuleBasedStateMachine):
         return sum(SIZES[version] for version in versions)
 
     def move(self):
-        for version in self.table.take_evicted():
-            self.memory.remove(version)
-        for version in self.table.take_reads():
-            assert version not in self.started, "read twice at once"
-            self.started.add(version)
+        moves, self.moves = self.moves, []
+        for move in moves:
+            if isinstance(move, Evict):
+                self.memory.remove(move.version)
+            else:
+                assert move.version not in self.started, "read twice at once"
+                self.started.add(move.version)
 
     @rule(versions=st.lists(VERSIONS, max_size=3), now=st.booleans())
     def pin(self, versions, now):
@@ -81,7 +85,9 @@ class HostTableMachine(RuleBasedStateMachine):
             evicted.append(idle.pop(0))
             needed -= SIZES[evicted[-1]]
         fits = not missing or needed <= 0
-        assert into(versions) is fits
+        moves = into(versions)
+        assert (moves is not None) is fits
+        self.moves += moves or ()
         if fits:
             self.used = [v for v in self.used if v not in evicted]
             self.reading |= missing
@@ -129,9 +135,10 @@ class HostTableMachine(RuleBasedStateMachine):
         if not self.table.is_known(version):
             assert self.table.add(version, SIZES[version]) is (SIZES[version] <= self.table.num_evictable_bytes)
             return
-        gone = self.table.evict(version)
-        assert gone is (version not in self.pins() and version not in self.reading)
-        if gone:
+        moves = self.table.evict(version)
+        assert (moves is not None) is (version not in self.pins() and version not in self.reading)
+        if moves is not None:
+            self.moves += moves
             self.used = [v for v in self.used if v != version]
             self.permanent.discard(version)
             self.kept.discard(version)
@@ -150,8 +157,9 @@ class HostTableMachine(RuleBasedStateMachine):
         assert [v for v in known if self.table.is_ready([v])] == [v for v in known if v in self.used]
         assert self.bytes(self.used) + self.bytes(self.reading) == self.table.num_bytes
         ready = {version for version in pins if self.table.is_ready([version])}
-        assert ready <= self.memory | set(self.table._evicted), "a held version is not really there"
-        if not self.table._evicted:
+        evicted = {move.version for move in self.moves if isinstance(move, Evict)}
+        assert ready <= self.memory | evicted, "a held version is not really there"
+        if not evicted:
             assert self.memory == set(self.used)
 
     def teardown(self):
@@ -175,10 +183,14 @@ def table_of(limit, **sizes):
 
 
 def bring(table, *versions):
-    assert table.pin(versions)
-    for version in table.take_reads():
-        table.read_done(version, is_here=True)
+    for move in table.pin(versions):
+        if isinstance(move, Read):
+            table.read_done(move.version, is_here=True)
     table.unpin(versions)
+
+
+def moves_of(evicted="", read=""):
+    return (*(Evict(version, from_host=True) for version in evicted), *(Read(version) for version in read))
 
 
 def test_the_least_recently_used_goes_first():
@@ -187,21 +199,18 @@ def test_the_least_recently_used_goes_first():
     bring(table, "b")
     bring(table, "c")
     bring(table, "a")
-    assert table.pin(["d"])
-    assert table.take_evicted() == ("b", "c")
-    assert (table.take_reads(), table.num_evictions) == (("d",), 2)
+    assert table.pin(["d"]) == moves_of("bc", "d")
+    assert table.num_evictions == 2
     assert table.is_ready(["a"])
     assert not table.is_ready(["a", "d"])
 
 
 def test_a_version_that_several_wait_for_is_read_once():
     table = table_of(30, a=10)
-    assert table.pin(["a"])
-    assert table.pin(["a"])
-    assert table.take_reads() == ("a",)
-    assert table.pin(["a"])
-    assert table.take_reads() == ()
+    assert table.pin(["a"]) == moves_of(read="a")
+    assert table.pin(["a"]) == ()
     table.read_done("a", is_here=True)
+    assert table.pin(["a"]) == ()
     assert table.num_pins("a") == 3
 
 
@@ -209,8 +218,8 @@ def test_all_or_nothing():
     """Two requests that each got the half of what they need would wait for each other for ever."""
     table = table_of(20, a=10, b=10, c=10, d=10)
     assert table.pin(["a", "b"])
-    assert not table.pin(["c", "d"])
-    assert not table.pin(["a", "c"])
+    assert table.pin(["c", "d"]) is None
+    assert table.pin(["a", "c"]) is None
     assert table.num_pins("a") == 1
     assert table.can_ever_fit(["c", "d"])
     assert not table.can_ever_fit(["a", "c", "d"])
@@ -219,14 +228,12 @@ def test_all_or_nothing():
 
 def test_a_read_without_a_waiter_leaves_a_copy_that_can_go():
     table = table_of(10, a=10, b=10)
-    assert table.pin(["a"])
-    table.take_reads()
+    assert table.pin(["a"]) == moves_of(read="a")
     table.unpin(["a"])
-    assert not table.pin(["b"]), "its bytes are taken until the read ends"
-    assert not table.evict("a")
+    assert table.pin(["b"]) is None, "its bytes are taken until the read ends"
+    assert table.evict("a") is None
     table.read_done("a", is_here=True)
-    assert table.pin(["b"])
-    assert table.take_evicted() == ("a",)
+    assert table.pin(["b"]) == moves_of("a", "b")
 
 
 def test_what_only_memory_has_is_not_evicted_but_can_be_forgotten():
@@ -234,20 +241,18 @@ def test_what_only_memory_has_is_not_evicted_but_can_be_forgotten():
     assert table.add("a", 15, is_permanent=True)
     assert not table.add("b", 6), "beside it there is never room"
     assert table.add("c", 5)
-    assert table.pin(["c"])
-    assert table.take_evicted() == ()
-    assert table.evict("a")
-    assert table.take_evicted() == ("a",)
+    assert table.pin(["c"]) == moves_of(read="c")
+    assert table.evict("a") == moves_of("a")
     table.remove("a")
     assert table.add("b", 6)
 
 
 def test_what_was_never_told_of_is_ready():
     table = HostTable(0)
-    assert table.pin(["x"])
+    assert table.pin(["x"]) == ()
     assert table.is_ready(["x"])
     table.unpin(["x"])
-    assert (table.take_reads(), table.num_bytes) == ((), 0)
+    assert table.num_bytes == 0
 
 
 def test_an_unpin_too_many_is_our_own_bug():

@@ -112,7 +112,7 @@ class Arena:
                 self.adapters[adapter.version] = adapter
                 self.table.set_size(adapter.version, self.store.bytes_of(adapter))
         plan = self.table.pin(adapter.version for adapter in adapters)
-        for slot in self.table.take_clears():
+        for slot, _ in self.table.take_clears():
             self.store.clear(slot)
         for slot, version in self.table.take_loads():
             self.store.load(slot, self.adapters[version])

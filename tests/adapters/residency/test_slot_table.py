@@ -96,7 +96,7 @@ class SlotTableMachine(RuleBasedStateMachine):
 
     @rule()
     def step(self):
-        for slot in self.table.take_clears():
+        for slot, _ in self.table.take_clears():
             assert slot not in self.table.resident.values()
             self.storage.pop(slot, None)
         for slot, version in self.table.take_loads():
@@ -200,7 +200,7 @@ def test_bytes_run_short_before_places_do():
     table.unpin(["b"])
     table.take_loads()
     assert table.pin(["c"]).evicted == ("a", "b")
-    assert table.take_clears() == (0, 1)
+    assert table.take_clears() == ((0, "a"), (1, "b"))
     assert (table.take_loads(), table.offset_of("c"), table.used_bytes) == (((2, "c"),), 0, 60)
 
 
@@ -238,7 +238,7 @@ def test_a_version_whose_bytes_another_one_had_is_copied_again():
     table.take_loads()
     table.unpin("ab")
     table.pin(["c"])
-    assert (table.take_clears(), table.take_loads()) == ((0, 1), ((2, "c"),))
+    assert (table.take_clears(), table.take_loads()) == (((0, "a"), (1, "b")), ((2, "c"),))
     table.unpin(["c"])
     table.pin(["a"])
     assert table.take_loads() == ((0, "a"),), "its place is the same, its bytes were c's"

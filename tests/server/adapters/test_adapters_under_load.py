@@ -90,7 +90,7 @@ def test_storm(tmp_path: Path, host_memory: int, proof_count: Callable[[int, int
     with make_adapter_server(tmp_path, host_memory=host_memory, adapter_timeout=5.0) as server:
         _storm(server, proof_count)
         server.assert_quiet()
-        assert (server.scheduler.host.num_evictions > 0) is (host_memory < 1 << 30)
+        assert (server.scheduler.residency.host.num_evictions > 0) is (host_memory < 1 << 30)
 
 
 def _storm(server: AdapterServer, proof_count: Callable[[int, int], int]) -> None:
@@ -125,7 +125,7 @@ def _storm(server: AdapterServer, proof_count: Callable[[int, int], int]) -> Non
                         with lock:
                             num_tokens[0] += count
                 assert response.status_code in DOCUMENTED, response.text
-                assert server.registry.num_bytes <= server.scheduler.host.limit_bytes
+                assert server.registry.num_bytes <= server.scheduler.residency.host.limit_bytes
                 if response.status_code >= 400:
                     assert error_code(response) != "internal_error", response.text
 

@@ -151,12 +151,12 @@ def test_a_stored_copy_stays_until_the_list_no_longer_names_it(
         version = put.json()["version"]
         write = RegistryFile.write
 
-        def slowly(self: RegistryFile, *arguments: Any) -> None:
+        def slowly(self: RegistryFile, *arguments: Any, **names: Any) -> None:
             writing.set()
             assert going.wait(WAIT)
             if fails:
                 raise OSError(28, "No space left on device")
-            write(self, *arguments)
+            write(self, *arguments, **names)
 
         monkeypatch.setattr(RegistryFile, "write", slowly)
         deleting = threading.Thread(target=client.delete, args=("/v1/adapters/a",), daemon=True)

@@ -47,7 +47,7 @@ def serving(directory: Path, *, room: int, names: str = NAMES, **settings: Any) 
 
 
 def host_of(server: AdapterServer) -> HostTable:
-    return server.scheduler.host
+    return server.scheduler.residency.host
 
 
 def complete(server: AdapterServer, model: str, prompt: str = "hi", count: int = 8) -> httpx.Response:

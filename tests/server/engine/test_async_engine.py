@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from guanaco.adapters.residency.ledger import ResidencyLedger
 from guanaco.adapters.residency.slot_table import SlotTable
 from guanaco.models.error_codes import ErrorCode
 from guanaco.server.engine import async_engine, awake_clock
@@ -76,7 +77,7 @@ class Bench:
     def __init__(self, *, eos: int | None = None, num_blocks: int = 1024, step_timeout: float = 60.0) -> None:
         self.runner = GatedRunner(num_blocks, 4, 4)
         eos_ids = frozenset() if eos is None else frozenset({eos})
-        self.scheduler = Scheduler(LIMITS, BlockManager(num_blocks, 4), SlotTable(4), eos_ids)
+        self.scheduler = Scheduler(LIMITS, BlockManager(num_blocks, 4), ResidencyLedger(SlotTable(4)), eos_ids)
         self.deaths = 0
         self.steps: list[StepStats] = []
         self.engine = AsyncEngine(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from guanaco.adapters.peft.weights import AdapterLimits
+from guanaco.adapters.residency.ledger import ResidencyLedger
 from guanaco.adapters.residency.slot_store import SlotStore
 from guanaco.adapters.residency.slot_table import SlotTable
 from guanaco.adapters.versions.registry import AdapterRegistry
@@ -104,7 +105,7 @@ class Run:
         store = SlotStore(setting.model.lora_targets, 2, CPU)
         self.runner = ModelRunner(setting.model, kv, setting.registry, store, frozenset({EOS}))
         limits = Limits(8, budget, max_model_len=128, queue_timeout_seconds=0.0)
-        self.scheduler = Scheduler(limits, BlockManager(num_blocks, 4), SlotTable(2), frozenset({EOS}))
+        self.scheduler = Scheduler(limits, BlockManager(num_blocks, 4), ResidencyLedger(SlotTable(2)), frozenset({EOS}))
         self.engine = Engine(self.scheduler, self.runner, clock=lambda: 0.0)
         self.outputs: dict[str, list[TokenOutput]] = {}
         self.num_preempted = 0

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 
+from guanaco.adapters.residency.ledger import ResidencyLedger
 from guanaco.adapters.residency.slot_table import SlotTable
 from guanaco.models.error_codes import ErrorCode
 from guanaco.server.engine.block_manager import BlockManager
@@ -26,7 +27,7 @@ class Bench:
 
     def __init__(self, num_slots: int = 4) -> None:
         self.runner = FakeRunner(128, 4, num_slots)
-        scheduler = Scheduler(LIMITS, BlockManager(128, 4), SlotTable(num_slots), frozenset())
+        scheduler = Scheduler(LIMITS, BlockManager(128, 4), ResidencyLedger(SlotTable(num_slots)), frozenset())
         self.engine = Engine(scheduler, self.runner, clock=lambda: 0.0)
         self.requests: dict[str, Request] = {}
         self.tokens: dict[str, list[int]] = {}

@@ -5,23 +5,14 @@ from dataclasses import dataclass, field
 import pytest
 
 from guanaco.adapters.residency.host_table import HostTable
+from guanaco.adapters.residency.ledger import ResidencyLedger
+from guanaco.adapters.residency.messages import AddVersion, ForgetVersion, ReadDone
 from guanaco.adapters.residency.slot_table import SlotTable
 from guanaco.models.error_codes import ErrorCode
 from guanaco.server.engine.block_manager import BlockManager
 from guanaco.server.engine.engine import Engine
 from guanaco.server.engine.loading_queue import MAX_STEPS_WITHOUT_ROOM
-from guanaco.server.engine.request import (
-    Abort,
-    AddVersion,
-    FinishReason,
-    ForgetVersion,
-    LoraRef,
-    ReadDone,
-    Request,
-    SamplingParams,
-    Submit,
-    TokenOutput,
-)
+from guanaco.server.engine.request import Abort, FinishReason, LoraRef, Request, SamplingParams, Submit, TokenOutput
 from guanaco.server.engine.scheduler import Limits, Scheduler
 from support.simulation.fake_runner import FakeRunner, expected_tokens
 
@@ -55,7 +46,7 @@ class Bench:
         self.source = HandSource()
         self.runner = FakeRunner(128, 4, 4)
         self.host = HostTable(room)
-        scheduler = Scheduler(LIMITS, BlockManager(128, 4), SlotTable(4), frozenset(), host=self.host)
+        scheduler = Scheduler(LIMITS, BlockManager(128, 4), ResidencyLedger(SlotTable(4), self.host), frozenset())
         self.scheduler = scheduler
         self.engine = Engine(scheduler, self.runner, clock=lambda: self.now)
         self.engine.source = self.source
@@ -85,7 +76,7 @@ class Bench:
                 if output.finish_reason is not None:
                     self.ends[output.request_id] = output
         assert self.runner.violation is None
-        self.host.check()
+        self.scheduler.residency.check()
 
     def finish(self) -> None:
         for _ in range(200):
@@ -188,7 +179,7 @@ def test_an_abort_hands_the_room_on() -> None:
 def test_a_removed_adapter_hands_its_room_on() -> None:
     bench = Bench(room=2)
     bench.source.here.add("fixed")
-    assert bench.scheduler.add_adapter("fixed", 1, 0, is_permanent=True)
+    assert bench.scheduler.residency.add("fixed", 1, 0, is_permanent=True)
     bench.add("one", "a")
     bench.read("a")
     bench.add("two", "b")
@@ -234,6 +225,16 @@ def test_kept_ones_are_exchanged_before_anybody_else_gets_the_room() -> None:
     assert (bench.source.started, bench.host.kept) == (["c"], {"c"})
     bench.engine.handle(AddVersion("never", 0, is_kept=False))
     assert not bench.host.is_known("never")
+
+
+def test_what_is_kept_from_the_start_is_read_when_the_engine_runs() -> None:
+    bench = Bench(room=1)
+    kept = (AddVersion("a", 1, is_kept=True), AddVersion("b", 1, is_kept=True))
+    assert bench.engine.keep_from_start(*kept) == (True, False)
+    assert bench.source.started == []
+    bench.engine.handle()
+    bench.engine.handle()
+    assert (bench.source.started, bench.host.kept) == (["a"], {"a"})
 
 
 def test_nobody_waits_for_room_for_ever() -> None:

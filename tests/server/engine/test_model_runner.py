@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from guanaco.adapters.peft.weights import AdapterLimits
+from guanaco.adapters.residency.ledger import ResidencyLedger
+from guanaco.adapters.residency.messages import ForgetVersion
 from guanaco.adapters.residency.slot_store import SlotStore
 from guanaco.adapters.residency.slot_table import SlotTable
 from guanaco.adapters.versions.registry import AdapterRegistry
@@ -23,16 +25,7 @@ from guanaco.server.engine import model_runner
 from guanaco.server.engine.block_manager import BlockManager
 from guanaco.server.engine.engine import Engine
 from guanaco.server.engine.model_runner import ModelRunner
-from guanaco.server.engine.request import (
-    FinishReason,
-    ForgetVersion,
-    LoraRef,
-    Request,
-    SamplingParams,
-    StepStats,
-    Submit,
-    TokenOutput,
-)
+from guanaco.server.engine.request import FinishReason, LoraRef, Request, SamplingParams, StepStats, Submit, TokenOutput
 from guanaco.server.engine.scheduler import Limits, Scheduler
 from support.adapters.tiny_adapters import make_adapter
 from support.models.oracles import PagedRun, oracle_logits, reference_ops, transformers_oracle
@@ -74,7 +67,9 @@ class Run:
         store = SlotStore(setting.model.lora_targets, num_slots, CPU)
         self.runner = ModelRunner(setting.model, kv, setting.registry, store, frozenset())
         limits = Limits(num_seqs, budget, max_model_len=128, queue_timeout_seconds=0.0)
-        self.scheduler = Scheduler(limits, BlockManager(num_blocks, 4), SlotTable(num_slots), frozenset())
+        self.scheduler = Scheduler(
+            limits, BlockManager(num_blocks, 4), ResidencyLedger(SlotTable(num_slots)), frozenset()
+        )
         self.engine = Engine(self.scheduler, self.runner, clock=lambda: 0.0)
         self.outputs: dict[str, list[TokenOutput]] = {}
         self.steps: list[StepStats] = []

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from guanaco.adapters.residency.ledger import ResidencyLedger
+from guanaco.adapters.residency.moves import Copy
 from guanaco.adapters.residency.slot_table import SlotTable
 from guanaco.models.error_codes import ErrorCode
 from guanaco.server.engine.block_manager import BlockManager
@@ -30,7 +32,9 @@ class Bench:
     def __init__(
         self, *, num_blocks: int = 64, block_size: int = 4, num_slots: int = 2, limits: Limits = LIMITS
     ) -> None:
-        self.scheduler = Scheduler(limits, BlockManager(num_blocks, block_size), SlotTable(num_slots), frozenset({EOS}))
+        self.scheduler = Scheduler(
+            limits, BlockManager(num_blocks, block_size), ResidencyLedger(SlotTable(num_slots)), frozenset({EOS})
+        )
         self.now = 0.0
         self.batch = ScheduledBatch((), {}, ())
 
@@ -46,7 +50,7 @@ class Bench:
     def step(self, token: int = 1) -> list[TokenOutput]:
         self.batch = self.scheduler.schedule(self.now)
         sampled = tuple(SampledToken(token if item.needs_sample else None) for item in self.batch.sequences)
-        return self.scheduler.update(self.batch, sampled)
+        return self.scheduler.update(self.batch, sampled)[0]
 
     @property
     def shares(self) -> dict[str, int]:
@@ -237,9 +241,9 @@ def test_a_step_names_the_slots_of_its_adapters_and_the_copies_to_make() -> None
     bench.step()
     slots = bench.batch.adapter_slots
     assert sorted(slots) == ["x", "y"]
-    assert set(bench.batch.slot_loads) == {(slot, version) for version, slot in slots.items()}
+    assert set(bench.batch.moves) == {Copy(version, slot) for version, slot in slots.items()}
     bench.step()
-    assert bench.batch.slot_loads == ()
+    assert bench.batch.moves == ()
 
 
 def test_a_failed_row_ends_its_own_request_only() -> None:
@@ -247,7 +251,8 @@ def test_a_failed_row_ends_its_own_request_only() -> None:
     bench.add("good", 3)
     bench.add("bad", 3, first=1)
     batch = bench.scheduler.schedule(0.0)
-    good, bad = bench.scheduler.update(batch, (SampledToken(1), SampledToken(None, error="numerical_error")))
+    sampled = (SampledToken(1), SampledToken(None, error="numerical_error"))
+    (good, bad), _ = bench.scheduler.update(batch, sampled)
     assert (good.token_ids, good.finish_reason) == ((1,), None)
     assert (bad.finish_reason, bad.error) == (FinishReason.ERROR, "numerical_error")
     assert bench.running == ["good"]

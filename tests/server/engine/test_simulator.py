@@ -13,10 +13,11 @@ from multiprocessing import get_context
 import pytest
 
 from guanaco.adapters.residency.host_table import HostTable
+from guanaco.adapters.residency.ledger import ResidencyLedger
+from guanaco.adapters.residency.moves import Moves, Read
 from guanaco.adapters.residency.slot_table import SlotTable
 from guanaco.server.engine import block_manager
 from guanaco.server.engine.block_manager import BlockManager
-from guanaco.server.engine.engine import Engine
 from guanaco.server.engine.loading_queue import LoadingQueue
 from guanaco.server.engine.request import LoraRef, Request, SamplingParams, Sequence, Status
 from guanaco.server.engine.scheduler import Scheduler
@@ -175,36 +176,34 @@ def _lets_go_too_early(self: HostTable, versions, _original=HostTable.unpin) -> 
             _original(self, [version])
 
 
-def _evicts_what_is_held_in_memory(self: HostTable, versions, _original=HostTable.pin) -> bool:
+def _evicts_what_is_held_in_memory(self: HostTable, versions, _original=HostTable.pin) -> Moves | None:
     self._idle.update(dict.fromkeys(self._here))
     return _original(self, versions)
 
 
-def _evicts_what_is_kept(self: HostTable, versions, _original=HostTable.pin) -> bool:
+def _evicts_what_is_kept(self: HostTable, versions, _original=HostTable.pin) -> Moves | None:
     self._idle.update(dict.fromkeys(self._kept & self._here - self._pins.keys()))
     return _original(self, versions)
 
 
-def _takes_half(self: HostTable, versions, _original=HostTable.pin) -> bool:
+def _takes_half(self: HostTable, versions, _original=HostTable.pin) -> Moves | None:
     """Not all or nothing: what there is room for is held, and read."""
-    return all(_original(self, [version]) for version in dict.fromkeys(versions))
+    parts = [_original(self, [version]) for version in dict.fromkeys(versions)]
+    return None if None in parts else tuple(move for part in parts for move in part or ())
 
 
-def _reads_for_everybody(self: HostTable, versions, _original=HostTable.pin) -> bool:
-    pinned = _original(self, versions)
-    self._reads.update(dict.fromkeys(set(versions) & self._reading))
-    return pinned
+def _reads_for_everybody(self: HostTable, versions, _original=HostTable.pin) -> Moves | None:
+    moves = _original(self, versions)
+    again = (Read(version) for version in sorted(set(versions) & self._reading))
+    return None if moves is None else tuple(dict.fromkeys((*moves, *again)))
 
 
-def _removes_what_is_used(self: HostTable, version: str, _original=HostTable.evict) -> bool:
-    _original(self, version)
-    return True
+def _removes_what_is_used(self: HostTable, version: str, _original=HostTable.evict) -> Moves | None:
+    return _original(self, version) or ()
 
 
-def _removes_from_memory_only(self: HostTable, version: str, *, _original=HostTable.evict) -> bool:
-    gone = _original(self, version)
-    self._evicted.pop(version, None)
-    return gone
+def _removes_from_memory_only(self: HostTable, version: str, *, _original=HostTable.evict) -> Moves | None:
+    return None if _original(self, version) is None else ()
 
 
 def _lies_over_others(self: SlotTable, missing, without, _original=SlotTable._lay_out):
@@ -220,8 +219,7 @@ def _trusts_stale_bytes(self: SlotTable, versions, _original=SlotTable.pin):
 
 
 def _forgets_who_waits(self: Scheduler, version: str, error: str | None) -> None:
-    self.host.read_done(version, is_here=error is None)
-    self.admit_loaded()
+    self._moves += self.residency.read_done(version, is_here=error is None)
 
 
 def _first_come(self: Turns, running, waiting, last, _original=Turns.in_order):
@@ -263,7 +261,7 @@ PLANTED = {
     "a removed copy that stays": (HostTable, "evict", _removes_from_memory_only),
     "bytes of two adapters in one place": (SlotTable, "_lay_out", _lies_over_others),
     "bytes that another one had are trusted": (SlotTable, "pin", _trusts_stale_bytes),
-    "out of memory, still on the device": (Engine, "_clear_slot", lambda *_: None),
+    "out of memory, still on the device": (ResidencyLedger, "_off_slot", lambda *_: None),
     "a failed read that nobody hears of": (Scheduler, "adapter_read", _forgets_who_waits),
     "no deadline for those that load": (LoadingQueue, "late", lambda *_: []),
     "room that nobody is told of": (Scheduler, "admit_loaded", lambda self, *, is_step=False: None),

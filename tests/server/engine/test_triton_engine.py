@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from guanaco.adapters.peft.weights import AdapterLimits
+from guanaco.adapters.residency.ledger import ResidencyLedger
 from guanaco.adapters.residency.slot_store import SlotStore
 from guanaco.adapters.residency.slot_table import SlotTable
 from guanaco.adapters.versions.registry import AdapterRegistry
@@ -100,7 +101,9 @@ class Run:
             self.graphs = DecodeGraphs(model, model.ops, kv, **sizes, capture=RunEagerly())  # type: ignore[arg-type]
         runner = ModelRunner(model, kv, setting.registry, store, frozenset(), self.graphs)
         limits = Limits(NUM_SEQS, 16, min(MAX_MODEL_LEN, num_blocks * BLOCK_SIZE), queue_timeout_seconds=0.0)
-        scheduler = Scheduler(limits, BlockManager(num_blocks, BLOCK_SIZE), SlotTable(NUM_SLOTS), frozenset())
+        scheduler = Scheduler(
+            limits, BlockManager(num_blocks, BLOCK_SIZE), ResidencyLedger(SlotTable(NUM_SLOTS)), frozenset()
+        )
         self.engine = Engine(scheduler, runner, clock=lambda: 0.0)
 
     def __call__(self, requests: list[Request]) -> dict[str, list[int]]:

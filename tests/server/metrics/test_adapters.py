@@ -160,7 +160,7 @@ class TestThroughTheServer:
             return metrics.registry.get_sample_value("vllm:lora_requests_info", labels)
 
         assert server.call(show) == 1.0  # on the loop: no step comes between
-        assert new in server.scheduler.slots.resident, "since it was tried out; no request runs"
+        assert new in server.scheduler.residency.slots.resident, "since it was tried out; no request runs"
         client.delete("/v1/adapters/a")
         families = server.call(lambda: list(metrics.registry.collect()))
         (family,) = [f for f in families if f.name == "vllm:lora_requests_info"]

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from guanaco.adapters.peft.weights import BASE_FINGERPRINT_KEY, WEIGHTS_NAME, AdapterLimits
 from guanaco.adapters.residency.host_table import HostTable
+from guanaco.adapters.residency.ledger import ResidencyLedger
 from guanaco.adapters.residency.slot_table import SlotTable
 from guanaco.adapters.versions.registry import AdapterRegistry
 from guanaco.adapters.versions.registry_file import RegistryFile
@@ -115,9 +116,8 @@ def make_adapter_server(
     of the `command_line`."""
     made = make_engine_server(**{"max_queued_requests": 512, "adapter_slots": num_slots, **settings})
     scheduler = made.scheduler
-    scheduler.slots = SlotTable(num_slots)
-    scheduler.host = HostTable(host_memory)
-    scheduler.loading = LoadingQueue(scheduler.host, made.state.settings.adapter_timeout)
+    scheduler.residency = ResidencyLedger(SlotTable(num_slots), HostTable(host_memory))
+    scheduler.loading = LoadingQueue(scheduler.residency, made.state.settings.adapter_timeout)
     assert scheduler.blocks.block_size == BLOCK_SIZE
     made.sock.close()
     registry = AdapterRegistry(
@@ -139,7 +139,7 @@ def make_adapter_server(
         on_load=made.state.metrics.adapters.observe_load,
         on_stage=made.state.metrics.adapters.observe_stage,
     )
-    made.state.metrics.adapters.set_device(lambda: registry.names_of(scheduler.slots.resident))
+    made.state.metrics.adapters.set_device(lambda: registry.names_of(scheduler.residency.slots.resident))
     for name, path in (command_line or {}).items():
         registry.load(name, path)
     manager.restore()

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from guanaco.adapters.residency.ledger import ResidencyLedger
 from guanaco.adapters.residency.slot_table import SlotTable
 from guanaco.server.api.generation.state import ApiState
 from guanaco.server.engine.async_engine import AsyncEngine, QueueCaps
@@ -106,7 +107,7 @@ def make_engine_server(*, num_blocks: int = 512, **settings: Any) -> EngineServe
     state = make_state(**settings)
     options = state.settings
     limits = Limits(options.max_num_seqs, options.max_num_batched_tokens, MAX_MODEL_LEN, options.queue_timeout)
-    scheduler = Scheduler(limits, BlockManager(num_blocks, BLOCK_SIZE), SlotTable(2), frozenset({EOS}))
+    scheduler = Scheduler(limits, BlockManager(num_blocks, BLOCK_SIZE), ResidencyLedger(SlotTable(2)), frozenset({EOS}))
     model = MadeUpModel()
     engine = AsyncEngine(
         Engine(scheduler, model),

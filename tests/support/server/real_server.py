@@ -64,7 +64,7 @@ class RealServer(EngineServer):
             "leases": sorted(self.registry.holds.held(Holder.REQUEST, Holder.LOAD)),
             "names": sorted(entry.name for entry in (*self.registry.entries(), *self.registry.broken())),
             "host copies": sorted(self.registry.versions()),
-            "slots of nobody": sorted(self.scheduler.slots.resident.keys() - self.registry.versions()),
+            "slots of nobody": sorted(self.scheduler.residency.slots.resident.keys() - self.registry.versions()),
             "stored": sorted(self.stored()),
             "files": sorted(_open_files()),
             "locks": sorted(self.manager._locks),

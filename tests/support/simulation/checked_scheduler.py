@@ -103,7 +103,7 @@ class CheckedScheduler(Scheduler):
         assert batch.num_tokens <= limits.max_num_batched_tokens, "token budget"
         assert len(self.running) <= limits.max_num_seqs, "too many run"
         assert len({id(item.sequence) for item in items}) == len(items), "a sequence is twice in a batch"
-        assert len(set(batch.adapter_slots.values())) == len(batch.adapter_slots) <= self.slots.num_slots
+        assert len(set(batch.adapter_slots.values())) == len(batch.adapter_slots) <= self.residency.slots.num_slots
         for item in items:
             sequence = item.sequence
             assert sequence.status is Status.RUNNING
@@ -117,7 +117,7 @@ class CheckedScheduler(Scheduler):
             most = min(sequence.num_tokens + 1, limits.max_model_len)
             assert len(sequence.block_table) <= -(-most // self.blocks.block_size), "a sequence holds too many blocks"
             for lora in sequence.request.loras:
-                assert self.slots.num_pins(lora.version) > 0, "a running sequence's adapter is not pinned"
+                assert self.residency.slots.num_pins(lora.version) > 0, "a running sequence's adapter is not pinned"
 
     def _schedule_prompts(
         self, turns: list[tuple[int, Sequence]], chosen: dict[int, ScheduledSequence], share: StepShare, now: float

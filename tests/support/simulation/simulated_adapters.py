@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from random import Random
 
+from guanaco.adapters.residency.messages import AddVersion, ForgetVersion, ReadDone
 from guanaco.server.engine.engine import Engine
-from guanaco.server.engine.request import AddVersion, ForgetVersion, ReadDone
 from guanaco.server.engine.scheduler import Scheduler
 
 BROKEN = "adapter_broken"
@@ -34,7 +34,7 @@ class SimulatedAdapters:
         self.failed: set[str] = set()  # versions whose read failed since the last step
         self._random = random
         self._scheduler = scheduler
-        self._host = scheduler.host
+        self._host = scheduler.residency.host
         self._room = room
         self._is_used = is_used
         self._sizes: dict[str, int] = {}
@@ -64,7 +64,7 @@ class SimulatedAdapters:
         """A removed version goes when its last client has; never before."""
         assert version in self._told, "a version goes that nobody removed"
         assert version not in self._memory | self._reading.keys(), "a removed version stays in memory"
-        assert version not in self._scheduler.slots.resident, "a removed version stays on the device"
+        assert version not in self._scheduler.residency.slots.resident, "a removed version stays on the device"
         open_sequences = self._scheduler._sequences.values()
         assert not any(version in sequence.versions for sequence in open_sequences), "it goes while it is used"
         self._retired.remove(version)
@@ -89,7 +89,7 @@ class SimulatedAdapters:
         return bool(self._reading)
 
     def fit_together(self, versions: Iterable[str]) -> bool:
-        slots = self._scheduler.slots
+        slots = self._scheduler.residency.slots
         on_device = 3 * sum(self._sizes.get(version, 0) for version in set(versions))
         return self._host.can_ever_fit(versions) and (not slots.num_bytes or on_device <= slots.num_bytes)
 
@@ -147,9 +147,9 @@ class SimulatedAdapters:
             return
         version, size = f"v{self._num_made}", self._random.randint(1, 4)
         self._num_made += 1
-        device_bytes = 3 * size if self._scheduler.slots.num_bytes else 0
+        device_bytes = 3 * size if self._scheduler.residency.slots.num_bytes else 0
         is_permanent = is_permanent and 2 * size < self._room
-        if not self._scheduler.add_adapter(version, size, device_bytes, is_permanent=is_permanent):
+        if not self._scheduler.residency.add(version, size, device_bytes, is_permanent=is_permanent):
             self.counts["no room"] += 1
             return
         if self._host.is_ready([version]):

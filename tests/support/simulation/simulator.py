@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from guanaco.adapters.residency.host_table import HostTable
+from guanaco.adapters.residency.ledger import ResidencyLedger
 from guanaco.adapters.residency.slot_table import SlotTable
 from guanaco.models.error_codes import ErrorCode
 from guanaco.server.engine.engine import Engine
@@ -83,7 +84,7 @@ class Simulation:
         )
         self.host = HostTable(world.host_room)
         self.scheduler = CheckedScheduler(
-            limits, self.blocks, self.slots, frozenset({EOS_ID}), self.faults, host=self.host
+            limits, self.blocks, ResidencyLedger(self.slots, self.host), frozenset({EOS_ID}), self.faults
         )
         self.engine = Engine(self.scheduler, self.runner, clock=lambda: self.now)
         self.clients: dict[str, Client] = {}  # open ones
@@ -335,8 +336,7 @@ class Simulation:
         """Everything that must hold between two steps, at the price of looking at all of it."""
         scheduler, blocks = self.scheduler, self.blocks
         blocks.check([*scheduler.running, *scheduler.waiting])
-        self.slots.check()
-        self.host.check()
+        scheduler.residency.check()
         assert all(not s.block_table and s.status is Status.WAITING for s in scheduler.waiting)
         assert all(s.status is Status.RUNNING for s in scheduler.running)
         everybody = [*scheduler.running, *scheduler.waiting, *scheduler.loading.sequences]
