@@ -167,3 +167,15 @@ def test_stop_strings_with_a_control_token_and_other_text(
             break
     assert detokenizer.stop_reason == stopped
     assert text == shown + (stopped or "") * include
+
+
+def test_hidden_control_tokens_are_no_text_where_others_are_shown() -> None:
+    """A call's marker is shown, the markers of turns are not; stop strings see both."""
+    tokenizer, ids = FakeTokenizer(), [*b"a", USER, *b"b", END, *b"c"]
+    shown = {"skip_special_tokens": False, "hidden_token_ids": frozenset({END})}
+    assert "".join(pieces_of(Detokenizer(tokenizer, params(**shown)), ids)) == "a<user>bc"
+    stops = Stops.of(["b<end>"], tokenizer)
+    fields = {"stop_strings": stops.strings, "stops_see_control": stops.see_control, **shown}
+    detokenizer = Detokenizer(tokenizer, params(**fields))
+    assert "".join(pieces_of(detokenizer, ids)) == "a<user>"
+    assert detokenizer.stop_reason == "b<end>"

@@ -10,7 +10,7 @@ import pytest
 from openai import OpenAI
 
 from support.server.api_server import BASE, WAIT, LiveServer, make_state, sse_data
-from support.server.fake_engine import END, NO_TOOLS, USER, FakeTemplate, reply_of
+from support.server.fake_engine import ASSISTANT, END, NO_TOOLS, USER, FakeTemplate, reply_of
 
 ROUTE = "/v1/chat/completions"
 WEATHER = {
@@ -219,6 +219,20 @@ def test_a_template_with_tools_gets_them_and_hidden_markers_are_shown() -> None:
         assert server.engine.requests[-1].params.skip_special_tokens
         post(server, max_tokens=1, skip_special_tokens=False)
         assert server.engine.requests[-1].params.hidden_token_ids == frozenset()
+
+
+def test_a_forced_call_is_begun_in_the_prompt_where_its_marker_is_a_control_token() -> None:
+    state = make_state(tool_format="mistral")
+    state.tokenizer.control_id = {"[TOOL_CALLS]": END}.get
+    with LiveServer(state) as server:
+        server.script(reply=' [{"name": "get_time", "arguments": {}}]')
+        answer = post(server, tool_choice="required")
+        assert answer["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "get_time"
+        ids = server.engine.requests[-1].prompt_token_ids
+        assert ids[-2:] == (ASSISTANT, END)
+        assert tuple(post(server, route="/tokenize", tool_choice="required")["tokens"]) == ids
+        assert answer["usage"]["prompt_tokens"] == len(ids)
+        assert post(server, route="/tokenize", tool_choice="auto")["tokens"][-1] == ASSISTANT
 
 
 def test_the_models_template_for_tools_is_used_where_there_are_tools() -> None:

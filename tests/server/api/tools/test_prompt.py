@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic_core import PydanticCustomError
 
 from guanaco.models.text.chat_template import ChatTemplate, named_template
 from guanaco.models.text.tokenizer import Tokenizer
 from guanaco.server.api.http.errors import ApiError
 from guanaco.server.api.tools.definitions import ToolChoice, parse_tool_choice, parse_tools
 from guanaco.server.api.tools.formats.registry import format_of_template
-from guanaco.server.api.tools.history import Message, mistral_id
+from guanaco.server.api.tools.history import MAX_ARGUMENT_PARTS, Message, mistral_id, parse_calls
 from guanaco.server.api.tools.plan import ToolPlan, plan_tools
 from support.models.tiny_tokenizers import CHATML, LLAMA2, SMOLLM, write_byte_level
 from support.models.tool_templates import TOOL_TEMPLATES, TOOL_TOKENS
@@ -284,3 +285,13 @@ def test_answers_find_their_calls() -> None:
     assert plan(template).prompt([USER, asked, USER]), "a call may stay unanswered"
     assert plan(template).prompt([USER, asked, {"role": "tool", "content": "x"}])
     assert plan(template).prompt([USER, asked, answer(1, "x"), asked, answer(1, "y")]), "ids may come again"
+
+
+def test_the_arguments_of_a_history_are_bounded_before_they_are_parsed() -> None:
+    def calls(count: int) -> list[Any]:
+        arguments = '{"a": [' + "0," * count + "0]}"
+        return [{"id": "1", "function": {"name": "f", "arguments": arguments}}]
+
+    assert len(parse_calls(calls(MAX_ARGUMENT_PARTS - 3))[0].arguments["a"]) == MAX_ARGUMENT_PARTS - 2
+    with pytest.raises(PydanticCustomError, match="at most 65536 commas"):
+        parse_calls(calls(MAX_ARGUMENT_PARTS - 2))
