@@ -61,7 +61,10 @@ class RealServer(EngineServer):
     def holdings(self) -> dict[str, Any]:
         """What a server that does nothing holds: to be compared before and after."""
         return {
-            "leases": sorted(self.registry.holds.held(Holder.REQUEST, Holder.LOAD)),
+            "leases": {
+                version: [self.registry.holds.count(version, holder) for holder in (Holder.REQUEST, Holder.LOAD)]
+                for version in self.registry.holds.held(Holder.REQUEST, Holder.LOAD)
+            },
             "names": sorted(entry.name for entry in (*self.registry.entries(), *self.registry.broken())),
             "host copies": sorted(self.registry.versions()),
             "slots of nobody": sorted(self.scheduler.residency.slots.resident.keys() - self.registry.versions()),
