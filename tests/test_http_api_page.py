@@ -9,6 +9,7 @@ from guanaco.server.api.http.auth import OPEN_PATHS, is_admin_path
 from guanaco.server.api.tools import definitions
 from guanaco.server.api.tools.formats.registry import FORMATS
 from guanaco.server.api.tools.history import MAX_ARGUMENT_PARTS, MAX_CALLS
+from guanaco.server.api.values import template_variables, tokens
 from guanaco.server.config import Settings
 from support.server.api_server import make_state
 
@@ -56,10 +57,12 @@ def test_numbers_are_those_of_the_code() -> None:
     for text in (
         f"at most {protocol.MAX_TOP_K}",
         f"1 to {protocol.MAX_CHOICES}",
-        f"up to {protocol.MAX_STOP_STRINGS} strings of up to {protocol.MAX_STOP_CHARS} characters",
-        f"up to {protocol.MAX_STOP_TOKEN_IDS} token ids",
-        f"up to {protocol.MAX_LOGIT_BIAS} token ids",
+        f"up to {tokens.MAX_STOP_STRINGS} strings of up to {tokens.MAX_STOP_CHARS} characters",
+        f"up to {tokens.MAX_STOP_TOKEN_IDS} token ids",
+        f"up to {tokens.MAX_LOGIT_BIAS} token ids",
         f"up to {protocol.MAX_MESSAGES};",
+        f"up to {template_variables.MAX_VARIABLES} variables",
+        f"{template_variables.MAX_VARIABLES_BYTES >> 10} KiB as JSON",
         f"up to {protocol.MAX_SALT_CHARS} characters",
     ):
         assert text in fields, text

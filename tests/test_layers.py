@@ -21,8 +21,8 @@ _ERRORS = {"models.errors", "models.error_codes"}
 _ENGINE = {"server.engine", "kernels", "models", "adapters", "server.config"}
 _HTTP = {"server.api.http", "server.engine", "server.metrics", "server.config", "server.errors", *_ERRORS}
 _GENERATION = {
-    *_HTTP, "server.api.tools", "server.api.generation", "server.adapters", "server.grammars", "adapters.versions",
-    "models.text",
+    *_HTTP, "server.api.tools", "server.api.values", "server.api.generation", "server.adapters", "server.grammars",
+    "adapters.versions", "models.text",
 }  # fmt: skip
 # Room (or file) -> what of ours it may import, as prefixes of guanaco.*. The most specific entry of a file counts.
 ALLOWED = {
@@ -64,6 +64,7 @@ ALLOWED = {
     "server/api/http": _HTTP,
     "server/api/generation": _GENERATION,
     "server/api/messages": {*_GENERATION, "server.api.messages"},
+    "server/api/values": {"server.api.values"},
     "server/api/responses": {*_GENERATION, "server.api.responses"},
     "server/api/tools": {"server.api.tools", "server.api.http.errors", "server.grammars", "models.text", *_ERRORS},
     "server/api/routes": {*_GENERATION, "server.api.routes", "adapters.errors"},

@@ -5,9 +5,11 @@ by `tokenizer`; templates of our own are in `named_templates`.
 """
 
 import hashlib
+import secrets
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from guanaco.models.error_codes import ErrorCode
@@ -79,16 +81,25 @@ class ChatTemplate:
         special_tokens: Mapping[str, str] | None = None,
         max_chars: int = MAX_OUTPUT_CHARS,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
         """The prompt. A message is {"role": …, "content": …} and more; keys whose value is None are left out.
 
         tools: functions as OpenAI's API has them, {"type": "function", "function": {…}}; None: the template sees none.
         special_tokens: more of a tokenizer's named tokens, such as unk_token. max_chars: a longer prompt is an error.
+        continue_final_message: the prompt ends with the last message's text, as in transformers.
+        variables: more that the template sees, of JSON's types; none takes the place of another one here.
         Raises TemplateError with the template's own words where it refuses, and for anything else that goes wrong.
         """
         tokens = {"bos_token": bos_token, "eos_token": eos_token, **(special_tokens or {})}
-        variables = {
-            "messages": [{key: _plain(v) for key, v in message.items() if v is not None} for message in messages],
+        shown = [dict(message) for message in messages]
+        tag = _tag() if continue_final_message else ""
+        if continue_final_message:
+            shown[-1]["content"] = shown[-1]["content"] + tag + " "
+        values = {
+            **{name: _plain(value) for name, value in variables.items()},
+            "messages": [{key: _plain(v) for key, v in message.items() if v is not None} for message in shown],
             "tools": None if tools is None else [_plain(tool) for tool in tools],
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
@@ -96,9 +107,19 @@ class ChatTemplate:
             **{name: token for name, token in tokens.items() if token is not None},
         }
         try:
-            return self._renderer.render(self._digest, self.source, variables, max_chars)
+            text = self._renderer.render(self._digest, self.source, values, max_chars)
         except TemplateError as error:
             raise self._labelled(error) from None
+        return self._cut(text, messages[-1]["content"], tag) if continue_final_message else text
+
+    def _cut(self, text: str, final: str, tag: str) -> str:
+        """A rendered text up to the tag behind the last message's, where the model goes on. Raises TemplateError."""
+        place = text.rfind(tag)
+        if place < 0 or final.strip() not in text:
+            problem = "it leaves out the last message, or a part of it, so that message can't be continued"
+            raise TemplateError(f"{self._label}: {problem}")
+        keeps_spaces = text.startswith(tag + " ", place)  # else the template trims them, and would do so here
+        return text[:place] if keeps_spaces else text[:place].rstrip()
 
     def try_out(self, special_tokens: Mapping[str, str]) -> None:
         """Render one question. `notes` has what the template says against it: other conversations may suit it.
@@ -162,6 +183,11 @@ def load_template(name_or_path: str) -> ChatTemplate:
     template = ChatTemplate(source, name=str(path))
     template.try_out({"bos_token": "<s>", "eos_token": "</s>"})
     return template
+
+
+def _tag() -> str:
+    """What nobody can have written: it shows where the last message's text ends."""
+    return f"CONTINUE{secrets.token_hex(16)}"
 
 
 def _plain(value: Any) -> Any:

@@ -7,8 +7,9 @@ Knows nothing of requests or streaming. Called by the API and the command line; 
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from guanaco.models.errors import TokenizerError
@@ -89,16 +90,18 @@ class Tokenizer:
         messages: list[dict[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] = MappingProxyType({}),
         template: ChatTemplate | None = None,
         max_chars: int = MAX_OUTPUT_CHARS,
         max_tokens: int | None = None,
         tools: Sequence[dict[str, Any]] | None = None,
     ) -> list[int]:
         """Ids of a conversation through `template`, or the model's own if that is None. max_chars: of the prompt;
-        max_tokens: as of `encode`.
+        max_tokens: as of `encode`; continue_final_message, variables: as of the template's `render`.
 
-        What the template writes as control tokens becomes them; the strings of messages and tools stay text. BOS comes
-        from a template that is complete, and otherwise from the tokenizer's rule. Raises TemplateError.
+        What the template writes as control tokens becomes them; the strings of messages, tools and variables stay
+        text. BOS comes from a template that is complete, and otherwise from the tokenizer's rule. Raises TemplateError.
         """
         template = template or self.chat_template
         if template is None:
@@ -112,6 +115,8 @@ class Tokenizer:
                 bos_token=names.pop("bos_token", None),
                 eos_token=names.pop("eos_token", None),
                 add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                variables=self._control.mark(dict(variables)),
                 special_tokens=names,
                 max_chars=max_chars,
                 tools=None if tools is None else [self._control.mark(tool) for tool in tools],

@@ -4,8 +4,8 @@ Chat sends such a body itself. Routes with another shape translate their bodies 
 means the same to all of them. Knows neither HTTP nor answers.
 """
 
-from collections.abc import Collection, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from guanaco.models.error_codes import ErrorCode
@@ -33,6 +33,8 @@ from guanaco.server.api.tools.plan import ToolPlan, plan_tools
 
 # Values of chat's own fields that ask for nothing, besides their defaults.
 _NEUTRAL: Mapping[str, Neutral] = {
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
     "echo": (False,),
     "frequency_penalty": (0,),
     "ignore_eos": (False,),
@@ -92,12 +94,7 @@ def prepare_conversation(
     is_guided = grammar is None and tools.guides_text
     tools, grammar = replace(tools, is_sure=is_guided), tools.grammar(grammar)
     token_ids = render_messages(
-        state,
-        template,
-        body.messages,
-        model.max_model_len,
-        tools=tools,
-        add_generation_prompt=body.add_generation_prompt is not False,
+        state, template, body.messages, model.max_model_len, tools=tools, ending=PromptEnding.of(body)
     )
     params = sampling_params(
         body,
@@ -117,6 +114,39 @@ def prepare_conversation(
         params = replace(params, skip_special_tokens=False, hidden_token_ids=hidden)
     salt = state.keys.cache_salt(caller.key, body.cache_salt)
     return Prepared(body, model, (Prompt(token_ids, params),), salt, ignored, grammar, tools)
+
+
+@dataclass(frozen=True)
+class PromptEnding:
+    """How a conversation's prompt ends, and the client's own variables of the template."""
+
+    add_generation_prompt: bool = True  # with the beginning of an answer
+    continue_final_message: bool = False  # within the last message, which the model goes on with
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, body: ChatBody | TokenizeBody) -> "PromptEnding":
+        """400 where the fields ask for two endings."""
+        continues = body.continue_final_message is True
+        if continues and body.add_generation_prompt:
+            text = "continue_final_message and add_generation_prompt can't both be true: one begins a new answer"
+            raise bad_request(text, "continue_final_message")
+        adds = not continues and body.add_generation_prompt is not False
+        return cls(adds, continues, body.chat_template_kwargs or {})
+
+    def check(self, messages: Sequence[ChatMessage], tools: ToolPlan) -> None:
+        """400 where there is nothing to continue."""
+        if not self.continue_final_message:
+            return
+        if messages[-1].role != "assistant":
+            text = "continue_final_message needs a last message of the role assistant: its text is continued"
+            raise bad_request(text, "continue_final_message")
+        if messages[-1].tool_calls:
+            text = "continue_final_message continues text: the last message must not have tool_calls"
+            raise bad_request(text, "continue_final_message")
+        if tools.is_forced:
+            text = "continue_final_message continues text, and tool_choice asks for a call: give one of them"
+            raise bad_request(text, "continue_final_message")
 
 
 def tool_plan(state: ApiState, template: ChatTemplate | None, body: ChatBody | TokenizeBody) -> ToolPlan:
@@ -141,7 +171,7 @@ def render_messages(
     max_model_len: int,
     *,
     tools: ToolPlan,
-    add_generation_prompt: bool,
+    ending: "PromptEnding | None" = None,
     max_tokens: int | None = None,
 ) -> tuple[int, ...]:
     """The conversation as token ids, through the chat template. 400 where it doesn't suit the template.
@@ -150,6 +180,8 @@ def render_messages(
     refused for that."""
     check_text_size(sum(message.num_bytes for message in messages), max_model_len, "messages")
     check_text_size(tools.num_bytes, max_model_len, "tools")
+    ending = ending or PromptEnding()
+    ending.check(messages, tools)
     if template is None:
         text = "this model has no chat template: use /v1/completions, or start the server with --chat-template NAME"
         raise bad_request(text, "messages", ErrorCode.NO_CHAT_TEMPLATE)
@@ -158,7 +190,9 @@ def render_messages(
         token_ids = state.tokenizer.encode_chat(
             shown,
             tools=functions,
-            add_generation_prompt=add_generation_prompt,
+            add_generation_prompt=ending.add_generation_prompt,
+            continue_final_message=ending.continue_final_message,
+            variables=ending.variables,
             template=tools.template,
             max_chars=max_model_len * MAX_BYTES_PER_TOKEN,
             max_tokens=max_model_len if max_tokens is None else max_tokens,
@@ -167,7 +201,7 @@ def render_messages(
         raise _template_problem(error.code) from None
     if not token_ids:
         raise bad_request("the messages come to no tokens at all", "messages")
-    if add_generation_prompt and (begun := tools.begun) is not None:
+    if ending.add_generation_prompt and (begun := tools.begun) is not None:
         token_ids.append(begun)
     if max_tokens is not None and len(token_ids) > max_tokens:
         raise bad_request(f"the messages come to more than {max_tokens} tokens: send less at once", "messages")

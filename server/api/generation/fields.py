@@ -249,7 +249,7 @@ _OUTPUT: Mapping[str, Neutral] = {
     "web_search_options": (),
 }
 REFUSED: Mapping[str, Neutral] = {**_ADAPTERS, **_SAMPLING, **_PROMPT, **_OUTPUT}
-_TAKEN_IN_CHAT = frozenset(("tools", "tool_choice"))
+_TAKEN_IN_CHAT = frozenset(("tools", "tool_choice", "continue_final_message", "chat_template_kwargs"))
 REFUSED_IN_CHAT: Mapping[str, Neutral] = {
     **{name: neutral for name, neutral in REFUSED.items() if name not in _TAKEN_IN_CHAT},
     "echo": (False,),

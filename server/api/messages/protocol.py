@@ -10,15 +10,10 @@ from pydantic import Field, WithJsonSchema
 
 from guanaco.server.api.generation.conversation import refused_besides
 from guanaco.server.api.generation.fields import HARMLESS, Neutral, RouteFields
-from guanaco.server.api.generation.protocol import (
-    MAX_MESSAGES,
-    MAX_SALT_CHARS,
-    MAX_TOP_K,
-    AdapterChoices,
-    Body,
-    StopStrings,
-    TokenCount,
-)
+from guanaco.server.api.generation.protocol import MAX_MESSAGES, MAX_SALT_CHARS, MAX_TOP_K, TokenCount
+from guanaco.server.api.values.adapters import AdapterChoices
+from guanaco.server.api.values.base import Body
+from guanaco.server.api.values.tokens import StopStrings
 
 _TEXT = {"type": "string"}
 _BLOCKS = {"type": "array", "items": {"type": "object", "required": ["type"]}}

@@ -69,7 +69,6 @@ def _count(is_beta: bool, state: ApiState, caller: Caller, data: dict[str, Any])
             chat.messages,
             model.max_model_len,
             tools=tool_plan(state, template, chat),
-            add_generation_prompt=True,
             max_tokens=MAX_TOKENS,
         )
     return {"input_tokens": len(token_ids)}, _with_beta(fields.ignored, is_beta)

@@ -16,11 +16,11 @@ from guanaco.server.api.generation.protocol import (
     MAX_SALT_CHARS,
     MAX_TOP_K,
     MAX_TOP_LOGPROBS,
-    AdapterChoices,
-    Body,
     TokenCount,
     User,
 )
+from guanaco.server.api.values.adapters import AdapterChoices
+from guanaco.server.api.values.base import Body
 
 MAX_METADATA = 16
 MAX_METADATA_KEY_CHARS = 64

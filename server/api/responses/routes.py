@@ -145,9 +145,7 @@ def _count(
     with renamed_errors(_NAMES):
         template = state.template_for(model)
         tools = tool_plan(state, template, chat)
-        token_ids = render_messages(
-            state, template, chat.messages, model.max_model_len, tools=tools, add_generation_prompt=True
-        )
+        token_ids = render_messages(state, template, chat.messages, model.max_model_len, tools=tools)
     return {"object": "response.input_tokens", "input_tokens": len(token_ids)}, fields.ignored
 
 

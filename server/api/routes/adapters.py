@@ -19,11 +19,11 @@ from guanaco.server.adapters.manager import AdapterManager
 from guanaco.server.adapters.sources import LoadRequest
 from guanaco.server.adapters.view import AdapterView
 from guanaco.server.api.generation.body import body_schema
-from guanaco.server.api.generation.protocol import Body
 from guanaco.server.api.generation.state import json_response
 from guanaco.server.api.http.access_log import record_of
 from guanaco.server.api.http.errors import ApiError, bad_request
 from guanaco.server.api.routes.admin import Name, admin_body, manager_of, refusal, refusals
+from guanaco.server.api.values.base import Body
 
 router = APIRouter(tags=["adapters"])
 

@@ -11,10 +11,10 @@ from starlette.responses import Response
 from guanaco.adapters.errors import alias_not_found
 from guanaco.server.adapters.aliases import AliasManager
 from guanaco.server.api.generation.body import body_schema
-from guanaco.server.api.generation.protocol import Body
 from guanaco.server.api.generation.state import json_response
 from guanaco.server.api.http.errors import bad_request
 from guanaco.server.api.routes.admin import Name, admin_body, manager_of, refusal, refusals
+from guanaco.server.api.values.base import Body
 
 router = APIRouter(tags=["aliases"])
 

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from guanaco.server.api.generation.body import body_schema, take_fields
 from guanaco.server.api.generation.catalog import Caller
-from guanaco.server.api.generation.conversation import render_messages, tool_plan
+from guanaco.server.api.generation.conversation import PromptEnding, render_messages, tool_plan
 from guanaco.server.api.generation.ignored import Ignored
 from guanaco.server.api.generation.protocol import (
     DETOKENIZE_FIELDS,
@@ -80,7 +80,7 @@ def _tokenize(state: ApiState, caller: Caller, data: dict[str, Any]) -> tuple[di
                 body.messages,
                 max_model_len,
                 tools=tool_plan(state, template, body),
-                add_generation_prompt=body.add_generation_prompt is not False,
+                ending=PromptEnding.of(body),
                 max_tokens=MAX_TOKENS,
             )
         )

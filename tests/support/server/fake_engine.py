@@ -8,8 +8,9 @@ import asyncio
 import hashlib
 import json
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from guanaco.models.errors import TemplateError
@@ -87,6 +88,8 @@ class FakeTokenizer:
         messages: list[dict[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] = MappingProxyType({}),
         template: Any = None,
         max_chars: int = 1 << 24,
         tools: Sequence[dict[str, Any]] | None = None,
@@ -95,12 +98,14 @@ class FakeTokenizer:
         if messages[0]["role"] == "assistant":
             raise TemplateProblem("SECRET: a conversation can't begin with " + messages[0]["content"])
         roles = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT, "tool": USER}
-        ids = [BOS]
+        ids = [BOS, *(json.dumps(dict(variables)).encode() if variables else b"")]
         if tools is not None:
             ids += [SYSTEM, *json.dumps(tools).encode(), END]
         for message in messages:
             calls = json.dumps(message["tool_calls"]) if message.get("tool_calls") else ""
             ids += [roles[message["role"]], *message["content"].encode(), *calls.encode(), END]
+        if continue_final_message:
+            return ids[:-1]
         return ids + [ASSISTANT] * add_generation_prompt
 
 

@@ -7,8 +7,9 @@ python serve_template.py '{"template": "…", "adapter_template": "…", "second
 import json
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from guanaco.models.text.chat_template import ChatTemplate
@@ -30,6 +31,8 @@ class TemplateTokenizer(FakeTokenizer):
         max_chars: int = 1 << 24,
         tools: Sequence[dict[str, Any]] | None = None,
         max_tokens: int | None = None,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] = MappingProxyType({}),
     ) -> list[int]:
         text = template.render(messages, add_generation_prompt=add_generation_prompt, max_chars=max_chars)
         return [BOS, *text.encode()]

@@ -276,7 +276,7 @@ class TestTokenRoutes:
             {"continue_final_message": True},
             {"tools": [{"type": "function"}]},
             {"chat_template": "{{ messages }}"},
-            {"chat_template_kwargs": {"x": 1}},
+            {"chat_template_kwargs": {"messages": 1}},
             {"documents": [{}]},
             {"add_special_tokens": True},
             {"add_special": True},
