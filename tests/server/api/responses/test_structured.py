@@ -10,6 +10,7 @@ from anthropic import Anthropic
 from openai import OpenAI
 from pydantic import BaseModel, Field
 
+from support.models.tiny_models import make_tiny_llama
 from support.server.real_server import BASE, RealServer, make_real_server
 
 
@@ -30,12 +31,15 @@ SCHEMA = {
     "required": ["kind", "age"],
     "additionalProperties": False,
 }
+KIND = {"type": "object", "properties": {"kind": {"enum": ["a", "b"]}}, "required": ["kind"]}
 MESSAGES = [{"role": "user", "content": "Hello"}]
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
-    with make_real_server(tmp_path_factory.mktemp("structured")) as live:
+    directory = tmp_path_factory.mktemp("structured")
+    model = make_tiny_llama(directory / BASE, max_position_embeddings=2048)  # room for tools in the prompt
+    with make_real_server(directory, model=model, chat_template="chatml") as live:
         yield live
 
 
@@ -98,3 +102,50 @@ def test_messages_with_a_schema(server: RealServer) -> None:
         )
     assert message.stop_reason == "end_turn"
     jsonschema.validate(json.loads(message.content[0].text), SCHEMA)
+
+
+def test_a_tool_that_must_be_used(server: RealServer, client: OpenAI) -> None:
+    flat = {"type": "function", "name": "look", "parameters": KIND}
+    for choice in ("required", {"type": "function", "name": "look"}):
+        response = client.responses.create(
+            model=BASE,
+            input="Hello",
+            tools=[flat],
+            tool_choice=choice,
+            max_output_tokens=300,
+            parallel_tool_calls=False,
+        )
+        (call,) = response.output
+        assert (call.type, call.name, response.status) == ("function_call", "look", "completed")
+        jsonschema.validate(json.loads(call.arguments), KIND)
+    fields = {"model": BASE, "max_tokens": 300, "messages": MESSAGES, "tools": [{"name": "look", "input_schema": KIND}]}
+    with Anthropic(base_url=server.url, api_key="x", max_retries=0) as anthropic:
+        for choice in ({"type": "any", "disable_parallel_tool_use": True}, {"type": "tool", "name": "look"}):
+            message = anthropic.messages.create(**fields, tool_choice=choice)
+            (block,) = message.content
+            assert (block.type, block.name, message.stop_reason) == ("tool_use", "look", "tool_use")
+            jsonschema.validate(block.input, KIND)
+        with anthropic.messages.stream(**fields, tool_choice={"type": "tool", "name": "look"}) as stream:
+            pieces = [event.partial_json for event in stream if event.type == "input_json"]
+            (streamed,) = stream.get_final_message().content
+    assert json.loads("".join(pieces)) == streamed.input
+    jsonschema.validate(streamed.input, KIND)
+
+
+def test_a_call_that_is_cut_off_says_so(server: RealServer, client: OpenAI) -> None:
+    flat = {
+        "type": "function",
+        "name": "look",
+        "parameters": {"type": "object", "properties": {"a": {"type": "string"}}},
+    }
+    response = client.responses.create(
+        model=BASE, input="Hello", tools=[flat], tool_choice="required", max_output_tokens=40
+    )
+    assert (response.status, response.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    tool = {"name": "look", "input_schema": flat["parameters"]}
+    with Anthropic(base_url=server.url, api_key="x", max_retries=0) as anthropic:
+        message = anthropic.messages.create(
+            model=BASE, max_tokens=40, messages=MESSAGES, tools=[tool], tool_choice={"type": "any"}
+        )
+    assert message.stop_reason == "max_tokens"
+    assert all(isinstance(block.input, dict) for block in message.content if block.type == "tool_use")
