@@ -17,7 +17,7 @@ from guanaco.server.grammars.vocabulary import Vocabulary
 # Without it, llguidance would ask the tokenizer for the usual spelling of each text that a grammar forces.
 HEADER = '%llguidance {"no_forcing": true}\n'
 _TRIED_TOKENS = 16
-_MAX_LEXER_STATES = 20_000  # up to 2 kB each, of each grammar
+_MAX_LEXER_STATES = 50_000  # half a kB each, of each grammar, shared by all its matchers
 
 
 def lark_of(grammar: Grammar) -> str:

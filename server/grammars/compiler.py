@@ -14,7 +14,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
 
 from guanaco.models.formats.restricted_process import ProcessEnded, ProcessTimeout, RestrictedProcess
 from guanaco.server.grammars.building import build
@@ -28,6 +27,7 @@ logger = logging.getLogger("guanaco.grammars")
 _WORKER = "guanaco.server.grammars.worker"
 _MAX_ANSWER_BYTES = 1 << 24
 _MAX_REFUSED = 256
+_RENEWED_AFTER = 256  # matchers of one compiled grammar
 _MISSING = "this server has no structured output: the package llguidance is not installed on it"
 
 
@@ -43,17 +43,36 @@ class GrammarLimits:
     kept_bytes: int = 2 << 20  # … and the text of all of them
 
 
-@dataclass(frozen=True)
 class CompiledGrammar:
-    """A grammar that is ready: each choice of an answer gets a matcher of its own."""
+    """A grammar that is ready: each choice of an answer gets a matcher of its own.
 
-    grammar: Grammar
-    vocabulary: Vocabulary
-    prototype: Any  # LLMatcher in its first state
+    All matchers share one automaton, which grows as they find new states, up to a limit: so it is renewed in time.
+    """
+
+    def __init__(self, grammar: Grammar, vocabulary: Vocabulary, lark: str) -> None:
+        """Raises GrammarError."""
+        self.grammar = grammar
+        self.vocabulary = vocabulary
+        self._lark = lark
+        self._prototype = build(lark, vocabulary, grammar.kind)  # an LLMatcher in its first state
+        self._num_matchers = 0
+        self._has_reached_limit = False
+
+    @property
+    def is_worn(self) -> bool:
+        return self._has_reached_limit or self._num_matchers >= _RENEWED_AFTER
+
+    def renewed(self) -> "CompiledGrammar":
+        """The same grammar with an automaton of its own."""
+        return CompiledGrammar(self.grammar, self.vocabulary, self._lark)
 
     def matcher(self, ends: Collection[int]) -> GrammarMatcher:
         """For one sequence. ends: the ids that may end its answer once the grammar is complete."""
-        return GrammarMatcher(self.prototype, self.vocabulary, ends)
+        self._num_matchers += 1
+        return GrammarMatcher(self._prototype, self.vocabulary, ends, self._reach_limit)
+
+    def _reach_limit(self) -> None:
+        self._has_reached_limit = True
 
 
 class GrammarCompiler:
@@ -116,16 +135,21 @@ class GrammarCompiler:
         with self._books:
             if (problem := self._refused.get(grammar)) is not None:
                 raise GrammarError(problem, grammar.param)
-            if (found := self._kept.get(grammar)) is not None:
-                self._kept.move_to_end(grammar)
+            found = self._kept.get(grammar)
+            if found is None or found.is_worn:
+                return None
+            self._kept.move_to_end(grammar)
             return found
 
     def _compile(self, grammar: Grammar) -> CompiledGrammar:
+        with self._books:
+            worn = self._kept.pop(grammar, None)
         try:
-            lark = self._checked(grammar, self._its_vocabulary())
-            compiled = CompiledGrammar(
-                grammar, self._its_vocabulary(), build(lark, self._its_vocabulary(), grammar.kind)
-            )
+            if worn is not None:
+                compiled = worn.renewed()
+            else:
+                vocabulary = self._its_vocabulary()
+                compiled = CompiledGrammar(grammar, vocabulary, self._checked(grammar, vocabulary))
         except GrammarError as error:
             with self._books:
                 self._refused[grammar] = str(error)

@@ -5,7 +5,7 @@ No method raises: a matcher that cannot go on has an `error`.
 """
 
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,20 @@ logger = logging.getLogger("guanaco.grammars")
 class GrammarMatcher:
     """A matcher of llguidance's, with the request's own ends of text."""
 
-    def __init__(self, prototype: Any, vocabulary: Vocabulary, ends: Collection[int]) -> None:
-        """prototype: an LLMatcher in its first state, which stays as it is. ends: ids that may end the answer."""
+    def __init__(
+        self,
+        prototype: Any,
+        vocabulary: Vocabulary,
+        ends: Collection[int],
+        on_limit: Callable[[], None] = lambda: None,
+    ) -> None:
+        """prototype: an LLMatcher in its first state, which stays as it is. ends: ids that may end the answer.
+        on_limit: told when llguidance has reached a limit; the prototype may be of no use any more."""
         self.error: ErrorCode | None = None
         self.is_complete = False  # the text is whole, and nothing can be added to it
         self._matcher = prototype.deep_copy()
         self._vocabulary = vocabulary
+        self._on_limit = on_limit
         self._ends = frozenset(index for index in ends if 0 <= index < vocabulary.num_ids)
         self._end_bits = bits_of(sorted(self._ends), vocabulary.num_words)
         self._mask = np.zeros(vocabulary.num_words, dtype=np.int32)
@@ -67,8 +75,11 @@ class GrammarMatcher:
         """Find out whether llguidance has given up."""
         if self.error is None and self._matcher.is_error():
             reason = self._matcher.stop_reason()
-            # A row of the parser's that is too long is no reason of its own.
-            is_limit = reason in ("ParserTooComplex", "LexerTooComplex") or "max is" in self._matcher.get_error()
+            # Not every limit is a reason of its own.
+            text = self._matcher.get_error()
+            is_limit = reason in ("ParserTooComplex", "LexerTooComplex") or "too many" in text or "max is" in text
+            if is_limit:
+                self._on_limit()
             self._fail(reason, ErrorCode.GRAMMAR_TOO_COMPLEX if is_limit else ErrorCode.GRAMMAR_STUCK)
 
     def _fail(self, why: str, error: ErrorCode) -> None:

@@ -1,5 +1,6 @@
 """Compiling: what is too much is refused in a process of its own, what was compiled is kept, and matchers are apart."""
 
+import contextlib
 import gc
 import json
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from guanaco.models.error_codes import ErrorCode
+from guanaco.server.grammars import building
 from guanaco.server.grammars import compiler as compiler_module
 from guanaco.server.grammars.building import build, lark_of
 from guanaco.server.grammars.compiler import GrammarCompiler, GrammarLimits
@@ -235,6 +237,36 @@ def test_a_token_that_may_not_come_ends_the_matcher(compiler: GrammarCompiler) -
     assert matcher.error is ErrorCode.GRAMMAR_STUCK
     assert allowed(matcher) == []
     assert not matcher.is_complete
+
+
+def test_an_automaton_that_is_full_is_renewed(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All matchers of a grammar share it: the next request must not find it full."""
+    monkeypatch.setattr(building, "_MAX_LEXER_STATES", 2000)
+    grammar = regex("(.*a.{40}b.{40})+")
+    full = compiler.compile(grammar)
+    for seed in range(50):
+        matcher = full.matcher({END})
+        with contextlib.suppress(AssertionError):
+            draw_text(matcher, Random(seed))
+        if matcher.error is not None:
+            break
+    assert matcher.error is ErrorCode.GRAMMAR_TOO_COMPLEX
+    fresh = compiler.compile(grammar)
+    assert fresh is not full
+    assert allowed(fresh.matcher({END}))
+    assert compiler.compile(grammar) is fresh
+
+
+def test_an_automaton_is_renewed_before_it_is_full(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler_module, "_RENEWED_AFTER", 3)
+    grammar = choice(["renewed"])
+    first = compiler.compile(grammar)
+    for _ in range(3):
+        assert compiler.compile(grammar) is first
+        assert allowed(first.matcher({END}))
+    second = compiler.compile(grammar)
+    assert second is not first
+    assert compiler.compile(grammar) is second
 
 
 def test_a_limit_that_is_reached_later_is_told_as_one() -> None:
