@@ -114,7 +114,7 @@ class ModelRunner:
             if not bool(torch.isfinite(logits.sum(dim=-1)).all()):
                 return SampledToken(None, error=ErrorCode.NUMERICAL_ERROR)
             predicted = [item.sequence.token_ids[p + 1] for p in positions[first : first + at_once]]
-            found += token_logprobs(logits, predicted, [num_top] * len(predicted))
+            found += token_logprobs(logits, predicted, [num_top] * len(predicted), with_ranks=True)
         return replace(token, prompt_logprobs=tuple(found))
 
     @torch.inference_mode()

@@ -187,6 +187,7 @@ class TokenLogprob:
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...]  # (token id, logprob), most likely first
+    rank: int = 0  # of the token among all, 1 for the likeliest; 0: it was not asked for
 
 
 @dataclass(frozen=True)

@@ -126,15 +126,19 @@ def _draw_of(row: SamplingRow, vocab: int) -> Draw:
     return Draw(temperature, top_k, _float32(params.top_p), _float32(params.min_p), noise)
 
 
-def token_logprobs(logits: Tensor, token_ids: list[int], num_top: list[int]) -> list[TokenLogprob]:
+def token_logprobs(
+    logits: Tensor, token_ids: list[int], num_top: list[int], *, with_ranks: bool = False
+) -> list[TokenLogprob]:
     """log-probabilities of given tokens and of the likeliest ones, of the raw logits [r, vocab]."""
     logprobs = torch.log_softmax(logits.float(), dim=-1)
-    chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device).unsqueeze(1)).squeeze(1).tolist()
+    own = logprobs.gather(1, torch.tensor(token_ids, device=logits.device).unsqueeze(1))
+    ranks = ((logprobs > own).sum(dim=-1) + 1).tolist() if with_ranks else [0] * len(token_ids)
+    chosen = own.squeeze(1).tolist()
     most = max(num_top)
     values, indexes = (t.tolist() for t in logprobs.topk(most, dim=-1)) if most else ([[]] * len(chosen),) * 2
     return [
-        TokenLogprob(token, value, tuple(zip(ids[:n], tops[:n], strict=True)))
-        for token, value, n, ids, tops in zip(token_ids, chosen, num_top, indexes, values, strict=True)
+        TokenLogprob(token, value, tuple(zip(ids[:n], tops[:n], strict=True)), rank)
+        for token, value, n, ids, tops, rank in zip(token_ids, chosen, num_top, indexes, values, ranks, strict=True)
     ]
 
 

@@ -94,6 +94,9 @@ class ChoicesAnswer(Answer):
             "model": model.name,
             "system_fingerprint": model.fingerprint,
         }
+        self._shows_ids = bool(body.return_token_ids)
+        self._names_ids = bool(body.return_tokens_as_token_ids)
+        self._num_scored = body.prompt_logprobs  # alternatives of each token of the prompt; None: it isn't scored
         options = body.stream_options
         self._usage_at_end = bool(options and options.include_usage)
         self._usage_always = self._usage_at_end and bool(options and options.continuous_usage_stats)
@@ -115,9 +118,17 @@ class ChoicesAnswer(Answer):
     def choice(self, index: int) -> dict[str, Any]:
         """A choice that was collected, as an entry of `choices`."""
 
+    def chunk_fields(self, index: int) -> dict[str, Any]:  # noqa: ARG002 (text completions have none)
+        """What the next chunk of a choice holds beside its choice; called once for each that is shown."""
+        return {}
+
+    def whole_fields(self) -> dict[str, Any]:
+        """What the whole answer holds beside its choices."""
+        return {}
+
     @property
     def is_large(self) -> bool:
-        return self.has_logprobs or self.num_choices > _FEW_CHOICES
+        return self.has_logprobs or self._num_scored is not None or self.num_choices > _FEW_CHOICES
 
     def events(self, index: int, output: TextOutput) -> bytes:
         """The chunks for one output, most often one. No chunk for an output without text (half a character, say): load
@@ -126,6 +137,8 @@ class ChoicesAnswer(Answer):
             {**self._head, "object": self.chunk_name, "choices": [choice]}
             for choice in self.choice_chunks(index, output)
         ]
+        if chunks:
+            chunks[0] |= self.chunk_fields(index)
         if self._usage_at_end:
             for chunk in chunks:
                 chunk["usage"] = self.generation.usage() if self._usage_always else None
@@ -144,6 +157,8 @@ class ChoicesAnswer(Answer):
         """The whole answer as JSON, made choice by choice: the entries of one are gone before the next one's come."""
         usage = self.generation.usage()
         around = orjson.dumps({**self._head, "object": self.object_name, "choices": [], "usage": usage})
+        if more := self.whole_fields():
+            around = around[:-1] + b"," + encode(more)[1:]
         before, after = around.split(b'"choices":[]', 1)
         choices = b",".join(encode(self.choice(index)) for index in range(self.num_choices))
         return before + b'"choices":[' + choices + b"]" + after

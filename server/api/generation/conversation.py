@@ -16,7 +16,7 @@ from guanaco.server.api.generation.catalog import Caller
 from guanaco.server.api.generation.fields import ALIASES, REFUSED_IN_CHAT, Neutral
 from guanaco.server.api.generation.ignored import Ignored
 from guanaco.server.api.generation.protocol import ChatBody, ChatMessage, TokenizeBody
-from guanaco.server.api.generation.sampling import check_request, sampling_params
+from guanaco.server.api.generation.sampling import check_request, check_scored_size, sampling_params
 from guanaco.server.api.generation.serving import (
     MAX_BYTES_PER_TOKEN,
     Prepared,
@@ -46,6 +46,8 @@ _NEUTRAL: Mapping[str, Neutral] = {
     "n": (1,),
     "presence_penalty": (0,),
     "repetition_penalty": (1,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
     "skip_special_tokens": (True,),
     "stop": ([],),
     "stop_token_ids": ([],),
@@ -107,11 +109,13 @@ def prepare_conversation(
         max_model_len=model.max_model_len,
         prompt_name="messages",
         num_logprobs=body.num_logprobs,
+        prompt_logprobs=body.prompt_logprobs,
         more_stops=() if body.ignore_eos else state.stops_of(model, in_text=grammar is None or is_guided),
     )
     if params.skip_special_tokens and (visible := tools.visible_ids):
         hidden = state.tokenizer.special_ids - visible
         params = replace(params, skip_special_tokens=False, hidden_token_ids=hidden)
+    check_scored_size(body, len(token_ids))
     salt = state.keys.cache_salt(caller.key, body.cache_salt)
     return Prepared(body, model, (Prompt(token_ids, params),), salt, ignored, grammar, tools)
 

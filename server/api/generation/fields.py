@@ -249,14 +249,19 @@ _OUTPUT: Mapping[str, Neutral] = {
     "web_search_options": (),
 }
 REFUSED: Mapping[str, Neutral] = {**_ADAPTERS, **_SAMPLING, **_PROMPT, **_OUTPUT}
-_TAKEN_IN_CHAT = frozenset(("tools", "tool_choice", "continue_final_message", "chat_template_kwargs"))
+_TAKEN = frozenset(("prompt_logprobs", "return_token_ids", "return_tokens_as_token_ids"))
+_TAKEN_IN_CHAT = _TAKEN | {"tools", "tool_choice", "continue_final_message", "chat_template_kwargs"}
 REFUSED_IN_CHAT: Mapping[str, Neutral] = {
     **{name: neutral for name, neutral in REFUSED.items() if name not in _TAKEN_IN_CHAT},
     "echo": (False,),
     "prompt": ("",),
     "add_special_tokens": (False,),
 }
-REFUSED_IN_COMPLETIONS: Mapping[str, Neutral] = {**REFUSED, "messages": ([],), "top_logprobs": (0,)}
+REFUSED_IN_COMPLETIONS: Mapping[str, Neutral] = {
+    **{name: neutral for name, neutral in REFUSED.items() if name not in _TAKEN},
+    "messages": ([],),
+    "top_logprobs": (0,),
+}
 REFUSED_IN_MESSAGE: Mapping[str, Neutral] = {
     "audio": (),
     "documents": ([],),
@@ -301,7 +306,6 @@ INSTEAD: Mapping[str, str] = {
     "n_probs": "use logprobs",
     "no_stop_trim": "use include_stop_str_in_output",
     "prompt": "use /v1/completions",
-    "prompt_logprobs": "use /v1/completions with echo and logprobs",
     "repeat_last_n": "repetition_penalty looks at the whole context",
     "return_full_text": "use /v1/completions with echo",
     "return_log_probs": "use logprobs",

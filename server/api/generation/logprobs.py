@@ -14,13 +14,15 @@ from guanaco.server.engine.request import TokenLogprob
 _LOWEST = -9999.0
 
 
-def chat_logprobs(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-    """`choices[].logprobs` of a chat completion."""
+def chat_logprobs(
+    tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob], *, as_token_ids: bool = False
+) -> dict[str, Any]:
+    """`choices[].logprobs` of a chat completion. as_token_ids: a token is called `token_id:5`, in place of its text."""
     return {
         "content": [
             {
-                **_entry(tokenizer, item.token_id, item.logprob),
-                "top_logprobs": [_entry(tokenizer, token, value) for token, value in item.top],
+                **_entry(tokenizer, item.token_id, item.logprob, as_token_ids),
+                "top_logprobs": [_entry(tokenizer, token, value, as_token_ids) for token, value in item.top],
             }
             for item in logprobs
         ],
@@ -28,9 +30,41 @@ def chat_logprobs(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob]) -> dic
     }
 
 
-def _entry(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
+def prompt_logprobs(
+    tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob], num_top: int
+) -> list[dict[str, Any] | None]:
+    """vLLM's `prompt_logprobs`: null for the first token, which nothing predicts, then an object for each other one.
+
+    Its keys are token ids in decimal digits: the prompt's own token and the `num_top` likeliest, which begin with
+    rank 1."""
+    return [None, *(_ranked(tokenizer, item, num_top) for item in logprobs)]
+
+
+def _ranked(tokenizer: Tokenizer, item: TokenLogprob, num_top: int) -> dict[str, Any]:
+    likeliest = {token: (value, place) for place, (token, value) in enumerate(item.top[:num_top], start=1)}
+    entries = {item.token_id: (item.logprob, item.rank), **likeliest}
+    return {
+        str(token): {
+            "logprob": max(value, _LOWEST),
+            "rank": rank,
+            "decoded_token": _text(tokenizer.token_bytes(token)),
+        }
+        for token, (value, rank) in entries.items()
+    }
+
+
+def name_of(token_id: int) -> str:
+    """How vLLM names a token by its id."""
+    return f"token_id:{token_id}"
+
+
+def _entry(tokenizer: Tokenizer, token_id: int, logprob: float, as_token_ids: bool) -> dict[str, Any]:
     raw = tokenizer.token_bytes(token_id)
-    return {"token": _text(raw), "logprob": max(logprob, _LOWEST), "bytes": list(raw)}
+    return {
+        "token": name_of(token_id) if as_token_ids else _text(raw),
+        "logprob": max(logprob, _LOWEST),
+        "bytes": list(raw),
+    }
 
 
 def _text(raw: bytes) -> str:
@@ -42,7 +76,9 @@ class CompletionLogprobs:
     """Builds `choices[].logprobs` of a text completion. Text offsets count the characters of the choice's text and run
     on from one chunk to the next; special tokens that the text leaves out take no room in it."""
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool, as_token_ids: bool = False) -> None:
+        """as_token_ids: tokens are called `token_id:5`, in place of their texts."""
+        self._as_token_ids = as_token_ids
         self._tokenizer = tokenizer
         self._hidden = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may take several tokens
@@ -61,19 +97,23 @@ class CompletionLogprobs:
             assert token_id is not None
             raw = self._tokenizer.token_bytes(token_id)
             text = _text(raw)
-            result["tokens"].append(text)
+            name = name_of(token_id) if self._as_token_ids else text
+            result["tokens"].append(name)
             result["token_logprobs"].append(None if item is None else max(item.logprob, _LOWEST))
-            result["top_logprobs"].append(None if item is None else self._top(item, text))
+            result["top_logprobs"].append(None if item is None else self._top(item, name))
             result["text_offset"].append(self._offset)
             if token_id not in self._hidden or (raw and prompt_text.startswith(text, self._offset)):
                 self._offset += len(self._decoder.decode(raw))
         return result
 
-    def _top(self, item: TokenLogprob, text: str) -> dict[str, float]:
+    def _top(self, item: TokenLogprob, name: str) -> dict[str, float]:
         """By text; where two tokens have the same one, the likelier stands, so that the largest value in here is the
         most likely token's: lm-eval compares a token's own logprob with it to see whether it was the greedy choice."""
         top: dict[str, float] = {}
         for token, value in item.top:
-            top.setdefault(_text(self._tokenizer.token_bytes(token)), max(value, _LOWEST))
-        top.setdefault(text, max(item.logprob, _LOWEST))
+            top.setdefault(self._name(token), max(value, _LOWEST))
+        top.setdefault(name, max(item.logprob, _LOWEST))
         return top
+
+    def _name(self, token_id: int) -> str:
+        return name_of(token_id) if self._as_token_ids else _text(self._tokenizer.token_bytes(token_id))

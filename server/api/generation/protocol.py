@@ -138,6 +138,9 @@ class GenerationBody(Body):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     n: Annotated[int, BeforeValidator(_n), Field(ge=1, le=MAX_CHOICES)] = 1
     best_of: int | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: StopStrings = ()
     stop_token_ids: StopTokenIds = ()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from guanaco.models.error_codes import ErrorCode
-from guanaco.server.api.generation.protocol import MAX_TOP_K, MAX_TOTAL_TOKENS, GenerationBody
+from guanaco.server.api.generation.protocol import MAX_PROMPT_LOGPROBS, MAX_TOP_K, MAX_TOTAL_TOKENS, GenerationBody
 from guanaco.server.api.http.errors import ApiError, bad_request
 from guanaco.server.engine.request import SamplingParams
 from guanaco.server.engine.stops import ControlTokens, Stops
@@ -56,6 +56,8 @@ def check_request(body: GenerationBody, num_token_ids: int) -> None:
     """400 for fields that contradict each other, and for token ids that the model doesn't have."""
     if body.stream_options is not None and not body.stream:
         raise bad_request("stream_options needs stream to be true", "stream_options")
+    if body.prompt_logprobs is not None and body.stream:
+        raise bad_request("prompt_logprobs are not there with stream: ask for the whole answer", "prompt_logprobs")
     if body.best_of is not None and body.best_of != body.n:
         raise bad_request("best_of is only supported where it equals n", "best_of", ErrorCode.UNSUPPORTED_PARAMETER)
     beyond = f"a token id is beyond the model's vocabulary: token ids must be below {num_token_ids}"
@@ -63,6 +65,17 @@ def check_request(body: GenerationBody, num_token_ids: int) -> None:
         raise bad_request(beyond, "stop_token_ids")
     if any(token >= num_token_ids for token, _ in body.logit_bias):
         raise bad_request(beyond, "logit_bias")
+
+
+def check_scored_size(body: GenerationBody, num_tokens: int, echoed: int | None = None) -> None:
+    """400 where the answer would hold too many log-probabilities of the prompts: each takes memory until it is sent.
+
+    num_tokens: of all prompts. echoed: alternatives of each token of a prompt that is echoed; None: none are shown."""
+    for name, num_top in (("prompt_logprobs", body.prompt_logprobs), ("logprobs", echoed)):
+        if num_top is not None and num_tokens * (num_top + 1) * body.n > MAX_PROMPT_LOGPROBS:
+            most = f"at most {MAX_PROMPT_LOGPROBS} log-probabilities of prompts in one answer"
+            advice = "send fewer prompts, or ask for fewer"
+            raise bad_request(f"{most}, which is tokens of all prompts x ({name} + 1) x n: {advice}", name)
 
 
 def sampling_params(

@@ -12,7 +12,7 @@ from guanaco.server.api.generation.answer import ChoicesAnswer
 from guanaco.server.api.generation.body import body_schema, take_fields
 from guanaco.server.api.generation.catalog import Caller, ServedModel
 from guanaco.server.api.generation.conversation import prepare_conversation
-from guanaco.server.api.generation.logprobs import chat_logprobs
+from guanaco.server.api.generation.logprobs import chat_logprobs, prompt_logprobs
 from guanaco.server.api.generation.protocol import CHAT_FIELDS, ChatBody
 from guanaco.server.api.generation.serving import Prepared, serve
 from guanaco.server.api.generation.state import ApiState
@@ -46,6 +46,8 @@ class _Choice:
     reader: ToolCallReader | None  # None: all of its text is content
     calls: ChoiceCalls = field(default_factory=ChoiceCalls)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    is_shown: bool = False  # a chunk of it is
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     started: bool = False
@@ -71,6 +73,7 @@ class ChatAnswer(ChoicesAnswer):
         super().__init__(body, model)
         self._tokenizer = tokenizer
         self._with_logprobs = bool(body.logprobs)
+        self._prompt_logprobs: list[TokenLogprob] = []
         self._choices = [_Choice(tools.reader()) for _ in range(body.n)]
 
     @property
@@ -84,6 +87,7 @@ class ChatAnswer(ChoicesAnswer):
     def choice_chunks(self, index: int, output: TextOutput) -> list[dict[str, Any]]:
         choice = self._choices[index]
         choice.logprobs += output.logprobs
+        choice.token_ids += output.token_ids
         news = deltas(choice.read(output))
         if not news and output.finish_reason is None:
             return []
@@ -97,7 +101,9 @@ class ChatAnswer(ChoicesAnswer):
             for delta in news
         ]
         if self.has_logprobs:
-            chunks[0]["logprobs"] = chat_logprobs(self._tokenizer, logprobs)
+            chunks[0]["logprobs"] = chat_logprobs(self._tokenizer, logprobs, as_token_ids=self._names_ids)
+        if self._shows_ids:
+            chunks[0]["token_ids"], choice.token_ids = choice.token_ids, []
         chunks[-1] |= {"finish_reason": choice.finish_reason_of(output), "stop_reason": output.stop_reason}
         return chunks
 
@@ -105,6 +111,9 @@ class ChatAnswer(ChoicesAnswer):
         choice = self._choices[index]
         choice.calls.take(choice.read(output))
         choice.logprobs += output.logprobs
+        choice.token_ids += output.token_ids
+        if index == 0:
+            self._prompt_logprobs += output.prompt_logprobs
         choice.finish_reason, choice.stop_reason = choice.finish_reason_of(output), output.stop_reason
 
     def choice(self, index: int) -> dict[str, Any]:
@@ -112,10 +121,30 @@ class ChatAnswer(ChoicesAnswer):
         message: dict[str, Any] = {"role": "assistant", "content": choice.calls.content, "refusal": None}
         if choice.calls.calls:
             message["tool_calls"] = choice.calls.tool_calls
+        logprobs = None
+        if self.has_logprobs:
+            logprobs = chat_logprobs(self._tokenizer, choice.logprobs, as_token_ids=self._names_ids)
         return {
             "index": index,
             "message": message,
-            "logprobs": chat_logprobs(self._tokenizer, choice.logprobs) if self.has_logprobs else None,
+            "logprobs": logprobs,
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
+            **({"token_ids": choice.token_ids} if self._shows_ids else {}),
         }
+
+    def chunk_fields(self, index: int) -> dict[str, Any]:
+        choice = self._choices[index]
+        is_first, choice.is_shown = not choice.is_shown, True
+        return self._prompt_ids() if is_first else {}
+
+    def whole_fields(self) -> dict[str, Any]:
+        fields = self._prompt_ids()
+        if self._num_scored is not None:
+            fields["prompt_logprobs"] = prompt_logprobs(self._tokenizer, self._prompt_logprobs, self._num_scored)
+        return fields
+
+    def _prompt_ids(self) -> dict[str, Any]:
+        if not self._shows_ids:
+            return {}
+        return {"prompt_token_ids": list(self.generation.choices[0].request.prompt_token_ids)}

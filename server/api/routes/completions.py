@@ -1,6 +1,6 @@
 """POST /v1/completions: one or more prompts in, as text or token ids, and their continuations out."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import APIRouter
@@ -12,9 +12,9 @@ from guanaco.server.api.generation import protocol
 from guanaco.server.api.generation.answer import ChoicesAnswer
 from guanaco.server.api.generation.body import body_schema, take_fields
 from guanaco.server.api.generation.catalog import Caller, ServedModel
-from guanaco.server.api.generation.logprobs import CompletionLogprobs
+from guanaco.server.api.generation.logprobs import CompletionLogprobs, prompt_logprobs
 from guanaco.server.api.generation.protocol import COMPLETION_FIELDS, CompletionBody
-from guanaco.server.api.generation.sampling import check_request, sampling_params
+from guanaco.server.api.generation.sampling import check_request, check_scored_size, sampling_params
 from guanaco.server.api.generation.serving import (
     Prepared,
     Prompt,
@@ -51,20 +51,11 @@ def prepare_completion(
     grammar = grammar_of(body)
     model = acquire_model(state, body, caller, admission)
     prompts = tuple(_prompt(state, body, prompt, model, follows_grammar=grammar is not None) for prompt in body.prompt)
-    _check_scored_size(body, sum(len(prompt.token_ids) for prompt in prompts))
+    num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+    check_scored_size(body, num_tokens, echoed=body.logprobs if body.echo else None)
     salt = state.keys.cache_salt(caller.key, body.cache_salt)
     prepared = Prepared(body, model, prompts, salt, fields.ignored, grammar)
     return prepared, CompletionAnswer(body, model, state.tokenizer, prompts)
-
-
-def _check_scored_size(body: CompletionBody, num_tokens: int) -> None:
-    """400 where the answer would hold too many log-probabilities of the prompts: each takes memory until it is sent."""
-    if not body.echo or body.logprobs is None:
-        return
-    if num_tokens * (body.logprobs + 1) * body.n > protocol.MAX_PROMPT_LOGPROBS:
-        most = f"at most {protocol.MAX_PROMPT_LOGPROBS} log-probabilities of prompts in one answer"
-        advice = "send fewer prompts, or ask for fewer logprobs"
-        raise bad_request(f"{most}, which is tokens of all prompts x (logprobs + 1) x n: {advice}", "logprobs")
 
 
 def _prompt(
@@ -90,7 +81,7 @@ def _prompt(
         max_model_len=model.max_model_len,
         prompt_name="prompt",
         num_logprobs=body.num_logprobs,
-        prompt_logprobs=body.num_logprobs if body.echo else None,
+        prompt_logprobs=_num_scored(body),
         more_stops=() if body.ignore_eos or follows_grammar or model.profile is None else model.profile.stop,
     )
     text = None
@@ -100,6 +91,12 @@ def _prompt(
     return Prompt(token_ids, params, text)
 
 
+def _num_scored(body: CompletionBody) -> int | None:
+    """How many alternatives of each token of a prompt are wanted, by either way to ask for them; None: none at all."""
+    asked = [num for num in (body.prompt_logprobs, body.logprobs if body.echo else None) if num is not None]
+    return max(asked, default=None)
+
+
 @dataclass
 class _Choice:
     prompt: Prompt
@@ -107,6 +104,8 @@ class _Choice:
     pending_text: str = ""  # the prompt's, until it is echoed; then what was collected
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    ids_shown: bool = False
     prompt_shown: bool = False
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
@@ -123,10 +122,16 @@ class CompletionAnswer(ChoicesAnswer):
         self, body: CompletionBody, model: ServedModel, tokenizer: Tokenizer, prompts: tuple[Prompt, ...]
     ) -> None:
         super().__init__(body, model)
+        self._tokenizer = tokenizer
         self._with_logprobs = body.logprobs is not None
+        self._num_top = body.logprobs or 0
         skip = body.skip_special_tokens is not False
         self._choices = [
-            _Choice(prompt, CompletionLogprobs(tokenizer, skip_special_tokens=skip), prompt.text or "")
+            _Choice(
+                prompt,
+                CompletionLogprobs(tokenizer, skip_special_tokens=skip, as_token_ids=self._names_ids),
+                prompt.text or "",
+            )
             for prompt in prompts
             for _ in range(body.n)
         ]
@@ -142,6 +147,7 @@ class CompletionAnswer(ChoicesAnswer):
         choice.pending_text += output.text
         choice.prompt_logprobs += output.prompt_logprobs
         choice.logprobs += output.logprobs
+        choice.token_ids += output.token_ids
         choice.finish_reason, choice.stop_reason = output.finish_reason, output.stop_reason
 
     @property
@@ -165,13 +171,26 @@ class CompletionAnswer(ChoicesAnswer):
             "logprobs": self._take_logprobs(choice) if self._with_logprobs else None,
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
+            **self._more_of(choice),
         }
+
+    def _more_of(self, choice: _Choice) -> dict[str, Any]:
+        """What vLLM's fields ask for. Of a stream the prompt's ids come with the first chunk."""
+        more: dict[str, Any] = {}
+        if self._shows_ids:
+            more["token_ids"], choice.token_ids = choice.token_ids, []
+            if not choice.ids_shown:
+                choice.ids_shown = True
+                more["prompt_token_ids"] = list(choice.prompt.token_ids)
+        if self._num_scored is not None:
+            more["prompt_logprobs"] = prompt_logprobs(self._tokenizer, choice.prompt_logprobs, self._num_scored)
+        return more
 
     def _take_logprobs(self, choice: _Choice) -> dict[str, Any]:
         entries: list[TokenLogprob | None] = []
         if choice.prompt.text is not None and not choice.prompt_shown:
             choice.prompt_shown = True
-            entries = [None, *choice.prompt_logprobs]
+            entries = [None, *(replace(item, top=item.top[: self._num_top]) for item in choice.prompt_logprobs)]
         entries += choice.logprobs
         choice.logprobs = []
         return choice.logprob_maker.chunk(entries, choice.prompt.token_ids[0], choice.prompt.text or "")

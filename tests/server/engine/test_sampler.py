@@ -256,3 +256,10 @@ def test_an_id_that_is_no_token_is_an_error_of_its_row(wrong: int) -> None:
     first, second = sample(logits, [row(DRAW), row(replace(DRAW, logprobs=1))], EOS, Faulty())
     assert (first.token_id, first.error) == (1, None)
     assert (second.token_id, second.error) == (None, ErrorCode.NUMERICAL_ERROR)
+
+
+def test_ranks_count_what_is_likelier() -> None:
+    logits = torch.tensor([[0.0, 3.0, 2.0, 3.0], [1.0, 1.0, 1.0, 1.0]])
+    for token, ranks in ((0, (4, 1)), (1, (1, 1)), (2, (3, 1))):
+        found = token_logprobs(logits, [token] * 2, [0, 0], with_ranks=True)
+        assert tuple(item.rank for item in found) == ranks

@@ -223,7 +223,7 @@ class FakeStream:
 def logprob_of(token_id: int, num_top: int) -> TokenLogprob:
     """Made up but exact: the token itself is the likeliest, its neighbours follow."""
     top = tuple(((token_id + i) % VOCAB_SIZE, -0.125 * (i + 1)) for i in range(num_top))
-    return TokenLogprob(token_id, -0.125, top)
+    return TokenLogprob(token_id, -0.125, top, rank=1)
 
 
 def _tokens_of(
