@@ -13,7 +13,7 @@ from guanaco.models.errors import TemplateError
 from guanaco.models.text.chat_template import ChatTemplate
 from guanaco.server.api.generation.body import renamed_errors, validate
 from guanaco.server.api.generation.catalog import Caller
-from guanaco.server.api.generation.fields import ALIASES, REFUSED_IN_CHAT, Neutral
+from guanaco.server.api.generation.fields import ALIASES, REFUSED_IN_CHAT
 from guanaco.server.api.generation.ignored import Ignored
 from guanaco.server.api.generation.protocol import ChatBody, ChatMessage, TokenizeBody
 from guanaco.server.api.generation.sampling import check_request, check_scored_size, sampling_params
@@ -30,6 +30,7 @@ from guanaco.server.api.generation.state import ApiState
 from guanaco.server.api.http.errors import ApiError, bad_request
 from guanaco.server.api.http.lifecycle import Admission
 from guanaco.server.api.tools.plan import ToolPlan, plan_tools
+from guanaco.server.api.values.unsupported import Neutral
 
 # Values of chat's own fields that ask for nothing, besides their defaults.
 _NEUTRAL: Mapping[str, Neutral] = {

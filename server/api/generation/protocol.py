@@ -13,7 +13,6 @@ from guanaco.server.api.generation.fields import (
     ALIASES_OF_TOKENIZE,
     HARMLESS_OUTSIDE_CHAT,
     INSTEAD_IN_MESSAGE,
-    REFUSED,
     REFUSED_IN_CHAT,
     REFUSED_IN_COMPLETIONS,
     REFUSED_IN_MESSAGE,
@@ -25,6 +24,7 @@ from guanaco.server.api.values.adapters import AdapterChoices
 from guanaco.server.api.values.base import Body, fail, schema
 from guanaco.server.api.values.template_variables import TemplateVariables
 from guanaco.server.api.values.tokens import IDS_SCHEMA, LogitBias, StopStrings, StopTokenIds, token_ids
+from guanaco.server.api.values.unsupported import REFUSED
 
 # Limits (shared/design/reliability.md 2.6): what one request may ask for, refused before any work is done for it.
 MAX_MESSAGES = 512

@@ -9,11 +9,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, WithJsonSchema
 
 from guanaco.server.api.generation.conversation import refused_besides
-from guanaco.server.api.generation.fields import HARMLESS, Neutral, RouteFields
+from guanaco.server.api.generation.fields import HARMLESS, RouteFields
 from guanaco.server.api.generation.protocol import MAX_MESSAGES, MAX_SALT_CHARS, MAX_TOP_K, TokenCount
 from guanaco.server.api.values.adapters import AdapterChoices
 from guanaco.server.api.values.base import Body
 from guanaco.server.api.values.tokens import StopStrings
+from guanaco.server.api.values.unsupported import Neutral
 
 _TEXT = {"type": "string"}
 _BLOCKS = {"type": "array", "items": {"type": "object", "required": ["type"]}}

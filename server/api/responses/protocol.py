@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from guanaco.server.api.generation.conversation import refused_besides
-from guanaco.server.api.generation.fields import HARMLESS, Neutral, RouteFields
+from guanaco.server.api.generation.fields import HARMLESS, RouteFields
 from guanaco.server.api.generation.protocol import (
     MAX_MESSAGES,
     MAX_SALT_CHARS,
@@ -21,6 +21,7 @@ from guanaco.server.api.generation.protocol import (
 )
 from guanaco.server.api.values.adapters import AdapterChoices
 from guanaco.server.api.values.base import Body
+from guanaco.server.api.values.unsupported import Neutral
 
 MAX_METADATA = 16
 MAX_METADATA_KEY_CHARS = 64

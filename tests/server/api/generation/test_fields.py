@@ -14,7 +14,6 @@ from guanaco.server.api.generation.fields import (
     HARMLESS,
     HARMLESS_IN_MESSAGE,
     INSTEAD,
-    REFUSED,
     REFUSED_IN_CHAT,
     REFUSED_IN_COMPLETIONS,
     REFUSED_IN_MESSAGE,
@@ -22,6 +21,7 @@ from guanaco.server.api.generation.fields import (
 )
 from guanaco.server.api.generation.ignored import HEADER, MAX_NAME_CHARS, MAX_NAMES
 from guanaco.server.api.generation.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from guanaco.server.api.values.unsupported import REFUSED
 from support.server.api_server import BASE, PIRATE, LiveServer, make_state, sse_data
 
 CHAT, COMPLETIONS, TOKENIZE, DETOKENIZE = "/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"

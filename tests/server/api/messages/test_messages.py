@@ -8,10 +8,10 @@ from typing import Any
 import httpx
 import pytest
 
-from guanaco.server.api.generation.fields import REFUSED
 from guanaco.server.api.generation.ignored import HEADER
 from guanaco.server.api.generation.protocol import ChatBody
 from guanaco.server.api.messages.protocol import MESSAGES_FIELDS
+from guanaco.server.api.values.unsupported import REFUSED
 from support.server.api_server import BASE, MAX_MODEL_LEN, PIRATE, LiveServer, http_post, make_state
 from support.server.fake_engine import ASSISTANT, BOS, END, SYSTEM, USER, FakeTemplate, reply_of
 from support.server.one_adapter import OneAdapter
