@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from guanaco.server.api.generation.body import body_schema, renamed_errors, take_fields
 from guanaco.server.api.generation.catalog import Caller
-from guanaco.server.api.generation.conversation import prepare_conversation, render_messages, tool_plan
+from guanaco.server.api.generation.conversation import PromptEnding, prepare_conversation, render_messages, tool_plan
 from guanaco.server.api.generation.ignored import Ignored
 from guanaco.server.api.generation.protocol import MAX_TOKENS
 from guanaco.server.api.generation.serving import Prepared, model_to_look_at, serve, serve_tokens
@@ -69,6 +69,7 @@ def _count(is_beta: bool, state: ApiState, caller: Caller, data: dict[str, Any])
             chat.messages,
             model.max_model_len,
             tools=tool_plan(state, template, chat),
+            ending=PromptEnding.of(chat),
             max_tokens=MAX_TOKENS,
         )
     return {"input_tokens": len(token_ids)}, _with_beta(fields.ignored, is_beta)

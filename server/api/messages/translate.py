@@ -15,6 +15,7 @@ from guanaco.server.api.messages.protocol import CountBody, MessagesBody
 # Chat's names of fields → ours.
 NAMES: Mapping[str, str] = {
     "messages": "messages",
+    "continue_final_message": "messages",
     "stop": "stop_sequences",
     "tools": "tools",
     "tool_choice": "tool_choice",
@@ -30,9 +31,12 @@ Message = dict[str, Any]
 
 
 def conversation(body: CountBody, data: Mapping[str, Any]) -> ChatBody:
-    """The body as chat's. data: the same as the client sent it. 400 for blocks that aren't supported."""
+    """The body as chat's. data: the same as the client sent it. 400 for blocks that aren't supported.
+
+    The answer goes on with a last message that comes from the assistant."""
     fields: dict[str, Any] = {name: data[name] for name in _SAME if name in data}
     fields["messages"] = _messages(body)
+    fields["continue_final_message"] = fields["messages"][-1]["role"] == "assistant"
     fields["tools"] = _tools(body.tools)
     if body.tool_choice is not None:
         fields |= _tool_choice(body.tool_choice)
@@ -64,9 +68,6 @@ def _messages(body: CountBody) -> list[Message]:
             raise bad_request(f"{at}.content is missing", f"{at}.content", code)
         for piece in _pieces(role, message["content"], f"{at}.content", calls):
             _append(messages, piece)
-    if messages[-1]["role"] == "assistant":
-        text = "an answer can't be continued: the last message must not come from the assistant"
-        raise bad_request(text, "messages", ErrorCode.UNSUPPORTED_PARAMETER)
     return messages
 
 

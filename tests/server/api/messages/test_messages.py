@@ -18,6 +18,8 @@ from support.server.one_adapter import OneAdapter
 
 ROUTE, COUNT = "/v1/messages", "/v1/messages/count_tokens"
 KEYS = ("sk-a", "sk-b")
+USED = {"type": "tool_use", "id": "toolu_1", "name": "f", "input": {}}
+CALLED = [{"role": "user", "content": "a"}, {"role": "assistant", "content": [USED]}]
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +135,14 @@ def test_prompt_goes_through_the_template(client: httpx.Client, server: LiveServ
     assert counted == {"input_tokens": len(expected)}
 
 
+def test_the_answer_goes_on_with_the_assistants_last_words(client: httpx.Client, server: LiveServer) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": [{"type": "text", "text": "b"}]}]
+    assert client.post(ROUTE, json=body(messages=messages)).status_code == 200
+    expected = [BOS, USER, *b"a", END, ASSISTANT, *b"b"]
+    assert list(server.engine.requests[-1].prompt_token_ids) == expected
+    assert client.post(COUNT, json={"model": BASE, "messages": messages}).json() == {"input_tokens": len(expected)}
+
+
 def test_every_sampling_field_reaches_the_engine(client: httpx.Client, server: LiveServer) -> None:
     fields = {"temperature": 0.5, "top_p": 0.25, "top_k": 7, "seed": 3, "min_p": 0.125, "repetition_penalty": 1.5}
     assert client.post(ROUTE, json=body(**fields, stop_sequences=["zz"])).status_code == 200
@@ -183,7 +193,7 @@ def test_max_tokens_beyond_the_context_means_all_of_it(client: httpx.Client, ser
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": [{"type": "document"}]}]}, "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": [{"type": "thinking", "thinking": ""}]}]}, "messages[0].content[0]"),
-        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "messages"),
+        ({"messages": CALLED}, "messages"),
         ({"system": [{"type": "image"}]}, "system[0]"),
         ({"system": 5}, "system"),
         ({"top_k": -1}, "top_k"),
