@@ -5,6 +5,7 @@ conversions between types. Doesn't know what the fields mean. Error messages nev
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -78,12 +79,18 @@ def parse_object(body: bytes) -> dict[str, Any]:
         raise bad_request("the body is not valid JSON in UTF-8", code=ErrorCode.INVALID_JSON) from None
     if not isinstance(value, dict):
         raise bad_request("the body must be a JSON object", code=ErrorCode.INVALID_JSON)
-    json.loads(body, object_pairs_hook=_refuse_duplicates, parse_int=_pass_over)
+    json.loads(body, object_pairs_hook=_refuse_duplicates, parse_int=_pass_over, parse_float=_refuse_infinite)
     return value
 
 
 def _pass_over(digits: str) -> None:
-    """The second reading is for the keys alone. Python's own reader would make a number of each integer."""
+    """The second reading is for keys and fractions alone. Python's own reader would make a number of each integer."""
+
+
+def _refuse_infinite(digits: str) -> None:
+    """Beyond float64, also in a field that is ignored: another reader could fail over it, or read another number."""
+    if math.isinf(float(digits)):
+        raise bad_request("the body has a number beyond the range of float64", code=ErrorCode.INVALID_JSON)
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> None:
