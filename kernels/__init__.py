@@ -47,10 +47,12 @@ def load_ops(
 ) -> Ops:
     """The provider called `name`.
 
-    decoded_weights_bytes: how much memory the reference provider may spend on weights kept decoded (0: none).
-    threads, cpu_isa: of the `cpu` provider; a name in CPU_ISAS, or "auto" for the best that this processor has.
-    side_stream: the `triton` provider copies adapters to a GPU on a stream of their own.
-    Raises ValueError for a name that is not in PROVIDERS, NativeUnavailable where its kernels cannot be used.
+    decoded_weights_bytes: memory that the reference provider may spend on weights kept decoded (0: it keeps none).
+    threads, cpu_isa: settings of the `cpu` provider. cpu_isa is a name in CPU_ISAS, or "auto" for the best one that
+    this processor has.
+    side_stream: the `triton` provider copies adapters to the GPU on a CUDA stream of their own.
+    Raises ValueError for a name that is not in PROVIDERS, and NativeUnavailable if the provider's kernels can't be
+    used.
     """
     if name == "reference":
         from guanaco.kernels.reference import ReferenceOps

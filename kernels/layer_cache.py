@@ -1,7 +1,8 @@
-"""The operands of attention: one layer's paged keys and values, and which of them belong to the sequences of a batch.
+"""The operands of attention: one layer's paged keys and values, and the part of them that each sequence of a batch
+uses.
 
-Keys and values may be kept in 8 bits; what their codes mean is defined here, in plain PyTorch. Knows no blocks' owners.
-Made by the model's cache and the model runner, read and written by the ops.
+Keys and values may be stored in 8 bits; this file defines the codes, in plain PyTorch. It doesn't know which request
+owns a block. The model's cache and the model runner build these objects; the ops read and write them.
 """
 
 from collections.abc import Callable
@@ -38,7 +39,7 @@ class LayerCache:
     def made(
         shape: tuple[int, int, int, int], dtype: torch.dtype, make: Callable[[tuple[int, ...], torch.dtype], Tensor]
     ) -> "LayerCache":
-        """A cache of this shape whose tensors `make` makes."""
+        """A cache of this shape; `make` allocates each tensor."""
         k, v = make(shape, dtype), make(shape, dtype)
         if dtype not in CODE_LIMITS:
             return LayerCache(k, v)
@@ -48,7 +49,7 @@ class LayerCache:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that there are."""
+        """All tensors of this cache: K and V, and their scales if the cache is in 8 bits."""
         return tuple(t for t in (self.k, self.v, self.k_scales, self.v_scales) if t is not None)
 
     @property
@@ -58,24 +59,28 @@ class LayerCache:
 
 @dataclass(frozen=True)
 class Sequences:
-    """The sequences `s` of a batch: how many of its tokens are whose, and where their keys and values lie."""
+    """The sequences `s` of a batch: which tokens of the batch belong to each, and which cache blocks hold its keys and
+    values."""
 
-    block_tables: Tensor  # int32 [s, blocks]  padded with anything; context_lens says where to stop
-    context_lens: Tensor  # int32 [s]       tokens attended to, this step's included
-    cu_seqlens_q: Tensor  # int32 [s + 1]   rows of the batch at which each begins, and their number
+    block_tables: Tensor  # int32 [s, blocks]; entries beyond a sequence's context may hold anything
+    context_lens: Tensor  # int32 [s]: tokens attended to, this step's included
+    # int32 [s + 1]: the first row of each sequence in the batch; the last entry is the number of rows
+    cu_seqlens_q: Tensor
 
 
 def quantise_heads(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Codes [t, heads, head_dim] of an 8-bit `dtype`, and their scales, float32 [t, heads]: the head's largest element
-    gets the largest code. x: float32 [t, heads, head_dim]."""
+    """(codes [t, heads, head_dim] of an 8-bit `dtype`, their scales float32 [t, heads]).
+
+    x: float32 [t, heads, head_dim]. The scale maps the largest element of a head to the largest code.
+    """
     limit = CODE_LIMITS[dtype]
     largest = x.abs().amax(-1)
     codes = x * torch.where(largest > 0, limit / largest, 0.0).unsqueeze(-1)
-    if dtype == torch.int8:  # to the nearest; the conversion would cut
+    if dtype == torch.int8:  # round to the nearest code; the conversion alone would truncate
         codes = (codes + 0.5).floor()
     return codes.to(dtype), largest / limit
 
 
 def decoded(stored: Tensor, scales: Tensor | None) -> Tensor:
-    """float32 [blocks, block_size, kv_heads, head_dim] of a cache's K or V, or of some blocks of it."""
+    """K or V of a cache, or some blocks of it, as float32 [blocks, block_size, kv_heads, head_dim]."""
     return stored.float() if scales is None else stored.float() * scales.transpose(1, 2).unsqueeze(-1)

@@ -1,7 +1,7 @@
 """The LoRA operand of every linear op: which adapters each row of a batch uses, and where their matrices are.
 
-Knows nothing of adapter names, versions or files: an adapter is a place on the device ("adapter slot"), a module is
-an index. Built by `adapters.slot_store` (the table) and the model runner (the rows); eaten by the `Ops` providers.
+Knows nothing of adapter names, versions or files: an adapter is a place on the device ("adapter slot"), a module is an
+index. `adapters.residency.slot_store` builds the table, the model runner builds the rows, and the providers read both.
 """
 
 from dataclasses import dataclass
@@ -21,23 +21,24 @@ class LoraPair:
 
 @dataclass(eq=False)
 class LoraTable:
-    """What is in the adapter slots: `pairs[module, slot]`; an adapter without a key there leaves the module alone."""
+    """The contents of the adapter slots: `pairs[module, slot]`. An adapter without that key leaves the module
+    unchanged."""
 
     pairs: dict[tuple[int, int], LoraPair]
-    changes: int = 0  # counted up by whoever changes `pairs`, so that a provider need not compare them in every step
+    changes: int = 0  # incremented with every change of `pairs`, so that a provider need not compare them in every step
 
 
 @dataclass(frozen=True)
 class LoraBatch:
-    """Rows of one forward pass and their adapters, as CSR: several adapters per row are possible, none is common.
+    """The rows of one forward pass and their adapters, in CSR form. A row may use several adapters, one, or none.
 
-    Entries of row `i` are `row_offsets[i] : row_offsets[i + 1]`. A row without entries is a base row: its output must
-    be bit-identical to that of a batch without adapters of the same shape.
+    The entries of row `i` are `row_offsets[i] : row_offsets[i + 1]`. A row without entries is a base row: its output
+    must be bit-identical to its output in a batch of the same shape without adapters.
     """
 
     row_offsets: Tensor  # int32 [rows + 1]
     slots: Tensor  # int32 [entries]     adapter slot of each entry
-    scales: Tensor  # float32 [entries]  the request's own factor (1.0 unless it asks for a mixture)
+    scales: Tensor  # float32 [entries]: the request's own factor (1.0 unless it asks for weighted adapters)
     table: LoraTable
     rows_by_slot: dict[int, tuple[Tensor, Tensor]]  # slot → (int64 [n] rows, float32 [n] scales): the grouped view
 

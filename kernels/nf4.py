@@ -1,7 +1,8 @@
 """The NF4 format: levels, packing, quantising, double quantisation. Bit-identical to bitsandbytes 0.50 on the CPU.
 
-Knows nothing of files, layers or providers; bitsandbytes itself is only an oracle in the tests. The storage form of a
-checkpoint is in `nf4_state`. Called by the loader, `models.quantize`, and the providers' `prepare`.
+Knows nothing of files, layers or providers. bitsandbytes itself is only used in the tests, to compare with. `nf4_state`
+has the form in which a checkpoint stores these weights. Called by the loader, `models.loading.quantize`, and the
+providers' `prepare`.
 """
 
 import hashlib
@@ -26,8 +27,8 @@ LEVELS = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 
-# Whole groups per pass of quantising and decoding: 1 MiB of float32, so that temporaries stay in the caches (twice as
-# fast as 4 MiB here) and the peak of memory is the tensor itself.
+# Whole groups per pass of quantising and decoding: 1 MiB of float32. Temporaries then stay in the caches (twice as fast
+# as 4 MiB here), and the memory peak is about the tensor itself.
 _CHUNK_GROUPS = 1 << 12
 _NUM_CELLS = 32
 # bitsandbytes divides by max(absmax, this): an all-zero group takes level 7, which is 0.
@@ -38,12 +39,13 @@ _SCALE_TABLE_SIZE = 65536
 
 @dataclass(frozen=True)
 class Nf4Weight:
-    """One quantised matrix [out_features, in_features], as stored: level × scale in float32 is what a weight *is*.
+    """One quantised matrix [out_features, in_features], as stored. The value of a weight is level × scale, in float32.
 
-    Groups of 64 run over the row-major flattened matrix, so they cross rows where in_features is no multiple of 64.
+    Groups of 64 run over the row-major flattened matrix, so a group can cross rows if in_features is not a multiple of
+    64.
     """
 
-    packed: Tensor  # uint8 [(n·k + 1) // 2], two codes a byte, the first weight in the high nibble
+    packed: Tensor  # uint8 [(n·k + 1) // 2]: two codes in a byte, the first weight in the high nibble
     absmax: Tensor  # float32 [groups]; with double quantisation uint8 [groups], codes into nested_map
     shape: tuple[int, int]
     source_dtype: torch.dtype  # dtype before quantisation; not the compute dtype
@@ -71,7 +73,7 @@ class Nf4Weight:
 
     @property
     def num_bytes(self) -> int:
-        """Resident bytes of codes and scales, as stored."""
+        """Bytes that the stored codes and scales take in memory."""
         tensors = (self.packed, self.absmax, self.nested_absmax, self.nested_map)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
@@ -88,7 +90,7 @@ class Nf4Weight:
         )
 
     def scales(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """float32 scales of groups start … stop − 1 (all by default); a decoded scale can be slightly negative.
+        """float32 scales of groups start … stop − 1 (all by default). A decoded scale can be slightly negative.
 
         With double quantisation: map[code] × nested_absmax, rounded, plus the offset, rounded again.
         """
@@ -109,7 +111,7 @@ class Nf4Weight:
         return out
 
     def dequantize_rows(self, start: int, stop: int) -> Tensor:
-        """Rows start … stop − 1 in float32, whatever groups they share with their neighbours."""
+        """Rows start … stop − 1 in float32. A group may cross into the rows before or after."""
         return self._decode(start * self.in_features, stop * self.in_features).view(-1, self.in_features)
 
     def _decode(self, start: int, stop: int) -> Tensor:
@@ -125,7 +127,8 @@ class Nf4Weight:
         return weights.view(-1)[start - first * GROUP_SIZE : stop - first * GROUP_SIZE]
 
     def fingerprint(self) -> str:
-        """Hex SHA-256 of what the weight is: shape, codes, decoded scales; equal for either form of the scales."""
+        """Hex SHA-256 of shape, codes and decoded scales: equal weights have equal fingerprints in either form of the
+        scales."""
         digest = hashlib.sha256(b"nf4" + struct.pack("<2q", *self.shape))
         digest.update(self.packed.cpu().contiguous().numpy().data)
         digest.update(self.scales().cpu().contiguous().numpy().astype("<f4", copy=False).data)
@@ -141,8 +144,9 @@ def quantize(matrix: Tensor, *, double_quant: bool = True) -> Nf4Weight:
         raise ValueError(f"NF4 needs a matrix that is not empty, got shape {list(matrix.shape)}")
     if matrix.dtype not in SOURCE_DTYPES:
         raise ValueError(f"NF4 needs float32, float16 or bfloat16, got {dtype_name(matrix.dtype)}")
-    # On one thread: a sum's rounding depends on how many threads share it, and the passes are too short to share where
-    # another process wants the cores (ten times slower here). One thread does about 150 million weights a second.
+    # One thread: the rounding of a sum depends on how many threads share it, and the passes are so short that sharing
+    # them is ten times slower (measured here) when another process wants the cores. One thread does about 150 million
+    # weights a second.
     with _one_thread():
         return _quantize(matrix.detach(), double_quant)
 
@@ -182,10 +186,10 @@ def _quantize_groups(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def encode(normal: Tensor) -> Tensor:
-    """Codes uint8 [n] of the levels nearest to float32 [n] in [-1, 1]; half way between two, the lower one.
+    """Codes uint8 [n] of the levels nearest to float32 [n] in [-1, 1]; half way between two levels, the lower one.
 
-    A cell of [-1, 1] holds at most one threshold: a look-up and one comparison take the place of a binary search,
-    five times as fast. The cell is a monotonic function of the value, so its own rounding cannot matter.
+    A cell of [-1, 1] holds at most one threshold, so one look-up and one comparison replace a binary search and are
+    five times as fast. The cell number grows with the value, so its own rounding can't change the result.
     """
     lowest, threshold = _cells(normal.device)
     cell = _cell(normal)
@@ -193,12 +197,12 @@ def encode(normal: Tensor) -> Tensor:
 
 
 def quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
-    """8-bit codes uint8 [groups] and nested absmax float32 [ceil(groups / 256)] of centred scales float32 [groups]."""
+    """(8-bit codes uint8 [groups], nested absmax float32 [ceil(groups / 256)]) of centred scales float32 [groups]."""
     num_nested = -(-scales.numel() // NESTED_GROUP_SIZE)
     padded = torch.nn.functional.pad(scales, (0, num_nested * NESTED_GROUP_SIZE - scales.numel()))
     groups = padded.view(num_nested, NESTED_GROUP_SIZE)
     absmax = groups.abs().amax(dim=1)
-    # 0 · ∞, where all scales of a group equal the mean or nearly so: bitsandbytes writes the first code for it.
+    # 0 · ∞ appears if all scales of a group (nearly) equal the mean; bitsandbytes writes the first code for it.
     normal = torch.nan_to_num(groups * absmax.reciprocal().view(-1, 1), nan=-1.0).clamp(-1.0, 1.0)
     # Whether the last product and sum are fused, as in bitsandbytes' binary, changes no index (all 2^25 values tried).
     index = ((normal + 1.0) * 0.5 * (_SCALE_TABLE_SIZE - 1) + 0.5).to(torch.int32)
@@ -206,7 +210,8 @@ def quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pack(codes: Tensor) -> Tensor:
-    """Two 4-bit codes a byte, the first in the high nibble; an odd last one is followed by code 7 (zero)."""
+    """Two 4-bit codes in each byte, the first in the high nibble; after an odd number of codes, code 7 (zero) fills
+    up."""
     if codes.numel() % 2:
         codes = torch.nn.functional.pad(codes, (0, 1), value=7)
     return (codes[0::2] << 4) | codes[1::2]
@@ -224,7 +229,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @lru_cache(maxsize=8)
 def levels(device: torch.device) -> Tensor:
-    """float32 [16]."""
+    """The 16 NF4 levels, float32 [16]."""
     return torch.tensor(LEVELS, dtype=torch.float32, device=device)
 
 
@@ -232,7 +237,8 @@ def levels(device: torch.device) -> Tensor:
 def dynamic_map(device: torch.device) -> Tensor:
     """float32 [256], ascending: the signed dynamic 8-bit data type (Dettmers, arXiv:1511.04561) that encodes scales.
 
-    Seven decades; decade e has 2^e values of each sign, the middles of equal steps from 0.1 to 1. Then 0 and 1.
+    The positive and the negative numbers have seven decades each; decade e has 2^e values, the middles of equal steps
+    from 0.1 to 1. 0 and 1 complete the 256.
     """
     magnitudes = []
     for decade in range(7):
@@ -243,9 +249,9 @@ def dynamic_map(device: torch.device) -> Tensor:
 
 
 def _fused_linspace(num_steps: int) -> Tensor:
-    """torch.linspace(0.1, 1, num_steps + 1) in float32, as it comes out where multiply and add are fused into one.
+    """torch.linspace(0.1, 1, num_steps + 1) in float32, as a fused multiply-add computes it.
 
-    On a CPU or in a build without that instruction torch rounds twice; float64 makes the table the same everywhere.
+    A CPU or a build of torch without that instruction rounds twice; float64 makes the table the same everywhere.
     """
     start, end = torch.tensor([0.1, 1.0], dtype=torch.float32)
     step = ((end - start) / num_steps).double()
@@ -255,13 +261,13 @@ def _fused_linspace(num_steps: int) -> Tensor:
 
 
 def _cell(normal: Tensor) -> Tensor:
-    """int32 [n]: number of the cell (a thirty-second of [-1, 1]) of each value."""
+    """int32 [n]: the number of each value's cell (a thirty-second of [-1, 1])."""
     return ((normal + 1.0) * (_NUM_CELLS / 2)).to(torch.int32)
 
 
 @lru_cache(maxsize=8)
 def _cells(device: torch.device) -> tuple[Tensor, Tensor]:
-    """For each cell: the code at its lower end (uint8), and the threshold inside it, or 2 where there is none."""
+    """For each cell: the code at its lower end (uint8), and the threshold inside it (2 if it has none)."""
     table = levels(torch.device("cpu"))
     thresholds = (table[:-1] + table[1:]) / 2.0  # in float32, as bitsandbytes has them
     cells = _cell(thresholds).tolist()
@@ -274,7 +280,7 @@ def _cells(device: torch.device) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=8)
 def _level_pairs(device: torch.device) -> Tensor:
-    """int64 [256]: the bits of both float32 levels of every byte, so that one look-up fetches both."""
+    """int64 [256]: the bits of the two float32 levels of every byte, so that one look-up fetches both."""
     byte = torch.arange(256, dtype=torch.int32, device=device)
     table = levels(device)
     return torch.stack((table[byte >> 4], table[byte & 0xF]), dim=1).view(torch.int64).view(-1)
@@ -290,7 +296,7 @@ def _scale_table(device: torch.device) -> Tensor:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Run torch on one thread, and give the caller its count back."""
+    """Run torch on one thread, and restore the caller's number of threads afterwards."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

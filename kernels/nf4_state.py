@@ -1,6 +1,6 @@
 """An NF4 weight as the tensors that bitsandbytes keeps in a checkpoint: read, checked field by field, and written.
 
-Knows names and tensors, no files. Called by the loader and by `models.quantize`.
+Works on names and tensors, not on files. Called by the loader and by `models.loading.quantize`.
 """
 
 import json
@@ -25,13 +25,14 @@ STATE_SUFFIX = ".quant_state.bitsandbytes__nf4"
 FP4_STATE_SUFFIX = ".quant_state.bitsandbytes__fp4"
 PART_SUFFIXES = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", STATE_SUFFIX, FP4_STATE_SUFFIX)
 
-_MAX_FIELDS_BYTES = 1 << 16  # of the JSON object among the parts
+_MAX_FIELDS_BYTES = 1 << 16  # limit on the JSON object among the parts
 
 _DTYPES = {dtype_name(dtype): dtype for dtype in SOURCE_DTYPES}
 
 
 def quantized_names(keys: Iterable[str]) -> set[str]:
-    """Names of the 4-bit weights among a checkpoint's keys (NF4, and FP4 so that `from_state` can refuse it)."""
+    """Names of the 4-bit weights among a checkpoint's keys. FP4 ones are included so that `from_state` can refuse
+    them."""
     suffixes = (STATE_SUFFIX, FP4_STATE_SUFFIX)
     return {key.removesuffix(suffix) for key in keys for suffix in suffixes if key.endswith(suffix)}
 
@@ -70,15 +71,17 @@ def to_state(weight: Nf4Weight, name: str) -> dict[str, Tensor]:
 
 
 def from_state(state: Mapping[str, Tensor], name: str) -> Nf4Weight:
-    """The weight called `name` from a checkpoint's tensors (others may be among them); tensors are shared, not copied.
+    """The weight called `name` from a checkpoint's tensors. It shares their memory; other tensors in `state` are
+    ignored.
 
-    Raises ValueError that names the tensor or field that is missing, inconsistent or not the NF4 of this server.
+    Raises ValueError if a tensor or field is missing, inconsistent, or not in the NF4 form that this server reads; the
+    message names it.
     """
     return _StateReader(state, name).read()
 
 
 class _StateReader:
-    """Reads one weight; every refusal starts with the key it is about."""
+    """Reads one weight; every error message starts with the key of the tensor or field in question."""
 
     def __init__(self, state: Mapping[str, Tensor], name: str) -> None:
         self.state = state
@@ -119,7 +122,8 @@ class _StateReader:
         )
 
     def _is_double_quantized(self, fields: Mapping[str, Any]) -> bool:
-        """All of the nested parts or none: half of them would decode to silent nonsense."""
+        """Whether all nested parts are there. Some but not all of them would decode to wrong numbers, so that is an
+        error."""
         marks = {
             ".nested_absmax": self.name + ".nested_absmax" in self.state,
             ".nested_quant_map": self.name + ".nested_quant_map" in self.state,
@@ -152,7 +156,7 @@ class _StateReader:
     def _packed(self, shape: tuple[int, int]) -> Tensor:
         if self.name not in self.state:
             raise ValueError(f"{self.name}: missing, while its quantisation state is there")
-        # With another quant_storage the same bytes are only labelled as another dtype.
+        # Another quant_storage only labels the same bytes as another dtype.
         packed = self.state[self.name].contiguous().view(-1).view(torch.uint8)
         num_bytes = (shape[0] * shape[1] + 1) // 2
         item = self.state[self.name].element_size()

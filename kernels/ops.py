@@ -1,6 +1,6 @@
 """The contract of every provider: the ops that a LLaMA is made of, with their shapes.
 
-The `reference` provider is its specification. Knows no layers' names, requests or files.
+The `reference` provider is its specification. Ops know no layer names, requests or files.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,8 @@ from guanaco.kernels.nf4 import Nf4Weight
 
 # Instruction sets of the `cpu` provider, the best first.
 CPU_ISAS = ("avx512vnni", "avx512", "avx2", "portable")
-# Projections of a layer in the order of LayerWeights: projection j of layer i is LoRA module MODULES_PER_LAYER · i + j.
+# Projections of a layer, in the order of LayerWeights: projection j of layer i is LoRA module MODULES_PER_LAYER · i +
+# j.
 MODULES_PER_LAYER = 7
 
 
@@ -25,7 +26,7 @@ class NativeUnavailable(RuntimeError):
 
 
 class LinearHandle(Protocol):
-    """A provider's own form of one linear layer's weight; opaque to everybody else."""
+    """A provider's own form of one linear layer's weight; other code only passes it on."""
 
     @property
     def in_features(self) -> int: ...
@@ -35,12 +36,12 @@ class LinearHandle(Protocol):
 
     @property
     def num_bytes(self) -> int:
-        """Resident bytes, decoded copies included."""
+        """Bytes in memory, decoded copies included."""
 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """An NF4 weight as one provider wants it in memory; opaque to everybody else, but it may be kept on disk."""
+    """An NF4 weight in a provider's own memory layout. Other code only passes it on, or keeps its bytes on disk."""
 
     data: Tensor  # uint8 [bytes]
     shape: tuple[int, int]  # of the weight, [out, in]
@@ -68,23 +69,27 @@ class FusedLayers(Protocol):
         sequences: Sequences,
         lora: LoraBatch | None,
     ) -> Tensor:
-        """[t, hidden] → [t, hidden], `dtype` or float32; caches: one per layer, written and read.
-        Shapes as in `Ops`."""
+        """x [t, hidden] in, [t, hidden] out, in `dtype` or float32. Each layer reads and writes its own cache of
+        `caches`.
+
+        Shapes as in `Ops`.
+        """
 
 
 @dataclass(frozen=True)
 class Draw:
-    """How one token is picked from its logits. temperature 0: the largest; top_k 0, top_p 1, min_p 0 filter nothing.
+    """How one token is picked from its logits. temperature 0 picks the largest; top_k 0, top_p 1 and min_p 0 filter
+    nothing.
 
-    Temperature, top_p and min_p count as float32 holds them: 7e-46 and less is 0 there. The likeliest token passes
-    every filter, at a top_p of 0 as well.
+    Temperature, top_p and min_p are rounded to float32, so a value of 7e-46 or less counts as 0. The likeliest token
+    passes every filter, even a top_p of 0.
     """
 
     temperature: float
     top_k: int
     top_p: float
     min_p: float
-    uniform: float  # in [0, 1): the noise
+    uniform: float  # in [0, 1): the random number that decides
 
 
 class Ops(Protocol):
@@ -96,18 +101,25 @@ class Ops(Protocol):
     name: str
     device: torch.device
     dtype: torch.dtype  # float32, bfloat16 or (triton) float16: what activations and the KV cache are stored in
-    cache_dtypes: tuple[torch.dtype, ...]  # 8-bit ones (`layer_cache.CODE_LIMITS`) that a cache may have instead
-    packed_format: str  # names the form that `pack` gives weights; empty: there is none worth keeping
+    # 8-bit dtypes (`layer_cache.CODE_LIMITS`) that a KV cache may have instead of `dtype`
+    cache_dtypes: tuple[torch.dtype, ...]
+    # names the form that `pack` gives weights; empty if `pack` changes nothing worth keeping on disk
+    packed_format: str
 
     def pack(self, weight: Nf4Weight) -> PackedWeight | Nf4Weight:
-        """The weight in the provider's own form, for `prepare` now or later; as it is where that form has none."""
+        """The weight in the provider's own form, for `prepare` now or later; the weight itself if that form can't hold
+        it."""
 
     def prepare(self, weight: Nf4Weight | PackedWeight | Tensor, bias: Tensor | None) -> LinearHandle:
-        """Take over one linear layer: NF4, packed by an Ops of the same `packed_format`, or a dense [out, in] tensor.
-        The caller drops its own reference."""
+        """Prepare one linear layer: an NF4 weight, one packed by an Ops of the same `packed_format`, or a dense [out,
+        in] tensor.
+
+        The provider keeps what it needs, so the caller drops its own reference.
+        """
 
     def place_adapter(self, pairs: Sequence[LoraPair]) -> list[LoraPair]:
-        """The matrices of one adapter where and as this provider reads them best; called once, when it is loaded."""
+        """One adapter's matrices, on the device and in the layout that this provider reads best. Called once per
+        load."""
 
     def linear(self, x: Tensor, weight: LinearHandle, lora: LoraBatch | None, module: int) -> Tensor:
         """y[t, out] = x[t, in] · Wᵀ + bias, plus the LoRA delta of `module` for the rows that have adapters."""
@@ -128,7 +140,8 @@ class Ops(Protocol):
         """
 
     def paged_attention(self, q: Tensor, cache: LayerCache, sequences: Sequences, scale: float) -> Tensor:
-        """Causal attention of each sequence's new tokens over its whole context, decode and chunked prefill alike.
+        """Causal attention of each sequence's new tokens over its whole context, for decoding and for chunks of
+        prompts.
 
         q [t, heads, head_dim]. Query j of a sequence with n new tokens sees positions ≤ context_len − n + j.
         """
@@ -140,11 +153,13 @@ class Ops(Protocol):
         """float32 logits [r, vocab] of the rows x [r, hidden]."""
 
     def draw(self, logits: Tensor, draws: Sequence[Draw]) -> list[int] | None:
-        """One token per row of float32 logits [r, vocab], which may be -infinity in places; of equal ones the lowest.
+        """One token per row of float32 logits [r, vocab]; of equally likely tokens the lowest id. Logits may be
+        -infinity.
 
-        Filters keep the likeliest: top_k of them, those before which less than top_p lies, those of at least min_p
-        times the largest. None: this provider leaves it to the caller.
+        Filters keep the likeliest tokens: the first top_k; those with less than top_p of the probability before them;
+        those with at least min_p times the largest probability. Returns None if this provider leaves sampling to the
+        caller.
         """
 
     def fuse(self, layers: Sequence[LayerWeights], *, head_dim: int, eps: float) -> FusedLayers | None:
-        """All layers as one op, for a provider to which the calls between them are dear; None: call them singly."""
+        """All layers as one op, for a provider that saves time by it. None: the caller calls the ops one by one."""

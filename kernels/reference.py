@@ -1,7 +1,7 @@
-"""Every op in plain PyTorch: the specification that other providers are measured against.
+"""Every op in plain PyTorch: the specification that the other providers are compared with.
 
-float32 sums, one rounding to the activations' dtype at the end of an op; runs on any torch device. Knows nothing of
-requests, adapters' names or layers. Chosen by `load_ops("reference", …)`.
+Each op sums in float32 and rounds once, at its end, to the activations' dtype. It runs on any torch device. Knows
+nothing of requests, adapter names or layers. Chosen by `load_ops("reference", …)`.
 """
 
 from collections.abc import Sequence
@@ -17,19 +17,20 @@ from guanaco.kernels.lora_batch import LoraBatch, LoraPair
 from guanaco.kernels.nf4 import Nf4Weight
 from guanaco.kernels.ops import Draw, LayerWeights, LinearHandle, PackedWeight
 
-# Weights decoded at a time where a layer is not kept decoded: 16 MiB of float32.
+# How much of a weight that isn't kept decoded is decoded at a time: 16 MiB of float32.
 TILE_WEIGHTS = 4 << 20
-# Most scores (queries × heads × positions) of a prompt in memory at a time, and most elements of K of a batch of
-# decoding sequences: 32 MiB of float32. A single query, or a single sequence, may exceed it.
+# The most scores (queries × heads × positions) of a prompt in memory at a time, and the most elements of K for a batch
+# of decoding sequences: 32 MiB of float32. A single query or a single sequence may exceed it.
 ATTENTION_SCORES = 8 << 20
 GATHERED_KEYS = 8 << 20
-# Most of a batch of decoding sequences that may be padding, as a share of its longest context.
+# The most padding in a batch of decoding sequences, as a fraction of its longest context.
 MAX_PADDING_RATIO = 0.25
 
 
 @dataclass(frozen=True)
 class ReferenceLinear:
-    """A linear layer's weight: packed, or dense. A dense one is float32 (decoded, kept) or the stored 16-bit dtype."""
+    """A linear layer's weight: packed, or dense. A dense one is float32 (decoded once and kept) or the stored 16-bit
+    dtype."""
 
     weight: Nf4Weight | Tensor
     bias: Tensor | None  # float32 [out]
@@ -62,7 +63,8 @@ class ReferenceOps:
         return weight
 
     def prepare(self, weight: Nf4Weight | PackedWeight | Tensor, bias: Tensor | None) -> ReferenceLinear:
-        """Keep the weight in float32 if the budget still allows it, first come first kept; else as it is stored."""
+        """Decode the weight to float32 and keep it while the memory budget lasts, in order of arrival; then keep it as
+        stored."""
         assert not isinstance(weight, PackedWeight), "a weight of another provider"
         out_features, in_features = weight.shape
         stored = weight.to(self.device)
@@ -98,10 +100,10 @@ class ReferenceOps:
         return None
 
     def fuse(self, layers: Sequence[LayerWeights], *, head_dim: int, eps: float) -> None:
-        """Nothing to gain: each op is already many calls into torch."""
+        """None: each op is already many calls into torch, so fusing would gain nothing."""
 
     def _product(self, x32: Tensor, handle: LinearHandle) -> Tensor:
-        """float32 [t, out]: x32 · Wᵀ + bias, a tile of W's rows at a time unless W is there in float32."""
+        """float32 [t, out]: x32 · Wᵀ + bias. If W isn't kept in float32, a tile of its rows is decoded at a time."""
         assert isinstance(handle, ReferenceLinear), "a handle of another provider"
         if isinstance(handle.weight, Tensor) and handle.weight.dtype == torch.float32:
             y = x32 @ handle.weight.t()
@@ -144,7 +146,7 @@ class ReferenceOps:
         heads = q.shape[1]
 
         def gather(indexes: list[int], length: int) -> tuple[Tensor, Tensor]:
-            """Keys and values of some sequences."""
+            """Keys and values of the sequences `indexes`, padded to `length` positions."""
             blocks = sequences.block_tables[indexes, : -(-length // cache.block_size)]
             keys = _gather(cache.k, cache.k_scales, blocks, length)
             return keys, _gather(cache.v, cache.v_scales, blocks, length)
@@ -154,7 +156,7 @@ class ReferenceOps:
             rows = [starts[i] for i in group]
             limits = sequences.context_lens[group].view(-1, 1)
             keys, values = gather(group, contexts[group[-1]])
-            # Unwritten positions may hold NaN, and 0 · NaN is NaN: a weight of zero does not hide a value.
+            # Unwritten positions may hold NaN, and 0 · NaN is NaN, so a weight of zero alone doesn't hide a value.
             padding = torch.arange(keys.shape[2], device=q.device) >= limits
             values.masked_fill_(padding.unsqueeze(-1), 0.0)
             out[rows] = _attend(q[rows].unsqueeze(1).float(), keys, values, limits, scale).squeeze(1).to(self.dtype)
@@ -181,7 +183,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _gather(stored: Tensor, scales: Tensor | None, blocks: Tensor, length: int) -> Tensor:
-    """float32 [kv_heads, sequences, length, head_dim], memory of its own, of blocks [sequences, blocks]."""
+    """float32 [kv_heads, sequences, length, head_dim] in new memory, read from blocks [sequences, blocks]."""
     ids = blocks.reshape(-1)
     chosen = stored.flatten(1).index_select(0, ids).view(-1, *stored.shape[1:])
     rows = decoded(chosen, None if scales is None else scales.index_select(0, ids))
@@ -190,9 +192,10 @@ def _gather(stored: Tensor, scales: Tensor | None, blocks: Tensor, length: int) 
 
 
 def _decode_groups(sequences: list[tuple[int, int]], max_positions: int) -> list[list[int]]:
-    """Split (context length, index) pairs into batches of similar length, ascending, so that little is padding.
+    """Split (context length, index) pairs into batches of similar length, in ascending order, so that padding stays
+    small.
 
-    max_positions: most positions of a batch, padding included; a longer sequence is alone.
+    max_positions: the most positions of a batch, padding included. A longer sequence gets a batch of its own.
     """
     groups: list[list[int]] = []
     shortest = 0

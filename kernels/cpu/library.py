@@ -1,6 +1,6 @@
 """The native library behind the `cpu` provider: where it is, its C structs, its functions with their types.
 
-Knows no tensors. The structs mirror kernels/cpu/native/types.h field by field. Called by `cpu_ops` only.
+Knows no tensors. The structs mirror kernels/cpu/native/types.h field by field. Only `kernels.cpu` calls it.
 """
 
 import ctypes
@@ -102,7 +102,7 @@ class Draw(Structure):
 
 _STRUCTS = (Linear, LoraPair, Lora, Layer, Model, Cache, Batch, Draw)
 _P, _I32, _I64, _F32 = c_void_p, c_int32, c_int64, c_float
-# name → result and argument types; an int32 result is 0, or −1 when memory ran out.
+# name → result and argument types. An int32 result is 0 for success and −1 if memory ran out.
 _FUNCTIONS = {
     "guanaco_isa_name": (c_char_p, (_I32,)),
     "guanaco_struct_bytes": (None, (_P,)),
@@ -145,12 +145,12 @@ def library() -> ctypes.CDLL:
 
 
 def available_isas() -> tuple[str, ...]:
-    """Instruction sets that this build has and this processor runs, the best first. Raises NativeUnavailable."""
+    """Instruction sets that this build has and this processor runs, best first. Raises NativeUnavailable."""
     return tuple(name for i, name in enumerate(CPU_ISAS) if library().guanaco_isa_name(i) is not None)
 
 
 class Context:
-    """One set of threads and one instruction set. Closing it (or dropping it) ends the threads."""
+    """One set of threads and one instruction set. Closing or dropping it ends the threads."""
 
     _handle: int | None = None
 
@@ -174,16 +174,17 @@ class Context:
 
     @property
     def layout(self) -> int:
-        """Order of the codes in a repacked weight; weights repacked for another one are of no use."""
+        """Number of the order in which a repacked weight stores its codes; only kernels with the same number can read
+        it."""
         return int(self._lib.guanaco_nf4_layout(self._handle))
 
     def call(self, name: str, *arguments: object) -> None:
-        """Run `guanaco_<name>` in this context, other Python threads running on. Raises MemoryError."""
+        """Run `guanaco_<name>` in this context; other Python threads go on meanwhile. Raises MemoryError."""
         if getattr(self._lib, f"guanaco_{name}")(self._handle, *arguments) != 0:
             raise MemoryError(f"the native kernel {name} ran out of memory")
 
     def close(self) -> None:
-        """End the threads; nothing may be called after it."""
+        """End the threads. Call nothing on this context afterwards."""
         if self._handle is not None:
             self._lib.guanaco_destroy(self._handle)
             self._handle = None

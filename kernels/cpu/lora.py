@@ -1,7 +1,7 @@
 """LoRA operands as the native kernels read them: a table of pointers per (module, slot), and rows sorted by slot.
 
-Building a table takes thousands of look-ups, so each slot's column is kept for as long as the slot holds the same
-matrices. Knows no adapters' names. Used by `cpu_ops`.
+Building a table takes thousands of look-ups, so a slot's column is kept until the slot's matrices change. Knows no
+adapter names. Used by `kernels.cpu.ops`.
 """
 
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ class LoraOperand:
     """A `native.Lora` and the arrays that it points into."""
 
     def __init__(self, batch: LoraBatch, columns: list["np.ndarray"]) -> None:
-        """columns: for every slot of `batch.rows_by_slot`, in its order, `_PAIR` [modules]."""
+        """columns: a `_PAIR` array [modules] for each slot of `batch.rows_by_slot`, in the same order."""
         groups = batch.rows_by_slot
         rows = [rows for rows, _ in groups.values()]
         self._rows = torch.cat(rows).to(torch.int32)
@@ -39,7 +39,7 @@ class LoraOperand:
 
 
 class LoraOperands:
-    """Makes `LoraOperand`s, remembering what does not change from step to step."""
+    """Makes a `LoraOperand` for each step and keeps the parts that don't change between steps."""
 
     def __init__(self) -> None:
         self._columns: dict[int, tuple[list[LoraPair | None], np.ndarray]] = {}
@@ -54,7 +54,7 @@ class LoraOperands:
     def _column(self, table: LoraTable, slot: int, modules: list[int]) -> "np.ndarray":
         pairs = [table.pairs.get((module, slot)) for module in modules]
         known = self._columns.get(slot)
-        # The remembered pairs are alive, so another one cannot have taken the place of one of them in memory.
+        # We hold the remembered pairs, so no new pair can have the memory address of one of them.
         if known is not None and len(known[0]) == len(pairs) and all(map(_is, known[0], pairs)):
             return known[1]
         column = np.zeros(len(pairs), dtype=_PAIR)

@@ -1,8 +1,8 @@
 """The `cpu` provider: every op checks its shapes, then calls the native kernels. Weights are repacked at `prepare`.
 
-NF4 products round activations to 14 bits per group of 64 and sum in exact integers: about 1.2e-4 from the product of
-the stored weights. Results depend on neither the number of threads nor the rows computed together. Knows no layers'
-names, requests or files. Chosen by `load_ops("cpu", …)`.
+NF4 products round activations to 14 bits per group of 64 and sum in exact integers: the relative error against the
+product with the stored weights is about 1.2e-4. The number of threads and the other rows of a batch never change a
+result. Knows no layer names, requests or files. Chosen by `load_ops("cpu", …)`.
 """
 
 import ctypes
@@ -38,7 +38,7 @@ class CpuOps:
     cache_dtypes: tuple[torch.dtype, ...] = ()
 
     def __init__(self, *, dtype: torch.dtype, threads: int, isa: str = "auto") -> None:
-        """isa: "auto", or one of `cpu_native.available_isas()`. Raises NativeUnavailable."""
+        """isa: "auto", or one of `kernels.cpu.library.available_isas()`. Raises NativeUnavailable."""
         assert dtype in (torch.float32, torch.bfloat16), dtype
         self.device = torch.device("cpu")
         self.dtype = dtype
@@ -48,7 +48,8 @@ class CpuOps:
         self.packed_format = f"cpu tiles 1, order {self._context.layout}"
 
     def pack(self, weight: Nf4Weight) -> PackedWeight | Nf4Weight:
-        """Tiles (3 % more bytes than double quantisation); rows that groups cross stay as they are."""
+        """Reorder the codes into tiles (3 % more bytes than double quantisation). A weight with groups across rows
+        stays as it is."""
         n, k = weight.shape
         if k % GROUP_SIZE != 0:
             return weight
@@ -58,7 +59,7 @@ class CpuOps:
         return PackedWeight(tiles, (n, k))
 
     def prepare(self, weight: Nf4Weight | PackedWeight | Tensor, bias: Tensor | None) -> CpuLinear:
-        """NF4 becomes tiles where it can; a dense tensor is kept as it is."""
+        """Turn an NF4 weight into tiles where `pack` can; keep a dense tensor as it is."""
         if isinstance(weight, Nf4Weight):
             weight = self.pack(weight)
         out_features, in_features = weight.shape
@@ -82,7 +83,7 @@ class CpuOps:
         return CpuLinear(struct, tensors, in_features, out_features, sum(t.nbytes for t in tensors))
 
     def place_adapter(self, pairs: Sequence[LoraPair]) -> list[LoraPair]:
-        """The host copies themselves: nothing is copied."""
+        """The matrices in host memory themselves: nothing is copied."""
         return list(pairs)
 
     def linear(self, x: Tensor, weight: LinearHandle, lora: LoraBatch | None, module: int) -> Tensor:
@@ -177,12 +178,12 @@ class CpuOps:
         return tokens.tolist()
 
     def fuse(self, layers: Sequence[LayerWeights], *, head_dim: int, eps: float) -> "CpuLayers":
-        """All decoder layers as one call into the library: no Python between their parts."""
+        """All decoder layers as one call into the library, so that no Python runs between their ops."""
         return CpuLayers(self._context, self.dtype, layers, head_dim, eps)
 
 
 class CpuLayers:
-    """The `FusedLayers` of this provider. Between its parts everything is float32, whatever the dtype outside."""
+    """The `FusedLayers` of this provider. Activations are float32 inside, whatever the dtype of input and output."""
 
     def __init__(
         self,
@@ -257,7 +258,7 @@ def _contiguous(s: Sequences) -> Sequences:
 
 
 def _batch(tokens: int, sequences: Sequences) -> native.Batch:
-    """Pointers into `sequences`, which the caller keeps."""
+    """Pointers into `sequences`; the caller must keep its tensors alive."""
     tables, contexts, starts = sequences.block_tables, sequences.context_lens, sequences.cu_seqlens_q
     assert tables.dtype == contexts.dtype == starts.dtype == torch.int32
     assert starts.numel() == contexts.numel() + 1 == tables.shape[0] + 1, (tables.shape, contexts.shape, starts.shape)
@@ -272,7 +273,7 @@ def _batch(tokens: int, sequences: Sequences) -> native.Batch:
 
 
 def _cache(cache: LayerCache, batch: native.Batch) -> native.Cache:
-    """The cache's pointers; its block size and dtype go into `batch`."""
+    """The cache's pointers. Also writes its block size and dtype into `batch`."""
     assert cache.k.is_contiguous() and cache.v.is_contiguous(), "a cache that is not contiguous"
     assert cache.k.dtype in (torch.float32, torch.bfloat16), cache.k.dtype
     batch.block_size, batch.cache_dtype = cache.block_size, DTYPES[cache.k.dtype]
