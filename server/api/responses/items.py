@@ -5,8 +5,10 @@ Knows the kinds of items; what a conversation becomes is `conversation`'s. Calle
 
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+import orjson
 
 from guanaco.models.error_codes import ErrorCode
 from guanaco.server.api.generation.protocol import MAX_MESSAGES
@@ -24,8 +26,10 @@ def new_id(prefix: str) -> str:
     return prefix + secrets.token_hex(24)
 
 
-def read_input(value: object) -> list[Item]:
-    """The input as items, each complete and with an id. 400 for kinds of items and parts that aren't supported."""
+def read_input(value: object, kept: Callable[[], Mapping[str, bytes]]) -> list[Item]:
+    """The input as items, each complete and with an id. 400 for kinds of items and parts that aren't supported.
+
+    kept: gives the items, by id, that references may name."""
     if isinstance(value, str):
         return [_message("user", value, {})]
     if not isinstance(value, list) or not value:
@@ -33,15 +37,28 @@ def read_input(value: object) -> list[Item]:
     if len(value) > MAX_MESSAGES:
         raise bad_request(f"input may have at most {MAX_MESSAGES} items", "input")
     items = []
+    by_id: Mapping[str, bytes] | None = None  # asked for once, and only for references
     for index, item in enumerate(value):
         at = f"input[{index}]"
         if not isinstance(item, dict):
             raise bad_request(f"{at} must be an object", at, ErrorCode.INVALID_TYPE)
-        if (read := _read_item(item, at)) is not None:
+        if item.get("type") == "item_reference":
+            by_id = kept() if by_id is None else by_id
+            items.append(_referenced(item, at, by_id))
+        elif (read := _read_item(item, at)) is not None:
             items.append(read)
     if not items:
         raise bad_request("input has no message", "input")
     return items
+
+
+def _referenced(item: Mapping[str, Any], at: str, by_id: Mapping[str, bytes]) -> Item:
+    found = by_id.get(item["id"]) if isinstance(item.get("id"), str) else None
+    if found is None:
+        text = f"{at}.id must be the id of an item of a response that is kept: send the item itself instead"
+        raise bad_request(text, f"{at}.id", ErrorCode.PREVIOUS_RESPONSE_NOT_FOUND)
+    read: Item = orjson.loads(found)
+    return read
 
 
 def _read_item(item: Mapping[str, Any], at: str) -> Item | None:

@@ -153,7 +153,7 @@ def _conversation(
     store: ResponseStore, body: ResponseBody, data: dict[str, Any], caller: Caller
 ) -> tuple[list[Item], ChatBody]:
     """All items that are answered, those of the previous responses first, and the conversation in chat's shape."""
-    items = read_input(body.input)
+    items = read_input(body.input, lambda: store.items(_owner(caller.key)))
     if body.previous_response_id is not None:
         previous = _previous(store, body.previous_response_id, _owner(caller.key))
         items = [orjson.loads(item) for item in (*previous.input_items, *previous.output_items)] + items

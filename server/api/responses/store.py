@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import orjson
+
 from guanaco.server.config import Settings
 
 
@@ -97,6 +99,14 @@ class ResponseStore:
             self._forget_expired()
             _, stored = self._ended.get(response_id, (0.0, None))
             return stored if stored is not None and stored.owner == owner else None
+
+    def items(self, owner: str) -> dict[str, bytes]:
+        """The items of all responses of an owner that have ended, by their ids."""
+        with self._lock:
+            self._forget_expired()
+            ended = [self._ended[response_id][1] for response_id in self._by_owner.get(owner, ())]
+        found = {item: None for stored in ended for item in (*stored.input_items, *stored.output_items)}
+        return {str(orjson.loads(item)["id"]): item for item in found}
 
     def running(self, response_id: str, owner: str) -> RunningResponse | None:
         """The response that is being made, for its owner."""

@@ -127,6 +127,19 @@ def test_going_on_from_a_response(server: LiveServer, client: OpenAI) -> None:
     assert items[1].id == first.output[0].id
 
 
+def test_items_that_are_kept_may_be_named_by_id(server: LiveServer, client: OpenAI, other: OpenAI) -> None:
+    """AI SDK's OpenAI provider names earlier answers so."""
+    first = client.responses.create(model=BASE, input="one")
+    asked = client.responses.input_items.list(first.id).data[0].id
+    named = [{"type": "item_reference", "id": name} for name in (asked, first.output[0].id)]
+    client.responses.create(model=BASE, input=[*named, {"role": "user", "content": "two"}], max_output_tokens=1)
+    by_reference = server.engine.requests[-1].prompt_token_ids
+    client.responses.create(model=BASE, input="two", previous_response_id=first.id, max_output_tokens=1)
+    assert server.engine.requests[-1].prompt_token_ids == by_reference
+    with pytest.raises(openai.BadRequestError, match="is kept"):
+        other.responses.create(model=BASE, input=named)
+
+
 def test_input_items_come_in_pages(server: LiveServer, client: OpenAI) -> None:
     messages = [{"role": "user", "content": str(i)} for i in range(7)]
     response = client.responses.create(model=BASE, input=messages, max_output_tokens=1)
