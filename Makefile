@@ -1,6 +1,7 @@
 # Two commands do everything: `make serve` and `make test`. Both set up what they need, once.
 #
 #   make serve ARGS="--port 8123"     pass flags on to `guanaco serve`
+#   make clients ARGS="--only openai" run real clients against a demo server
 #   make install CONSTRAINTS=my.txt   other versions (a CUDA build of torch, say)
 #   make install TORCH_CPU="…"        another version or index of torch's CPU build
 
@@ -19,7 +20,7 @@ DEPS    := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard kernels/cpu/native/
 RUNTIME := $(VENV)/.installed
 TESTING := $(VENV)/.installed-test
 
-.PHONY: serve install links test lint typecheck accept bench asan clean
+.PHONY: serve install links test lint typecheck accept clients bench asan clean
 
 serve: $(RUNTIME)
 	exec $(BIN)/guanaco serve $(ARGS)
@@ -47,6 +48,10 @@ typecheck: $(TESTING) links
 links:
 	@mkdir -p .typing/guanaco
 	@for p in adapters kernels models server; do ln -sfn ../../$$p .typing/guanaco/$$p; done
+
+# Real clients, each in an environment of its own below build/clients, against a demo server that this starts.
+clients: $(TESTING)
+	$(BIN)/python tests/clients/run.py $(ARGS)
 
 bench: $(RUNTIME)
 	$(BIN)/guanaco bench engine --json $(ARGS)

@@ -39,6 +39,7 @@ class ErrorCode(StrEnum):
     NO_CHAT_TEMPLATE = "no_chat_template"
     PREVIOUS_RESPONSE_NOT_FOUND = "previous_response_not_found"
     RESPONSE_NOT_FOUND = "response_not_found"
+    THREAD_UNSUPPORTED_REQUEST = "thread_unsupported_request"  # Anthropic's word, which its client acts on
     TOO_MANY_PROMPTS = "too_many_prompts"
     UNSUPPORTED_PARAMETER = "unsupported_parameter"
 

@@ -119,7 +119,8 @@ def take_fields(data: dict[str, Any], route: RouteFields) -> TakenFields:
     for name in route.refused.keys() & data.keys():
         if not asks_for_nothing(data[name], route.refused[name]):
             advice = f": {route.instead[name]}" if name in route.instead else ""
-            raise bad_request(f"{name} is not supported by this server{advice}", name, ErrorCode.UNSUPPORTED_PARAMETER)
+            code = route.codes.get(name, ErrorCode.UNSUPPORTED_PARAMETER)
+            raise bad_request(f"{name} is not supported by this server{advice}", name, code)
     ignored = ignored_fields(data, route)
     ours = {name: value for name, value in data.items() if name not in route.aliases}
     renamed: dict[str, str] = {}

@@ -8,6 +8,7 @@ list is ignored, and the answer names it. Knows names and values only; `body` ap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from guanaco.models.error_codes import ErrorCode
 from guanaco.server.api.values.unsupported import ADAPTERS, REFUSED, Neutral
 
 _TAKEN = frozenset(("prompt_logprobs", "return_token_ids", "return_tokens_as_token_ids"))
@@ -145,6 +146,7 @@ class RouteFields:
     aliases: Mapping[str, str]
     harmless: frozenset[str] = HARMLESS
     instead: Mapping[str, str] = field(default_factory=lambda: INSTEAD)  # refused field → what to do without it
+    codes: Mapping[str, ErrorCode] = field(default_factory=dict)  # refused field → a code of its own
     conversation: str = "messages"  # the field with the messages
     in_message: frozenset[str] = IN_MESSAGE  # what each of them may hold
     in_part: frozenset[str] = HARMLESS_IN_PART  # what a part of its content may hold

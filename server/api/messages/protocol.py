@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, WithJsonSchema
 
+from guanaco.models.error_codes import ErrorCode
 from guanaco.server.api.generation.conversation import refused_besides
 from guanaco.server.api.generation.fields import HARMLESS, RouteFields
 from guanaco.server.api.generation.protocol import MAX_MESSAGES, MAX_SALT_CHARS, MAX_TOP_K, TokenCount
@@ -103,6 +104,7 @@ class MessagesBody(CountBody):
 _OWN = frozenset(MessagesBody.model_fields)
 # Anthropic's own fields that would change the answer.
 _REFUSED: Mapping[str, Neutral] = {
+    "compaction": (),
     "container": (),
     "context_management": ({}, {"edits": []}),
     "fallbacks": ([],),
@@ -111,11 +113,15 @@ _REFUSED: Mapping[str, Neutral] = {
     "prefill": (),
     "prompt": (),
     "thinking": ({"type": "disabled"},),
+    "thread": (),
 }
+# Anthropic's client sends a tool runner's turns in a thread. At this code it sends the whole conversation instead.
+_CODES = {"thread": ErrorCode.THREAD_UNSUPPORTED_REQUEST}
 _INSTEAD: Mapping[str, str] = {
     "output_format": "use output_config.format",
     "response_format": "use output_config.format",
     "parallel_tool_calls": "use tool_choice.disable_parallel_tool_use",
+    "thread": "send the whole conversation in messages",
     "thinking": "leave it out, or send {type: disabled}",
     "stop": "use stop_sequences",
     "max_completion_tokens": "use max_tokens",
@@ -126,7 +132,11 @@ _INSTEAD: Mapping[str, str] = {
     "inputs": "use messages",
 }
 _HARMLESS = frozenset(
-    ("cache_control", "diagnostics", "inference_geo", "speed", "user_profile_id", "workspace_id", *HARMLESS)
+    (
+        *("billing_policy", "cache_control", "diagnostics", "fallback_credit_token", "inference_geo", "speed"),
+        *("user_profile_id", "workspace_id"),
+        *HARMLESS,
+    )
 )
 _IN_MESSAGE = frozenset(("role", "content", "id", "type"))
 _IN_BLOCK = frozenset(
@@ -141,6 +151,7 @@ MESSAGES_FIELDS = RouteFields(
     aliases={},
     harmless=_HARMLESS - _OWN,
     instead=_INSTEAD,
+    codes=_CODES,
     in_message=_IN_MESSAGE,
     in_part=_IN_BLOCK,
 )

@@ -209,6 +209,21 @@ def test_one_call_where_several_are_not_wanted(server: LiveServer, client: Anthr
     assert [block.type for block in message.content].count("tool_use") == 1
 
 
+def test_the_tool_runner_goes_on_without_the_thread_that_it_asks_for(server: LiveServer, client: Anthropic) -> None:
+    """The client would have the server hold the conversation. The code of the refusal makes it send everything."""
+
+    @anthropic.beta_tool
+    def get_weather(city: str) -> str:
+        """Weather of a city."""
+        return "rain in " + city
+
+    server.script(reply=CALL)
+    fields = {name: value for name, value in ASKED.items() if name != "tools"}
+    runner = client.beta.messages.tool_runner(**fields, tools=[get_weather], max_iterations=2)
+    assert [message.stop_reason for message in runner] == ["tool_use", "tool_use"]
+    assert "rain in Zürich" in server.state.tokenizer.decode(server.engine.requests[-1].prompt_token_ids)
+
+
 def test_errors_about_tools_name_the_field(server: LiveServer, client: Anthropic) -> None:
     def refusal(**fields: object) -> tuple[str, str]:
         with pytest.raises(anthropic.BadRequestError) as refused:
