@@ -60,6 +60,7 @@ def test_numbers_are_those_of_the_code() -> None:
         f"up to {tokens.MAX_STOP_STRINGS} strings of up to {tokens.MAX_STOP_CHARS} characters",
         f"up to {tokens.MAX_STOP_TOKEN_IDS} token ids",
         f"up to {tokens.MAX_LOGIT_BIAS} token ids",
+        f"up to {tokens.MAX_BAD_WORDS} words of up to {tokens.MAX_BAD_WORD_CHARS} characters",
         f"up to {protocol.MAX_MESSAGES};",
         f"up to {template_variables.MAX_VARIABLES} variables",
         f"{template_variables.MAX_VARIABLES_BYTES >> 10} KiB as JSON",

@@ -6,7 +6,7 @@ token id i. Called by the model runner, before and after the forward pass.
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Protocol
@@ -50,6 +50,28 @@ class StepMasks:
 
 def words_of(num_ids: int) -> int:
     return (num_ids + 31) // 32
+
+
+@dataclass(frozen=True, eq=False)
+class AllowedTokens:
+    """The only ids that a request may draw: a mask that stays the same. words: no longer than its largest id needs."""
+
+    words: Words
+
+    @classmethod
+    def of(cls, token_ids: Collection[int]) -> "AllowedTokens":
+        """token_ids: one at least."""
+        ids = np.fromiter(token_ids, dtype=np.int64)
+        flags = np.zeros(32 * words_of(int(ids.max()) + 1), dtype=np.uint8)
+        flags[ids] = 1
+        return cls(np.packbits(flags, bitorder="little").view("<i4").astype(np.int32))
+
+    def padded(self, num_words: int) -> Words:
+        """A copy of so many words."""
+        words = np.zeros(num_words, dtype=np.int32)
+        common = min(num_words, len(self.words))
+        words[:common] = self.words[:common]
+        return words
 
 
 class PendingMasks:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from guanaco.adapters.residency.messages import AddVersion, ForgetVersion, ReadDone
 from guanaco.adapters.residency.moves import Moves
 from guanaco.models.error_codes import ErrorCode
-from guanaco.server.engine.constraints import Constraint
+from guanaco.server.engine.constraints import AllowedTokens, Constraint
 
 
 class FinishReason(StrEnum):
@@ -34,6 +34,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed: AllowedTokens | None = None  # None: all ids may be drawn
+    bad_words: tuple[tuple[int, ...], ...] = ()  # ids: behind all but the last of one, the last is not drawn
     logprobs: int | None = None  # None: none; n: the token's own and the n most likely
     prompt_logprobs: int | None = None  # the same for the prompt's tokens (`echo` with `logprobs`)
     stop_token_ids: frozenset[int] = frozenset()  # in addition to the model's eos ids

@@ -6,9 +6,9 @@ written. So neither the company in the batch nor a preemption changes what is dr
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from guanaco.kernels import Draw
 from guanaco.models.error_codes import ErrorCode
-from guanaco.server.engine.constraints import StepMasks
+from guanaco.server.engine.constraints import StepMasks, Words, words_of
 from guanaco.server.engine.request import SampledToken, SamplingParams, TokenLogprob
 
 FloatArray = NDArray[np.float32]
@@ -38,7 +38,7 @@ class Drawing(Protocol):
 
 @dataclass(frozen=True)
 class SamplingRow:
-    """One row to draw from. `prompt_ids` and `output_ids` are only read where a penalty is set."""
+    """One row to draw from. `prompt_ids` and `output_ids` are only read where a penalty or a bad word is set."""
 
     params: SamplingParams
     prompt_ids: tuple[int, ...]
@@ -147,11 +147,11 @@ def _adjust(logits: Tensor, rows: list[SamplingRow], eos_ids: frozenset[int], ma
 
     A row of finite logits keeps a finite one, and gets no infinity but that of the forbidden tokens.
     """
-    out = logits
-    masked = frozenset(() if masks is None else masks.rows)
+    out, vocab = logits, logits.shape[1]
+    limits = _limits(rows, masks, vocab)
     for index, row in enumerate(rows):
         params = row.params
-        banned = [] if index in masked else _banned(row, eos_ids, logits.shape[1])
+        banned = [] if index in limits else _banned(row, eos_ids, vocab)
         if not (_has_penalty(params) or params.logit_bias or banned):
             continue
         if out is logits:
@@ -164,41 +164,59 @@ def _adjust(logits: Tensor, rows: list[SamplingRow], eos_ids: frozenset[int], ma
         out[index].clamp_(-_LARGEST, _LARGEST)  # a tiny repetition penalty makes large quotients
         if banned:
             out[index, banned] = -torch.inf
-    if masks is not None:
+    if limits:
         out = logits.clone() if out is logits else out
-        _apply_masks(out, rows, eos_ids, masks)
+        _apply_limits(out, rows, eos_ids, limits, {} if masks is None else masks.errors)
     return out
 
 
-def _apply_masks(out: Tensor, rows: list[SamplingRow], eos_ids: frozenset[int], masks: StepMasks) -> None:
-    """Forbid what the masks leave out, and the ends before min_tokens where something else may come."""
+def _limits(rows: list[SamplingRow], masks: StepMasks | None, vocab: int) -> dict[int, Words]:
+    """By index of a row, the words of the ids that it may draw: those of its mask and of its allowed tokens."""
+    limits = {} if masks is None else {index: masks.words[place] for place, index in enumerate(masks.rows)}
+    for index, row in enumerate(rows):
+        if (allowed := row.params.allowed) is None:
+            continue
+        words = allowed.padded(words_of(vocab))
+        both = words if index not in limits else words & limits[index]
+        limits[index] = both if both.any() else limits.get(index, words)
+    return limits
+
+
+def _apply_limits(
+    out: Tensor, rows: list[SamplingRow], eos_ids: frozenset[int], limits: dict[int, Words], errors: Mapping[int, Any]
+) -> None:
+    """Forbid what the limits leave out, and what is banned besides where something else may come."""
     vocab = out.shape[1]
-    words = masks.words.copy()
-    for place, index in enumerate(masks.rows):
+    words = np.stack(list(limits.values()))
+    for place, index in enumerate(limits):
         left = words[place].copy()
         for token in _banned(rows[index], eos_ids, vocab):
             left[token // 32] &= ~np.int32(np.uint32(1 << (token % 32)).view(np.int32))
         if left.any():
             words[place] = left
-        if index in masks.errors:
+        if index in errors:
             words[place] = -1  # its token counts for nothing, but must be one
     # 32 times smaller than flags would be, on its way to a GPU.
     bits = torch.from_numpy(words).to(out.device).unsqueeze(-1)
     allowed = (bits >> torch.arange(32, device=out.device, dtype=torch.int32)) & 1
     forbidden = (allowed == 0).view(len(words), -1)[:, :vocab]
-    masked = torch.tensor(masks.rows, device=out.device)
-    out[masked] = out[masked].masked_fill(forbidden, -torch.inf)
+    limited = torch.tensor(list(limits), device=out.device)
+    out[limited] = out[limited].masked_fill(forbidden, -torch.inf)
 
 
 def _banned(row: SamplingRow, eos_ids: frozenset[int], vocab: int) -> list[int]:
-    """The ends that may not be drawn before min_tokens. None where they are the whole vocabulary: something must be
-    drawn, and no end ends a request before min_tokens."""
+    """The ends that may not be drawn before min_tokens, and the last tokens of bad words whose others were just drawn.
+    None where they are the whole vocabulary: something must be drawn, and no end ends a request before min_tokens."""
     params = row.params
-    if row.position >= params.min_tokens:
-        return []
-    ends = params.stop_token_ids if params.ignore_eos else params.stop_token_ids | eos_ids
-    banned = sorted(token for token in ends if token < vocab)  # a file may name ends that have no logit
-    return banned if len(banned) < vocab else []
+    banned = {word[-1] for word in params.bad_words if _ends_with(row.output_ids, word[:-1])}
+    if row.position < params.min_tokens:
+        banned |= params.stop_token_ids if params.ignore_eos else params.stop_token_ids | eos_ids
+    kept = sorted(token for token in banned if token < vocab)  # a file may name ends that have no logit
+    return kept if len(kept) < vocab else []
+
+
+def _ends_with(output_ids: list[int], token_ids: tuple[int, ...]) -> bool:
+    return not token_ids or tuple(output_ids[-len(token_ids) :]) == token_ids
 
 
 def _has_penalty(params: SamplingParams) -> bool:

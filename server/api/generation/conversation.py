@@ -34,6 +34,7 @@ from guanaco.server.api.values.unsupported import Neutral
 
 # Values of chat's own fields that ask for nothing, besides their defaults.
 _NEUTRAL: Mapping[str, Neutral] = {
+    "bad_words": ([],),
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
     "echo": (False,),

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from guanaco.models.error_codes import ErrorCode
 from guanaco.server.api.values.unsupported import ADAPTERS, REFUSED, Neutral
 
-_TAKEN = frozenset(("prompt_logprobs", "return_token_ids", "return_tokens_as_token_ids"))
+_TAKEN = frozenset(
+    ("allowed_token_ids", "bad_words", "prompt_logprobs", "return_token_ids", "return_tokens_as_token_ids")
+)
 _TAKEN_IN_CHAT = _TAKEN | {"tools", "tool_choice", "continue_final_message", "chat_template_kwargs"}
 REFUSED_IN_CHAT: Mapping[str, Neutral] = {
     **{name: neutral for name, neutral in REFUSED.items() if name not in _TAKEN_IN_CHAT},

@@ -23,7 +23,15 @@ from guanaco.server.api.tools.fields import ToolCallId, ToolCalls, ToolChoiceFie
 from guanaco.server.api.values.adapters import AdapterChoices
 from guanaco.server.api.values.base import Body, fail, schema
 from guanaco.server.api.values.template_variables import TemplateVariables
-from guanaco.server.api.values.tokens import IDS_SCHEMA, LogitBias, StopStrings, StopTokenIds, token_ids
+from guanaco.server.api.values.tokens import (
+    IDS_SCHEMA,
+    AllowedTokenIds,
+    BadWords,
+    LogitBias,
+    StopStrings,
+    StopTokenIds,
+    token_ids,
+)
 from guanaco.server.api.values.unsupported import REFUSED
 
 # Limits (shared/design/reliability.md 2.6): what one request may ask for, refused before any work is done for it.
@@ -151,6 +159,8 @@ class GenerationBody(Body):
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
     logit_bias: LogitBias = ()
+    allowed_token_ids: AllowedTokenIds = None
+    bad_words: BadWords = ()
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     adapters: AdapterChoices = ()

@@ -4,15 +4,17 @@ Doesn't know HTTP, and nothing of how tokens are drawn. Called by the chat and c
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from guanaco.models.error_codes import ErrorCode
+from guanaco.models.text.tokenizer import Tokenizer
 from guanaco.server.api.generation.protocol import MAX_PROMPT_LOGPROBS, MAX_TOP_K, MAX_TOTAL_TOKENS, GenerationBody
 from guanaco.server.api.http.errors import ApiError, bad_request
+from guanaco.server.engine.constraints import AllowedTokens
 from guanaco.server.engine.request import SamplingParams
-from guanaco.server.engine.stops import ControlTokens, Stops
+from guanaco.server.engine.stops import Stops
 
 Number = TypeVar("Number", int, float)
 
@@ -65,6 +67,8 @@ def check_request(body: GenerationBody, num_token_ids: int) -> None:
         raise bad_request(beyond, "stop_token_ids")
     if any(token >= num_token_ids for token, _ in body.logit_bias):
         raise bad_request(beyond, "logit_bias")
+    if any(token >= num_token_ids for token in body.allowed_token_ids or ()):
+        raise bad_request(beyond, "allowed_token_ids")
 
 
 def check_scored_size(body: GenerationBody, num_tokens: int, echoed: int | None = None) -> None:
@@ -82,7 +86,7 @@ def sampling_params(
     body: GenerationBody,
     defaults: SamplingDefaults,
     *,
-    tokenizer: ControlTokens,
+    tokenizer: Tokenizer,
     limit: int | None,
     limit_name: str,
     num_prompt_tokens: int,
@@ -128,6 +132,8 @@ def sampling_params(
         frequency_penalty=body.frequency_penalty or 0.0,
         repetition_penalty=_given(body.repetition_penalty, defaults.repetition_penalty),
         logit_bias=body.logit_bias,
+        allowed=None if body.allowed_token_ids is None else AllowedTokens.of(body.allowed_token_ids),
+        bad_words=bad_word_ids(body.bad_words, tokenizer),
         logprobs=num_logprobs,
         prompt_logprobs=prompt_logprobs,
         stop_token_ids=stops.token_ids.union(body.stop_token_ids),
@@ -139,6 +145,22 @@ def sampling_params(
         ignore_eos=bool(body.ignore_eos),
         skip_special_tokens=body.skip_special_tokens is not False,
     )
+
+
+def bad_word_ids(words: Iterable[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """The token sequences of words that must not come, as vLLM finds them: each word as it is, and with a space in
+    front of it where that is another word of as many tokens."""
+    found: list[tuple[int, ...]] = []
+    for word in words:
+        bare, spaced = (
+            tuple(tokenizer.encode(text, add_bos=False, parse_control=True))
+            for text in (word.lstrip(), " " + word.lstrip())
+        )
+        if bare:
+            found.append(bare)
+        if spaced and len(spaced) == len(bare) and spaced[0] != bare[0]:
+            found.append(spaced)
+    return tuple(dict.fromkeys(found))
 
 
 def for_choice(params: SamplingParams, index: int) -> SamplingParams:

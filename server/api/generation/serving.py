@@ -161,6 +161,9 @@ async def _constraints(request: HttpRequest, prepared: Prepared) -> Callable[[Sa
     state, grammar = state_of(request), prepared.grammar
     if grammar is None:
         return lambda _params: None
+    if prepared.body.allowed_token_ids is not None:
+        text = "allowed_token_ids can't be with a demand on the answer's text: there could be no token left to draw"
+        raise bad_request(text, "allowed_token_ids", ErrorCode.INVALID_GRAMMAR)
     lane = state.lane(key_of(request), prepared.body.model)
     try:
         async with asyncio.timeout(state.settings.queue_timeout or None):

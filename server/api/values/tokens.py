@@ -11,6 +11,9 @@ MAX_STOP_STRINGS = 16  # OpenAI: 4; lm-eval's own tasks send six
 MAX_STOP_CHARS = 128
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIAS = 300
+MAX_ALLOWED_TOKEN_IDS = 1 << 18  # more than any vocabulary of ours has
+MAX_BAD_WORDS = 64
+MAX_BAD_WORD_CHARS = 128
 
 
 def _stop_strings(value: object) -> tuple[str, ...]:
@@ -50,6 +53,26 @@ def _logit_bias(value: object) -> tuple[tuple[int, float], ...]:
     return tuple(biases.items())
 
 
+def _allowed_token_ids(value: object) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    ids = token_ids(value, MAX_ALLOWED_TOKEN_IDS)
+    if not ids:
+        raise fail("give one token id at least, or leave the field out: nothing could be drawn")
+    return ids
+
+
+def _bad_words(value: object) -> tuple[str, ...]:
+    words = [] if value is None else value
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise fail("give a list of strings")
+    if len(words) > MAX_BAD_WORDS:
+        raise fail(f"at most {MAX_BAD_WORDS} words")
+    if any(not word.strip() or len(word) > MAX_BAD_WORD_CHARS for word in words):
+        raise fail(f"each word must have 1 to {MAX_BAD_WORD_CHARS} characters, and not only spaces")
+    return tuple(dict.fromkeys(words))
+
+
 IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}}
 
 StopStrings = Annotated[
@@ -64,4 +87,14 @@ LogitBias = Annotated[
     tuple[tuple[int, float], ...],
     BeforeValidator(_logit_bias),
     schema(type=["object", "null"], additionalProperties={"type": "number", "minimum": -100, "maximum": 100}),
+]
+AllowedTokenIds = Annotated[
+    tuple[int, ...] | None,
+    BeforeValidator(_allowed_token_ids),
+    schema(type=["array", "null"], items={"type": "integer", "minimum": 0}, minItems=1),
+]
+BadWords = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_bad_words),
+    schema(type=["array", "null"], items={"type": "string", "minLength": 1}, maxItems=MAX_BAD_WORDS),
 ]

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from guanaco.models.error_codes import ErrorCode
+from guanaco.server.engine.constraints import AllowedTokens, StepMasks
 from guanaco.server.engine.request import SamplingParams
 from guanaco.server.engine.sampler import SamplingRow, sample, token_logprobs, uniform
 
@@ -263,3 +265,46 @@ def test_ranks_count_what_is_likelier() -> None:
     for token, ranks in ((0, (4, 1)), (1, (1, 1)), (2, (3, 1))):
         found = token_logprobs(logits, [token] * 2, [0, 0], with_ranks=True)
         assert tuple(item.rank for item in found) == ranks
+
+
+class Provider:
+    """A kernel provider that draws: it sees what is left of the logits."""
+
+    def draw(self, logits: Tensor, draws: list) -> list[int]:
+        self.left = [set(torch.isfinite(row).nonzero().flatten().tolist()) for row in logits]
+        return logits.argmax(dim=-1).tolist()
+
+
+def left_of(rows: list[SamplingRow], vocab: int, masks: StepMasks | None = None) -> list[set[int]]:
+    provider = Provider()
+    sample(logits_of(3, vocab).expand(len(rows), -1), rows, EOS, provider, masks)
+    return provider.left
+
+
+@pytest.mark.parametrize("vocab", [5, 32, 70])
+def test_only_allowed_tokens_are_left_and_in_their_own_row(vocab: int) -> None:
+    ids = {0, 3, vocab - 1}
+    free, bound = row(GREEDY), row(replace(GREEDY, allowed=AllowedTokens.of(ids)))
+    assert left_of([free, bound, free], vocab) == [set(range(vocab)), ids, set(range(vocab))]
+    assert set(draw(logits_of(4, vocab, 0.1), replace(DRAW, allowed=AllowedTokens.of(ids)), 300)) == ids
+
+
+def test_allowed_tokens_and_what_else_is_forbidden() -> None:
+    """The end stays where it is all that is allowed; a mask and allowed tokens both hold where both can."""
+    early = replace(GREEDY, min_tokens=5)
+    ends = [row(replace(early, allowed=AllowedTokens.of(ids))) for ids in ({2}, {2, 4})]
+    assert left_of(ends, 8) == [{2}, {4}]
+    masks = StepMasks((0, 1), np.array([[0b0110], [0b0110]], dtype=np.int32), {})
+    both = [row(replace(GREEDY, allowed=AllowedTokens.of(ids))) for ids in ({1, 5}, {5})]
+    assert left_of([*both, row(GREEDY)], 8, masks) == [{1}, {1, 2}, set(range(8))]
+
+
+def test_bad_words_lose_their_last_token_where_the_others_were_drawn() -> None:
+    params = replace(GREEDY, bad_words=((7,), (4, 5, 6), (5, 0)))
+    every = set(range(8))
+    for output, banned in (([], {7}), ([4], {7}), ([4, 5], {7, 6, 0}), ([4, 5, 1], {7}), ([5], {7, 0})):
+        assert left_of([row(params, prompt=(4, 5), output=output)], 8) == [every - banned]
+    assert left_of([row(replace(GREEDY, bad_words=tuple((i,) for i in range(8))))], 8) == [every], "one must be drawn"
+    allowed = replace(params, allowed=AllowedTokens.of({6, 7}))
+    assert left_of([row(allowed, output=[4, 5])], 8) == [{6, 7}]
+    assert left_of([row(allowed, output=[4])], 8) == [{6}]
