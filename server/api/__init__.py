@@ -1,5 +1,6 @@
 """The OpenAI-compatible HTTP API: the application, and the process that listens.
 
 May import `server.engine`, `server.adapters`, `server.metrics` and `server.config`; imports no torch. Start with
-`app.py`. `routes/` answers, `generation/` turns requests into generations, `http/` guards connections.
+`app.py`. `routes/`, `messages/` and `responses/` answer, `generation/` turns requests into generations, `http/` guards
+connections.
 """

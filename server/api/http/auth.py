@@ -163,7 +163,8 @@ _ADMIN_DISABLED = ApiError(
 
 def _wrong_key(presented: bytes | None, admin: bool) -> ApiError:
     kind = "admin" if admin else "API"
-    text = f"send {'its admin key' if admin else 'one of its API keys'} to this server as `Authorization: Bearer KEY`"
+    which = "its admin key" if admin else "one of its API keys"
+    text = f"send {which} to this server as `Authorization: Bearer KEY` or `X-Api-Key: KEY`"
     if presented is None:
         return ApiError(401, ErrorCode.MISSING_ADMIN_KEY if admin else ErrorCode.MISSING_API_KEY, text)
     code = ErrorCode.INVALID_ADMIN_KEY if admin else ErrorCode.INVALID_API_KEY

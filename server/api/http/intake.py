@@ -36,12 +36,12 @@ class Intake:
 
     @contextmanager
     def token_request(self, key: ApiKey | None) -> Iterator[None]:
-        """A place for one request to /tokenize or /detokenize, from before its body is read until its answer is made.
-        429 where all are taken, or the key's half of them."""
+        """A place for one request that only counts or converts tokens, from before its body is read until its answer is
+        made. 429 where all are taken, or the key's half of them."""
         owner = _id_of(key)
         most = self.max_token_requests
         if self.num_token_requests >= most or self._token_requests[owner] >= self._share(most):
-            text = "too many requests to /tokenize and /detokenize at once; try again later"
+            text = "too many requests that only count or convert tokens at once; try again later"
             raise ApiError(429, ErrorCode.TOO_MANY_TOKEN_REQUESTS, text, retry_after=_RETRY_SECONDS)
         self._token_requests[owner] += 1
         try:
