@@ -1,7 +1,7 @@
 """Tile configurations of the Triton kernels, per compute capability, in one table.
 
-Chosen by counting machine code (`guanaco bench kernels`) and by arithmetic on bytes in flight; none was timed on a GPU.
-Knows no kernel's code. A tensor on the CPU means Triton's interpreter, which runs what sm_80 gets.
+Chosen by counting machine code (`guanaco bench kernels`) and by computing bytes in flight; none was timed on a GPU.
+Knows no kernel's code. A tensor on the CPU means Triton's interpreter, which gets the tiles of sm_80.
 """
 
 from collections.abc import Iterator
@@ -13,27 +13,28 @@ import torch
 
 # Compute capabilities that the kernels are compiled for.
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-# With all registers that a thread can have as its limit, ptxas does not spill a few so that more threads fit.
+# With this limit, all registers that a thread can have, ptxas doesn't spill some of them to fit more threads.
 NO_SPILLS = {"maxnreg": 255}
 _INTERPRETED = "sm_80"
-# Few, so that the tests' small shapes are split along k in some cases and not in others.
+# A low number, so that the tests' small shapes cover both cases: split along k, and not split.
 _INTERPRETED_MULTIPROCESSORS = 4
 
 
 @dataclass(frozen=True)
 class DotConfig:
-    """A tile of `nf4_dot`: `block_n` weight rows times `columns` rows of the batch, `groups` of 64 weights a turn."""
+    """A tile of `nf4_dot`: `block_n` weight rows times `columns` rows of the batch, `groups` groups of 64 weights per
+    loop turn."""
 
-    columns: int  # the batch is padded to this
+    columns: int  # the batch is padded to this many rows
     block_n: int
-    groups: int  # 1, 2 or 4; 1 where the groups of a row are no multiple of it
+    groups: int  # 1, 2 or 4; 1 if the number of groups in a row is no multiple of it
     num_warps: int
-    num_stages: int  # turns of the loop whose weights are under way, and one
+    num_stages: int  # loop turns of weights in flight, plus one
 
 
-# Four warps make Triton 3.9 use warp-group products on sm_90 (a fence each: 5.5 issue slots a weight, not 3.6) and
-# on sm_100 products from tensor memory, which take the decoded weights through shared memory: two warps there. Every
-# program reads all activations of its share of k, so tiles are large. Shared memory: 25 to 50 KiB a program.
+# With four warps Triton 3.9 uses warp-group products on sm_90 (a fence each: 5.5 issue slots a weight, not 3.6) and, on
+# sm_100, products from tensor memory, which pass the decoded weights through shared memory. So those have two warps.
+# Every program reads all activations of its part of k, so tiles are large. Shared memory: 25 to 50 KiB per program.
 _AMPERE = (
     DotConfig(8, 128, 2, 2, 4),
     DotConfig(16, 128, 2, 4, 3),
@@ -46,7 +47,7 @@ _HOPPER = (
     DotConfig(32, 64, 2, 2, 3),
     DotConfig(64, 64, 1, 2, 3),
 )
-# ptxas spills a few registers of the tile of 128 x 8 here.
+# With the tile of 128 x 8 ptxas spills a few registers here.
 _BLACKWELL_CONSUMER = (DotConfig(8, 64, 2, 2, 4), *_AMPERE[1:])
 _DOT = {
     "sm_80": _AMPERE,
@@ -59,7 +60,7 @@ _DOT = {
 COLUMNS = (8, 16, 32, 64)
 DOT_MAX_ROWS = COLUMNS[-1]
 Tiles = dict[tuple[int, int], DotConfig]  # (columns, k)
-# A program along k has at least so many groups: fewer, and filling the pipeline is most of its time.
+# The fewest groups along k for one program. With fewer it would spend most of its time on filling the pipeline.
 _LEAST_GROUPS = 8
 _MOST_SPLITS = 16
 _PROGRAMS_PER_MULTIPROCESSOR = 2
@@ -72,13 +73,13 @@ def dot_config(target: str, rows: int, k: int) -> DotConfig:
         return _tuned[config.columns, k]
     if k // 64 % config.groups == 0:
         return config
-    # Also spills as 128 x 8 on sm_90 and sm_100.
+    # The tile of 128 x 8 also spills on sm_90 and sm_100.
     block_n = 64 if config.columns == 8 else config.block_n
     return DotConfig(config.columns, block_n, 1, config.num_warps, config.num_stages)
 
 
 def dot_splits(config: DotConfig, n: int, k: int, num_multiprocessors: int) -> int:
-    """Into how many programs k is split, a power of two: enough to fill the device, but none too short."""
+    """The number of programs that split k, a power of two: enough to fill the device, but none with too little work."""
     tiles, splits = -(-n // config.block_n), 1
     wanted = num_multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR
     while tiles * splits < wanted and splits < _MOST_SPLITS and k // 64 >= 2 * splits * _LEAST_GROUPS:
@@ -87,7 +88,7 @@ def dot_splits(config: DotConfig, n: int, k: int, num_multiprocessors: int) -> i
 
 
 def target_of(device: torch.device) -> str:
-    """The compute capability of a device as Triton names targets (sm_80), or the next lower listed one."""
+    """The device's compute capability as Triton names targets (sm_80), or the next lower one that is listed."""
     return (_pretended or _device(device.type, device.index))[0]
 
 
@@ -101,13 +102,14 @@ _tuned: Tiles = {}
 
 
 def use_tuned(tiles: Tiles) -> None:
-    """From now on these, wherever there is one: on the one card of this process, not where another is pretended."""
+    """Use these tiles from now on, for this process's own GPU. A target that is only pretended keeps the usual
+    tiles."""
     _tuned.update(tiles)
 
 
 @contextmanager
 def tuned(tiles: Tiles) -> Iterator[None]:
-    """`use_tuned` for a while."""
+    """Call `use_tuned` for the length of a `with` block."""
     before = dict(_tuned)
     use_tuned(tiles)
     try:
@@ -119,7 +121,7 @@ def tuned(tiles: Tiles) -> Iterator[None]:
 
 @contextmanager
 def pretending(target: str, num_multiprocessors: int) -> Iterator[None]:
-    """Any device counts as a card of this target: for what is compiled ahead of time. Not for several threads."""
+    """Treat any device as a GPU of this target, to compile ahead of time. Not safe with several threads."""
     global _pretended
     before, _pretended = _pretended, (target, num_multiprocessors)
     try:
@@ -137,7 +139,7 @@ def _device(kind: str, index: int | None) -> tuple[str, int]:
 
 
 def nearest_target(capability: int) -> str:
-    """87 → sm_86. ValueError for cards older than any that the kernels are written for."""
+    """The target for a compute capability: 87 → sm_86. ValueError for GPUs older than all that have kernels."""
     known = [int(t.removeprefix("sm_")) for t in TARGETS if int(t.removeprefix("sm_")) <= capability]
     if not known:
         raise ValueError(f"compute capability {capability / 10} is too old: {TARGETS[0]} is the oldest")

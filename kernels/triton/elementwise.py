@@ -1,9 +1,9 @@
 """The small kernels between the products, in Triton: norm, SiLU · up, embedding, the largest logit.
 
-Each is one launch where torch would need several. Sums are float32. What feeds an NF4 product may be asked for as
-`ScaledRows`: float16 with one power of two a row, so that bfloat16 and float32 activations keep their range and more
-than their precision. Held to float64 by tests/kernels/triton/test_elementwise.py in Triton's interpreter; compiled for
-every target by `guanaco bench kernels`; NEVER RUN on a GPU so far. Called by the `triton` provider.
+Each is one launch; torch would need several. Sums are float32. A result that feeds an NF4 product can be asked for as
+`ScaledRows`: float16 with one power of two per row, which keeps the range of bfloat16 and float32 activations, and more
+digits than bfloat16 has. tests/kernels/triton/test_elementwise.py compares with float64 in Triton's interpreter;
+`guanaco bench kernels` compiles them for every target; NEVER RUN on a GPU so far. Called by the `triton` provider.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from torch import Tensor
 # A row must fit in the registers of one program: 32 warps of 32 lanes with 32 elements each.
 MAX_ROW = 32768
 _WARP_ELEMENTS = 1024
-_PLAIN_WARPS = 2  # of a kernel that handles 1,024 elements of a row: 16 a lane
+_PLAIN_WARPS = 2  # for a kernel with 1,024 elements of a row: 16 per lane
 # The largest element of a scaled row lies in [2^11, 2^12): eight products with NF4 levels of at most 1.3504, summed in
 # float16, stay below 65,504, and what is 2^25 times smaller is still a normal number.
 _TOP_EXPONENT = 11
@@ -36,7 +36,8 @@ class ScaledRows:
 
 @triton.jit
 def _row_power(largest, TOP: tl.constexpr):
-    """(2^e, 2^-e) such that `largest` · 2^-e lies in [2^TOP, 2^(TOP + 1)); (1, 1) of zero; never inf or denormal."""
+    """(2^e, 2^-e) such that `largest` · 2^-e lies in [2^TOP, 2^(TOP + 1)). For zero (1, 1). Never infinite or
+    denormal."""
     bits = (largest.to(tl.int32, bitcast=True) & 0x7F800000) - (TOP << 23)
     bits = tl.minimum(tl.maximum(bits, 1 << 23), 253 << 23)
     bits = tl.where(largest == 0.0, 127 << 23, bits)
@@ -57,7 +58,7 @@ def rms_norm_kernel(
     x, residual, weight, y, summed, factors, eps,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SCALED: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
-    """One row: y = (x + residual) / rms · weight; the sum is rounded to the activations' dtype before, and stored."""
+    """One row: y = (x + residual) / rms · weight. The sum is first rounded to the activations' dtype, and stored."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
@@ -107,7 +108,7 @@ def embedding_kernel(ids, table, y, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def argmax_part_kernel(logits, values, indexes, vocab, parts, BLOCK: tl.constexpr):
-    """The largest of BLOCK logits of a row, and its number; of equal ones the lowest."""
+    """The largest of BLOCK logits of a row, and its index; of equal ones the lowest index."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = part * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(logits + row * vocab + column, mask=column < vocab, other=float("-inf"))
@@ -129,14 +130,14 @@ def argmax_kernel(values, indexes, tokens, parts, PARTS: tl.constexpr):
 
 
 def _row_block(width: int) -> tuple[int, int]:
-    """(BLOCK, warps) of a kernel that holds a whole row."""
+    """(BLOCK, warps) for a kernel that holds a whole row of this width."""
     assert 0 < width <= MAX_ROW, f"rows of {width} elements do not fit in one program (at most {MAX_ROW})"
     block = triton.next_power_of_2(width)
     return block, min(32, max(1, block // _WARP_ELEMENTS))
 
 
 def _result(shape: tuple[int, ...], like: Tensor, *, scaled: bool) -> tuple[Tensor, Tensor]:
-    """(rows, factors) to write to; factors is a stand-in where none are wanted."""
+    """(rows, factors) to write to. If not `scaled`, factors is only a placeholder."""
     rows = torch.empty(shape, dtype=torch.float16 if scaled else like.dtype, device=like.device)
     factors = torch.empty(shape[0], dtype=torch.float32, device=like.device) if scaled else rows
     return rows, factors
@@ -197,7 +198,7 @@ def silu_mul_scaled(gate: Tensor, up: Tensor) -> ScaledRows:
 
 
 def scale_rows(x: Tensor) -> ScaledRows:
-    """x [t, n] as `ScaledRows`: what a product reads that no kernel of this file feeds."""
+    """x [t, n] as `ScaledRows`, for a product whose input doesn't come from a kernel of this file."""
     t, width = x.shape
     assert x.is_contiguous()
     rows, factors = _result((t, width), x, scaled=True)
@@ -221,7 +222,8 @@ def embedding(token_ids: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def argmax(logits: Tensor) -> Tensor:
-    """int64 [r]: where each row of float32 logits [r, vocab] is largest; of equal ones the lowest. Two launches.
+    """int64 [r]: the index of the largest logit in each row of float32 logits [r, vocab]; of equal ones the lowest. Two
+    launches.
 
     Rows may hold -infinity, but not NaN.
     """

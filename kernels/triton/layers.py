@@ -1,8 +1,9 @@
-"""All decoder layers of a model over the Triton kernels: what shares an input is one launch.
+"""All decoder layers of a model with the Triton kernels; projections with the same input are one launch.
 
-Per layer: norm, [shrink], q|k|v, rope with the KV write, attention (two launches where contexts are split), float16
-rows, [shrink], o with the residual, norm, [shrink], gate|up with SwiGLU, float16 rows, [shrink], down with the
-residual. The residual stream stays float32. Nothing here waits for the GPU. Made by `TritonOps.fuse`.
+Launches per layer: norm, [shrink], q|k|v, rope with the KV write, attention (two launches if contexts are split),
+conversion to float16 rows, [shrink], o with the residual, norm, [shrink], gate|up with SwiGLU, conversion to float16
+rows, [shrink], down with the residual. The residual stream stays float32. Nothing here waits for the GPU.
+`TritonOps.fuse` makes these objects.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from guanaco.kernels.triton.products.pack import TritonNf4, merge
 
 @dataclass(frozen=True)
 class Merged:
-    """Projections that read the same rows, one below the other."""
+    """Projections that read the same rows, their weights stacked into one matrix."""
 
     weight: TritonNf4
     bias: Tensor | None  # float32 [n]
@@ -44,7 +45,7 @@ class TritonLayers:
     """The `FusedLayers` of this provider."""
 
     def __init__(self, ops: Any, layers: Sequence[LayerWeights], *, head_dim: int, eps: float) -> None:
-        """ops: the `TritonOps` that all handles are of."""
+        """ops: the `TritonOps` that made all the handles."""
         self._ops = ops
         self._head_dim = head_dim
         self._eps = eps
@@ -80,7 +81,7 @@ class TritonLayers:
         return stream
 
     def _queries(self, stream: Tensor, layer: _Layer, operand: Any) -> list[Tensor]:
-        """q, k and v, [t, heads, head_dim] each, slices of one tensor."""
+        """q, k and v, [t, heads, head_dim] each; they are slices of one tensor."""
         rows, _ = elementwise.rms_norm_scaled(stream, layer.input_norm, self._eps)
         y = torch.empty((stream.shape[0], layer.qkv.weight.n), dtype=self._ops.dtype, device=stream.device)
         self._product(rows, layer.qkv, operand, y)
@@ -107,7 +108,7 @@ def _merged_layer(layer: LayerWeights, index: int) -> _Layer:
 
 
 def _merge(handles: Sequence[Any], first_module: int) -> Merged:
-    """Put the handles' weights into one, and make each handle's a view of its rows."""
+    """Stack the handles' weights into one matrix, and replace each handle's weight by a view of its rows."""
     starts = [0]
     for handle in handles:
         starts.append(starts[-1] + handle.out_features)
@@ -128,7 +129,8 @@ def _merge(handles: Sequence[Any], first_module: int) -> Merged:
 
 
 def rows_of(weight: TritonNf4, start: int, stop: int) -> TritonNf4:
-    """Rows start … stop − 1 as a view: parts of `merge`, whose double-quantised scales begin with a whole group."""
+    """Rows start … stop − 1 as a view. For the parts of a `merge`: the double-quantised scales of each begin with a
+    whole group."""
     first, last = (row * weight.k // GROUP_SIZE for row in (start, stop))
     nested = None
     if weight.nested is not None:

@@ -1,9 +1,10 @@
 """The `triton` provider: every op checks its shapes, then launches kernels of the Triton files or a library product.
 
-Products of NF4 weights choose their kernel by the number of rows. Inside them activations are float16 with a power of
-two for each row and sums are float32: about 3e-4 from the product of the stored weights. Weights whose rows are no
-whole groups of 64, and dense ones, take the library's product. Run in Triton's interpreter and compiled for GPUs that
-were not there; NEVER RUN on one so far. Knows no layers' names, requests or files. Chosen by `load_ops("triton", …)`.
+The number of rows decides which kernel computes a product with NF4 weights. Inside it activations are float16 with one
+power of two for each row, and sums are float32; the relative error against the product with the stored weights is about
+3e-4. Dense weights, and NF4 weights with rows that are not whole groups of 64, use the library's product. Tested in
+Triton's interpreter and compiled for GPUs; NEVER RUN on a GPU so far. Knows no layer names, requests or files. Chosen
+by `load_ops("triton", …)`.
 """
 
 from collections.abc import Sequence
@@ -31,22 +32,23 @@ from guanaco.kernels.triton.products.adapter_tables import AdapterTables, place_
 from guanaco.kernels.triton.products.lora import LoraStep, TritonLora, shrink
 from guanaco.kernels.triton.products.pack import TritonNf4, can_pack, pack_nf4
 
-# What was counted, and measured against float64, was compiled so; Triton 3.10 is going to have another default.
+# All counts of machine code and all comparisons with float64 used this setting; Triton 3.10 will have another default.
 triton.knobs.language.default_fp_fusion = True
 
-# What this provider's code has and has not done, for the banner and `doctor`.
+# What has been run of this provider's code and what has not; the banner and `doctor` show it.
 HAS_RUN = "these kernels have never run on a GPU: Triton's interpreter and compiled code only"
-# Of the interpreter, which has no capability: what the kernels are tuned for first.
+# The interpreter has no compute capability; it gets the one that the kernels are tuned for first.
 _INTERPRETED_CAPABILITY = (8, 0)
-# Rows up to which a product is a SIMT kernel's, and up to which a tensor-core kernel's that decodes in registers.
+# Up to SIMT_ROWS rows a SIMT kernel computes the product, up to DOT_ROWS a tensor-core kernel that decodes in
+# registers.
 SIMT_ROWS, DOT_ROWS = 4, 64
-SIMT_ROWS_SM100 = 2  # ptxas has too few registers for the tile of four rows there, and spills
-# Triton 3.9 has no tensor-core code for sm_75: SIMT as long as it reads less than a decoded copy would.
+SIMT_ROWS_SM100 = 2  # for the tile of four rows ptxas has too few registers there, and spills
+# Triton 3.9 has no tensor-core code for sm_75: SIMT is used as long as it reads less than a decoded copy would.
 SIMT_ROWS_SM75 = 8
-# Programs of attention that fill one, which decides how far contexts are split.
+# How many programs of attention fill one multiprocessor. It decides into how many parts a context is split.
 _PROGRAMS_PER_MULTIPROCESSOR = 4
 _CHECK_SHAPE, _CHECK_ALLOWED = (64, 256), 1e-2
-# Weights decoded at a time where they are multiplied in float32: 64 MiB.
+# How many weights are decoded at a time for a product in float32: 64 MiB.
 _TILE_WEIGHTS = 16 << 20
 
 
@@ -65,7 +67,7 @@ class TritonOps:
     """The ops on an NVIDIA GPU, or on the CPU in Triton's interpreter; activations in `dtype`. See `Ops` for shapes."""
 
     name = "triton"
-    packed_format = ""  # packing takes a GPU less time than reading a file would
+    packed_format = ""  # a GPU packs the weights faster than a file with packed ones could be read
 
     def __init__(
         self,
@@ -75,9 +77,10 @@ class TritonOps:
         capability: tuple[int, int] | None = None,
         side_stream: bool = False,
     ) -> None:
-        """capability: of the GPU, by default what the device says. side_stream: adapters are copied on one.
+        """capability: the GPU's compute capability; by default the device's own. side_stream: copy adapters on a stream
+        of their own.
 
-        Raises NativeUnavailable where the kernels cannot run, or not in this dtype.
+        Raises NativeUnavailable if the kernels can't run, or can't run in this dtype.
         """
         assert dtype in (torch.float32, torch.bfloat16, torch.float16), dtype
         on_gpu = device.type == "cuda"
@@ -92,7 +95,7 @@ class TritonOps:
             raise NativeUnavailable(
                 f"compute capability {self.capability[0]}.{self.capability[1]} has no bfloat16: use --dtype float16"
             )
-        # Cards before 8.9 have no instructions for e4m3; the interpreter needs none.
+        # GPUs before 8.9 have no instructions for e4m3; the interpreter needs none.
         self.cache_dtypes = tuple(d for d in CODE_LIMITS if d == torch.int8 or not on_gpu or self.capability >= (8, 9))
         self.tables = AdapterTables(device)
         self._copier = PinnedCopier(device) if side_stream and on_gpu else None
@@ -103,14 +106,15 @@ class TritonOps:
             except NativeUnavailable:
                 raise
             except (RuntimeError, OSError, AssertionError, triton.TritonError) as error:
-                # No C compiler for Triton's launcher, a driver that is too old, a kernel that the card refuses.
+                # Reasons: no C compiler for Triton's launcher, a driver that is too old, a kernel that the GPU refuses.
                 raise NativeUnavailable(f"the triton kernels don't run here: {str(error).strip()[:300]}") from error
 
     def self_check(self) -> None:
-        """A small product by every kernel against float64; NativeUnavailable if one is wrong.
+        """Compare a small product by every kernel with float64. Raises NativeUnavailable if one is wrong.
 
-        What they rely on and Triton does not promise (which elements an asm of two words gets) was proven for the
-        version that they were written with: another one, or a GPU that nobody tried, is found out before it serves.
+        The kernels rely on something that Triton doesn't promise: which elements an asm of two words gets. That was
+        proven for one version of Triton. This check finds a version or a GPU that does it differently, before the
+        server answers requests.
         """
         generator = torch.Generator().manual_seed(0)
         weight = quantize(torch.randn(_CHECK_SHAPE, generator=generator))
@@ -133,14 +137,14 @@ class TritonOps:
         return weight
 
     def prepare(self, weight: Nf4Weight | PackedWeight | Tensor, bias: Tensor | None) -> TritonLinear:
-        """NF4 whose rows are whole groups is packed; other NF4 and dense weights stay as they are stored."""
+        """Pack an NF4 weight with rows of whole groups. Other NF4 weights and dense weights stay as they are stored."""
         assert not isinstance(weight, PackedWeight), "a weight of another provider"
         out_features, in_features = weight.shape
         stored: TritonNf4 | Nf4Weight | Tensor = weight.to(self.device)
         if isinstance(stored, Nf4Weight) and can_pack(stored):
             stored = pack_nf4(stored)
         elif isinstance(stored, Tensor) and self.dtype == torch.float16 and stored.dtype == torch.bfloat16:
-            stored = stored.half()  # no card without bfloat16 multiplies it; what is below 2^-14 loses digits
+            stored = stored.half()  # GPUs without bfloat16 can't multiply it; values below 2^-14 lose digits
         bias32 = None if bias is None else bias.to(self.device, torch.float32)
         num_bytes = stored.nbytes if isinstance(stored, Tensor) else stored.num_bytes
         num_bytes += 0 if bias32 is None else bias32.nbytes
@@ -158,7 +162,7 @@ class TritonOps:
         return self._operand[1]
 
     def bind(self, lora: LoraBatch, operand: TritonLora) -> None:
-        """Let `operand`, whose tensors the caller fills in place, stand for this batch: CUDA graphs are made so."""
+        """Make `operand` stand for this batch; the caller fills its tensors in place. CUDA graphs are captured so."""
         self._operand = (lora, operand)
 
     # ---- products
@@ -178,7 +182,8 @@ class TritonOps:
     def shrink(
         self, x: ScaledRows, operand: TritonLora | None, modules: tuple[int, ...], part_starts: tuple[int, ...]
     ) -> LoraStep | None:
-        """x · Aᵀ of all modules that share x, one below the other in a merged weight from `part_starts` on."""
+        """x · Aᵀ of all modules that share x. They are stacked in a merged weight; part i begins at output
+        `part_starts[i]`."""
         if operand is None or max(modules) >= operand.rank.shape[0]:  # no adapter in any slot has such a module
             return None
         return shrink(x.rows, x.factors, operand, modules, part_starts)
@@ -194,12 +199,12 @@ class TritonOps:
         epilogue: str = "none",
         residual: Tensor | None = None,
     ) -> None:
-        """y = epilogue(x · Wᵀ + bias + LoRA) by the kernel for this many rows, of which there is at least one."""
+        """y = epilogue(x · Wᵀ + bias + LoRA), by the kernel for this number of rows, which is at least 1."""
         kernel = self._kernel(x.rows.shape[0])
         kernel.product(x.rows, x.factors, weight, y, bias=bias, lora=lora, epilogue=epilogue, residual=residual)
 
     def _kernel(self, num_rows: int) -> Any:
-        """The file whose `product` is for so many rows."""
+        """The file with the `product` function for this number of rows."""
         if self.capability < (8, 0):
             return nf4_simt if num_rows <= SIMT_ROWS_SM75 else nf4_dequant
         if num_rows <= (SIMT_ROWS_SM100 if self.capability[0] == 10 else SIMT_ROWS):
@@ -207,7 +212,7 @@ class TritonOps:
         return nf4_dot if num_rows <= DOT_ROWS else nf4_dequant
 
     def _stored_linear(self, x: Tensor, handle: TritonLinear, lora: LoraBatch | None, module: int) -> Tensor:
-        """float32 [t, out] of a weight that is not packed: library products, adapters in float32 one by one."""
+        """float32 [t, out] for a weight that isn't packed: library products, then each adapter in turn, in float32."""
         assert not isinstance(handle.weight, TritonNf4)
         y = self._library_product(x, handle.weight)
         if handle.bias is not None:
@@ -222,8 +227,11 @@ class TritonOps:
         return y
 
     def _library_product(self, x: Tensor, weight: Nf4Weight | Tensor) -> Tensor:
-        """float32 [t, out]. 16-bit weights are multiplied as they are where the activations have 16 bits too, which
-        needs a GPU (torch's CPU product rounds its sums); otherwise in float32, a tile at a time."""
+        """float32 [t, out].
+
+        16-bit weights are multiplied as they are if the activations have 16 bits too. That needs a GPU, since torch's
+        CPU product rounds its sums. All other weights are multiplied in float32, a tile at a time.
+        """
         x32 = x.float()
         if isinstance(weight, Tensor):
             if weight.dtype == torch.float32:
@@ -281,17 +289,20 @@ class TritonOps:
         return out
 
     def draw(self, logits: Tensor, draws: Sequence[Draw]) -> list[int] | None:
-        """Only the tokens leave the GPU. One row is one program's where noise plays a part; where it plays none in all
-        of them, rows are spread over the card and nothing is copied there."""
+        """See `Ops.draw`. Only the tokens leave the GPU.
+
+        If any row needs noise, one program computes each row. If none does, the rows are spread over the whole GPU and
+        no settings are copied.
+        """
         random = any(draw.temperature > 0 for draw in draws)
         logits = logits.contiguous()
         tokens: list[int] = (sampling_triton.draw(logits, draws) if random else elementwise.argmax(logits)).tolist()
         return tokens
 
     def fuse(self, layers: Sequence[LayerWeights], *, head_dim: int, eps: float) -> TritonLayers | None:
-        """All decoder layers with q, k, v and gate, up merged; None if one of their weights is not packed.
+        """All decoder layers, with q, k, v and gate, up merged. Returns None if one of their weights isn't packed.
 
-        The handles' weights become parts of the merged ones, so that nothing is held twice.
+        The handles' weights become parts of the merged ones, so that no weight is in memory twice.
         """
         handles = [handle for layer in layers for handle in layer.projections]
         if not all(isinstance(handle, TritonLinear) and isinstance(handle.weight, TritonNf4) for handle in handles):
@@ -300,7 +311,7 @@ class TritonOps:
 
 
 def most_new_tokens(num_tokens: int, num_sequences: int) -> int:
-    """A bound on the new tokens of one sequence where each has one or more: exact where all of them decode."""
+    """An upper bound on one sequence's new tokens, if every sequence has at least one. Exact if all of them decode."""
     return num_tokens - num_sequences + 1
 
 
@@ -318,7 +329,7 @@ def _half_product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _need_interpreter() -> None:
-    """Without a GPU the kernels only run interpreted, and with inline PTX only where the interpreter was taught it."""
+    """Raise NativeUnavailable unless Triton's interpreter is on and has been taught inline PTX (there is no GPU)."""
     if not triton.knobs.runtime.interpret:
         raise NativeUnavailable(
             "the triton provider needs an NVIDIA GPU and torch built with CUDA, and torch finds none: "

@@ -1,7 +1,7 @@
-"""Copies from the host to a GPU that overlap with what it computes: pinned memory, a stream of their own.
+"""Copies from the host to a GPU while the GPU computes: through pinned memory, on a CUDA stream of their own.
 
-NEVER RUN so far: nobody who wrote this had a GPU. It is kept to allocating, copying and events; everything around it
-also runs without. Used by `triton_adapters`, only where CUDA graphs are switched on too.
+NEVER RUN so far: nobody who wrote this had a GPU. That is why it only allocates, copies and records events; the code
+around it is tested without a GPU. Used by `adapter_tables`, and only if CUDA graphs are switched on too.
 """
 
 from collections.abc import Callable
@@ -22,9 +22,9 @@ class PinnedCopier:
     def copy(self, num_bytes: int, fill: Callable[[Tensor], None]) -> Tensor:
         """uint8 [num_bytes] on the device, copied from what `fill` wrote into a host tensor of that size.
 
-        The host does not wait for the copy; whatever is launched on the current stream after this call does.
+        The host doesn't wait for the copy. Kernels that are launched on the current stream after this call do.
         """
-        self._done.synchronize()  # the buffer's last copy
+        self._done.synchronize()  # wait until the last copy has left the buffer
         if self._host.numel() < num_bytes:
             self._host = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
         host = self._host[:num_bytes]
@@ -35,6 +35,6 @@ class PinnedCopier:
             block.copy_(host, non_blocking=True)
             self._done.record(self._stream)
         compute.wait_event(self._done)
-        # The allocator must not give the memory away while kernels of that stream may read it.
+        # Without this the allocator could give the memory away while kernels of that stream may still read it.
         block.record_stream(compute)
         return block

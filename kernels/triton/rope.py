@@ -1,7 +1,7 @@
 """Rotary embedding and the write to the paged KV cache in one Triton kernel; the cache may be kept in 8 bits.
 
-`layer_cache.quantise_heads` says what the codes mean. Held to float64 by tests/kernels/triton/test_rope.py in Triton's
-interpreter; NEVER RUN on a GPU so far. Called by the provider.
+`layer_cache.quantise_heads` defines the 8-bit codes. tests/kernels/triton/test_rope.py compares with float64 in
+Triton's interpreter; NEVER RUN on a GPU so far. Called by the provider.
 """
 
 import torch
@@ -11,17 +11,18 @@ from torch import Tensor
 
 from guanaco.kernels.layer_cache import CODE_LIMITS, LayerCache
 
-# e4m3 conversions exist from compute capability 8.9 on.
+# Conversions to e4m3 exist from compute capability 8.9 on.
 FP8_TARGETS = ("sm_89", "sm_90", "sm_100", "sm_120")
 
 
 @triton.jit
 def _quantise(low, high, LIMIT: tl.constexpr):
-    """Halves of heads [h, d / 2] as multiples of one scale a head, so that the largest is ±LIMIT; and the scales."""
+    """The two halves of heads [h, d / 2] as 8-bit codes, and one scale for each head: its largest element gets code
+    ±LIMIT."""
     largest = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
     inverse = tl.where(largest > 0.0, LIMIT / largest, 0.0)[:, None]
     low, high = low * inverse, high * inverse
-    if LIMIT == 127.0:  # int8: to the nearest; the conversion would cut
+    if LIMIT == 127.0:  # int8: round to the nearest code; the conversion alone would truncate
         low, high = tl.floor(low + 0.5), tl.floor(high + 0.5)
     return low, high, largest / LIMIT
 
@@ -46,7 +47,7 @@ def rope_and_cache_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_HEADS heads of one token: first all of the queries', then all of the keys' together with the values'."""
+    """BLOCK_HEADS heads of one token. Programs take the queries' heads first, then the keys' heads with the values'."""
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     QUERY_PARTS: tl.constexpr = (HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
@@ -103,11 +104,11 @@ def rope_and_cache(
 
 
 def cache_arguments(cache: LayerCache) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A kernel's k_cache, v_cache, k_scales, v_scales; scales that there are none of aren't read."""
+    """A kernel's k_cache, v_cache, k_scales, v_scales. If the cache has no scales, others stand in and aren't read."""
     k_scales, v_scales = (cache.k if scales is None else scales for scales in (cache.k_scales, cache.v_scales))
     return cache.k, cache.v, k_scales, v_scales
 
 
 def _block_heads(pairs: int, heads: int) -> int:
-    """Heads of one program: 8 pairs, so 16 bytes of 16-bit numbers, for each of a warp's lanes."""
+    """Heads per program: each lane of a warp gets 8 pairs, which are 16 bytes of 16-bit numbers."""
     return int(min(max(1, 256 // pairs), triton.next_power_of_2(heads)))

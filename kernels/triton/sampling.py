@@ -1,10 +1,10 @@
-"""Picking tokens in one Triton launch: temperature, top_k, top_p, min_p, and the draw, without a sort.
+"""Sampling in one Triton launch: temperature, top_k, top_p, min_p and the random choice, without a sort.
 
-One program for each row. What a sort would find is found by bisection over the bits of the weights e^((x − max) / T),
-which are numbers in [0, 1] and so in the order of their bits: first the least weight that the filters keep, then the
-weight that the noise falls on; each step adds up the weights above a level, in float32 for each place of a block and
-float64 over the places, in a fixed order. Held to the sampler's numpy code by tests/kernels/test_draw.py in Triton's
-interpreter; NEVER RUN on a GPU so far. Called by the `triton` provider.
+One program samples one row. It bisects over the bits of the weights e^((x − max) / T) instead of sorting: the weights
+are in [0, 1], so their bits have the same order as their values. First it finds the smallest weight that the filters
+keep, then the weight on which the noise falls. Each step adds up the weights above a level in a fixed order: in float32
+for each place of a block, in float64 over the places. tests/kernels/test_draw.py compares with the sampler's numpy code
+in Triton's interpreter; NEVER RUN on a GPU so far. Called by the `triton` provider.
 """
 
 from collections.abc import Sequence
@@ -18,12 +18,13 @@ from guanaco.kernels.ops import Draw
 
 _BLOCK = 2048
 _WARPS = 8
-_COLDEST, _HOTTEST = 1.2e-38, 1e37  # temperatures whose reciprocal is a normal float32, which a GPU doesn't make 0
-_MOST = tl.constexpr(1e38)  # as the reciprocal of a tiny temperature, so that it leaves a difference of 0 at 0
-_SETTINGS = tl.constexpr(5)  # numbers of a Draw
-_ONE_BITS = tl.constexpr(0x3F800000)  # of the largest weight, 1.0
-_STEPS = tl.constexpr(30)  # that bisect [0, 0x3f800000]
-# Keeps the noise below the sum that it is a share of, whatever the rounding of their product.
+_COLDEST, _HOTTEST = 1.2e-38, 1e37  # temperatures with a normal float32 reciprocal, which a GPU doesn't flush to 0
+# used as the reciprocal of a tiny temperature; a difference of 0 stays 0 when multiplied by it
+_MOST = tl.constexpr(1e38)
+_SETTINGS = tl.constexpr(5)  # numbers in a Draw
+_ONE_BITS = tl.constexpr(0x3F800000)  # the bits of the largest weight, 1.0
+_STEPS = tl.constexpr(30)  # steps of bisection that cover [0, 0x3f800000]
+# The noise is multiplied with a sum of weights; this keeps the product below the sum in spite of rounding.
 _BELOW_ONE = tl.constexpr(1.0 - 1e-15)
 
 
@@ -36,7 +37,7 @@ def _weights(logits, start, vocab, largest, inverse, BLOCK: tl.constexpr):
 
 @triton.jit
 def _above(logits, vocab, largest, inverse, bits, BLOCK: tl.constexpr):
-    """(number, float64 sum) of the weights that are greater than the one with these bits."""
+    """(number, float64 sum) of the weights greater than the weight with these bits."""
     level = bits.to(tl.float32, bitcast=True)
     count = tl.zeros((BLOCK,), tl.int32)
     mass = tl.zeros((BLOCK,), tl.float32)
@@ -59,7 +60,7 @@ def _ties(logits, vocab, largest, inverse, bits, BLOCK: tl.constexpr):
 
 @triton.jit
 def _nth_tie(logits, vocab, largest, inverse, bits, n, BLOCK: tl.constexpr):
-    """The id of tie number n, from 0, in the order of ids."""
+    """The token id of tie number n (from 0), in ascending order of ids."""
     level = bits.to(tl.float32, bitcast=True)
     seen = tl.full((), 0, tl.int32)
     token = tl.full((), 0, tl.int32)
@@ -73,12 +74,13 @@ def _nth_tie(logits, vocab, largest, inverse, bits, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def _filtered(logits, vocab, largest, inverse, top_k, top_p, min_p, noise, BLOCK: tl.constexpr):
-    """From likeliest to least likely, equal ones by id, as far as the filters go; what crosses top_p included."""
+    """The sampled token id. Tokens are ordered from likeliest to least likely, equal ones by id; the filters keep the
+    first of them, including the one that crosses top_p."""
     zero = tl.full((), 0, tl.int32)
     _, total = _above(logits, vocab, largest, inverse, zero, BLOCK)
     room = tl.where(top_k > 0, top_k, vocab)
     share = tl.where(top_p < 1.0, top_p * total, total * 2.0)
-    low, high = zero, zero + _ONE_BITS  # the least level of which something is kept lies in between
+    low, high = zero, zero + _ONE_BITS  # the smallest level with a kept token lies in between
     for _ in range(_STEPS):
         middle = (low + high) // 2
         count, mass = _above(logits, vocab, largest, inverse, middle, BLOCK)
@@ -106,9 +108,11 @@ def _filtered(logits, vocab, largest, inverse, top_k, top_p, min_p, noise, BLOCK
 
 @triton.jit
 def _unfiltered(logits, vocab, largest, inverse, noise, BLOCK: tl.constexpr):
-    """The id, in their order, that the noise falls on: first the block, then the place in it."""
+    """The sampled token id without filters, in the order of ids: first find the block on which the noise falls, then
+    the place in it."""
     zero, nothing = tl.full((), 0, tl.int32), tl.full((), 0.0, tl.float64)
-    total = nothing  # added up as below, to the last bit: the noise's share of it is passed in some block
+    # the same sums in the same order as below, bit for bit, so some block passes the noise's fraction of it
+    total = nothing
     for start in range(0, vocab, BLOCK):
         total += tl.sum(_weights(logits, start, vocab, largest, inverse, BLOCK)).to(tl.float64)
     target = total * tl.minimum(noise, _BELOW_ONE)
@@ -123,7 +127,7 @@ def _unfiltered(logits, vocab, largest, inverse, noise, BLOCK: tl.constexpr):
     weight = _weights(logits, first, vocab, largest, inverse, BLOCK)
     sums = before + tl.cumsum(weight.to(tl.float64), 0)
     place = tl.arange(0, BLOCK)
-    # The block's float32 sum may be past the target where the float64 one ends short of it: then its last token.
+    # The block's float32 sum may exceed the target while the float64 sum ends below it: then take its last token.
     last = tl.max(tl.where(weight > 0.0, place, 0))
     return first + tl.minimum(tl.min(tl.where((sums > target) & (weight > 0.0), place, BLOCK)), last)
 
@@ -155,9 +159,9 @@ def draw_kernel(logits, settings, tokens, vocab, BLOCK: tl.constexpr):
 
 
 def draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """int64 [r]: one token per row of float32 logits [r, vocab], as `Ops.draw` states; NaN must not be among them.
+    """int64 [r]: one token per row of float32 logits [r, vocab], as `Ops.draw` defines it; logits must not be NaN.
 
-    One copy to the device, of 40 bytes a row, and nothing back: the tokens are the caller's to fetch.
+    Copies 40 bytes per row to the device and nothing back: the caller fetches the tokens.
     """
     r, vocab = logits.shape
     assert len(draws) == r, (len(draws), r)
@@ -172,7 +176,7 @@ def draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
 
 
 def _settings(draw: Draw, vocab: int) -> tuple[float, int, float, float, float]:
-    """The numbers of a Draw as the kernel takes them: within the ranges in which it counts right."""
+    """The numbers of a Draw, clamped to the ranges in which the kernel computes correctly."""
     temperature, top_p, min_p = torch.tensor((draw.temperature, draw.top_p, draw.min_p), dtype=torch.float32).tolist()
     if temperature > 0:
         temperature = min(max(temperature, _COLDEST), _HOTTEST)

@@ -1,8 +1,8 @@
-"""Tiles of `nf4_dot` that were timed on the card that is here, instead of those that counts chose (triton_configs.py).
+"""Tiles of `nf4_dot` that were timed on this machine's GPU, instead of the ones that counts chose (configs.py).
 
-Optional: `guanaco bench kernels --tune` times candidates and writes a file; a server that finds the file of this very
-card, Triton and kernel uses it. A tile changes the order of sums, so results differ within the kernels' tolerance.
-The clock is the caller's. NEVER RUN on a GPU: tried with a made-up clock in Triton's interpreter.
+Optional: `guanaco bench kernels --tune` times the candidates and writes a file. A server uses the file if it was made
+for the same GPU, Triton and kernel. A tile changes the order of sums, so results differ within the kernels' tolerance.
+The caller passes the clock. NEVER RUN on a GPU: tested with a made-up clock in Triton's interpreter.
 """
 
 import hashlib
@@ -22,29 +22,29 @@ from guanaco.kernels.triton.configs import COLUMNS, DotConfig, Tiles
 from guanaco.kernels.triton.products import nf4_dot
 from guanaco.kernels.triton.products.pack import TritonNf4
 
-# A candidate whose result is farther than this from the usual tile's is wrong, however fast it is.
+# A candidate is wrong if its result differs by more than this from the usual tile's, however fast it is.
 _ALLOWED = 1e-3
 _CHOICES = {"block_n": (64, 128), "groups": (1, 2), "num_warps": (2, 4), "num_stages": (2, 3, 4)}
 Seconds = Callable[[Callable[[], None]], float]
 
 
 def card_key(name: str, target: str) -> dict[str, str]:
-    """What a file of tiles is for: the card, and everything that makes other code of the same tile."""
+    """What a file of tiles is valid for: the GPU, and everything that changes the code of a tile."""
     sources = [Path(str(module.__file__)).read_bytes() for module in (nf4_dot, triton_configs)]
     digest = hashlib.sha256(b"".join(sources)).hexdigest()[:16]
     return {"card": name, "target": target, "triton": str(triton.__version__), "kernel": digest}
 
 
 def candidates(usual: DotConfig, k: int) -> list[DotConfig]:
-    """The usual tile first, then the others that rows of k can have."""
+    """The usual tile first, then the other tiles that fit rows of k weights."""
     others = [replace(usual, **dict(zip(_CHOICES, values, strict=True))) for values in product(*_CHOICES.values())]
     return [usual, *(c for c in others if c != usual and k // 64 % c.groups == 0)]
 
 
 def tune(shapes: Sequence[tuple[int, int]], device: torch.device, seconds: Seconds) -> Tiles:
-    """The fastest tile for each (columns, k) of the matrices (n, k), where that is not the usual one.
+    """The fastest tile for each (columns, k) of the matrices (n, k), listed if it isn't the usual one.
 
-    seconds: times a launch. A tile that does not compile, does not fit or multiplies wrongly is passed over.
+    seconds: a function that times a launch. Tiles that don't compile, don't fit or give wrong products are left out.
     """
     found: Tiles = {}
     for k in sorted({k for _, k in shapes}):
@@ -61,7 +61,7 @@ def tune(shapes: Sequence[tuple[int, int]], device: torch.device, seconds: Secon
 def _time(
     config: DotConfig, columns: int, k: int, weights: Sequence[TritonNf4], usual: DotConfig, seconds: Seconds
 ) -> float | None:
-    """Seconds of all products with this tile; None if it cannot be used."""
+    """Seconds of all products with this tile; None if the tile can't be used."""
     total = 0.0
     for weight in weights:
         device = weight.words.device
@@ -98,7 +98,7 @@ def _random_weight(n: int, k: int, device: torch.device) -> TritonNf4:
 
 
 def save(path: Path, key: dict[str, str], tiles: Tiles) -> None:
-    """Write, or put in the place of what is there, at once."""
+    """Write the file in one step, replacing an existing one."""
     entries = [{"k": k, **asdict(config)} for (_, k), config in sorted(tiles.items())]
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
@@ -109,7 +109,7 @@ def save(path: Path, key: dict[str, str], tiles: Tiles) -> None:
 
 
 def load(path: Path, key: dict[str, str]) -> tuple[Tiles, str]:
-    """(tiles, what to say of them). No tiles where there is no such file, it is damaged or for something else."""
+    """(tiles, a message about them). No tiles if the file is missing, damaged or made for something else."""
     if not path.exists():
         return {}, ""
     try:
@@ -124,7 +124,7 @@ def load(path: Path, key: dict[str, str]) -> tuple[Tiles, str]:
 
 
 def _config(entry: dict[str, int]) -> DotConfig:
-    """ValueError for a tile that is none of the candidates'."""
+    """The tile of a file's entry. Raises ValueError if it isn't one of the candidates."""
     config = DotConfig(**{field.name: entry[field.name] for field in fields(DotConfig)})
     chosen = asdict(config)
     if config.columns not in COLUMNS or any(chosen[name] not in values for name, values in _CHOICES.items()):
