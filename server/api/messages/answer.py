@@ -4,6 +4,8 @@ message_start, then for each block content_block_start, its deltas and content_b
 stop reason and the usage, and message_stop. Doesn't know HTTP; `serving` and `sse` call it.
 """
 
+import json
+import re
 import secrets
 from collections.abc import Sequence
 from typing import Any
@@ -116,7 +118,7 @@ class MessagesAnswer(Answer):
         if block["type"] == "text":
             block["text"] = whole
         else:
-            block["input"] = from_json(whole, allow_partial=True) if whole else {}
+            block["input"] = orjson.Fragment(_input(whole))
         self._pieces.clear()
         self._is_open = False
         return [named_event({"type": "content_block_stop", "index": len(self._blocks) - 1})]
@@ -155,6 +157,23 @@ class MessagesAnswer(Answer):
             "cache_read_input_tokens": cached,
             "output_tokens": usage["completion_tokens"],
         }
+
+
+# A surrogate pair as two escapes, half of one, any other escape.
+_ESCAPE = re.compile(r"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(\\u[dD][89a-fA-F]..)|\\.", re.DOTALL)
+
+
+def _input(written: str) -> str:
+    """A call's input as JSON: what the model wrote of it, closed where it was cut off.
+
+    Integers may have more than 64 bits, which orjson refuses to write. Half a surrogate pair is no character: clients
+    could not read it. What is beyond a float64 comes to no input at all.
+    """
+    text = _ESCAPE.sub(lambda match: r"\ufffd" if match[1] else match[0], written)
+    try:
+        return json.dumps(from_json(text, allow_partial=True) if text else {}, allow_nan=False)
+    except ValueError:
+        return "{}"
 
 
 def _call_id() -> str:

@@ -227,12 +227,14 @@ class ResponsesAnswer(Answer):
 
     def close(self) -> None:
         """A client that has left a stream knows the response's id; one that waited for the whole doesn't."""
-        if self._status == "in_progress" and self._is_streamed:
-            self._close_item("incomplete")
-            self._status = "cancelled"
-            self._finished()
-        if self._store is not None:
-            self._store.end(self.id, None)
+        try:
+            if self._status == "in_progress" and self._is_streamed:
+                self._close_item("incomplete")
+                self._status = "cancelled"
+                self._finished()
+        finally:
+            if self._store is not None:
+                self._store.end(self.id, None)
 
     def _finished(self) -> dict[str, Any]:
         """The response in its last state, which is kept. The store keeps the first one that it gets."""

@@ -42,6 +42,7 @@ _NAMES = {
     "tool_choice": "tool_choice",
     "response_format": "text.format",
 }
+_ECHOED = {"text": "text.format"}  # field of the response → the client's
 _SAME = ("model", "temperature", "top_p", "top_k", "min_p", "seed", "repetition_penalty", "adapters", "cache_salt")
 
 
@@ -183,7 +184,8 @@ def _head(body: ResponseBody, data: dict[str, Any], prepared: Prepared, *, is_ke
     """The fields of the response that are known before there is any output."""
     params = prepared.prompts[0].params
     text = body.text
-    return {
+    max_tool_calls = data.get("max_tool_calls")
+    head = {
         "model": prepared.model.name,
         "instructions": body.instructions,
         "previous_response_id": body.previous_response_id,
@@ -191,7 +193,7 @@ def _head(body: ResponseBody, data: dict[str, Any], prepared: Prepared, *, is_ke
         "store": is_kept,
         "background": False,
         "max_output_tokens": body.max_output_tokens,
-        "max_tool_calls": data.get("max_tool_calls") if type(data.get("max_tool_calls")) is int else None,
+        "max_tool_calls": max_tool_calls if type(max_tool_calls) is int else None,
         "temperature": params.temperature,
         "top_p": params.top_p,
         "top_logprobs": body.top_logprobs or 0,
@@ -207,6 +209,16 @@ def _head(body: ResponseBody, data: dict[str, Any], prepared: Prepared, *, is_ke
         "service_tier": "default",
         "user": body.user,
     }
+    return {name: orjson.Fragment(_repeated(value, _ECHOED.get(name, name))) for name, value in head.items()}
+
+
+def _repeated(value: object, param: str) -> bytes:
+    """A field that the answer repeats, as JSON: written once, on this thread. 400 for what orjson can't write."""
+    try:
+        return orjson.dumps(value)
+    except TypeError:
+        text = f"{param} has an integer of more than 64 bits, or is nested too deeply, to be repeated in the answer"
+        raise bad_request(text, param) from None
 
 
 def _ended(store: ResponseStore, response_id: str, owner: str) -> StoredResponse:

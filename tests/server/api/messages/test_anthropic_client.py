@@ -173,6 +173,25 @@ def test_a_tool_is_used(server: LiveServer, client: Anthropic) -> None:
     assert prompt.index("rain") < prompt.index("And?")
 
 
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("-123456789012345678901234567890", -123456789012345678901234567890),  # more than 64 bits
+        (r'"\\ud800 \ud800 \ud83e\udd99 \udd99"', "\\ud800 \ufffd 🦙 \ufffd"),  # halves of surrogate pairs
+        ("1e999", None),  # beyond a float64
+    ],
+    ids=("integer", "surrogates", "infinite"),
+)
+def test_arguments_that_json_of_ours_cant_hold(
+    server: LiveServer, client: Anthropic, written: str, value: object
+) -> None:
+    server.script(reply=CALL.replace('"Zürich"', written))
+    expected = {} if value is None else {"city": value}
+    assert client.messages.create(**ASKED).content[0].input == expected
+    events = list(client.messages.create(**ASKED, stream=True))
+    assert events[-1].type == "message_stop"
+
+
 def test_tools_in_a_stream(server: LiveServer, client: Anthropic) -> None:
     server.script(reply="I look.\n" + CALL + "\n" + CALL.replace("Zürich", "Basel"))
     with client.messages.stream(**ASKED) as stream:

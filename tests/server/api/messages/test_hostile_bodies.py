@@ -82,6 +82,12 @@ def paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from paths(inner, (*path, key))
 
 
+def value_at(value: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        value = value[key]
+    return value
+
+
 def replaced(body: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[str, Any]:
     changed = copy.deepcopy(body)
     place: Any = changed
@@ -111,3 +117,17 @@ def test_nothing_hostile_breaks_the_server_or_is_echoed(route: str, also: str) -
         server.assert_quiet()
     assert not wrong, wrong[:5]
     assert num_refused > 200, "most of it is refused"
+
+
+@pytest.mark.parametrize("route", GOOD)
+def test_no_integer_that_an_answer_repeats_breaks_it(route: str) -> None:
+    """Beyond 64 bits, anywhere in the body: the JSON of answers can't hold it."""
+    good = GOOD[route]
+    places = [path for path in paths(good) if isinstance(value_at(good, path), dict)]
+    bodies = [replaced(good, (*path, "more"), 10**30) for path in places]
+    bodies += [{**good, "text": {"format": {"type": "text", "more": 10**30}}}, {**good, "max_tool_calls": 10**30}]
+    with LiveServer(make_state()) as server, server.client() as client:
+        found = [client.post(route, json={**body, "stream": stream}) for body in bodies for stream in (False, True)]
+        server.assert_quiet()
+    assert {response.status_code for response in found} <= {200, 400}
+    assert all(response.content for response in found)

@@ -97,6 +97,9 @@ def test_every_sampling_field_reaches_the_engine(client: httpx.Client, server: L
         ({"text": {"format": {"type": "video"}}}, "text.format"),
         ({"previous_response_id": "resp_nobody"}, "previous_response_id"),
         ({"adapters": [{"name": "nobody"}]}, "adapters[0].name"),
+        ({"tools": [{"type": "function", "name": "f", "more": 2**64}]}, "tools"),
+        ({"text": {"format": {"type": "text", "more": -(2**64)}}}, "text.format"),
+        ({"max_tool_calls": 10**30}, "max_tool_calls"),
     ],
 )
 def test_what_is_wrong_is_named(client: httpx.Client, change: dict[str, Any], param: str) -> None:

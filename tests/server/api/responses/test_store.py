@@ -1,8 +1,10 @@
 """The store of responses: each for its owner, bounded in number, bytes and time; the oldest go first."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from guanaco.server.api.responses.answer import ResponsesAnswer
 from guanaco.server.api.responses.store import ResponseStore, StoredResponse, StoreLimits
 
 SIZE = 100  # bytes of each response in these tests
@@ -138,3 +140,16 @@ def test_the_bounds_hold_whatever_comes(steps: list[tuple[str, int, bool, float]
             assert len(mine) <= 3
             assert sum(mine) <= 300
         assert store.get(str(index), owner), "the newest one is kept"
+
+
+def test_a_response_that_cant_be_written_is_not_running_for_ever() -> None:
+    """Whatever breaks the last state of a stream, the store lets go of it."""
+    store = ResponseStore(limits())
+    answer = ResponsesAnswer({"more": object()}, (), "a", store, None, None)
+    answer.start(None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        answer.first_events()
+    assert store.running(answer.id, "a") is not None
+    with pytest.raises(AssertionError):
+        answer.close()
+    assert store.running(answer.id, "a") is None
