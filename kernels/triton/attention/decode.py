@@ -1,9 +1,10 @@
-"""Triton kernels for sequences with one new token: attention over a split of the context each, and the splits' sum.
+"""Triton kernels for sequences with one new token: attention over one part ("split") of the context each, then their
+sum.
 
-The context of a sequence is cut into SPLITS parts of whole tiles; how long they are is computed from its length in
-device memory, so that a CUDA graph serves any lengths. With one key-value head for each query head there is nothing
-for tensor cores to share, and the vector kernel is used; else the dot kernel, with the group's heads as rows. Launched
-by paged_attention.py. Sequences with more than one new token are left to paged_prefill.py.
+The context of a sequence is cut into SPLITS parts of whole tiles. Their length is computed from the context's length in
+device memory, so that a CUDA graph serves any lengths. With one key-value head for each query head there is nothing for
+tensor cores to share, so the vector kernel is used; otherwise the dot kernel, with the heads of a group as rows.
+Launched by paged.py. Sequences with more than one new token are left to prefill.py.
 """
 
 import triton
@@ -11,13 +12,14 @@ import triton.language as tl
 
 from guanaco.kernels.triton.attention.tiles import attend_tile, load_heads, load_positions, load_scales, load_tile
 
-# Below every score: a first maximum, finite so that no difference is NaN.
+# Below every score. It starts the running maximum and is finite, so that no difference is NaN.
 LOWEST = tl.constexpr(-3.0e38)
 
 
 @triton.jit
 def split_length(context, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Positions of one split: whole tiles, the same for all splits but the last that is not empty; at least a tile."""
+    """Positions of one split: whole tiles, at least one. All splits have this length except the last that isn't
+    empty."""
     return tl.maximum(tl.cdiv(tl.cdiv(context, BLOCK_N), SPLITS), 1) * BLOCK_N
 
 
@@ -27,8 +29,11 @@ def decode_vector(
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr, GAIN: tl.constexpr,
 ):  # fmt: skip
-    """One head, one split. Each of the BLOCK_N rows runs a softmax of its own over every BLOCK_N-th position, in
-    registers; they are merged at the end, so that the loop has no exchange between warps."""
+    """One head, one split.
+
+    Each of the BLOCK_N rows runs its own softmax over every BLOCK_N-th position, in registers. The rows are merged at
+    the end, so that warps exchange nothing inside the loop.
+    """
     sequence, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     row = tl.load(starts + sequence).to(tl.int64)
     if tl.load(starts + sequence + 1) - row != 1:
@@ -127,7 +132,7 @@ def decode_reduce(
     partial, maxima, sums, contexts, starts, out,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """The splits of one head, added in the order of a fixed tree. Splits that are empty were not written."""
+    """Add the splits of one head in the order of a fixed tree. Empty splits were not written and are skipped."""
     sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = tl.load(starts + sequence).to(tl.int64)
     if tl.load(starts + sequence + 1) - row != 1:

@@ -1,10 +1,10 @@
 """Attention over the paged KV cache in Triton: which kernel runs, with which tiles, over which grid.
 
-Sequences with one new token go to a kernel that splits their contexts over programs (paged_decode.py), the others of
-the same batch to one with tiles of queries (paged_prefill.py); each leaves out the other's by lengths that it reads
-from device memory, and grids follow from shapes alone, so that a CUDA graph can replay them. No atomics: the same
-input gives the same bits. Held to float64 by tests/kernels/triton/test_paged_attention.py in Triton's interpreter,
-compiled for every target by `guanaco bench kernels`; NEVER RUN on a GPU so far. Called by the `triton` provider.
+Sequences with one new token go to a kernel that spreads their contexts over programs (decode.py). The other sequences
+of the batch go to one with tiles of queries (prefill.py). Each kernel reads the lengths from device memory and skips
+the other one's sequences, and grids depend on shapes alone, so that a CUDA graph can replay both. No atomics: the same
+input gives the same bits. tests/kernels/triton/test_paged_attention.py compares with float64 in Triton's interpreter;
+`guanaco bench kernels` compiles for every target; NEVER RUN on a GPU so far. Called by the `triton` provider.
 """
 
 import math
@@ -21,36 +21,36 @@ from guanaco.kernels.triton.attention.prefill import prefill
 from guanaco.kernels.triton.configs import NO_SPILLS
 from guanaco.kernels.triton.rope import cache_arguments
 
-# Weights are raised by this much before they are rounded to 16 bits where values are multiples of a scale: the code's
-# range, so that weight · scale · gain is at most the largest value itself.
+# If values are codes times a scale, attention weights are multiplied by this before they are rounded to 16 bits. It is
+# the range of the codes, so weight · scale · gain is at most the largest value itself.
 GAINS = {torch.int8: 128.0, torch.float8_e4m3fn: 512.0}
 _MIN_DIM = 16  # the least inner dimension of tl.dot
-_LEAST_SPLIT_TILES = 2  # splits of fewer tiles cost more in the second stage than they gain
+_LEAST_SPLIT_TILES = 2  # with fewer tiles per split the second stage costs more than the split gains
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """How attention is cut for one compute capability, for heads of 256 bytes; wider ones get shorter tiles."""
+    """How attention is cut into tiles on one compute capability, for heads of 256 bytes; wider heads get shorter
+    tiles."""
 
-    vector_n: int  # positions of a turn, one head
+    vector_n: int  # positions per loop turn, one head
     vector_warps: int
-    dot_n: int  # positions of a turn, one group of heads
+    dot_n: int  # positions per loop turn, one group of heads
     dot_warps: int
     dot_stages: int
     prefill_m: int  # (token, head of the group) pairs
     prefill_n: int
     prefill_warps: int
     prefill_stages: int
-    prefill_apart: bool = False  # see paged_prefill.py
+    prefill_apart: bool = False  # see prefill.py
 
 
 _AMPERE, _AMPERE_8BIT = Tiles(32, 4, 32, 2, 2, 128, 64, 8, 2), Tiles(32, 4, 64, 2, 2, 64, 32, 4, 1)
 _HOPPER, _HOPPER_8BIT = Tiles(32, 4, 32, 2, 2, 128, 64, 8, 2, True), Tiles(32, 4, 32, 2, 2, 128, 64, 8, 2)
 _SIMT, _FLOAT = Tiles(32, 4, 32, 4, 1, 32, 32, 8, 1), Tiles(32, 4, 32, 4, 1, 32, 16, 8, 1)
-# Chosen by counts (docs/internal/log.md: registers, spills, shared memory, slots); no card has confirmed them. The
-# tensor cores
-# of 8.x and 12.0 want keys and values in registers, which every warp converts for itself from an 8-bit cache: fewer
-# warps there, and no pipeline, which would load 8 bytes at a time.
+# Chosen by counts (docs/internal/log.md: registers, spills, shared memory, slots); no GPU has confirmed them. The
+# tensor cores of 8.x and 12.0 want keys and values in registers, and every warp converts an 8-bit cache for itself. So
+# these have fewer warps, and no pipeline, which would load 8 bytes at a time.
 TILES = {
     "sm_75": _SIMT, "sm_80": _AMPERE, "sm_86": _AMPERE, "sm_89": _AMPERE, "sm_90": _HOPPER, "sm_100": _HOPPER,
     "sm_120": _AMPERE,
@@ -63,7 +63,7 @@ TILES_8BIT = {
 
 @dataclass(frozen=True)
 class _Shape:
-    """What all kernels of a launch know at compile time."""
+    """Compile-time constants that all kernels of a launch share."""
 
     heads: int
     kv_heads: int
@@ -84,7 +84,7 @@ class _Shape:
         }  # fmt: skip
 
     def shorter(self, positions: int) -> int:
-        """Positions of a tile that has as many bytes as `positions` of 256 bytes."""
+        """How many positions fill a tile with as many bytes as `positions` positions of 256 bytes."""
         return max(16, positions * 256 // max(256, self.dim * self.element_bytes))
 
     @property
@@ -92,20 +92,20 @@ class _Shape:
         return self.heads // self.kv_heads
 
     def prefill_rows(self, tiles: Tiles) -> int:
-        """(token, head of the group) pairs of a tile; half as many where heads are twice as wide as 128."""
+        """(token, head of the group) pairs in a tile; half as many if a head has more than 128 elements."""
         return max(tiles.prefill_m * 128 // max(128, self.dim), int(triton.next_power_of_2(self.group)), 16)
 
     def tiles(self, target: str) -> Tiles:
-        """float32 runs without tensor cores everywhere: exact products, tiles that its registers have room for."""
+        """The tiles for a target. float32 never uses tensor cores: products are exact, and tiles fit the registers."""
         if self.element_bytes == 4:
             return _FLOAT
         return (TILES_8BIT if self.gain else TILES)[target]
 
 
 def num_splits(sequences: int, kv_heads: int, positions: int, tile: int, programs: int) -> int:
-    """Parts that each context is cut into, a power of two: enough for `programs` of them, none without work.
+    """Into how many parts each context is cut: a power of two, enough for `programs` programs, but none without work.
 
-    positions: the longest context that the block tables have room for, whatever is in them.
+    positions: the longest context for which the block tables have room, whatever they hold.
     """
     wanted = programs // max(1, sequences * kv_heads)
     useful = positions // (tile * _LEAST_SPLIT_TILES)
@@ -126,9 +126,11 @@ def paged_attention(
 ) -> None:
     """Write the attention of `Ops.paged_attention` to out [t, heads, head_dim], which has q's dtype.
 
-    max_new: the most new tokens that a sequence of this batch has, or an upper bound; every sequence has at least one,
-    but its context may be empty if it has just one (the padding of a graph: zeros). The cache has q's dtype or 8 bits.
-    programs: how many fill the card, which decides how far contexts are split. tiles: others than the target's.
+    max_new: the largest number of new tokens of a sequence in this batch, or an upper bound. Every sequence has at
+    least one; with exactly one its context may be empty (a graph's padding), and its result is zero. The cache has q's
+    dtype or 8 bits.
+    programs: how many programs fill the GPU; decides into how many parts contexts are cut. tiles: use these, not the
+    target's.
     """
     t, heads, head_dim = q.shape
     tables, count = sequences.block_tables, sequences.context_lens.shape[0]
@@ -158,12 +160,12 @@ def paged_attention(
 
 
 def _decode(operands: tuple[Tensor, ...], scale: float, shape: _Shape, tiles: Tiles, programs: int) -> None:
-    """One kernel, or two where contexts are split."""
+    """Launch one kernel, or two if contexts are split."""
     q, tables, contexts, starts, out = operands[0], operands[5], operands[6], operands[7], operands[8]
     sequences = contexts.shape[0]
     tile = shape.shorter(tiles.vector_n if shape.group == 1 else tiles.dot_n)
     splits = num_splits(sequences, shape.kv_heads, tables.shape[1] * shape.block_size, tile, programs)
-    # Of the second stage; stand-ins where there is none.
+    # The second stage's tensors; placeholders if there is no second stage.
     partial = maxima = sums = out
     if splits > 1:
         parts = (sequences, shape.heads, splits)
@@ -174,7 +176,8 @@ def _decode(operands: tuple[Tensor, ...], scale: float, shape: _Shape, tiles: Ti
     constexprs = {**shape.constexprs, "BLOCK_N": tile, "SPLITS": splits}
     if shape.group == 1:
         constexprs.pop("KV_HEADS")
-        # Without the limit ptxas spills here for sm_100; 16 and 8 bits keep the occupancy that they have without it.
+        # Without this register limit ptxas spills here for sm_100. With 16 and 8 bits the occupancy is the same either
+        # way.
         options = NO_SPILLS if q.dtype == torch.float32 else {}
         decode_vector[grid](*arguments, **constexprs, num_warps=tiles.vector_warps, num_stages=1, **options)
     else:
@@ -190,5 +193,5 @@ def _decode(operands: tuple[Tensor, ...], scale: float, shape: _Shape, tiles: Ti
 
 
 def _rows_of(group: int) -> int:
-    """Rows of the tensor cores' left operand: at least sixteen."""
+    """Rows of the tensor cores' left operand: at least 16."""
     return max(16, int(triton.next_power_of_2(group)))

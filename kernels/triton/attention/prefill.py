@@ -1,7 +1,7 @@
 """The Triton kernel for sequences with several new tokens: causal attention of a chunk over its whole context.
 
-Rows of a tile are (token, query head of the group) pairs. The grid follows from shapes alone; which sequence a program
-belongs to is found by bisection of cu_seqlens_q in device memory. Launched by paged_attention.py.
+Rows of a tile are (token, query head of the group) pairs. The grid depends on shapes alone; each program finds its
+sequence by bisecting cu_seqlens_q in device memory. Launched by paged.py.
 """
 
 import triton
@@ -13,7 +13,8 @@ from guanaco.kernels.triton.attention.tiles import attend_tile, load_heads
 
 @triton.jit
 def _sequence_of(starts, index, num_sequences, BLOCK_Q: tl.constexpr):
-    """The last sequence i with starts[i] // BLOCK_Q + i ≤ index: each has room for its blocks before the next one."""
+    """The last sequence i with starts[i] // BLOCK_Q + i ≤ index. Each sequence has room for its blocks before the next
+    begins."""
     low, high = 0, num_sequences
     while low < high:
         middle = (low + high) // 2
@@ -33,8 +34,8 @@ def prefill(
 ):  # fmt: skip
     """BLOCK_M // GROUP tokens of one sequence, all query heads of one key-value head.
 
-    APART: tiles without a masked score have a loop of their own. That saves a fifth of the instructions, but ptxas
-    spills between the loops before compute capability 9.0, where tensor cores are the limit either way.
+    APART: tiles without a masked score have their own loop. That saves a fifth of the instructions. Before compute
+    capability 9.0 ptxas spills between the loops, and tensor cores are the limit either way, so it is off there.
     """
     GROUP: tl.constexpr = HEADS // KV_HEADS
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
@@ -55,11 +56,12 @@ def prefill(
     maximum = tl.full((BLOCK_M,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, DIM), tl.float32)
-    seen = context - new + token + 1  # positions, of each row
+    seen = context - new + token + 1  # positions that each row sees
     last = tl.minimum(context - new + first_token + BLOCK_Q, context)
     edge = 0
     if APART:
-        # Every row sees all positions of the first tiles; the causal edge and the context's end lie in the last ones.
+        # Every row sees all positions of the first tiles; only the last tiles contain the causal edge and the context's
+        # end.
         edge = (context - new + first_token + 1) // BLOCK_N * BLOCK_N
         for position in range(0, edge, BLOCK_N):
             acc, maximum, total = attend_tile(

@@ -1,4 +1,4 @@
-"""What the Triton attention kernels share: finding positions in the paged cache, loading tiles of it, scores of a tile.
+"""What the Triton attention kernels share: finding positions in the paged cache, loading tiles, attending to a tile.
 
 A tile is BLOCK_N consecutive positions of one key-value head. DIM is the head's dimension rounded up to a power of two;
 what lies beyond HEAD_DIM is never read and counts as zero. Positions that no token has written may hold NaN: they are
@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def load_positions(table, position, inside, BLOCK_SIZE: tl.constexpr):
-    """(block, offset in it) of positions [BLOCK_N], int64 both; block 0 where not `inside`."""
+    """(block, offset in it) of positions [BLOCK_N], both int64; block 0 for positions that are not `inside`."""
     block = tl.load(table + position // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
     return block, (position % BLOCK_SIZE).to(tl.int64)
 
@@ -21,7 +21,7 @@ def load_tile(
     cache, block, offset, head, d, inside,
     KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Keys or values [BLOCK_N, DIM] as they are stored; zeros where not `inside`. WHOLE: all of them are."""
+    """Keys or values [BLOCK_N, DIM] as stored; zeros for positions not `inside`. WHOLE: all positions are inside."""
     row = cache + (block * BLOCK_SIZE + offset) * (KV_HEADS * HEAD_DIM) + head * HEAD_DIM
     at = row[:, None] + d[None, :]
     if DIM == HEAD_DIM:
@@ -35,7 +35,7 @@ def load_tile(
 
 @triton.jit
 def load_scales(scales, block, offset, head, inside, KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """float32 [BLOCK_N]: what a quantised cache's codes of these positions are multiples of."""
+    """float32 [BLOCK_N]: the scales of these positions in a quantised cache."""
     return tl.load(scales + (block * KV_HEADS + head) * BLOCK_SIZE + offset, mask=inside, other=0.0)
 
 
@@ -51,11 +51,13 @@ def attend_tile(
     KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     GAIN: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """One step of softmax(query · keys) · values by tensor cores, over one tile; returns the new (acc, maximum, total).
+    """Attend to one tile: a step of softmax(query · keys) · values on tensor cores; returns the new (acc, maximum,
+    total).
 
     query [BLOCK_M, DIM]; row i sees the positions before seen[i]; scale includes log2(e). GAIN > 0: the cache is
-    quantised. Scales are then applied to scores and weights, not to keys and values, and the weights times GAIN, so
-    that a small scale doesn't push them below float16's normal numbers; acc is GAIN times too large in the end.
+    quantised. Its scales are then applied to scores and weights, not to keys and values. Weights are also multiplied by
+    GAIN, so that a small scale doesn't push them below float16's normal numbers; in the end acc is GAIN times too
+    large.
     """
     block, offset = load_positions(table, position, inside, BLOCK_SIZE)
     keys = load_tile(k_cache, block, offset, head, d, inside, KV_HEADS, HEAD_DIM, DIM, BLOCK_SIZE, WHOLE)

@@ -1,7 +1,8 @@
-"""LoRA operands as the Triton kernels read them: tables of addresses per (module, slot), rows as factors per slot.
+"""LoRA operands as the Triton kernels read them: tables of addresses per (module, slot), and rows as factors per slot.
 
-Columns of the tables are written when a slot changes, not in every step. Matrices are float16 inside the kernels: a
-power of two brings each one's largest element near 1 and goes into the scale. Used by `triton_ops`.
+A slot's columns of the tables are written when the slot changes, not in every step. Inside the kernels matrices are
+float16. A power of two brings each matrix's largest element near 1, and its inverse goes into the scale. Used by
+`kernels.triton.ops`.
 """
 
 import math
@@ -14,23 +15,25 @@ from guanaco.kernels.lora_batch import LoraBatch, LoraPair, LoraTable
 from guanaco.kernels.triton.pinned import PinnedCopier
 from guanaco.kernels.triton.products.lora import TritonLora, rank_bucket
 
-# Matrices begin at multiples of this many bytes, and ranks that are multiples of so many elements keep their rows so,
-# for the kernels' widest loads.
+# Matrices begin at multiples of this many bytes, and so do their rows if the rank is a multiple of the same number of
+# elements. The kernels' widest loads need that.
 _ALIGNMENT, _ALIGNED_RANK = 16, 8
 
 
 class AdapterTables:
-    """What is in the adapter slots, by address: four tensors [modules, slots] that are written in place.
+    """The contents of the adapter slots, by address: four tensors [modules, slots] that are written in place.
 
-    They only move if a module or slot beyond their size turns up: reserve what a CUDA graph is going to read.
+    The tensors only move to other memory if a module or slot beyond their size appears, so reserve what a CUDA graph
+    will read.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._columns: dict[int, list[tuple[int, LoraPair, LoraPair]]] = {}  # slot → (module, as given, as read)
-        self._ranks: dict[int, tuple[int, bool]] = {}  # slot → its largest rank; whether all of it is aligned
+        # slot → (module, the pair as given, the pair as the kernels read it)
+        self._columns: dict[int, list[tuple[int, LoraPair, LoraPair]]] = {}
+        self._ranks: dict[int, tuple[int, bool]] = {}  # slot → (its largest rank, whether all its matrices are aligned)
         self._seen: tuple[LoraTable | None, int] = (None, -1)
-        self._checked: set[int] = set()  # slots that were compared since the table last changed
+        self._checked: set[int] = set()  # slots compared since the table last changed
         self._allocate(0, 0)
 
     def _allocate(self, num_modules: int, num_slots: int) -> None:
@@ -40,7 +43,7 @@ class AdapterTables:
         self.scale = torch.zeros(shape, dtype=torch.float32, device=self._device)
 
     def reserve(self, num_modules: int, num_slots: int) -> None:
-        """Make room for so many modules and slots; what was filled in is filled in again."""
+        """Make room for this many modules and slots. Existing contents are written again."""
         modules, slots = self.rank.shape
         if num_modules <= modules and num_slots <= slots:
             return
@@ -49,7 +52,7 @@ class AdapterTables:
             self._write(slot)
 
     def refresh(self, table: LoraTable, slots: Sequence[int]) -> tuple[int, bool]:
-        """Bring the columns of `slots` up to date; the largest rank among them, and whether all are aligned."""
+        """Bring the columns of `slots` up to date. Returns (the largest rank among them, whether all are aligned)."""
         if self._seen[0] is not table or self._seen[1] != table.changes:
             self._seen, self._checked = (table, table.changes), set()
         for slot in slots:
@@ -62,7 +65,7 @@ class AdapterTables:
     def _compare(self, table: LoraTable, slot: int) -> None:
         pairs = [(module, pair) for (module, in_slot), pair in table.pairs.items() if in_slot == slot]
         known = self._columns.get(slot)
-        # The remembered pairs are alive, so another one cannot have taken the place of one of them in memory.
+        # We hold the remembered pairs, so no new pair can have the memory address of one of them.
         if known is not None and [(m, id(p)) for m, p in pairs] == [(m, id(p)) for m, p, _ in known]:
             return
         self._columns[slot] = [(module, pair, half_pair(pair, self._device)) for module, pair in pairs]
@@ -85,14 +88,15 @@ class AdapterTables:
             table[:, slot] = column.to(self._device)
 
     def operand(self, batch: LoraBatch, num_rows: int) -> TritonLora | None:
-        """The operand of a batch; None if no row of it has an adapter."""
+        """The operand of a batch; None if no row has an adapter."""
         slots = list(batch.rows_by_slot)
         if not slots:
             return None
         max_rank, aligned = self.refresh(batch.table, slots)
         if max_rank == 0:
             return None
-        # Kernels are compiled for a number of adapters. For few numbers, so that not every new mix waits for that.
+        # Kernels are compiled for a number of adapters. Rounding it up to few values keeps a new mix from waiting for a
+        # compile.
         room = 1 << (len(slots) - 1).bit_length()
         factors = torch.zeros((room, num_rows), dtype=torch.float32, device=self._device)
         for column, (rows, scales) in zip(factors, batch.rows_by_slot.values(), strict=False):
@@ -101,7 +105,7 @@ class AdapterTables:
         return self.over(active, factors, rank_bucket(max_rank), aligned)
 
     def over(self, active_slots: Tensor, factors: Tensor, max_rank: int, aligned: bool) -> TritonLora:
-        """The operand whose slots (int32 [active], −1: none) and factors (float32 [active, rows]) are these tensors."""
+        """The operand over the given tensors: slots int32 [active] (−1: unused), factors float32 [active, rows]."""
         return TritonLora(
             a_ptr=self.a_ptr,
             b_ptr=self.b_ptr,
@@ -120,7 +124,7 @@ def _is_aligned(pair: LoraPair) -> bool:
 
 
 def half_pair(pair: LoraPair, device: torch.device) -> LoraPair:
-    """The pair in float16 on `device`, itself where it is that already."""
+    """The pair in float16 on `device`; the same object if it is that already."""
     is_half = pair.a.dtype == pair.b.dtype == torch.float16 and pair.a.is_contiguous() and pair.b.is_contiguous()
     if is_half and pair.a.device == device:
         return pair
@@ -130,9 +134,10 @@ def half_pair(pair: LoraPair, device: torch.device) -> LoraPair:
 
 
 def _normalised(matrix: Tensor) -> tuple[Tensor, int]:
-    """(matrix · 2^−power in float32, contiguous, power): the largest element is below 1 and not below 1/2.
+    """(matrix · 2^−power as contiguous float32, power). The largest element is at least 1/2 and below 1.
 
-    float16 keeps 11 bits of what is above 2^−14: adapters have elements below that, and some have some above 65,504.
+    float16 keeps 11 bits of numbers above 2^−14. Adapters have elements below that, and some have elements above
+    65,504.
     """
     matrix = matrix.float().contiguous()
     largest = float(matrix.abs().max()) if matrix.numel() else 0.0
@@ -141,9 +146,9 @@ def _normalised(matrix: Tensor) -> tuple[Tensor, int]:
 
 
 def place_adapter(pairs: Sequence[LoraPair], device: torch.device, copier: PinnedCopier | None) -> list[LoraPair]:
-    """All pairs of one adapter in float16, in one piece of memory on `device`.
+    """All pairs of one adapter in float16, in one block of memory on `device`.
 
-    copier: copies that piece on a stream of its own; None: on the current one.
+    copier: copies the block on a stream of its own. None: copy on the current stream.
     """
     halves = [half_pair(pair, torch.device("cpu")) for pair in pairs]
     matrices = [matrix for pair in halves for matrix in (pair.a, pair.b)]

@@ -1,8 +1,8 @@
-"""LoRA in Triton: x · Aᵀ of every active adapter in one launch, and the expand that the products' epilogues call.
+"""LoRA in Triton: x · Aᵀ of every active adapter in one launch, and the expand step that the products' epilogues call.
 
 A row's delta is factor · scale · B (A x), summed in float32. Adapters are addresses in tables, so one launch (and one
-CUDA graph) serves any mix of them at their exact ranks. Sums have a fixed order: no atomics. Knows no adapters' names;
-the provider builds `TritonLora`, the product kernels eat `LoraStep`. Has never run on a GPU.
+CUDA graph) serves any mix of them at their exact ranks. Sums have a fixed order: no atomics. Knows no adapter names.
+The provider builds `TritonLora`, the product kernels read `LoraStep`. Has never run on a GPU.
 """
 
 from collections.abc import Sequence
@@ -22,18 +22,19 @@ _ALIGNMENT = 8  # fp16 elements: ranks and addresses that are multiples of 16 by
 
 @dataclass(frozen=True)
 class TritonLora:
-    """The adapters of one step, in memory that stays where it is from step to step.
+    """The adapters of one step. Its tensors stay at the same addresses from step to step.
 
-    Matrices are float16, A [rank, k] and B [n, rank] row by row; rank 0: the slot leaves the module alone.
+    Matrices are float16, A [rank, k] and B [n, rank], row-major. Rank 0: the adapter in the slot doesn't change the
+    module.
     """
 
     a_ptr: Tensor  # int64 [modules, slots]: addresses
     b_ptr: Tensor  # int64 [modules, slots]
     rank: Tensor  # int32 [modules, slots]
     scale: Tensor  # float32 [modules, slots]
-    active_slots: Tensor  # int32 [max_active], −1 where there is none
+    active_slots: Tensor  # int32 [max_active], −1 if unused
     factors: Tensor  # float32 [max_active, rows]: 0 where the row doesn't use the adapter
-    max_rank: int  # of RANK_BUCKETS: no active adapter has a larger rank
+    max_rank: int  # a number in RANK_BUCKETS; no active adapter has a larger rank
     rows: int
     aligned: bool = False  # all ranks are multiples of 8 and all addresses of 16
 
@@ -67,15 +68,15 @@ class LoraStep:
 
 
 def rank_bucket(rank: int) -> int:
-    """The smallest bucket that holds `rank`; AssertionError beyond the largest."""
+    """The smallest bucket that holds `rank`. AssertionError if `rank` exceeds the largest."""
     assert 0 <= rank <= RANK_BUCKETS[-1], rank
     return next(b for b in RANK_BUCKETS if rank <= b)
 
 
 # ---- shrink
 
-# Eight float16 → float32. As asm, so that the layout stays what the pointers have (all lanes along K), and so that what
-# isn't 16-byte aligned needs no kernel of its own.
+# Eight float16 → float32. In asm, so that the layout stays the pointers' own (all lanes along K), and so that data
+# without 16-byte alignment needs no kernel of its own.
 _UNPACK = """
 mov.b32 {h0, h1}, r0; mov.b32 {h2, h3}, r1; mov.b32 {h4, h5}, r2; mov.b32 {h6, h7}, r3;
 cvt.f32.f16 $0, h0; cvt.f32.f16 $1, h1; cvt.f32.f16 $2, h2; cvt.f32.f16 $3, h3;
@@ -100,7 +101,7 @@ _FMA_CONSTRAINTS = tl.constexpr("=&f" + 17 * ",f")
 
 @triton.jit
 def _load(pointers, ALIGNED: tl.constexpr):
-    """Eight float32 tensors from eight neighbouring float16 at each pointer."""
+    """Eight float32 tensors, from eight neighbouring float16 at each pointer."""
     return tl.inline_asm_elementwise(
         _LOAD if ALIGNED else _LOAD_NARROW, _LOAD_CONSTRAINTS, [pointers],
         (tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
@@ -110,7 +111,8 @@ def _load(pointers, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _add_products(total, a, x, inside, TAIL: tl.constexpr):
-    """total [ranks, lanes] + a · x: eights of a [ranks, lanes] and, at the pointers x, of x [lanes]."""
+    """total [ranks, lanes] + a · x. a: eight tensors [ranks, lanes]; x: pointers to eight neighbouring elements
+    [lanes]."""
     a0, a1, a2, a3, a4, a5, a6, a7 = a
     x0, x1, x2, x3, x4, x5, x6, x7 = _load(x, True)
     operands = [
@@ -123,13 +125,13 @@ def _add_products(total, a, x, inside, TAIL: tl.constexpr):
 
 @triton.jit
 def _used_row(used, place, nth, ROWS: tl.constexpr):
-    """The row that is number nth among those that are used; −1 if there are not so many."""
+    """The row that is number nth among the used rows; −1 if there are fewer."""
     return tl.sum(tl.where(used & (place == nth), tl.arange(0, ROWS) + 1, 0), 0) - 1
 
 
 @triton.jit
 def _store_t(t, total, row, base, ranks, rank, scale, factors, row_factor, rows, RANK: tl.constexpr):
-    """One row's sums, scaled: t[base, row, ranks]; zeros from `rank` on; nothing for row −1."""
+    """Store one row's sums, scaled, in t[base, row, ranks]: zeros from `rank` on, nothing for row −1."""
     weight = tl.load(factors + row, mask=row >= 0, other=0.0) * tl.load(row_factor + row, mask=row >= 0, other=0.0)
     sums = tl.where(ranks < rank, tl.sum(total, 1) * (weight * scale), 0.0)
     tl.store(t + (base * rows + row) * RANK + ranks, sums, mask=ranks < tl.where(row >= 0, RANK, 0))
@@ -144,7 +146,8 @@ def lora_shrink(
 ):  # fmt: skip
     """t[adapter, part, row, rank] for BLOCK_ROWS (1, 2 or 4) rows that use one adapter and BLOCK_RANK rows of A.
 
-    Grid: (rank tiles · parts, max_active, row blocks). LANES: threads; each takes every LANES-th eight of a row.
+    Grid: (rank tiles · parts, max_active, row blocks). LANES: threads; each reads every LANES-th group of eight
+    elements.
     """
     CHUNKS: tl.constexpr = K // 8
     TAIL: tl.constexpr = CHUNKS % LANES != 0
@@ -173,7 +176,7 @@ def lora_shrink(
     total0 = tl.zeros((BLOCK_RANK, LANES), tl.float32)
     total1, total2, total3 = total0, total0, total0
     if first_rank < rank:
-        # Beyond the rank its last row again, and beyond the used rows the first of them; neither is stored.
+        # Beyond the rank this reads its last row again, and beyond the used rows the first of them; neither is stored.
         a_rows = tl.minimum(ranks, rank - 1)[:, None] * K
         a = tl.load(a_table + entry).to(tl.pointer_type(tl.float16)) + a_rows
         for start in tl.range(0, CHUNKS, LANES, loop_unroll_factor=UNROLL):
@@ -200,7 +203,7 @@ def lora_shrink(
 def shrink(
     x: Tensor, row_factor: Tensor, lora: TritonLora, modules: Sequence[int], part_starts: Sequence[int]
 ) -> LoraStep:
-    """t of all projections that share x: float16 [rows, k] times float32 row_factor [rows]. One launch.
+    """t of all projections that share x, from float16 [rows, k] times float32 row_factor [rows]. One launch.
 
     modules: consecutive modules, in the order of the parts of the merged output; part_starts: their first output rows.
     """
@@ -229,9 +232,9 @@ def shrink(
 
 
 def shrink_config(k: int, rows: int, max_rank: int) -> dict[str, int]:
-    """Tile sizes: few rows of A a program, so that a single adapter fills many; more where rows are short.
+    """Tile sizes. Few rows of A per program, so that a single adapter fills many programs; more if rows are short.
 
-    One row has one adapter as a rule, and so few programs that each has to have more loads under way.
+    With a single row, which has one adapter as a rule, programs are few, so each one has more loads in flight.
     """
     return {
         "ROWS": triton.next_power_of_2(rows),
@@ -251,12 +254,14 @@ def lora_expand(
     SLOTS: tl.constexpr, PARTS: tl.constexpr, RANK: tl.constexpr, MAX_ACTIVE: tl.constexpr, ALIGNED: tl.constexpr,
     DOT: tl.constexpr, SKIP: tl.constexpr = False,
 ):  # fmt: skip
-    """acc [outputs, rows] plus Σ over active adapters of B · t, for the outputs of one part; called in an epilogue.
+    """acc [outputs, rows] plus Σ over active adapters of B · t, for the outputs of one part. Called in an epilogue.
 
-    b_rows int32 [outputs]: rows of B (of the part, not of the merged matrix), read where in_part; columns int32 [rows]:
-    rows of the batch. module: of this part. Elements whose row doesn't use an adapter keep their bits. DOT: on tensor
-    cores, B exact in tf32 and t as a sum of two tf32; at least 16 outputs and 8 rows then. SKIP: adapters that none of
-    these rows uses are not read, which pays where a batch is more than one block of rows.
+    b_rows int32 [outputs]: rows of B (counted in the part, not in the merged matrix), read if in_part. columns int32
+    [rows]: rows of the batch. module: the module of this part. Elements of rows that don't use an adapter keep their
+    bits.
+    DOT: use tensor cores, with B exact in tf32 and t as a sum of two tf32 numbers; needs at least 16 outputs and 8
+    rows.
+    SKIP: don't read adapters that none of these rows uses; this pays if a batch is more than one block of rows.
     """
     CHUNK: tl.constexpr = RANK if RANK < 32 else 32
     STEP: tl.constexpr = 16 if DOT and CHUNK < 16 else CHUNK
@@ -297,9 +302,9 @@ def lora_expand_tile(
     N: tl.constexpr, START1: tl.constexpr, START2: tl.constexpr, SLOTS: tl.constexpr, PARTS: tl.constexpr,
     RANK: tl.constexpr, MAX_ACTIVE: tl.constexpr, ALIGNED: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """`lora_expand` of a tile of a merged output, in whichever parts the tile lies.
+    """`lora_expand` for a tile of a merged output; the tile may lie in several parts.
 
-    weight_row int32 [outputs]: rows of the merged matrix, valid where inside; first, last: the lowest and the highest.
+    weight_row int32 [outputs]: rows of the merged matrix, valid if inside; first, last: the lowest and the highest.
     START1, START2: where the second and the third part begin, N if there is none.
     """
     first_part = (first >= START1).to(tl.int32) + (first >= START2).to(tl.int32)
@@ -316,7 +321,7 @@ def lora_expand_tile(
 
 
 def lora_arguments(step: LoraStep | None, nothing: Tensor) -> tuple[Tensor | int, ...]:
-    """A product's arguments t, b_table, rank_table, active, factors, module; without LoRA they aren't read."""
+    """A product kernel's arguments t, b_table, rank_table, active, factors, module. Without LoRA they aren't read."""
     if step is None:
         return (*(nothing,) * 5, 0)
     lora = step.lora
@@ -324,7 +329,7 @@ def lora_arguments(step: LoraStep | None, nothing: Tensor) -> tuple[Tensor | int
 
 
 def lora_constants(step: LoraStep | None) -> dict[str, int | bool]:
-    """A product's constexprs; PARTS 0: no LoRA."""
+    """A product kernel's constexprs; PARTS 0 means no LoRA."""
     if step is None:
         return {"PARTS": 0, "SLOTS": 1, "RANK": 8, "MAX_ACTIVE": 1, "ALIGNED": False}
     lora = step.lora
@@ -335,7 +340,7 @@ def lora_constants(step: LoraStep | None) -> dict[str, int | bool]:
 
 
 def lora_starts(step: LoraStep | None, n: int) -> tuple[int, int]:
-    """First outputs, of n, of the second and the third part; n where there is none."""
+    """The first outputs of the second and the third part; n for a part that doesn't exist."""
     if step is None:
         return n, n
     assert step.parts <= 3, step.modules

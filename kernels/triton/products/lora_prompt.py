@@ -1,7 +1,7 @@
-"""LoRA's shrink for prompts: x · Aᵀ of every active adapter by tensor cores, blocks of rows that don't use it left out.
+"""LoRA's shrink for prompts: x · Aᵀ of every active adapter on tensor cores; skips blocks of rows that don't use it.
 
-What `lora_triton.shrink` launches from PROMPT_ROWS rows on; the same operands, the same result, sums in the same
-float32. Knows addresses and tables only. Has never run on a GPU.
+`lora.shrink` launches this from PROMPT_ROWS rows on. Operands and result are the same as those of the kernel for few
+rows, and sums are float32 too.
 """
 
 import triton
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from guanaco.kernels.triton.configs import TARGETS
 
-# With fewer rows each adapter has few, and the kernel that takes single rows reads less. Triton 3.9 has no tensor-core
-# code for sm_75: the other kernel serves there, whatever the rows.
+# With fewer rows, each adapter has only a few of them, and the kernel for single rows reads less. Triton 3.9 has no
+# tensor-core code for sm_75, so the other kernel serves any number of rows there.
 PROMPT_ROWS = 65
 PROMPT_TARGETS = tuple(target for target in TARGETS if target != "sm_75")
 _ROWS, _K, _WARPS, _STAGES = 64, 64, 4, 3
@@ -23,8 +23,10 @@ def lora_shrink_prompt(
     K: tl.constexpr, SLOTS: tl.constexpr, PARTS: tl.constexpr, RANK: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """t[adapter, part, row, rank] of a block of rows, those that use the adapter. Grid: (row blocks, max_active,
-    rank tiles · parts)."""
+    """t[adapter, part, row, rank] for the rows of a block that use the adapter.
+
+    Grid: (row blocks, max_active, rank tiles · parts).
+    """
     part = tl.program_id(2) % PARTS
     first_rank = tl.program_id(2) // PARTS * BLOCK_RANK
     index = tl.program_id(1)
@@ -40,7 +42,7 @@ def lora_shrink_prompt(
     if tl.max(tl.abs(factor), 0) == 0:
         return
     ranks = first_rank + tl.arange(0, BLOCK_RANK)
-    # Rows beyond the end and ranks beyond the adapter's read something that exists, and are dropped below.
+    # Rows beyond the end and ranks beyond the adapter's read valid memory; the results are dropped below.
     x_row = x + tl.minimum(row, rows - 1)[:, None].to(tl.int64) * K
     a = tl.load(a_table + entry).to(tl.pointer_type(tl.float16))
     if ALIGNED:

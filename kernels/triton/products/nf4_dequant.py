@@ -1,8 +1,8 @@
 """y = x · Wᵀ for prompts: NF4 weights decoded once, a slice of W at a time, and multiplied by the library.
 
-One kernel decodes codes and both levels of scales to 16 bits, torch multiplies with float32 sums, one kernel does what
-belongs to the output (bias, LoRA, residual, SiLU(gate) · up). For any number of rows; of use from 65 on, and on sm_75,
-for which Triton 3.9 has no tensor-core code, from 9 on. Has never run on a GPU.
+One kernel decodes codes and both levels of scales to 16 bits, torch multiplies with float32 sums, and one kernel
+finishes the output (bias, LoRA, residual, SiLU(gate) · up). It works for any number of rows. It is used from 65 rows
+on, and on sm_75, for which Triton 3.9 has no tensor-core code, from 9 rows on. Has never run on a GPU.
 """
 
 import torch
@@ -16,11 +16,12 @@ from guanaco.kernels.triton.products.nf4_dot import decode_text, finished
 from guanaco.kernels.triton.products.operands import output_width
 from guanaco.kernels.triton.products.pack import TritonNf4
 
-# A slice of W in float16: 32 MiB, a square matrix of 4096. Larger ones aren't multiplied any faster, smaller ones are.
+# A slice of W in float16: 32 MiB, a square matrix of 4096. Larger slices aren't multiplied faster; smaller ones are
+# slower.
 SLICE_WEIGHTS = 16 << 20
-_GROUPS = 64  # of 64 weights, a program
+_GROUPS = 64  # groups of 64 weights per program
 _WARPS = 4
-_FINISH_OUTPUTS, _FINISH_ROWS = 64, 16  # of a program
+_FINISH_OUTPUTS, _FINISH_ROWS = 64, 16  # outputs and rows per program
 
 _DECODE = (
     "{ .reg .b32 e, f, g, p;"
@@ -68,9 +69,10 @@ def nf4_dequant_finish(
     OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr, EPILOGUE: tl.constexpr, HAS_BIAS: tl.constexpr, PARTS: tl.constexpr,
     SLOTS: tl.constexpr, RANK: tl.constexpr, MAX_ACTIVE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Columns first … first + count of y from sums [rows, count], or [rows, 2 · count] for silu_mul: gate and up."""
+    """Columns first … first + count of y from sums [rows, count], or from [rows, 2 · count] (gate, then up) for
+    silu_mul."""
     inside = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    # Beyond the slice there are no sums: such outputs count as beyond the matrix.
+    # There are no sums beyond the slice: outputs beyond it are treated as beyond the matrix.
     outputs = tl.where(inside < count, first + inside, n)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     width = n
@@ -124,7 +126,8 @@ def product(
     epilogue: str = "none",
     residual: Tensor | None = None,
 ) -> None:
-    """y = (x · row_factor) · Wᵀ + bias + LoRA, then the epilogue, as `output_width` has it; any number of rows.
+    """y = (x · row_factor) · Wᵀ + bias + LoRA, then the epilogue; `output_width` checks the operands. Any number of
+    rows.
 
     Scratch: 32 MiB of decoded weights and [rows, slice] float32.
     """
@@ -150,7 +153,8 @@ def product(
 
 
 def _multiply(x: Tensor, matrix: Tensor) -> Tensor:
-    """float32 [rows, n] of float16 [rows, k] and [n, k]. float16 sums would overflow: rows are scaled up to 2^12."""
+    """float32 [rows, n] of float16 [rows, k] and [n, k]. float16 sums would overflow, since rows are scaled up to
+    2^12."""
     if x.is_cuda:
         return torch.mm(x, matrix.T, out_dtype=torch.float32)
-    return x.float() @ matrix.float().T  # torch has the other one for CUDA only
+    return x.float() @ matrix.float().T  # torch has a product with `out_dtype` for CUDA only

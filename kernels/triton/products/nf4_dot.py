@@ -1,8 +1,8 @@
 """y = x · Wᵀ for 5 to 64 rows: NF4 weights decoded in registers, straight into the left operand of the tensor cores.
 
-Two kernels: `nf4_dot` leaves one float32 sum per share of k, `nf4_dot_finish` adds them in a fixed order and does what
-belongs to the output (bias, LoRA, residual, SiLU(gate) · up). No atomics: the same bits every time. Knows packed
-weights and the LoRA operand; no layers. Compiled and counted for sm_80 to sm_120; has never run on a GPU.
+Two kernels: `nf4_dot` leaves one float32 sum per part of k; `nf4_dot_finish` adds these in a fixed order and finishes
+the output (bias, LoRA, residual, SiLU(gate) · up). No atomics: the same bits every time. Knows packed weights and the
+LoRA operand, but no layers. Compiled and counted for sm_80 to sm_120; has never run on a GPU.
 """
 
 from typing import Any
@@ -32,11 +32,11 @@ _T = [f"{word:#010x}" for word in TABLE_WORDS]
 
 
 def decode_text(word: str, pairs: tuple[str, str, str, str], note: str = "") -> str:
-    """PTX that makes eight float16 of a word of eight codes: codes 2i and 2i + 1 in register pairs[i].
+    """PTX that makes eight float16 from a word of eight codes: codes 2i and 2i + 1 go to register pairs[i].
 
-    kernels-depth 5.2 of the design notes: a byte look-up of 16 entries is two permutes, one of which answers with the
-    sign of its table's byte. z is 0, which ptxas doesn't know: it would otherwise move the tables' words from uniform
-    registers before every prmt, one issue slot per weight.
+    A byte look-up in 16 entries is two permutes: for each code one table has the byte, and the other answers with the
+    sign of its own table's byte. z is 0, but ptxas doesn't know that: with a constant it would move the tables' words
+    from uniform registers before every prmt, which costs one issue slot per weight.
     """
     return f"""
 .reg .b32 z, l, m, h, i, q, v, w, a, b, c, d;
@@ -52,9 +52,9 @@ prmt.b32 {pairs[2]}, a, c, 0x5140; prmt.b32 {pairs[3]}, a, c, 0x7362;
 """
 
 
-# Called with pack=2 for the same word twice, so that register i is element (word, first) and (word, second) of
-# tensor i. Triton leaves open which elements pack=2 groups: pack_proof.py shows from the PTX that both inputs are one
-# word and that the registers go into the products as they are.
+# Called with pack=2 and the same word twice, so that register i is element (word, first) and (word, second) of tensor
+# i. Triton doesn't define which elements pack=2 groups. pack_proof.py shows from the PTX that both inputs are one word
+# and that the registers go into the products as they are.
 _DECODE = "{" + decode_text("$4", ("$0", "$1", "$2", "$3"), "  // pair $4 $5 to $0 $1 $2 $3") + "}"
 DECODE = tl.constexpr(_DECODE)
 CONSTRAINTS = tl.constexpr("=&r,=&r,=&r,=&r,r,r")
@@ -65,10 +65,10 @@ def nf4_dot(
     x, words, absmax, nested, code_map, partial, rows, n, groups_per_split,
     K: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, DOUBLE_QUANT: tl.constexpr,
 ):  # fmt: skip
-    """partial[split, rows, n] = sums over one share of k. Grid: (tiles of n, splits).
+    """partial[split, rows, n] = sums over one part of k. Grid: (tiles of n, splits).
 
-    absmax: float32 scales; double-quantised, GROUPS codes of 8 bits in one integer. Inside a group of 64, dot i takes
-    column 8 · word + 2i + p at its place 2 · word + p, on both sides.
+    absmax: float32 scales, or with double quantisation GROUPS 8-bit codes in one integer. Inside a group of 64, dot i
+    reads column 8 · word + 2i + p as its place 2 · word + p, on both sides.
     """
     IN_ROW: tl.constexpr = K // 64
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -89,7 +89,8 @@ def nf4_dot(
         if DOUBLE_QUANT:
             codes = coming.to(tl.int32)
             coming = tl.load(code_ptr + tl.minimum(group + GROUPS, last - GROUPS) // GROUPS)
-            # One nested scale for the turn: 256 is a multiple of GROUPS, and so is the flat number here.
+            # One nested scale serves the turn: 256 is a multiple of GROUPS, and so is the group's number in the whole
+            # matrix here.
             nest = nested + ((flat + group) >> 8) * 2
             factor = tl.load(nest)
             offset = tl.load(nest + 1)
@@ -121,10 +122,11 @@ def finished(
     SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr, RANK: tl.constexpr,
     MAX_ACTIVE: tl.constexpr, ALIGNED: tl.constexpr, SKIP: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr,
 ):  # fmt: skip
-    """float32 [outputs, columns]: the shares at `place` added one after the other, row factor, bias, LoRA.
+    """float32 [outputs, columns]: the partial sums at `place` added one after the other, times row factor, plus bias
+    and LoRA.
 
-    outputs: rows of W, in the parts FROM … TO − 1; columns: rows of the batch; both may run over the end. Also
-    nf4_dequant's, with one share.
+    outputs: rows of W, in the parts FROM … TO − 1. columns: rows of the batch. Both may run over the end. nf4_dequant
+    calls it too, with one partial sum.
     """
     known = columns < rows
     mask = (outputs < n)[:, None] & known[None, :]
@@ -159,7 +161,7 @@ def nf4_dot_finish(
     HAS_BIAS: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr, RANK: tl.constexpr, MAX_ACTIVE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """y from the shares. Grid: tiles of y's columns, which for silu_mul are half of n (gate above up)."""
+    """y from the partial sums. Grid: tiles of y's columns; for silu_mul those are half of n (W has gate above up)."""
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, COLUMNS)
     width = n // 2 if EPILOGUE == "silu_mul" else n
@@ -189,7 +191,8 @@ _FINISH_BLOCK_N = 32
 
 
 def _finish_warps(columns: int, splits: int) -> int:
-    """As few as don't spill: adapters' tiles are small, but all shares of a tile are on their way at once."""
+    """The number of warps: as few as don't spill. Adapters' tiles are small, but all partial sums of a tile are in
+    flight."""
     return max(1 if columns <= 16 else 2, columns * splits // 128)
 
 
@@ -204,7 +207,7 @@ def product(
     epilogue: str = "none",
     residual: Tensor | None = None,
 ) -> None:
-    """y = (x · row_factor) · Wᵀ + bias + LoRA, then the epilogue, as `output_width` has it; 1 to 64 rows."""
+    """y = (x · row_factor) · Wᵀ + bias + LoRA, then the epilogue; `output_width` checks the operands. 1 to 64 rows."""
     rows, k = x.shape
     width = output_width(x, row_factor, weight, y, bias, lora, epilogue, residual)
     assert 1 <= rows <= DOT_MAX_ROWS, rows
@@ -213,7 +216,7 @@ def product(
     config = dot_config(target, rows, k)
     splits = dot_splits(config, weight.n, k, multiprocessors(x.device))
     partial = torch.empty((splits, rows, weight.n), dtype=torch.float32, device=x.device)
-    # Every share but the last one: a multiple of what a turn of the loop takes.
+    # The length of every part but the last: a multiple of the groups in one loop turn.
     share = -(-k // 64 // (splits * config.groups)) * config.groups
     nothing = row_factor
     launched = nf4_dot[(-(-weight.n // config.block_n), splits)](
@@ -221,7 +224,7 @@ def product(
         weight.map if weight.double_quant else nothing, partial, rows, weight.n, share,
         **_dot_constants(config, k, weight.double_quant), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    if launched is not None:  # it is in the interpreter
+    if launched is not None:  # None in the interpreter
         _require_proof(launched)
     nf4_dot_finish[(-(-width // _FINISH_BLOCK_N),)](
         partial, y, row_factor, nothing if bias is None else bias, nothing if residual is None else residual, rows,
@@ -235,7 +238,7 @@ _proven: set[str] = set()
 
 
 def _require_proof(kernel: Any) -> None:
-    """RuntimeError unless the PTX that was compiled shows pack=2's grouping; each variant is read once."""
+    """Raise RuntimeError unless the compiled PTX shows pack=2's grouping. Each variant is read once."""
     if kernel.hash in _proven:
         return
     if wrong := ungrouped(kernel.asm["ptx"]):
@@ -246,7 +249,7 @@ def _require_proof(kernel: Any) -> None:
 
 
 def _codes(weight: TritonNf4, groups: int) -> Tensor:
-    """The scales of a row as the kernel loads them: `groups` 8-bit codes in one integer, or float32."""
+    """The scales as the kernel loads them: `groups` 8-bit codes in one integer, or float32."""
     if not weight.double_quant:
         return weight.absmax
     return weight.absmax.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[groups])

@@ -1,8 +1,8 @@
-"""y = x · Wᵀ for few rows of NF4 weights in Triton, without tensor cores: 1, 2 or 4 rows a program.
+"""y = x · Wᵀ for few rows with NF4 weights in Triton, without tensor cores: 1, 2 or 4 rows per program.
 
-Every lane owns whole groups of 64 weights: two 16-byte loads, levels looked up by byte permutes, two float16 chains of
-four products a pair of words, everything from there in float32, one scale a group. No barrier, shuffle or shared memory
-in the loop. The epilogue adds bias, LoRA and residual, or multiplies SiLU(gate) · up. Has never run on a GPU.
+Every lane handles whole groups of 64 weights: two 16-byte loads, levels looked up by byte permutes, two float16 chains
+of four products for each pair of words, then float32 and one scale per group. The loop has no barrier, shuffle or
+shared memory. The epilogue adds bias, LoRA and residual, or multiplies SiLU(gate) · up. Has never run on a GPU.
 """
 
 import triton
@@ -14,13 +14,13 @@ from guanaco.kernels.triton.products.lora import LoraStep, lora_arguments, lora_
 from guanaco.kernels.triton.products.operands import output_width
 from guanaco.kernels.triton.products.pack import TABLE_WORDS, TritonNf4
 
-MAX_ROWS = 8  # in passes of four; on cards with tensor cores nf4_dot is better from five on
+MAX_ROWS = 8  # in passes of four rows; from five rows on nf4_dot is better on GPUs with tensor cores
 _GROUP = 64
-_ENOUGH_WARPS = 1024  # a large card has some 130 multiprocessors, and wants eight warps on each
+_ENOUGH_WARPS = 1024  # a large GPU has some 130 multiprocessors and needs eight warps on each
 
-# A word of eight codes → four registers of two float16 (kernels-depth.md 5.2). The tables' first words are written as
-# xor with a zero that ptxas does not know to be one (no lane has 32 lanes below it): kept in registers, where
-# constants would be moved again before every look-up.
+# A word of eight codes → four registers of two float16. The first words of the tables are xored with a zero that ptxas
+# does not know to be zero (no lane has 32 lanes below it). So they stay in registers; constants would be moved there
+# again before every look-up.
 _LOW, _LOW_4, _LOW_8, _LOW_12, _HIGH, _HIGH_4, _HIGH_8, _HIGH_12 = (f"{word:#010x}" for word in TABLE_WORDS)
 DECODE = tl.constexpr(f"""{{
 .reg .b32 z, l, m, h, i, q, x, y, a, b, c, d;
@@ -34,8 +34,8 @@ xor.b32 a, a, b; xor.b32 c, c, d; prmt.b32 $2, a, c, 0x5140; prmt.b32 $3, a, c, 
 }}""")
 DECODE_CONSTRAINTS = tl.constexpr("=&r,=&r,=&r,=&r,r")
 
-# The products of two words with two times eight activations. Two chains and one sum in float16, then float32: with
-# |x| < 4096 a half is at most 8 · 4096 · 1.3504, which float16 holds.
+# The products of two words with two times eight activations: two chains and one sum in float16, then float32. With |x|
+# < 4096 a partial sum is at most 8 · 4096 · 1.3504, which float16 can hold.
 _PRODUCT = tl.constexpr("""{
 .reg .b32 t, u; .reg .b16 a, b; .reg .f32 f, g;
 mul.rn.f16x2 t, $1, $9; fma.rn.f16x2 t, $2, $10, t; fma.rn.f16x2 t, $3, $11, t; fma.rn.f16x2 t, $4, $12, t;
@@ -44,14 +44,15 @@ add.rn.f16x2 t, t, u; mov.b32 {a, b}, t; cvt.f32.f16 f, a; cvt.f32.f16 g, b; add
 }""")
 _PRODUCT_CONSTRAINTS = tl.constexpr("=f" + 16 * ",r")
 
-# Loads as asm keep the layout of the pointers: Triton would choose one for each, and exchange data between lanes.
+# Loads in asm keep the layout of the pointers. Triton would choose a layout for each load and exchange data between
+# lanes.
 _LOAD_X = tl.constexpr("ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];")
 _LOAD_X_CONSTRAINTS = tl.constexpr("=r,=r,=r,=r,l")
 _LOAD_CODE = tl.constexpr("ld.global.nc.u8 $0, [$1];")
 _LOAD_CODE_CONSTRAINTS = tl.constexpr("=r,l")
 _LOAD_SCALE = tl.constexpr("ld.global.nc.f32 $0, [$1];")
 _LOAD_SCALE_CONSTRAINTS = tl.constexpr("=f,l")
-# map[code] · nested[group / 256, 0] + nested[group / 256, 1]; the number of the group runs over the whole matrix.
+# map[code] · nested[group / 256, 0] + nested[group / 256, 1]; group is its number in the whole matrix.
 _DECODE_SCALE = tl.constexpr("""{
 .reg .b32 n; .reg .b64 p, q; .reg .f32 v, s, o;
 mad.wide.u32 p, $1, 4, $4; ld.global.nc.f32 v, [p];
@@ -76,7 +77,8 @@ def _load_x(pointers):
 
 @triton.jit
 def _stored_scales(absmax, rows, start, K: tl.constexpr, GROUPS: tl.constexpr, DOUBLE_QUANT: tl.constexpr):
-    """[rows, GROUPS] from group `start` of each row on, as stored: int32 codes or float32. Beyond the end: the last."""
+    """[rows, GROUPS] scales as stored (int32 codes or float32), from group `start` of each row on. Beyond the end: the
+    last one."""
     groups = tl.minimum(start + tl.arange(0, GROUPS), K // 64 - 1)
     place = (absmax + groups)[None, :] + rows[:, None] * (K // 64)
     if DOUBLE_QUANT:
@@ -109,14 +111,14 @@ def _turn(
     K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, DOUBLE_QUANT: tl.constexpr,
     TAIL: tl.constexpr,
 ):  # fmt: skip
-    """The sums [BLOCK_N, GROUPS] of every row of x after GROUPS more groups from number `start` of each row on.
+    """Every row's sums [BLOCK_N, GROUPS] after GROUPS more groups, from group `start` of each row on.
 
-    stored: these groups' scales, as stored. first_group: number of the first group of row 0 in the whole matrix.
+    stored: these groups' scales, as stored. first_group: the number of row 0's first group in the whole matrix.
     """
     groups = start + tl.arange(0, GROUPS)
     columns = start + tl.arange(0, 4 * GROUPS) // 4
     inside = groups < K // 64
-    if TAIL:  # beyond the end: the last group again, with a scale of zero
+    if TAIL:  # beyond the end: read the last group again, with a scale of zero
         groups = tl.minimum(groups, K // 64 - 1)
         columns = tl.minimum(columns, K // 64 - 1)
     columns = columns * 8 + tl.arange(0, 4 * GROUPS) % 4
@@ -142,7 +144,7 @@ def _turn(
 
 @triton.jit
 def _sums(s0, s1, s2, s3, BLOCK_N: tl.constexpr, ROWS: tl.constexpr):
-    """[BLOCK_N, ROWS]: every lane's share added up."""
+    """[BLOCK_N, ROWS]: the lanes' sums, added up."""
     if ROWS == 1:
         sums = tl.sum(s0, 1)[:, None]
     elif ROWS == 2:
@@ -164,7 +166,7 @@ def nf4_simt(
 ):  # fmt: skip
     """BLOCK_N outputs of ROWS rows. Grid: (tiles of outputs, passes over rows).
 
-    silu_mul: half of the tile's weight rows are of the gate and half of the up matrix, so that one program has both.
+    silu_mul: half of the tile's weight rows belong to the gate matrix and half to up, so that one program has both.
     PARTS 0: no LoRA, and its arguments are not read. START1, START2: first outputs of the second and third part.
     """
     PAIRED: tl.constexpr = EPILOGUE == "silu_mul"
@@ -174,7 +176,7 @@ def nf4_simt(
     index = tl.arange(0, BLOCK_N)
     first = tl.program_id(0) * SPAN
     output = first + index % SPAN
-    # Rows are counted from the tile's first: constants, which cost nothing where they are added to an address.
+    # Row numbers are relative to the tile's first row: that makes them constants, which are free in an address.
     tile_row = index % SPAN if LAST % SPAN == 0 else tl.minimum(index % SPAN, LAST - 1 - first)
     tile_row += index // SPAN * LAST
     first_group = first * (K // 64)
@@ -190,7 +192,7 @@ def nf4_simt(
     s1, s2, s3 = s0, s0, s0
     stored = _stored_scales(absmax, tile_row, 0, K, GROUPS, DOUBLE_QUANT)
     for step in range(STEPS):
-        # A turn ahead: what a scale is made of comes from memory in two steps, and nothing else could begin meanwhile.
+        # Loaded one turn ahead: a scale takes two dependent loads, and nothing else could start in the meantime.
         following = _stored_scales(absmax, tile_row, (step + 1) * GROUPS, K, GROUPS, DOUBLE_QUANT)
         s0, s1, s2, s3 = _turn(
             s0, s1, s2, s3, step * GROUPS, stored, first_group, tile_row, x0, x1, x2, x3, words, nested, code_map,
@@ -204,7 +206,7 @@ def nf4_simt(
         )  # fmt: skip
     acc = _sums(s0, s1, s2, s3, BLOCK_N, ROWS)
     columns = row + tl.arange(0, ROWS)
-    # The factor is a power of two, so it makes no difference whether this product is fused with a later sum.
+    # The factor is a power of two, so fusing this product with a later sum changes nothing.
     acc *= tl.load(row_factor + columns, mask=columns < rows, other=0.0)[None, :]
     if HAS_BIAS:
         acc += tl.load(bias + first + tile_row)[:, None]
@@ -230,7 +232,8 @@ def nf4_simt(
 
 
 def _config(n: int, k: int, rows: int) -> dict[str, int]:
-    """Tile sizes and warps. 32 groups a warp and turn; warps of a program share a row until the card has enough.
+    """Tile sizes and warps. A warp handles 32 groups per loop turn. Warps of a program share a row until the GPU has
+    enough.
 
     Eight outputs of two rows would spill on sm_100.
     """
@@ -253,7 +256,8 @@ def product(
     epilogue: str = "none",
     residual: Tensor | None = None,
 ) -> None:
-    """y = (x · row_factor) · Wᵀ + bias + LoRA, then the epilogue, as `output_width` has it; up to MAX_ROWS rows."""
+    """y = (x · row_factor) · Wᵀ + bias + LoRA, then the epilogue; `output_width` checks the operands. Up to MAX_ROWS
+    rows."""
     rows = x.shape[0]
     outputs = output_width(x, row_factor, weight, y, bias, lora, epilogue, residual)
     assert rows <= MAX_ROWS, rows
@@ -263,7 +267,7 @@ def product(
     c = _config(weight.n, weight.k, rows)
     start1, start2 = lora_starts(lora, weight.n)
     span = c["BLOCK_N"] // 2 if epilogue == "silu_mul" else c["BLOCK_N"]
-    # What is not there is not read; some tensor has to be given.
+    # Absent operands are not read, but the kernel needs some tensor for each.
     nested, code_map = (weight.absmax if t is None else t for t in (weight.nested, weight.map))
     nf4_simt[(-(-outputs // span), -(-rows // c["ROWS"]))](
         x, row_factor, weight.words, weight.absmax, nested, code_map, y, rows, row_factor if bias is None else bias,

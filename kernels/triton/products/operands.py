@@ -1,4 +1,4 @@
-"""What the three files that multiply NF4 weights (nf4_simt, nf4_dot, nf4_dequant) agree on: the operands of `product`.
+"""The operands of `product`, which the three files that multiply NF4 weights share (nf4_simt, nf4_dot, nf4_dequant).
 
 Knows no kernels. Called by each `product` before it launches.
 """
@@ -22,12 +22,14 @@ def output_width(
     epilogue: str,
     residual: Tensor | None,
 ) -> int:
-    """Columns of y[rows, width] = (x · row_factor) · Wᵀ + bias + LoRA, then the epilogue; all of it asserted.
+    """Check the operands and return the width of y[rows, width] = (x · row_factor) · Wᵀ + bias + LoRA, then the
+    epilogue.
 
     All tensors are contiguous. x float16 [rows, k], |x| < 4096; row_factor float32 [rows], powers of two; bias float32
-    [n]; y float32, float16 or bfloat16. "add": + residual, y's shape and dtype, may be y itself. "silu_mul": gate above
-    up in W, y [rows, n / 2] = SiLU(gate) · up. lora: what `shrink` made of the same x; rows without adapters get the
-    bits that they get without it.
+    [n]; y float32, float16 or bfloat16.
+    epilogue "add": add residual, which has y's shape and dtype and may be y itself. "silu_mul": W has gate above up,
+    and y [rows, n / 2] = SiLU(gate) · up.
+    lora: the result of `shrink` for the same x. Rows without adapters get the same bits as without lora.
     """
     rows, k = x.shape
     assert epilogue in EPILOGUES, epilogue

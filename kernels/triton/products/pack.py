@@ -1,7 +1,7 @@
 """NF4 weights as the Triton kernels read them: codes relabelled for a look-up by byte permutes, scales as stored.
 
-Plain torch on any device; knows no kernel. Made once per weight by the provider; `merge` puts the matrices that share
-an input (q, k, v; gate, up) one below the other, so that they are one launch.
+Plain torch on any device; knows no kernel. The provider packs each weight once. `merge` stacks the matrices that share
+an input (q, k, v; gate, up), so that one launch serves them.
 """
 
 from collections.abc import Sequence
@@ -13,14 +13,15 @@ from torch import Tensor
 
 from guanaco.kernels.nf4 import GROUP_SIZE, NESTED_GROUP_SIZE, Nf4Weight
 
-# `prmt` picks four of eight bytes; a selector's top bit spreads the sign of a byte instead. The 16 levels are split in
-# two tables whose entries i agree in the signs of both bytes, so that the table that is not meant gives 0x00 or 0xff,
-# which the other one is stored complemented for. Multiplied by GAIN the levels in float16 fall into such pairs (and are
-# rounded half as much); scales are divided by it. Proven over all patterns by tests/support/kernels/nf4_proof.py.
+# `prmt` picks four of eight bytes; the top bit of a selector repeats the sign of a byte instead. The 16 levels are
+# split into two tables. Entries with the same index have the same sign in both bytes, so the table that is not wanted
+# gives 0x00 or 0xff; the other table is stored complemented to undo that. Multiplied by GAIN, the float16 levels form
+# such pairs (and their rounding error is halved); scales are divided by GAIN. tests/support/kernels/nf4_proof.py proves
+# it for all patterns.
 GAIN = 1.350341796875
 CODE_OF_LEVEL = (0, 2, 3, 1, 8, 10, 11, 9, 4, 5, 6, 7, 12, 14, 13, 15)
-# Bytes of the float16 levels by code, four a word: (codes 0 - 3, codes 4 - 7) and (8 - 11, 12 - 15) of the low bytes,
-# then the same of the high bytes.
+# Bytes of the float16 levels by code, four in a word: (codes 0 - 3, codes 4 - 7) and (8 - 11, 12 - 15) of the low
+# bytes, then the same of the high bytes.
 TABLE_WORDS = (
     0xAC854467, 0x4D51F4E1, 0x21030025, 0x6714303C,
     0xB9BBB8BD, 0x3735322E, 0x504C7F49, 0x3D3A3B38,
@@ -30,10 +31,10 @@ CODES_PER_WORD = 8
 
 @dataclass(frozen=True)
 class TritonNf4:
-    """One matrix [n, k] of NF4 weights, or several with the same k one below the other.
+    """One matrix [n, k] of NF4 weights, or several with the same k stacked.
 
-    A weight is float16(GAIN · level) × scale. Group b = (row · k + column) // 64 has the scale
-    map[absmax[b]] · nested[b // 256, 0] + nested[b // 256, 1], or absmax[b] where scales aren't double-quantised.
+    A weight is float16(GAIN · level) × scale. Group b = (row · k + column) // 64 has the scale map[absmax[b]] ·
+    nested[b // 256, 0] + nested[b // 256, 1]; without double quantisation it is absmax[b].
     """
 
     words: Tensor  # int32 [n, k / 8]: nibble i of word j is the relabelled code of column 8 · j + i
@@ -87,7 +88,8 @@ class TritonNf4:
 
 
 def can_pack(weight: Nf4Weight) -> bool:
-    """Whether the kernels can take this weight: rows are whole groups. Others are decoded, and multiplied as dense."""
+    """Whether the kernels can read this weight: its rows must be whole groups. Other weights are decoded and multiplied
+    as dense."""
     return weight.in_features % GROUP_SIZE == 0
 
 
@@ -104,10 +106,10 @@ def pack_nf4(weight: Nf4Weight) -> TritonNf4:
 
 
 def merge(parts: Sequence[TritonNf4]) -> TritonNf4:
-    """The parts one below the other, as one weight; all have the same k.
+    """The parts stacked into one weight; all have the same k.
 
-    Scales stay double-quantised where every part is, with one map, and 256 codes never belong to two parts; else they
-    are kept decoded (4.5 bits a weight instead of 4.13).
+    Scales stay double-quantised if every part is, all have the same map, and no 256 codes belong to two parts.
+    Otherwise the scales are decoded and kept so (4.5 bits a weight instead of 4.13).
     """
     assert len({p.k for p in parts}) == 1, [(p.n, p.k) for p in parts]
     words = torch.cat([p.words for p in parts])

@@ -1,7 +1,7 @@
-"""Proof, from the PTX of a compiled `nf4_dot`, of which elements Triton's pack=2 grouped in it.
+"""Proof, from the PTX of a compiled `nf4_dot`, which elements Triton's pack=2 grouped.
 
-Reads text only. Triton leaves the grouping open, and another version might choose layouts in which it is another one:
-the products would be wrong without a word. Called once for every variant that a GPU compiles, and by the tests.
+Reads text only. Triton doesn't define the grouping, and another version might choose layouts with another one: products
+would be wrong without an error. Called once for every variant that a GPU compiles, and by the tests.
 """
 
 import re
@@ -11,12 +11,12 @@ _PRODUCT = re.compile(r"mma\.sync\.aligned\.m16n8k16\S*\s+\{[^}]*\}, \{([^}]*)\}
 
 
 def ungrouped(ptx: str) -> list[str]:
-    """What speaks against pack=2 taking the two halves of one word, in the order of the products' k. Empty: nothing.
+    """Reasons why this PTX doesn't show pack=2 grouping the two halves of one word in the order of the products' k.
 
-    The decode says in a comment which registers it got and filled. Both inputs must be one register: the two elements
-    are then the two places of one word. All four registers of a product's left operand must come from the same output
-    of four decodes, untouched: their lower half is the even k (PTX ISA, m16n8k16), so the first element is the first
-    place; Triton would have had to swap the halves otherwise.
+    An empty list is the proof. A comment in the PTX of the decode says which registers it got and filled. Both inputs
+    must be one register: then the two elements are the two places of one word. All four registers of a product's left
+    operand must come unchanged from the same output of four decodes. Their lower half is the even k (PTX ISA,
+    m16n8k16), so the first element is the first place; otherwise Triton would have had to swap the halves.
     """
     wrong = []
     outputs: dict[str, int] = {}
