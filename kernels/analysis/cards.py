@@ -1,4 +1,4 @@
-"""Graphics cards by published figures, and which of memory and instruction issue bounds a kernel on them.
+"""Graphics cards by published figures, and whether memory or instruction issue limits a kernel on them.
 
 Arithmetic on published figures only: nothing here has been measured, and no card need be present. Called by
 `guanaco bench kernels` and by the tests of the budgets.
@@ -6,13 +6,13 @@ Arithmetic on published figures only: nothing here has been measured, and no car
 
 from dataclasses import dataclass
 
-# Four schedulers a multiprocessor, each issues one instruction a clock for 32 lanes, on every card listed.
+# On every card listed, a multiprocessor has four schedulers, and each issues one instruction per clock for 32 lanes.
 _LANE_SLOTS_PER_CLOCK = 4 * 32
 
 
 @dataclass(frozen=True)
 class Card:
-    """One model of card: what NVIDIA's data sheet or architecture paper says."""
+    """One model of card, with the figures of NVIDIA's data sheet or architecture paper."""
 
     name: str
     target: str  # compute capability: "sm_80"
@@ -26,7 +26,7 @@ class Card:
         return self.multiprocessors * self.clock_hz * _LANE_SLOTS_PER_CLOCK
 
     def slots_per_unit(self, bytes_per_unit: float) -> float:
-        """Issue slots that a unit (a weight) may cost before they, not the memory, are the limit."""
+        """Issue slots that a unit (a weight) may cost before issue slots, not memory, are the limit."""
         return self.slots_per_second * bytes_per_unit / self.bandwidth_bytes
 
     def floor_seconds(self, num_bytes: float) -> float:
@@ -36,10 +36,10 @@ class Card:
         return units * slots_per_unit / self.slots_per_second
 
 
-# A100, RTX 3090, RTX 4090, L4 and H100 as the project's design pages list them (shared/design/kernels.md); of the
-# H100's clocks the lower, which is the harder budget. T4 as sysrqmts.com/en/gpus/nvidia/tesla/t4 and RTX 5090 as Linux
-# Format's review of May 2025 (pocketmags.com) repeat NVIDIA's figures; L4, A100 and H100 agree with such pages, too.
-# B200's multiprocessors and bandwidth are in several; for its clock they have 1.85 to 2.1 GHz. A10 is from memory.
+# A100, RTX 3090, RTX 4090, L4 and H100: NVIDIA's data sheets and architecture papers; of the H100's two clocks the
+# lower, which makes the harder budget. T4: sysrqmts.com/en/gpus/nvidia/tesla/t4; RTX 5090: Linux Format's review of May
+# 2025 (pocketmags.com); both repeat NVIDIA's figures, and agree on L4, A100 and H100. B200: several such pages for
+# multiprocessors and bandwidth; they give 1.85 to 2.1 GHz as its clock. A10: from memory.
 CARDS = (
     Card("T4", "sm_75", 320e9, 40, 1.59e9),
     Card("A100 80 GB SXM", "sm_80", 2039e9, 108, 1.41e9),

@@ -1,7 +1,7 @@
-"""Compiles a Triton kernel for a GPU that is not here and says what the machine code costs.
+"""Compiles a Triton kernel for a GPU that this machine doesn't have, and says what the machine code costs.
 
-Knows Triton's compiler and the limits of each compute capability; not what a kernel computes, nor any card's speed
-(cards.py). triton_work.py makes a `CompileCase` of each launch of the provider; `guanaco bench kernels` analyses it.
+Knows Triton's compiler and the limits of each compute capability, but neither what a kernel computes nor any card's
+speed (cards.py). work.py makes a `CompileCase` of each launch of the provider; `guanaco bench kernels` analyses it.
 """
 
 import tempfile
@@ -19,30 +19,31 @@ _LANES = 32
 class CompileCase:
     """One kernel with one configuration, as it is launched at one shape.
 
-    A unit is a weight, an element of the KV cache, or for elementwise kernels an element. `units_per_iteration` units
-    are handled by one program in one turn of the main loop as the source writes it. `marker` says how to see in the
-    machine code how many of those turns one turn of the compiled loop holds: ("PRMT", 1.5) is the least number of
-    instructions per unit that begin so, ("bytes", 2.0) the bytes that a unit brings from global memory.
+    A unit is a weight, an element of the KV cache, or for elementwise kernels an element. One program handles
+    `units_per_iteration` units in one turn of the main loop, as the source writes it. `marker` tells how many of those
+    turns one turn of the compiled loop contains: ("PRMT", 1.5) says that each unit has at least 1.5 instructions that
+    begin with PRMT; ("bytes", 2.0) says that each unit loads 2 bytes from global memory.
     """
 
     kernel: str
-    function: Any  # what @triton.jit made
+    function: Any  # the object that @triton.jit made
     rows: int
     config: str
-    signature: Mapping[str, str]  # argument → "*fp16", "*i32", "i32", "fp32" …; all that are not constexprs
+    signature: Mapping[str, str]  # argument → "*fp16", "*i32", "i32", "fp32" …; all arguments that are not constexprs
     constexprs: Mapping[str, Any]
     num_warps: int
     units_per_iteration: int
     marker: tuple[str, float]
     units: int  # of the whole launch
-    bytes_floor: int  # that the launch must move
+    bytes_floor: int  # bytes that the launch must move
     bytes_per_unit: float  # stored size of a unit: half a byte for a weight
     num_stages: int = 1
-    max_registers: int | None = None  # a thread
+    max_registers: int | None = None  # per thread
     not_divisible: Collection[str] = ()  # pointers and integers that are not multiples of 16
-    has_loop: bool = True  # else one program's whole code handles units_per_iteration units
-    loop_turns: Mapping[int, float] = field(default_factory=dict)  # of other loops, for the whole kernel's count
-    loaded_units: int = 0  # of a turn, those beyond a row's end included, which are loaded but not counted; 0: as many
+    has_loop: bool = True  # False: one program's whole code handles units_per_iteration units
+    loop_turns: Mapping[int, float] = field(default_factory=dict)  # turns of other loops, to count the whole kernel
+    # per turn, including units beyond a row's end, which are loaded but not counted; 0: the same as the counted ones
+    loaded_units: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,13 @@ class Architecture:
     max_blocks: int
     shared_bytes: int  # per multiprocessor
     max_shared_bytes: int  # per block
-    reserved_shared_bytes: int  # that the system takes of each block's
+    reserved_shared_bytes: int  # taken by the system from each block's shared memory
 
 
 _REGISTERS = 65536  # per multiprocessor, every capability here
-_REGISTER_UNIT = 256  # registers are given to a warp in such portions
+_REGISTER_UNIT = 256  # a warp gets registers in portions of this many
 # Limits of a multiprocessor. 7.5, 8.0, 8.6 and 9.0 agree with NVIDIA's arch_traits.cuh (github.com/NVIDIA/cccl); 8.9,
-# 10.0 and 12.0 are from memory of the CUDA programming guide's table.
+# 10.0 and 12.0 are from memory of the table in the CUDA programming guide.
 ARCHITECTURES = {
     "sm_75": Architecture(32, 16, 64 << 10, 64 << 10, 0),
     "sm_80": Architecture(64, 32, 164 << 10, 163 << 10, 1024),
@@ -72,7 +73,7 @@ ARCHITECTURES = {
 
 
 def occupancy(target: str, registers: int, shared_bytes: int, num_warps: int) -> float:
-    """Share of a multiprocessor's warps that can be resident at once; 0 if not one block fits."""
+    """The fraction of a multiprocessor's warps that can be resident at once; 0 if not even one block fits."""
     arch = ARCHITECTURES[target]
     if shared_bytes > arch.max_shared_bytes:
         return 0.0
@@ -85,7 +86,7 @@ def occupancy(target: str, registers: int, shared_bytes: int, num_warps: int) ->
 
 @dataclass(frozen=True)
 class Compiled:
-    """Machine code for one target, with what Triton says of it."""
+    """Machine code for one target, with Triton's figures about it."""
 
     cubin: bytes
     ptx: str
@@ -93,16 +94,16 @@ class Compiled:
 
 
 def tools() -> Path:
-    """The folder of nvdisasm and cuobjdump that Triton brings."""
+    """The folder with Triton's own nvdisasm and cuobjdump."""
     import triton
 
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 def compile_case(case: CompileCase, target: str) -> Compiled:
-    """Compile for `target` ("sm_80") without a GPU; nothing is kept on disk.
+    """Compile for `target` ("sm_80") without a GPU. Nothing is kept on disk.
 
-    RuntimeError inside Triton's interpreter, where kernels are not compilable; Triton's own errors pass through.
+    Raises RuntimeError inside Triton's interpreter, where kernels can't be compiled. Triton's own errors pass through.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -125,7 +126,7 @@ def compile_case(case: CompileCase, target: str) -> Compiled:
         kernel = triton.compile(
             source,
             target=GPUTarget("cuda", int(target.removeprefix("sm_")), _LANES),
-            # Said outright because the default of the compiler changes with Triton 3.10.
+            # Set explicitly, because Triton 3.10 changes the compiler's default.
             options={
                 "num_warps": case.num_warps,
                 "num_stages": case.num_stages,
@@ -138,7 +139,7 @@ def compile_case(case: CompileCase, target: str) -> Compiled:
 
 @dataclass(frozen=True)
 class Analysis:
-    """What one kernel's machine code for one target says. Per unit and lane where it says per unit."""
+    """The figures of one kernel's machine code for one target. "Per unit" means per unit and lane."""
 
     registers: int
     spills: int  # loads and stores of spilled registers in the code
@@ -146,10 +147,10 @@ class Analysis:
     shared_bytes: int
     occupancy: float
     issue_slots_per_unit: float
-    kernel_slots_per_unit: float  # the whole kernel's instructions, not the main loop's alone
-    unrolled: int  # turns of the source's loop in one of the compiled one
+    kernel_slots_per_unit: float  # instructions of the whole kernel, not only of the main loop
+    unrolled: int  # turns of the source's loop in one turn of the compiled loop
     tensor_core_instructions: int  # in the whole function
-    load_width_bytes: int  # the units cannot have come through narrower loads
+    load_width_bytes: int  # at least some loads that bring the units are this wide
     loop_barriers: int
     loop_shared_operations: int
     loop_shuffles: int
@@ -158,18 +159,19 @@ class Analysis:
 
 
 class CountError(Exception):
-    """The machine code has no loop that handles as many units as the case says."""
+    """The machine code has no loop that handles as many units per turn as the case says."""
 
 
 def analyse(case: CompileCase, target: str) -> Analysis:
-    """Compile one case for one target and count. CountError if the code doesn't fit the case's description."""
+    """Compile one case for one target and count. Raises CountError if the code doesn't match the case's description."""
     return count_compiled(case, target, compile_case(case, target))
 
 
 def count_compiled(case: CompileCase, target: str, compiled: Compiled) -> Analysis:
-    """The counts of what `compile_case` made."""
+    """Count the result of `compile_case`."""
     functions, resources = sass.disassemble(compiled.cubin, tools())
-    # A division's slow path and the like are functions of their own; the kernel is the one that the case names.
+    # A division's slow path and similar code are functions of their own; the kernel is the function that the case
+    # names.
     name = next(n for n in functions if case.function.__name__ in n)
     return count(case, target, functions[name], resources[name], compiled.shared_bytes)
 
@@ -177,7 +179,7 @@ def count_compiled(case: CompileCase, target: str, compiled: Compiled) -> Analys
 def count(
     case: CompileCase, target: str, function: sass.Function, resources: sass.Resources, shared_bytes: int
 ) -> Analysis:
-    """The counts of a function that is already disassembled; for kernels that somebody else compiled."""
+    """Count a function that is already disassembled. Also for kernels that other people compiled."""
     lane_units, lane_loads = (
         units / (_LANES * case.num_warps)
         for units in (case.units_per_iteration, case.loaded_units or case.units_per_iteration)
@@ -212,11 +214,12 @@ def _marks(marker: str, instructions: tuple[sass.Instruction, ...]) -> float:
 
 
 def _main_loop(case: CompileCase, function: sass.Function, lane_units: float) -> tuple[sass.Loop | None, int]:
-    """The loop with most of the marks, and how many of the source's turns it holds: as many as the marks suffice for.
+    """(the loop with most of the markers, turns of the source's loop in one of its turns). The markers decide the
+    turns.
 
-    It is an innermost one, but for loops inside without any mark: from compute capability 10.0 on, tensor cores are
-    waited for in one. None: ptxas has unrolled all of the program's turns, and no loop is left. Too few marks mean that
-    this is not the code that was described, and nothing is claimed of it.
+    It is an innermost loop, apart from loops inside it without any marker: from compute capability 10.0 on, code waits
+    for tensor cores in such a loop. None instead of a loop: ptxas has unrolled all of the program's turns. Raises
+    CountError if there are too few markers: then this is not the described code, and no figures are given.
     """
     name, per_unit = case.marker
     marked = [loop for loop in function.loops if _marks(name, loop.instructions)]
@@ -234,7 +237,8 @@ def _main_loop(case: CompileCase, function: sass.Function, lane_units: float) ->
 
 
 def _program_slots(case: CompileCase, function: sass.Function, loop: sass.Loop | None, unrolled: int) -> float:
-    """Instructions of all warps over units of the launch; the main loop's turns follow from the program's share."""
+    """Instructions of all warps divided by units of the launch. The main loop's turns follow from the program's
+    units."""
     turns = dict(case.loop_turns)
     program_units = turns.pop(-1, float(case.units_per_iteration))
     if loop is not None:

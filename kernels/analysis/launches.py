@@ -1,9 +1,10 @@
-"""What the `triton` provider launches on a GPU that is not here: its own code, over tensors without memory.
+"""The launches of the `triton` provider for a GPU that this machine doesn't have: its own code, with tensors without
+memory.
 
-Triton is told that a card of the target is there and asked not to compile; torch's tensors are on its meta device. A
-launch goes through the wrappers' own choices and Triton's own binder, so types, constants, options and what is known to
-be divisible by 16 are those of a real launch. Knows the models' shapes and the steps that a server makes; called by
-`guanaco bench kernels` and the tests of machine code, in processes without TRITON_INTERPRET.
+Triton is told that a card of the target exists and is asked not to compile; torch's tensors are on its meta device. A
+launch goes through the wrappers' own choices and Triton's own binder. So types, constants, options and divisibility by
+16 are those of a real launch. Knows the models' shapes and the steps of a server. Called by `guanaco bench kernels` and
+the tests of machine code, in processes without TRITON_INTERPRET.
 """
 
 import json
@@ -42,10 +43,10 @@ META = torch.device("meta")
 class Launch:
     """One variant of a kernel, and the arguments that it was first launched with."""
 
-    function: Any  # what @triton.jit made
-    rows: int  # tokens of the step that it belongs to
+    function: Any  # the object that @triton.jit made
+    rows: int  # tokens in the step of this launch
     arguments: Mapping[str, Any]
-    signature: Mapping[str, str]  # of all that are not constants
+    signature: Mapping[str, str]  # all arguments that are not constants
     constexprs: Mapping[str, Any]
     not_divisible: frozenset[str]
     options: Mapping[str, Any]  # num_warps, num_stages, maxnreg
@@ -65,7 +66,8 @@ class Launch:
 
 @dataclass(eq=False)
 class Recorder:
-    """The launches of what runs while `recording`, each variant once. rows: of the step that is being made."""
+    """Records the launches while `recording` is on, each variant once. rows: tokens in the step that is being
+    recorded."""
 
     rows: int = 0
     launches: dict[str, Launch] = field(default_factory=dict)
@@ -76,7 +78,7 @@ class Recorder:
         self._arguments = dict(zip(function.arg_names, args, strict=False)) | options
 
     def refuse(self, *, key: str, fn: Any, **others: Any) -> bool:
-        """Called by Triton instead of compiling; True: don't."""
+        """Triton calls this instead of compiling; True tells it not to compile."""
         names = fn.jit_function.arg_names
         kernel = others["compile"]
         attributes = kernel["configs"][0]
@@ -94,7 +96,7 @@ class Recorder:
 
 
 class _Driver:
-    """As much of Triton's driver as its binder asks for."""
+    """The parts of Triton's driver that its binder asks for."""
 
     def __init__(self, target: str) -> None:
         self._target = target
@@ -111,7 +113,7 @@ class _Driver:
 
 @contextmanager
 def recording(target: str, num_multiprocessors: int) -> Iterator[Recorder]:
-    """RuntimeError inside Triton's interpreter, which has no binder."""
+    """Record launches for `target`. Raises RuntimeError inside Triton's interpreter, which has no binder."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError("launches can't be recorded while TRITON_INTERPRET is set: start a process without it")
     recorder = Recorder()
@@ -157,7 +159,7 @@ class ModelShape:
         )
 
 
-# Guanaco's sizes (QLoRA, table 6), LLaMA-3 8B for its groups of heads, and the demo.
+# The sizes of Guanaco (QLoRA, table 6); LLaMA-3 8B, which has groups of heads; and the demo.
 MODELS = {
     "7B": ModelShape(4096, 11008, 32, 32),
     "8B": ModelShape(4096, 14336, 32, 8),
@@ -184,7 +186,7 @@ def _linear(n: int, k: int, code_map: Tensor, *, double_quant: bool) -> TritonLi
 
 
 class Steps:
-    """One decoder layer of a model's shape, with what stands before and after the layers."""
+    """One decoder layer of a model's shape, and the ops before and after the layers."""
 
     def __init__(self, recorder: Recorder, target: str, shape: ModelShape, *, double_quant: bool = True) -> None:
         self._recorder, self._shape = recorder, shape
@@ -210,7 +212,8 @@ class Steps:
         self._single = handles[0]
 
     def step(self, rows: int, *, sequences: int = 0, adapters: int = 0, rank: int = 16) -> None:
-        """rows tokens of `sequences` sequences (0: each its own), with so many adapters of this rank among them."""
+        """Launch a step with `rows` tokens of `sequences` sequences (0: one per row) and `adapters` adapters of this
+        rank."""
         self._recorder.rows = rows
         sequences, shape = sequences or rows, self._shape
 
@@ -234,13 +237,13 @@ class Steps:
         self.ops.rms_norm(x, self._norm, 1e-6)
 
     def sampling(self) -> None:
-        """One row of logits."""
+        """Launch the sampling of one row of logits."""
         self._recorder.rows = 1
         elementwise.argmax(_empty(1, _VOCAB))
         sampling_triton.draw(_empty(1, _VOCAB), [Draw(1.0, 0, 1.0, 0.0, 0.5)])
 
     def unfused(self) -> None:
-        """What a model launches of whose projections some are dense."""
+        """Launch the products of a model in which some projections are dense."""
         self._recorder.rows = 1
         x = _empty(1, self._shape.hidden, dtype=self.dtype)
         gate = _empty(1, self._shape.intermediate, dtype=self.dtype)
@@ -249,7 +252,7 @@ class Steps:
         self.ops.linear(_empty(1, self._single.in_features, dtype=self.dtype), self._single, None, 0)
 
     def attention(self, cache_dtype: torch.dtype, dtype: torch.dtype) -> None:
-        """A decode step of eight sequences and a chunk of a prompt over a cache of another type."""
+        """Launch a decode step of eight sequences, and a chunk of a prompt, over a cache of another dtype."""
         shape, target = self._shape, triton_configs.target_of(META)
         cache = self._cache(cache_dtype)
         for rows, sequences in ((8, 8), (_PROMPT, 1)):
@@ -274,7 +277,7 @@ class Steps:
 def product_launches(
     target: str, num_multiprocessors: int, side: int, rows: int, adapters: int, rank: int
 ) -> list[Launch]:
-    """Of one linear layer with a square matrix; the rounding of its input to float16 is the first."""
+    """The launches of one linear layer with a square matrix. The first one rounds its input to float16."""
     with recording(target, num_multiprocessors) as recorder:
         recorder.rows = rows
         ops = TritonOps(device=META, dtype=torch.float16, capability=divmod(int(target.removeprefix("sm_")), 10))
@@ -288,7 +291,7 @@ def product_launches(
     return list(recorder.launches.values())
 
 
-# (rows, sequences, adapters, rank): decode steps of every tile's size, prompts alone and together, and adapters.
+# (rows, sequences, adapters, rank): decode steps for every tile size, prompts alone and mixed, and adapters.
 _PLAIN = ((1, 0, 0, 0), (2, 0, 0, 0), (4, 0, 0, 0), (8, 0, 0, 0), (16, 0, 0, 0), (32, 0, 0, 0), (64, 0, 0, 0))
 _PROMPTS = ((_PROMPT, 1, 0, 0), (_PROMPT, 8, 0, 0))
 _ADAPTERS = ((1, 0, 1, 16), (1, 0, 1, 5), (4, 0, 4, 16), (8, 0, 8, 16), (64, 0, 8, 64), (_PROMPT, 8, 8, 64))
@@ -296,8 +299,8 @@ _LARGE = ((1, 0, 0, 0), (16, 0, 0, 0), (_PROMPT, 1, 0, 0))
 
 
 def launches(target: str) -> list[Launch]:
-    """Everything that the provider launches for these models on the hardest card of the target."""
-    # Imported here: it is only this choice that follows the cards' figures.
+    """All launches of the provider for these models on the hardest card of the target."""
+    # Imported here because only this function depends on the cards' figures.
     from guanaco.kernels.analysis.cards import hardest_card
 
     with recording(target, hardest_card(target).multiprocessors) as recorder:

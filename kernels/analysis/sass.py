@@ -1,7 +1,8 @@
-"""Machine code of NVIDIA GPUs, counted: functions of a cubin, their loops, and what one turn of a loop issues.
+"""Machine code of NVIDIA GPUs, counted: the functions of a cubin, their loops, and the instructions in one turn of a
+loop.
 
-Reads the text that `nvdisasm` prints and knows nothing of Triton or of what the code computes. Called by
-compile.py for our kernels and by bench/kernels.py for somebody else's binary.
+Reads the text that `nvdisasm` prints. Knows nothing of Triton, nor what the code computes. Called by compile.py for our
+kernels and by bench/kernels.py for other people's binaries.
 """
 
 import re
@@ -34,12 +35,13 @@ class Instruction:
 
     @property
     def jumps(self) -> bool:
-        """Goes elsewhere in the same function; ptxas writes some jumps out of loops as relative calls."""
+        """Whether it jumps to another place in the same function. ptxas writes some jumps out of loops as relative
+        calls."""
         return self.name == "BRA" or (self.name == "CALL" and _TARGET.search(self.operands) is not None)
 
     @property
     def global_load_bytes(self) -> int:
-        """Bytes that one lane loads from global memory; 0 for anything else."""
+        """Bytes that one lane loads from global memory; 0 for instructions that don't load from it."""
         if self.name not in ("LDG", "LDGSTS"):
             return 0
         for modifier, size in ((".256", 32), (".128", 16), (".64", 8), ("16", 2), ("8", 1)):
@@ -59,7 +61,8 @@ class Block:
 
     @property
     def calls(self) -> bool:
-        """Leaves for a subroutine: what a diverged warp or a rare operand takes, never the straight path."""
+        """Whether it calls a subroutine. A diverged warp or a rare operand takes such a path, the usual path never
+        does."""
         return any(i.name == "CALL" and not i.jumps for i in self.instructions)
 
 
@@ -103,10 +106,11 @@ def count_tensor_core(instructions: Iterable[Instruction]) -> int:
 
 
 def load_width(instructions: Iterable[Instruction], num_bytes: float) -> int:
-    """How wide the loads are that bring `num_bytes` of one kind; 0 if the code loads less than that.
+    """The width in bytes of the loads that bring `num_bytes` bytes of one kind of data; 0 if the code loads fewer
+    bytes.
 
-    The widest whose loads bring exactly so much, else the least that they can have: narrower loads together bring less
-    than `num_bytes`, so the data in question cannot have come through them alone.
+    It is the widest width whose loads bring exactly that many bytes. If there is none, it is a lower limit: narrower
+    loads together bring fewer than `num_bytes`, so they can't have brought the data alone.
     """
     widths = _widths(instructions)
     if exact := [width for width, brought in widths.items() if brought == num_bytes]:
@@ -128,7 +132,7 @@ class Function:
 
     @cached_property
     def instructions(self) -> tuple[Instruction, ...]:
-        """Everything that a converged warp may issue: without divergence handlers, their calls and the padding."""
+        """All instructions that a converged warp may issue: no divergence handlers, no calls to them, no padding."""
         return tuple(i for n in sorted(self._reachable) for i in self.blocks[n].instructions)
 
     @cached_property
@@ -192,9 +196,9 @@ class Function:
         return body
 
     def executed(self, turns: Mapping[int, float]) -> float:
-        """Instructions that one warp issues over the whole kernel; `turns`: index in `loops` → turns per entry.
+        """Instructions that one warp issues in the whole kernel. turns: index in `loops` → turns per entry.
 
-        Both sides of a branch count, so the result is an upper bound. A loop that is not named turns once.
+        Both sides of a branch count, so the result is an upper bound. A loop that `turns` doesn't name runs once.
         """
         total = 0.0
         for n in self._reachable:
@@ -220,7 +224,7 @@ def _successors(instruction: Instruction | None, following: int | None, labels: 
         return nexts
     if instruction.jumps:
         target = _TARGET.search(instruction.operands)
-        # .DIV leads to the handling of warps that have diverged; .CONV leads past it, and it follows.
+        # .DIV leads to the code for diverged warps; .CONV leads past it to the code that follows.
         if target is None or ".DIV" in instruction.opcode:
             return nexts
         taken = (labels[target[1]],) if target[1] in labels else ()
@@ -265,7 +269,7 @@ def parse(listing: str) -> dict[str, Function]:
 
 @dataclass(frozen=True)
 class Resources:
-    """What `cuobjdump -res-usage` says of a function, per thread; shared memory per block, static only."""
+    """The figures of `cuobjdump -res-usage` for a function: per thread; shared memory per block, static only."""
 
     registers: int
     stack_bytes: int
@@ -274,11 +278,11 @@ class Resources:
 
 
 def disassemble(cubin: bytes, tools: Path) -> tuple[dict[str, Function], dict[str, Resources]]:
-    """All functions of a cubin and their resources; `tools` is the folder with nvdisasm and cuobjdump."""
+    """(all functions of a cubin, their resources). tools: the folder with nvdisasm and cuobjdump."""
     with tempfile.TemporaryDirectory(prefix="guanaco-sass-") as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        # Without the analysis of where branches come together, which takes a third of its time and adds nothing here.
+        # Skips the analysis of where branches meet: it takes a third of the time and adds nothing here.
         listing = _run(tools / "nvdisasm", "-c", "-ndf", str(path))
         usage = _run(tools / "cuobjdump", "-res-usage", str(path))
     resources = {}
@@ -289,7 +293,7 @@ def disassemble(cubin: bytes, tools: Path) -> tuple[dict[str, Function], dict[st
 
 
 def extract(binary: Path, target: str, tools: Path) -> bytes:
-    """The cubin for `target` ("sm_80") of a shared library that carries several. FileNotFoundError if it has none."""
+    """The cubin for `target` ("sm_80") from a shared library with several. Raises FileNotFoundError if it has none."""
     with tempfile.TemporaryDirectory(prefix="guanaco-elf-") as folder:
         _run(tools / "cuobjdump", "-xelf", target, str(binary.resolve()), cwd=Path(folder))
         cubins = sorted(Path(folder).glob(f"*{target}*.cubin"))

@@ -1,7 +1,7 @@
-"""What one launch of each Triton kernel has to do: its units, their bytes, and how to find them in machine code.
+"""The work of one launch of each Triton kernel: its units, their bytes, and how to find them in machine code.
 
-A unit is a weight, an element of the KV cache, of an adapter's A, of a row. Knows each kernel's arguments and
-constants by name; turns a recorded `Launch` into a `CompileCase`. Used by `guanaco bench kernels` and the tests.
+A unit is a weight, or an element of the KV cache, of an adapter's A, or of a row. Knows each kernel's arguments and
+constants by name. Turns a recorded `Launch` into a `CompileCase`. Used by `guanaco bench kernels` and the tests.
 """
 
 from collections.abc import Callable
@@ -11,12 +11,13 @@ from guanaco.kernels.analysis.compile import CompileCase
 from guanaco.kernels.analysis.launches import Launch
 
 _GROUP = 64
-# Twelve byte permutes look up and put together eight weights.
+# Twelve byte permutes look up and assemble eight weights.
 _DECODE_MARK = ("PRMT", 1.5)
 
 
 def case_of(launch: Launch) -> CompileCase:
-    """The launch with what it must read and do. KeyError for a kernel that is not described here."""
+    """The launch with the data that it must read and the work that it must do. KeyError for a kernel not described
+    here."""
     described = _WORK[launch.kernel](launch)
     return CompileCase(
         kernel=launch.kernel, function=launch.function, rows=launch.rows, signature=launch.signature,
@@ -26,7 +27,7 @@ def case_of(launch: Launch) -> CompileCase:
 
 
 def _size(launch: Launch, *names: str) -> int:
-    """Bytes of one element of each of these tensors, added up."""
+    """Bytes of one element of each of these tensors, summed."""
     return sum(launch.arguments[name].element_size() for name in names)
 
 
@@ -37,7 +38,7 @@ def _lora_text(c: Any) -> str:
 
 
 def _lora_bytes(c: Any, n: int) -> int:
-    """Of B and t for all outputs."""
+    """Bytes of B and t for all outputs."""
     return 2 * c["MAX_ACTIVE"] * c["RANK"] * n if c["PARTS"] else 0
 
 
@@ -62,7 +63,7 @@ def _simt(launch: Launch) -> dict[str, Any]:
     return {
         "config": f"{n}x{k} {c['EPILOGUE']} {launch.signature['y'][1:]}, tile {c['BLOCK_N']}x{c['ROWS']}, "
         f"{c['GROUPS']} groups, {launch.num_warps} warps{_lora_text(c)}{_scales_text(launch)}",
-        # A short row is the kernel's tail alone.
+        # A short row runs only the kernel's tail.
         "units_per_iteration": c["BLOCK_N"] * (c["GROUPS"] * _GROUP if has_loop else k),
         "loaded_units": c["BLOCK_N"] * c["GROUPS"] * _GROUP,
         "marker": _DECODE_MARK,
@@ -90,7 +91,7 @@ def _dot(launch: Launch) -> dict[str, Any]:
 
 
 def _finish(launch: Launch) -> dict[str, Any]:
-    """A unit is an element of the product; every block uses all adapters here, which is the worst."""
+    """A unit is an element of the product. Every block is counted as using all adapters, which is the worst case."""
     c, n, rows = launch.constexprs, launch.arguments["n"], launch.arguments["rows"]
     halves = 2 if c["EPILOGUE"] == "silu_mul" else 1
     outputs, columns = (c["BLOCK_N"], rows) if "SPLITS" in c else (c["OUTPUTS"], c["COLUMNS"])
@@ -111,7 +112,8 @@ def _finish(launch: Launch) -> dict[str, Any]:
 
 
 def _expand_turns(c: Any) -> dict[int, float]:
-    """Loops over adapters, each around one over the rank, for every part; one adapter's is no loop."""
+    """Turns of the loops over adapters, each around a loop over the rank, for every part. One adapter alone has no
+    loop."""
     if not c["PARTS"] or not c["MAX_ACTIVE"]:
         return {}
     chunks = float(-(-c["RANK"] // 32))
@@ -154,7 +156,7 @@ def _shrink(launch: Launch) -> dict[str, Any]:
 
 
 def _shrink_prompt(launch: Launch) -> dict[str, Any]:
-    """A unit is an element of x read, all rows by every adapter, which is the worst."""
+    """A unit is an element of x. All rows are counted as read by every adapter, which is the worst case."""
     c, rows = launch.constexprs, launch.arguments["rows"]
     active, k = launch.arguments["active"].shape[0], c["K"]
     tiles = active * c["PARTS"] * -(-c["RANK"] // c["BLOCK_RANK"])
@@ -201,11 +203,11 @@ def _reduce(launch: Launch) -> dict[str, Any]:
     return _straight(config, units, a["partial"].numel(), 4)
 
 
-# ---- what has no loop
+# ---- kernels without a loop
 
 
 def _straight(config: str, units: int, all_units: int, read: float, written: int = 2) -> dict[str, Any]:
-    """A program handles `units`, each of which brings `read` bytes from memory and leaves `written`."""
+    """A program handles `units` units; each reads `read` bytes from memory and writes `written`."""
     return {
         "config": config,
         "units_per_iteration": units,
@@ -218,7 +220,7 @@ def _straight(config: str, units: int, all_units: int, read: float, written: int
 
 
 def _rows(*names: str, result: str = "y") -> Callable[[Launch], dict[str, Any]]:
-    """Of a kernel that takes rows of WIDTH; names: the operands that have one."""
+    """The case of a kernel that handles rows of WIDTH; names: the operands with such rows."""
 
     def work(launch: Launch) -> dict[str, Any]:
         c = launch.constexprs
@@ -234,7 +236,7 @@ def _rows(*names: str, result: str = "y") -> Callable[[Launch], dict[str, Any]]:
 
 
 def _rope(launch: Launch) -> dict[str, Any]:
-    """Both sides of the kernel's branch are counted: queries, and keys with values."""
+    """Counts both sides of the kernel's branch: queries, and keys with values."""
     c, size = launch.constexprs, _size(launch, "q")
     heads = c["HEADS"] + 2 * c["KV_HEADS"]
     return _straight(
