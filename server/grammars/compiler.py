@@ -2,10 +2,11 @@
 
 A grammar gets at most GrammarLimits of time and memory there. What has passed is compiled again in this process, with
 the interpreter's lock released. What has failed is remembered, so that a client who repeats it costs nothing. All
-methods block: they are for worker threads. Called by `serving` in the API.
+methods but `ready` block: they are for worker threads. Called by `serving` in the API.
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import math
@@ -28,7 +29,12 @@ _WORKER = "guanaco.server.grammars.worker"
 _MAX_ANSWER_BYTES = 1 << 24
 _MAX_REFUSED = 256
 _RENEWED_AFTER = 256  # matchers of one compiled grammar
+_KILLED = "the process that compiles grammars was killed; try again, the log has the reason"
 _MISSING = "this server has no structured output: the package llguidance is not installed on it"
+
+
+class _TooSlow(GrammarError):
+    """Compiling took too long, on this machine and at this time."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class GrammarLimits:
     start_seconds: float = 60.0  # of the process, which is our own code: a busy machine takes its time
     kept: int = 128  # compiled grammars
     kept_bytes: int = 2 << 20  # … and the text of all of them
+    slow_seconds: float = 60.0  # for which one that took too long is refused at once: the machine may have been busy
 
 
 class CompiledGrammar:
@@ -91,7 +98,7 @@ class GrammarCompiler:
         self._observe = observe
         self._vocabulary: Vocabulary | None = None
         self._kept: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
-        self._refused: OrderedDict[Grammar, str] = OrderedDict()
+        self._refused: OrderedDict[bytes, tuple[str, float]] = OrderedDict()  # by digest: why, and until when
         self._process: RestrictedProcess | None = None
         self._turn = threading.Lock()  # one grammar is compiled at a time
         self._books = threading.Lock()
@@ -118,6 +125,16 @@ class GrammarCompiler:
             self._observe(0.0, True)
         return found
 
+    def ready(self, grammar: Grammar) -> CompiledGrammar | None:
+        """The grammar, where it is kept; for the event loop: such a request need not wait for those that compile."""
+        with self._books:
+            found = self._kept.get(grammar)
+            if found is None or found.is_worn:
+                return None
+            self._kept.move_to_end(grammar)
+        self._observe(0.0, True)
+        return found
+
     def close(self) -> None:
         """End the process; what it compiles ends with an error."""
         self._closed = True
@@ -132,8 +149,10 @@ class GrammarCompiler:
         return None if process is None else process.pid
 
     def _look_up(self, grammar: Grammar) -> CompiledGrammar | None:
+        digest = _digest(grammar)
         with self._books:
-            if (problem := self._refused.get(grammar)) is not None:
+            problem, until = self._refused.get(digest, ("", 0.0))
+            if time.monotonic() < until:
                 raise GrammarError(problem, grammar.param)
             found = self._kept.get(grammar)
             if found is None or found.is_worn:
@@ -151,8 +170,10 @@ class GrammarCompiler:
                 vocabulary = self._its_vocabulary()
                 compiled = CompiledGrammar(grammar, vocabulary, self._checked(grammar, vocabulary))
         except GrammarError as error:
+            seconds = self.limits.slow_seconds if isinstance(error, _TooSlow) else math.inf
+            digest = _digest(grammar)
             with self._books:
-                self._refused[grammar] = str(error)
+                self._refused[digest] = str(error), time.monotonic() + seconds
                 while len(self._refused) > _MAX_REFUSED:
                     self._refused.popitem(last=False)
             raise GrammarError(str(error), grammar.param) from None
@@ -178,17 +199,22 @@ class GrammarCompiler:
         """The grammar in Lark, once the process has compiled it. Raises GrammarError or GrammarUnavailable."""
         message = json.dumps({"kind": grammar.kind, "text": grammar.text}).encode()
         seconds = self.limits.seconds
-        process = self._running(vocabulary)
-        try:
-            answer = json.loads(process.exchange(message, seconds=seconds, max_bytes=_MAX_ANSWER_BYTES))
-        except ProcessTimeout:
-            self._process = None
-            logger.warning("a grammar (%s) was stopped after %g s", grammar.kind, seconds)
-            raise GrammarError(f"compiling it took more than {seconds:g} s: simplify it") from None
-        except ProcessEnded as error:
-            self._process = None
-            logger.warning("the process that compiled a grammar (%s) ended (%s)", grammar.kind, error)
-            raise GrammarError("it is too large or too deeply nested for this server: simplify it") from None
+        for is_last in (False, True):
+            process = self._running(vocabulary)
+            try:
+                answer = json.loads(process.exchange(message, seconds=seconds, max_bytes=_MAX_ANSWER_BYTES))
+                break
+            except ProcessTimeout:
+                self._process = None
+                logger.warning("a grammar (%s) was stopped after %g s", grammar.kind, seconds)
+                raise _TooSlow(f"compiling it took more than {seconds:g} s: simplify it") from None
+            except ProcessEnded as error:
+                self._process = None
+                logger.warning("the process that compiled a grammar (%s) ended (%s)", grammar.kind, error)
+                if not error.was_killed:
+                    raise GrammarError("it is too large or too deeply nested for this server: simplify it") from None
+                if is_last:  # that somebody else ends the process says nothing of the grammar
+                    raise GrammarUnavailable(_KILLED, is_here=True) from None
         if (problem := answer.get("problem")) is not None:
             raise GrammarError(problem)
         return str(answer["lark"])
@@ -211,3 +237,8 @@ class GrammarCompiler:
             raise GrammarUnavailable(text, is_here=True) from None
         self._process = process
         return process
+
+
+def _digest(grammar: Grammar) -> bytes:
+    """For what is only remembered as refused: its text may be large."""
+    return hashlib.sha256(f"{grammar.kind}\0{grammar.text}".encode()).digest()

@@ -167,7 +167,8 @@ async def _constraints(request: HttpRequest, prepared: Prepared) -> Callable[[Sa
     lane = state.lane(key_of(request), prepared.body.model)
     try:
         async with asyncio.timeout(state.settings.queue_timeout or None):
-            compiled = await state.grammar_work.run(lane, state.grammars.compile, grammar)
+            if (compiled := state.grammars.ready(grammar)) is None:
+                compiled = await state.grammar_work.run(lane, state.grammars.compile, grammar)
     except TimeoutError:
         raise overloaded() from None
     except GrammarError as error:

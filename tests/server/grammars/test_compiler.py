@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from guanaco.models.error_codes import ErrorCode
+from guanaco.models.formats.restricted_process import ProcessEnded
 from guanaco.server.grammars import building
 from guanaco.server.grammars import compiler as compiler_module
 from guanaco.server.grammars.building import build, lark_of
@@ -126,6 +127,57 @@ def test_a_process_that_is_killed_is_replaced(compiler: GrammarCompiler) -> None
     process._process.wait()
     assert compiler.compile(choice(["behind"]))
     assert compiler._process is not process
+
+
+class Killed:
+    """A process that somebody ends while it compiles."""
+
+    pid = 0
+    has_ended = False
+
+    def exchange(self, *_: object, **__: object) -> bytes:
+        raise ProcessEnded("status -9", -9)
+
+
+def test_a_process_that_is_killed_at_work_says_nothing_of_its_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = GrammarCompiler(lambda: VOCABULARY)
+    made._process = Killed()  # type: ignore[assignment]
+    assert made.compile(choice(["once"])), "another process compiles it"
+    with monkeypatch.context() as patched:
+        patched.setattr(made, "_running", lambda _: Killed())
+        with pytest.raises(GrammarUnavailable, match="try again") as refused:
+            made.compile(choice(["twice"]))
+    assert refused.value.is_here
+    assert made.compile(choice(["twice"])), "it was not remembered as refused"
+    made.close()
+
+
+def test_one_that_took_too_long_may_try_again_later() -> None:
+    made = GrammarCompiler(lambda: VOCABULARY, GrammarLimits(seconds=30, slow_seconds=0))
+    made.compile(json_object())
+    object.__setattr__(made.limits, "seconds", 1e-6)
+    with pytest.raises(GrammarError, match="took more than 1e-06 s"):
+        made.compile(regex("a+"))
+    object.__setattr__(made.limits, "seconds", 30.0)
+    assert made.compile(regex("a+"))
+    made.close()
+
+
+def test_no_text_is_kept_of_what_is_refused(compiler: GrammarCompiler) -> None:
+    with pytest.raises(GrammarError):
+        compiler.compile(regex("(" + "a" * 10_000))
+    assert {len(key) for key in compiler._refused} == {32}
+
+
+def test_what_is_kept_waits_for_nobody() -> None:
+    seen: list[bool] = []
+    made = GrammarCompiler(lambda: VOCABULARY, observe=lambda _, hit: seen.append(hit))
+    assert made.ready(choice(["a"])) is None
+    found = made.compile(choice(["a"]))
+    with made._turn:  # another grammar is being compiled
+        assert made.ready(choice(["a"])) is found
+    assert seen == [False, True]
+    made.close()
 
 
 def test_grammars_are_kept_and_the_oldest_go() -> None:

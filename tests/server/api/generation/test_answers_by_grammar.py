@@ -79,3 +79,12 @@ def test_a_process_that_cannot_start_asks_to_try_again(monkeypatch: pytest.Monke
         refused = client.post("/v1/chat/completions", json=chat_body(guided_choice=["a"]))
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "grammar_unavailable")
         server.assert_quiet()
+
+
+def test_a_grammar_that_is_kept_does_not_wait_for_those_that_compile() -> None:
+    with LiveServer(make_state()) as server, server.client() as client:
+        body = chat_body(guided_choice=["a"])
+        first = client.post("/v1/chat/completions", json=body)
+        server.state.grammar_work.shutdown()  # no thread compiles any more
+        assert client.post("/v1/chat/completions", json=body).status_code == first.status_code == 200
+        server.assert_quiet()
