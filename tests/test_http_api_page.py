@@ -44,8 +44,8 @@ def test_every_route_of_clients_is_in_the_table() -> None:
 
 def test_every_field_is_in_the_table() -> None:
     fields = set(protocol.ChatBody.model_fields) | set(protocol.CompletionBody.model_fields)
-    # `model` has a section of its own; `best_of` is taken only where it equals `n`.
-    assert fields - {"model", "best_of"} <= first_column("Fields of a request")
+    # `model` has a section of its own.
+    assert fields - {"model"} <= first_column("Fields of a request")
 
 
 def test_open_routes_are_named() -> None:

@@ -96,6 +96,8 @@ class ChoicesAnswer(Answer):
         }
         self._shows_ids = bool(body.return_token_ids)
         self._names_ids = bool(body.return_tokens_as_token_ids)
+        self._num_shown, self._num_drawn = body.n, body.num_drawn  # choices of each prompt
+        self._scores: dict[int, tuple[float, int]] = {}  # by choice: its log-probabilities, added up, and its tokens
         self._num_scored = body.prompt_logprobs  # alternatives of each token of the prompt; None: it isn't scored
         options = body.stream_options
         self._usage_at_end = bool(options and options.include_usage)
@@ -113,6 +115,23 @@ class ChoicesAnswer(Answer):
     @property
     @abstractmethod
     def has_logprobs(self) -> bool: ...
+
+    def score(self, index: int, output: TextOutput) -> None:
+        """Count an output for `best`."""
+        total, count = self._scores.get(index, (0.0, 0))
+        self._scores[index] = (total + sum(item.logprob for item in output.logprobs), count + len(output.logprobs))
+
+    def best(self) -> list[int]:
+        """The choices that are shown: of each prompt the first n, or the n of `best_of` with the highest mean
+        log-probability of their tokens, the best first."""
+        groups = [range(i, i + self._num_drawn) for i in range(0, self.num_choices, self._num_drawn)]
+        if self._num_drawn == self._num_shown:
+            return [index for group in groups for index in group]
+        return [index for group in groups for index in sorted(group, key=self._mean, reverse=True)[: self._num_shown]]
+
+    def _mean(self, index: int) -> float:
+        total, count = self._scores.get(index, (0.0, 0))
+        return total / max(1, count)
 
     @abstractmethod
     def choice(self, index: int) -> dict[str, Any]:
@@ -160,5 +179,5 @@ class ChoicesAnswer(Answer):
         if more := self.whole_fields():
             around = around[:-1] + b"," + encode(more)[1:]
         before, after = around.split(b'"choices":[]', 1)
-        choices = b",".join(encode(self.choice(index)) for index in range(self.num_choices))
+        choices = b",".join(encode({**self.choice(index), "index": place}) for place, index in enumerate(self.best()))
         return before + b'"choices":[' + choices + b"]" + after

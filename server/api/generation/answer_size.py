@@ -21,8 +21,8 @@ def most_tokens_a_choice(
     more log-probabilities, than one answer may have. A stream is not kept: of its log-probabilities only the prompt's
     count, since they come in one event.
     """
-    num_choices = body.n * len(prompts)
-    num_tokens = body.n * sum(params.max_tokens for _, params in prompts)
+    num_choices = body.num_drawn * len(prompts)
+    num_tokens = body.num_drawn * sum(params.max_tokens for _, params in prompts)
     most: int | None = None
     if num_tokens > settings.max_answer_tokens:
         most = settings.max_answer_tokens // num_choices
@@ -32,7 +32,7 @@ def most_tokens_a_choice(
                 f"{num_tokens}: ask for fewer prompts, choices or tokens"
             )
             raise bad_request(text, "max_tokens")
-    fixed = body.n * sum(length * _entries(params.prompt_logprobs) for length, params in prompts)
+    fixed = body.num_drawn * sum(length * _entries(params.prompt_logprobs) for length, params in prompts)
     a_token = _entries(prompts[0][1].logprobs)
     if body.stream or not a_token:
         a_token = 0

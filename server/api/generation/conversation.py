@@ -15,8 +15,8 @@ from guanaco.server.api.generation.body import renamed_errors, validate
 from guanaco.server.api.generation.catalog import Caller
 from guanaco.server.api.generation.fields import ALIASES, REFUSED_IN_CHAT
 from guanaco.server.api.generation.ignored import Ignored
-from guanaco.server.api.generation.protocol import ChatBody, ChatMessage, TokenizeBody
-from guanaco.server.api.generation.sampling import check_request, check_scored_size, sampling_params
+from guanaco.server.api.generation.protocol import MAX_TOKENS, ChatBody, ChatMessage, TokenizeBody
+from guanaco.server.api.generation.sampling import check_request, check_scored_size, num_tokens_kept, sampling_params
 from guanaco.server.api.generation.serving import (
     MAX_BYTES_PER_TOKEN,
     Prepared,
@@ -98,7 +98,13 @@ def prepare_conversation(
     is_guided = grammar is None and tools.guides_text
     tools, grammar = replace(tools, is_sure=is_guided), tools.grammar(grammar)
     token_ids = render_messages(
-        state, template, body.messages, model.max_model_len, tools=tools, ending=PromptEnding.of(body)
+        state,
+        template,
+        body.messages,
+        model.max_model_len,
+        tools=tools,
+        ending=PromptEnding.of(body),
+        keep=num_tokens_kept(body, model.max_model_len),
     )
     params = sampling_params(
         body,
@@ -179,14 +185,17 @@ def render_messages(
     tools: ToolPlan,
     ending: "PromptEnding | None" = None,
     max_tokens: int | None = None,
+    keep: int | None = None,
 ) -> tuple[int, ...]:
     """The conversation as token ids, through the chat template. 400 where it doesn't suit the template.
 
     max_tokens: 400 for more. None: the context's, and a longer conversation need not be encoded to its end, since it is
-    refused for that."""
+    refused for that. keep: so many of its last tokens; None: all."""
     check_text_size(sum(message.num_bytes for message in messages), max_model_len, "messages")
     check_text_size(tools.num_bytes, max_model_len, "tools")
     ending = ending or PromptEnding()
+    if keep is not None and max_tokens is None:
+        max_tokens = MAX_TOKENS  # its end counts
     ending.check(messages, tools)
     if template is None:
         text = "this model has no chat template: use /v1/completions, or start the server with --chat-template NAME"
@@ -212,7 +221,7 @@ def render_messages(
     if max_tokens is not None and len(token_ids) > max_tokens:
         raise bad_request(f"the messages come to more than {max_tokens} tokens: send less at once", "messages")
     check_token_ids(state, token_ids, "messages")
-    return tuple(token_ids)
+    return tuple(token_ids if keep is None else token_ids[-keep:])
 
 
 def _template_problem(code: ErrorCode) -> ApiError:

@@ -12,7 +12,14 @@ from guanaco.models.error_codes import ErrorCode
 from guanaco.server.api.values.unsupported import ADAPTERS, REFUSED, Neutral
 
 _TAKEN = frozenset(
-    ("allowed_token_ids", "bad_words", "prompt_logprobs", "return_token_ids", "return_tokens_as_token_ids")
+    (
+        "allowed_token_ids",
+        "bad_words",
+        "truncate_prompt_tokens",
+        "prompt_logprobs",
+        "return_token_ids",
+        "return_tokens_as_token_ids",
+    )
 )
 _TAKEN_IN_CHAT = _TAKEN | {"tools", "tool_choice", "continue_final_message", "chat_template_kwargs"}
 REFUSED_IN_CHAT: Mapping[str, Neutral] = {

@@ -5,7 +5,7 @@ Says what a request may hold, not what is done with it. Nothing here is echoed: 
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from guanaco.server.api.generation.fields import (
     ALIASES,
@@ -84,6 +84,12 @@ def _prompts(value: object) -> tuple[Prompt, ...]:
     return tuple(token_ids(item, len(item)) for item in value)
 
 
+def _tokens_kept(value: int) -> int:
+    if value == 0:
+        raise fail("give 1 or more, or -1 for what the context has room for")
+    return value
+
+
 def _n(value: object) -> object:
     return 1 if value is None else value
 
@@ -122,6 +128,7 @@ _ResponseFormat = Annotated[
 _Json = Annotated[Any, schema(type=["object", "string", "boolean", "null"])]
 _Text = Annotated[Any, schema(type=["string", "null"])]
 TokenCount = Annotated[int, Field(ge=1, lt=2**31)]
+TokensKept = Annotated[int, AfterValidator(_tokens_kept), Field(ge=-1, lt=2**31)] | None
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
@@ -145,7 +152,7 @@ class GenerationBody(Body):
     top_k: Annotated[int, Field(ge=-1, le=MAX_TOP_K)] | None = None  # 0 and -1: all
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     n: Annotated[int, BeforeValidator(_n), Field(ge=1, le=MAX_CHOICES)] = 1
-    best_of: int | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None = None
@@ -164,6 +171,7 @@ class GenerationBody(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     adapters: AdapterChoices = ()
+    truncate_prompt_tokens: TokensKept = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
     user: User = None
     response_format: _ResponseFormat = None
@@ -172,6 +180,11 @@ class GenerationBody(Body):
     guided_regex: _Text = None
     guided_choice: Annotated[Any, schema(type=["array", "null"], items={"type": "string"})] = None
     guided_grammar: _Text = None
+
+    @property
+    def num_drawn(self) -> int:
+        """Choices that are made of each prompt: those that are shown, or more, of which the best are."""
+        return max(self.n, self.best_of or 0)
 
     @property
     def token_limit(self) -> int | None:
@@ -280,6 +293,13 @@ class TokenizeBody(Body):
     tool_choice: ToolChoiceField = None
     parallel_tool_calls: bool | None = None
     return_token_strs: bool | None = None
+    truncate_prompt_tokens: TokensKept = None
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None  # that the answer to it may have
+    max_completion_tokens: TokenCount | None = None
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
 
 class DetokenizeBody(Body):

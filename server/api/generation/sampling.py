@@ -10,7 +10,14 @@ from typing import Any, TypeVar
 
 from guanaco.models.error_codes import ErrorCode
 from guanaco.models.text.tokenizer import Tokenizer
-from guanaco.server.api.generation.protocol import MAX_PROMPT_LOGPROBS, MAX_TOP_K, MAX_TOTAL_TOKENS, GenerationBody
+from guanaco.server.api.generation.protocol import (
+    DEFAULT_COMPLETION_TOKENS,
+    MAX_PROMPT_LOGPROBS,
+    MAX_TOP_K,
+    MAX_TOTAL_TOKENS,
+    GenerationBody,
+    TokenizeBody,
+)
 from guanaco.server.api.http.errors import ApiError, bad_request
 from guanaco.server.engine.constraints import AllowedTokens
 from guanaco.server.engine.request import SamplingParams
@@ -60,8 +67,10 @@ def check_request(body: GenerationBody, num_token_ids: int) -> None:
         raise bad_request("stream_options needs stream to be true", "stream_options")
     if body.prompt_logprobs is not None and body.stream:
         raise bad_request("prompt_logprobs are not there with stream: ask for the whole answer", "prompt_logprobs")
-    if body.best_of is not None and body.best_of != body.n:
-        raise bad_request("best_of is only supported where it equals n", "best_of", ErrorCode.UNSUPPORTED_PARAMETER)
+    if body.best_of is not None and body.best_of < body.n:
+        raise bad_request("best_of must be n or more: the n best are shown", "best_of")
+    if body.num_drawn > body.n and body.stream:
+        raise bad_request("best_of is not there with stream: which answers are best is known at their end", "best_of")
     beyond = f"a token id is beyond the model's vocabulary: token ids must be below {num_token_ids}"
     if any(token >= num_token_ids for token in body.stop_token_ids):
         raise bad_request(beyond, "stop_token_ids")
@@ -71,12 +80,20 @@ def check_request(body: GenerationBody, num_token_ids: int) -> None:
         raise bad_request(beyond, "allowed_token_ids")
 
 
+def num_tokens_kept(body: GenerationBody | TokenizeBody, max_model_len: int) -> int | None:
+    """How many of a prompt's last tokens are kept, by truncate_prompt_tokens; None: all of them."""
+    if body.truncate_prompt_tokens != -1:
+        return body.truncate_prompt_tokens
+    answer = DEFAULT_COMPLETION_TOKENS if body.token_limit is None else body.token_limit
+    return max(1, max_model_len - answer)
+
+
 def check_scored_size(body: GenerationBody, num_tokens: int, echoed: int | None = None) -> None:
     """400 where the answer would hold too many log-probabilities of the prompts: each takes memory until it is sent.
 
     num_tokens: of all prompts. echoed: alternatives of each token of a prompt that is echoed; None: none are shown."""
     for name, num_top in (("prompt_logprobs", body.prompt_logprobs), ("logprobs", echoed)):
-        if num_top is not None and num_tokens * (num_top + 1) * body.n > MAX_PROMPT_LOGPROBS:
+        if num_top is not None and num_tokens * (num_top + 1) * body.num_drawn > MAX_PROMPT_LOGPROBS:
             most = f"at most {MAX_PROMPT_LOGPROBS} log-probabilities of prompts in one answer"
             advice = "send fewer prompts, or ask for fewer"
             raise bad_request(f"{most}, which is tokens of all prompts x ({name} + 1) x n: {advice}", name)
@@ -115,9 +132,9 @@ def sampling_params(
             param=limit_name,
         )
     most = max(MAX_TOTAL_TOKENS, max_model_len)
-    if limit is not None and limit * body.n > most:
+    if limit is not None and limit * body.num_drawn > most:
         raise bad_request(f"n times {limit_name} may be at most {most}", "n")
-    free = min(room, most // body.n)
+    free = min(room, most // body.num_drawn)
     max_tokens = limit if limit is not None else free if default_limit is None else min(free, default_limit)
     if (body.min_tokens or 0) > max_tokens:
         raise bad_request(f"min_tokens is more than the {max_tokens} tokens that may be generated", "min_tokens")
@@ -134,7 +151,7 @@ def sampling_params(
         logit_bias=body.logit_bias,
         allowed=None if body.allowed_token_ids is None else AllowedTokens.of(body.allowed_token_ids),
         bad_words=bad_word_ids(body.bad_words, tokenizer),
-        logprobs=num_logprobs,
+        logprobs=0 if num_logprobs is None and body.num_drawn > body.n else num_logprobs,  # the best by them
         prompt_logprobs=prompt_logprobs,
         stop_token_ids=stops.token_ids.union(body.stop_token_ids),
         stop_token_texts=stops.tokens,

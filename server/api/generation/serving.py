@@ -82,7 +82,7 @@ class Prepared:
         self, answer_id: str, arrival_seconds: float, new_constraint: Callable[[SamplingParams], Constraint | None]
     ) -> list[Request]:
         """n requests for each prompt, in the order of the choices' indexes. Each gets a constraint of its own."""
-        choices = [(prompt, choice) for prompt in self.prompts for choice in range(self.body.n)]
+        choices = [(prompt, choice) for prompt in self.prompts for choice in range(self.body.num_drawn)]
         return [
             Request(
                 request_id=f"{answer_id}-{index}",
@@ -120,7 +120,7 @@ async def serve(request: HttpRequest, prepare: Prepare) -> Response:
         record.model, record.adapter_version = prepared.model.name, prepared.model.versions
         record.stream = prepared.stream
         requests = prepared.engine_requests(answer.id, record.started, new_constraint)
-        generation = await Generation.start(state, prepared.model, record, admission, requests, prepared.body.n)
+        generation = await Generation.start(state, prepared.model, record, admission, requests, prepared.body.num_drawn)
     except BaseException:
         admission.release()
         raise

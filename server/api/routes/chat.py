@@ -74,7 +74,7 @@ class ChatAnswer(ChoicesAnswer):
         self._tokenizer = tokenizer
         self._with_logprobs = bool(body.logprobs)
         self._prompt_logprobs: list[TokenLogprob] = []
-        self._choices = [_Choice(tools.reader()) for _ in range(body.n)]
+        self._choices = [_Choice(tools.reader()) for _ in range(body.num_drawn)]
 
     @property
     def num_choices(self) -> int:
@@ -108,6 +108,7 @@ class ChatAnswer(ChoicesAnswer):
         return chunks
 
     def add(self, index: int, output: TextOutput) -> None:
+        self.score(index, output)
         choice = self._choices[index]
         choice.calls.take(choice.read(output))
         choice.logprobs += output.logprobs

@@ -14,7 +14,7 @@ from guanaco.server.api.generation.body import body_schema, take_fields
 from guanaco.server.api.generation.catalog import Caller, ServedModel
 from guanaco.server.api.generation.logprobs import CompletionLogprobs, prompt_logprobs
 from guanaco.server.api.generation.protocol import COMPLETION_FIELDS, CompletionBody
-from guanaco.server.api.generation.sampling import check_request, check_scored_size, sampling_params
+from guanaco.server.api.generation.sampling import check_request, check_scored_size, num_tokens_kept, sampling_params
 from guanaco.server.api.generation.serving import (
     Prepared,
     Prompt,
@@ -62,14 +62,20 @@ def _prompt(
     state: ApiState, body: CompletionBody, prompt: protocol.Prompt, model: ServedModel, *, follows_grammar: bool
 ) -> Prompt:
     """One prompt as token ids. Text gets a BOS as the tokenizer's own rule says; token ids are taken as they are."""
+    keep = num_tokens_kept(body, model.max_model_len)
     if isinstance(prompt, str):
         check_text_size(len(prompt.encode()), model.max_model_len, "prompt")
-        token_ids = tuple(encode_raw(state, prompt, body.add_special_tokens, model.max_model_len))
+        most = model.max_model_len if keep is None else protocol.MAX_TOKENS
+        token_ids = tuple(encode_raw(state, prompt, body.add_special_tokens, most))
+        if keep is not None and len(token_ids) > most:
+            raise bad_request(f"a prompt comes to more than {most} tokens: send less at once", "prompt")
     else:
         token_ids = prompt
     check_token_ids(state, token_ids, "prompt")
     if not token_ids:
         raise bad_request("a prompt is empty", "prompt")
+    is_cut = keep is not None and len(token_ids) > keep
+    token_ids = token_ids[-keep:] if keep is not None else token_ids
     params = sampling_params(
         body,
         state.defaults_for(model),
@@ -87,7 +93,8 @@ def _prompt(
     text = None
     skip = body.skip_special_tokens is not False
     if body.echo:
-        text = prompt if isinstance(prompt, str) else state.tokenizer.decode(token_ids, skip_special_tokens=skip)
+        is_whole = isinstance(prompt, str) and not is_cut
+        text = str(prompt) if is_whole else state.tokenizer.decode(token_ids, skip_special_tokens=skip)
     return Prompt(token_ids, params, text)
 
 
@@ -133,7 +140,7 @@ class CompletionAnswer(ChoicesAnswer):
                 prompt.text or "",
             )
             for prompt in prompts
-            for _ in range(body.n)
+            for _ in range(body.num_drawn)
         ]
 
     def choice_chunks(self, index: int, output: TextOutput) -> list[dict[str, Any]]:
@@ -143,6 +150,7 @@ class CompletionAnswer(ChoicesAnswer):
         return [self._take(index)]
 
     def add(self, index: int, output: TextOutput) -> None:
+        self.score(index, output)
         choice = self._choices[index]
         choice.pending_text += output.text
         choice.prompt_logprobs += output.prompt_logprobs

@@ -21,6 +21,7 @@ from guanaco.server.api.generation.protocol import (
     DetokenizeBody,
     TokenizeBody,
 )
+from guanaco.server.api.generation.sampling import num_tokens_kept
 from guanaco.server.api.generation.serving import (
     check_text_size,
     check_token_ids,
@@ -82,6 +83,7 @@ def _tokenize(state: ApiState, caller: Caller, data: dict[str, Any]) -> tuple[di
                 tools=tool_plan(state, template, body),
                 ending=PromptEnding.of(body),
                 max_tokens=MAX_TOKENS,
+                keep=num_tokens_kept(body, max_model_len),
             )
         )
     else:
@@ -91,6 +93,8 @@ def _tokenize(state: ApiState, caller: Caller, data: dict[str, Any]) -> tuple[di
         if len(token_ids) > MAX_TOKENS:
             raise bad_request(f"the prompt comes to more than {MAX_TOKENS} tokens: send less at once", "prompt")
         check_token_ids(state, token_ids, "prompt")
+        if (keep := num_tokens_kept(body, max_model_len)) is not None:
+            token_ids = token_ids[-keep:]
     answer: dict[str, Any] = {"count": len(token_ids), "max_model_len": max_model_len, "tokens": token_ids}
     if body.return_token_strs:
         answer["token_strs"] = [state.tokenizer.token_text(token) for token in token_ids]

@@ -178,7 +178,7 @@ PROMPT: Mapping[str, Neutral] = {
     "truncate_prompt_tokens": (),
     "truncate_sequence": (False,),
     "truncation": (False, "disabled"),
-    "truncation_side": (),
+    "truncation_side": ("left",),
     "truncation_strategy": ("disabled",),
     "video_data": ([],),
     "vllm_xargs": ({},),

@@ -29,7 +29,7 @@ _FIELDS: dict[str, tuple[Any, ...]] = {
     "top_k": (-2, 1001, 2**63, *_NOT_INTEGERS),
     "min_p": (-0.01, 1.01, *_NOT_NUMBERS),
     "n": (0, -1, 9, 10**9, 2**63, *_NOT_INTEGERS),
-    "best_of": (2, 0, -1, 10**9, "1", True),
+    "best_of": (9, 0, -1, 10**9, "1", True),
     "seed": (2**63, -(2**63) - 1, 10**30, *_NOT_INTEGERS),
     "presence_penalty": (-2.01, 2.01, 1e308, *_NOT_NUMBERS),
     "frequency_penalty": (-2.01, 2.01, *_NOT_NUMBERS),
@@ -59,9 +59,9 @@ _FIELDS: dict[str, tuple[Any, ...]] = {
 # field → values that ask for what isn't supported
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "adapter_id": ("pirate",),
-    "allowed_token_ids": ([1],),
+    "allowed_token_ids": ([], [-1], [10**6], [2**31], [1.0], ["1"], 1, "1", {}, [True]),
     "audio": ({"voice": "x"},),
-    "bad_words": (["x"],),
+    "bad_words": ([""], [" "], [1], "x", {}, ["x"] * 65, ["x" * 129]),
     "chat_template": ("{{ messages }}", ""),
     "chat_template_kwargs": ({"tokenize": True},),
     "continue_final_message": (True,),
@@ -73,7 +73,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "lora_request": ({"lora_name": "x"},),
     "modalities": (["text", "audio"], ["audio"], "text"),
     "prompt_embeds": ("gASV",),
-    "prompt_logprobs": (1, 0),
+    "prompt_logprobs": (-1, 21, 2**63, *_NOT_INTEGERS),
     "suffix": ("x",),
     "tool_choice": (
         "required",
@@ -85,7 +85,9 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
         True,
     ),
     "tools": ([{"type": "function"}], {}, "x"),
-    "truncate_prompt_tokens": (1,),
+    "truncate_prompt_tokens": (0, -2, 2**31, *_NOT_INTEGERS),
+    "return_token_ids": _NOT_BOOLS,
+    "return_tokens_as_token_ids": _NOT_BOOLS,
     "use_beam_search": (True,),
 }
 
@@ -228,7 +230,7 @@ def _broken_json(good: bytes) -> Iterator[Case]:
         yield f"literal-{literal.decode()}", inside + b',"temperature":' + literal + b"}", 400, ANY
         yield f"ignored-literal-{literal.decode()}", inside + b',"user":' + literal + b"}", 400, ANY
     for number in (b"1e400", b"-1e400"):
-        yield f"overflow-{number.decode()}", inside + b',"temperature":' + number + b"}", 400, "temperature"
+        yield f"overflow-{number.decode()}", inside + b',"temperature":' + number + b"}", 400, ANY
     for index, body in enumerate(
         (
             *(

@@ -117,6 +117,14 @@ def test_whole(http: httpx.Client, name: str) -> None:
     assert answer["usage"]["completion_tokens"] <= limit * len(answer["choices"])
 
 
+def test_best_of_more_than_n(http: httpx.Client) -> None:
+    """All that were made count as tokens of the completion, and results cannot be streamed."""
+    answer = ask(http, {"best_of": 3, "n": 2, "temperature": 2, "max_tokens": 4})
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1]
+    assert answer["usage"]["completion_tokens"] == 3 * 4
+    assert http.post(ROUTE, json={**body_of({"best_of": 3}), "stream": True}).status_code == 400
+
+
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_stream_says_what_the_whole_answer_says(http: httpx.Client, name: str) -> None:
     whole, chunks = ask(http, ACCEPTED[name]), ask_stream(http, ACCEPTED[name])
