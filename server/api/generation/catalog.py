@@ -7,6 +7,7 @@ never the base.
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +20,7 @@ from guanaco.server.adapters.sources import shown_source
 from guanaco.server.api.http.auth import ApiKey
 from guanaco.server.api.http.errors import ApiError, alias_target_missing, bad_request, model_not_found
 from guanaco.server.api.http.lifecycle import Admission
+from guanaco.server.api.values.adapters import number_of
 from guanaco.server.engine.request import LoraRef
 from guanaco.server.metrics.adapters import MIXTURE_LABEL
 
@@ -202,6 +204,13 @@ class Catalog:
             caller = Caller(key)
             models += [m for name in self._aliases.names() if (m := self._model_of_alias(name, caller)) is not None]
         return tuple(model for model in models if model.is_open_to(key))
+
+    def numbered_adapters(self, key: ApiKey | None) -> dict[int, str]:
+        """The adapters that the holder of a key may use, by number and in the order of their names. An alias has none,
+        nor have two adapters whose names make the same number."""
+        names = sorted(m.name for m in self.all(key) if m.version is not None and m.stands_for in (None, m.name))
+        times = Counter(map(number_of, names))
+        return {number: name for name in names if times[number := number_of(name)] == 1}
 
     def hidden_adapters(self, key: ApiKey | None) -> frozenset[str]:
         """The names of the adapters that the holder of a key may not use."""

@@ -13,6 +13,7 @@ from guanaco.server.api.values.unsupported import ADAPTERS, REFUSED, Neutral
 
 _TAKEN = frozenset(
     (
+        *("adapter_id", "lora", "lora_path"),
         "allowed_token_ids",
         "bad_words",
         "truncate_prompt_tokens",
@@ -53,7 +54,7 @@ _TOP_LEVEL = "put the fields that it holds into the body itself"
 _STRUCTURED = "use response_format, or structured_outputs"
 _PROMPTS = "give prompt, or messages where the route takes them"
 INSTEAD: Mapping[str, str] = {
-    **dict.fromkeys(ADAPTERS, _TO_MIX),
+    **dict.fromkeys(ADAPTERS.keys() - _TAKEN, _TO_MIX),
     **dict.fromkeys(("extra_body", "nvext", "options", "parameters", "sampling_params"), _TOP_LEVEL),
     **dict.fromkeys(("content", "input", "input_ids", "inputs", "prompt_token_ids", "text", "text_input"), _PROMPTS),
     **dict.fromkeys(("runtime_top_k",), "use top_k"),

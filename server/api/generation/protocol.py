@@ -20,7 +20,7 @@ from guanaco.server.api.generation.fields import (
     asks_for_nothing,
 )
 from guanaco.server.api.tools.fields import ToolCallId, ToolCalls, ToolChoiceField, Tools
-from guanaco.server.api.values.adapters import AdapterChoices
+from guanaco.server.api.values.adapters import AdapterChoices, AdapterName, NumberedAdapters
 from guanaco.server.api.values.base import Body, fail, schema
 from guanaco.server.api.values.template_variables import TemplateVariables
 from guanaco.server.api.values.tokens import (
@@ -171,6 +171,9 @@ class GenerationBody(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     adapters: AdapterChoices = ()
+    adapter_id: AdapterName = None
+    lora_path: AdapterName = None
+    lora: NumberedAdapters = None
     truncate_prompt_tokens: TokensKept = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
     user: User = None
@@ -279,6 +282,9 @@ class TokenizeBody(Body):
 
     model: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     adapters: AdapterChoices = ()
+    adapter_id: AdapterName = None
+    lora_path: AdapterName = None
+    lora: NumberedAdapters = None
     user: User = None
     prompt: str | None = None
     messages: (

@@ -16,7 +16,7 @@ from guanaco.models.error_codes import ErrorCode
 from guanaco.server.api.generation.answer import Answer
 from guanaco.server.api.generation.answer_size import most_tokens_a_choice
 from guanaco.server.api.generation.body import parse_object, read_body, renamed_errors
-from guanaco.server.api.generation.catalog import Caller, ServedModel
+from guanaco.server.api.generation.catalog import Caller, Catalog, ServedModel
 from guanaco.server.api.generation.choices import Generation, until_disconnect
 from guanaco.server.api.generation.encode import encode
 from guanaco.server.api.generation.ignored import Ignored
@@ -30,6 +30,7 @@ from guanaco.server.api.http.errors import ApiError, bad_request, overloaded
 from guanaco.server.api.http.fair_pool import FairPool, Lane
 from guanaco.server.api.http.lifecycle import Admission, Lifecycle
 from guanaco.server.api.tools.plan import ToolPlan
+from guanaco.server.api.values.adapters import NumberedAdapter
 from guanaco.server.engine.awake_clock import awake_seconds
 from guanaco.server.engine.constraints import Constraint
 from guanaco.server.engine.request import Request, SamplingParams
@@ -254,15 +255,64 @@ def acquire_model(
     state: ApiState, body: GenerationBody | TokenizeBody, caller: Caller, admission: Admission
 ) -> ServedModel:
     """What the request asks for, held until its end. 404 for a name that nothing has."""
-    name = state.catalog.base.name if body.model is None else body.model
+    catalog, key = state.catalog, caller.key
+    name = catalog.base.name if body.model is None else body.model
+    behind = name.removeprefix(catalog.base.name + ":")
+    if behind != name and not catalog.is_known(name, key):
+        name = behind if behind != catalog.base.name else name  # SGLang's base:adapter
     if caller.split_key is None and body.user is not None:
         caller = replace(caller, split_key=body.user)
-    if not body.adapters:
-        return state.catalog.acquire(name, caller, admission)
+    asked = [field for field in ("adapters", *_PEERS_FIELDS) if getattr(body, field) not in (None, ())]
+    asked += ["lora"] if body.lora == () else []
+    if len(asked) > 1:
+        raise bad_request(f"{asked[0]} and {asked[1]} both name adapters: give one of them", asked[1])
+    if asked in (["lora_path"], ["adapter_id"]):
+        return _acquire_named(catalog, name, asked[0], getattr(body, asked[0]), caller, admission)
+    mixture = [(choice.name, choice.scale) for choice in body.adapters]
+    if body.lora is not None:
+        if name != catalog.base.name:
+            raise bad_request(f"with lora, model must be the base, {catalog.base.name}", "lora")
+        mixture = _numbered_adapters(catalog, body.lora, key)
+    if not mixture:
+        return catalog.acquire(name, caller, admission)
     most = state.settings.adapter_slots
-    if len(body.adapters) > most:
-        raise bad_request(f"at most {most} adapters at once (--adapter-slots)", "adapters")
-    return state.catalog.acquire_mixture(name, [(a.name, a.scale) for a in body.adapters], caller, admission)
+    if len(mixture) > most:
+        raise bad_request(f"at most {most} adapters at once (--adapter-slots)", asked[0])
+    return catalog.acquire_mixture(name, mixture, caller, admission)
+
+
+_PEERS_FIELDS = ("adapter_id", "lora_path", "lora")
+
+
+def _acquire_named(
+    catalog: Catalog, model: str, field: str, name: str, caller: Caller, admission: Admission
+) -> ServedModel:
+    """One adapter by the name in `field`, which must not contradict `model`."""
+    if model not in (catalog.base.name, name):
+        raise bad_request(f"model and {field} name two models: with {field}, model must be the base", field)
+    if name == catalog.base.name:
+        raise bad_request(f"{field} must name an adapter: the base is none", field)
+    try:
+        return catalog.acquire(name, caller, admission)
+    except ApiError as error:
+        if error.code != ErrorCode.MODEL_NOT_FOUND:
+            raise
+        text = f"no adapter has the name in {field}; GET /v1/models lists the names (a path is none)"
+        raise ApiError(error.status, ErrorCode.ADAPTER_NOT_FOUND, text, param=field) from None
+
+
+def _numbered_adapters(
+    catalog: Catalog, numbered: Sequence[NumberedAdapter], key: ApiKey | None
+) -> list[tuple[str, float]]:
+    """llama.cpp's list as names and scales: a scale of 0 leaves an adapter out, as not naming it does."""
+    names = catalog.numbered_adapters(key)
+    if len({entry.id for entry in numbered}) != len(numbered):
+        raise bad_request("lora has an id twice", "lora")
+    for index, entry in enumerate(numbered):
+        if entry.id not in names:
+            text = f"no adapter has the id in lora[{index}]; GET /lora-adapters lists them"
+            raise ApiError(404, ErrorCode.ADAPTER_NOT_FOUND, text, param=f"lora[{index}].id")
+    return [(names[entry.id], entry.scale) for entry in numbered if entry.scale]
 
 
 def model_to_look_at(state: ApiState, body: GenerationBody | TokenizeBody, caller: Caller) -> ServedModel:

@@ -25,6 +25,18 @@ async def list_models(request: Request) -> Response:
     return encoded_response(await state.answer_work.run(state.lane(key), cards))  # there may be thousands
 
 
+@router.get("/lora-adapters", tags=["models"], summary="The adapters by number, as llama.cpp's clients name them")
+async def lora_adapters(request: Request) -> Response:
+    """`path` is the served name, never a path. No adapter is on by itself, so each scale is 0."""
+    state, key = state_of(request), _key(request)
+
+    def entries() -> bytes:
+        numbered = state.catalog.numbered_adapters(key)
+        return encode([{"id": number, "path": name, "scale": 0.0} for number, name in numbered.items()])
+
+    return encoded_response(await state.answer_work.run(state.lane(key), entries))
+
+
 @router.get("/v1/models/{name:path}", tags=["models"], summary="One model by its name, slashes included")
 async def get_model(request: Request, name: str) -> Response:
     return json_response(state_of(request).catalog.get(name, _key(request)).card())

@@ -1,5 +1,6 @@
-"""Adapters that a request names itself, each with a factor."""
+"""Adapters that a request names itself, each with a factor: our way, and as llama.cpp, SGLang, TGI and LoRAX do."""
 
+import hashlib
 from typing import Annotated
 
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
@@ -32,4 +33,45 @@ AdapterChoices = Annotated[
     tuple[AdapterChoice, ...],
     BeforeValidator(_adapter_choices),
     WithJsonSchema({"type": "array", "items": AdapterChoice.model_json_schema()}),
+]
+
+
+def number_of(name: str) -> int:
+    """The number by which llama.cpp's clients name an adapter. It is made from the name, so it stays the same while
+    other adapters come and go."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") >> 1
+
+
+class NumberedAdapter(Body):
+    """One of llama.cpp's `lora`: GET /lora-adapters lists the numbers."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: Annotated[int, Field(ge=0, lt=2**31)]
+    scale: Annotated[float, Field(ge=-MAX_ADAPTER_SCALE, le=MAX_ADAPTER_SCALE)]
+
+
+def _numbered(value: object) -> object:
+    if value is not None and not isinstance(value, list):
+        raise fail("give a list of objects with id and scale; GET /lora-adapters lists the ids")
+    return None if value is None else tuple(value)
+
+
+NumberedAdapters = Annotated[
+    tuple[NumberedAdapter, ...] | None,
+    BeforeValidator(_numbered),
+    WithJsonSchema({"type": ["array", "null"], "items": NumberedAdapter.model_json_schema()}),
+]
+
+
+def _adapter_name(value: object) -> object:
+    if value is not None and not isinstance(value, str):
+        raise fail("give the name of one adapter, as GET /v1/models lists it")
+    return value
+
+
+AdapterName = Annotated[
+    Annotated[str, Field(min_length=1, max_length=256)] | None,
+    BeforeValidator(_adapter_name),
+    WithJsonSchema({"type": ["string", "null"]}),
 ]

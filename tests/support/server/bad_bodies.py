@@ -58,7 +58,8 @@ _FIELDS: dict[str, tuple[Any, ...]] = {
 
 # field → values that ask for what isn't supported
 _REFUSED: dict[str, tuple[Any, ...]] = {
-    "adapter_id": ("pirate",),
+    "adapter_id": ("terse", "", 5, ["pirate"], "x" * 257),
+    "lora": ([{"id": 0, "scale": 1.0}], [], "x", [5], [{"id": -1, "scale": 1}], [{"id": 0}]),
     "allowed_token_ids": ([], [-1], [10**6], [2**31], [1.0], ["1"], 1, "1", {}, [True]),
     "audio": ({"voice": "x"},),
     "bad_words": ([""], [" "], [1], "x", {}, ["x"] * 65, ["x" * 129]),
@@ -69,7 +70,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "function_call": ("auto", {"name": "x"}),
     "functions": ([{"name": "x"}],),
     "logits_processors": (["x"],),
-    "lora_path": ("/etc/passwd",),
+    "lora_path": ("/etc/passwd", "", 5, ["pirate"]),
     "lora_request": ({"lora_name": "x"},),
     "modalities": (["text", "audio"], ["audio"], "text"),
     "prompt_embeds": ("gASV",),
