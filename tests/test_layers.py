@@ -62,6 +62,7 @@ ALLOWED = {
     "server/bootstrap": {"server.bootstrap", "server.errors", *_ENGINE},
     "server/bootstrap/machine.py": set(),
     "server/api/http": _HTTP,
+    "server/api/document": {"server.api.document", "server.api.http"},
     "server/api/generation": _GENERATION,
     "server/api/messages": {*_GENERATION, "server.api.messages"},
     "server/api/values": {"server.api.values"},

@@ -5,6 +5,7 @@ Builds nothing that it serves: `ApiState` brings it all. Called by the wiring (`
 
 import asyncio
 import contextlib
+import functools
 import logging
 from collections.abc import AsyncIterator
 from typing import Any
@@ -13,6 +14,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from guanaco.server.api.document.describe import describe
 from guanaco.server.api.generation.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from guanaco.server.api.generation.state import ApiState
 from guanaco.server.api.http.auth import AuthMiddleware
@@ -82,7 +84,7 @@ def create_app(state: ApiState) -> FastAPI:
     if state.settings.allow_origin:
         app.add_middleware(ClientCors, origins=state.settings.allow_origin)
     app.add_middleware(RequestScope, lifecycle=state.lifecycle, metrics=state.metrics)
-    _describe_bodies(app)
+    _complete_document(app, has_keys=bool(state.keys))
     return app
 
 
@@ -123,16 +125,18 @@ async def _forget_expired(responses: ResponseStore) -> None:
         responses.forget_expired()
 
 
-def _describe_bodies(app: FastAPI) -> None:
-    """Add the bodies' parts to the OpenAPI document: the routes read them themselves, past FastAPI."""
+def _complete_document(app: FastAPI, *, has_keys: bool) -> None:
+    """Add the bodies to the OpenAPI document, which the routes read themselves, past FastAPI; and all the rest."""
     generate = app.openapi
 
+    @functools.cache
     def openapi() -> dict[str, Any]:
         document = generate()
         _, definitions = models_json_schema(
             [(model, "validation") for model in _BODIES], ref_template="#/components/schemas/{model}"
         )
         document.setdefault("components", {}).setdefault("schemas", {}).update(definitions.get("$defs", {}))
+        describe(document, has_keys=has_keys)
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]
