@@ -240,6 +240,9 @@ def test_logprobs_are_the_models(setting: Setting) -> None:
             assert entry.logprob == pytest.approx(float(row[entry.token_id]), abs=1e-3)
             values, ids = row.topk(num_top)
             assert [token for token, _ in entry.top] == ids.tolist()
+            if num_top == 3:  # of the prompt
+                places = {token: place for place, token in enumerate(ids.tolist(), start=1)}
+                assert entry.rank == places.get(entry.token_id, max(entry.rank, num_top + 1))
             assert [value for _, value in entry.top] == pytest.approx(values.tolist(), abs=1e-3)
 
 

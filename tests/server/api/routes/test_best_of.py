@@ -44,14 +44,11 @@ def text_of(choice: dict[str, Any]) -> str:
     return text
 
 
-@pytest.mark.parametrize("route", BODIES)
-@pytest.mark.parametrize("num_prompts", [1, 2])
+@pytest.mark.parametrize(("route", "num_prompts"), [(CHAT, 1), (COMPLETIONS, 1), (COMPLETIONS, 2)])
 def test_the_best_are_shown_in_order(
     server: LiveServer, client: httpx.Client, route: str, num_prompts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each prompt has its own best; the fake's log-probabilities are all alike, so means are given here."""
-    if route == CHAT and num_prompts == 2:
-        pytest.skip("a chat has one prompt")
     means = [-0.5, -0.2, -0.9, -0.1, -3.0, -1.0, -4.0, -2.0]
     monkeypatch.setattr(ChoicesAnswer, "_mean", lambda self, index: means[index])
     prompts = {"prompt": ["hello", "world"]} if num_prompts == 2 else {}
@@ -131,3 +128,21 @@ def test_wrong_lengths(client: httpx.Client, route: str, value: Any) -> None:
         client.post("/tokenize", json={**BODIES[route], "truncate_prompt_tokens": value}),
     ):
         assert (response.status_code, response.json()["error"]["param"]) == (400, "truncate_prompt_tokens")
+
+
+def test_batches_of_token_ids_with_n_echo_and_logprobs(server: LiveServer, client: httpx.Client) -> None:
+    """The choices of one prompt stand together, and each begins with its own prompt and its log-probabilities."""
+    fields = {"prompt": [[104, 105], [98, 121, 101]], "n": 2, "echo": True, "logprobs": 1, "seed": 1}
+    before = len(server.engine.requests)
+    choices = post(client, COMPLETIONS, **fields).json()["choices"]
+    made = server.engine.requests[before:]
+    assert [choice["index"] for choice in choices] == [0, 1, 2, 3]
+    for choice, request, text in zip(choices, made, ("hi", "hi", "bye", "bye"), strict=True):
+        assert choice["text"] == text + reply_of(request)[:2]
+        logprobs = choice["logprobs"]
+        assert logprobs["tokens"][: len(text)] == list(text)
+        assert [value is None for value in logprobs["token_logprobs"]] == [True] + [False] * (len(text) + 1)
+        assert logprobs["text_offset"][: len(text) + 1] == list(range(len(text) + 1))
+    refused = post(client, COMPLETIONS, suffix="end")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "unsupported_parameter")
+    assert refused.json()["error"]["param"] == "suffix"
