@@ -161,6 +161,7 @@ ANSWERS: Mapping[str, Schema] = {
         id=_STRING, object=_const("model"), created=_INTEGER, owned_by=_STRING, root=_STRING, parent=_or_null(_STRING)
     ),
     "ModelList": _object(object=_const("list"), data=_array(_ref("Model"))),
+    "NumberedAdapters": _array(_object(id=_COUNT, path=_STRING, scale=_NUMBER)),
     "Status": _object(status=_STRING),
     "Version": _object(version=_STRING),
 }
@@ -182,6 +183,7 @@ ANSWER_OF: Mapping[tuple[str, str], str | None] = {
     ("get", "/tokenizer_info"): "TokenizerInfo",
     ("get", "/v1/models"): "ModelList",
     ("get", "/v1/models/{name}"): "Model",
+    ("get", "/lora-adapters"): "NumberedAdapters",
     ("get", "/version"): "Version",
     ("get", "/health/live"): "Status",
     ("get", "/health/ready"): "Status",
