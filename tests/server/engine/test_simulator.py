@@ -1,4 +1,4 @@
-"""A million checked steps of scheduler, block ledger, prefix cache and adapter slots, in worlds full of faults."""
+"""Checked steps of scheduler, block ledger, prefix cache and adapter slots, in worlds full of faults."""
 
 import logging
 import os
@@ -37,10 +37,13 @@ def _quiet() -> None:
 
 
 @pytest.mark.timeout(1800)
-def test_a_million_checked_steps(proof_count: Callable[[int, int], int]) -> None:
-    """`make accept` runs five million. Each step is checked by the fake runner (every key and value that is read) and
-    by the scheduler's own limits; everything held and cached is checked every eighth step."""
-    wanted, num_steps, counts = proof_count(1_000_000, 5_000_000), 0, Counter[str]()
+def test_checked_steps_in_worlds_full_of_faults(proof_count: Callable[[int, int], int]) -> None:
+    """A quarter of a million; `make accept` runs five million.
+
+    Each step is checked by the fake runner (every key and value that is read) and by the scheduler's own limits.
+    Everything held and cached is checked every eighth step.
+    """
+    wanted, num_steps, counts = proof_count(250_000, 5_000_000), 0, Counter[str]()
     workers = len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         first_seed = 0
@@ -64,7 +67,7 @@ def test_a_million_checked_steps(proof_count: Callable[[int, int], int]) -> None
         "a flood waited its turn",
         "prefix hits",
     ):
-        assert counts[event] > 100, event
+        assert counts[event] > wanted // 10_000, event
 
 
 def test_a_seed_is_a_world() -> None:
@@ -276,7 +279,7 @@ PLANTED = {
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_bug_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within a few thousand steps, where the sound code passes a million."""
+    """Within a few thousand steps, where the sound code passes a quarter of a million."""
     where, attribute, bug = PLANTED[name]
     monkeypatch.setattr(where, attribute, bug)
     if name == "a broken digest that is trusted":
