@@ -4,6 +4,7 @@ Used by the tests of the tokenizer, the templates and the GGUF metadata.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +151,18 @@ TEMPLATE_TOKENS = (
 )  # fmt: skip
 
 assert SPECIAL_TOKENS[1:] == ("<|im_start|>", "<|im_end|>")
+
+
+def edit_json(path: Path, file: str, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """Change one JSON file of a directory; the directory."""
+    content = json.loads((path / file).read_text()) if (path / file).exists() else {}
+    change(content)
+    (path / file).write_text(json.dumps(content))
+    return path
+
+
+def as_transformers(path: Path) -> Any:
+    """The tokenizer that transformers makes of a directory."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path)
