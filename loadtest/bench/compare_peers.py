@@ -3,10 +3,10 @@
 machine whose speed drifts. Medians, ratios of the same round, and read bandwidth go to a file with their conditions.
 
     .venv/bin/python loadtest/bench/compare_peers.py --model M1B --gguf M1B.gguf --adapters A16:8 \\
-      --peers PEERS/bin/python
+      --peers PEERS/bin/python --bench-dir DRIVERS
 
-Each peer has a driver in ../shared/bench (its README says how to make the model, the GGUF and the virtual environment);
-`bandwidth` there, or --bandwidth, is compiled from bandwidth.c. Leave out a peer with --without NAME.
+--bench-dir names the folder with the peers' drivers (`peer_NAME.py`: each prints one JSON line with pp512, tg1, …) and
+with the bandwidth meter, compiled as `bandwidth`. Leave out a peer with --without NAME.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def main() -> int:
     p.add_argument("--gguf", help="the same model for llama.cpp, output head in 16 bit")
     p.add_argument("--adapters", help="DIR:N of PEFT adapters DIR/a0 …")
     p.add_argument("--peers", default=sys.executable, help="Python with the peers installed")
-    p.add_argument("--bench-dir", default=str(ROOT.parent / "shared/bench"), help="where the peers' drivers are")
+    p.add_argument("--bench-dir", required=True, help="where the peers' drivers are")
     p.add_argument("--bandwidth", help="the compiled bandwidth meter")
     p.add_argument("--without", action="append", default=[], metavar="NAME")
     p.add_argument("--rounds", type=int, default=3)

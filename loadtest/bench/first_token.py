@@ -5,7 +5,7 @@
 
 Starts `guanaco serve` several times: seconds from the process's start to the first token of one long prompt, and the
 peak of its resident memory (mapped pages count) while that stream runs to its end. The first start may quantise and
-pack the weights; it is listed apart. Then `guanaco bench engine` and the bandwidth meter of ../shared/bench in turns.
+pack the weights; it is listed apart. Then `guanaco bench engine` and the bandwidth meter in turns.
 """
 
 import argparse

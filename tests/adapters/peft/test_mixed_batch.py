@@ -18,7 +18,7 @@ from support.models.tiny_models import make_tiny_llama
 
 CPU = torch.device("cpu")
 ALONE = 1e-5  # between batch shapes; measured: 2e-6
-ORACLE = 1e-4  # issue 2, section 9, for fp32 compute; measured: 2e-6
+ORACLE = 1e-4  # for fp32 compute; measured: 2e-6
 
 ADAPTERS = {
     "small": {"rank": 1, "alpha": 2, "modules": ["q_proj", "v_proj"]},

@@ -25,7 +25,7 @@ from guanaco.models.loading.demo_convert import DEMO_FINGERPRINT, checkpoint_fin
 from guanaco.models.loading.loader import load_model
 from support.models.oracles import reference_ops
 
-MAX_ADAPTER_BYTES = 5 << 20  # issue 2, section 2
+MAX_ADAPTER_BYTES = 5 << 20  # the demo ships in the wheel
 
 
 def test_the_demo_has_the_recorded_weights(demo_model_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""The demo model, as it is served, against transformers over the same weights: greedy decoding, as issue 2 asks."""
+"""The demo model, as it is served, against transformers over the same weights: greedy decoding."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +17,11 @@ QUESTIONS = (
     "Translate 'good morning' into French, German and Spanish.",
     "List the planets of the solar system, in order, and say one thing about each of them.",
 )
-TOLERANCE = 1e-4  # issue 2, section 9: relative, in fp32 compute
+TOLERANCE = 1e-4  # relative, in fp32 compute
 
 
 def test_greedy_decoding_is_the_oracles(demo_model_dir: Path, proof_count: Callable[[int, int], int]) -> None:
-    """Eight chat prompts in one paged batch, in pieces; `make test` runs fewer tokens of each than the issue's 64."""
+    """Eight chat prompts in one paged batch, in pieces; `make test` runs fewer than `make accept`, which runs 64 of each."""
     tokenizer = Tokenizer.from_directory(demo_model_dir)
     prompts = [tokenizer.encode_chat([{"role": "user", "content": question}]) for question in QUESTIONS]
     model = load_model(demo_model_dir, reference_ops(decoded_weights_bytes=2 << 30)).model

@@ -12,12 +12,12 @@ from torch import Tensor
 RELATIVE_L2 = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
 
 # Products of NF4 weights by the native kernels: activations of 14 bits, levels of 13, scales of 16. Measured: 1.0e-4 to
-# 1.4e-4 in long rows, more in a row of one group. The issue allows 1.5e-3 and hopes for 3e-4.
+# 1.4e-4 in long rows, more in a row of one group.
 INTEGER_NF4_RELATIVE_L2 = {torch.float32: 3e-4, torch.bfloat16: 4e-3}
 
 # Products of NF4 weights by the Triton kernels, in float32; activations are given in float16. Levels are rounded to 11
 # bits, and nf4_simt sums eight products in float16: 4.1e-4 in long rows, 1.0e-3 was seen in a result of four numbers.
-# This is the issue's ceiling.
+# The ceiling of them all.
 TRITON_NF4_RELATIVE_L2 = 1.5e-3
 
 
