@@ -21,7 +21,7 @@ TOLERANCE = 1e-4  # relative, in fp32 compute
 
 
 def test_greedy_decoding_is_the_oracles(demo_model_dir: Path, proof_count: Callable[[int, int], int]) -> None:
-    """Eight chat prompts in one paged batch, in pieces; `make test` runs fewer than `make accept`, which runs 64 of each."""
+    """Eight chat prompts in one paged batch, in pieces; `make accept` decodes 64 tokens of each."""
     tokenizer = Tokenizer.from_directory(demo_model_dir)
     prompts = [tokenizer.encode_chat([{"role": "user", "content": question}]) for question in QUESTIONS]
     model = load_model(demo_model_dir, reference_ops(decoded_weights_bytes=2 << 30)).model
