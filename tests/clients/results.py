@@ -30,7 +30,7 @@ def outcome(result: Result) -> str:
         return f"not run: {result['not_run']}"
     failed = [check["check"] for check in result["checks"] if not check["ok"]]
     if failed:
-        return f"{len(failed)} of {len(result['checks'])} failed: {', '.join(failed)}"
+        return f"{len(failed)} of {len(result['checks'])} failed: {'; '.join(failed)}"
     return f"all {len(result['checks'])} passed"
 
 
@@ -45,7 +45,7 @@ def table(clients: Sequence[Result]) -> str:
         (
             result["title"],
             ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
-            ", ".join(check["check"] for check in result["checks"]),
+            "; ".join(check["check"] for check in result["checks"]),
             outcome(result),
             result["date"],
         )
