@@ -30,7 +30,7 @@ def weather(city: str) -> str:
     "Get the current temperature of a city."
     return "14 degrees"
 """
-# llm's short form, "name, age int", has no bounds: the demo model writes digits until the context is full.
+# llm's short form, "name, age int", allows other properties: the demo model adds them until the context is full.
 DOG = {
     "type": "object",
     "properties": {
