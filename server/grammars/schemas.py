@@ -18,6 +18,7 @@ _COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator"
 
 _ONE = frozenset(("additionalProperties", "additionalItems", "items"))  # keywords whose value is a schema
 _LISTS = frozenset(("allOf", "anyOf", "oneOf", "prefixItems"))  # … a list of schemas
+_COMBINING = ("$ref", "allOf", "anyOf", "oneOf")
 _MAPS = frozenset(("properties", "patternProperties", "$defs", "definitions"))  # … schemas by name
 _ENFORCED = frozenset(
     (
@@ -47,9 +48,40 @@ def lark_json(schema: Mapping[str, Any] | bool, *, compact: bool = False) -> str
         raise GrammarError("the schema is false: it allows no value")
     if not isinstance(schema, Mapping | bool):
         raise GrammarError("the schema must be a JSON object")
-    cleaned = _Cleaner().clean({} if schema is True else schema, 1)
+    cleaner = _Cleaner()
+    cleaned = cleaner.clean({} if schema is True else schema, 1)
     assert isinstance(cleaned, dict)
+    if not cleaner.combines:
+        _close(cleaned)
     return json.dumps({**cleaned, "x-guidance": _COMPACT if compact else _ONE_SPACE})
+
+
+def _close(schema: object) -> None:
+    """Allow no properties but the named ones where a schema does not speak of others, in the schema and below it.
+
+    What is then written is valid by the schema as it was. A small model would otherwise add properties without end;
+    llama.cpp and xgrammar close objects too. An object stays open where it needs more properties than it names.
+    """
+    if isinstance(schema, list):
+        for item in schema:
+            _close(item)
+    if not isinstance(schema, dict):
+        return
+    for keyword, value in schema.items():
+        if keyword in _MAPS and isinstance(value, dict):
+            _close(list(value.values()))
+        elif keyword in _ONE or keyword in _LISTS:
+            _close(value)
+    names = schema.get("properties")
+    speaks = "additionalProperties" in schema or "patternProperties" in schema
+    if not isinstance(names, dict) or not names or speaks:
+        return
+    required, least = schema.get("required", ()), schema.get("minProperties", 0)
+    if isinstance(required, list) and not set(map(str, required)) <= names.keys():
+        return
+    if not isinstance(least, int) or least > len(names):
+        return
+    schema["additionalProperties"] = False
 
 
 class _Cleaner:
@@ -57,6 +89,7 @@ class _Cleaner:
 
     def __init__(self) -> None:
         self._num_schemas = 0
+        self.combines = False  # an object somewhere is described by several schemas together
 
     def clean(self, schema: object, depth: int) -> dict[str, Any] | bool:
         if isinstance(schema, bool):
@@ -83,6 +116,8 @@ class _Cleaner:
         self._settle_format(cleaned)
         if "discriminator" in schema and "oneOf" in cleaned and "anyOf" not in cleaned:
             cleaned["anyOf"] = cleaned.pop("oneOf")  # the discriminator tells the branches apart: no two can match
+        several = "oneOf" in cleaned or len(cleaned.get("allOf", ())) > 1
+        self.combines |= several or ("properties" in cleaned and any(keyword in cleaned for keyword in _COMBINING))
         return cleaned
 
     def _list(self, keyword: str, value: object, depth: int) -> list[dict[str, Any] | bool]:

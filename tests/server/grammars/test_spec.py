@@ -185,3 +185,37 @@ def test_nothing_is_asked_for() -> None:
     assert requested({"response_format": {"type": "text"}, "guided_json": None}) is None
     both = {"response_format": {"type": "text"}, "guided_choice": ["a"]}
     assert requested(both) == choice(["a"])
+
+
+_INTEGER = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+
+
+@pytest.mark.parametrize(
+    ("value", "is_closed"),
+    [
+        (_INTEGER, True),
+        ({"type": "object", "properties": {"o": _INTEGER}, "required": ["o"]}, True),
+        ({"type": "array", "items": _INTEGER, "minItems": 1, "maxItems": 1}, True),
+        ({"$ref": "#/$defs/o", "$defs": {"o": _INTEGER}}, True),
+        ({"anyOf": [_INTEGER, {"type": "null"}]}, True),
+        ({**_INTEGER, "additionalProperties": True}, False),
+        ({**_INTEGER, "patternProperties": {"^x": {"type": "integer"}}}, False),
+        ({"type": "object"}, False),
+        ({**_INTEGER, "required": ["n", "other"]}, False),
+        ({**_INTEGER, "minProperties": 2}, False),
+        ({"allOf": [_INTEGER, {"type": "object", "properties": {"m": {}}, "required": ["m"]}]}, False),
+        ({"oneOf": [_INTEGER, {"type": "string"}]}, False),
+    ],
+)
+def test_objects_get_no_properties_that_nobody_named(value: dict[str, Any], is_closed: bool) -> None:
+    """A small model would add properties without end. Where the schema needs or allows others, it may add them."""
+    assert ('"additionalProperties": false' in lark_json(value)) == is_closed
+    assert "additionalProperties" not in json.dumps(_INTEGER), "the client's schema is left as it is"
+
+
+def test_a_property_may_be_called_as_a_keyword() -> None:
+    value = {"type": "object", "properties": {"properties": {"const": 1}, "items": {"const": 2}}, "required": ["items"]}
+    assert {text.replace(" ", "") for text in texts(json_schema(value))} == {
+        '{"properties":1,"items":2}',
+        '{"items":2}',
+    }
