@@ -1,9 +1,9 @@
-"""The contract of every provider: the ops that a LLaMA is made of, with their shapes.
+"""The contract of every provider: the ops that a decoder is made of, with their shapes.
 
-The `reference` provider is its specification. Ops know no layer names, requests or files.
+The `reference` provider is its specification. Knows no requests, files or names of architectures.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,9 +16,10 @@ from guanaco.kernels.nf4 import Nf4Weight
 
 # Instruction sets of the `cpu` provider, the best first.
 CPU_ISAS = ("avx512vnni", "avx512", "avx2", "portable")
-# Projections of a layer, in the order of LayerWeights: projection j of layer i is LoRA module MODULES_PER_LAYER · i +
-# j.
-MODULES_PER_LAYER = 7
+# The parts of the layer that providers fuse, see `LayerWeights`. The projections are in the order of LoRA modules.
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+NORMS = ("input", "post_attention")
+HEAD_NORMS = ("q", "k")
 
 
 class NativeUnavailable(RuntimeError):
@@ -49,11 +50,19 @@ class PackedWeight:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One decoder layer: x + o(attention(q, k, v of norm(x))), then x + down(SiLU(gate) · up of norm(x))."""
+    """The parts of one decoder layer by name. A name says what is computed:
 
-    input_norm: Tensor  # [hidden]
-    projections: tuple[LinearHandle, ...]  # q, k, v, o, gate, up, down
-    post_norm: Tensor  # [hidden]
+    x + o(attention(q, k, v of input(x))), then x + down(SiLU(gate) · up of post_attention(x)). Each projection's handle
+    has its bias, if there is one. Norms "q" and "k", where they are given, normalise each head before the rotation.
+    A provider doesn't fuse layers that have a part it doesn't know, or lack one that it needs.
+    """
+
+    projections: Mapping[str, LinearHandle]  # number j of layer i is LoRA module len(projections) · i + j
+    norms: Mapping[str, Tensor]  # [hidden], those of heads [head_dim]
+
+    def has(self, projections: Sequence[str], norms: Sequence[str]) -> bool:
+        """Whether the layer has these parts and no others, the projections in this order."""
+        return tuple(self.projections) == tuple(projections) and self.norms.keys() == set(norms)
 
 
 class FusedLayers(Protocol):
@@ -128,7 +137,7 @@ class Ops(Protocol):
         """[t, hidden] in `dtype` from int64 [t] and table [vocab, hidden]."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """[t, hidden] → [t, hidden]; the mean square in float32."""
+        """[t, hidden] → [t, hidden]; the mean square in float32. Also for heads, a row each: [t · heads, head_dim]."""
 
     def rope_and_cache(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, slot_mapping: Tensor
@@ -162,4 +171,5 @@ class Ops(Protocol):
         """
 
     def fuse(self, layers: Sequence[LayerWeights], *, head_dim: int, eps: float) -> FusedLayers | None:
-        """All layers as one op, for a provider that saves time by it. None: the caller calls the ops one by one."""
+        """All layers as one op. None where the provider gains nothing by it, and for layers that it doesn't know (see
+        `LayerWeights`): then the caller calls the ops one by one."""

@@ -18,8 +18,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from guanaco.models.architectures.config import read_config
-from guanaco.models.architectures.llama import projection_shapes
+from guanaco.models.architectures.config_json import read_config
+from guanaco.models.architectures.registry import projection_shapes
 from support.adapters.tiny_adapters import make_adapter
 from support.models.tiny_models import make_tiny_llama
 from support.packaging.runtime_environment import make_environment, runtime_distributions

@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from guanaco.kernels.layer_cache import LayerCache, Sequences
 from guanaco.kernels.lora_batch import LoraBatch, LoraTable
-from guanaco.kernels.ops import Draw, LayerWeights
+from guanaco.kernels.ops import NORMS, PROJECTIONS, Draw, LayerWeights
 from guanaco.kernels.triton import configs as triton_configs
 from guanaco.kernels.triton import elementwise
 from guanaco.kernels.triton import rope as rope_triton
@@ -207,7 +207,7 @@ class Steps:
         )
         handles = tuple(_linear(n, k, code_map, double_quant=double_quant) for n, k in sizes)
         self._norm = _empty(hidden, dtype=torch.float16)
-        layers = [LayerWeights(self._norm, handles, self._norm)]
+        layers = [LayerWeights(dict(zip(PROJECTIONS, handles, strict=True)), dict.fromkeys(NORMS, self._norm))]
         self._layers: Any = self.ops.fuse(layers, head_dim=shape.head_dim, eps=1e-6)
         self._single = handles[0]
 

@@ -17,7 +17,7 @@ from guanaco.kernels.cpu.lora import DTYPES, LoraOperand, LoraOperands
 from guanaco.kernels.layer_cache import LayerCache, Sequences
 from guanaco.kernels.lora_batch import LoraBatch, LoraPair
 from guanaco.kernels.nf4 import GROUP_SIZE, Nf4Weight
-from guanaco.kernels.ops import MODULES_PER_LAYER, Draw, LayerWeights, LinearHandle, PackedWeight
+from guanaco.kernels.ops import NORMS, PROJECTIONS, Draw, LayerWeights, LinearHandle, PackedWeight
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,8 +177,11 @@ class CpuOps:
         self._context.call("draw", logits.data_ptr(), *logits.shape, structs, tokens.data_ptr())
         return tokens.tolist()
 
-    def fuse(self, layers: Sequence[LayerWeights], *, head_dim: int, eps: float) -> "CpuLayers":
-        """All decoder layers as one call into the library, so that no Python runs between their ops."""
+    def fuse(self, layers: Sequence[LayerWeights], *, head_dim: int, eps: float) -> "CpuLayers | None":
+        """All decoder layers as one call into the library: no Python between their parts. None for layers that have
+        other parts than LLaMA's (norms of heads, say): the library doesn't know them."""
+        if not all(layer.has(PROJECTIONS, NORMS) for layer in layers):
+            return None
         return CpuLayers(self._context, self.dtype, layers, head_dim, eps)
 
 
@@ -197,14 +200,13 @@ class CpuLayers:
         self._keep: list[object] = []
         structs = (native.Layer * len(layers))()
         for struct, layer in zip(structs, layers, strict=True):
-            assert len(layer.projections) == MODULES_PER_LAYER
-            for name, handle in zip(("q", "k", "v", "o", "gate", "up", "down"), layer.projections, strict=True):
+            for name, handle in layer.projections.items():
                 assert isinstance(handle, CpuLinear), "a handle of another provider"
                 setattr(struct, name, handle.struct)
-            norms = [norm.float().contiguous() for norm in (layer.input_norm, layer.post_norm)]
+            norms = [norm.float().contiguous() for norm in (layer.norms[name] for name in NORMS)]
             struct.input_norm, struct.post_norm = (norm.data_ptr() for norm in norms)
             self._keep += [layer, norms]
-        self._modules = range(MODULES_PER_LAYER * len(layers))
+        self._modules = range(len(PROJECTIONS) * len(layers))
         self._hidden = structs[0].q.k
         self._model = native.Model(
             layers=structs,

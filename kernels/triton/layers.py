@@ -1,9 +1,8 @@
 """All decoder layers of a model with the Triton kernels; projections with the same input are one launch.
 
-Launches per layer: norm, [shrink], q|k|v, rope with the KV write, attention (two launches if contexts are split),
-conversion to float16 rows, [shrink], o with the residual, norm, [shrink], gate|up with SwiGLU, conversion to float16
-rows, [shrink], down with the residual. The residual stream stays float32. Nothing here waits for the GPU.
-`TritonOps.fuse` makes these objects.
+Per layer: norm, [shrink], q|k|v, [norms of heads], rope with the KV write, attention (two launches where contexts are
+split), float16 rows, [shrink], o with the residual, norm, [shrink], gate|up with SwiGLU, float16 rows, [shrink],
+down with the residual. The residual stream stays float32. Nothing here waits for the GPU. Made by `TritonOps.fuse`.
 """
 
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from torch import Tensor
 from guanaco.kernels.layer_cache import LayerCache, Sequences
 from guanaco.kernels.lora_batch import LoraBatch
 from guanaco.kernels.nf4 import GROUP_SIZE, NESTED_GROUP_SIZE
-from guanaco.kernels.ops import MODULES_PER_LAYER, LayerWeights
+from guanaco.kernels.ops import HEAD_NORMS, LayerWeights
 from guanaco.kernels.triton import elementwise
 from guanaco.kernels.triton.products.pack import TritonNf4, merge
 
@@ -36,6 +35,7 @@ class _Layer:
     input_norm: Tensor
     qkv: Merged
     o: Merged
+    head_norms: tuple[Tensor, ...]  # of q and of k; empty where heads are not normalised
     post_norm: Tensor
     gate_up: Merged
     down: Merged
@@ -51,8 +51,8 @@ class TritonLayers:
         self._eps = eps
         self._layers = [_merged_layer(layer, index) for index, layer in enumerate(layers)]
         first = layers[0].projections
-        self._heads, self._kv_heads = (first[i].out_features // head_dim for i in (0, 1))
-        self._hidden = first[0].in_features
+        self._heads, self._kv_heads = (first[name].out_features // head_dim for name in ("q", "k"))
+        self._hidden = first["q"].in_features
 
     def __call__(
         self,
@@ -81,12 +81,16 @@ class TritonLayers:
         return stream
 
     def _queries(self, stream: Tensor, layer: _Layer, operand: Any) -> list[Tensor]:
-        """q, k and v, [t, heads, head_dim] each; they are slices of one tensor."""
+        """q, k and v, [t, heads, head_dim] each; slices of one tensor where heads are not normalised."""
         rows, _ = elementwise.rms_norm_scaled(stream, layer.input_norm, self._eps)
         y = torch.empty((stream.shape[0], layer.qkv.weight.n), dtype=self._ops.dtype, device=stream.device)
         self._product(rows, layer.qkv, operand, y)
         heads = y.unflatten(1, (-1, self._head_dim))
-        return list(heads.split((self._heads, self._kv_heads, self._kv_heads), dim=1))
+        parts = list(heads.split((self._heads, self._kv_heads, self._kv_heads), dim=1))
+        for index, weight in enumerate(layer.head_norms):
+            rows = parts[index].reshape(-1, self._head_dim)
+            parts[index] = self._ops.rms_norm(rows, weight, self._eps).view(parts[index].shape)
+        return parts
 
     def _add(self, stream: Tensor, x: Tensor, merged: Merged, operand: Any) -> None:
         """stream += x · Wᵀ + bias + LoRA."""
@@ -98,13 +102,16 @@ class TritonLayers:
 
 
 def _merged_layer(layer: LayerWeights, index: int) -> _Layer:
-    assert len(layer.projections) == MODULES_PER_LAYER
-    handles: list[Any] = list(layer.projections)
+    handles: list[Any] = list(layer.projections.values())
 
     def merged(first: int, stop: int) -> Merged:
-        return _merge(handles[first:stop], MODULES_PER_LAYER * index + first)
+        return _merge(handles[first:stop], len(handles) * index + first)
 
-    return _Layer(layer.input_norm, merged(0, 3), merged(3, 4), layer.post_norm, merged(4, 6), merged(6, 7))
+    head_norms = tuple(layer.norms[name] for name in HEAD_NORMS if name in layer.norms)
+    norms = layer.norms
+    return _Layer(
+        norms["input"], merged(0, 3), merged(3, 4), head_norms, norms["post_attention"], merged(4, 6), merged(6, 7)
+    )
 
 
 def _merge(handles: Sequence[Any], first_module: int) -> Merged:

@@ -18,7 +18,16 @@ from torch import Tensor
 from guanaco.kernels.layer_cache import CODE_LIMITS, LayerCache, Sequences
 from guanaco.kernels.lora_batch import LoraBatch, LoraPair
 from guanaco.kernels.nf4 import Nf4Weight, quantize
-from guanaco.kernels.ops import Draw, LayerWeights, LinearHandle, NativeUnavailable, PackedWeight
+from guanaco.kernels.ops import (
+    HEAD_NORMS,
+    NORMS,
+    PROJECTIONS,
+    Draw,
+    LayerWeights,
+    LinearHandle,
+    NativeUnavailable,
+    PackedWeight,
+)
 from guanaco.kernels.triton import elementwise
 from guanaco.kernels.triton import rope as rope_triton
 from guanaco.kernels.triton import sampling as sampling_triton
@@ -300,11 +309,15 @@ class TritonOps:
         return tokens
 
     def fuse(self, layers: Sequence[LayerWeights], *, head_dim: int, eps: float) -> TritonLayers | None:
-        """All decoder layers, with q, k, v and gate, up merged. Returns None if one of their weights isn't packed.
+        """All decoder layers with q, k, v and gate, up merged; None if one of their weights is not packed, or for
+        layers with other parts than LLaMA's and norms of heads.
 
         The handles' weights become parts of the merged ones, so that no weight is in memory twice.
         """
-        handles = [handle for layer in layers for handle in layer.projections]
+        known = (NORMS, (*NORMS, *HEAD_NORMS))
+        if not any(all(layer.has(PROJECTIONS, norms) for layer in layers) for norms in known):
+            return None
+        handles = [handle for layer in layers for handle in layer.projections.values()]
         if not all(isinstance(handle, TritonLinear) and isinstance(handle.weight, TritonNf4) for handle in handles):
             return None
         return TritonLayers(self, layers, head_dim=head_dim, eps=eps)

@@ -20,9 +20,10 @@ from guanaco.adapters.residency.slot_store import SlotStore
 from guanaco.adapters.residency.slot_table import SlotTable
 from guanaco.adapters.versions.registry import AdapterRegistry
 from guanaco.kernels import nf4
-from guanaco.models.architectures.config import LlamaConfig
+from guanaco.models.architectures.config import ModelConfig
+from guanaco.models.architectures.decoder import DecoderModel
 from guanaco.models.architectures.kv_cache import PagedKVCache
-from guanaco.models.architectures.llama import LlamaModel
+from guanaco.models.architectures.registry import build_model
 from guanaco.server.engine.block_manager import BlockManager
 from guanaco.server.engine.cuda_graphs import CudaCapture, DecodeGraphs, RunEagerly
 from guanaco.server.engine.engine import Engine
@@ -32,14 +33,14 @@ from guanaco.server.engine.scheduler import Limits, Scheduler
 from support.adapters.tiny_adapters import make_adapter
 from support.server.answers import Answers, add_outputs
 
-TINY = LlamaConfig(
+TINY = ModelConfig(
     vocab_size=320, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16,
     rms_norm_eps=1e-6, rope_theta=10000.0, rope_scaling=None, max_position_embeddings=512, tie_word_embeddings=False,
     attention_bias=False, mlp_bias=False, bos_token_id=1, eos_token_ids=(2,), quantization="nf4",
 )  # fmt: skip
 
 
-def _guanaco(hidden: int, intermediate: int, layers: int) -> LlamaConfig:
+def _guanaco(hidden: int, intermediate: int, layers: int) -> ModelConfig:
     """LLaMA-1's shape of one of the sizes that Guanaco came in (QLoRA, table 6): heads of 128, no grouping."""
     return replace(
         TINY, vocab_size=32000, hidden_size=hidden, intermediate_size=intermediate, num_layers=layers,
@@ -85,11 +86,11 @@ class RandomWeights:
         return torch.randn(shape, generator=self._generator)
 
 
-def random_model(size: str, ops: Any, *, seed: int = 0) -> LlamaModel:
-    return LlamaModel(SIZES[size], RandomWeights(seed=seed), ops)
+def random_model(size: str, ops: Any, *, seed: int = 0) -> DecoderModel:
+    return build_model(SIZES[size], RandomWeights(seed=seed), ops)
 
 
-def random_adapters(folder: Path, model: LlamaModel, ranks: Sequence[int]) -> AdapterRegistry:
+def random_adapters(folder: Path, model: DecoderModel, ranks: Sequence[int]) -> AdapterRegistry:
     """Adapters a0, a1, … on all projections, in float16, of these ranks."""
     registry = AdapterRegistry(
         model.lora_targets, base_names=("base",), limits=AdapterLimits(max_rank=max(ranks, default=1))
@@ -113,7 +114,7 @@ class Streams:
 
     @staticmethod
     def over(
-        model: LlamaModel,
+        model: DecoderModel,
         registry: AdapterRegistry,
         *,
         num_seqs: int,

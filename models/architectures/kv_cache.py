@@ -9,14 +9,14 @@ from torch import Tensor
 
 from guanaco.kernels.layer_cache import CODE_LIMITS, LayerCache
 from guanaco.kernels.memory import mapped_zeros
-from guanaco.models.architectures.config import LlamaConfig
+from guanaco.models.architectures.config import ModelConfig
 
 
 class PagedKVCache:
     """K and V of every layer, addressed by KV slot, with their scales where dtype is one of 8 bits."""
 
     def __init__(
-        self, config: LlamaConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+        self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -33,7 +33,7 @@ class PagedKVCache:
         return self._layers[index]
 
 
-def block_bytes(config: LlamaConfig, block_size: int, dtype: torch.dtype) -> int:
+def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
     """Bytes of one block over all layers, K and V with their scales: what the memory plan divides by."""
     head_bytes = config.head_dim * dtype.itemsize + (torch.float32.itemsize if dtype in CODE_LIMITS else 0)
     return 2 * config.num_layers * block_size * config.num_kv_heads * head_bytes

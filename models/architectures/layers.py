@@ -12,7 +12,7 @@ from torch import Tensor
 
 from guanaco.kernels import LinearHandle, Ops
 from guanaco.kernels.lora_batch import LoraBatch
-from guanaco.models.architectures.config import LinearRope, Llama3Rope, LlamaConfig
+from guanaco.models.architectures.config import LinearRope, Llama3Rope, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Rotary:
     """Angles of the rotary embedding. In float32 with transformers' order of operations: the same bits, and a long
     position loses in the product what it loses there."""
 
-    def __init__(self, config: LlamaConfig, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
         self._frequencies = rope_frequencies(config).to(device)
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,7 +53,7 @@ class Rotary:
         return angles.cos(), angles.sin()
 
 
-def rope_frequencies(config: LlamaConfig) -> Tensor:
+def rope_frequencies(config: ModelConfig) -> Tensor:
     """Radians per position of each pair of dimensions, float32 [head_dim / 2], scaling applied."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     plain = 1.0 / (config.rope_theta**exponents)

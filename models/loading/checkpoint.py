@@ -15,8 +15,9 @@ from torch import Tensor
 
 from guanaco.kernels.nf4 import SOURCE_DTYPES, Nf4Weight, dtype_name
 from guanaco.kernels.nf4_state import from_state, quantized_names, state_keys
-from guanaco.models.architectures.config import LlamaConfig, read_config
-from guanaco.models.architectures.llama import WeightSource
+from guanaco.models.architectures.config import ModelConfig
+from guanaco.models.architectures.config_json import read_config
+from guanaco.models.architectures.decoder import WeightSource
 from guanaco.models.errors import ModelError
 from guanaco.models.formats.raw_file import FileLayout
 from guanaco.models.formats.safetensors import SafetensorsFile
@@ -36,7 +37,7 @@ class Checkpoint(WeightSource, Protocol):
     """An open model: a `WeightSource` that knows its config and what it is made of."""
 
     path: Path
-    config: LlamaConfig
+    config: ModelConfig
     is_quantized: bool  # some weights are in NF4 already: then all are served as they are
     num_bytes: int  # of all tensors as stored
     sampling: dict[str, Any]  # defaults in the weights' file, by the names of generation_config.json
@@ -122,7 +123,7 @@ class SafetensorsCheckpoint:
         self._files: list[SafetensorsFile] = []
         try:
             self._home = self._open_files()
-            # Most checkpoints prefix the decoder's tensors, those of a bare LlamaModel do not.
+            # Most checkpoints prefix the decoder's tensors, those of a bare DecoderModel do not.
             self._prefix = "model." if any(name.startswith("model.") for name in self._home) else ""
             self._untie_if_contradicted()
         except BaseException:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from guanaco.kernels import nf4
 from guanaco.kernels.nf4 import Nf4Weight
-from guanaco.models.architectures.llama import projection_shapes
+from guanaco.models.architectures.registry import projection_shapes
 from guanaco.models.errors import ModelError
 from guanaco.models.formats.safetensors import SafetensorsFile
 from guanaco.models.loading.gguf_checkpoint import GgufCheckpoint

@@ -1,6 +1,7 @@
-"""A GGUF file of the llama architecture as a source of weights: metadata → LlamaConfig, tensors decoded by `gguf`.
+"""A GGUF file of an architecture that is served as a source of weights: metadata → ModelConfig, tensors decoded by `gguf`.
 
-llama.cpp stores the rows of q and k in another order (it rotates neighbours, Hugging Face halves); that is undone here.
+llama.cpp stores the rows of LLaMA's q and k in another order (it rotates neighbours, Hugging Face halves); that is
+undone here.
 Knows nothing of NF4 or of tokenizers, whose metadata it hands on. Called by `checkpoint` and by the demo's conversion.
 """
 
@@ -15,12 +16,15 @@ import torch
 from torch import Tensor
 
 from guanaco.kernels.memory import mapped_zeros
-from guanaco.models.architectures.config import Llama3Rope, LlamaConfig, parse_config
+from guanaco.models.architectures.architecture import Architecture
+from guanaco.models.architectures.config import Llama3Rope, ModelConfig
+from guanaco.models.architectures.config_json import parse_config
 from guanaco.models.architectures.layers import rope_frequencies
+from guanaco.models.architectures.registry import find_gguf, gguf_names
 from guanaco.models.errors import ModelError
 from guanaco.models.formats.gguf import GgufTensor, read_table
 from guanaco.models.formats.raw_file import FileLayout, RawFile
-from guanaco.models.formats.shown import shown
+from guanaco.models.formats.shown import joined, shown
 from guanaco.models.loading.unread_fields import gguf_notes, gguf_sampling
 from guanaco.models.text.gguf_tokenizer import end_ids
 
@@ -40,6 +44,12 @@ _LAYER = {
     "mlp.down_proj": "ffn_down",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
+    **{
+        ours: theirs
+        for name in gguf_names()
+        if (found := find_gguf(name)) is not None and found.gguf is not None
+        for ours, theirs in found.gguf.tensors.items()
+    },
 }
 # A tensor of factors that the converter derives from LLaMA 3.1's rope scaling; no metadata says from which.
 _ROPE_FACTORS = "rope_freqs.weight"
@@ -112,7 +122,10 @@ class GgufCheckpoint:
         return self._decode(stored_name, entry, data, full=full)
 
     def _rows_by_halves(self, name: str, stored: Tensor) -> Tensor:
-        """Rows of q and k, weight or bias, from llama.cpp's order (pairs side by side) to Hugging Face's (halves)."""
+        """Rows of q and k, weight or bias, from llama.cpp's order (pairs side by side) to Hugging Face's (halves), in
+        the architectures that llama.cpp stores so."""
+        if not self._form.rotates_neighbours:
+            return stored
         heads = {"q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads}.get(name.split(".")[-2])
         return stored if heads is None else stored.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(stored.shape)
 
@@ -130,18 +143,22 @@ class GgufCheckpoint:
             ) from None
         return decoded if full else decoded.half()
 
-    def _parse_config(self) -> LlamaConfig:
-        architecture = self.metadata.get("general.architecture")
-        if architecture != "llama":
-            raise ModelError(f"{self.path}: general.architecture = {architecture!r} is not supported: only 'llama' is")
+    def _parse_config(self) -> ModelConfig:
+        name = self.metadata.get("general.architecture")
+        architecture = find_gguf(name)
+        if architecture is None or architecture.gguf is None:
+            raise ModelError(
+                f"{self.path}: general.architecture = {shown(name)} is not supported: only {joined(gguf_names())} are"
+            )
+        self._form = architecture.gguf
         if self.metadata.get("split.count", 1) > 1:
             raise ModelError(f"{self.path} is one part of several; join them with `llama-gguf-split --merge` first")
-        config = parse_config(_config_fields(self.path, self.metadata, self._entries), str(self.path))
+        config = parse_config(_config_fields(self.path, self.metadata, self._entries, architecture), str(self.path))
         if _ROPE_FACTORS in self._entries:
             return self._with_llama3_rope(config)
         return config
 
-    def _with_llama3_rope(self, config: LlamaConfig) -> LlamaConfig:
+    def _with_llama3_rope(self, config: ModelConfig) -> ModelConfig:
         """Find the LLaMA 3.x scaling behind the file's factors, or refuse: no other rule writes such a tensor."""
         entry = self._entries[_ROPE_FACTORS]
         factors = torch.frombuffer(bytearray(self._file.read_bytes(entry.offset, entry.num_bytes)), dtype=torch.float32)
@@ -156,13 +173,18 @@ class GgufCheckpoint:
         return scaled
 
 
-def _config_fields(path: Path, metadata: dict[str, Any], entries: dict[str, GgufTensor]) -> dict[str, Any]:
+def _config_fields(
+    path: Path, metadata: dict[str, Any], entries: dict[str, GgufTensor], architecture: Architecture
+) -> dict[str, Any]:
     """The metadata as the fields of a config.json, for `parse_config` to judge."""
 
+    form = architecture.gguf
+    assert form is not None
+
     def get(key: str, *, needed: bool = True) -> Any:
-        value = metadata.get(f"llama.{key}")
+        value = metadata.get(f"{form.name}.{key}")
         if value is None and needed:
-            raise ModelError(f"{path}: the metadata lack llama.{key}; the file is incomplete: get it again")
+            raise ModelError(f"{path}: the metadata lack {form.name}.{key}; the file is incomplete: get it again")
         # A float32 1e-6 is 9.9999999747e-7 as a float64; the shortest decimal that means it is what was meant.
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
@@ -175,15 +197,19 @@ def _config_fields(path: Path, metadata: dict[str, Any], entries: dict[str, Gguf
     for key in ("attention.value_length", "rope.dimension_count"):
         if get(key, needed=False) not in (None, head_dim):
             raise ModelError(
-                f"{path}: llama.{key} = {get(key)} is not supported: it must be the key length, {head_dim}"
+                f"{path}: {form.name}.{key} = {get(key)} is not supported: it must be the key length, {head_dim}"
             )
     for key in ("expert_count", "attention.sliding_window", "attention.clamp_kqv", "logit_scale"):
         if get(key, needed=False):
-            raise ModelError(f"{path}: llama.{key} = {shown(get(key))} is not supported: it is not part of LLaMA")
+            raise ModelError(
+                f"{path}: {form.name}.{key} = {shown(get(key))} is not supported: it is not part of {architecture.name}"
+            )
     if get("attention.causal", needed=False) is False:
-        raise ModelError(f"{path}: llama.attention.causal = False is not supported: such a model generates no text")
+        raise ModelError(
+            f"{path}: {form.name}.attention.causal = False is not supported: such a model generates no text"
+        )
     return {
-        "model_type": "llama",
+        "model_type": architecture.model_type,
         "vocab_size": embedding.shape[0] if embedding else get("vocab_size"),
         "hidden_size": get("embedding_length"),
         "intermediate_size": get("feed_forward_length"),
@@ -196,8 +222,8 @@ def _config_fields(path: Path, metadata: dict[str, Any], entries: dict[str, Gguf
         "rope_theta": get("rope.freq_base", needed=False),
         "rope_scaling": _rope_scaling(get),
         "tie_word_embeddings": not has("lm_head.weight"),
-        "attention_bias": has("layers.0.self_attn.q_proj.bias"),
-        "mlp_bias": has("layers.0.mlp.gate_proj.bias"),
+        "sliding_window": None,
+        **{field: has(f"layers.0.{tensor}") for field, tensor in form.flags.items()},
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": end_ids(metadata, str(path)),
     }

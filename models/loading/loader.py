@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from guanaco.kernels import Ops
-from guanaco.models.architectures.config import LlamaConfig
-from guanaco.models.architectures.llama import LlamaModel
+from guanaco.models.architectures.config import ModelConfig
+from guanaco.models.architectures.decoder import DecoderModel
+from guanaco.models.architectures.registry import build_model
 from guanaco.models.errors import ModelError
 from guanaco.models.loading.checkpoint import Checkpoint, open_checkpoint
 from guanaco.models.loading.model_cache import CachedModel, ModelCache, source_key
@@ -29,8 +30,8 @@ WAITING = "waiting for another process that quantises this model"
 class LoadedModel:
     """A model and what there is to say about it."""
 
-    model: LlamaModel
-    config: LlamaConfig
+    model: DecoderModel
+    config: ModelConfig
     fingerprint: str  # hex SHA-256 of what the base computes with: config and every tensor as it is served
     weights_bytes: int  # resident, decoded copies included
     origin: str  # "checkpoint": as stored; "quantized": from dense weights, now; "cache": the same, earlier
@@ -76,16 +77,19 @@ def load_model(
     cache_dir: Path | None = None,
     progress: Progress | None = None,
     keep_float32: bool = False,
+    max_model_len: int | None = None,
 ) -> LoadedModel:
     """Load the model at `path` (see `open_checkpoint`) for the provider `ops`.
 
     A model with NF4 weights is served as it is stored, including projections that it keeps dense. A dense one (or a
     GGUF) has its projections quantised to NF4 with double quantisation, and is cached below `cache_dir` unless that is
     None. progress: called with (tensor, bytes done, bytes in all). keep_float32: norms, biases, embedding and head
-    that are stored in float32 stay so, and become bfloat16 otherwise. Raises ModelError for what is wrong with `path`;
+    that are stored in float32 stay so, and become bfloat16 otherwise. max_model_len: the longest sequence, None: the
+    model's own limit; a sliding window that it exceeds is refused. Raises ModelError for what is wrong with `path`;
     a cache that cannot be used is no error but a note.
     """
     with closing(open_checkpoint(path)) as source:
+        source.config.check_window(str(path), max_model_len)
         loaded = ensure_packed(Wanted(source, ops, cache_dir, progress, keep_float32))
         return replace(loaded, notes=(*source.notes, *loaded.notes), sampling=source.sampling)
 
@@ -139,7 +143,7 @@ def ensure_quantized(wanted: Wanted, packer: Packer | None = None) -> LoadedMode
 
 def load(wanted: Wanted, weights: ServedWeights, origin: str) -> LoadedModel:
     """Build the model of `weights`, and say what it is."""
-    model = LlamaModel(wanted.source.config, weights, wanted.ops)
+    model = build_model(wanted.source.config, weights, wanted.ops)
     fingerprint, notes = weights.fingerprint(), tuple(weights.notes())
     return LoadedModel(model, model.config, fingerprint, model.weights_bytes, origin, notes, notes)
 
@@ -155,7 +159,7 @@ def _from_packed(wanted: Wanted, cache: ModelCache, entry: CachedModel) -> _Pack
         weights = MappedWeights(PackedWeights(entry.path), wanted.served(wanted.source))
     except ModelError:
         return None
-    model = LlamaModel(wanted.source.config, weights, wanted.ops)
+    model = build_model(wanted.source.config, weights, wanted.ops)
     cache.touch(entry)
     return _from_entry(model, entry), None
 
@@ -180,7 +184,7 @@ def _from_cache(wanted: Wanted, cache: ModelCache, entry: CachedModel, packer: P
     try:
         with closing(open_checkpoint(entry.path)) as cached:
             weights = wanted.served(cached, packer)
-            model = LlamaModel(wanted.source.config, weights, wanted.ops)
+            model = build_model(wanted.source.config, weights, wanted.ops)
     except ModelError:
         return None
     if weights.fingerprint() != entry.fingerprint:
@@ -212,7 +216,7 @@ def _into_cache(wanted: Wanted, cache: ModelCache, key: str, packer: Packer | No
     return loaded
 
 
-def _from_entry(model: LlamaModel, entry: CachedModel) -> LoadedModel:
+def _from_entry(model: DecoderModel, entry: CachedModel) -> LoadedModel:
     return LoadedModel(
         model, model.config, entry.fingerprint, model.weights_bytes, "cache", entry.notes, source_notes=entry.notes
     )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from guanaco.models.architectures.config import LlamaConfig
+from guanaco.models.architectures.config import ModelConfig
 from guanaco.models.errors import ModelError
 from guanaco.models.formats.raw_file import FileLayout, RawFile
 from guanaco.models.formats.strict_json import read_json
@@ -46,7 +46,7 @@ class CachedModel:
     last_used_seconds: float  # seconds since the epoch
 
 
-def source_key(config: LlamaConfig, layouts: list[FileLayout], *, keep_float32: bool = False) -> str:
+def source_key(config: ModelConfig, layouts: list[FileLayout], *, keep_float32: bool = False) -> str:
     """What a dense model is recognised by, hex SHA-256, from a few kB per tensor instead of the whole of it.
 
     For each file: name, size, time of change, table of tensors, and 4 KiB from the start, the middle and the end of

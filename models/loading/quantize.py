@@ -24,8 +24,8 @@ from torch import Tensor
 from guanaco.kernels import nf4
 from guanaco.kernels.nf4 import SOURCE_DTYPES, Nf4Weight, dtype_name
 from guanaco.kernels.nf4_state import to_state
-from guanaco.models.architectures.config import LlamaConfig
-from guanaco.models.architectures.llama import projection_shapes
+from guanaco.models.architectures.config import ModelConfig
+from guanaco.models.architectures.registry import layer_of
 from guanaco.models.errors import ModelError
 from guanaco.models.formats.leftovers import PartialFolder
 from guanaco.models.formats.strict_json import read_json
@@ -308,18 +308,13 @@ def full_name(name: str) -> str:
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
-def weight_shapes(config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor of a LLaMA, in the order of the forward pass."""
+def weight_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor of a model, in the order of the forward pass."""
     hidden = config.hidden_size
-    biased = {"self_attn": config.attention_bias, "mlp": config.mlp_bias}
     yield "embed_tokens.weight", (config.vocab_size, hidden)
     for layer in range(config.num_layers):
-        for module, shape in projection_shapes(config).items():
-            yield f"layers.{layer}.{module}.weight", shape
-            if biased[module.split(".")[0]]:
-                yield f"layers.{layer}.{module}.bias", shape[:1]
-        yield f"layers.{layer}.input_layernorm.weight", (hidden,)
-        yield f"layers.{layer}.post_attention_layernorm.weight", (hidden,)
+        for name, shape in layer_of(config).tensors():
+            yield f"layers.{layer}.{name}", shape
     yield "norm.weight", (hidden,)
     if not config.tie_word_embeddings:
         yield "lm_head.weight", (config.vocab_size, hidden)

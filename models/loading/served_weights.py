@@ -17,7 +17,7 @@ from torch import Tensor
 
 from guanaco.kernels import Ops, PackedWeight
 from guanaco.kernels.nf4 import Nf4Weight, dtype_name
-from guanaco.models.architectures.config import LlamaConfig
+from guanaco.models.architectures.config import ModelConfig
 from guanaco.models.errors import ModelError
 from guanaco.models.formats.shown import listed
 from guanaco.models.loading.checkpoint import Checkpoint
@@ -91,7 +91,7 @@ class Quantizer:
 class Fingerprint:
     """The hex SHA-256 of a config and of all weights that were added; refuses values that are not finite."""
 
-    def __init__(self, path: Path, config: LlamaConfig) -> None:
+    def __init__(self, path: Path, config: ModelConfig) -> None:
         self._path = path
         self._digest = hashlib.sha256(json.dumps(config.computation(), sort_keys=True).encode())
 

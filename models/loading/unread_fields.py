@@ -44,6 +44,7 @@ _CONFIG_KNOWN = frozenset(
         *("architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
         *("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings"),
         *("rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings", "attention_bias"),
+        *("layer_types", "sliding_window", "use_sliding_window", "max_window_layers", "qkv_bias"),
         *("mlp_bias", "bos_token_id", "eos_token_id", "pad_token_id", "quantization_config", "pretraining_tp"),
         *("_name_or_path", "name_or_path", "torch_dtype", "dtype", "transformers_version", "initializer_range"),
         *("use_cache", "attention_dropout", "hidden_dropout", "output_attentions", "output_hidden_states"),
@@ -73,7 +74,7 @@ _ROPE_OF = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
-# Keys of a GGUF file's `llama.` metadata that are read, refused where set, or change no answer (llama.cpp's names).
+# Keys of a GGUF file's own metadata (`llama.…`, `qwen2.…`) that are read, refused where set, or change no answer (llama.cpp's names).
 _GGUF_READ = frozenset(
     {
         *("vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length"),
@@ -162,23 +163,26 @@ def _modern_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
 def gguf_notes(metadata: Mapping[str, Any], num_rows: int) -> tuple[str, ...]:
     """Notes on keys of a GGUF file that are not used. num_rows: of its embedding. `gguf_tokenizer` has those on the
     tokenizer's keys."""
-    unread = (key for key, value in metadata.items() if key.startswith("llama.") and value not in (None, False, "", []))
-    asks = [key for key in unread if key.removeprefix("llama.") not in _GGUF_READ]
+    prefix = f"{metadata.get('general.architecture')}."
+    unread = (key for key, value in metadata.items() if key.startswith(prefix) and value not in (None, False, "", []))
+    asks = [key for key in unread if key.removeprefix(prefix) not in _GGUF_READ]
     notes = [f"the GGUF file has keys that are unknown here and were ignored: {listed(asks)}"] if asks else []
     asked = [(key, value) for key, value in metadata.items() if key.startswith("general.sampling.")]
     sampling = [f"{listed([key])} = {shown(value)}" for key, value in asked if key not in _GGUF_SAMPLING]
     if sampling:
         notes.append(f"the GGUF file's further sampling defaults are not used here: {joined(sampling)}")
-    old, factor = metadata.get("llama.rope.scale_linear"), metadata.get("llama.rope.scaling.factor")
-    kind = metadata.get("llama.rope.scaling.type")
+    old, factor = metadata.get(prefix + "rope.scale_linear"), metadata.get(prefix + "rope.scaling.factor")
+    kind = metadata.get(prefix + "rope.scaling.type")
     if kind == "none" and any(value not in (None, 0, 1) for value in (old, factor)):
         notes.append("the GGUF file has a factor of rope scaling and says type none: positions are not scaled")
     elif None not in (old, factor) and old != factor:
-        text = f"the GGUF file says llama.rope.scaling.factor {shown(factor)} and llama.rope.scale_linear {shown(old)}"
+        text = (
+            f"the GGUF file says {prefix}rope.scaling.factor {shown(factor)} and {prefix}rope.scale_linear {shown(old)}"
+        )
         notes.append(f"{text}: the first is used, as in llama.cpp")
-    stated = metadata.get("llama.vocab_size")
+    stated = metadata.get(prefix + "vocab_size")
     if stated not in (None, num_rows):
-        notes.append(f"the GGUF file says llama.vocab_size {shown(stated)}: its embedding's {num_rows} rows are used")
+        notes.append(f"the GGUF file says {prefix}vocab_size {shown(stated)}: its embedding's {num_rows} rows are used")
     return tuple(notes)
 
 

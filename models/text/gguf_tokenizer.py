@@ -78,8 +78,9 @@ def tokenizer_files(metadata: Mapping[str, Any], source: str) -> dict[str, str]:
         "clean_up_tokenization_spaces": False,
         **{name: reader.tokens[index] for name, key in _NAMED.items() if (index := reader.id_of(key)) is not None},
     }
-    if "llama.context_length" in metadata:
-        fields["model_max_length"] = metadata["llama.context_length"]
+    length_key = f"{metadata.get('general.architecture', 'llama')}.context_length"
+    if length_key in metadata:
+        fields["model_max_length"] = metadata[length_key]
     if "tokenizer.chat_template" in metadata:
         fields["chat_template"] = metadata["tokenizer.chat_template"]
         if isinstance(for_tools := metadata.get(_VARIANT + "tool_use"), str):

@@ -13,7 +13,7 @@ from guanaco.adapters.peft.files import AdapterFiles
 from guanaco.adapters.peft.weights import WEIGHTS_NAME, check_weights_exist
 from guanaco.adapters.versions.names import parse_adapter_option, parse_name_option
 from guanaco.adapters.versions.profile import Profile, named_profile, read_profile
-from guanaco.models.architectures.config import read_config
+from guanaco.models.architectures.config_json import read_config
 from guanaco.models.loading.demo import DEMO_NAME, demo_adapters
 from guanaco.models.text.chat_template import TEMPLATE_NAMES, ChatTemplate, load_template
 from guanaco.server.config import Settings
@@ -106,7 +106,9 @@ def _check_sizes(settings: Settings) -> None:
     model = None if settings.model is None else Path(os.path.expanduser(settings.model))
     if model is None or not model.is_dir():
         return
-    positions = read_config(model).max_position_embeddings
+    config = read_config(model)
+    config.check_window(str(model / "config.json"), settings.max_model_len)
+    positions = config.max_position_embeddings
     if (settings.max_model_len or 0) > positions:
         raise CommandError(
             f"--max-model-len {settings.max_model_len} is more than the {positions} positions that the model knows"

@@ -7,9 +7,10 @@ import re
 from pathlib import Path
 
 from guanaco.kernels import Ops
-from guanaco.models.architectures.config import LlamaConfig
+from guanaco.models.architectures.config import ModelConfig
+from guanaco.models.architectures.decoder import DecoderModel
 from guanaco.models.architectures.kv_cache import PagedKVCache
-from guanaco.models.architectures.llama import LlamaModel, projection_shapes
+from guanaco.models.architectures.registry import projection_shapes
 from guanaco.server.bootstrap.gpu import find_gpu
 from guanaco.server.config import Settings
 from guanaco.server.engine.model_runner import DecodePath
@@ -20,7 +21,7 @@ _CONTEXT_BYTES = 512 << 20
 
 
 def make_decode_path(
-    settings: Settings, model: LlamaModel, ops: Ops, kv: PagedKVCache, max_model_len: int
+    settings: Settings, model: DecoderModel, ops: Ops, kv: PagedKVCache, max_model_len: int
 ) -> DecodePath | None:
     """CUDA graphs where they are asked for and possible."""
     if ops.name != "triton":
@@ -65,7 +66,7 @@ def use_tuned_kernels(settings: Settings, ops: Ops) -> tuple[str, ...]:
     return (f"triton: {note}",) if note else ()
 
 
-def gpu_notes(settings: Settings, ops: Ops, model: LlamaModel) -> list[str]:
+def gpu_notes(settings: Settings, ops: Ops, model: DecoderModel) -> list[str]:
     """For the banner: what of this provider has run where, and what of it is not used."""
     if ops.name != "triton":
         return []
@@ -73,13 +74,16 @@ def gpu_notes(settings: Settings, ops: Ops, model: LlamaModel) -> list[str]:
 
     notes = [f"triton: {HAS_RUN}"]
     if not model.is_fused:
-        notes.append("triton: some projections are dense, or rows are no whole groups of 64: slower, no graphs")
+        notes.append(
+            "triton: layers run op by op, slower and without graphs: some projections are dense, or their rows are "
+            "no whole groups of 64, or the architecture has parts that are not fused"
+        )
     elif ops.device.type == "cuda":
         notes.append(f"triton: decode steps {'are CUDA graphs' if settings.cuda_graphs else 'are launched one by one'}")
     return notes
 
 
-def gpu_reserve_bytes(settings: Settings, config: LlamaConfig) -> int:
+def gpu_reserve_bytes(settings: Settings, config: ModelConfig) -> int:
     """Bytes that must stay free beside weights, adapters and KV cache: one merged weight decoded to 16 bits (prompts),
     a step's activations, and the logits of all sequences."""
     shapes = projection_shapes(config)

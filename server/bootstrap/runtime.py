@@ -195,7 +195,14 @@ def _load_base(settings: Settings, ops: Ops, console: Console) -> Base:
     with reporting(console, "load") as report:
         cache = settings.cache_dir if settings.quantized_cache else None
         keep_float32 = settings.dtype == "float32"
-        loaded = load_model(path, ops, cache_dir=cache, progress=report, keep_float32=keep_float32)
+        loaded = load_model(
+            path,
+            ops,
+            cache_dir=cache,
+            progress=report,
+            keep_float32=keep_float32,
+            max_model_len=settings.max_model_len,
+        )
     template = chosen_template(settings)
     check_tokenizer(path)
     tokenizer = Tokenizer.from_directory(path)

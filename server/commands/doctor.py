@@ -21,7 +21,8 @@ from rich.table import Table
 
 from guanaco.kernels import PROVIDERS, NativeUnavailable
 from guanaco.kernels.cpu.library import available_isas
-from guanaco.models.architectures.config import LlamaConfig, read_config
+from guanaco.models.architectures.config import ModelConfig
+from guanaco.models.architectures.config_json import read_config
 from guanaco.models.architectures.kv_cache import block_bytes
 from guanaco.models.errors import ModelError
 from guanaco.models.loading.checkpoint import open_checkpoint
@@ -179,6 +180,7 @@ def _model(settings: Settings, machine: Machine, gpu: Gpu | None) -> tuple[Findi
         return Finding("model", f"{settings.model}: not here, so its fit is not worked out"), []
     try:
         config = _config(path)
+        config.check_window(str(path), settings.max_model_len)
     except ModelError as error:
         return Finding("model", settings.model, ok=False, advice=str(error)), []
     fit = predict(path.name, config, settings, machine, gpu)
@@ -189,7 +191,7 @@ def _model(settings: Settings, machine: Machine, gpu: Gpu | None) -> tuple[Findi
     return Finding("model", value, bool(fit.rooms), advice), [fit]
 
 
-def _config(path: Path) -> LlamaConfig:
+def _config(path: Path) -> ModelConfig:
     if path.is_dir():
         return read_config(path)
     with contextlib.closing(open_checkpoint(path)) as checkpoint:

@@ -5,9 +5,10 @@ Loads no model. Called by `doctor.py`, for the chosen model and for well-known L
 
 from dataclasses import dataclass
 
-from guanaco.models.architectures.config import LlamaConfig, parse_config
+from guanaco.models.architectures.config import ModelConfig
+from guanaco.models.architectures.config_json import parse_config
 from guanaco.models.architectures.kv_cache import block_bytes
-from guanaco.models.architectures.llama import projection_shapes
+from guanaco.models.architectures.registry import projection_shapes
 from guanaco.server.bootstrap.dtypes import expected_cache_dtype
 from guanaco.server.bootstrap.gpu import Gpu
 from guanaco.server.bootstrap.gpu_runtime import gpu_reserve_bytes
@@ -54,7 +55,7 @@ class Fit:
     rooms: tuple[Room, ...]  # only for the numbers of adapters that fit
 
 
-def predict(model: str, config: LlamaConfig, settings: Settings, machine: Machine, gpu: Gpu | None) -> Fit:
+def predict(model: str, config: ModelConfig, settings: Settings, machine: Machine, gpu: Gpu | None) -> Fit:
     """What a server with these settings would have room for, without adapters and with each of ADAPTER_COUNTS."""
     adapter = adapter_bytes(config, element_bytes=4 if gpu is None else 2)
     rooms = (_room(count, adapter, config, settings, machine, gpu) for count in (0, *ADAPTER_COUNTS))
@@ -66,21 +67,21 @@ def predict_known(settings: Settings, machine: Machine, gpu: Gpu | None) -> list
     return [predict(name, _known(name), settings, machine, gpu) for name in _SHAPES]
 
 
-def weights_bytes(config: LlamaConfig) -> int:
+def weights_bytes(config: ModelConfig) -> int:
     """Bytes of the NF4 projections with double quantisation, and of everything else in 16 bit; no decoded copies."""
     projections = config.num_layers * sum(n * k for n, k in projection_shapes(config).values())
     heads = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     return int(projections * NF4_BITS / 8) + heads * 2
 
 
-def adapter_bytes(config: LlamaConfig, *, element_bytes: int) -> int:
+def adapter_bytes(config: ModelConfig, *, element_bytes: int) -> int:
     """Bytes of A and B of one adapter of ADAPTER_RANK. PEFT saves float32; the GPU's copy has 16 bits."""
     sides = config.num_layers * sum(n + k for n, k in projection_shapes(config).values())
     return sides * ADAPTER_RANK * element_bytes
 
 
 def _room(
-    count: int, adapter: int, config: LlamaConfig, settings: Settings, machine: Machine, gpu: Gpu | None
+    count: int, adapter: int, config: ModelConfig, settings: Settings, machine: Machine, gpu: Gpu | None
 ) -> Room | None:
     """What is left; None where it does not fit. Adapters beyond --adapter-host-memory wait on disk and take nothing."""
     in_memory = min(count * adapter, settings.adapter_host_memory)
@@ -113,7 +114,7 @@ def _room(
     return Room(count, plan.max_model_len, plan.kv_tokens // plan.max_model_len, plan.kv_tokens)
 
 
-def _known(name: str) -> LlamaConfig:
+def _known(name: str) -> ModelConfig:
     hidden, inner, layers, heads, kv_heads, vocabulary, positions, is_tied = _SHAPES[name]
     fields = {
         "model_type": "llama",

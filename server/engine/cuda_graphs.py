@@ -18,9 +18,9 @@ from guanaco.kernels.layer_cache import Sequences
 from guanaco.kernels.lora_batch import LoraBatch, LoraTable
 from guanaco.kernels.triton.ops import TritonOps
 from guanaco.kernels.triton.products.lora import rank_bucket
+from guanaco.models.architectures.decoder import DecoderModel
 from guanaco.models.architectures.forward_batch import ForwardBatch
 from guanaco.models.architectures.kv_cache import PagedKVCache
-from guanaco.models.architectures.llama import LlamaModel
 from guanaco.server.engine.model_runner import StepRows
 
 _WARM_UPS = 2
@@ -110,7 +110,7 @@ class DecodeGraphs:
 
     def __init__(
         self,
-        model: LlamaModel,
+        model: DecoderModel,
         ops: TritonOps,
         kv: PagedKVCache,
         *,

@@ -15,9 +15,9 @@ from guanaco.adapters.residency.slot_store import SlotStore
 from guanaco.adapters.versions.registry import AdapterRegistry
 from guanaco.kernels.layer_cache import Sequences
 from guanaco.kernels.lora_batch import LoraBatch, LoraTable
+from guanaco.models.architectures.decoder import DecoderModel
 from guanaco.models.architectures.forward_batch import ForwardBatch
 from guanaco.models.architectures.kv_cache import PagedKVCache
-from guanaco.models.architectures.llama import LlamaModel
 from guanaco.models.error_codes import ErrorCode
 from guanaco.server.engine.constraints import MaskFiller, StepMasks
 from guanaco.server.engine.request import SampledToken, ScheduledBatch, ScheduledSequence, TokenLogprob
@@ -55,7 +55,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: LlamaModel,
+        model: DecoderModel,
         kv: PagedKVCache,
         adapters: AdapterRegistry,
         slots: SlotStore,

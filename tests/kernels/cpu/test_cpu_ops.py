@@ -15,7 +15,7 @@ from guanaco.kernels import CPU_ISAS, NativeUnavailable, load_ops, nf4
 from guanaco.kernels.cpu import library as cpu_native
 from guanaco.kernels.layer_cache import Sequences
 from guanaco.kernels.lora_batch import LoraBatch, LoraPair, LoraTable
-from guanaco.kernels.ops import MODULES_PER_LAYER, LayerWeights
+from guanaco.kernels.ops import NORMS, PROJECTIONS, LayerWeights
 from support.kernels.attention_cases import make_case, poisoned_cache
 from support.kernels.providers import CPU, PROVIDERS, provider_ops
 from support.kernels.tolerances import relative_l2
@@ -158,23 +158,22 @@ class Layers:
         )
         self.layers = [
             LayerWeights(
-                1 + 0.1 * randn(hidden, seed=layer),
-                tuple(
-                    ops.prepare(nf4.quantize(randn(*shape, seed=10 * layer + i) / shape[1] ** 0.5), None)
-                    for i, shape in enumerate(shapes)
-                ),
-                1 + 0.1 * randn(hidden, seed=layer + 50),
+                {
+                    name: ops.prepare(nf4.quantize(randn(*shape, seed=10 * layer + i) / shape[1] ** 0.5), None)
+                    for i, (name, shape) in enumerate(zip(PROJECTIONS, shapes, strict=True))
+                },
+                {name: 1 + 0.1 * randn(hidden, seed=layer + 50 * i) for i, name in enumerate(NORMS)},
             )
             for layer in range(num_layers)
         ]
         self.table = LoraTable(
             {
                 (module, slot): LoraPair(
-                    randn(rank, shapes[module % MODULES_PER_LAYER][1], seed=module),
-                    randn(shapes[module % MODULES_PER_LAYER][0], rank, seed=module + 1),
+                    randn(rank, shapes[module % len(PROJECTIONS)][1], seed=module),
+                    randn(shapes[module % len(PROJECTIONS)][0], rank, seed=module + 1),
                     0.02,
                 )
-                for module in range(MODULES_PER_LAYER * num_layers)
+                for module in range(len(PROJECTIONS) * num_layers)
                 for slot, rank in ((0, 3), (2, 16))
             }
         )
@@ -204,18 +203,17 @@ class Layers:
         """The same through the single ops, as `models.llama` composes them."""
         ops = self.ops
         for i, (layer, cache) in enumerate(zip(self.layers, self.caches, strict=True)):
-            first = MODULES_PER_LAYER * i
-            normed = ops.rms_norm(x, layer.input_norm, 1e-5)
+            first, projections = len(PROJECTIONS) * i, list(layer.projections.values())
+            normed = ops.rms_norm(x, layer.norms["input"], 1e-5)
             q, k, v = (
-                ops.linear(normed, layer.projections[j], lora, first + j).unflatten(-1, (-1, self.head_dim))
-                for j in range(3)
+                ops.linear(normed, projections[j], lora, first + j).unflatten(-1, (-1, self.head_dim)) for j in range(3)
             )
             q = ops.rope_and_cache(q, k, v, given["cos"], given["sin"], cache, given["slot_mapping"])
             mixed = ops.paged_attention(q, cache, given["sequences"], self.head_dim**-0.5).flatten(-2)
-            x = x + ops.linear(mixed, layer.projections[3], lora, first + 3)
-            normed = ops.rms_norm(x, layer.post_norm, 1e-5)
-            gate, up = (ops.linear(normed, layer.projections[j], lora, first + j) for j in (4, 5))
-            x = x + ops.linear(ops.silu_mul(gate, up), layer.projections[6], lora, first + 6)
+            x = x + ops.linear(mixed, projections[3], lora, first + 3)
+            normed = ops.rms_norm(x, layer.norms["post_attention"], 1e-5)
+            gate, up = (ops.linear(normed, projections[j], lora, first + j) for j in (4, 5))
+            x = x + ops.linear(ops.silu_mul(gate, up), projections[6], lora, first + 6)
         return x
 
 

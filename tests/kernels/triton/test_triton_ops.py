@@ -13,7 +13,7 @@ from triton.runtime import interpreter
 
 from guanaco.kernels import NativeUnavailable, load_ops, nf4
 from guanaco.kernels.lora_batch import LoraBatch, LoraPair, LoraTable
-from guanaco.kernels.ops import LayerWeights
+from guanaco.kernels.ops import NORMS, PROJECTIONS, LayerWeights
 from guanaco.kernels.triton import ops as triton_ops
 from guanaco.kernels.triton.layers import rows_of
 from guanaco.kernels.triton.ops import TritonOps
@@ -165,7 +165,11 @@ def test_merged_weights_are_not_held_twice() -> None:
     weights = [nf4.quantize(randn(n, k, seed=i)) for i, (n, k) in enumerate(shapes.values())]
     handles = tuple(ops.prepare(weight, None) for weight in weights)
     apart = [ops.linear(randn(1, h.in_features, seed=9), h, None, 0) for h in handles]
-    layers = ops.fuse([LayerWeights(torch.ones(64), handles, torch.ones(64))], head_dim=16, eps=1e-5)
+    layers = ops.fuse(
+        [LayerWeights(dict(zip(PROJECTIONS, handles, strict=True)), dict.fromkeys(NORMS, torch.ones(64)))],
+        head_dim=16,
+        eps=1e-5,
+    )
     assert layers is not None
     storages = [handle.weight.words.untyped_storage().data_ptr() for handle in handles]  # type: ignore[union-attr]
     assert [len(set(storages[i:j])) for i, j in ((0, 3), (4, 6))] == [1, 1]
@@ -189,5 +193,5 @@ def test_parts_of_a_merged_weight_begin_where_they_should() -> None:
 def test_weights_that_groups_cross_are_not_fused() -> None:
     ops = TritonOps(device=CPU, dtype=torch.float32)
     handle = ops.prepare(nf4.quantize(randn(80, 80)), None)
-    layer = LayerWeights(torch.ones(80), (handle,) * 7, torch.ones(80))
+    layer = LayerWeights(dict.fromkeys(PROJECTIONS, handle), dict.fromkeys(NORMS, torch.ones(80)))
     assert ops.fuse([layer], head_dim=16, eps=1e-5) is None

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guanaco.models.architectures.config import LinearRope, Llama3Rope, LlamaConfig, parse_config, read_config
+from guanaco.models.architectures.config import LinearRope, Llama3Rope, ModelConfig
+from guanaco.models.architectures.config_json import parse_config, read_config
 from guanaco.models.errors import ModelError
 
 # The fields that the published checkpoints have, shortened to what is read. LLaMA 1: huggyllama/llama-7b.
@@ -62,7 +63,7 @@ LLAMA_3_2_1B = {
 }
 
 
-def parse(**fields: Any) -> LlamaConfig:
+def parse(**fields: Any) -> ModelConfig:
     return parse_config({**LLAMA_1, **fields}, "config.json")
 
 
@@ -190,7 +191,9 @@ def test_any_config_is_read_as_transformers_reads_it(
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("model_type", "mistral", "only 'llama'"),
+        ("model_type", "gemma2", "'llama', 'mistral'"),
+        ("model_type", "mistral", "only MistralForCausalLM"),
+        ("model_type", ["llama"], "only 'llama'"),
         ("architectures", ["LlamaForSequenceClassification"], "LlamaForCausalLM"),
         ("hidden_act", "gelu", "silu"),
         ("sliding_window", 4096, "not supported"),

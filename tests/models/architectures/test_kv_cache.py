@@ -2,7 +2,7 @@
 
 import torch
 
-from guanaco.models.architectures.config import parse_config
+from guanaco.models.architectures.config_json import parse_config
 from guanaco.models.architectures.kv_cache import PagedKVCache, block_bytes
 
 CONFIG = parse_config(

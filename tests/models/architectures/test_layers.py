@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from guanaco.models.architectures.config import parse_config
+from guanaco.models.architectures.config_json import parse_config
 from guanaco.models.architectures.layers import Rotary, rope_frequencies
 from support.models.tiny_models import KINDS
 

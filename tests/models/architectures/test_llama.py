@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from guanaco.models.architectures.llama import LlamaModel
+from guanaco.models.architectures.decoder import DecoderModel
 from guanaco.models.loading.loader import load_model
 from support.models.oracles import (
     PagedRun,
@@ -26,7 +26,7 @@ from support.models.tiny_models import KINDS, make_tiny_llama
 LOGITS_TOLERANCE = 1e-4
 GREEDY_TOLERANCE = 1e-4
 
-Pair = tuple[LlamaModel, Any]
+Pair = tuple[DecoderModel, Any]
 
 
 @pytest.fixture(scope="module")

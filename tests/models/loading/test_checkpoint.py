@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from guanaco.kernels.nf4 import Nf4Weight
-from guanaco.models.architectures.llama import projection_shapes
+from guanaco.models.architectures.registry import projection_shapes
 from guanaco.models.errors import ModelError
 from guanaco.models.loading.checkpoint import INDEX_FILE, open_checkpoint
 from support.models.tiny_models import make_tiny_llama

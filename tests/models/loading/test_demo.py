@@ -17,7 +17,7 @@ import pytest
 from safetensors import safe_open
 
 from guanaco.adapters.peft.weights import BASE_FINGERPRINT_KEY, load_adapter
-from guanaco.models.architectures.config import read_config
+from guanaco.models.architectures.config_json import read_config
 from guanaco.models.errors import ModelError
 from guanaco.models.loading import demo
 from guanaco.models.loading.demo import DemoUnavailable, demo_adapters, demo_path, ensure_demo_model, is_intact

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from guanaco.models.architectures.config import LinearRope, Llama3Rope, read_config
+from guanaco.models.architectures.config import LinearRope, Llama3Rope
+from guanaco.models.architectures.config_json import read_config
 from guanaco.models.errors import ModelError
 from guanaco.models.loading.checkpoint import open_checkpoint
 from guanaco.models.loading.gguf_checkpoint import GgufCheckpoint, gguf_name

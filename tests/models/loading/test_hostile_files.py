@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from guanaco.models.architectures.config import parse_config, read_config
+from guanaco.models.architectures.config_json import parse_config, read_config
 from guanaco.models.errors import ModelError, TokenizerError
 from guanaco.models.formats.safetensors import SafetensorsFile
 from guanaco.models.formats.strict_json import read_json

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from guanaco.models.architectures.config import LinearRope, parse_config
+from guanaco.models.architectures.config import LinearRope
+from guanaco.models.architectures.config_json import parse_config
 from guanaco.models.errors import ModelError
 from guanaco.models.loading.checkpoint import open_checkpoint
 from guanaco.models.loading.loader import load_model

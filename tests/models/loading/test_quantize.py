@@ -17,7 +17,7 @@ from torch import Tensor
 
 from guanaco.kernels.nf4 import Nf4Weight, dtype_name, quantize
 from guanaco.kernels.nf4_state import from_state, quantized_names
-from guanaco.models.architectures.config import read_config
+from guanaco.models.architectures.config_json import read_config
 from guanaco.models.errors import ModelError
 from guanaco.models.loading import checkpoint
 from guanaco.models.loading import quantize as quantize_module

@@ -14,8 +14,8 @@ from typer.testing import CliRunner, Result
 
 from guanaco.adapters.peft.weights import BASE_FINGERPRINT_KEY, WEIGHTS_NAME
 from guanaco.kernels.cpu import library as cpu_native
-from guanaco.models.architectures.config import read_config
-from guanaco.models.architectures.llama import projection_shapes
+from guanaco.models.architectures.config_json import read_config
+from guanaco.models.architectures.registry import projection_shapes
 from guanaco.models.loading.checkpoint import open_checkpoint
 from guanaco.server.bootstrap.runtime import _load_provider
 from guanaco.server.commands.doctor_fit import weights_bytes

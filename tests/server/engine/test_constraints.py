@@ -17,8 +17,8 @@ from guanaco.adapters.residency.ledger import ResidencyLedger
 from guanaco.adapters.residency.slot_store import SlotStore
 from guanaco.adapters.residency.slot_table import SlotTable
 from guanaco.adapters.versions.registry import AdapterRegistry
+from guanaco.models.architectures.decoder import DecoderModel
 from guanaco.models.architectures.kv_cache import PagedKVCache
-from guanaco.models.architectures.llama import LlamaModel
 from guanaco.models.error_codes import ErrorCode
 from guanaco.models.loading.loader import load_model
 from guanaco.server.engine.block_manager import BlockManager
@@ -78,7 +78,7 @@ class Digits:
 
 class Setting:
     def __init__(self, root: Path) -> None:
-        self.model: LlamaModel = load_model(make_tiny_llama(root / "base", kind="gqa"), reference_ops()).model
+        self.model: DecoderModel = load_model(make_tiny_llama(root / "base", kind="gqa"), reference_ops()).model
         self.registry = AdapterRegistry(
             self.model.lora_targets, base_names=("base",), limits=AdapterLimits(max_rank=64)
         )

@@ -18,8 +18,8 @@ from guanaco.adapters.residency.slot_store import SlotStore
 from guanaco.adapters.residency.slot_table import SlotTable
 from guanaco.adapters.versions.registry import AdapterRegistry
 from guanaco.kernels.lora_batch import LoraBatch
+from guanaco.models.architectures.decoder import DecoderModel
 from guanaco.models.architectures.kv_cache import PagedKVCache
-from guanaco.models.architectures.llama import LlamaModel
 from guanaco.models.loading.loader import load_model
 from guanaco.server.engine import model_runner
 from guanaco.server.engine.block_manager import BlockManager
@@ -36,7 +36,7 @@ ADAPTERS = ("x", "y", "z")
 
 
 class Setting(NamedTuple):
-    model: LlamaModel
+    model: DecoderModel
     registry: AdapterRegistry
     path: Path
 

@@ -20,8 +20,8 @@ from guanaco.kernels import load_ops
 from guanaco.kernels.layer_cache import CODE_LIMITS
 from guanaco.kernels.lora_batch import LoraTable
 from guanaco.kernels.triton import ops as triton_ops
+from guanaco.models.architectures.decoder import DecoderModel
 from guanaco.models.architectures.kv_cache import PagedKVCache
-from guanaco.models.architectures.llama import LlamaModel
 from guanaco.models.loading.loader import load_model
 from guanaco.server.engine import sampler
 from guanaco.server.engine.block_manager import BlockManager
@@ -48,8 +48,8 @@ def interpreted(dtype: torch.dtype = torch.float32) -> Any:
 
 
 class Setting(NamedTuple):
-    reference: LlamaModel
-    triton: LlamaModel
+    reference: DecoderModel
+    triton: DecoderModel
     registry: AdapterRegistry
 
     def loras(self, *names: str) -> tuple[LoraRef, ...]:
@@ -90,7 +90,7 @@ class Run:
     """An engine of its own over one of the two models."""
 
     def __init__(
-        self, setting: Setting, model: LlamaModel, *, graphs: bool = False, cache: torch.dtype = torch.float32,
+        self, setting: Setting, model: DecoderModel, *, graphs: bool = False, cache: torch.dtype = torch.float32,
         num_blocks: int = 64,
     ) -> None:  # fmt: skip
         kv = PagedKVCache(model.config, num_blocks, BLOCK_SIZE, cache, CPU)

@@ -1,7 +1,7 @@
 """PEFT adapters made by program, without PEFT: random ones, and ones that sign every few tokens with a watermark.
 
-`targets` is `LlamaModel.lora_targets`, or `targets_of` a transformers model. Used by the tests of adapters, engine and
-server, and by the load tests.
+`targets` is `DecoderModel.lora_targets`, or `targets_of` a transformers model. Used by the tests of adapters, engine
+and server, and by the load tests.
 """
 
 import json
@@ -18,7 +18,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 def targets_of(model: Any) -> dict[str, tuple[int, int]]:
-    """Module → (in, out) of a transformers LlamaForCausalLM, named and ordered as `LlamaModel.lora_targets`."""
+    """Module → (in, out) of a transformers LlamaForCausalLM, named and ordered as `DecoderModel.lora_targets`."""
     layers = [
         (f"layers.{index}.{part}.{name}", getattr(getattr(layer, part), name))
         for index, layer in enumerate(model.model.layers)

@@ -18,9 +18,10 @@ from guanaco.kernels import load_ops
 from guanaco.kernels.layer_cache import Sequences
 from guanaco.kernels.lora_batch import LoraBatch
 from guanaco.kernels.nf4 import Nf4Weight
+from guanaco.models.architectures.decoder import DecoderModel
 from guanaco.models.architectures.forward_batch import ForwardBatch
 from guanaco.models.architectures.kv_cache import PagedKVCache
-from guanaco.models.architectures.llama import LlamaModel
+from guanaco.models.architectures.registry import build_model
 from guanaco.models.loading.checkpoint import open_checkpoint
 from guanaco.models.loading.served_weights import ServedWeights
 
@@ -34,7 +35,7 @@ def served_state(path: Path) -> dict[str, Tensor]:
     """Every weight of the model at `path` as it is served, NF4 decoded: float32, under transformers' names."""
     with closing(open_checkpoint(path)) as checkpoint:
         recorder = _Recorder(ServedWeights(checkpoint, progress=None))
-        LlamaModel(checkpoint.config, recorder, reference_ops())
+        build_model(checkpoint.config, recorder, reference_ops())
     return {name if name.startswith("lm_head.") else f"model.{name}": t for name, t in recorder.state.items()}
 
 
@@ -79,7 +80,7 @@ class _Recorder:
 class PagedRun:
     """Sequences of a model in one paged cache, their blocks handed out in a shuffled order as an engine would."""
 
-    model: LlamaModel
+    model: DecoderModel
     num_blocks: int = 256
     block_size: int = 4
     seed: int = 0
@@ -153,7 +154,7 @@ class GreedyReport:
 
 
 def follow_greedy(
-    model: LlamaModel,
+    model: DecoderModel,
     oracle: Any,
     prompts: list[list[int]],
     num_tokens: int,
