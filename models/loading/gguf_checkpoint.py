@@ -1,4 +1,4 @@
-"""A GGUF file of an architecture that is served as a source of weights: metadata → ModelConfig, tensors decoded by `gguf`.
+"""A GGUF file as a source of weights: metadata → ModelConfig, tensors decoded by `gguf`.
 
 llama.cpp stores the rows of LLaMA's q and k in another order (it rotates neighbours, Hugging Face halves); that is
 undone here.

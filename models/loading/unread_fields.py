@@ -74,7 +74,8 @@ _ROPE_OF = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
-# Keys of a GGUF file's own metadata (`llama.…`, `qwen2.…`) that are read, refused where set, or change no answer (llama.cpp's names).
+# Keys of a GGUF file's own metadata (`llama.…`, `qwen2.…`) that are read, refused where set, or
+# change no answer (llama.cpp's names).
 _GGUF_READ = frozenset(
     {
         *("vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length"),

@@ -41,17 +41,17 @@ def served_state(path: Path) -> dict[str, Tensor]:
 
 def transformers_oracle(path: Path) -> Any:
     """A dense float32 LlamaForCausalLM that holds `served_state(path)`; its config is read by transformers itself."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if path.is_dir():
-        config = LlamaConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path)
     else:
         with closing(open_checkpoint(path)) as checkpoint:
-            config = LlamaConfig(**checkpoint.config.to_json())
+            config = AutoConfig.for_model(**checkpoint.config.to_json())
     config.quantization_config = None
     del config.quantization_config
     config._attn_implementation = "eager"
-    model = LlamaForCausalLM(config).float().eval()
+    model = AutoModelForCausalLM.from_config(config).float().eval()
     missing, unexpected = model.load_state_dict(served_state(path), strict=False)
     assert not unexpected
     assert set(missing) <= ({"lm_head.weight"} if config.tie_word_embeddings else set())

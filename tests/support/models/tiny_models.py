@@ -63,7 +63,7 @@ def make_tiny_llama(
     """Write a checkpoint of `kind` (a key of KINDS) with tokenizer and chat template into `path`, and return it.
 
     quantized: "single" or "double" (True means double) saves it in NF4 through bitsandbytes instead of in `dtype`.
-    overrides: further fields of transformers' LlamaConfig.
+    overrides: further fields of transformers' config; `model_type` for another than LLaMA.
     """
     model = tiny_llama(kind=kind, seed=seed, vocab_size=vocab_size, **overrides).to(dtype)
     path.mkdir(parents=True, exist_ok=True)
@@ -76,14 +76,14 @@ def make_tiny_llama(
 
 
 def tiny_llama(*, kind: str = "gqa", seed: int = 0, vocab_size: int = 384, **overrides: Any) -> Any:
-    """A transformers LlamaForCausalLM of `kind` in float32, with random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """A transformers model of `kind` in float32, with random weights: LlamaForCausalLM unless `model_type` says
+    another."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     fields = {**_GQA, **KINDS[kind], **overrides}
-    config = LlamaConfig(
-        vocab_size=vocab_size, bos_token_id=1, eos_token_id=2, pad_token_id=0, attn_implementation="eager", **fields
-    )
-    model = LlamaForCausalLM(config).eval()
+    fields = {"model_type": "llama", "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **fields}
+    config = AutoConfig.for_model(vocab_size=vocab_size, attn_implementation="eager", **fields)
+    model = AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
