@@ -65,13 +65,18 @@ def write_gguf(
     for key, value in keys.items():
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}.get(type(value))
         if add is not None:
-            add(key if "." in key and key.split(".")[0] in ("split", "general") else f"llama.{key}", value)
+            add(key if "." in key and key.split(".")[0] in ("split", "general") else f"{architecture}.{key}", value)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     for name, tensor in load_file(source / "model.safetensors").items():
         stored = gguf_name(name.removeprefix("model."))
         heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}.get(stored.split(".")[-2])
-        values = (tensor if heads is None else permuted(tensor, heads)).float().contiguous().numpy()
+        values = (
+            (tensor if heads is None or architecture != "llama" else permuted(tensor, heads))
+            .float()
+            .contiguous()
+            .numpy()
+        )
         if stored in drop:
             continue
         if values.ndim == 1 or qtype == TYPES.F32:
@@ -103,6 +108,25 @@ def test_a_lossless_round_trip_is_the_same_model_bit_for_bit(
     assert ours.fingerprint == original.fingerprint
     assert ours.notes == ()
     assert ours.config.eos_token_ids == (2,)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+def test_qwen_is_stored_without_another_row_order(architecture: str, tmp_path: Path) -> None:
+    original = make_tiny_llama(tmp_path / "hf", model_type=architecture, head_dim=16, tie_word_embeddings=True)
+    path = write_gguf(tmp_path / "m.gguf", original, architecture=architecture)
+    ours = load_model(path, reference_ops())
+    assert ours.fingerprint == load_model(original, reference_ops()).fingerprint
+    assert ours.notes == ()
+    assert (ours.config.model_type, ours.config.eos_token_ids) == (architecture, (2,))
+
+
+def test_a_mistral_is_stored_as_a_llama(tmp_path: Path) -> None:
+    original = make_tiny_llama(tmp_path / "hf", model_type="mistral", sliding_window=None)
+    ours = load_model(write_gguf(tmp_path / "m.gguf", original), reference_ops())
+    assert ours.config.model_type == "llama"
+    ids = list(range(5, 300, 7))
+    logits = PagedRun(ours.model).step([(0, ids)], every_row=True)
+    assert relative_error(logits, oracle_logits(transformers_oracle(original), ids)) < 1e-4
 
 
 @pytest.mark.parametrize("qtype", [TYPES.F16, TYPES.Q8_0, TYPES.Q4_1], ids=lambda t: t.name)
@@ -227,7 +251,10 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "said"),
         [
-            ({"architecture": "qwen2"}, r"general\.architecture = 'qwen2' is not supported"),
+            (
+                {"architecture": "gemma2"},
+                "'gemma2' is not supported: only llama, qwen2, qwen3 are",
+            ),
             ({"metadata": {"split.count": 3}}, "llama-gguf-split --merge"),
             ({"metadata": {"expert_count": 8}}, r"llama\.expert_count = 8"),
             ({"metadata": {"attention.value_length": 8}}, r"llama\.attention\.value_length = 8"),
