@@ -1,4 +1,5 @@
-"""What can be wrong with an adapter. `code` is stable and machine-readable; the message names the field or tensor."""
+"""Everything that can be wrong with an adapter. `code` is stable and machine-readable; the message names the field or
+tensor."""
 
 from enum import Enum
 
@@ -7,25 +8,25 @@ from guanaco.models.errors import OperatorError
 
 
 class ErrorKind(Enum):
-    """Who can do something about a refusal. The HTTP status follows from the kind."""
+    """The party that can fix a refusal. The HTTP status follows from the kind."""
 
-    CALLER = "caller"  # the request or the adapter is wrong, and stays wrong until somebody changes it
-    MISSING = "missing"  # as CALLER: what the request names is not there
-    FORBIDDEN = "forbidden"  # as CALLER: the hub does not let this server have it
-    CONFLICT = "conflict"  # the request does not fit what is there now
-    CAPACITY = "capacity"  # there is no memory for it beside the adapters that are in use
+    CALLER = "caller"  # the request or the adapter is wrong until its author changes it
+    MISSING = "missing"  # as CALLER: the thing that the request names does not exist
+    FORBIDDEN = "forbidden"  # as CALLER: the hub denies this server access to it
+    CONFLICT = "conflict"  # the request contradicts the present state
+    CAPACITY = "capacity"  # there is no memory for it beside the adapters in use
     UPSTREAM = "upstream"  # the hub failed; the same request may work later
     PASSING = "passing"  # this server could not do it now; the same request may work later
-    STORAGE = "storage"  # this server's disk does not take it
+    STORAGE = "storage"  # this server's disk can't store it
     OURS = "ours"  # this server's own copy is damaged
 
     @property
     def is_failure(self) -> bool:
-        """Whether it says nothing about the adapter: the server, its disk or the hub failed."""
+        """Whether the fault lies with the server, its disk or the hub, and so says nothing about the adapter."""
         return self in (ErrorKind.UPSTREAM, ErrorKind.PASSING, ErrorKind.STORAGE, ErrorKind.OURS)
 
 
-# Codes that are not listed are of kind CALLER.
+# Codes that are not listed here are of kind CALLER.
 _KINDS = {
     ErrorCode.ADAPTER_NOT_FOUND: ErrorKind.MISSING,
     ErrorCode.ALIAS_NOT_FOUND: ErrorKind.MISSING,
@@ -53,7 +54,7 @@ _KINDS = {
 
 
 class AdapterError(OperatorError):
-    """A refused adapter: its code, its kind (which follows from the code), and the config field or tensor at fault."""
+    """A refused adapter: its code, the kind that follows from it, and the config field or tensor at fault."""
 
     def __init__(self, code: ErrorCode, message: str, field: str | None = None) -> None:
         super().__init__(message)
@@ -63,10 +64,10 @@ class AdapterError(OperatorError):
 
 
 def adapter_not_found() -> AdapterError:
-    """The refusal of a name that no adapter has."""
+    """The error for a name that no adapter has."""
     return AdapterError(ErrorCode.ADAPTER_NOT_FOUND, "no adapter is called so; GET /v1/adapters lists them", "name")
 
 
 def alias_not_found() -> AdapterError:
-    """The refusal of a name that no alias has."""
+    """The error for a name that no alias has."""
     return AdapterError(ErrorCode.ALIAS_NOT_FOUND, "no alias is called so; GET /v1/aliases lists them", "name")

@@ -1,4 +1,4 @@
-"""Adapters in older formats (pickles, float32, old keys) converted to what the server reads.
+"""Converts adapters in older formats (pickles, float32, old keys) to the format that the server reads.
 
-Pickles are taken apart here, in a restricted process, and are never executed. Start with `conversion.py`.
+A restricted process parses pickles without executing them. Start with `conversion.py`.
 """

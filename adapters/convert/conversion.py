@@ -1,7 +1,7 @@
-"""Adapters of 2023 (pickled or float32 weights, old configs, keys with `.default.`) made into what the server reads.
+"""Converts adapters of 2023 (pickled or float32 weights, old configs, keys with `.default.`) to today's format.
 
-Opens no pickle itself: the weights go through a process of their own that can do nothing else. Knows no base model:
-whether the result fits one is for `weights`. Called by the command line; the server never converts.
+Opens no pickle itself: a process that can do nothing else reads the weights. Knows no base model: `weights` checks
+later whether the result fits one. Called by the command line; the server never converts.
 """
 
 import json
@@ -25,21 +25,21 @@ PICKLED_NAMES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "
 DTYPES = {"keep": "keep", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _WORKER = "guanaco.adapters.convert.worker"
 _MAX_ANSWER_BYTES = 1 << 16
-_BYTES_PER_SECOND = 5e6  # slower than this, and a disk is given up on
+_BYTES_PER_SECOND = 5e6  # a slower disk makes the conversion time out
 _BASE_SECONDS = 120
 
 
 @dataclass(frozen=True)
 class ConvertReport:
-    """What became of an adapter."""
+    """The result of a conversion."""
 
     source: Path  # the weights file
     num_tensors: int
     num_renamed: int
-    dtypes: dict[str, int]  # tensors by type, as written
+    dtypes: dict[str, int]  # number of tensors by dtype, as written
     source_bytes: int
     target_bytes: int
-    notes: tuple[str, ...]  # what was changed in the config, and what of it is ignored
+    notes: tuple[str, ...]  # what was changed in the config, and which of its fields are ignored
 
 
 def convert_adapter(
@@ -47,8 +47,8 @@ def convert_adapter(
 ) -> ConvertReport:
     """Write the adapter at `source` (or in its sub-folder `name`) to `target`, a folder that does not exist yet.
 
-    dtype: a key of DTYPES; "keep" turns only float64 into float32. Raises AdapterError for what cannot be converted;
-    `target` then does not exist.
+    dtype: a key of DTYPES; "keep" turns only float64 into float32. Raises AdapterError if the adapter can't be
+    converted; `target` then does not exist.
     """
     if dtype not in DTYPES:
         raise AdapterError(ErrorCode.BAD_OPTION, f"--dtype must be one of {', '.join(DTYPES)}", "dtype")
@@ -90,9 +90,10 @@ def convert_adapter(
 
 
 def modern_config(data: bytes) -> tuple[bytes, tuple[str, ...]]:
-    """An adapter_config.json as PEFT writes it today, and what had to be changed. AdapterError where none can be made.
+    """(adapter_config.json as PEFT writes it today, notes on the changes). AdapterError if the old one can't be
+    updated.
 
-    PEFT before 0.4 wrote `enable_lora` and `merge_weights`, which are gone since; files made by hand lack `peft_type`.
+    PEFT before 0.4 wrote `enable_lora` and `merge_weights`, which newer PEFT dropped; hand-made files lack `peft_type`.
     """
     try:
         fields = parse_object(data)
@@ -120,10 +121,10 @@ def modern_config(data: bytes) -> tuple[bytes, tuple[str, ...]]:
 def _run_worker(
     files: AdapterFiles, weights: str, target: Path, dtype: str, limits: AdapterLimits
 ) -> tuple[dict[str, Any], int]:
-    """Convert one file in a process of its own; its answer, and the size of the source."""
+    """Convert one file in a separate process. Returns (the process's answer, the size of the source)."""
     with files.open(weights) as source, target.open("xb") as output:
         size = os.fstat(source.fileno()).st_size
-        # float32 halves at best and float64 never grows; a bfloat16 file made float32 doubles.
+        # As float32, a float16 or bfloat16 file doubles; float64 never grows.
         if size > 2 * limits.max_file_bytes:
             raise AdapterError(
                 ErrorCode.FILE_TOO_LARGE, f"{weights} has {size} bytes, more than twice the limit", weights
@@ -152,7 +153,7 @@ def _run_worker(
 
 
 def _answer(data: bytes, weights: str) -> dict[str, Any]:
-    """What the process said, which is believed no more than the file that it read."""
+    """The answer of the process, checked: it is trusted as little as the file that the process read."""
     try:
         answer = parse_object(data)
     except JsonError:
@@ -169,17 +170,18 @@ def _answer(data: bytes, weights: str) -> dict[str, Any]:
 def _code(word: Any) -> ErrorCode:
     try:
         return ErrorCode(word)
-    except ValueError:  # the process may say anything
+    except ValueError:  # the process may answer anything
         return ErrorCode.CONVERSION_FAILED
 
 
 def printable_message(text: str) -> str:
-    """A message of another process: one line of at most 600 characters."""
+    """A message from another process, as one line of at most 600 characters."""
     return "".join(c if " " <= c <= "~" else "?" for c in text[:600])
 
 
 def _check_result(directory: Path, limits: AdapterLimits) -> None:
-    """The server's own reader takes the header, so that nothing is called converted that it would refuse to open."""
+    """Read the header of the result with the server's own reader, so that a conversion never ends with a file that the
+    server refuses."""
     with AdapterFiles(directory, Path(os.path.realpath(directory))).open(WEIGHTS_NAME) as file:
         AdapterTensors(file, WEIGHTS_NAME, limits.max_file_bytes)
     for path in (directory / CONFIG_NAME, directory):

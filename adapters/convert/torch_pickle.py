@@ -1,7 +1,7 @@
-"""What torch.save wrote, read without running anything: opcodes are taken apart here, and only tensors can come out.
+"""Reads files of torch.save without running anything: it interprets the opcodes itself, and only tensors can come out.
 
-Does not use the pickle module: no name in a file is ever imported or called. Knows nothing of LoRA. Called by
-`convert_worker` alone, which runs in a restricted process; the server never opens such a file.
+Does not use the pickle module: no name in a file is ever imported or called. Knows nothing of LoRA. Only `worker` calls
+it, which runs in a restricted process; the server never opens such a file.
 """
 
 import io
@@ -19,14 +19,14 @@ from guanaco.adapters.errors import AdapterError
 from guanaco.models.error_codes import ErrorCode
 from guanaco.models.formats.shown import printable
 
-MAX_PICKLE_BYTES = 16 << 20  # of the structure, without tensors; LLaMA-65B's adapter has 120 kB of it
+MAX_PICKLE_BYTES = 16 << 20  # limit on the structure, without tensors; LLaMA-65B's adapter has 120 kB
 MAX_DIMENSIONS = 8
-# torch/serialization.py: what files of torch before 1.6 (and later, on request) start with.
+# torch/serialization.py: the first bytes of files by torch before 1.6 (and by later ones, on request).
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _MAX_LEGACY_STORAGES = 8192
 
-# Storage class in the file → safetensors' name of its elements, numpy's; bfloat16 travels as its 16 bits.
+# Storage class in the file → (safetensors' name of the element type, numpy's); bfloat16 is read as its 16 bits.
 FLOATS = {
     "FloatStorage": ("F32", "<f4"),
     "HalfStorage": ("F16", "<f2"),
@@ -38,7 +38,7 @@ _OTHERS = {"LongStorage": 8, "IntStorage": 4, "ShortStorage": 2, "CharStorage": 
 
 @dataclass(frozen=True)
 class _Global:
-    """A name that the pickle wants to have imported: kept as a name."""
+    """A name that the pickle wants to import; it stays a name and is never imported."""
 
     module: str
     name: str
@@ -53,7 +53,7 @@ class _Storage:
 
 @dataclass(frozen=True)
 class PickledTensor:
-    """A tensor as the pickle describes it; nothing in it has been checked against the file's data yet."""
+    """A tensor as the pickle describes it, not yet checked against the file's data."""
 
     storage: _Storage
     offset: int  # in elements, like the strides
@@ -62,7 +62,7 @@ class PickledTensor:
 
     @property
     def dtype(self) -> str | None:
-        """As safetensors calls it; None for types that no adapter is made of."""
+        """The dtype by safetensors' name; None for types that no adapter uses."""
         return FLOATS.get(self.storage.kind, (None,))[0]
 
 
@@ -71,10 +71,10 @@ def _bad(problem: str) -> AdapterError:
 
 
 class TorchFile:
-    """An open file of torch.save whose structure has been read: `tensors` by name.
+    """An open file of torch.save with its structure read: `tensors` by name.
 
-    Raises AdapterError for anything that is not a flat table of tensors: `unsafe_pickle` with the name of what the
-    file would have called, `bad_pickle`, `not_tensors`, `dtype_unsupported`.
+    Raises AdapterError for anything that is not a flat table of tensors: `unsafe_pickle` (with the name that the file
+    wants to call), `bad_pickle`, `not_tensors`, `dtype_unsupported`.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -90,7 +90,8 @@ class TorchFile:
         self.tensors = _flat(content)
 
     def read(self, name: str) -> np.ndarray:
-        """The elements of one tensor in its own shape; bfloat16 as uint16. AdapterError where the data is not there."""
+        """The elements of one tensor in its own shape; bfloat16 as uint16. Raises AdapterError if the data is
+        missing."""
         tensor = self.tensors[name]
         shown = printable(name)
         if tensor.storage.kind not in FLOATS:
@@ -120,7 +121,7 @@ class TorchFile:
         return _Machine().run(io.BytesIO(self._member(entries[0], MAX_PICKLE_BYTES)))
 
     def _member(self, name: str, max_bytes: int) -> bytes:
-        """One file of the archive, its checksum verified. torch.save compresses nothing, so nothing can swell."""
+        """One file of the archive, with its checksum verified. torch.save doesn't compress, so no member can expand."""
         assert self._archive is not None
         info = self._archive.getinfo(name)
         if info.compress_type != zipfile.ZIP_STORED:
@@ -130,7 +131,8 @@ class TorchFile:
         return self._archive.read(info)
 
     def _read_legacy(self) -> object:
-        """Three pickles that introduce, the content, the storages' keys; then each storage with its length."""
+        """Read the older format: three pickles of header, the content, the storages' keys; then each storage with its
+        length."""
         self._file.seek(0)
         bounded = _Bounded(self._file, MAX_PICKLE_BYTES)
         if _Machine().run(bounded) != _LEGACY_MAGIC:
@@ -157,7 +159,7 @@ class TorchFile:
         return content
 
     def _storage(self, storage: _Storage, item_bytes: int) -> bytes:
-        if self._last[0] == storage.key:  # tensors that share one lie next to each other
+        if self._last[0] == storage.key:  # tensors that share a storage are neighbours
             return self._last[1]
         num_bytes = storage.num_elements * item_bytes
         if self._archive is not None:
@@ -196,7 +198,7 @@ def _flat(content: object) -> dict[str, PickledTensor]:
 
 
 def _check_extent(tensor: PickledTensor, shown: str) -> None:
-    """No element lies outside of the storage, and none is there twice: nothing is larger than what the file holds."""
+    """Check that all elements lie inside the storage, none twice: then no tensor is larger than the file's data."""
     last = tensor.offset + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True))
     count = math.prod(tensor.shape)
     if 0 in tensor.shape:
@@ -208,7 +210,7 @@ def _check_extent(tensor: PickledTensor, shown: str) -> None:
 
 
 class _Bounded:
-    """A file of which one reader may take so many bytes."""
+    """A file of which a reader may read only a limited number of bytes."""
 
     def __init__(self, file: BinaryIO, limit: int) -> None:
         self._file, self._left = file, limit
@@ -226,7 +228,7 @@ class _Bounded:
         return data
 
 
-# Opcodes that put their own argument on the stack.
+# Opcodes that push their own argument on the stack.
 _CONSTANTS = frozenset(
     {
         *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
@@ -244,7 +246,7 @@ _FIXED: dict[str, Callable[[], Any]] = {
 
 
 class _Machine:
-    """pickle's stack machine with names that stay names, and three functions that only note their arguments."""
+    """pickle's stack machine. Names stay names, and the three known functions only record their arguments."""
 
     def __init__(self) -> None:
         self._stack: list[Any] = []
@@ -252,7 +254,7 @@ class _Machine:
         self._memo: dict[int, Any] = {}
 
     def run(self, data: Any) -> object:
-        """The object of one pickle, read up to its end. AdapterError for whatever tensors do not need."""
+        """The object of one pickle, read up to its end. Raises AdapterError for opcodes that tensors do not need."""
         for opcode, argument, _ in pickletools.genops(data):
             name = opcode.name
             if name == "STOP":
@@ -294,7 +296,7 @@ class _Machine:
         elif name == "BINPERSID":
             self._stack.append(_storage_of(self._pop()))
         elif name == "BUILD":
-            target, _ = self._take(2)  # attributes of an OrderedDict, as `_metadata` of a state dict: of no use here
+            target, _ = self._take(2)  # attributes of an OrderedDict, such as a state dict's `_metadata`; not needed
             if type(target) is not dict:
                 raise _bad("it sets attributes of something else")
             self._stack.append(target)
@@ -347,7 +349,7 @@ _ORDERED = _Global("collections", "OrderedDict")
 
 
 def _known(module: object, name: object) -> _Global:
-    """The few names that tensors need. Everything else is refused before anything could come of it."""
+    """The few names that tensors need. Every other name is refused before it can have an effect."""
     found = _Global(str(module), str(name))
     if found in (_REBUILD, _PARAMETER, _ORDERED):
         return found

@@ -1,8 +1,8 @@
-"""The restricted process behind `convert`: reads one stranger's file, writes one safetensors file, and can do no more.
+"""The restricted process behind `convert`: reads one untrusted file, writes one safetensors file, and can do no more.
 
-Both files arrive open. Before the first byte is read, limits take away new files, sockets, processes, memory and time.
-Runs as `python -I -m guanaco.adapters.convert.worker LIFELINE`, started by `convert` alone. Imports neither torch nor
-pickle.
+Both files are already open when it starts. Before it reads the first byte, it limits itself: no new files, sockets or
+processes, and bounded memory and time. Runs as `python -I -m guanaco.adapters.convert.worker LIFELINE`; only
+`conversion` starts it. Imports neither torch nor pickle.
 """
 
 import codecs
@@ -27,20 +27,20 @@ from guanaco.models.formats.shown import printable
 MAX_HEADER_BYTES = 1 << 20
 MAX_TENSORS = 4096
 NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-# Looser than the server's rules: the server's own reader checks what was written.
+# Looser than the server's rules: the server's own reader checks the written file.
 _RULES = HeaderRules(
     tuple(NUMPY), "adapters are made of floating-point numbers", max_header_bytes=MAX_HEADER_BYTES, is_strict=False
 )
-_BASE_MEMORY_BYTES = 1 << 30  # what Python and numpy reserve, with room
+_BASE_MEMORY_BYTES = 1 << 30  # reserved by Python and numpy, with some room
 _BYTES_PER_CPU_SECOND = 20e6
 
-# Adapters that were not written by save_pretrained have `.default` (or another name) before `.weight`.
+# Adapters that save_pretrained did not write have `.default` (or another name) before `.weight`.
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[A-Za-z0-9_-]+))?\.weight")
 _PREFIX = "base_model.model."
 
 
 def budget(input_bytes: int, output_bytes: int) -> Budget:
-    """What converting a file of this size may take."""
+    """The memory and time for converting a file of this size."""
     return Budget(
         memory_bytes=_BASE_MEMORY_BYTES + 3 * input_bytes,
         file_bytes=output_bytes,
@@ -49,7 +49,7 @@ def budget(input_bytes: int, output_bytes: int) -> Budget:
 
 
 class SafetensorsSource:
-    """An open safetensors file: dtype and shape by name. Raises AdapterError where it is damaged."""
+    """An open safetensors file: dtype and shape by name. Raises AdapterError if it is damaged."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -80,7 +80,7 @@ Plan = dict[str, tuple[str, str, str, tuple[int, ...]]]  # new key → (old key,
 
 
 def make_plan(tensors: dict[str, tuple[str | None, tuple[int, ...]]], dtype: str, max_bytes: int) -> Plan:
-    """What will be written, decided before any tensor is read. dtype: as safetensors names it, or "keep"."""
+    """The tensors to write, decided before any tensor is read. dtype: safetensors' name of a type, or "keep"."""
     if not tensors:
         problem = "the file holds no tensor: a known fault of early 2023 saved empty adapters; train or save it again"
         raise AdapterError(ErrorCode.EMPTY, problem)
@@ -112,7 +112,7 @@ def make_plan(tensors: dict[str, tuple[str | None, tuple[int, ...]]], dtype: str
 
 
 def modern_key(key: str) -> tuple[str, str | None]:
-    """The key as PEFT writes it today, and the adapter's name that stood in it. Other keys stay as they are."""
+    """(the key as PEFT writes it today, the adapter's name that stood in it). Other keys stay as they are."""
     match = _KEY.fullmatch(key)
     if match is None:
         return key, None
@@ -123,7 +123,7 @@ def modern_key(key: str) -> tuple[str, str | None]:
 
 
 def cast(array: np.ndarray, old: str, new: str, shown: str) -> np.ndarray:
-    """To another type, rounded to the nearest. AdapterError where a finite number would become infinite."""
+    """Convert to another dtype, rounding to nearest. Raises AdapterError if a finite number would become infinite."""
     if old == new:
         return array
     wide = (array.astype("<u4") << 16).view("<f4") if old == "BF16" else array
@@ -141,7 +141,7 @@ def cast(array: np.ndarray, old: str, new: str, shown: str) -> np.ndarray:
 
 
 def _to_bfloat16(array: np.ndarray) -> np.ndarray:
-    """The upper 16 bits, rounded to nearest, ties to even; NaN stays NaN."""
+    """float32 → bfloat16 as uint16: the upper 16 bits, rounded to nearest, ties to even; NaN stays NaN."""
     bits = np.ascontiguousarray(array).view("<u4")
     rounded = ((bits + (((bits >> 16) & 1) + 0x7FFF).astype("<u4")) >> 16).astype("<u2")
     return np.where(np.isnan(array), np.uint16(0x7FC0), rounded).astype("<u2")
@@ -150,7 +150,7 @@ def _to_bfloat16(array: np.ndarray) -> np.ndarray:
 def write_safetensors(
     target: BinaryIO, plan: Plan, read: Callable[[str], np.ndarray], metadata: dict[str, str]
 ) -> Iterator[str]:
-    """Write the header, then one tensor after the other; yields each new key when it is written."""
+    """Write the header, then one tensor after the other; yields each new key after it was written."""
     header: dict[str, Any] = {"__metadata__": metadata}
     position = 0
     for key, (_, _, dtype, shape) in plan.items():
@@ -170,7 +170,7 @@ def write_safetensors(
 
 
 def convert(source: BinaryIO, target: BinaryIO, *, is_pickle: bool, dtype: str, max_bytes: int) -> dict[str, Any]:
-    """The whole conversion; plain data about it. Raises AdapterError for what is refused."""
+    """The whole conversion. Returns plain data about it. Raises AdapterError for a refused file."""
     file: TorchFile | SafetensorsSource
     if is_pickle:
         file = TorchFile(source)
@@ -192,15 +192,15 @@ def convert(source: BinaryIO, target: BinaryIO, *, is_pickle: bool, dtype: str, 
 
 
 def main() -> None:
-    """One request on standard input, one answer on standard output; both JSON."""
+    """Read one request from standard input, write one answer to standard output; both are JSON."""
     follow_parent(int(sys.argv[1]))
     message = read_frame(sys.stdin.buffer)
     if message is None:
         return
     request = json.loads(message)
     with os.fdopen(request["source"], "rb") as source, os.fdopen(request["target"], "wb") as target:
-        # Python opens what it needs for messages and codecs on first use; none of that works afterwards.
-        for codec in ("unicode_escape", "cp437"):  # of messages; of names in archives that are not marked as UTF-8
+        # Python opens files for messages and codecs on first use; none of that works afterwards.
+        for codec in ("unicode_escape", "cp437"):  # for messages; for names in archives that are not marked as UTF-8
             codecs.lookup(codec)
         restrict(budget(os.fstat(source.fileno()).st_size, request["max_bytes"] + MAX_HEADER_BYTES + 8))
         try:

@@ -1,4 +1,4 @@
-"""PEFT's adapter format: configuration and weights, checked in full before anything is used.
+"""PEFT's adapter format: configuration and weights. Everything is checked before anything is used.
 
 May import `adapters.errors`, `kernels` and `models.formats`. Start with `weights.py`.
 """

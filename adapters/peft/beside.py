@@ -1,6 +1,6 @@
-"""Notes on files in an adapter's directory that are not read, although they could change answers.
+"""Notes about files in an adapter's directory that the server doesn't read although they could change answers.
 
-Looks at names, and at one small field. Called by `weights` and by the store, before the directory is left.
+Reads file names and one small field. `weights` and the store call it, while the directory is still available.
 """
 
 from guanaco.adapters.errors import AdapterError
@@ -13,7 +13,8 @@ _MAX_CONFIG_BYTES = 1 << 20
 
 
 def notes_beside(files: AdapterFiles) -> tuple[str, ...]:
-    """Other weights, and a chat template of the adapter's own. Raises nothing: these files are not needed."""
+    """Notes about other weight files and about a chat template of the adapter's own. Never raises: they are only
+    notes."""
     notes = []
     if others := [name for name in _OTHER_WEIGHTS if files.exists(name)]:
         notes.append(f"{others[0]} in its directory is not read: adapter_model.safetensors beside it is used")

@@ -1,6 +1,6 @@
-"""PEFT's adapter_config.json → AdapterConfig, and what is refused and why.
+"""Turns PEFT's adapter_config.json into an AdapterConfig, and refuses fields that the server can't honour.
 
-Reads fields, not tensors, and knows no model: modules are names, which `matching` compares. Called by `weights`.
+Reads fields, not tensors, and knows no model: modules are names, and `matching` compares them. Called by `weights`.
 """
 
 import math
@@ -26,14 +26,14 @@ from guanaco.models.formats.strict_json import JsonError, parse_object
 
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 64 * 1024
-MAX_RANK_IN_CONFIG = 1 << 20  # keeps the arithmetic sane; the limit that counts is checked against the tensors
+MAX_RANK_IN_CONFIG = 1 << 20  # keeps the arithmetic in bounds; the tensors are checked against the real limit
 MAX_SCALE = 1000.0
-MAX_PATTERNS = 2048  # one per module of LLaMA-65B is 560
+MAX_PATTERNS = 2048  # LLaMA-65B has 560 modules, and one pattern per module is enough
 
-# What transformers puts before the names that `targets` uses: configs match names with it.
+# The prefix that transformers adds to the names in `targets`: configs match names with this prefix.
 MODULE_PREFIX = "model."
 
-# PEFT writes these, and none of them changes what the adapter computes at inference.
+# PEFT writes these fields, and none of them changes what the adapter computes at inference.
 HARMLESS = frozenset(
     {
         "auto_mapping",
@@ -67,7 +67,7 @@ UNDERSTOOD = frozenset(
         "use_rslora",
     }
 )
-# field → (code, why). Refused where set to anything but null, false or empty; `bias` has a default of its own.
+# field → (code, reason). Refused if set to anything but null, false or empty; `bias` has its own default.
 REFUSED = {
     "alora_invocation_tokens": (ErrorCode.ALORA_UNSUPPORTED, "activated LoRA switches on in the middle of a prompt"),
     "arrow_config": (ErrorCode.ARROW_UNSUPPORTED, "Arrow routes each token to another adapter"),
@@ -98,33 +98,35 @@ REFUSED = {
 }
 Value = TypeVar("Value", int, float)
 
-# These leave the base model as it is, so that any trained A and B mean the same.
+# These leave the base model as it is, so any trained A and B mean the same.
 KEEPS_BASE = frozenset({"gaussian", "eva", "orthogonal", "mica"})
-# These subtract the initial A and B from the base model's weights (peft/tuners/lora/layer.py): wrong on any other base.
+# These subtract the initial A and B from the base model's weights (peft/tuners/lora/layer.py), so the adapter is wrong
+# on any other base.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What an adapter_config.json asks for, checked. Modules are named as transformers does, `model.layers.0.…`."""
+    """The checked contents of an adapter_config.json. Module names are those of transformers, `model.layers.0.…`."""
 
     rank: int
     alpha: float
     use_rslora: bool
     target_modules: tuple[str, ...] | str  # suffixes of module names, or a pattern for the whole name, or "all-linear"
     exclude_modules: tuple[str, ...] | str
-    layers_to_transform: tuple[int, ...]  # empty: all
+    layers_to_transform: tuple[int, ...]  # empty: all layers
     layers_pattern: tuple[str, ...]
-    rank_pattern: tuple[tuple[str, int], ...]  # in the file's order: the first that matches counts
+    rank_pattern: tuple[tuple[str, int], ...]  # in the file's order; the first match counts
     alpha_pattern: tuple[tuple[str, float], ...]
-    base_model: str | None  # as the adapter says; it may be a path on its author's machine
-    notes: tuple[str, ...]  # what was ignored, for the operator
+    base_model: str | None  # as the adapter states it; may be a path on its author's machine
+    notes: tuple[str, ...]  # for the operator: the fields that were ignored
 
     def resolve(self, modules: Iterable[str]) -> Resolved:
-        """(rank, scale) of each of `modules` that is targeted; names without the prefix `model.`, order kept. Its notes
-        name the entries without an effect.
+        """{module: (rank, scale)} for the targeted ones among `modules`, which are names without `model.`; their order
+        is kept.
 
-        Raises AdapterError for a pattern that cannot be matched here and for a scale beyond all reason.
+        The result's notes name the config's entries that have no effect. Raises AdapterError for a pattern that this
+        server can't match, and for an absurdly large scale.
         """
         budget, names = Budget(), [MODULE_PREFIX + module for module in modules]
         targeted = matcher(self.target_modules, "target_modules", budget)
@@ -155,12 +157,13 @@ class AdapterConfig:
         return result
 
     def _missing_layers(self, names: list[str]) -> list[str]:
-        """The entries of `layers_to_transform` that are no layer of the base."""
+        """The entries of `layers_to_transform` that are not layers of the base."""
         there = {int(match["index"]) for match in map(in_layer, names) if match}
         return [str(layer) for layer in self.layers_to_transform if layer not in there]
 
     def _in_layers(self, name: str) -> bool:
-        """PEFT compares the first number in the name, which must follow one of `layers_pattern` where that is given."""
+        """Whether a module is in one of the wanted layers. Like PEFT, compares the first number in its name, which must
+        follow one of `layers_pattern` if the config has that."""
         if not self.layers_to_transform or (not isinstance(self.target_modules, str) and name in self.target_modules):
             return True
         match = in_layer(name)
@@ -170,9 +173,9 @@ class AdapterConfig:
 
 
 def parse_config(data: bytes) -> AdapterConfig:
-    """Read the bytes of an adapter_config.json. Keys that PEFT 0.21 does not know and that are set become notes.
+    """Read the bytes of an adapter_config.json. Keys that are set and that PEFT 0.21 does not know become notes.
 
-    Raises AdapterError with the field at fault.
+    Raises AdapterError that names the faulty field.
     """
     try:
         fields = parse_object(data)
@@ -259,7 +262,7 @@ def _unknown_keys(fields: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _names(fields: dict[str, Any], field: str, *, allow_pattern: bool) -> tuple[str, ...] | str:
-    """A list of names; a string is one name, or, where patterns are allowed, a pattern (kept as a string)."""
+    """A list of names. A string is one name, or a pattern (kept as a string) if patterns are allowed here."""
     value = fields.get(field)
     if value is None:
         return ()

@@ -1,6 +1,6 @@
-"""Files of an adapter's directory, opened so that no link leads out of the place the operator named.
+"""Opens the files of an adapter's directory, and makes sure that no link leads out of the place the operator named.
 
-Knows nothing of what is in them. Called by `weights`; every problem is an AdapterError.
+Doesn't know their contents. Called by `weights`. Every problem is an AdapterError.
 """
 
 import errno
@@ -17,7 +17,7 @@ from guanaco.models.formats.git_lfs import POINTER_BYTES, POINTER_PROBLEM, is_lf
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """A directory with an adapter in it, and the directory that its files may not lie outside of (both resolved)."""
+    """A directory with an adapter, and the root directory that must contain all its files. Both paths are resolved."""
 
     directory: Path
     root: Path
@@ -26,9 +26,10 @@ class AdapterFiles:
     def find(cls, path: Path, name: str, config_name: str, root: Path | None = None) -> "AdapterFiles":
         """The directory at `path` that holds `config_name`: itself, or its sub-folder called `name`.
 
-        root: a directory that neither `path` nor anything in it may lead out of, by links or otherwise. Without it
-        `path` may be or contain links, since the operator wrote it; what is in it may not lead out, except in a hub
-        cache, where files link to blobs beside. PEFT saves every adapter not called "default" in a sub-folder.
+        root: a directory that must contain `path` and all files in it, after following links. Without it, `path` itself
+        may be or contain links, since the operator wrote it, but its files may not lead out. Hub caches are an
+        exception: their files link to blobs in a folder beside. PEFT saves every adapter not called "default" in a
+        sub-folder.
         """
         try:
             return cls._find(path, name, config_name, root)
@@ -40,7 +41,7 @@ class AdapterFiles:
         given = Path(os.path.realpath(path))
         confined = None if root is None else Path(os.path.realpath(root))
         if confined is not None and not given.is_relative_to(confined):
-            # The same answer whether or not there is something: a client must not learn what lies outside.
+            # The answer is the same whether something exists there or not: a client must not learn what lies outside.
             raise AdapterError(
                 ErrorCode.OUTSIDE_ROOT, "the path leads out of --adapter-root; name one inside it", "path"
             )
@@ -61,12 +62,14 @@ class AdapterFiles:
         raise AdapterError(ErrorCode.CONFIG_MISSING, f"{path} has no {config_name}{hint}", config_name)
 
     def exists(self, name: str) -> bool:
-        """Whether the directory lists `name`; it may still turn out to be a link that leads nowhere."""
+        """Whether the directory lists `name`; the entry may still be a broken link."""
         return os.path.lexists(self.directory / name)
 
     def open(self, name: str) -> BinaryIO:
-        """The regular file `name`, unbuffered. Raises AdapterError for anything else, and for a Git LFS pointer: it
-        never waits on a pipe."""
+        """Open the regular file `name`, unbuffered.
+
+        Raises AdapterError for anything else, a Git LFS pointer included. Never blocks on a pipe.
+        """
         try:
             file = self._open(name)
             if os.fstat(file.fileno()).st_size < POINTER_BYTES:
@@ -89,7 +92,8 @@ class AdapterFiles:
         if ".." in parts:
             problem = f"{name} is a link that leads out of {self.root}; put the file itself there"
             raise AdapterError(ErrorCode.OUTSIDE_ROOT, problem, name)
-        # Component by component without following links: whoever swaps one for a link after `realpath` gets an error.
+        # Opens each path component without following links: a component that was swapped for a link after `realpath` is
+        # an error.
         folder = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             for part in parts[:-1]:
@@ -107,7 +111,7 @@ class AdapterFiles:
         return os.fdopen(handle, "rb", buffering=0)
 
     def read(self, name: str, max_bytes: int) -> bytes:
-        """The whole of a small file. Raises AdapterError where it is larger than `max_bytes`."""
+        """The whole content of a small file. Raises AdapterError if the file is larger than `max_bytes`."""
         with self.open(name) as file:
             data = bytearray()
             while len(data) <= max_bytes:
@@ -119,11 +123,11 @@ class AdapterFiles:
 
 
 def _is_there(path: Path) -> bool:
-    """Whether something is listed there, be it a link that leads nowhere. Raises OSError where that can't be told."""
+    """Whether the directory lists this path, even as a broken link. Raises OSError if the system can't tell."""
     try:
         os.lstat(path)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
-            return False  # nothing can be at such a path
+            return False  # no such path can exist
         raise
     return True

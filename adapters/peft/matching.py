@@ -1,7 +1,7 @@
-"""Which modules the entries of an adapter_config.json mean, and which entries mean none.
+"""Finds the modules that the entries of an adapter_config.json mean, and the entries that match no module.
 
-Matching follows PEFT 0.21 (`tuners_utils.check_target_module_exists`, `utils.other.get_pattern_key`). Knows names, not
-fields. Called by `config`.
+Matching follows PEFT 0.21 (`tuners_utils.check_target_module_exists`, `utils.other.get_pattern_key`). Knows module
+names, not config fields. Called by `config`.
 """
 
 import re
@@ -13,32 +13,34 @@ from guanaco.adapters.peft.patterns import Budget, Matcher, PatternError
 from guanaco.models.error_codes import ErrorCode
 from guanaco.models.formats.shown import printable
 
-# Modules of LLaMA that no adapter of ours changes: an adapter that excludes them gets what it asks for.
+# Modules of LLaMA that this server never adapts: an adapter that excludes them gets what it asks for.
 _NEVER_ADAPTED = (
     *("lm_head", "model.embed_tokens", "model.norm", "model.layers.0.self_attn", "model.layers.0.mlp"),
     *("model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm"),
 )
-_MAX_SHOWN = 5  # entries in one note
+_MAX_SHOWN = 5  # entries listed in one note
 _IN_LAYER = re.compile(r"(?P<list>.*?\.[^.]*)\.(?P<index>\d+)\.")
-# A pattern that is a name, with at most anchors and escaped dots: nothing in it can backtrack.
+# A pattern that is a plain name, with at most anchors and escaped dots: matching it never needs backtracking.
 _PLAIN = re.compile(r"(?P<anchor>\^?)(?P<name>(?:[A-Za-z0-9_.-]|\\\.)+)\$?")
 
 Value = TypeVar("Value", bound=float)
 
 
 class Resolved(dict[str, tuple[int, float]]):
-    """(rank, scale) by targeted module. `notes` name the config's entries that had no effect, for the operator."""
+    """{targeted module: (rank, scale)}. `notes` name the config's entries that had no effect, for the operator."""
 
     notes: tuple[str, ...] = ()
 
 
 def in_layer(name: str) -> re.Match[str] | None:
-    """The list of layers (`list`) and the number (`index`) in a module's name; None for a module outside of layers."""
+    """A match with the layer list's name (`list`) and the layer's number (`index`); None for a module outside of
+    layers."""
     return _IN_LAYER.match(name)
 
 
 def matcher(names: tuple[str, ...] | str, field: str, budget: Budget) -> Callable[[str], bool]:
-    """Whether a module is meant: a pattern for its whole name, or names that it is or ends with after a dot."""
+    """A function: whether the field means this module. `names` is a pattern for the whole name, or names that the
+    module's name equals or ends with after a dot."""
     if isinstance(names, str):
         if names.lower() == "all-linear":
             return lambda _: True
@@ -59,7 +61,7 @@ class Table(Generic[Value]):
         self._used: set[str] = set()
 
     def get(self, name: str) -> Value:
-        """The value for a module, the default where no key matches."""
+        """The value for a module; the default if no key matches."""
         for key, matches, value in self._items:
             if matches(name):
                 self._used.add(key)
@@ -67,12 +69,12 @@ class Table(Generic[Value]):
         return self._default
 
     def unused(self) -> list[str]:
-        """The keys that gave no module their value."""
+        """The keys that were never the first match of a module."""
         return [key for key, _, _ in self._items if key not in self._used]
 
 
 def matching_nothing(entries: tuple[str, ...] | str, names: list[str]) -> list[str]:
-    """The entries of a list of module names that no module has or ends with. A pattern counts as a whole elsewhere."""
+    """The entries of a list of module names that no module equals or ends with. A pattern is not checked here."""
     if isinstance(entries, str):
         return []
     endings = {".".join(parts[start:]) for parts in (name.split(".") for name in names) for start in range(len(parts))}
@@ -80,7 +82,7 @@ def matching_nothing(entries: tuple[str, ...] | str, names: list[str]) -> list[s
 
 
 def excluding_nothing(entries: tuple[str, ...] | str, names: list[str], excluded: Callable[[str], bool]) -> list[str]:
-    """The entries of `exclude_modules` that match no module: modules that are never adapted count as excluded."""
+    """The entries of `exclude_modules` that match no module. Modules that are never adapted are valid entries, too."""
     everything = [*names, *_NEVER_ADAPTED]
     if isinstance(entries, str):
         return [entries] if entries and not any(map(excluded, everything)) else []
@@ -88,7 +90,7 @@ def excluding_nothing(entries: tuple[str, ...] | str, names: list[str], excluded
 
 
 def no_effect(field: str, entries: list[str]) -> str:
-    """The note on entries of a field that change nothing."""
+    """A note about entries of a field that change nothing."""
     shown = ", ".join(map(printable, entries[:_MAX_SHOWN])) + (", ..." if len(entries) > _MAX_SHOWN else "")
     return f"{field} has entries without an effect on this base: {shown}; check their spelling and the adapter's base"
 

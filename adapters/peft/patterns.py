@@ -1,7 +1,7 @@
-"""Regular expressions from strangers' files, matched in bounded time: a step budget instead of backtracking.
+"""Regular expressions from untrusted files, matched in bounded time: with a step budget and without backtracking.
 
-The subset of Python's syntax that adapter configs use; no lookaround, back-reference or flag. Python's `re` would
-hold the interpreter's lock for hours on a pattern made for it. Called by `config` on module names.
+Supports the subset of Python's syntax that adapter configs use: no lookaround, back-reference or flag. With Python's
+`re` a malicious pattern could hold the interpreter's lock for hours. Called by `config` on module names.
 """
 
 import re
@@ -12,7 +12,8 @@ from guanaco.models.errors import GuanacoError
 
 MAX_REPEAT = 64  # largest bound in {m,n}
 MAX_STATES = 4096
-MAX_STEPS = 1_500_000  # characters read and states visited, by all matchers of a budget: under a second of Python
+# characters read and states visited, by all matchers of a budget together: under a second in Python
+MAX_STEPS = 1_500_000
 
 _WORD = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_")
 _CLASSES = {"d": frozenset("0123456789"), "w": _WORD, "s": frozenset(" \t\n\r\f\v")}
@@ -21,17 +22,17 @@ _BOUNDS = re.compile(r"\{(\d{1,4})?(,)?(\d{1,4})?\}")
 
 
 class PatternError(GuanacoError, ValueError):
-    """A pattern outside the subset, malformed, or too expensive to match."""
+    """A pattern that is outside the subset, malformed, or too expensive to match."""
 
 
 @dataclass
 class Budget:
-    """The steps that matchers may still take together."""
+    """The steps that all matchers together may still use."""
 
     steps: int = MAX_STEPS
 
     def spend(self, steps: int) -> None:
-        """Raises PatternError when there is nothing left."""
+        """Use up `steps` steps. Raises PatternError if the budget is exhausted."""
         self.steps -= steps
         if self.steps < 0:
             raise PatternError("takes too long to match")
@@ -39,13 +40,14 @@ class Budget:
 
 @dataclass
 class _State:
-    """Edges of one state: on a character of the set (or, negated, of its complement), or for free under a condition."""
+    """The edges of one state: on a character in the set (or, negated, not in it), or without a character if a condition
+    holds."""
 
     characters: list[tuple[frozenset[str], bool, int]] = field(default_factory=list)
     free: list[tuple[str | None, int]] = field(default_factory=list)
 
 
-_Fragment = Callable[[int, int], None]  # draws itself from a start to an end state
+_Fragment = Callable[[int, int], None]  # adds its edges between a start state and an end state
 
 
 class Matcher:
@@ -93,7 +95,8 @@ class Matcher:
         )
 
     def _closure(self, states: frozenset[int], before: str, after: str) -> set[int]:
-        """All states reachable for free between the characters `before` and `after` ("" at either end of the name)."""
+        """All states reachable without reading a character, between characters `before` and `after` ("" at the name's
+        ends)."""
         boundary = (before in _WORD) is not (after in _WORD)
         holds = {None: True, "start": not before, "end": not after, "boundary": boundary, "no_boundary": not boundary}
         reached, todo = set(states), list(states)
@@ -108,7 +111,7 @@ class Matcher:
 
 
 class _Parser:
-    """Recursive descent over the pattern; each method returns a fragment that draws what it read."""
+    """Recursive descent over the pattern; each method returns a fragment for the part that it read."""
 
     def __init__(self, pattern: str, new: Callable[[], int], states: list[_State]) -> None:
         self._text = pattern
@@ -167,7 +170,7 @@ class _Parser:
             return item
         if not repeatable:
             raise PatternError(f"repeats {first!r}, which has no width")
-        if self._peek() == "?":  # lazy: which match is found differs, whether there is one does not
+        if self._peek() == "?":  # lazy: changes which match is found, not whether there is one
             self._at += 1
         if self._peek() in ("*", "+", "?") or _BOUNDS.match(self._text, self._at):
             raise PatternError("repeats a repetition without a group around it")
@@ -212,7 +215,7 @@ class _Parser:
         return low, high
 
     def _item(self) -> tuple[_Fragment, bool]:
-        """One thing that a repetition may follow, and whether it may."""
+        """(the fragment of one item, whether a repetition may follow it)."""
         character = self._take()
         if character == "(":
             return self._group(), True

@@ -1,6 +1,6 @@
-"""One adapter's safetensors file: the strictest rules of the common reader, and refusals with a code.
+"""One adapter's safetensors file: the common reader with its strictest rules, and refusals with an error code.
 
-Knows nothing of LoRA. Called by `weights`, by the conversion's last check and by `guanaco adapters inspect`.
+Knows nothing of LoRA. Called by `weights`, by the last check of a conversion and by `guanaco adapters inspect`.
 """
 
 import os
@@ -22,7 +22,7 @@ _RULES = HeaderRules(DTYPES, f"adapters may use {', '.join(DTYPES)}", MAX_HEADER
 
 
 class _AdapterFile(OpenFile):
-    """The open file, called `name` in messages: clients must not learn its path."""
+    """The open file. Messages use `name`, since clients must not learn its path."""
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         self._stat = os.fstat(file.fileno())
@@ -36,7 +36,7 @@ class _AdapterFile(OpenFile):
         return AdapterError(ErrorCode.UNREADABLE, f"{self._name} cannot be read: {error.strerror}", self._name)
 
     def check_unchanged(self) -> None:
-        """Raises AdapterError where the file was written to since it was opened."""
+        """Raises AdapterError if the file was written to after it was opened."""
         now = os.fstat(self._file.fileno())
         if (now.st_size, now.st_mtime_ns) != (self._stat.st_size, self._stat.st_mtime_ns):
             problem = f"{self._name} was written to while it was read; load it again when that is done"
@@ -44,9 +44,9 @@ class _AdapterFile(OpenFile):
 
 
 class AdapterTensors(SafetensorsReader):
-    """An open file whose header has been read: `tensors` in the order of their bytes, `metadata` as the writer left it.
+    """An open file with its header read: `tensors` in the order of their bytes, `metadata` as written.
 
-    Raises AdapterError for a file that is no safetensors, is damaged, or exceeds a limit.
+    Raises AdapterError for a file that is not in the safetensors format, is damaged, or exceeds a limit.
     """
 
     def __init__(self, file: BinaryIO, name: str, max_bytes: int) -> None:
@@ -60,6 +60,6 @@ class AdapterTensors(SafetensorsReader):
         self.tensors = dict(sorted(self.tensors.items(), key=lambda item: item[1].offset))
 
     def read_all(self, *, without: Container[str] = ()) -> Iterator[tuple[str, Tensor]]:
-        """As the common reader's. Raises AdapterError if the file shrinks or is written to meanwhile."""
+        """As in the common reader. Raises AdapterError if the file shrinks or is written to meanwhile."""
         yield from super().read_all(without=without)
         self._source.check_unchanged()

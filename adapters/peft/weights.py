@@ -1,7 +1,7 @@
-"""One adapter directory → LoadedAdapter: validated, in memory of our own, with a digest that names it.
+"""Reads an adapter directory into a LoadedAdapter: validated, in memory of its own, identified by a digest.
 
-Knows the base model only as `targets` (module name → (in, out) features), and nothing of names, slots or requests.
-Called by `registry`, off the engine thread. Everything is checked before memory is taken for it.
+Knows the base model only as `targets` (module name → (in, out) features), and nothing of adapter names, slots or
+requests. The registry calls it, off the engine thread. Everything is checked before memory is allocated for it.
 """
 
 import hashlib
@@ -32,16 +32,17 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # A key of the file's metadata: which packed base the adapter was trained on. Our own training script writes it.
 BASE_FINGERPRINT_KEY = "guanaco.base_fingerprint"
 
-# `.default` (or another adapter's name) stands before `.weight` in files that were not written by save_pretrained.
+# Files that save_pretrained did not write have `.default` (or another adapter's name) before `.weight`.
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[A-Za-z0-9_-]+))?\.weight")
 _OTHER_TABLE = "this one differs from the base's: was it trained, or the vocabulary extended?"
-# Tensors that PEFT saves along where it thinks that the vocabulary may have changed → their names in the base.
+# Tensors that PEFT also saves if it thinks that the vocabulary may have changed → their names in the base.
 _TABLES = {"base_model.model.model.embed_tokens.weight": "embed_tokens", "base_model.model.lm_head.weight": "lm_head"}
-_COMPARED_ROWS = 4096  # at a time: 64 MiB of a 7B's embedding in float32
+_COMPARED_ROWS = 4096  # compared at a time: 64 MiB of a 7B's embedding in float32
 
-# The base's embedding ("embed_tokens") or output layer ("lm_head") as its files have it; None where it can't be read.
+# A function that returns the base's embedding ("embed_tokens") or output layer ("lm_head") as stored; None if it can't
+# be read.
 BaseTable = Callable[[str], Tensor | None]
-# Parts of tensor names that say which unsupported feature wrote them, most telling first.
+# Parts of tensor names that reveal which unsupported feature wrote them, the most specific first.
 _FEATURES = (
     ("lora_magnitude_vector", ErrorCode.DORA_UNSUPPORTED, "it belongs to DoRA, which is not supported"),
     ("trainable_tokens", ErrorCode.TRAINABLE_TOKENS_UNSUPPORTED, "trained tokens would change the shared vocabulary"),
@@ -59,7 +60,7 @@ _FEATURES = (
 
 @dataclass(frozen=True)
 class AdapterLimits:
-    """What an operator allows. Guanaco's own adapters have rank 64; its 65B one takes 3.2 GB in fp32."""
+    """The limits that an operator sets. Guanaco's own adapters have rank 64; its 65B one has 3.2 GB in fp32."""
 
     max_rank: int = 256
     max_file_bytes: int = 4 << 30
@@ -67,16 +68,16 @@ class AdapterLimits:
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """An adapter in host memory; nothing in it changes after this."""
+    """An adapter in host memory. It never changes after it was loaded."""
 
-    version: str  # SHA-256 over the scales and tensors, 64 hex digits: equal versions compute the same
+    version: str  # SHA-256 over the scales and tensors, 64 hex digits; equal versions compute the same
     config: AdapterConfig
     pairs: dict[str, LoraPair]  # by target, in the order of `targets`; modules without an effect are left out
-    num_bytes: int  # of the tensors in `pairs`
+    num_bytes: int  # bytes of the tensors in `pairs`
     max_rank: int
     modules_applied: int
     modules_possible: int
-    notes: tuple[str, ...]  # what an operator should know and nothing was refused for
+    notes: tuple[str, ...]  # for the operator: oddities that were no reason to refuse the adapter
     base_fingerprint: str | None
 
 
@@ -90,8 +91,8 @@ def load_adapter(
 ) -> LoadedAdapter:
     """Read the PEFT adapter at `path` (or in its sub-folder `name`) for a base with these targets.
 
-    base_table: to compare a saved embedding with; without it any
-    is refused. Raises AdapterError for everything that cannot be honoured.
+    base_table: reads the base's tensors, to compare a saved embedding with. Without it any saved embedding is refused.
+    Raises AdapterError for everything that the server can't honour.
     """
     files = AdapterFiles.find(path, name, CONFIG_NAME)
     with _opened(files, targets, limits or AdapterLimits()) as (config, targeted, file, names):
@@ -129,8 +130,10 @@ def load_adapter(
 
 
 def check_files(files: AdapterFiles, targets: dict[str, tuple[int, int]], limits: AdapterLimits) -> None:
-    """All that config and header tell, without a look at the tensors: as `load_adapter`, and for a file of any size at
-    once. Whether a saved embedding is the base's, only that one tells. Raises AdapterError."""
+    """Check everything that the config and the header tell, without reading the tensors: fast for a file of any size.
+
+    The checks are those of `load_adapter`, except whether a saved embedding is the base's. Raises AdapterError.
+    """
     with _opened(files, targets, limits):
         pass
 
@@ -140,8 +143,10 @@ _Wanted = dict[str, tuple[int, float]]  # target → (rank, scale)
 
 
 def _with_tensors(targeted: _Wanted, names: dict[str, _Side]) -> _Wanted:
-    """The targeted modules that the file has something for. Some trainers save only the layers that they trained, and
-    PEFT leaves the other modules as the base has them."""
+    """The targeted modules for which the file has tensors.
+
+    Some trainers save only the layers that they trained, and PEFT leaves the other modules as the base has them.
+    """
     stored = {target for target, _ in names.values()}
     return {target: found for target, found in targeted.items() if target in stored}
 
@@ -150,7 +155,7 @@ def _with_tensors(targeted: _Wanted, names: dict[str, _Side]) -> _Wanted:
 def _opened(
     files: AdapterFiles, targets: dict[str, tuple[int, int]], limits: AdapterLimits
 ) -> Iterator[tuple[AdapterConfig, Resolved, AdapterTensors, dict[str, _Side]]]:
-    """The config, what it targets, and the open file with what each of its tensors is: all of it fits together."""
+    """(the config, its targets, the open file, the meaning of each tensor); checks that all of them fit together."""
     config = parse_config(files.read(CONFIG_NAME, MAX_CONFIG_BYTES))
     check_weights_exist(files)
     wanted = config.resolve(targets)
@@ -165,7 +170,7 @@ def _opened(
 
 
 def check_base(adapter: LoadedAdapter, fingerprint: str) -> None:
-    """Raises AdapterError where an adapter records another base than this one. Most adapters record none."""
+    """Raises AdapterError if the adapter records another base than this one. Most adapters record none."""
     if adapter.base_fingerprint is not None and adapter.base_fingerprint != fingerprint:
         theirs = printable(adapter.base_fingerprint[:16])
         problem = f"it was trained on a base with fingerprint {theirs}, and this one has {fingerprint[:16]}"
@@ -173,13 +178,15 @@ def check_base(adapter: LoadedAdapter, fingerprint: str) -> None:
 
 
 def check_weights_exist(files: AdapterFiles) -> None:
-    """Raises AdapterError where there is no safetensors file, and says what to do with a pickle or with several files
-    instead."""
+    """Raises AdapterError if there is no safetensors file.
+
+    If there is a pickle or there are several files instead, the message says what to do with them.
+    """
     if files.exists(WEIGHTS_NAME):
         return
     try:
         names = sorted(entry.name for entry in files.directory.iterdir())
-    except OSError:  # it may be searched, but not listed
+    except OSError:  # the directory may be searched, but not listed
         names = []
     if shards := [name for name in names if _SHARD.fullmatch(name)]:
         problem = (
@@ -199,7 +206,7 @@ def check_weights_exist(files: AdapterFiles) -> None:
     raise AdapterError(ErrorCode.UNSUPPORTED_FORMAT, problem, shown)
 
 
-# A line for the adapter's directory, for a Python with the safetensors package.
+# A command for the adapter's directory, to run in a Python with the safetensors package.
 JOIN_SHARDS = (
     'python -c "import glob; from safetensors.torch import load_file, save_file; '
     "save_file({k: t for f in glob.glob('adapter_model-*-of-*.safetensors') for k, t in load_file(f).items()}, "
@@ -210,8 +217,10 @@ JOIN_SHARDS = (
 def _match_names(
     tensors: dict[str, StoredTensor], targets: dict[str, tuple[int, int]], wanted: _Wanted
 ) -> dict[str, _Side]:
-    """Which half of which module each tensor of the file is; every other tensor is refused by name, but those that may
-    be the base's own embedding or output layer."""
+    """{tensor name: which matrix of which module it is}.
+
+    Every other tensor is refused by name, except tensors that may be the base's own embedding or output layer.
+    """
     names: dict[str, _Side] = {}
     taken: set[_Side] = set()
     adapters: set[str | None] = set()
@@ -255,7 +264,7 @@ def _unexpected(key: str, otherwise: str) -> AdapterError:
 
 
 def _is_the_bases(file: AdapterTensors, key: str, base_table: BaseTable | None) -> bool:
-    """Whether a saved table has the base's values: one of the two may be the other one, rounded to fewer bits."""
+    """Whether a saved table has the base's values. One of the two may be rounded to fewer bits than the other."""
     ours = None if base_table is None else base_table(_TABLES[key])
     if ours is None or tuple(ours.shape) != file.tensors[key].shape:
         return False
@@ -272,7 +281,7 @@ def _check_pairs(
     wanted: _Wanted,
     limits: AdapterLimits,
 ) -> None:
-    """Every one of these modules has both matrices, of the base's sizes and the rank that the config states."""
+    """Check that each of these modules has both matrices, with the base's sizes and the rank that the config states."""
     for target, (rank, _) in wanted.items():
         for side in ("A", "B"):
             shown = f"{target}.lora_{side}"
@@ -303,17 +312,19 @@ def _finite(tensor: Tensor, key: str) -> Tensor:
 
 
 def _effective_pairs(tensors: dict[_Side, Tensor], scales: dict[str, float]) -> dict[str, LoraPair]:
-    """The pairs that change anything. Raises AdapterError if none does: B is zero before the first training step."""
+    """The pairs that change anything. Raises AdapterError if there is none: B is zero before the first training
+    step."""
     pairs = {}
     for target, scale in scales.items():
         a, b = tensors[target, "A"], tensors[target, "B"]
         if scale == 0 or not bool(a.any()) or not bool(b.any()):
             continue
-        if a.dtype != b.dtype:  # exact: float32 holds every float16 and bfloat16
+        if a.dtype != b.dtype:  # exact, since float32 can hold every float16 and bfloat16
             a, b = a.float(), b.float()
         pairs[target] = LoraPair(a=a, b=b, scale=scale)
     if sum(pair.a.nbytes + pair.b.nbytes for pair in pairs.values()) != sum(t.nbytes for t in tensors.values()):
-        # The tensors share their memory: what has no effect would stay in it, and nobody would count it.
+        # The file's tensors share one block of memory: a dropped pair would stay in it, and its bytes would be counted
+        # nowhere.
         pairs = {target: LoraPair(pair.a.clone(), pair.b.clone(), pair.scale) for target, pair in pairs.items()}
     if not pairs:
         problem = "the adapter has no effect: lora_alpha is 0, or every pair has an all-zero matrix (was it trained?)"
@@ -322,9 +333,11 @@ def _effective_pairs(tensors: dict[_Side, Tensor], scales: dict[str, float]) -> 
 
 
 def _digest(tensors: dict[_Side, Tensor], scales: dict[str, float]) -> str:
-    """SHA-256 over what the adapter computes with: per module the scale, then each tensor's type, shape and bytes.
+    """SHA-256 over the numbers that the adapter computes with: per module the scale, then each tensor's type, shape,
+    bytes.
 
-    Rank, alpha and the patterns enter as the scales and shapes that they come to; spelling and order do not count.
+    Rank, alpha and the patterns only count through the scales and shapes that follow from them, so a config that is
+    spelled or ordered differently gives the same digest.
     """
     order = sorted(tensors)
     header = {
