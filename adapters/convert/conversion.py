@@ -124,7 +124,7 @@ def _run_worker(
     """Convert one file in a separate process. Returns (the process's answer, the size of the source)."""
     with files.open(weights) as source, target.open("xb") as output:
         size = os.fstat(source.fileno()).st_size
-        # As float32, a float16 or bfloat16 file doubles; float64 never grows.
+        # A float32 file halves at best, so a result within the limit needs a source of at most twice the limit.
         if size > 2 * limits.max_file_bytes:
             raise AdapterError(
                 ErrorCode.FILE_TOO_LARGE, f"{weights} has {size} bytes, more than twice the limit", weights

@@ -1,8 +1,8 @@
-"""Names that stand for other names, or for pinned versions of them; one, or several by weight. With their history.
+"""Aliases: names that lead to other names or to pinned versions of them, to one target or to several by weight.
 
-Plain data without tensors: says which adapter a request gets, and keeps what an alias was before. What is loaded is the
-registry's to know, and which versions must stay is told to the ledger of holds. Called by the catalog (from any
-thread) and the manager.
+Plain data without tensors. It says which adapter a request gets, and keeps the earlier revisions of each alias. The
+registry knows which versions are loaded; the ledger of holds is told which versions must stay. Called by the catalog
+(from any thread) and the manager.
 """
 
 import hashlib
@@ -23,16 +23,16 @@ from guanaco.models.formats.shown import printable
 MAX_ALIASES = 1024
 MAX_TARGETS = 8
 MAX_WEIGHT = 1_000_000
-_PARTY = "aliases"  # in the ledger of holds
+_PARTY = "aliases"  # the name of this table in the ledger of holds
 
 _TARGET = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,63})(?:@(?P<version>[0-9a-f]{6,64}))?")
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where an alias leads: whatever `name` stands for, or one version of it."""
+    """Where an alias leads: to the present version of `name`, or to one fixed version of it."""
 
-    name: str  # an adapter's or another alias's
+    name: str  # of an adapter, or of another alias
     version: str | None = None  # the whole digest, once it is in the table
     weight: int = 1
 
@@ -43,14 +43,14 @@ class Target:
 
 @dataclass(frozen=True)
 class Revision:
-    """What an alias was at one time."""
+    """One state of an alias, and when it began."""
 
-    number: int  # counts an alias's changes, from 1
+    number: int  # number of the alias's change, from 1
     changed_at: float  # seconds since the epoch
     targets: tuple[Target, ...]
 
     def public(self) -> dict[str, Any]:
-        """Plain data, for JSON; `split` is what the routes take."""
+        """Plain data, for JSON; `split` has the form that the routes accept."""
         split = {target.text: target.weight for target in self.targets}
         return {"revision": self.number, "changed_at": self.changed_at, "split": split}
 
@@ -62,7 +62,8 @@ class Alias:
     history: tuple[Revision, ...] = ()  # the latest last
 
     def choose(self, key: str) -> Target:
-        """One target, by weight: the same for the same key. A changed weight moves no more keys than it must."""
+        """One target, chosen by weight; the same key always gets the same one. Changing a weight moves as few keys as
+        possible."""
         total = sum(target.weight for target in self.now.targets)
         digest = hashlib.sha256(f"{self.name}\0{key}".encode("utf-8", "surrogatepass")).digest()
         point = int.from_bytes(digest[:8]) * total >> 64
@@ -74,23 +75,23 @@ class Alias:
 
     @property
     def versions(self) -> frozenset[str]:
-        """The versions that it leads to or led to."""
+        """All versions that it leads to now or led to before."""
         revisions = (self.now, *self.history)
         return frozenset(t.version for revision in revisions for t in revision.targets if t.version is not None)
 
     def versions_of(self, name: str) -> frozenset[str]:
-        """The versions of one name that it leads to or led to."""
+        """The versions of one name that it leads to now or led to before."""
         revisions = (self.now, *self.history)
         return frozenset(t.version for r in revisions for t in r.targets if t.name == name and t.version is not None)
 
     def changed(self, targets: tuple[Target, ...], now: float) -> "Alias":
-        """With other targets from now on."""
+        """A copy with a new revision: these targets from `now` on."""
         history = (*self.history, self.now)[-MAX_HISTORY:]
         return Alias(self.name, Revision(self.now.number + 1, now, targets), history)
 
 
 def parse_targets(split: Mapping[str, int]) -> tuple[Target, ...]:
-    """The targets of `{"name" or "name@version": weight}`. Raises AdapterError; versions may still be prefixes."""
+    """The targets of `{"name" or "name@version": weight}`. Versions may still be prefixes. Raises AdapterError."""
     if not 1 <= len(split) <= MAX_TARGETS:
         raise AdapterError(ErrorCode.BAD_SPLIT, f"give 1 to {MAX_TARGETS} targets", "split")
     targets = []
@@ -108,13 +109,13 @@ def parse_targets(split: Mapping[str, int]) -> tuple[Target, ...]:
 
 
 class AliasTable:
-    """All aliases over one registry. A registered adapter goes before an alias of the same name."""
+    """All aliases over one registry. An adapter's name takes precedence over an alias with the same name."""
 
     def __init__(self, registry: AdapterRegistry) -> None:
         self._registry = registry
         self._lock = threading.Lock()
         self._aliases: MappingProxyType[str, Alias] = MappingProxyType({})
-        self._lost: frozenset[str] = frozenset()  # versions whose copies turned out to be damaged or gone
+        self._lost: frozenset[str] = frozenset()  # versions with damaged or missing copies
 
     def get(self, name: str) -> Alias | None:
         return self._aliases.get(name)
@@ -123,11 +124,12 @@ class AliasTable:
         return tuple(self._aliases.values())
 
     def names(self) -> tuple[str, ...]:
-        """Those of aliases that no adapter hides."""
+        """The aliases whose names no adapter has."""
         return tuple(name for name in self._aliases if self._registry.resolve(name) is None)
 
     def follow(self, name: str, key: str) -> Target | None:
-        """The adapter (perhaps one that is not loaded) that an alias gives a request of that key; None: no alias."""
+        """The adapter that a request with this key gets by an alias; it may not be loaded. None if `name` is no
+        alias."""
         aliases = self._aliases
         alias = aliases.get(name)
         if alias is None:
@@ -139,7 +141,7 @@ class AliasTable:
         return target
 
     def leads_to(self, name: str) -> tuple[Target, ...]:
-        """Every adapter that some key may get; each once."""
+        """Every adapter that some key can get, each once."""
         aliases, found, open_names, seen = self._aliases, {}, [name], {name}
         while open_names:
             alias = aliases.get(open_names.pop())
@@ -159,9 +161,10 @@ class AliasTable:
         return tuple(a.name for a in self._aliases.values() if any(t.name == name for t in a.now.targets))
 
     def put(self, name: str, targets: tuple[Target, ...], *, now: float, expected: int | None = None) -> Alias:
-        """From now on `name` leads to `targets`, whose versions are whole and known to the registry.
+        """Make `name` lead to `targets`, whose versions are whole digests that the registry knows.
 
-        expected: the revision that it must have, 0 for none. Raises AdapterError; then nothing changes.
+        expected: the number of the present revision, 0 if there must be none. Raises AdapterError; then nothing
+        changes.
         """
         with self._lock:
             self._check_name(name)
@@ -183,14 +186,14 @@ class AliasTable:
         return alias
 
     def remove(self, name: str) -> Alias:
-        """Forget an alias. Raises AdapterError where there is none."""
+        """Forget an alias. Raises AdapterError if it doesn't exist."""
         with self._lock:
             alias = self._found(name)
             self._swap({other: it for other, it in self._aliases.items() if other != name})
         return alias
 
     def rename(self, name: str, new: str) -> Alias:
-        """Another name for an alias, here and in all that lead to it, at one moment. Raises AdapterError."""
+        """Rename an alias, and change the aliases that lead to it, in one step. Raises AdapterError."""
         with self._lock:
             self._found(name)
             self._check_name(new)
@@ -205,35 +208,36 @@ class AliasTable:
             return self._aliases[new]
 
     def restore(self, aliases: Iterable[Alias]) -> None:
-        """Put back what was written down: targets that are gone lead nowhere, and a circle goes. For the start."""
+        """Bring back saved aliases at start. Targets that no longer exist lead nowhere; circular aliases are
+        dropped."""
         with self._lock:
             self._swap({alias.name: alias for alias in aliases})
             self._swap({name: it for name, it in self._aliases.items() if name not in self._reachable(name)})
 
     def refresh(self) -> None:
-        """Tell the registry anew what must stay, after names came or went."""
+        """Tell the registry again which versions must stay, after names were added or removed."""
         with self._lock:
             self._swap(self._aliases)
 
     def lose(self, version: str) -> None:
-        """A version can't be had any more: who leads to it leads nowhere."""
+        """A version's copy is gone: aliases that lead to it lead nowhere."""
         with self._lock:
             self._lost |= {version}
             self._swap(self._aliases)
 
     def regain(self, version: str) -> None:
-        """A version was read again."""
+        """A version could be read again."""
         with self._lock:
             self._lost -= {version}
             self._swap(self._aliases)
 
     @property
     def held(self) -> frozenset[str]:
-        """The versions that stay for aliases, as of the last change."""
+        """The versions that must stay because of aliases, as of the last change."""
         return self._registry.holds.assigned(_PARTY, Holder.ALIAS)
 
     def pinned(self) -> frozenset[str]:
-        """The versions that requests can get by an alias: of names that are loaded."""
+        """The versions that requests can get through an alias, limited to names that are loaded."""
         return self._pinned_by(self._aliases)
 
     def _pinned_by(self, aliases: Mapping[str, Alias]) -> frozenset[str]:
@@ -242,12 +246,13 @@ class AliasTable:
         return found - self._lost
 
     def _swap(self, aliases: Mapping[str, Alias]) -> None:
-        """Readers don't lock: whichever aliases they see, the registry keeps what those lead to."""
+        """Replace the aliases. Readers don't lock, so the registry keeps the versions of the old and the new aliases
+        meanwhile."""
         held, holds = self._pinned_by(aliases), self._registry.holds
         self._registry.heed_aliases(frozenset({*aliases, *self._aliases}))
         holds.assign(_PARTY, {Holder.ALIAS: held | self.held})
         self._aliases = MappingProxyType(dict(aliases))
-        # The stored copies stay of all that an alias has now or had before.
+        # An alias keeps the stored copies of all its present and earlier versions.
         earlier = [version for alias in aliases.values() for version in alias.versions]
         holds.assign(_PARTY, {Holder.HISTORY: earlier, Holder.ALIAS: held})
         self._registry.heed_aliases(frozenset(aliases))
@@ -276,7 +281,7 @@ class AliasTable:
             raise AdapterError(ErrorCode.BAD_TARGET, f"{target.name} is an alias: an alias has no versions", "split")
 
     def _reachable(self, name: str) -> set[str]:
-        """The names of all aliases and adapters that an alias leads to, whatever the weights."""
+        """The names of all aliases and adapters that an alias can lead to, whatever the weights."""
         found: set[str] = set()
         open_names = [name]
         while open_names:

@@ -1,8 +1,8 @@
-"""Who needs each adapter version, in one ledger; and the news that nobody does any more.
+"""One ledger of who needs each adapter version. It tells when nobody needs a version any more.
 
-Requests, loads, names, aliases and the operator *use* a version: requests may get it, so it stays known. History and
-the engine only need its stored copy: a roll-back may ask for it, or a read of it may still run. Knows no tensors and no
-files. Kept by the registry; every change of it is thread-safe.
+Requests, loads, names, aliases and the operator *use* a version: requests may ask for it, so it must stay known.
+History and the engine only need its stored copy, for a roll-back or for a read that is still running. Knows no tensors
+and no files. The registry owns it; all calls are thread-safe.
 """
 
 import threading
@@ -14,13 +14,13 @@ from enum import StrEnum
 class Holder(StrEnum):
     """Why a version must stay."""
 
-    REQUEST = "request"  # from its first look at the name to its end
-    LOAD = "load"  # a change that an operator asked for, while it is made
-    NAME = "name"  # a name stands for it
-    ALIAS = "alias"  # an alias leads to it
+    REQUEST = "request"  # from the request's first look-up of the name to its end
+    LOAD = "load"  # an operator's load, while it runs
+    NAME = "name"  # a name stands for the version
+    ALIAS = "alias"  # an alias leads to the version
     OPERATOR = "operator"  # pinned in memory
-    HISTORY = "history"  # a name or an alias can be rolled back to it
-    ENGINE = "engine"  # the engine was told of it, and may still read it
+    HISTORY = "history"  # a name or an alias can be rolled back to the version
+    ENGINE = "engine"  # the engine knows the version, and may still read it
 
 
 USERS = frozenset({Holder.REQUEST, Holder.LOAD, Holder.NAME, Holder.ALIAS, Holder.OPERATOR})
@@ -31,31 +31,34 @@ def _ignore(version: str) -> None:
 
 
 class HoldLedger:
-    """Version → how many hold it, by kind. Any thread may call everything here."""
+    """Version → number of holds, by kind. Every method is thread-safe."""
 
     def __init__(self) -> None:
-        # Called with a version when its last user leaves, and when its last holder does. On the thread of whoever
-        # left, perhaps under a lock of its own: it must only pass the news on.
+        # Called with a version when its last use ends, and when its last hold ends. They run on the thread that ended
+        # it, perhaps under a lock of that thread, so they must only pass the event on.
         self.on_free: Callable[[str], None] = _ignore
         self._lock = threading.Lock()
         self._counts: dict[str, Counter[Holder]] = {}  # counts above zero only
-        self._assigned: dict[tuple[str, Holder], Counter[str]] = {}  # by party and kind: the versions that it holds
+        self._assigned: dict[tuple[str, Holder], Counter[str]] = {}  # (party, kind) → the versions that it holds
 
     def take(self, version: str, holder: Holder) -> None:
-        """Hold a version once more."""
+        """Add one hold to a version."""
         with self._lock:
             self._add(version, holder, 1)
 
     def give_back(self, version: str, holder: Holder) -> None:
-        """Give one hold back: exactly once for each `take`."""
+        """End one hold: call it exactly once for each `take`."""
         with self._lock:
             freed = self._remove(version, holder, 1)
         if freed:
             self.on_free(version)
 
     def assign(self, party: str, wanted: Mapping[Holder, Iterable[str]]) -> None:
-        """From now on `party` holds exactly these versions, by kind; its other kinds stay as they are. A version named
-        twice is held twice. At one moment: a version that only changes its kind is never free in between."""
+        """Make `party` hold exactly these versions, for each kind in `wanted`; its other kinds don't change.
+
+        A version that is named twice is held twice. It is one step: a version that only changes its kind is never free
+        in between.
+        """
         freed = []
         with self._lock:
             leaving = []
@@ -72,25 +75,25 @@ class HoldLedger:
             self.on_free(version)
 
     def assigned(self, party: str, holder: Holder) -> frozenset[str]:
-        """The versions that `assign` said last."""
+        """The versions of the last `assign` for this party and kind."""
         return frozenset(self._assigned.get((party, holder), ()))
 
     def count(self, version: str, holder: Holder) -> int:
-        """How many of this kind hold a version."""
+        """How many holds of this kind a version has."""
         counts = self._counts.get(version)
         return 0 if counts is None else counts[holder]
 
     def is_used(self, version: str) -> bool:
-        """Whether a version must stay known: somebody holds it besides history and the engine."""
+        """Whether a version must stay known: it has a hold that is neither history's nor the engine's."""
         with self._lock:
             return self._is_used(version)
 
     def is_held(self, version: str) -> bool:
-        """Whether anybody holds a version, so that its stored copy must stay."""
+        """Whether a version has any hold, so that its stored copy must stay."""
         return version in self._counts
 
     def held(self, *holders: Holder) -> frozenset[str]:
-        """The versions that one of these kinds holds; without kinds: that anybody does."""
+        """The versions with a hold of one of these kinds; without kinds, with any hold."""
         with self._lock:
             return frozenset(
                 version

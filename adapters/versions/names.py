@@ -1,6 +1,6 @@
-"""What an adapter may be called, and the options of the command line that begin with such a name.
+"""The rules for adapter names, and the command line's options that begin with one.
 
-Knows nothing of what a name stands for. Called by the registry, by its file and by the server.
+Doesn't know what a name stands for. Called by the registry, by its file and by the server.
 """
 
 import os
@@ -11,7 +11,8 @@ from guanaco.adapters.errors import AdapterError
 from guanaco.models.error_codes import ErrorCode
 from guanaco.models.formats.shown import printable
 
-# One path segment without tricks: it becomes a model id, a URL part, a metrics label and a sub-folder's name.
+# One path segment without special parts: a name becomes a model id, a URL part, a metrics label and a sub-folder's
+# name.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -32,7 +33,7 @@ def parse_adapter_option(text: str) -> tuple[str, Path]:
 
 
 def parse_name_option(text: str, what: str) -> tuple[str, str]:
-    """`NAME=…` of an option. Raises AdapterError for anything else; what is behind the first '=' may contain more."""
+    """(NAME, rest) of an option `NAME=…`. Raises AdapterError for anything else; the rest may contain more '='."""
     name, separator, value = text.partition("=")
     if not separator or not value:
         raise AdapterError(ErrorCode.BAD_OPTION, f"{printable(text)!r} is not of the form NAME={what}", "adapter")

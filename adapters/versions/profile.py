@@ -1,4 +1,4 @@
-"""How an adapter wants to be served: chat template, stop strings, sampling defaults, and who may use it.
+"""A profile: how an adapter is served (chat template, stop strings, sampling defaults), and who may use it.
 
 Read from `guanaco.json` beside the adapter, or given by the operator when it is loaded. Belongs to a name, not to a
 version: two names may serve the same tensors differently. Called by the registry, the adapter manager and the API.
@@ -19,14 +19,14 @@ from guanaco.models.formats.small_files import read_small
 from guanaco.models.formats.strict_json import JsonError, parse_object
 
 PROFILE_NAME = "guanaco.json"
-# Where a name's profile is from: the file beside the adapter, the operator's load, or an earlier load of the operator.
+# Where a name's profile comes from: the file beside the adapter, this load by the operator, or an earlier load.
 FROM_FILE, GIVEN, KEPT = "file", "given", "kept"
 KEPT_NOTE = "the profile that an earlier load gave was kept; load with a profile to change it, {} takes it away"
 MAX_PROFILE_BYTES = 64 << 10
-MAX_STOPS, MAX_STOP_CHARS = 4, 128  # as of a request
+MAX_STOPS, MAX_STOP_CHARS = 4, 128  # the same limits as for a request
 MAX_ALLOWED_KEYS = 1024
 
-# The API's own bounds for the same fields of a request; at least, at most.
+# The API's own bounds for the same fields of a request: (at least, at most).
 _BOUNDS = {
     "temperature": (0.0, 2.0),
     "top_p": (1e-9, 1.0),
@@ -39,39 +39,43 @@ _FIELDS = frozenset({"profile", "chat_template", "stop", "allowed_keys", *_BOUND
 
 @dataclass(frozen=True)
 class Profile:
-    """What is None or empty is as the server has it."""
+    """The serving options of one name. None or empty means the server's own value."""
 
-    chat_template: str | None = None  # by name
-    stop: tuple[str, ...] = ()  # besides the client's; they end a text unless the client says ignore_eos
+    chat_template: str | None = None  # a template's name
+    stop: tuple[str, ...] = ()  # added to the client's own; they end a text unless the client sets ignore_eos
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    allowed_keys: tuple[str, ...] | None = None  # ids of API keys; None: everybody whom the server lets in
+    allowed_keys: tuple[str, ...] | None = None  # ids of API keys; None: every client of the server
 
     @property
     def sampling(self) -> dict[str, float | int]:
-        """The sampling defaults that it sets, by a request's field names."""
+        """The sampling defaults that it sets, by the request's field names."""
         return {name: value for name in _BOUNDS if (value := getattr(self, name)) is not None}
 
     def public(self) -> dict[str, Any]:
-        """What it sets, as plain data; `parse_profile` of it gives the same again."""
+        """The fields that it sets, as plain data; `parse_profile` turns them into an equal profile."""
         fields = {name: value for name, value in asdict(self).items() if value not in (None, ())}
         if self.allowed_keys is not None:
             fields["allowed_keys"] = self.allowed_keys
         return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
 
-# Guanaco models were trained on this prompt without a system turn, and their authors sampled so; see docs of QLoRA.
+# Guanaco models were trained on this prompt without a system message, and their authors sampled with these settings
+# (see docs of QLoRA).
 BUILT_IN = {
     "guanaco": Profile(chat_template="guanaco", stop=("### Human", "### Assistant"), temperature=0.7, top_p=0.9),
 }
 
 
 def parse_profile(fields: Mapping[str, Any], templates: frozenset[str]) -> Profile:
-    """A profile from JSON's data. `profile` names a built-in one that the other fields go before; `templates` are the
-    names that chat_template may have. Raises AdapterError ("bad_profile") that names the field."""
+    """A profile from JSON data. Raises AdapterError ("bad_profile") that names the field.
+
+    A field `profile` names a built-in profile to start from; the other fields override it. templates: the names that
+    chat_template may have.
+    """
     if unknown := sorted(set(fields) - _FIELDS):
         raise _bad(unknown[0], f"is no field of a profile; there are {', '.join(sorted(_FIELDS))}")
     base = fields.get("profile")
@@ -101,9 +105,9 @@ def parse_profile(fields: Mapping[str, Any], templates: frozenset[str]) -> Profi
 
 
 def read_profile(path: Path, name: str, templates: frozenset[str], root: Path | None = None) -> Profile | None:
-    """The profile beside the adapter at `path` (found as `AdapterFiles.find` does); None where there is none.
+    """The profile beside the adapter at `path` (found as `AdapterFiles.find` does); None if there is none.
 
-    Raises AdapterError for one that can't be honoured, as the adapter itself would be refused.
+    Raises AdapterError for a profile that the server can't honour, as for a faulty adapter.
     """
     files = AdapterFiles.find(path, name, CONFIG_NAME, root)
     if not files.exists(PROFILE_NAME):
@@ -116,12 +120,13 @@ def read_profile(path: Path, name: str, templates: frozenset[str], root: Path | 
 
 
 def named_profile(text: str, templates: frozenset[str]) -> Profile:
-    """The profile that an operator names: a built-in one, or a JSON file. Raises AdapterError ("bad_profile")."""
+    """The profile that an operator's option gives: the name of a built-in one, or a JSON file. Raises AdapterError
+    ("bad_profile")."""
     return parse_profile(profile_fields(text), templates)
 
 
 def profile_fields(text: str) -> dict[str, Any]:
-    """As `named_profile`, but only the fields, for a server to check."""
+    """The fields of such a profile, unchecked; the server checks them."""
     if text in BUILT_IN:
         return {"profile": text}
     try:

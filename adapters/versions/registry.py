@@ -1,9 +1,8 @@
-"""Names → immutable adapter versions, and the host copies of those that are in memory.
+"""Names → immutable adapter versions, and the host copies of the versions in memory.
 
-Reads come from the event loop (names) and the engine thread (versions) at any time: both see one consistent snapshot
-without a lock. Writes are whole-snapshot swaps under one. A version stays as long as somebody uses it, which the ledger
-`holds` says; whether its copy is in memory is another ledger's to say (`host_table`). Knows nothing of slots, requests
-or HTTP.
+The event loop reads names and the engine thread reads versions, at any time: both see a consistent snapshot without a
+lock. A write replaces the whole snapshot, under a lock. A version stays known while the ledger `holds` has a use of it.
+Another ledger (`residency.host_table`) decides whether its copy is in memory. Knows nothing of slots, requests or HTTP.
 """
 
 import threading
@@ -47,14 +46,15 @@ class AdapterEntry:
 
 @dataclass(frozen=True)
 class BrokenEntry:
-    """A name whose version could not be brought back at start. It is listed, serves nothing and stops nothing."""
+    """A name whose version could not be restored at start. It is listed, but requests for it fail; the server runs
+    on."""
 
     name: str
     version: str
     source: str
     code: ErrorCode  # of the AdapterError
     problem: str
-    history: tuple[str, ...] = ()  # as of an AdapterEntry: what it may be rolled back to
+    history: tuple[str, ...] = ()  # as in AdapterEntry: the versions that it may be rolled back to
     profile: Profile | None = None
     profile_from: str = FROM_FILE
 
@@ -63,12 +63,12 @@ class BrokenEntry:
 class _Snapshot:
     entries: MappingProxyType[str, AdapterEntry]
     broken: MappingProxyType[str, BrokenEntry]
-    versions: frozenset[str]  # all that are known, wherever they are
-    copies: MappingProxyType[str, LoadedAdapter]  # those in memory
+    versions: frozenset[str]  # all known versions, in memory or not
+    copies: MappingProxyType[str, LoadedAdapter]  # of the versions in memory
 
 
 class AdapterRegistry:
-    """The adapters of one base model. `targets` and `base_name` are the base's; no adapter may take its name."""
+    """The adapters of one base model. `targets` and `base_name` belong to the base; no adapter may have its name."""
 
     def __init__(
         self,
@@ -88,17 +88,17 @@ class AdapterRegistry:
         self._lock = threading.Lock()
         self.version_keys = VersionKeys()
         self.holds = HoldLedger()
-        self._num_uses: Counter[str] = Counter()  # by name, since the start
+        self._num_uses: Counter[str] = Counter()  # requests by name, since the start
         self._last_used: dict[str, float] = {}
         self._alias_names: frozenset[str] = frozenset()
         nothing: MappingProxyType[str, AdapterEntry] = MappingProxyType({})
         self._snapshot = _Snapshot(nothing, MappingProxyType({}), frozenset(), MappingProxyType({}))
-        self._staged: dict[str, LoadedAdapter] = {}  # just read, for `staged`
+        self._staged: dict[str, LoadedAdapter] = {}  # versions being tried out, for `staged`
 
     def load(self, name: str, path: Path, profile: Profile | None = None) -> AdapterEntry:
-        """Read, check and publish the adapter at `path` under `name`. Takes as long as the reading does.
-        profile: how to serve it; None: as the file beside it says.
+        """Read, check and publish the adapter at `path` under `name`. Blocks until it was read.
 
+        profile: how to serve it; None: use the file beside it.
         Raises AdapterError for a bad or taken name, and for everything `load_adapter` refuses; then nothing changes.
         """
         self.check_free(name)
@@ -127,11 +127,13 @@ class AdapterRegistry:
         again: bool = False,
         in_memory: bool = False,
     ) -> AdapterEntry:
-        """From now on `name` is `adapter`. history: of a name that is new; one that is replaced keeps its own.
-        again: the version was published under this name before; it stays for the keys that it was published for.
-        in_memory: keep the copy, too; else it is read (and given to `keep`) when it is wanted.
+        """Make `name` stand for `adapter`.
 
-        Raises AdapterError for a bad name, and for one that is taken unless `replace`; then nothing changes.
+        history: for a new name; a name that is replaced keeps its own history.
+        again: the version was published under this name before; it stays for the keys that it was published for.
+        in_memory: also keep the copy. Otherwise it is read when it is wanted, and then given to `keep`.
+
+        Raises AdapterError for a bad name, and for a taken one unless `replace`; then nothing changes.
         """
         with self._lock:
             self.check_free(name, replace=replace)
@@ -170,13 +172,13 @@ class AdapterRegistry:
         return entry
 
     def add_broken(self, entry: BrokenEntry) -> None:
-        """List a name that cannot be served. Raises AdapterError for a name that is taken."""
+        """List a name that can't be served. Raises AdapterError if the name is taken."""
         with self._lock:
             self.check_free(entry.name)
             self._swap(broken={**self._snapshot.broken, entry.name: entry})
 
     def mark_broken(self, version: str, code: ErrorCode, problem: str) -> None:
-        """What a name with this version stands for can't be had any more: from now on it is listed as broken."""
+        """A version can't be read any more: list the names that stand for it as broken from now on."""
         with self._lock:
             broken = dict(self._snapshot.broken)
             for e in self._snapshot.entries.values():
@@ -188,7 +190,7 @@ class AdapterRegistry:
             self._swap(entries=entries, broken=broken)
 
     def remove(self, name: str) -> AdapterEntry | BrokenEntry:
-        """Forget a name; its version goes when its last user does. Raises AdapterError where there is none."""
+        """Forget a name; its version goes when its last use ends. Raises AdapterError if the name doesn't exist."""
         with self._lock:
             entry = self._snapshot.entries.get(name) or self._snapshot.broken.get(name)
             if entry is None:
@@ -201,33 +203,33 @@ class AdapterRegistry:
         return entry
 
     def stage(self, adapter: LoadedAdapter) -> None:
-        """Make a version known that no name points to yet, so that it can be tried out. For whoever holds it."""
+        """Make a version known that no name stands for yet, so that it can be tried out. The caller must hold it."""
         with self._lock:
             self._staged[adapter.version] = adapter
             self._swap(versions=self._snapshot.versions | {adapter.version})
 
     def unstage(self, version: str) -> None:
-        """The version was tried out: what was staged is not handed out any more."""
+        """The version was tried out: `staged` no longer returns it."""
         with self._lock:
             self._staged.pop(version, None)
 
     def staged(self, version: str) -> LoadedAdapter | None:
-        """What was staged and is being tried out: it need not be read."""
+        """The copy of a version that is being tried out, which need not be read; None for other versions."""
         return self._staged.get(version)
 
     def keep(self, adapter: LoadedAdapter) -> None:
-        """The copy of a version that is known is in memory now."""
+        """Keep the copy of a known version, which is in memory now."""
         with self._lock:
             if adapter.version in self._snapshot.versions:
                 self._swap(copies={**self._snapshot.copies, adapter.version: adapter})
 
     def let_go(self, version: str) -> None:
-        """The copy of a version leaves memory; the version stays known."""
+        """Drop a version's copy from memory; the version stays known."""
         with self._lock:
             self._swap(copies={other: it for other, it in self._snapshot.copies.items() if other != version})
 
     def acquire(self, name: str, version: str | None = None) -> AdapterEntry | None:
-        """What `resolve` says, held by a request: its version stays usable until `release`."""
+        """As `resolve`, and hold the version for a request: it stays usable until `release`."""
         with self._lock:
             entry = self.resolve(name, version)
             if entry is not None:
@@ -237,21 +239,21 @@ class AdapterRegistry:
         return entry
 
     def hold(self, version: str, holder: Holder) -> bool:
-        """Hold a version; whether it is known, and then stays so until the hold is given back."""
+        """Hold a version if it is known; then it stays known until the hold ends. Returns whether it is known."""
         with self._lock:
             self.holds.take(version, holder)
             return self.knows(version)
 
     def release(self, version: str) -> None:
-        """Give the hold of `acquire` back."""
+        """End the hold of `acquire`."""
         self.holds.give_back(version, Holder.REQUEST)
 
     def usage(self, name: str) -> tuple[int, float | None]:
-        """How often a name was used since the start, and when last (seconds since the epoch)."""
+        """(uses of a name since the start, time of the last one in seconds since the epoch)."""
         return self._num_uses.get(name, 0), self._last_used.get(name)
 
     def drop(self, version: str) -> bool:
-        """Forget a version and its copy, if nobody uses it; whether it was known, and is no more."""
+        """Forget a version and its copy if nobody uses it. Returns True if it was known and now isn't."""
         with self._lock:
             if not self.knows(version) or self.holds.is_used(version):
                 return False
@@ -260,7 +262,8 @@ class AdapterRegistry:
         return True
 
     def resolve(self, name: str, version: str | None = None) -> AdapterEntry | None:
-        """What `name` stands for now, or with a pinned version instead; None where it is not registered."""
+        """The entry of `name`, with the pinned version in place of its own if one is given; None if it isn't
+        registered."""
         snapshot = self._snapshot
         entry = snapshot.entries.get(name)
         if entry is None or version in (None, entry.version):
@@ -270,15 +273,15 @@ class AdapterRegistry:
         return replace(entry, version=version, version_keys=self.version_keys.of(name, version))
 
     def is_wanted(self, version: str) -> bool:
-        """Whether a name stands for a version, or an alias leads to it."""
+        """Whether a name stands for this version, or an alias leads to it."""
         return bool(self.holds.count(version, Holder.NAME) or self.holds.count(version, Holder.ALIAS))
 
     def is_taken(self, name: str) -> bool:
-        """Whether it is the base's name, or an adapter's, be it a broken one."""
+        """Whether the base or an adapter, even a broken one, has this name."""
         return name in self._base_names or name in self._snapshot.entries or name in self._snapshot.broken
 
     def heed_aliases(self, names: frozenset[str]) -> None:
-        """The names that are aliases, which no adapter may take."""
+        """Set the names of all aliases, which no adapter may take."""
         with self._lock:
             for gone in self._alias_names - names - self._snapshot.entries.keys():
                 self._num_uses.pop(gone, None)
@@ -286,19 +289,19 @@ class AdapterRegistry:
             self._alias_names = names
 
     def count_use(self, alias: str) -> None:
-        """A request came by an alias."""
+        """Count a request that used an alias."""
         with self._lock:
             self._num_uses[alias] += 1
             self._last_used[alias] = time.time()
 
     def names_by_version(self) -> dict[str, str]:
-        """Version → name, of what names stand for and stood for: requests may still hold the earlier ones."""
+        """{version: name} for present and earlier versions of names: requests may still hold the earlier ones."""
         entries = self._snapshot.entries.values()
         earlier = {version: entry.name for entry in entries for version in entry.history}
         return {**earlier, **{entry.version: entry.name for entry in entries}}
 
     def names_of(self, versions: Container[str]) -> tuple[str, ...]:
-        """The names that stand for one of these versions now. Any thread may ask."""
+        """The names that stand for one of these versions now. Any thread may call it."""
         return tuple(entry.name for entry in self._snapshot.entries.values() if entry.version in versions)
 
     def entries(self) -> tuple[AdapterEntry, ...]:
@@ -306,19 +309,19 @@ class AdapterRegistry:
         return tuple(self._snapshot.entries.values())
 
     def broken(self) -> tuple[BrokenEntry, ...]:
-        """The names that could not be brought back."""
+        """The names that could not be restored."""
         return tuple(self._snapshot.broken.values())
 
     def host_copy(self, version: str) -> LoadedAdapter:
-        """The tensors of a version that is in memory. KeyError where it is not."""
+        """The tensors of a version in memory. Raises KeyError if it isn't in memory."""
         return self._snapshot.copies[version]
 
     def knows(self, version: str) -> bool:
-        """Whether a version is there, in memory or not."""
+        """Whether a version is known, in memory or not."""
         return version in self._snapshot.versions
 
     def versions(self) -> frozenset[str]:
-        """All versions that are there, in memory or not, and whether or not a name points to them."""
+        """All known versions, in memory or not, with a name or without."""
         return self._snapshot.versions
 
     @property
@@ -327,7 +330,7 @@ class AdapterRegistry:
         return sum(adapter.num_bytes for adapter in self._snapshot.copies.values())
 
     def check_free(self, name: str, *, replace: bool = False) -> None:
-        """Raises AdapterError for what is no name, for a base's, and for one that is taken unless `replace`."""
+        """Raises AdapterError for an invalid name, for the base's, and for a taken one unless `replace`."""
         check_name(name)
         if name in self._base_names:
             problem = f"{name} is the base model's name; give the adapter another one, or set --served-model-name"
@@ -347,7 +350,7 @@ class AdapterRegistry:
         versions: frozenset[str] | None = None,
         copies: Mapping[str, LoadedAdapter] | None = None,
     ) -> None:
-        """A new snapshot; what is not given stays. The lock is held."""
+        """Replace the snapshot; parts that aren't given stay. The caller holds the lock."""
         old = self._snapshot
         self._snapshot = _Snapshot(
             old.entries if entries is None else MappingProxyType(dict(entries)),

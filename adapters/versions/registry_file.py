@@ -1,6 +1,6 @@
-"""The list of adapters and aliases that a restart brings back: one small JSON file, written whole or not at all.
+"""The file with the adapters and aliases that a restart brings back: small JSON, written whole or not at all.
 
-Knows no tensors; the versions it names are the store's. Called by the adapter manager.
+Knows no tensors; the store has the versions that it names. Called by the adapter manager.
 """
 
 import json
@@ -30,7 +30,7 @@ _MAX_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Saved:
-    """One name, as it is written down."""
+    """One name's record in the file."""
 
     name: str
     version: str
@@ -42,29 +42,30 @@ class Saved:
 
 
 class RegistryFile:
-    """The file `path`, which need not be there yet."""
+    """The file `path`, which need not exist yet."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def read(self) -> tuple[Saved, ...]:
-        """What was written last; nothing where there is no file. Raises AdapterError for a file that is not ours."""
+        """The names written last; empty if there is no file. Raises AdapterError for a file of another format."""
         return self._read(lambda content: tuple(_saved(record) for record in content["adapters"]))
 
     def read_aliases(self) -> tuple[Alias, ...]:
-        """The aliases that were written last; none where there is no file, or an old one. Raises as `read`."""
+        """The aliases written last; empty if there is no file or it is of an old release. Raises as `read`."""
         return self._read(lambda content: tuple(_alias(record) for record in content.get("aliases", [])))
 
     def read_names(self, part: str) -> tuple[str, ...]:
-        """A part of the file that is a list of names; empty in a file without it. Raises as `read`."""
+        """A part of the file that is a list of names; empty if the file lacks it. Raises as `read`."""
         return self._read(lambda content: tuple(str(name) for name in content.get(part, [])))
 
     def read_version_keys(self) -> tuple[tuple[str, str, tuple[str, ...]], ...]:
-        """Name, version and the ids of the keys that it was published for. Raises as `read`."""
+        """(name, version, ids of the keys that the version was published for). Raises as `read`."""
         return self._read(lambda content: tuple(_version_keys(record) for record in content.get("version_keys", [])))
 
     def remove_leftovers(self) -> None:
-        """Remove what killed processes left of `write`. For whoever owns the directory, before the first write."""
+        """Remove the temporary files of killed processes. Only the directory's owner may call it, before the first
+        write."""
         for path in self.path.parent.glob(f".{self.path.name}-*"):
             with suppress(OSError):
                 path.unlink()
@@ -126,7 +127,7 @@ def _saved(record: object) -> Saved:
     profile = record.get("profile")
     if not isinstance(profile, dict | None):
         raise TypeError("a profile is an object")
-    # A list of an earlier release doesn't say it: a restriction must not be lost with the next load.
+    # A file of an earlier release lacks this field: a restriction must not be lost with the next load.
     origin = record.get("profile_from", GIVEN if "allowed_keys" in (profile or {}) else FROM_FILE)
     if origin not in (FROM_FILE, GIVEN, KEPT):
         raise ValueError("no origin of a profile")

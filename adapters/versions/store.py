@@ -1,6 +1,6 @@
-"""A private copy of every adapter version on disk, so that what a version is never depends on its source again.
+"""A private copy of every adapter version on disk, so that a version never depends on its source again.
 
-A source is read once, into a folder of ours; what was copied is what is checked, hashed and served. `<store>/<version>`
+A source is read once, into a folder of the store; the copy is what is checked, hashed and served. `<store>/<version>`
 appears complete or not at all. Knows no names and no requests. Called by the adapter manager, off the engine thread.
 """
 
@@ -35,8 +35,8 @@ from guanaco.models.error_codes import ErrorCode
 _VERSION = re.compile(r"[0-9a-f]{64}")
 _COPY_BYTES = 1 << 20
 _Stamp = tuple[int, int, int, int]  # of a file: device, inode, size, time of the last change
-OnStage = Callable[[str, float], None]  # the name of a part of a load, and its seconds
-_INCOMING = ".incoming-"  # folders that are being filled; what a killed process left of them is removed at start
+OnStage = Callable[[str, float], None]  # called with the name of a load's stage, and its seconds
+_INCOMING = ".incoming-"  # folders that are being filled; those of a killed process are removed at start
 
 
 def _ignore(stage: str, seconds: float) -> None:
@@ -44,7 +44,8 @@ def _ignore(stage: str, seconds: float) -> None:
 
 
 class VersionStore:
-    """Adapter versions of one base model below `directory`, which is made if need be and belongs to one server."""
+    """Adapter versions of one base model below `directory`, which is created if needed. One server owns the
+    directory."""
 
     def __init__(
         self,
@@ -57,7 +58,7 @@ class VersionStore:
     ) -> None:
         """holds: says which versions must stay. base_table: see `load_adapter`.
 
-        Raises AdapterError where the directory cannot be written, or belongs to a server that runs.
+        Raises AdapterError if the directory can't be written, or belongs to a running server.
         """
         self.directory = directory
         self._targets = dict(targets)
@@ -78,13 +79,15 @@ class VersionStore:
     ) -> LoadedAdapter:
         """Copy the adapter at `path` (or in its sub-folder `name`), check the copy, and keep it under its version.
 
-        root: where no link may lead out of; none: the adapter's own folder. keep: False only checks. Raises
-        AdapterError for what cannot be served, and for a full disk; then nothing is left. What is kept is held as
-        `Holder.LOAD`, which the caller gives back. on_stage: is told the seconds of "read" and of "ingest".
+        root: no link may lead out of this directory; None: out of the adapter's own folder. keep: False only checks.
+        on_stage: called with the seconds of "read" and of "ingest".
+        Raises AdapterError for an adapter that can't be served, and for a full disk; then nothing is left on disk. A
+        kept version is held as `Holder.LOAD`, and the caller ends that hold.
         """
         started = time.monotonic()
         files = AdapterFiles.find(path, name, CONFIG_NAME, root)
-        check_files(files, self._targets, self._limits)  # or four gigabytes might be copied for it
+        # first of all, since a bad adapter could have gigabytes to copy
+        check_files(files, self._targets, self._limits)
         try:
             incoming = Path(tempfile.mkdtemp(prefix=_INCOMING, dir=self.directory))
             try:
@@ -105,7 +108,7 @@ class VersionStore:
         return adapter
 
     def read(self, version: str) -> LoadedAdapter:
-        """The adapter of a version that was ingested. AdapterError where it is gone or no longer what it was."""
+        """The adapter of a stored version. Raises AdapterError if it is gone or was changed."""
         if _VERSION.fullmatch(version) is None or not (self.directory / version).is_dir():
             raise AdapterError(
                 ErrorCode.VERSION_MISSING, f"the store has no version {version[:12]}; load the adapter again"
@@ -117,18 +120,19 @@ class VersionStore:
         return adapter
 
     def versions(self) -> frozenset[str]:
-        """All that are stored."""
+        """All stored versions."""
         return frozenset(entry.name for entry in self.directory.iterdir() if _VERSION.fullmatch(entry.name))
 
     def close(self) -> None:
-        """Give the directory up to whoever comes next."""
+        """Release the directory for another server."""
         self._owner.close()
 
     def collect(self) -> None:
-        """Remove all versions that nobody holds. Nothing can be ingested meanwhile."""
+        """Remove all versions without a hold. No ingest runs meanwhile."""
         with self._lock:
             for version in self.versions() - self._holds.held():
-                # Out of sight at once: what is called like a version is one, whenever the process is killed.
+                # Renamed before it is deleted: a folder that is named after a version is always complete, even if the
+                # process is killed.
                 gone = self.directory / f"{_INCOMING}{version}-gone"
                 shutil.rmtree(gone, ignore_errors=True)
                 with suppress(OSError):
@@ -139,7 +143,7 @@ class VersionStore:
         return load_adapter(folder, self._targets, limits=self._limits, base_table=self._base_table)
 
     def _copy(self, files: AdapterFiles, name: str, to: Path, max_bytes: int) -> _Stamp:
-        """Copy a file; what it was when that began."""
+        """Copy a file. Returns its stamp from before the copy."""
         with files.open(name) as source, (to / name).open("wb") as target:
             stamp, size = _stamp(source), 0
             while chunk := _read(source, name):
@@ -152,7 +156,8 @@ class VersionStore:
         return stamp
 
     def _publish(self, incoming: Path, version: str) -> None:
-        """A copy that is there and in order stays: while it were exchanged, a crash could lose both."""
+        """Give the folder `incoming` its version's name. An intact copy stays instead: a crash between two renames
+        would lose both."""
         final, old = self.directory / version, self.directory / f"{incoming.name}-old"
         sync_directory(incoming)
         is_intact = self._is_intact(version)
@@ -190,7 +195,7 @@ def _read(source: BinaryIO, name: str) -> bytes:
 
 
 def _check_unchanged(files: AdapterFiles, stamps: dict[str, _Stamp]) -> None:
-    """Half of one version and half of another would be an adapter that nobody made."""
+    """Raises AdapterError if a source file changed meanwhile: the copy would be half one version, half another."""
     for name, stamp in stamps.items():
         with files.open(name) as again:
             if _stamp(again) != stamp:
@@ -199,8 +204,11 @@ def _check_unchanged(files: AdapterFiles, stamps: dict[str, _Stamp]) -> None:
 
 
 def _own(directory: Path) -> BinaryIO:
-    """The lock of a directory, held until the process ends or the file is closed. AdapterError where it is taken:
-    two servers over one store would each remove what only the other one knows."""
+    """The lock of a directory, held until the process ends or the file is closed.
+
+    Raises AdapterError if another server has it: each of the two would remove the versions that only the other one
+    knows.
+    """
     file = (directory / ".lock").open("ab")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
