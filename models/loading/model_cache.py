@@ -151,7 +151,10 @@ class ModelCache:
         writer.close()
 
     def remove_leftovers(self) -> None:
-        """Delete what killed processes left of entries that they were writing; whoever still writes holds its lock."""
+        """Delete unfinished entries of killed processes.
+
+        A process that still writes an entry holds its lock, so an unfinished entry with a free lock is a leftover.
+        """
         names = [path.name for path in self.root.glob(".*")] if self.root.is_dir() else []
         for key in {found.group(1) for name in names if (found := _LEFTOVER.fullmatch(name)) is not None}:
             with suppress(OSError), self.lock(key, exclusive=True, wait=False):

@@ -55,7 +55,7 @@ class ControlTokens:
         return self._ids.get(text)
 
     def is_in(self, text: str) -> bool:
-        """Whether a token's text is somewhere in `text`."""
+        """Whether `text` contains the spelling of any control token."""
         return next(self._found(self._whole, text), None) is not None
 
     def mark(self, value: Any) -> Any:

@@ -129,7 +129,12 @@ def _draw_of(row: SamplingRow, vocab: int) -> Draw:
 def token_logprobs(
     logits: Tensor, token_ids: list[int], num_top: list[int], *, with_ranks: bool = False
 ) -> list[TokenLogprob]:
-    """log-probabilities of given tokens and of the likeliest ones, of the raw logits [r, vocab]."""
+    """Log-probabilities of one given token and of the likeliest tokens, for each row of logits [r, vocab].
+
+    logits: the model's own, before temperature, penalties and filters.
+    token_ids: the given token of each row. num_top: how many of the likeliest tokens each row gets, 0 for none.
+    with_ranks: also count the given token's rank, 1 for the likeliest; without it every rank is 0.
+    """
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     own = logprobs.gather(1, torch.tensor(token_ids, device=logits.device).unsqueeze(1))
     ranks = ((logprobs > own).sum(dim=-1) + 1).tolist() if with_ranks else [0] * len(token_ids)

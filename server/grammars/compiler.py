@@ -70,7 +70,7 @@ class CompiledGrammar:
         return self._has_reached_limit or self._num_matchers >= _RENEWED_AFTER
 
     def renewed(self) -> "CompiledGrammar":
-        """The same grammar with an automaton of its own."""
+        """The same grammar compiled again, with a new automaton: the old one has (nearly) grown to its limit."""
         return CompiledGrammar(self.grammar, self.vocabulary, self._lark)
 
     def matcher(self, ends: Collection[int]) -> GrammarMatcher:

@@ -29,7 +29,10 @@ class Ignored:
     header: str | None = None
 
     def and_also(self, name: str) -> "Ignored":
-        """The same and one more: a header, say. `name` is ours."""
+        """A copy that names one more ignored thing, for example a header.
+
+        `name` goes unchanged into the answer's header, so it must be a constant of ours, never the client's text.
+        """
         return Ignored(self.count + 1, name if self.header is None else f"{self.header}, {name}")
 
     def name_in(self, response: Response) -> None:

@@ -34,7 +34,7 @@ def collect_cases(target: str) -> list[CompileCase]:
 
 
 def entry(case: CompileCase, target: str, analysis: Analysis) -> dict[str, Any]:
-    """One object of the list: the keys of `guanaco bench kernels --json`."""
+    """The figures of one compiled kernel, as one object in the output of `guanaco bench kernels --json`."""
     bound = cards.predicted_bound(
         target, num_bytes=case.bytes_floor, units=case.units, slots_per_unit=analysis.kernel_slots_per_unit
     )
