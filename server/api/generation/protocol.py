@@ -34,7 +34,7 @@ from guanaco.server.api.values.tokens import (
 )
 from guanaco.server.api.values.unsupported import REFUSED
 
-# Limits (shared/design/reliability.md 2.6): what one request may ask for, refused before any work is done for it.
+# Limits: what one request may ask for, refused before any work is done for it.
 MAX_MESSAGES = 512
 MAX_CHOICES = 8  # n
 MAX_PROMPTS = 128  # lm-eval sends 64; with n they are bounded by what may wait (--max-queued-requests), too

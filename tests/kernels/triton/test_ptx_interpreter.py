@@ -14,7 +14,7 @@ from support.kernels.ptx_interpreter import PtxError, evaluate, from_double, to_
 _WORD = st.integers(0, 2**32 - 1)
 _HALF = st.integers(0, 2**16 - 1)
 
-# The byte-permute look-up of kernels-depth.md 5.2, with its tables for gained float16 and for bfloat16.
+# The byte-permute look-up, with its tables for gained float16 and for bfloat16.
 _TEXT = """{{
 .reg .b32 x0, x1, q1, a, b, c, d;
 shr.u32 q1, $4, 16;  xor.b32 x0, $4, 0x88888888;  xor.b32 x1, q1, 0x8888;  // the other table's selectors

@@ -23,7 +23,7 @@ from support.server.api_server import (
 )
 
 # As vLLM's exporter declares them, and what its Grafana dashboard, the production-stack router and the Gateway API's
-# endpoint picker ask for (shared/design/peers.md 4, ecosystem.md 2.10).
+# endpoint picker ask for.
 GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 COUNTERS = ("prompt_tokens", "generation_tokens", "request_success", "num_preemptions", "prefix_cache_queries")
 COUNTERS += ("prefix_cache_hits",)
