@@ -6,6 +6,7 @@ Doesn't know HTTP. Each route has its own kind of answer, which says what a clie
 import secrets
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any
 
 import orjson
@@ -56,8 +57,8 @@ class Answer(ABC):
         """What is new of choice `index`; empty where there is nothing to show yet."""
 
     @abstractmethod
-    def last_events(self) -> bytes:
-        """What a stream ends with, after all outputs."""
+    def last_events(self) -> Iterator[bytes]:
+        """What a stream ends with, after all outputs. Each piece is made when it is asked for: one may be large."""
 
     def failure(self, error: ApiError) -> bytes:
         """What a stream ends with that can't be completed."""
@@ -165,12 +166,12 @@ class ChoicesAnswer(Answer):
             return b"".join(b"data: " + encode(chunk) + b"\n\n" for chunk in chunks)
         return b"".join(map(event, chunks))
 
-    def last_events(self) -> bytes:
+    def last_events(self) -> Iterator[bytes]:
         """The chunk with the usage and without choices, where the client asked for it, and `[DONE]`."""
-        if not self._usage_at_end:
-            return DONE
-        last = {**self._head, "object": self.chunk_name, "choices": [], "usage": self.generation.usage()}
-        return event(last) + DONE
+        if self._usage_at_end:
+            last = {**self._head, "object": self.chunk_name, "choices": [], "usage": self.generation.usage()}
+            yield event(last)
+        yield DONE
 
     def encoded(self) -> bytes:
         """The whole answer as JSON, made choice by choice: the entries of one are gone before the next one's come."""

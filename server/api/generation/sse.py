@@ -4,6 +4,7 @@ Doesn't know what the events say: an `Answer` of the route does. A stream that c
 event and without the route's last event (`[DONE]`, say), so that a stream without that one is always incomplete.
 """
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 
@@ -25,6 +26,7 @@ from guanaco.server.engine.request_stream import TextOutput
 PING_SECONDS = 15.0
 # So long the status line waits for the first output, so that what fails before it is a plain JSON error.
 FIRST_OUTPUT_PATIENCE_SECONDS = 15.0
+_LARGE_PIECE_BYTES = 1 << 20  # takes milliseconds to make
 _MAX_EVENTS_PER_WRITE = 256  # a slow reader's backlog is encoded in pieces of so many events
 
 # The library would end all streams at SIGTERM. `GuanacoServer` lets them finish, within --drain-timeout.
@@ -93,7 +95,12 @@ async def _events(
             if step and (len(step) == _MAX_EVENTS_PER_WRITE or not answer.generation.has_more):
                 yield b"".join(step)
                 step.clear()
-        step.append(answer.last_events())
+        for piece in answer.last_events():
+            step.append(piece)
+            if len(piece) > _LARGE_PIECE_BYTES:
+                yield b"".join(step)
+                step.clear()
+                await asyncio.sleep(0)  # other streams get their turn before the next piece is made
         record.outcome = "ok"
     except Exception as error:
         known = as_api_error(error)
@@ -101,4 +108,5 @@ async def _events(
         if is_unforeseen(error):
             log_unforeseen(error, record.request_id)
         step.append(answer.failure(known))
-    yield b"".join(step)
+    if step:
+        yield b"".join(step)

@@ -7,7 +7,7 @@ stop reason and the usage, and message_stop. Doesn't know HTTP; `serving` and `s
 import json
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import orjson
@@ -50,12 +50,12 @@ class MessagesAnswer(Answer):
     def events(self, index: int, output: TextOutput) -> bytes:  # noqa: ARG002 (there is one choice)
         return b"".join(self._take(output))
 
-    def last_events(self) -> bytes:
+    def last_events(self) -> Iterator[bytes]:
         events = [*self._open_text(), *self._close()] if not self._blocks else self._close()
         reason, sequence = self._stop()
         delta = {"stop_reason": reason, "stop_sequence": sequence}
         end = named_event({"type": "message_delta", "delta": delta, "usage": self._usage()})
-        return b"".join(events) + end + named_event({"type": "message_stop"})
+        yield b"".join(events) + end + named_event({"type": "message_stop"})
 
     def failure(self, error: ApiError) -> bytes:
         envelope = anthropic_envelope(error.status, error.code, error.message, error.param, self._request_id)

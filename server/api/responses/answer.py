@@ -5,7 +5,7 @@ become there, so that its client can ask for it again and go on from it.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -75,10 +75,12 @@ class ResponsesAnswer(Answer):
     def events(self, index: int, output: TextOutput) -> bytes:  # noqa: ARG002 (there is one choice)
         return self._encoded(self._take(output))
 
-    def last_events(self) -> bytes:
+    def last_events(self) -> Iterator[bytes]:
         events = self._end() if self._status == "in_progress" else self._events_of_cancel
+        for event in events:
+            yield self._encoded([event])
         kind = "response.completed" if self._status == "completed" else "response.incomplete"
-        return self._encoded([*events, {"type": kind, "response": self._finished()}])
+        yield self._encoded([{"type": kind, "response": self._finished()}])
 
     def failure(self, error: ApiError) -> bytes:
         self._close_item("incomplete")
@@ -103,10 +105,6 @@ class ResponsesAnswer(Answer):
         if self._status == "in_progress":
             self._end()
         return orjson.dumps(self._finished())
-
-    @property
-    def is_large(self) -> bool:
-        return self._tokenizer is not None
 
     # What comes from the model. Each step gives the events that tell of it.
 
@@ -199,12 +197,17 @@ class ResponsesAnswer(Answer):
         place = {"item_id": self._open_item["id"], "output_index": len(self._output) - 1}
         return {**place, "content_index": 0} if in_part else place
 
-    def _shown_logprobs(self) -> list[dict[str, Any]]:
+    def _shown_logprobs(self) -> list[orjson.Fragment]:
+        """The log-probabilities that have not been shown, one entry a token, each as JSON.
+
+        A stream repeats all of them in its last events, which are written on the event loop: 8,192 tokens with 20
+        alternatives are 10 MB. Encoded once, when they come, they are only copied then.
+        """
         if self._tokenizer is None:
             return []
         logprobs, self._logprobs = self._logprobs, []
-        shown: list[dict[str, Any]] = chat_logprobs(self._tokenizer, logprobs)["content"]
-        return shown
+        shown = chat_logprobs(self._tokenizer, logprobs)["content"]
+        return [orjson.Fragment(orjson.dumps(entry)) for entry in shown]
 
     def _end(self) -> list[Event]:
         """The end of the model's output. An answer without anything is an empty message."""
@@ -218,7 +221,12 @@ class ResponsesAnswer(Answer):
         return orjson.dumps(self._object())
 
     async def cancel(self) -> bytes:
-        """End the generation. What has come stays; the request that waits for it gets it, too."""
+        """End the generation. What has come stays; the request that waits for it gets it, too.
+
+        A response that has ended, and whose last events are being written, stays as it is.
+        """
+        if self._status != "in_progress":
+            return self.snapshot()
         self._events_of_cancel = self._close_item("incomplete")
         self._status = "cancelled"
         content = orjson.dumps(self._finished())
@@ -240,7 +248,7 @@ class ResponsesAnswer(Answer):
         """The response in its last state, which is kept. The store keeps the first one that it gets."""
         final = self._object()
         if self._store is not None:
-            output = tuple(orjson.dumps(item) for item in self._output)
+            output = tuple(orjson.dumps(_without_logprobs(item)) for item in self._output)
             items = tuple(orjson.dumps(item) for item in self._input_items)
             self._store.end(self.id, StoredResponse(self.id, self.owner, orjson.dumps(final), items, output))
         return final
@@ -276,3 +284,10 @@ class ResponsesAnswer(Answer):
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": usage["total_tokens"],
         }
+
+
+def _without_logprobs(item: Item) -> Item:
+    """An item as a later response takes it up: that parses all items, and needs no log-probabilities."""
+    if item["type"] != "message":
+        return item
+    return {**item, "content": [{**part, "logprobs": []} for part in item["content"]]}

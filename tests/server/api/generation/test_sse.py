@@ -1,9 +1,12 @@
 """Event streams as bytes on the wire: separators, the end, failures in the middle, comments."""
 
+import asyncio
 import itertools
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -17,19 +20,6 @@ BODIES = {
     COMPLETIONS: {"model": BASE, "prompt": "hello", "stream": True, "max_tokens": 1000},
 }
 both_routes = pytest.mark.parametrize("route", [CHAT, COMPLETIONS])
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[LiveServer]:
-    with LiveServer(make_state()) as live:
-        yield live
-
-
-@pytest.fixture
-def server(shared: LiveServer) -> Iterator[LiveServer]:
-    shared.script()
-    yield shared
-    shared.assert_quiet()
 
 
 def dechunk(raw: bytes) -> tuple[bytes, bytes]:
@@ -87,6 +77,36 @@ def test_all_choices_of_a_step_are_one_write(server: LiveServer) -> None:
         _, writes = writes_of(read_all(sock))
     assert sum(write.count(b"data: ") for write in writes) == 13
     assert len(writes) <= 5, "3 choices of 4 steps were written one by one"
+
+
+def test_large_last_events_leave_one_by_one_and_others_get_their_turn() -> None:
+    """The log-probabilities of a long answer are megabytes; nothing else may wait until all of them are encoded."""
+    large, made, turns = bytes(sse._LARGE_PIECE_BYTES + 1), [], []
+
+    class Ends:
+        async def __aiter__(self) -> AsyncIterator[Any]:
+            return
+            yield
+
+    def pieces() -> Iterator[bytes]:
+        for piece in (b"small", large, large, b"end"):
+            made.append(len(made))
+            yield piece
+
+    async def run() -> list[bytes]:
+        async def other_stream() -> None:
+            while True:
+                turns.append(len(made))
+                await asyncio.sleep(0)
+
+        other = asyncio.create_task(other_stream())
+        answer = SimpleNamespace(first_events=bytes, last_events=pieces, generation=Ends())
+        written = [one async for one in sse._events(answer, SimpleNamespace(outcome=None), None)]  # type: ignore[arg-type]
+        other.cancel()
+        return written
+
+    assert asyncio.run(run()) == [b"small" + large, large, b"end"]
+    assert turns == [2, 3], "after each large piece, before the next one is made"
 
 
 class BenchParser:

@@ -1,7 +1,6 @@
 """/v1/responses over HTTP: what the input may be, what is refused by name, and that a chat's rules hold."""
 
 import json
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +8,9 @@ import httpx
 import pytest
 
 from guanaco.server.api.generation.ignored import HEADER
+from guanaco.server.api.generation.logprobs import chat_logprobs
 from guanaco.server.api.generation.protocol import ChatBody
+from guanaco.server.api.responses import answer
 from guanaco.server.api.responses.protocol import RESPONSE_FIELDS
 from guanaco.server.api.values.unsupported import REFUSED
 from support.server.api_server import BASE, PIRATE, LiveServer, http_post, make_state
@@ -20,36 +21,17 @@ ROUTE, COUNT = "/v1/responses", "/v1/responses/input_tokens"
 KEYS = ("sk-a", "sk-b")
 
 
-@pytest.fixture(scope="module")
-def shared() -> Iterator[LiveServer]:
-    with LiveServer(make_state()) as live:
-        yield live
-
-
-@pytest.fixture
-def server(shared: LiveServer) -> Iterator[LiveServer]:
-    shared.script()
-    yield shared
-    shared.assert_quiet()
-
-
-@pytest.fixture
-def client(server: LiveServer) -> Iterator[httpx.Client]:
-    with server.client() as client:
-        yield client
-
-
 def body(content: Any = "hello", **fields: Any) -> dict[str, Any]:
     return {"model": BASE, "input": content, "max_output_tokens": 3, **fields}
 
 
 def test_the_input_goes_through_the_template(client: httpx.Client, server: LiveServer) -> None:
-    answer = {"type": "output_text", "text": "A", "annotations": []}
+    said = {"type": "output_text", "text": "A", "annotations": []}
     items = [
         {"role": "developer", "content": "so"},
         {"type": "message", "role": "user", "content": [{"type": "input_text", "text": t} for t in ("one", "two")]},
         {"type": "reasoning", "id": "rs_1", "summary": []},
-        {"type": "message", "id": "msg_1", "role": "assistant", "status": "completed", "content": [answer]},
+        {"type": "message", "id": "msg_1", "role": "assistant", "status": "completed", "content": [said]},
         {"role": "user", "content": "🦙"},
     ]
     response = client.post(ROUTE, json=body(items, instructions="be kind"))
@@ -228,3 +210,27 @@ def test_the_metrics_and_the_log_count_it_like_a_chat(
     assert (created["route"], created["model"], created["completion_tokens"]) == (ROUTE, PIRATE, 3)
     assert read["route"] == ROUTE + "/{response_id}"
     assert made not in json.dumps([created, read]), "an id is as good as a key"
+
+
+def test_log_probabilities_are_made_once_and_not_kept_for_later_responses(
+    server: LiveServer, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last events, which repeat them, are written on the event loop; a later response parses the kept items."""
+    made = []
+
+    def counted(tokenizer: Any, logprobs: Any) -> Any:
+        made.extend(logprobs)
+        return chat_logprobs(tokenizer, logprobs)
+
+    monkeypatch.setattr(answer, "chat_logprobs", counted)
+    include = {"include": ["message.output_text.logprobs"], "top_logprobs": 3}
+    raw = client.post(ROUTE, json={"model": BASE, "input": "x", "max_output_tokens": 9, "stream": True, **include})
+    final = json.loads(raw.text.rpartition("data: ")[2])["response"]
+    entries = final["output"][0]["content"][0]["logprobs"]
+    assert (len(entries), len(made)) == (9, 9)
+    assert client.get(f"{ROUTE}/{final['id']}").json()["output"][0]["content"][0]["logprobs"] == entries
+    again = {"model": BASE, "input": "y", "max_output_tokens": 1, "previous_response_id": final["id"]}
+    later = client.post(ROUTE, json=again).json()
+    items = client.get(f"{ROUTE}/{later['id']}/input_items?order=asc").json()["data"]
+    assert [item["role"] for item in items] == ["user", "assistant", "user"]
+    assert items[1]["content"][0] == {**final["output"][0]["content"][0], "logprobs": []}
