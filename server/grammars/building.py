@@ -31,7 +31,7 @@ def lark_of(grammar: Grammar) -> str:
         case "grammar":
             try:
                 return HEADER + str(any_to_lark(grammar.text))
-            except Exception:
+            except Exception:  # the library raises nothing more specific; its words would quote the grammar
                 raise GrammarError("the grammar is neither Lark nor GBNF that can be read") from None
     return HEADER + grammar.text
 

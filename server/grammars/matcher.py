@@ -47,8 +47,8 @@ class GrammarMatcher:
             if self.error is None:
                 self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
                 self._look()
-        except BaseException as error:
-            self._fail(f"{type(error).__name__}: its mask failed", ErrorCode.GRAMMAR_STUCK)
+        except BaseException as error:  # a panic of the library is no Exception
+            self._fail("its mask failed", ErrorCode.GRAMMAR_STUCK, error)
         if self.error is not None:
             row[:] = 0
             return
@@ -68,8 +68,8 @@ class GrammarMatcher:
                 self._fail("a token was drawn that may not come", ErrorCode.GRAMMAR_STUCK)
             self._look()
             self.is_complete = self.error is None and bool(self._matcher.is_stopped())
-        except BaseException as error:
-            self._fail(f"{type(error).__name__}: a token failed", ErrorCode.GRAMMAR_STUCK)
+        except BaseException as error:  # a panic of the library is no Exception
+            self._fail("a token failed", ErrorCode.GRAMMAR_STUCK, error)
 
     def _look(self) -> None:
         """Find out whether llguidance has given up."""
@@ -82,7 +82,8 @@ class GrammarMatcher:
                 self._on_limit()
             self._fail(reason, ErrorCode.GRAMMAR_TOO_COMPLEX if is_limit else ErrorCode.GRAMMAR_STUCK)
 
-    def _fail(self, why: str, error: ErrorCode) -> None:
+    def _fail(self, why: str, error: ErrorCode, raised: BaseException | None = None) -> None:
+        """End the request with `error`. The log gets the stack of what was raised."""
         if self.error is None:
-            logger.warning("a grammar ends its request: %s", why)
+            logger.warning("a grammar ends its request: %s", why, exc_info=raised)
             self.error = error
