@@ -3,7 +3,7 @@
 import json
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import httpx
 import pytest
@@ -14,19 +14,6 @@ from support.server.api_server import LiveServer, chat_body, http_post, make_sta
 from support.server.fake_engine import reply_of
 
 CHAT = "/v1/chat/completions"
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[LiveServer]:
-    with LiveServer(make_state()) as live:
-        yield live
-
-
-@pytest.fixture
-def server(shared: LiveServer) -> Iterator[LiveServer]:
-    shared.script()
-    yield shared
-    shared.assert_quiet()
 
 
 def leave(sock: socket.socket) -> None:

@@ -1,7 +1,7 @@
 """Fields of other servers: honoured, refused by name, harmless, or ignored and named; every field on every route."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import httpx
@@ -22,7 +22,7 @@ from guanaco.server.api.generation.fields import (
 from guanaco.server.api.generation.ignored import HEADER, MAX_NAME_CHARS, MAX_NAMES
 from guanaco.server.api.generation.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from guanaco.server.api.values.unsupported import REFUSED
-from support.server.api_server import BASE, PIRATE, LiveServer, make_state, sse_data
+from support.server.api_server import BASE, PIRATE, LiveServer, sse_data
 
 CHAT, COMPLETIONS, TOKENIZE, DETOKENIZE = "/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -83,25 +83,6 @@ PUBLISHED = {
         response_format safety_identifier service_tier store tool_choice tools verbosity web_search_options
         functions function_call suffix schema""",
 }
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[LiveServer]:
-    with LiveServer(make_state()) as live:
-        yield live
-
-
-@pytest.fixture
-def server(shared: LiveServer) -> Iterator[LiveServer]:
-    shared.script()
-    yield shared
-    shared.assert_quiet()
-
-
-@pytest.fixture
-def client(server: LiveServer) -> Iterator[httpx.Client]:
-    with server.client() as client:
-        yield client
 
 
 def ignored_count(server: LiveServer) -> float:

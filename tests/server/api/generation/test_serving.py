@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
 
 import pytest
 
@@ -11,19 +10,6 @@ from support.server.api_server import MAX_MODEL_LEN, WAIT, LiveServer, chat_body
 from support.server.fake_engine import FakeTokenizer
 
 ROUTE = "/v1/chat/completions"
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[LiveServer]:
-    with LiveServer(make_state()) as live:
-        yield live
-
-
-@pytest.fixture
-def server(shared: LiveServer) -> Iterator[LiveServer]:
-    shared.script()
-    yield shared
-    shared.assert_quiet()
 
 
 def post(server: LiveServer, body: dict, status: int = 200) -> dict:

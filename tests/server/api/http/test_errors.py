@@ -10,25 +10,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from support.server.api_server import BASE, WAIT, LiveServer, chat_body, make_state
+from support.server.api_server import BASE, WAIT, LiveServer, chat_body
 from support.server.bad_bodies import ANY, GOOD, cases
 
 ROUTES = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 # No path, address, traceback or name of a Python type may get out (reliability.md 5, S9).
 LEAKS = re.compile(r"0x[0-9a-f]{4}|/usr/|/work/|/home/|/tmp|Traceback|\.py\b|Error:|Exception|object at|<class")
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[LiveServer]:
-    with LiveServer(make_state()) as live:
-        yield live
-
-
-@pytest.fixture
-def server(shared: LiveServer) -> Iterator[LiveServer]:
-    shared.script()
-    yield shared
-    shared.assert_quiet()
 
 
 class Connection:

@@ -1,7 +1,6 @@
 """Anthropic's Messages API over HTTP: what reaches the engine, the exact events, every error in its own envelope."""
 
 import json
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,25 +19,6 @@ ROUTE, COUNT = "/v1/messages", "/v1/messages/count_tokens"
 KEYS = ("sk-a", "sk-b")
 USED = {"type": "tool_use", "id": "toolu_1", "name": "f", "input": {}}
 CALLED = [{"role": "user", "content": "a"}, {"role": "assistant", "content": [USED]}]
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[LiveServer]:
-    with LiveServer(make_state()) as live:
-        yield live
-
-
-@pytest.fixture
-def server(shared: LiveServer) -> Iterator[LiveServer]:
-    shared.script()
-    yield shared
-    shared.assert_quiet()
-
-
-@pytest.fixture
-def client(server: LiveServer) -> Iterator[httpx.Client]:
-    with server.client() as client:
-        yield client
 
 
 def body(content: Any = "hello", **fields: Any) -> dict[str, Any]:

@@ -20,13 +20,6 @@ def shared() -> Iterator[LiveServer]:
         yield live
 
 
-@pytest.fixture
-def server(shared: LiveServer) -> Iterator[LiveServer]:
-    shared.script()
-    yield shared
-    shared.assert_quiet()
-
-
 def client_of(server: LiveServer, key: str) -> OpenAI:
     return OpenAI(base_url=server.url + "/v1", api_key=key, max_retries=0, timeout=WAIT)
 

@@ -8,7 +8,7 @@ import pytest
 from openai import OpenAI
 from openai.types.responses import Response
 
-from support.server.api_server import BASE, WAIT, LiveServer, make_state
+from support.server.api_server import BASE, WAIT, LiveServer
 
 WEATHER = {
     "type": "function",
@@ -19,19 +19,6 @@ WEATHER = {
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Zürich"}}\n</tool_call>'
 ARGUMENTS = '{"city": "Zürich"}'
 ASKED: dict[str, Any] = {"model": BASE, "input": "Weather?", "tools": [WEATHER]}
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[LiveServer]:
-    with LiveServer(make_state()) as live:
-        yield live
-
-
-@pytest.fixture
-def server(shared: LiveServer) -> Iterator[LiveServer]:
-    shared.script()
-    yield shared
-    shared.assert_quiet()
 
 
 @pytest.fixture(scope="module")

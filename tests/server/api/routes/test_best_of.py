@@ -1,6 +1,5 @@
 """best_of: more answers are made than are shown. truncate_prompt_tokens: a prompt's end, the same in /tokenize."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -8,7 +7,7 @@ import pytest
 
 from guanaco.server.api.generation.answer import ChoicesAnswer
 from guanaco.server.api.generation.protocol import MAX_CHOICES
-from support.server.api_server import BASE, MAX_MODEL_LEN, LiveServer, make_state
+from support.server.api_server import BASE, MAX_MODEL_LEN, LiveServer
 from support.server.fake_engine import ASSISTANT, BOS, END, USER, reply_of
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -17,22 +16,10 @@ BODIES: dict[str, dict[str, Any]] = {CHAT: {"messages": MESSAGES}, COMPLETIONS: 
 PROMPTS = {CHAT: [BOS, USER, *b"hello", END, ASSISTANT], COMPLETIONS: [BOS, *b"hello"]}
 
 
-@pytest.fixture(scope="module")
-def shared() -> Iterator[LiveServer]:
-    with LiveServer(make_state()) as live:
-        yield live
-
-
 @pytest.fixture
 def server(shared: LiveServer) -> LiveServer:
     shared.script()
     return shared
-
-
-@pytest.fixture
-def client(server: LiveServer) -> Iterator[httpx.Client]:
-    with server.client() as client:
-        yield client
 
 
 def post(client: httpx.Client, route: str, **fields: Any) -> httpx.Response:

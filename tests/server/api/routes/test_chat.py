@@ -1,9 +1,6 @@
 """Chat completions over HTTP: what reaches the engine, and the shape of what comes back."""
 
 import json
-from collections.abc import Iterator
-
-import pytest
 
 from guanaco.server.api.generation.sampling import SamplingDefaults
 from guanaco.server.engine.request import LoraRef, SamplingParams
@@ -20,19 +17,6 @@ from support.server.api_server import (
 from support.server.fake_engine import ASSISTANT, BOS, END, SYSTEM, USER, FakeTemplate, reply_of
 
 ROUTE = "/v1/chat/completions"
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[LiveServer]:
-    with LiveServer(make_state()) as live:
-        yield live
-
-
-@pytest.fixture
-def server(shared: LiveServer) -> Iterator[LiveServer]:
-    shared.script()
-    yield shared
-    shared.assert_quiet()
 
 
 def post(server: LiveServer, body: dict, status: int = 200) -> dict:

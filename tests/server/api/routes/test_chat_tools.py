@@ -28,19 +28,6 @@ ARGUMENTS = '{"city": "Zürich"}'
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[LiveServer]:
-    with LiveServer(make_state()) as live:
-        yield live
-
-
-@pytest.fixture
-def server(shared: LiveServer) -> Iterator[LiveServer]:
-    shared.script()
-    yield shared
-    shared.assert_quiet()
-
-
-@pytest.fixture(scope="module")
 def client(shared: LiveServer) -> Iterator[OpenAI]:
     with OpenAI(base_url=shared.url + "/v1", api_key="x", max_retries=0, timeout=WAIT) as made:
         yield made

@@ -1,28 +1,13 @@
 """Text completions over HTTP: prompts of every kind, echo, logprobs as lm-eval reads them."""
 
-from collections.abc import Iterator
-
 import pytest
 
 from guanaco.server.api.generation.protocol import MAX_PROMPTS
 from guanaco.server.config import Settings
-from support.server.api_server import BASE, MAX_MODEL_LEN, TERSE, LiveServer, make_state, sse_data
+from support.server.api_server import BASE, MAX_MODEL_LEN, TERSE, LiveServer, sse_data
 from support.server.fake_engine import BOS, EOS, FakeTokenizer, reply_of
 
 ROUTE = "/v1/completions"
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[LiveServer]:
-    with LiveServer(make_state()) as live:
-        yield live
-
-
-@pytest.fixture
-def server(shared: LiveServer) -> Iterator[LiveServer]:
-    shared.script()
-    yield shared
-    shared.assert_quiet()
 
 
 def post(server: LiveServer, status: int = 200, **body: object) -> dict:

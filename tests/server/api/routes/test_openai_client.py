@@ -20,13 +20,6 @@ def shared() -> Iterator[LiveServer]:
         yield live
 
 
-@pytest.fixture
-def server(shared: LiveServer) -> Iterator[LiveServer]:
-    shared.script()
-    yield shared
-    shared.assert_quiet()
-
-
 @pytest.fixture(scope="module")
 def client(shared: LiveServer) -> Iterator[OpenAI]:
     with OpenAI(base_url=shared.url + "/v1", api_key=KEY, max_retries=0, timeout=WAIT) as made:

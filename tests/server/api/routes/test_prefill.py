@@ -1,14 +1,13 @@
 """An answer that goes on with the client's last message, and variables of the chat template; the same in /tokenize."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 
 from guanaco.server.api.values.template_variables import MAX_VARIABLES, MAX_VARIABLES_BYTES
-from support.server.api_server import BASE, LiveServer, make_state
+from support.server.api_server import BASE, LiveServer
 from support.server.fake_engine import ASSISTANT, BOS, END, USER
 
 USER_TURN = {"role": "user", "content": "hi"}
@@ -16,18 +15,6 @@ PREFILL = [USER_TURN, {"role": "assistant", "content": "The"}]
 CALL = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]
 BEGUN = [BOS, USER, *b"hi", END, ASSISTANT, *b"The"]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[LiveServer]:
-    with LiveServer(make_state()) as live:
-        yield live
-
-
-@pytest.fixture
-def client(server: LiveServer) -> Iterator[httpx.Client]:
-    with server.client() as client:
-        yield client
 
 
 def chat(client: httpx.Client, **fields: Any) -> httpx.Response:

@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from support.server.api_server import BASE, LiveServer, make_state, sse_data
+from support.server.api_server import BASE, LiveServer, sse_data
 from support.server.fake_engine import ASSISTANT, BOS, END, EOS, USER
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -15,12 +15,6 @@ BODIES: dict[str, dict[str, Any]] = {
     CHAT: {"messages": [{"role": "user", "content": "hi"}]},
     COMPLETIONS: {"prompt": [PROMPT]},
 }
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[LiveServer]:
-    with LiveServer(make_state()) as live:
-        yield live
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """allowed_token_ids and bad_words: what reaches the engine, and what is refused."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +10,13 @@ from guanaco.models.text.tokenizer import Tokenizer
 from guanaco.server.api.generation.sampling import bad_word_ids
 from guanaco.server.api.values.tokens import MAX_BAD_WORD_CHARS, MAX_BAD_WORDS
 from support.models.tiny_tokenizers import write_byte_level, write_sentencepiece_like
-from support.server.api_server import BASE, LiveServer, make_state
+from support.server.api_server import BASE, LiveServer
 from support.server.fake_engine import END, VOCAB_SIZE
 
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]},
     "/v1/completions": {"prompt": "hi"},
 }
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[LiveServer]:
-    with LiveServer(make_state()) as live:
-        yield live
-
-
-@pytest.fixture
-def client(server: LiveServer) -> Iterator[httpx.Client]:
-    with server.client() as client:
-        yield client
 
 
 def post(client: httpx.Client, route: str, **fields: Any) -> httpx.Response:
