@@ -65,6 +65,8 @@ class HoldLedger:
             for holder, versions in wanted.items():
                 before, now = self._assigned.get((party, holder), Counter()), Counter(versions)
                 self._assigned[party, holder] = now
+                if not now:  # names come and go: nothing is kept of one that holds nothing
+                    del self._assigned[party, holder]
                 for version, count in (now - before).items():
                     self._add(version, holder, count)
                 leaving += [(version, holder, count) for version, count in (before - now).items()]

@@ -68,6 +68,15 @@ def test_parties_do_not_touch_each_others_holds(holds: HoldLedger, freed: list[s
     assert freed == ["v", "w"]
 
 
+def test_nothing_is_kept_of_names_that_are_gone(holds: HoldLedger) -> None:
+    """Adapters come and go for months; an entry for each name that ever was would never be freed."""
+    for number in range(100):
+        holds.assign(f"name {number}", {Holder.NAME: ["v"], Holder.HISTORY: ["u", "v"]})
+        holds.assign(f"name {number}", {Holder.NAME: [], Holder.HISTORY: []})
+        assert holds.assigned(f"name {number}", Holder.NAME) == frozenset()
+    assert (holds._assigned, holds._counts) == ({}, {})
+
+
 def test_threads_lose_no_hold_and_no_news() -> None:
     """Every version is freed as often as its count of users came back to zero; at the end nothing is held."""
     holds, freed = HoldLedger(), Counter[str]()
