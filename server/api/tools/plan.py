@@ -77,9 +77,9 @@ class ToolPlan:
     def grammar(self, content: Grammar | None) -> Grammar | None:
         """What an answer must look like; None for any text. content: what the request's other fields demand of it.
 
-        An answer that has to be calls has no content for `response_format` to be about; one that may be calls is either
-        calls or such content. Any other demand leaves no room for calls. 400 for two demands, and for a schema that
-        can't be enforced.
+        Where calls have to come, `response_format` has no effect. Where they may come, the answer is either calls or
+        content by `response_format`. Any other demand is followed as it is, and the answer holds no calls. 400 for
+        calls that have to come together with another demand, and for a schema that can't be enforced.
         """
         tools = [(index, tool) for index, tool in enumerate(self.tools) if tool.name in self.names]
         many = self.parallel and not self.is_named
