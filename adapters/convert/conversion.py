@@ -146,7 +146,9 @@ def _run_worker(
                 ErrorCode.CONVERSION_FAILED, f"converting {weights} took too long and was stopped"
             ) from None
         except ProcessEnded as error:
-            problem = f"the process that reads {weights} was stopped ({error}); the file is not in order"
+            problem = f"the process that reads {weights} ended ({error}); the file is not in order"
+            if error.was_killed:  # by the kernel, say, which was out of memory: that says nothing about the file
+                problem = f"the process that reads {weights} was killed from outside ({error}); try again"
             raise AdapterError(ErrorCode.CONVERSION_FAILED, problem, weights) from None
         os.fsync(output.fileno())
     return _answer(data, weights), size

@@ -41,6 +41,8 @@ def check_tokenizer(path: Path, *, seconds: float = SECONDS, probe_seconds: floa
     except ProcessTimeout:
         raise _refused(file, f"trying it took more than {seconds:g} s") from None
     except ProcessEnded as error:
+        if error.was_killed:  # by the kernel, say, which was out of memory: that says nothing about the file
+            raise ModelError(f"the process that tries {file} was killed from outside ({error}); try again") from None
         raise _refused(file, f"the process that tried it ended ({error}): it takes too much memory or time") from None
     except OSError as error:
         raise ModelError(f"no process to try {file} in could be started: {error.strerror}") from error

@@ -4,6 +4,7 @@ import collections
 import io
 import json
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from guanaco.adapters.convert.torch_pickle import TorchFile
 from guanaco.adapters.convert.worker import cast, modern_key
 from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.peft.weights import AdapterLimits, load_adapter
+from guanaco.models.formats.restricted_process import ProcessEnded, RestrictedProcess
 from support.adapters.evil_pickles import evil_files
 from support.adapters.tiny_adapters import make_adapter, targets_of
 from support.models.tiny_models import tiny_llama
@@ -208,6 +210,14 @@ def test_a_git_lfs_pointer_is_called_so(modern, tmp_path):
 def test_the_process_that_dies_is_a_refusal(modern, tmp_path, monkeypatch):
     monkeypatch.setattr("guanaco.adapters.convert.conversion._WORKER", "guanaco.adapters.no_such_module")
     assert refusal(modern, tmp_path / "new").code == "conversion_failed"
+
+
+def test_a_process_that_is_killed_says_nothing_of_the_file(modern, tmp_path, monkeypatch):
+    def killed(*_, **__):
+        raise ProcessEnded("it ended", status=-signal.SIGKILL)
+
+    monkeypatch.setattr(RestrictedProcess, "exchange", killed)
+    assert "killed from outside" in str(refusal(modern, tmp_path / "new"))
 
 
 def test_limits_and_targets(modern, tmp_path):

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import struct
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from guanaco.models.architectures.config_json import parse_config, read_config
 from guanaco.models.errors import ModelError, TokenizerError
+from guanaco.models.formats.restricted_process import ProcessEnded, RestrictedProcess
 from guanaco.models.formats.safetensors import SafetensorsFile
 from guanaco.models.formats.strict_json import read_json
 from guanaco.models.loading.gguf_checkpoint import GgufCheckpoint
@@ -210,3 +212,14 @@ def test_the_pattern_of_tokens_finds_the_longest_as_a_list_of_alternatives_does(
     assert re.search(longest_match_pattern([]), "anything") is None
     with pytest.raises(ModelError, match="begin with each other"):
         longest_match_pattern(["a" * n for n in range(1, 3000)])
+
+
+def test_a_killed_trial_says_nothing_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel kills a process when the machine is out of memory: the operator must not search in a good file."""
+
+    def killed(*_: object, **__: object) -> bytes:
+        raise ProcessEnded("it ended", status=-signal.SIGKILL)
+
+    monkeypatch.setattr(RestrictedProcess, "exchange", killed)
+    with pytest.raises(ModelError, match="killed from outside"):
+        check_tokenizer(with_pattern(tmp_path, "a unique pattern"))
