@@ -82,7 +82,11 @@ OF_MODELS = Words(
 def explained(
     error: Exception, words: Words, *, spec: str, repository: str, revision: str | None, offline: bool = False
 ) -> HubError:
-    """The one line for `error`, one of LIBRARY_ERRORS. offline: the library was told not to ask the hub."""
+    """A HubError with a code and one line of words for `error`, which must be one of LIBRARY_ERRORS.
+
+    words: the sentences of models or of adapters. spec: the address as the operator wrote it. repository, revision:
+    its parts. offline: the library was told not to ask the hub.
+    """
     code, text = _told(error, words, offline)
     shown: object = error
     if isinstance(error, OSError) and words is OF_ADAPTERS:

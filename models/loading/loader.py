@@ -40,7 +40,7 @@ class LoadedModel:
     sampling: Mapping[str, Any] = field(default_factory=dict)  # the source's sampling defaults, see `Checkpoint`
 
     def with_note(self, note: str) -> "LoadedModel":
-        """The same with one more remark, which no cache keeps."""
+        """A copy of this model with one more note. The note is not written into any cache."""
         return replace(self, notes=(*self.notes, note))
 
 

@@ -101,7 +101,8 @@ class _Buffers:
             self.tensors[name] = self.block[start:stop].view(dtype).view(shape)
 
     def upload(self) -> None:
-        """One copy. The host may write again once anything launched after it has been waited for."""
+        """Start one copy of all host buffers to the device. It runs beside the caller: do not write to the host buffers
+        before work that was launched after this call has been waited for."""
         self.block.copy_(self.host, non_blocking=True)
 
 

@@ -63,7 +63,7 @@ class ToolCallReader:
         return self._take()
 
     def finish(self) -> list[Event]:
-        """The last events: the text is over."""
+        """The events that are left when the text has ended. Call it once, after the last `feed`."""
         self._read("", final=True)
         return self._take()
 
