@@ -3,7 +3,6 @@
 import gc
 import threading
 import weakref
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,13 @@ from guanaco.models.architectures.kv_cache import PagedKVCache
 from guanaco.models.error_codes import ErrorCode
 from guanaco.models.loading.loader import load_model
 from guanaco.server.engine.block_manager import BlockManager
-from guanaco.server.engine.constraints import MaskFiller, StepMasks, Words, words_of
+from guanaco.server.engine.constraints import MaskFiller, Words
 from guanaco.server.engine.engine import Engine
 from guanaco.server.engine.model_runner import ModelRunner
 from guanaco.server.engine.request import Abort, FinishReason, LoraRef, Request, SamplingParams, Submit, TokenOutput
 from guanaco.server.engine.request_stream import RequestStream
-from guanaco.server.engine.sampler import SamplingRow, sample
 from guanaco.server.engine.scheduler import Limits, Scheduler
 from support.adapters.tiny_adapters import make_adapter
-from support.kernels.providers import PROVIDERS, provider_ops
 from support.models.oracles import reference_ops
 from support.models.tiny_models import make_tiny_llama
 from support.server.fake_engine import FakeTokenizer
@@ -321,72 +318,6 @@ def test_a_stream_shows_the_last_token_of_a_text_that_is_whole() -> None:
         stream.deliver(TokenOutput("r", (ord("a"),)))
         stream.deliver(TokenOutput("r", (ord("b"),), finish_reason=FinishReason.STOP, ends_in_text=ends_in_text))
         assert "".join(output.text for output in taken) == text
-
-
-PARAMS = (
-    SamplingParams(max_tokens=9, temperature=0.0),
-    SamplingParams(max_tokens=9, seed=3),
-    SamplingParams(max_tokens=9, seed=3, top_k=7),
-    SamplingParams(max_tokens=9, seed=3, top_p=0.8, temperature=0.3),
-    SamplingParams(max_tokens=9, seed=3, min_p=0.2, temperature=1.9),
-    SamplingParams(max_tokens=9, seed=3, top_k=1000, repetition_penalty=1.8, frequency_penalty=2.0),
-    SamplingParams(max_tokens=9, seed=3, logit_bias=((5, 100.0), (70, -100.0))),
-)
-
-
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_every_provider_draws_from_the_mask_alone(provider: str) -> None:
-    """A mask decides what may be drawn, and other rows are untouched; all providers draw the same tokens."""
-    ops = provider_ops(provider)
-    generator = torch.Generator().manual_seed(4)
-    vocab = 77
-    logits = torch.randn(2 * len(PARAMS), vocab, generator=generator) * 3
-    rows = [SamplingRow(replace(p, seed=i), (1, 2), [3, 4]) for i, p in enumerate((*PARAMS, *PARAMS))]
-    masked = tuple(range(0, len(rows), 2))
-    words = np.zeros((len(masked), words_of(vocab)), dtype=np.int32)
-    allowed = {}
-    for place, index in enumerate(masked):
-        ids = torch.randperm(vocab, generator=generator)[: 1 + 2 * place].tolist()
-        allowed[index] = set(ids)
-        flags = np.zeros(words.shape[1] * 32, dtype=np.bool_)
-        flags[ids] = True
-        words[place] = np.packbits(flags, bitorder="little").view(np.int32)
-    found = sample(logits, rows, frozenset(), ops, StepMasks(masked, words, {}))
-    plain = sample(logits, rows, frozenset(), ops)
-    for index, (token, other) in enumerate(zip(found, plain, strict=True)):
-        if index in allowed:
-            assert token.token_id in allowed[index]
-        else:
-            assert token == other
-    reference = sample(logits, rows, frozenset(), None, StepMasks(masked, words, {}))
-    assert [t.token_id for t in found] == [t.token_id for t in reference]
-
-
-def test_masks_change_no_logits_and_no_log_probabilities() -> None:
-    logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(1))
-    before = logits.clone()
-    words = np.array([[1 << 7, 0]], dtype=np.int32)
-    row = SamplingRow(SamplingParams(max_tokens=1, temperature=0.0, logprobs=1), (), [])
-    (token,) = sample(logits, [row], frozenset(), None, StepMasks((0,), words, {}))
-    assert torch.equal(logits, before)
-    assert token.token_id == 7
-    assert token.logprob is not None
-    assert token.logprob.logprob == pytest.approx(float(torch.log_softmax(before[0], 0)[7]))
-    assert token.logprob.top[0][0] == int(before[0].argmax()), "of the raw logits, as everywhere"
-
-
-def test_the_highest_bit_of_a_word_is_a_token_too() -> None:
-    words = np.array([[np.int32(-(1 << 31)), 0]], dtype=np.int32)
-    row = SamplingRow(SamplingParams(max_tokens=5, temperature=0.0, min_tokens=3), (), [])
-    (token,) = sample(torch.zeros(1, 33), [row], frozenset({32}), None, StepMasks((0,), words, {}))
-    assert token.token_id == 31
-    both = np.array([[np.int32(-(1 << 31)), 1]], dtype=np.int32)
-    logits = torch.zeros(1, 33)
-    logits[0, 32] = 9
-    (token,) = sample(logits, [row], frozenset({32}), None, StepMasks((0,), both, {}))
-    assert token.token_id == 31, "the end waits for min_tokens"
-    (token,) = sample(logits, [row], frozenset({31}), None, StepMasks((0,), both, {}))
-    assert token.token_id == 32
 
 
 def test_threads_start_with_the_first_mask() -> None:
