@@ -73,6 +73,7 @@ ALLOWED = {
     "server/commands": {"server", "kernels", "models", "adapters"},
     # Rooms to come. Only training may import the `train` extra's libraries, in its job's own process.
     "server/training": {"server.training", "server.bootstrap", "server.errors", *_ENGINE},
+    "server/training/data": {"server.training.data", "models.text", "models.formats", *_ERRORS},
     "server/judging": {"server.judging", "server.errors", "server.config"},
     "server/page": {"server.page"},
     "server": set(),
@@ -98,6 +99,7 @@ BANNED = {
     "server/config.py": {*_NO_TRAINING, "torch"},
     "server/grammars": {*_NO_TRAINING, *_NO_WEB, "torch", "tokenizers"},
     "server/training": _NO_WEB,
+    "server/training/data": {*_NO_TRAINING, *_NO_WEB, "torch"},  # a server checks uploaded files with it
     "server": _NO_TRAINING,
 }
 # Development tools that a running server never imports, and the one command that does.

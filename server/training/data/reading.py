@@ -1,0 +1,173 @@
+"""From a file of training data to rows: reads the lines, finds the format, counts duplicates, lists refusals.
+
+Knows no tokens. A file is JSON lines, one JSON array, or a `.txt` file with an empty line between two texts. Called by
+the training and by the check of uploaded files; needs no library of the `train` extra.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from guanaco.models.formats.strict_json import JsonError, parse_object
+from guanaco.server.training.data.importers import FORMATS, detect_format, import_row
+from guanaco.server.training.data.rows import DataError, Refusal, RefusalKind, Row, RowError
+
+__all__ = ["FORMATS", "DataFile", "read_conversations"]
+
+MAX_LINE_BYTES = 16 << 20  # of one row
+MAX_ARRAY_BYTES = 512 << 20  # of a JSON array, which is read whole
+MAX_LISTED_REFUSALS = 1000  # more are counted, and not kept
+
+
+@dataclass
+class DataFile:
+    """What is in a file of training data."""
+
+    path: Path
+    format: str  # a name of FORMATS
+    sha256: str  # of the file's bytes, hex
+    rows: list[Row] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)  # the first MAX_LISTED_REFUSALS of them
+    num_refused: Counter[RefusalKind] = field(default_factory=Counter)
+    num_duplicates: int = 0  # rows that say what an earlier one says; they are kept
+
+    @property
+    def num_rows(self) -> int:
+        """All rows of the file, refused ones included."""
+        return len(self.rows) + self.num_refused.total()
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Count a refusal, and keep it while there is room."""
+        self.num_refused[refusal.kind] += 1
+        if len(self.refusals) < MAX_LISTED_REFUSALS:
+            self.refusals.append(refusal)
+
+
+def read_conversations(path: Path, format: str | None = None, *, guanaco_as_text: bool = False) -> DataFile:
+    """All rows of a file, in their order, and the refusals with line numbers and reasons.
+
+    format: a name of FORMATS; None: found by the first row. guanaco_as_text: a text with `### Human:` headings stays a
+    text that is learned as a whole, as the released recipe of 2023 has it.
+    A row that can't be trained on is a refusal in the result. Raises DataError for a file that can't be read, that has
+    no rows, or of whose format nothing is known.
+    """
+    if format is not None and format not in FORMATS:
+        raise DataError(f"no data format is called {format}: write one of {', '.join(FORMATS)}")
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            kind = "text" if path.suffix == ".txt" else _first_byte(file)
+            lines = {"text": _paragraphs, "array": _elements}.get(kind, _json_lines)(file, digest)
+            data = _import(path, lines, format, guanaco_as_text)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): name a file of training data") from None
+    data.sha256 = digest.hexdigest()
+    if not data.num_rows:
+        raise DataError(f"{path} has no rows: write one JSON object a line, such as {_EXAMPLE}")
+    return data
+
+
+_EXAMPLE = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
+_Line = tuple[int, Mapping[str, Any] | RowError]  # number, and the row's fields or what is wrong with it
+
+
+def _import(path: Path, lines: Iterator[_Line], format_name: str | None, guanaco_as_text: bool) -> DataFile:
+    data = DataFile(path, format_name or "", "")
+    seen: set[bytes] = set()
+    for number, fields in lines:
+        try:
+            if isinstance(fields, RowError):
+                raise fields
+            data.format = data.format or detect_format(fields)
+            as_text = data.format == "guanaco" and guanaco_as_text
+            row = import_row("text" if as_text else data.format, fields, number)
+        except RowError as error:
+            data.refuse(error.at(number))
+            continue
+        content = hashlib.sha256(repr(row.content()).encode("utf-8", "surrogatepass")).digest()
+        data.num_duplicates += content in seen
+        seen.add(content)
+        data.rows.append(row)
+    return data
+
+
+def _first_byte(file: BinaryIO) -> str:
+    """Whether the file is an array or lines."""
+    start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    file.seek(0)
+    return "array" if start.startswith(b"[") else "lines"
+
+
+def _json_lines(file: BinaryIO, digest: Any) -> Iterator[_Line]:
+    """The object on each line that is not empty. A byte order mark before the first is passed over."""
+    number = 0
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        digest.update(line)
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if len(line) > MAX_LINE_BYTES:
+            while line and not line.endswith(b"\n"):
+                line = file.readline(MAX_LINE_BYTES)
+                digest.update(line)
+            yield (
+                number,
+                RowError(RefusalKind.TOO_LONG, f"the line is longer than {MAX_LINE_BYTES >> 20} MiB: split it"),
+            )
+        elif line.strip():
+            yield number, _object(line)
+
+
+def _object(line: bytes) -> Mapping[str, Any] | RowError:
+    try:
+        return parse_object(line.strip())
+    except JsonError as error:
+        return RowError(RefusalKind.NOT_JSON, f"the line {error}: write one JSON object a line")
+
+
+def _elements(file: BinaryIO, digest: Any) -> Iterator[_Line]:
+    """The elements of a JSON array, numbered from 1."""
+    content = file.read(MAX_ARRAY_BYTES + 1)
+    digest.update(content)
+    if len(content) > MAX_ARRAY_BYTES:
+        raise DataError(f"{file.name} is a JSON array of more than {MAX_ARRAY_BYTES >> 20} MiB: write JSON lines")
+    try:
+        elements = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{file.name} begins as a JSON array and is none ({error}): mend it, or write JSON lines"
+        ) from None
+    for number, element in enumerate(elements, start=1):
+        if isinstance(element, dict):
+            yield number, element
+        else:
+            yield number, RowError(RefusalKind.BAD_FIELDS, "the element is no object: write objects")
+
+
+def _paragraphs(file: BinaryIO, digest: Any) -> Iterator[_Line]:
+    """The texts of a `.txt` file, each as the fields of the format `text`. A text ends at an empty line."""
+    parts: list[str] = []
+    start = number = num_bytes = 0
+    for number, line in enumerate(file, start=1):
+        digest.update(line)
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError:
+            yield number, RowError(RefusalKind.BAD_FIELDS, "the line is not UTF-8: convert the file")
+            continue
+        if text.strip():
+            start, num_bytes = start or number, num_bytes + len(line)
+            if num_bytes > MAX_LINE_BYTES:
+                raise DataError(
+                    f"{file.name}: the text at line {start} is longer than {MAX_LINE_BYTES >> 20} MiB: split it"
+                )
+            parts.append(text)
+        elif parts:
+            yield start, {"text": "\n".join(parts)}
+            parts, start, num_bytes = [], 0, 0
+    if parts:
+        yield start, {"text": "\n".join(parts)}
