@@ -27,6 +27,8 @@ LEVELS = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 
+NOT_FINITE = "the matrix holds values that are not finite (NaN or infinity)"
+
 # Whole groups per pass of quantising and decoding: 1 MiB of float32. Temporaries then stay in the caches (twice as fast
 # as 4 MiB here), and the memory peak is about the tensor itself.
 _CHUNK_GROUPS = 1 << 12
@@ -140,41 +142,58 @@ def quantize(matrix: Tensor, *, double_quant: bool = True) -> Nf4Weight:
 
     Raises ValueError for other dtypes or dimensions, and for values that are not finite.
     """
+    check_matrix(matrix)
+    # One thread: the rounding of a sum depends on how many threads share it, and the passes are so short that sharing
+    # them is ten times slower (measured here) when another process wants the cores. One thread does about 150 million
+    # weights a second; `kernels.cpu.quantize` has a native form with the same bits.
+    with _one_thread():
+        flat = matrix.detach().reshape(-1)
+        return from_groups(*_quantize_all(flat), matrix, double_quant=double_quant)
+
+
+def check_matrix(matrix: Tensor) -> None:
+    """Raises ValueError for a tensor that `quantize` does not take: its dimensions, its dtype."""
     if matrix.dim() != 2 or matrix.numel() == 0:
         raise ValueError(f"NF4 needs a matrix that is not empty, got shape {list(matrix.shape)}")
     if matrix.dtype not in SOURCE_DTYPES:
         raise ValueError(f"NF4 needs float32, float16 or bfloat16, got {dtype_name(matrix.dtype)}")
-    # One thread: the rounding of a sum depends on how many threads share it, and the passes are so short that sharing
-    # them is ten times slower (measured here) when another process wants the cores. One thread does about 150 million
-    # weights a second.
+
+
+def from_groups(packed: Tensor, absmax: Tensor, matrix: Tensor, *, double_quant: bool) -> Nf4Weight:
+    """The weight of `matrix` from its packed codes uint8 [(n·k + 1) // 2] and scales float32 [groups]."""
+    shape = (matrix.shape[0], matrix.shape[1])
+    if not double_quant:
+        return Nf4Weight(packed, absmax, shape, matrix.dtype)
     with _one_thread():
-        return _quantize(matrix.detach(), double_quant)
+        offset = absmax.mean()
+        scale_codes, nested_absmax = quantize_scales(absmax - offset)
+    return Nf4Weight(packed, scale_codes, shape, matrix.dtype, nested_absmax, dynamic_map(packed.device), offset.item())
 
 
-def _quantize(matrix: Tensor, double_quant: bool) -> Nf4Weight:
-    flat, shape = matrix.reshape(-1), (matrix.shape[0], matrix.shape[1])
+def _quantize_all(flat: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed codes and scales of all groups of values [n], a chunk at a time."""
     num_groups = -(-flat.numel() // GROUP_SIZE)
     packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(num_groups, dtype=torch.float32, device=flat.device)
     for group in range(0, num_groups, _CHUNK_GROUPS):
         start, stop = group * GROUP_SIZE, min((group + _CHUNK_GROUPS) * GROUP_SIZE, flat.numel())
-        codes, chunk_absmax = _quantize_groups(flat[start:stop].float())
-        packed[start // 2 : (stop + 1) // 2] = pack(codes)
+        chunk, chunk_absmax = quantize_groups(flat[start:stop])
+        packed[start // 2 : (stop + 1) // 2] = chunk
         absmax[group : group + chunk_absmax.numel()] = chunk_absmax
-    if not double_quant:
-        return Nf4Weight(packed, absmax, shape, matrix.dtype)
-    offset = absmax.mean()
-    scale_codes, nested_absmax = quantize_scales(absmax - offset)
-    return Nf4Weight(packed, scale_codes, shape, matrix.dtype, nested_absmax, dynamic_map(flat.device), offset.item())
+    return packed, absmax
 
 
-def _quantize_groups(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes uint8 [n] and absmax float32 [groups] of consecutive values float32 [n]; the last group may be short."""
+def quantize_groups(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed codes uint8 [(n + 1) // 2] and scales float32 [groups] of consecutive values [n] in a source dtype.
+
+    The last group may be short. Raises ValueError for values that are not finite.
+    """
+    values = values.float()
     tail = values.numel() % GROUP_SIZE
     whole = values[: values.numel() - tail].view(-1, GROUP_SIZE)
     absmax = whole.abs().amax(dim=1)
     if not torch.isfinite(absmax).all() or not torch.isfinite(values[values.numel() - tail :]).all():
-        raise ValueError("the matrix holds values that are not finite (NaN or infinity)")
+        raise ValueError(NOT_FINITE)
     # bitsandbytes multiplies whole groups by the reciprocal, but divides a short last one; both are kept.
     normal = (whole * absmax.clamp(min=_SMALLEST_ABSMAX).reciprocal().view(-1, 1)).view(-1)
     if tail:
@@ -182,7 +201,7 @@ def _quantize_groups(values: Tensor) -> tuple[Tensor, Tensor]:
         last_absmax = last.abs().amax().clamp(min=_SMALLEST_ABSMAX)
         absmax = torch.cat([absmax, last_absmax.view(1)])
         normal = torch.cat([normal, last / last_absmax])
-    return encode(normal.clamp_(-1.0, 1.0)), absmax
+    return pack(encode(normal.clamp_(-1.0, 1.0))), absmax
 
 
 def encode(normal: Tensor) -> Tensor:

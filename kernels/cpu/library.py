@@ -111,6 +111,7 @@ _FUNCTIONS = {
     "guanaco_nf4_bytes": (_I64, (_I64, _I64)),
     "guanaco_nf4_layout": (_I32, (_P,)),
     "guanaco_nf4_repack": (_I32, (_P, _P, _P, _I64, _I64, _P)),
+    "guanaco_nf4_quantize": (_I32, (_P, _P, _I32, _I64, _P, _P, _P)),
     "guanaco_linear": (_I32, (_P, _P, _P, _P, _I32, _I64, _P, _I32)),
     "guanaco_rms_norm": (_I32, (_P, _P, _I32, _P, _F32, _I64, _I64, _P, _I32)),
     "guanaco_silu_mul": (_I32, (_P, _P, _P, _I32, _I64, _I64, _P, _I32)),

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from guanaco.kernels import nf4
+from guanaco.kernels.cpu.quantize import quantize
 from guanaco.kernels.nf4 import SOURCE_DTYPES, Nf4Weight, dtype_name
 from guanaco.kernels.nf4_state import to_state
 from guanaco.models.architectures.config import ModelConfig
@@ -87,7 +87,7 @@ def is_projection(name: str) -> bool:
 def quantize_tensor(name: str, tensor: Tensor, *, double_quant: bool = True) -> Nf4Weight:
     """The NF4 weight of a projection [out, in] in float32, float16 or bfloat16. Raises ModelError that names it."""
     try:
-        return nf4.quantize(tensor, double_quant=double_quant)
+        return quantize(tensor, double_quant=double_quant)
     except ValueError as error:
         raise ModelError(f"{name}: {error}; {_DAMAGED}") from error
 

@@ -88,6 +88,12 @@ int32_t guanaco_nf4_repack(Context* context, const uint8_t* packed, const float*
     return guarded(context, [&](Context& c) { repack_nf4(c, packed, scales, n, k, out); });
 }
 
+// `finite`: 1, or 0 if a value is NaN or infinite; the results are then worthless.
+int32_t guanaco_nf4_quantize(Context* context, const void* x, int32_t dtype, int64_t groups, uint8_t* packed,
+                             float* scales, int32_t* finite) {
+    return guarded(context, [&](Context& c) { *finite = quantize_nf4(c, x, dtype, groups, packed, scales); });
+}
+
 // y [rows, n] = x [rows, k] · Wᵀ + bias + LoRA; x in x_dtype, y in y_dtype.
 int32_t guanaco_linear(Context* context, const Linear* weight, const Lora* lora, const void* x, int32_t x_dtype,
                        int64_t rows, void* y, int32_t y_dtype) {

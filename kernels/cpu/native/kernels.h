@@ -49,6 +49,7 @@ struct Kernels {
     void (*attend_run)(const AttentionRun& run, const float* q, SoftmaxState* states, float* out, float* scratch);
     void (*merge_runs)(int64_t rows, int64_t n, const SoftmaxState* later, const float* later_out,
                        SoftmaxState* states, float* out);
+    bool (*encode_groups)(const void* x, int32_t dtype, int64_t first, int64_t count, uint8_t* packed, float* scales);
 };
 
 // The ISAs in order of preference, the best first; the last one runs anywhere.

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <atomic>
 
 namespace guanaco {
 namespace {
@@ -59,6 +60,16 @@ void repack_nf4(Context& context, const uint8_t* packed, const float* scales, in
         memset(out + (tile + 1) * bytes - 64, 0, 64);  // the padding: equal weights give equal files
         repack_tile(layout, packed, scales, n, k, tile, out + tile * bytes);
     });
+}
+
+bool quantize_nf4(Context& context, const void* x, int32_t dtype, int64_t groups, uint8_t* packed, float* scales) {
+    const int64_t chunk = 1024;  // 64 k values: a few ten microseconds of work a task
+    std::atomic<bool> finite{true};
+    context.pool.each((groups + chunk - 1) / chunk, [&](int64_t i, int) {
+        int64_t count = std::min(chunk, groups - i * chunk);
+        if (!context.kernels->encode_groups(x, dtype, i * chunk, count, packed, scales)) finite = false;
+    });
+    return finite;
 }
 
 }  // namespace guanaco

@@ -7,4 +7,8 @@ namespace guanaco {
 // tile_bytes(k / 64) bytes. k is a multiple of 64.
 void repack_nf4(Context& context, const uint8_t* packed, const float* scales, int64_t n, int64_t k, uint8_t* out);
 
+// `groups` groups of 64 values x in `dtype` → bitsandbytes' packed codes [groups * 32] and scales [groups]. False if a
+// value is NaN or infinite.
+bool quantize_nf4(Context& context, const void* x, int32_t dtype, int64_t groups, uint8_t* packed, float* scales);
+
 }  // namespace guanaco
