@@ -319,6 +319,11 @@ def chat_history_file() -> Path | None:
         return None
 
 
+def variable_of_user(name: str) -> str | None:
+    """An environment variable that the user named on the command line, such as one that holds a key; None: not set."""
+    return os.environ.get(name)
+
+
 def load_settings(flags: Mapping[str, Any], config_file: Path | None = None) -> Settings:
     """Settings from flags (only those given), the environment and a YAML file.
 

@@ -19,6 +19,7 @@ from guanaco.server.commands.classes import (
     SettingsCommand,
 )
 from guanaco.server.commands.common import typed_text
+from guanaco.server.commands.compare.command import compare
 
 app = typer.Typer(
     name="guanaco",
@@ -35,6 +36,7 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(models_app, name="models")
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(aliases_app, name="aliases")
+app.command("compare", cls=Command)(compare)
 
 
 @app.command(cls=SettingsCommand)

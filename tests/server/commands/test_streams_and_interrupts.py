@@ -75,6 +75,7 @@ def test_ctrl_c_while_importing_is_one_line() -> None:
         (("adapters", "list", "--admin-key", "k"), "guanaco.server.commands.adapter_actions.AdminClient.call"),
         (("adapters", "convert", "a", "b"), "guanaco.adapters.convert.conversion.convert_adapter"),
         (("aliases", "list", "--admin-key", "k"), "guanaco.server.commands.adapter_actions.AdminClient.call"),
+        (("compare", "--replay", "a.csv"), "guanaco.server.commands.compare.stored.run_replay"),
         (("version",), "guanaco.server.commands.main._installed_version"),
     ],
 )

@@ -1,0 +1,180 @@
+"""Two players on many prompts: both orders of each prompt become one result, the results a win rate with an interval.
+
+A judge favours a place (mostly the first), so each prompt is judged in both orders. Where the two verdicts name the
+same winner, that is the result. Where they differ, or where one of them cannot be read, the result is a tie.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from guanaco.server.judging.ratings import REPLICATES, resampled
+from guanaco.server.judging.stored import Verdict
+
+MIN_PROMPTS = 20  # fewer prompts never carry a statement: the bootstrap's intervals are too narrow there
+MAX_UNREADABLE = 0.2  # of the verdicts; with more of them nothing is said about who is better
+_POWER_SIGMAS = 1.96 + 0.84  # a difference of this many standard errors is found in four studies of five
+_MOST_ADVISED = 100_000
+_TAIL = 0.025
+
+
+@dataclass(frozen=True)
+class PairResult:
+    """How `player` did against `other`.
+
+    rate: mean result over the prompts, a tie half; interval: its 95 % interval by bootstrap over prompts. wins, ties,
+    losses: prompts by their result. couples: readable verdicts in both orders; agreement: the share of them that say
+    the same, None without any. unreadable: verdicts. one_order: prompts that were judged in one order although others
+    were in both.
+    both_orders: whether any prompt was judged in both.
+    """
+
+    player: str
+    other: str
+    prompts: int
+    rate: float
+    interval: tuple[float, float]
+    deviation: float
+    wins: int
+    ties: int
+    losses: int
+    couples: int
+    agreement: float | None
+    verdicts: int
+    unreadable: int
+    one_order: int
+    both_orders: bool
+
+    @property
+    def is_better(self) -> bool:
+        """Whether the interval says that `player` is better."""
+        return self.says_something and self.interval[0] > 0.5
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether the interval says that `player` is worse."""
+        return self.says_something and self.interval[1] < 0.5
+
+    @property
+    def says_something(self) -> bool:
+        """Whether there are enough prompts, and few enough unreadable verdicts, for any statement."""
+        return self.prompts >= MIN_PROMPTS and self.unreadable <= MAX_UNREADABLE * self.verdicts
+
+
+@dataclass
+class Agreement:
+    """Couples of readable verdicts, one in each order, and how many of them say the same."""
+
+    couples: int = 0
+    same: int = 0
+
+    @property
+    def share(self) -> float | None:
+        """The share that says the same; None without couples."""
+        return self.same / self.couples if self.couples else None
+
+
+Key = tuple[str, str]  # benchmark, question
+
+
+def prompt_results(verdicts: Iterable[Verdict], player: str) -> tuple[dict[Key, float], Agreement, int]:
+    """Each prompt's result for `player` from the verdicts of one pair, the agreement, and prompts with one order only.
+
+    Several verdicts in one order (of several people) are matched in the order in which they stand.
+    """
+    kept: dict[Key, tuple[list[float | None], list[float | None]]] = defaultdict(lambda: ([], []))
+    for v in verdicts:
+        is_first = v.first == player
+        result = None if v.verdict is None else 0.5 if v.verdict == 3 else float((v.verdict == 1) == is_first)
+        kept[v.benchmark, v.question][0 if is_first else 1].append(result)
+    both = any(one and other for one, other in kept.values())
+    agreement, one_order = Agreement(), 0
+    results = {}
+    for key, (one, other) in kept.items():
+        of_prompt = []
+        for a, b in zip(one, other, strict=False):
+            if a is not None and b is not None:
+                agreement.couples += 1
+                agreement.same += a == b
+            of_prompt.append(a if a is not None and a == b else 0.5)
+        alone = (one if len(one) > len(other) else other)[len(of_prompt) :]
+        one_order += bool(alone) and both
+        of_prompt += [0.5 if both or a is None else a for a in alone]
+        results[key] = sum(of_prompt) / len(of_prompt)
+    return results, agreement, one_order
+
+
+def pair_result(
+    verdicts: Sequence[Verdict], player: str, other: str, *, replicates: int = REPLICATES, seed: int = 0
+) -> PairResult:
+    """How `player` did against `other`, by the verdicts about these two."""
+    own = [v for v in verdicts if {v.first, v.second} == {player, other}]
+    results, agreement, one_order = prompt_results(own, player)
+    scores = np.array(list(results.values()))
+    rate = float(scores.mean()) if len(scores) else 0.5
+    return PairResult(
+        player=player,
+        other=other,
+        prompts=len(scores),
+        rate=rate,
+        interval=interval_of_mean(scores, replicates=replicates, seed=seed),
+        deviation=float(scores.std()) if len(scores) else 0.0,
+        wins=int((scores > 0.5).sum()),
+        ties=int((scores == 0.5).sum()),
+        losses=int((scores < 0.5).sum()),
+        couples=agreement.couples,
+        agreement=agreement.share,
+        verdicts=len(own),
+        unreadable=sum(v.verdict is None for v in own),
+        one_order=one_order,
+        both_orders=any(v.first == player for v in own) and any(v.second == player for v in own),
+    )
+
+
+def interval_of_mean(
+    scores: "np.ndarray[tuple[int], np.dtype[np.float64]]", *, replicates: int = REPLICATES, seed: int = 0
+) -> tuple[float, float]:
+    """The 95 % interval of a mean of results (0 to 1) by bootstrap over prompts; (0, 1) without results.
+
+    Where all results are wins or all are losses, no resampling varies: the exact bound of a share of 1 or 0 is used.
+    """
+    count = len(scores)
+    if not count:
+        return 0.0, 1.0
+    if scores.min() == scores.max() and scores[0] in (0.0, 1.0):
+        edge = _TAIL ** (1 / count)
+        return (edge, 1.0) if scores[0] else (0.0, 1 - edge)
+    means = np.concatenate([counts @ scores for counts in resampled(count, replicates, seed, cells=count)]) / count
+    low, high = np.quantile(means, [_TAIL, 1 - _TAIL])
+    return float(low), float(high)
+
+
+def prompts_needed(result: PairResult) -> int | None:
+    """About how many prompts would show a difference as large as this one; None where no number below 100,000 would."""
+    difference = abs(result.rate - 0.5)
+    if difference == 0 or result.deviation == 0:
+        return None
+    needed = (_POWER_SIGMAS * result.deviation / difference) ** 2
+    needed = max(needed, result.prompts + 1, MIN_PROMPTS)
+    if needed > _MOST_ADVISED:
+        return None
+    unit = int(10 ** max(0, math.floor(math.log10(needed)) - 1))  # two digits: more would look exact
+    return math.ceil(needed / unit) * unit
+
+
+def in_words(result: PairResult) -> str:
+    """One sentence: better, worse, or not distinguishable, and how many prompts would do."""
+    pair = f"{result.player} against {result.other}"
+    if result.unreadable > MAX_UNREADABLE * result.verdicts:
+        share = result.unreadable / result.verdicts
+        return f"{pair}: no statement, because {share:.0%} of the verdicts could not be read; use another judge"
+    if result.prompts < MIN_PROMPTS:
+        return f"{pair}: no statement with {result.prompts} prompts; at least {MIN_PROMPTS} are needed"
+    if result.is_better or result.is_worse:
+        return f"{result.player} is {'better' if result.is_better else 'worse'} than {result.other}"
+    text = f"{pair}: not distinguishable with {result.prompts} prompts"
+    needed = prompts_needed(result)
+    return f"{text}; about {needed:,} would do" if needed else f"{text}; more prompts are unlikely to change that"
