@@ -10,6 +10,7 @@ import torch
 
 from guanaco.kernels.ops import (
     CPU_ISAS,
+    DecodesRows,
     Draw,
     FusedLayers,
     LayerWeights,
@@ -22,6 +23,7 @@ from guanaco.kernels.ops import (
 __all__ = [
     "CPU_ISAS",
     "PROVIDERS",
+    "DecodesRows",
     "Draw",
     "FusedLayers",
     "LayerWeights",
@@ -44,12 +46,15 @@ def load_ops(
     threads: int = 1,
     cpu_isa: str = "auto",
     side_stream: bool = False,
+    in_torch_threads: bool = False,
 ) -> Ops:
     """The provider called `name`.
 
     decoded_weights_bytes: memory that the reference provider may spend on weights kept decoded (0: it keeps none).
     threads, cpu_isa: settings of the `cpu` provider. cpu_isa is a name in CPU_ISAS, or "auto" for the best one that
     this processor has.
+    in_torch_threads: the `cpu` provider works on torch's threads instead of its own, for calls that alternate with
+    torch's.
     side_stream: the `triton` provider copies adapters to the GPU on a CUDA stream of their own.
     Raises ValueError for a name that is not in PROVIDERS, and NativeUnavailable if the provider's kernels can't be
     used.
@@ -61,7 +66,7 @@ def load_ops(
     if name == "cpu":
         from guanaco.kernels.cpu.ops import CpuOps
 
-        return CpuOps(dtype=dtype, threads=threads, isa=cpu_isa)
+        return CpuOps(dtype=dtype, threads=threads, isa=cpu_isa, in_torch_threads=in_torch_threads)
     if name == "triton":
         if find_spec("triton") is None:
             raise NativeUnavailable("the triton provider needs Triton, which is not installed (pip install triton)")

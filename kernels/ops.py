@@ -48,6 +48,18 @@ class PackedWeight:
     shape: tuple[int, int]  # of the weight, [out, in]
 
 
+class DecodesRows(Protocol):
+    """What training needs of a provider: the numbers of a weight. The providers for the processor have it."""
+
+    def decode_rows(self, weight: LinearHandle, start: int, stop: int, out: Tensor) -> None:
+        """Write rows start … stop − 1 of the weight, as they are served, into `out` [stop − start, in], float32 or
+        bfloat16.
+
+        `out` is contiguous memory of the caller's. A weight is level × scale in float32, rounded once more for
+        bfloat16.
+        """
+
+
 @dataclass(frozen=True)
 class LayerWeights:
     """The parts of one decoder layer by name. A name says what is computed:

@@ -78,6 +78,10 @@ class ReferenceOps:
         num_bytes += 0 if bias32 is None else bias32.numel() * 4
         return ReferenceLinear(stored, bias32, in_features, out_features, num_bytes)
 
+    def decode_rows(self, weight: LinearHandle, start: int, stop: int, out: Tensor) -> None:
+        assert isinstance(weight, ReferenceLinear), "a handle of another provider"
+        out.copy_(weight.rows(start, stop))
+
     def place_adapter(self, pairs: Sequence[LoraPair]) -> list[LoraPair]:
         return [LoraPair(pair.a.to(self.device), pair.b.to(self.device), pair.scale) for pair in pairs]
 

@@ -106,12 +106,13 @@ _P, _I32, _I64, _F32 = c_void_p, c_int32, c_int64, c_float
 _FUNCTIONS = {
     "guanaco_isa_name": (c_char_p, (_I32,)),
     "guanaco_struct_bytes": (None, (_P,)),
-    "guanaco_create": (_P, (_I32, _I32)),
+    "guanaco_create": (_P, (_I32, _I32, _P)),
     "guanaco_destroy": (None, (_P,)),
     "guanaco_nf4_bytes": (_I64, (_I64, _I64)),
     "guanaco_nf4_layout": (_I32, (_P,)),
     "guanaco_nf4_repack": (_I32, (_P, _P, _P, _I64, _I64, _P)),
     "guanaco_nf4_quantize": (_I32, (_P, _P, _I32, _I64, _P, _P, _P)),
+    "guanaco_decode_rows": (_I32, (_P, _P, _I64, _I64, _P, _I32)),
     "guanaco_linear": (_I32, (_P, _P, _P, _P, _I32, _I64, _P, _I32)),
     "guanaco_rms_norm": (_I32, (_P, _P, _I32, _P, _F32, _I64, _I64, _P, _I32)),
     "guanaco_silu_mul": (_I32, (_P, _P, _P, _I32, _I64, _I64, _P, _I32)),
@@ -155,8 +156,9 @@ class Context:
 
     _handle: int | None = None
 
-    def __init__(self, isa: str, threads: int) -> None:
-        """isa: a name in CPU_ISAS, or "auto" for the best that runs here. Raises NativeUnavailable."""
+    def __init__(self, isa: str, threads: int, team: int | None = None) -> None:
+        """isa: a name in CPU_ISAS, or "auto" for the best that runs here. team: the address of another library's
+        `GOMP_parallel`, whose threads then do the work; None for threads of its own. Raises NativeUnavailable."""
         self._lib = library()
         known = available_isas()
         if isa == "auto":
@@ -165,7 +167,7 @@ class Context:
             raise NativeUnavailable(f"this processor (or build) has no {isa!r} kernels; it has: {', '.join(known)}")
         self.isa = isa
         self.threads = threads
-        self._handle = self._lib.guanaco_create(CPU_ISAS.index(isa), threads)
+        self._handle = self._lib.guanaco_create(CPU_ISAS.index(isa), threads, team)
         if self._handle is None:
             raise MemoryError(f"the native kernels could not start {threads} threads")
 

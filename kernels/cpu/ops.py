@@ -37,13 +37,14 @@ class CpuOps:
     name = "cpu"
     cache_dtypes: tuple[torch.dtype, ...] = ()
 
-    def __init__(self, *, dtype: torch.dtype, threads: int, isa: str = "auto") -> None:
-        """isa: "auto", or one of `kernels.cpu.library.available_isas()`. Raises NativeUnavailable."""
+    def __init__(self, *, dtype: torch.dtype, threads: int, isa: str = "auto", in_torch_threads: bool = False) -> None:
+        """isa: "auto", or one of `kernels.cpu.library.available_isas()`. in_torch_threads: work on the threads of
+        torch where it has OpenMP's, for a caller whose calls alternate with torch's. Raises NativeUnavailable."""
         assert dtype in (torch.float32, torch.bfloat16), dtype
         self.device = torch.device("cpu")
         self.dtype = dtype
         self._code = DTYPES[dtype]
-        self._context = native.Context(isa, threads)
+        self._context = native.Context(isa, threads, _torch_team() if in_torch_threads else None)
         self.isa, self.threads = self._context.isa, threads
         self.packed_format = f"cpu tiles 1, order {self._context.layout}"
 
@@ -81,6 +82,15 @@ class CpuOps:
         if bias32 is not None:
             tensors = (*tensors, bias32)
         return CpuLinear(struct, tensors, in_features, out_features, sum(t.nbytes for t in tensors))
+
+    def decode_rows(self, weight: LinearHandle, start: int, stop: int, out: Tensor) -> None:
+        """See `DecodesRows`. The scales of a tile are in 16 bits (see `pack`): what is decoded is what is served."""
+        assert isinstance(weight, CpuLinear), "a handle of another provider"
+        assert 0 <= start <= stop <= weight.out_features, (start, stop, weight.out_features)
+        assert out.shape == (stop - start, weight.in_features) and out.is_contiguous(), out.shape
+        assert out.dtype in (torch.float32, torch.bfloat16) and out.device.type == "cpu", (out.dtype, out.device)
+        arguments = (start, stop - start, out.data_ptr(), DTYPES[out.dtype])
+        self._context.call("decode_rows", ctypes.byref(weight.struct), *arguments)
 
     def place_adapter(self, pairs: Sequence[LoraPair]) -> list[LoraPair]:
         """The matrices in host memory themselves: nothing is copied."""
@@ -253,6 +263,15 @@ class CpuLayers:
             DTYPES[self._dtype],
         )
         return y
+
+
+def _torch_team() -> int | None:
+    """The address of the GOMP_parallel that torch's own parallel loops call; None for a torch without it."""
+    try:
+        entry = ctypes.CDLL(torch._C.__file__).GOMP_parallel  # found among the libraries that torch has loaded
+    except (OSError, AttributeError):
+        return None
+    return ctypes.cast(entry, ctypes.c_void_p).value
 
 
 def _contiguous(s: Sequences) -> Sequences:

@@ -147,7 +147,9 @@ class DecoderModel:
     """One base model, its weights in the provider's form.
 
     `lora_targets` maps each projection to its (in, out) features; a projection's position there is the `module`
-    number that `Ops.linear` and `LoraTable.pairs` use.
+    number that `Ops.linear` and `LoraTable.pairs` use. `linears` and `tensors` are the weights by Hugging Face's names
+    without the leading `model.`: linear layers (`lm_head` among them) in the provider's form, and embedding, norms and
+    biases.
     """
 
     def __init__(
@@ -157,11 +159,13 @@ class DecoderModel:
         self.config = config
         self.ops = ops
         self.lora_targets: dict[str, tuple[int, int]] = {}
+        self.linears: dict[str, LinearHandle] = {}
+        self.tensors: dict[str, Tensor] = {}
         self.weights_bytes = 0
         self._embedding = self._tensor(weights, "embed_tokens.weight", (config.vocab_size, config.hidden_size))
         self._layers = [make_layer(self._parts(weights, spec, i)) for i in range(config.num_layers)]
         self._norm = self._rms_norm(weights, "norm.weight", config.hidden_size)
-        self._lm_head = self._head(weights)
+        self._lm_head = self.linears["lm_head"] = self._head(weights)
         self._rotary = Rotary(config, ops.device)
         self._fused: FusedLayers | None = None
         described = [parts for layer in self._layers if (parts := layer.weights()) is not None]
@@ -204,6 +208,9 @@ class DecoderModel:
         bias = weights.tensor(f"{name}.bias", (out_features,)).to(self.ops.device) if spec.has_bias else None
         handle = self.ops.prepare(weights.matrix(f"{name}.weight", spec.shape), bias)
         self.weights_bytes += handle.num_bytes
+        self.linears[name] = handle
+        if bias is not None:
+            self.tensors[f"{name}.bias"] = bias
         self.lora_targets[name] = (in_features, out_features)
         return QuantLinear(self.ops, handle, len(self.lora_targets) - 1)
 
@@ -224,4 +231,5 @@ class DecoderModel:
     def _tensor(self, weights: WeightSource, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = weights.tensor(name, shape).to(self.ops.device)
         self.weights_bytes += tensor.nbytes
+        self.tensors[name] = tensor
         return tensor

@@ -67,11 +67,12 @@ void guanaco_struct_bytes(int32_t* out) {
     for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) out[i] = int32_t(sizes[i]);
 }
 
-Context* guanaco_create(int32_t isa, int32_t num_threads) {
+// team: GOMP_parallel of a library whose threads are to be used, or null for own threads.
+Context* guanaco_create(int32_t isa, int32_t num_threads, ThreadPool::Team team) {
     const Kernels* k = kernels_of(isa);
     if (k == nullptr) return nullptr;
     try {
-        return new Context(k, num_threads);
+        return new Context(k, num_threads, team);
     } catch (const std::exception&) {  // no memory, or no more threads
         return nullptr;
     }
@@ -92,6 +93,12 @@ int32_t guanaco_nf4_repack(Context* context, const uint8_t* packed, const float*
 int32_t guanaco_nf4_quantize(Context* context, const void* x, int32_t dtype, int64_t groups, uint8_t* packed,
                              float* scales, int32_t* finite) {
     return guarded(context, [&](Context& c) { *finite = quantize_nf4(c, x, dtype, groups, packed, scales); });
+}
+
+// out [count, k] in `dtype`: rows first … first + count − 1 of the weight.
+int32_t guanaco_decode_rows(Context* context, const Linear* weight, int64_t first, int64_t count, void* out,
+                            int32_t dtype) {
+    return guarded(context, [&](Context& c) { decode_rows(c, *weight, first, count, out, dtype); });
 }
 
 // y [rows, n] = x [rows, k] · Wᵀ + bias + LoRA; x in x_dtype, y in y_dtype.

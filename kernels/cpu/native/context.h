@@ -68,7 +68,7 @@ class Arena {
 };
 
 struct Context {
-    Context(const Kernels* k, int num_threads) : kernels(k), pool(num_threads) {}
+    Context(const Kernels* k, int num_threads, ThreadPool::Team team) : kernels(k), pool(num_threads, team) {}
     const Kernels* kernels;
     ThreadPool pool;
     Arena arena;

@@ -8,6 +8,7 @@
 #include "simd.h"
 
 #include "nf4_avx2.h"
+#include "nf4_byte_order.h"
 namespace guanaco {
 namespace GUANACO_ISA {
 constexpr int kFewRows = 4;

@@ -4,6 +4,7 @@
 #include "simd.h"
 
 #include "nf4_portable.h"
+#include "nf4_byte_order.h"
 namespace guanaco {
 namespace GUANACO_ISA {
 constexpr int kFewRows = 4;

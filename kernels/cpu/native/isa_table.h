@@ -8,7 +8,7 @@
 
 namespace guanaco {
 namespace GUANACO_ISA {
-extern const Kernels kTable = {GUANACO_ISA_NAME, kLayout,    quantize_row, nf4_tiles, dense_tile, add_row, decode_flat,
+extern const Kernels kTable = {GUANACO_ISA_NAME, kLayout,    quantize_row, nf4_tiles, dense_tile, add_row, decode_tile, decode_flat,
                                to_float,         from_float, rms_norm,     silu_mul,  rotate,     add,     exp_row,
                                attend_run,       merge_runs, encode_groups};
 }

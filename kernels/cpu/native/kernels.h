@@ -38,6 +38,8 @@ struct Kernels {
     void (*dense_tile)(const void* w, int32_t dtype, int64_t n, int64_t k, const float* const* x, int64_t rows,
                        float* y, int64_t stride);
     void (*add_row)(const void* w, int32_t dtype, int64_t n, int64_t k, const float* x, float scale, float* y);
+    // Rows first … first + rows − 1 of a tile in float32, `stride` apart.
+    void (*decode_tile)(const uint8_t* tile, int64_t groups, int64_t first, int64_t rows, float* out, int64_t stride);
     void (*decode_flat)(const uint8_t* packed, const float* scales, int64_t first, int64_t count, float* out);
     void (*to_float)(const void* x, int32_t dtype, int64_t n, float* out);
     void (*from_float)(const float* x, int64_t n, void* out, int32_t dtype);

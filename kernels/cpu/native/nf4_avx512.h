@@ -184,6 +184,72 @@ inline void dot_levels(const int16_t* levels, const int16_t* x, I16* out) {
     sums.get(out);
 }
 
+// table[the low four bits of each word]
+inline F16 look_up_floats(F16 table, uints v) {
+#if defined(GUANACO_EMULATE_AVX512)
+    F16 out;
+    for (int i = 0; i < 16; i++) out[i] = table[v[i] & 15];
+    return out;
+#else
+    return (F16)_mm512_permutexvar_ps((__m512i)v, (__m512)table);
+#endif
+}
+
+// Sixteen columns of sixteen rows become sixteen rows.
+inline void transpose16(F16* v) {
+#if defined(GUANACO_EMULATE_AVX512)
+    F16 rows[16];
+    for (int r = 0; r < 16; r++) {
+        for (int k = 0; k < 16; k++) rows[r][k] = v[k][r];
+    }
+    memcpy(v, rows, sizeof(rows));
+#else
+    F16 t[16];
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {  // within each quarter of 128 bits: 4 x 4
+        __m512 a = _mm512_unpacklo_ps((__m512)v[i], (__m512)v[i + 1]), b = _mm512_unpackhi_ps((__m512)v[i], (__m512)v[i + 1]);
+        __m512 c = _mm512_unpacklo_ps((__m512)v[i + 2], (__m512)v[i + 3]);
+        __m512 d = _mm512_unpackhi_ps((__m512)v[i + 2], (__m512)v[i + 3]);
+        t[i] = (F16)_mm512_shuffle_ps(a, c, 0x44);
+        t[i + 1] = (F16)_mm512_shuffle_ps(a, c, 0xee);
+        t[i + 2] = (F16)_mm512_shuffle_ps(b, d, 0x44);
+        t[i + 3] = (F16)_mm512_shuffle_ps(b, d, 0xee);
+    }
+    // t[4 i + j] has columns 4 i … 4 i + 3 of rows j, 4 + j, 8 + j, 12 + j: quarters of 4 x 4 vectors change places.
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        __m512 a = (__m512)t[j], b = (__m512)t[4 + j], c = (__m512)t[8 + j], d = (__m512)t[12 + j];
+        __m512 ab_even = _mm512_shuffle_f32x4(a, b, 0x88), ab_odd = _mm512_shuffle_f32x4(a, b, 0xdd);
+        __m512 cd_even = _mm512_shuffle_f32x4(c, d, 0x88), cd_odd = _mm512_shuffle_f32x4(c, d, 0xdd);
+        v[j] = (F16)_mm512_shuffle_f32x4(ab_even, cd_even, 0x88);
+        v[4 + j] = (F16)_mm512_shuffle_f32x4(ab_odd, cd_odd, 0x88);
+        v[8 + j] = (F16)_mm512_shuffle_f32x4(ab_even, cd_even, 0xdd);
+        v[12 + j] = (F16)_mm512_shuffle_f32x4(ab_odd, cd_odd, 0xdd);
+    }
+#endif
+}
+
+// A group's weights, level · factor of the row: rows first … first + rows − 1, `stride` apart, 64 inputs of each.
+inline void decode_group_rows(const uint8_t* codes, F16 factors, int64_t first, int64_t rows, float* out, int64_t stride) {
+    const F16 levels = load16(kFloatLevels);
+    for (int i = 0; i < 4; i++, codes += 128, out += 16) {
+        // Of each row: inputs 0, 2, 4, 6 in the low half of its 32 bits, 1, 3, 5, 7 in the high one; twice.
+        const uints packed[2] = {(uints)load_words(codes), (uints)load_words(codes + 64)};
+        F16 v[16];
+#pragma GCC unroll 16
+        for (int k = 0; k < 16; k++) {
+            v[k] = multiply(look_up_floats(levels, packed[k / 8] >> (k % 8 / 2 * 4 + k % 2 * 16)), factors);
+        }
+        transpose16(v);
+        if (rows == kTileRows) {
+#pragma GCC unroll 16
+            for (int r = 0; r < kTileRows; r++) store16(out + r * stride, v[r]);
+        } else {
+            for (int64_t r = 0; r < rows; r++) store16(out + r * stride, v[first + r]);
+        }
+    }
+}
+
 }  // namespace
 }  // namespace GUANACO_ISA
 }  // namespace guanaco

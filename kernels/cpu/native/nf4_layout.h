@@ -39,6 +39,12 @@ constexpr double kLevels[16] = {
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 };
 
+constexpr float kFloatLevels[16] = {
+    float(kLevels[0]),  float(kLevels[1]),  float(kLevels[2]),  float(kLevels[3]),  float(kLevels[4]),  float(kLevels[5]),
+    float(kLevels[6]),  float(kLevels[7]),  float(kLevels[8]),  float(kLevels[9]),  float(kLevels[10]), float(kLevels[11]),
+    float(kLevels[12]), float(kLevels[13]), float(kLevels[14]), float(kLevels[15]),
+};
+
 constexpr int16_t integer_level(int code) {
     double scaled = kLevels[code] * kLevelGain;
     return (int16_t)(scaled < 0 ? scaled - 0.5 : scaled + 0.5);

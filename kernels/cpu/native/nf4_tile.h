@@ -155,6 +155,17 @@ void nf4_tiles(const uint8_t* tile, int64_t count, int64_t groups, const int16_t
     }
 }
 
+// A tile's rows as numbers: level · (integer scale · row factor), each product rounded to float32. This is the weight
+// that the integer products approximate.
+void decode_tile(const uint8_t* tile, int64_t groups, int64_t first, int64_t rows, float* out, int64_t stride) {
+    const int16_t* scales = (const int16_t*)(tile + groups * kTileGroupBytes);
+    const F16 row_factor = load16((const float*)(scales + groups * kTileRows));
+    for (int64_t g = 0; g < groups; g++) {
+        F16 factors = multiply(load_scales(scales + g * kTileRows), row_factor);
+        decode_group_rows(tile + g * kTileGroupBytes, factors, first, rows, out + g * kGroup, stride);
+    }
+}
+
 // Activations of one row as integers and one factor per group: x = integer * factor, with the gain of the levels
 // taken out of the factor as well. Groups are `stride` rows apart in both outputs. NaN and infinity give factors that
 // are not finite, so they are not lost.

@@ -72,4 +72,28 @@ bool quantize_nf4(Context& context, const void* x, int32_t dtype, int64_t groups
     return finite;
 }
 
+void decode_rows(Context& context, const Linear& weight, int64_t first, int64_t count, void* out, int32_t dtype) {
+    const Kernels& k = *context.kernels;
+    const int64_t columns = weight.k, groups = columns / kGroup, tile0 = first / kTileRows;
+    const int64_t tiles = count <= 0 ? 0 : (first + count - 1) / kTileRows - tile0 + 1;
+    const bool rounds = dtype != kFloat32;
+    Context::PerThread rounded = context.per_thread(rounds ? kTileRows * columns : 0);
+    context.pool.each(tiles, [&](int64_t i, int thread) {
+        int64_t begin = std::max(first, (tile0 + i) * kTileRows);
+        int64_t end = std::min(first + count, (tile0 + i + 1) * kTileRows), rows = end - begin;
+        float* to = rounds ? rounded.of(thread) : (float*)out + (begin - first) * columns;
+        switch (weight.kind) {
+            case kNf4Tiled:
+                k.decode_tile(weight.data + (tile0 + i) * tile_bytes(groups), groups, begin % kTileRows, rows, to, columns);
+                break;
+            case kNf4Flat: k.decode_flat(weight.data, weight.scales, begin * columns, rows * columns, to); break;
+            default: {
+                int64_t element = weight.dtype == kFloat32 ? 4 : 2;
+                k.to_float(weight.data + begin * columns * element, weight.dtype, rows * columns, to);
+            }
+        }
+        if (rounds) k.from_float(to, rows * columns, (uint16_t*)out + (begin - first) * columns, dtype);
+    });
+}
+
 }  // namespace guanaco

@@ -11,4 +11,7 @@ void repack_nf4(Context& context, const uint8_t* packed, const float* scales, in
 // value is NaN or infinite.
 bool quantize_nf4(Context& context, const void* x, int32_t dtype, int64_t groups, uint8_t* packed, float* scales);
 
+// Rows first … first + count − 1 of a weight of any kind, in `dtype` (float32 or bfloat16): out [count, k].
+void decode_rows(Context& context, const Linear& weight, int64_t first, int64_t count, void* out, int32_t dtype);
+
 }  // namespace guanaco

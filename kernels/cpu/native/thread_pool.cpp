@@ -32,8 +32,8 @@ inline void pause_cpu() {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int num_threads) : num_threads_(num_threads < 1 ? 1 : num_threads) {
-    for (int i = 1; i < num_threads_; i++) threads_.emplace_back([this, i] { loop(i); });
+ThreadPool::ThreadPool(int num_threads, Team team) : num_threads_(num_threads < 1 ? 1 : num_threads), team_(team) {
+    for (int i = 1; team_ == nullptr && i < num_threads_; i++) threads_.emplace_back([this, i] { loop(i); });
 }
 
 ThreadPool::~ThreadPool() {
@@ -43,6 +43,23 @@ ThreadPool::~ThreadPool() {
     }
     wake_.notify_all();
     for (std::thread& t : threads_) t.join();
+}
+
+void ThreadPool::run_in_team(Task task, void* context, int64_t num_tasks) const {
+    struct Shared {
+        Task task;
+        void* context;
+        int64_t num_tasks;
+        std::atomic<int64_t> next{0};
+        std::atomic<int> threads{0};
+    } shared{task, context, num_tasks};
+    team_(
+        [](void* data) {
+            Shared& s = *static_cast<Shared*>(data);
+            int thread = s.threads.fetch_add(1, std::memory_order_relaxed);
+            for (int64_t i; (i = s.next.fetch_add(1, std::memory_order_relaxed)) < s.num_tasks;) s.task(s.context, i, thread);
+        },
+        &shared, unsigned(num_threads_), 0);
 }
 
 bool ThreadPool::work(int thread) {
@@ -70,6 +87,7 @@ void ThreadPool::run(Task task, void* context, int64_t num_tasks) {
         for (int64_t i = 0; i < num_tasks; i++) task(context, i, 0);
         return;
     }
+    if (team_ != nullptr) return run_in_team(task, context, num_tasks);
     // More tasks than the word can count (nobody's batch is that large) run in several rounds.
     while (uint64_t(num_tasks) > kTaskMask / 2) {
         struct Shifted {

@@ -1,7 +1,7 @@
 // A few persistent threads that share out numbered tasks. They spin for a moment between calls, since the next one
 // usually comes within microseconds, and then sleep. The caller spins for the last tasks as long as the threads that have
-// them run; where other programs have their cores, it sleeps, which leaves them its own. No OpenMP: torch has its own,
-// and two of them fight for the cores.
+// them run; where other programs have their cores, it sleeps, which leaves them its own. No OpenMP of its own:
+// torch has one, and two of them fight for the cores; a pool may work on the threads of torch's.
 #pragma once
 #include <stdint.h>
 
@@ -17,7 +17,12 @@ class ThreadPool {
   public:
     using Task = void (*)(void* context, int64_t task, int thread);
 
-    explicit ThreadPool(int num_threads);
+    // OpenMP's entry for a parallel region, as GCC calls it (GOMP_parallel): body(data) on `threads` threads at once.
+    using Team = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+
+    // team: another library's threads to use instead of own ones, or null. Where calls alternate with that library's,
+    // one set of threads never waits for a core that the other one still spins on.
+    explicit ThreadPool(int num_threads, Team team = nullptr);
     ~ThreadPool();
     int num_threads() const { return num_threads_; }
 
@@ -40,12 +45,14 @@ class ThreadPool {
     static uint64_t next_of(uint64_t ticket) { return ticket & kTaskMask; }
     static uint64_t count_of(uint64_t ticket) { return (ticket >> kTaskBits) & kTaskMask; }
 
+    void run_in_team(Task task, void* context, int64_t num_tasks) const;
     bool work(int thread);  // draw and run tasks until there are none; whether there were any
     void loop(int thread);
     void wait_for(uint64_t num_tasks);
     int64_t threads_time() const;  // microseconds of processor time that the threads have had, all together
 
     int num_threads_;
+    Team team_;
     Task task_ = nullptr;
     void* context_ = nullptr;
     alignas(64) std::atomic<uint64_t> ticket_{0};

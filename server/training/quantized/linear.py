@@ -1,0 +1,113 @@
+"""Linear layers over the weights as they are served, with a gradient for their input; the weights are frozen.
+
+A weight is never in memory as a whole: rows of it are decoded into one piece of memory that all layers share, and
+multiplied by torch. Knows the kernels' handles, no models or files. Built by `model`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from guanaco.kernels import DecodesRows, LinearHandle
+
+# Weights that are decoded at a time (64 MiB of float32): most matrices of a 7B model are decoded whole, so that a
+# product is one call, and the head of a large vocabulary is not.
+MAX_DECODED_WEIGHTS = 16 << 20
+# Rows that lie together in a packed weight. Pieces start at a multiple of it.
+_TILE_ROWS = 16
+
+
+class Decoder:
+    """Decodes pieces of weights into memory that is used again for the next piece.
+
+    One thread at a time: a piece is only valid until the next one is decoded.
+    """
+
+    def __init__(self, ops: DecodesRows, max_weights: int = MAX_DECODED_WEIGHTS) -> None:
+        self._ops = ops
+        self._max_weights = max_weights
+        self._memory = torch.empty(0, dtype=torch.float32)
+
+    def pieces(self, weight: LinearHandle) -> list[tuple[int, int]]:
+        """(first row, row after the last) of each piece, in order: as few as the memory allows, of nearly one size."""
+        rows, columns = weight.out_features, weight.in_features
+        most = max(_TILE_ROWS, self._max_weights // columns // _TILE_ROWS * _TILE_ROWS)
+        count = -(-rows // most)
+        step = -(-rows // count // _TILE_ROWS) * _TILE_ROWS
+        return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+    def rows(self, weight: LinearHandle, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Rows start … stop − 1 of the weight, [stop − start, in] in `dtype` (float32 or bfloat16)."""
+        shape = (stop - start, weight.in_features)
+        if self._memory.dtype != dtype or self._memory.numel() < shape[0] * shape[1]:
+            self._memory = torch.empty(shape[0] * shape[1], dtype=dtype)
+        out = self._memory[: shape[0] * shape[1]].view(shape)
+        self._ops.decode_rows(weight, start, stop, out)
+        return out
+
+
+class _Product(torch.autograd.Function):
+    """x · Wᵀ + bias of rows x [t, in]. Its gradient needs the weight alone: nothing is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: LinearHandle, bias: Tensor | None, decoder: Decoder) -> Tensor:
+        ctx.weight, ctx.decoder = weight, decoder
+        y = torch.empty((x.shape[0], weight.out_features), dtype=x.dtype)
+        for start, stop in decoder.pieces(weight):
+            torch.mm(x, decoder.rows(weight, start, stop, x.dtype).t(), out=y[:, start:stop])
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        weight, decoder = ctx.weight, ctx.decoder
+        dy = gradients[0]
+        dx = torch.empty((dy.shape[0], weight.in_features), dtype=dy.dtype)
+        for start, stop in decoder.pieces(weight):
+            # beta 0 ignores what `dx` holds, NaN too.
+            dx.addmm_(dy[:, start:stop], decoder.rows(weight, start, stop, dy.dtype), beta=1 if start else 0)
+        return dx, None, None, None
+
+
+class ServedLinear(nn.Linear):
+    """A frozen linear layer over a served weight. PEFT wraps it as it wraps any `nn.Linear`.
+
+    `weight` is an empty tensor that tells PEFT device and dtype. There is no tensor of the weight itself, so nothing
+    can train, merge or save it.
+    """
+
+    def __init__(self, weight: LinearHandle, bias: Tensor | None, decoder: Decoder, dtype: torch.dtype) -> None:
+        """bias: [out]; it is kept in `dtype`, the dtype in which PEFT adds its matrices."""
+        nn.Module.__init__(self)  # not nn.Linear's, which would make a weight
+        self.in_features, self.out_features = weight.in_features, weight.out_features
+        self.compute_dtype = dtype
+        self.weight = torch.empty(0, dtype=dtype)  # type: ignore[assignment]
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False))
+        self._served, self._decoder = weight, decoder
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x · Wᵀ + bias of x [..., in], in the dtype of x (float32 or bfloat16)."""
+        x = input.reshape(-1, self.in_features)
+        y: Tensor = _Product.apply(x, self._served, self.bias, self._decoder)
+        return y.view(*input.shape[:-1], self.out_features)
+
+    def decoded(self) -> Tensor:
+        """float32 [out, in]: the weight as it is served, in memory of its own. For tests and for looking at it."""
+        pieces = self._decoder.pieces(self._served)
+        return torch.cat([self._decoder.rows(self._served, *piece, torch.float32).clone() for piece in pieces])
+
+
+class ServedEmbedding(nn.Embedding):
+    """A frozen embedding in its stored dtype; what comes out is in the dtype of training."""
+
+    def __init__(self, table: Tensor, dtype: torch.dtype, padding_idx: int | None) -> None:
+        """table: [vocab, hidden], which is kept and not copied."""
+        super().__init__(*table.shape, padding_idx=padding_idx, _weight=table, _freeze=True)
+        self.compute_dtype = dtype
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., hidden] of token ids."""
+        return F.embedding(input, self.weight).to(self.compute_dtype)
