@@ -84,14 +84,14 @@ class ServedLinear(nn.Linear):
         nn.Module.__init__(self)  # not nn.Linear's, which would make a weight
         self.in_features, self.out_features = weight.in_features, weight.out_features
         self.compute_dtype = dtype
-        self.weight = torch.empty(0, dtype=dtype)  # type: ignore[assignment]
+        self.weight = torch.empty(0, dtype=dtype)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False))
         self._served, self._decoder = weight, decoder
 
     def forward(self, input: Tensor) -> Tensor:
         """x · Wᵀ + bias of x [..., in], in the dtype of x (float32 or bfloat16)."""
         x = input.reshape(-1, self.in_features)
-        y: Tensor = _Product.apply(x, self._served, self.bias, self._decoder)
+        y: Tensor = _Product.apply(x, self._served, self.bias, self._decoder)  # type: ignore[no-untyped-call]
         return y.view(*input.shape[:-1], self.out_features)
 
     def decoded(self) -> Tensor:
@@ -105,7 +105,7 @@ class ServedEmbedding(nn.Embedding):
 
     def __init__(self, table: Tensor, dtype: torch.dtype, padding_idx: int | None) -> None:
         """table: [vocab, hidden], which is kept and not copied."""
-        super().__init__(*table.shape, padding_idx=padding_idx, _weight=table, _freeze=True)
+        super().__init__(table.shape[0], table.shape[1], padding_idx=padding_idx, _weight=table, _freeze=True)
         self.compute_dtype = dtype
 
     def forward(self, input: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ def tiled(weight: Nf4Weight) -> Tensor:
     n, k = weight.shape
     scales = weight.scales().view(n, k // nf4.GROUP_SIZE)
     largest = scales.abs().amax(dim=1, keepdim=True)
-    to_integer = torch.where(largest < 1e-30, torch.zeros(()), 32767 / largest)
+    # Not 32767 / largest, which torch computes by a reciprocal.
+    to_integer = torch.where(largest < 1e-30, torch.zeros(()), torch.full_like(largest, 32767).div(largest))
     served = torch.round(scales * to_integer) * (largest / 32767)
     levels = torch.tensor(LEVELS)[unpack(weight.packed, n * k).long()].view(n, k)
     return levels * served.repeat_interleave(nf4.GROUP_SIZE, dim=1)

@@ -44,14 +44,17 @@ def float64_copy(base: Any) -> Any:
 
 
 def with_adapter(model: Any, *, rank: int = 4, seed: int = 0, targets: list[str] | None = None) -> Any:
-    """`model` in PEFT with LoRA matrices A and B that are all random, the same ones for the same names and shapes."""
+    """`model` in PEFT with LoRA matrices A and B that are all random, the same ones for the same names and shapes.
+
+    They change the model as much as training would: large ones make it so steep that float32 itself is not exact.
+    """
     import peft
 
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets or TARGETS, task_type="CAUSAL_LM")
     wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     generator = torch.Generator().manual_seed(seed)
     for _, parameter in adapter_parameters(wrapped):
-        noise = torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5
+        noise = torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5 / 4
         parameter.data = noise.to(parameter.dtype)
     return wrapped
 
@@ -89,6 +92,7 @@ def bitsandbytes_base(path: Path) -> Any:
 
     plain_bitsandbytes()
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map="cpu")
+    assert model.model.layers[0].mlp.up_proj.weight.quant_state.dtype == torch.float32, "it would decode to 16 bits"
     return model.requires_grad_(False)
 
 
