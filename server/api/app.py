@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import functools
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import FastAPI
@@ -30,11 +30,7 @@ from guanaco.server.api.responses.store import ResponseStore, StoreLimits
 from guanaco.server.api.routes import adapters as adapters_admin
 from guanaco.server.api.routes import aliases as aliases_admin
 from guanaco.server.api.routes import chat, completions, info, tokens
-from guanaco.server.api.training import files as training_files
-from guanaco.server.api.training import jobs as training_jobs
-from guanaco.server.api.training.protocol import JobBody
 from guanaco.server.metrics.server import Metrics
-from guanaco.server.training.jobs.publisher import AdapterPublisher
 
 logger = logging.getLogger("guanaco.api")
 
@@ -79,22 +75,16 @@ def create_app(state: ApiState) -> FastAPI:
         aliases_admin.router,
     ):
         app.include_router(router)
-    if state.training is not None:
-        app.include_router(training_files.router)
-        app.include_router(training_jobs.router)
-        app.state.served_families = ("files", "fine_tuning")
     for error in HANDLED:
         app.add_exception_handler(error, handle_error)
     # The last one added is the outermost.
-    train_ids = None if state.training is None else frozenset(state.settings.train_key)
-    app.add_middleware(AuthMiddleware, keys=state.keys, admin_keys=state.admin_keys, train_key_ids=train_ids)
+    app.add_middleware(AuthMiddleware, keys=state.keys, admin_keys=state.admin_keys)
     app.add_middleware(Gate, lifecycle=state.lifecycle, max_admitted=state.max_admitted)
     app.add_middleware(HostCheck, allowed=state.settings.allowed_host, has_keys=bool(state.keys))
     if state.settings.allow_origin:
         app.add_middleware(ClientCors, origins=state.settings.allow_origin)
     app.add_middleware(RequestScope, lifecycle=state.lifecycle, metrics=state.metrics)
-    bodies: tuple[type[BaseModel], ...] = _BODIES if state.training is None else (*_BODIES, JobBody)
-    _complete_document(app, bodies, has_keys=bool(state.keys))
+    _complete_document(app, has_keys=bool(state.keys))
     return app
 
 
@@ -102,8 +92,6 @@ def create_app(state: ApiState) -> FastAPI:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     state: ApiState = app.state.api
     state.engine.start()
-    if state.training is not None and state.adapters is not None:
-        state.training.start(AdapterPublisher(state.adapters, state.training.jobs))
     background = (
         asyncio.create_task(_measure_loop_lag(state.metrics)),
         asyncio.create_task(_forget_expired(app.state.responses)),
@@ -115,8 +103,6 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)
         state.shut_down_workers()
-        if state.training is not None:
-            await state.training.close()
         if state.adapters is not None:
             await state.adapters.close()
         try:
@@ -139,7 +125,7 @@ async def _forget_expired(responses: ResponseStore) -> None:
         responses.forget_expired()
 
 
-def _complete_document(app: FastAPI, bodies: Iterable[type[BaseModel]], *, has_keys: bool) -> None:
+def _complete_document(app: FastAPI, *, has_keys: bool) -> None:
     """Add the bodies to the OpenAPI document, which the routes read themselves, past FastAPI; and all the rest."""
     generate = app.openapi
 
@@ -147,7 +133,7 @@ def _complete_document(app: FastAPI, bodies: Iterable[type[BaseModel]], *, has_k
     def openapi() -> dict[str, Any]:
         document = generate()
         _, definitions = models_json_schema(
-            [(model, "validation") for model in bodies], ref_template="#/components/schemas/{model}"
+            [(model, "validation") for model in _BODIES], ref_template="#/components/schemas/{model}"
         )
         document.setdefault("components", {}).setdefault("schemas", {}).update(definitions.get("$defs", {}))
         describe(document, has_keys=has_keys)

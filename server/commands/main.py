@@ -20,6 +20,7 @@ from guanaco.server.commands.classes import (
 )
 from guanaco.server.commands.common import typed_text
 from guanaco.server.commands.compare.command import compare
+from guanaco.server.commands.train.options import train
 
 app = typer.Typer(
     name="guanaco",
@@ -119,6 +120,9 @@ def quantize(
     from guanaco.server.commands.quantize import run_quantize
 
     run_quantize(src, dst, double_quant=double_quant)
+
+
+app.command(cls=OfflineCommand)(train)
 
 
 @app.command(cls=OfflineCommand)

@@ -28,7 +28,6 @@ from guanaco.server.engine.request import SamplingParams
 from guanaco.server.grammars.compiler import GrammarCompiler, GrammarLimits
 from guanaco.server.grammars.vocabulary import Vocabulary
 from guanaco.server.metrics.server import Metrics
-from guanaco.server.training.jobs.service import TrainingService
 
 # Parsing and tokenising run off the event loop: a body of megabytes must not delay everybody's next token. Each kind of
 # work has threads of its own, so that one kind can't hold up another.
@@ -57,7 +56,6 @@ class ApiState:
     keys: KeyRing = field(default_factory=KeyRing)
     admin_keys: KeyRing = field(default_factory=KeyRing)
     adapters: AdapterManager | None = None  # None: adapters stay as they were at the start
-    training: TrainingService | None = None  # None: nobody may train
     chat_template: ChatTemplate | None = None  # to be used instead of the tokenizer's own
     named_template: Callable[[str], ChatTemplate] = field(default=_no_template)  # for profiles
     lifecycle: Lifecycle = field(default_factory=Lifecycle)

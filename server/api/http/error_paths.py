@@ -4,7 +4,7 @@ The shape is Anthropic's on Anthropic's routes and OpenAI's on all others. Error
 from keys, limits and the parser. Pure functions over plain values; `errors` calls them.
 """
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from guanaco.models.error_codes import ErrorCode
@@ -73,10 +73,9 @@ def anthropic_envelope(
     return {"type": "error", "error": {"type": kind, "message": text, "details": details}, "request_id": request_id}
 
 
-def not_served(path: str, served: Container[str] = ()) -> str | None:
-    """What the client is told; None for a path that is none of OpenAI's. served: families that this server has."""
+def not_served(path: str) -> str | None:
+    """What the client is told; None for a path that is none of OpenAI's."""
     family = path.removeprefix("/v1").removeprefix("/").partition("/")[0]
-    what = NOT_SERVED.get(family)
-    if family in served or what is None:
+    if (what := NOT_SERVED.get(family)) is None:
         return None
     return f"{what} not served here: this server generates text with {SERVED}"

@@ -42,11 +42,6 @@ class ConnectionLimits:
     # What a chunked body may have besides its data: sizes of chunks, their extensions, and trailers.
     max_chunk_overhead_bytes: int = 512 << 10
     max_connections: int = 1024
-    # Of the one path that takes files (None: there is none): they are larger, and take longer.
-    upload_path: bytes | None = None
-    upload_seconds: float = 600.0
-    max_upload_bytes: int = 512 << 20
-    max_upload_chunks: int = 1 << 20
     # So many more may ask for the open paths: whoever watches the server must not take a full one for a dead one.
     max_spare_connections: int = 32
     spare_header_seconds: float = 1.0
@@ -145,15 +140,6 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         """Whether the request whose body is being read has its answer already."""
         return self._phase is _Phase.BODY and self._is_idle
 
-    @property
-    def _is_upload(self) -> bool:
-        """Whether the request that is being read brings a file."""
-        return self.url == self.limits.upload_path and self.parser.get_method() == b"POST"
-
-    @property
-    def _body_seconds(self) -> float:
-        return self.limits.upload_seconds if self._is_upload else self.limits.body_seconds
-
     # Parser callbacks
 
     def on_message_begin(self) -> None:
@@ -199,7 +185,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         if self._is_spare:
             self.cycle.keep_alive = False
         if runs_now:
-            self._expect_bytes(self._body_seconds)
+            self._expect_bytes(self.limits.body_seconds)
         else:  # pipelined: nothing is read until its turn comes
             self._stop_read_timer()
 
@@ -211,13 +197,12 @@ class GuardedHttpProtocol(HttpToolsProtocol):
 
     def on_chunk_header(self) -> None:
         self._num_chunks += 1
-        most = self.limits.max_upload_chunks if self._is_upload else self.limits.max_chunks
-        if self._num_chunks > most:
+        if self._num_chunks > self.limits.max_chunks:
             self._stop(ApiError(413, ErrorCode.REQUEST_TOO_LARGE, "the body comes in too many chunks"))
 
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)
-        if self._body_bytes > (self.limits.max_upload_bytes if self._is_upload else self.limits.max_body_bytes):
+        if self._body_bytes > self.limits.max_body_bytes:
             self._stop(ApiError(413, ErrorCode.REQUEST_TOO_LARGE, "the body is too large"))
         super().on_body(body)
 
@@ -243,8 +228,6 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         elif self._closes_after_body and self._phase is not _Phase.BODY:
             self._close()
         elif self._phase is _Phase.BODY and not self._is_idle:
-            self._expect_bytes(self._body_seconds)
-        elif self._phase is _Phase.BODY and self._is_upload:  # answered early: the long time is for files that are kept
             self._expect_bytes(self.limits.body_seconds)
         elif self._phase is _Phase.HEAD:
             self._expect_bytes(self.limits.header_seconds)

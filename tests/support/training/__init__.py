@@ -1,1 +1,0 @@
-"""Training over the API with a fake trainer."""

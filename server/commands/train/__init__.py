@@ -1,0 +1,4 @@
+"""`guanaco train`: the options and how the command ends. May import `server.training`, whose `job` does the work.
+
+Start with `run.py`.
+"""

@@ -1,0 +1,132 @@
+"""`guanaco train` as a command: options, refusals before anything is loaded, the last line, publishing."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from guanaco.models.error_codes import ErrorCode
+from guanaco.server.commands.main import app
+from guanaco.server.commands.train import run
+from guanaco.server.errors import CommandError
+from guanaco.server.training import extra, job
+from guanaco.server.training.errors import TrainingError, TrainingStopped
+
+ANSWER = {"adapter": "/a", "train_loss": 1.0, "eval_loss": None, "tokens_per_second": 2.0, "seconds": 3.0, "steps": 4}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "chat.jsonl"
+    path.write_text('{"messages": []}\n')
+    return path
+
+
+def call(data: Path, *arguments: object) -> Result:
+    cache = data.parent / "cache"
+    fixed = ["train", "--data", data, "--name", "support", "--cache", cache, "--offline"]
+    return CliRunner().invoke(app, [str(part) for part in (*fixed, *arguments)])
+
+
+def run_with(monkeypatch: pytest.MonkeyPatch, answer: Any) -> list[job.TrainingRequest]:
+    asked: list[job.TrainingRequest] = []
+
+    def run_training(_settings: Any, request: job.TrainingRequest, _console: Any) -> Any:
+        asked.append(request)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(job, "run_training", run_training)
+    return asked
+
+
+def test_without_the_extra_one_line_names_it(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extra, "LIBRARIES", ("transformers", "no_such_library"))
+    done = call(data)
+    assert done.exit_code == 2
+    assert "no_such_library" in done.stderr
+    assert "make install EXTRAS=train" in done.stderr
+    assert "pip install 'guanaco[train]'" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_options_become_the_recipes_fields(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = run_with(monkeypatch, ANSWER)
+    flags = (
+        "--rank 8 --epochs 2 --batch-size 6 --learning-rate 0.001 --seed 3 --rslora --targets q_proj,v_proj --resume"
+    )
+    done = call(data, *flags.split(), "--no-group-by-length", "--json", "--work", data.parent / "work")
+    assert (done.exit_code, json.loads(done.stdout)) == (0, ANSWER)
+    (request,) = asked
+    assert request.given == {
+        "rank": 8, "epochs": 2.0, "batch_size": 6, "learning_rate": 0.001, "seed": 3, "rslora": True,
+        "targets": ("q_proj", "v_proj"), "group_by_length": False,
+    }  # fmt: skip
+    assert (request.resume, request.recipe, request.work) == (True, "default", data.parent / "work")
+    assert request.out == data.parent / "cache" / "trained" / "support"
+    assert call(data, "--adapter-root", data.parent).exit_code == 0
+    assert asked[1].out == data.parent / "support"
+    assert asked[1].given == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--recipe", "secret"], "--recipe secret: write one of default, guanaco-2023"),
+        (["--too-long", "maybe"], "skip, cut, refuse"),
+        (["--train-on", "questions"], "answers, all"),
+        (["--publish", "http://127.0.0.1:9"], "--adapter-root is not given"),
+        (["--publish", "http://127.0.0.1:9", "--adapter-root", "/root", "--out", "/tmp/x"], "is not below"),
+    ],
+)
+def test_what_can_be_known_before_is_said_before(
+    data: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+) -> None:
+    asked = run_with(monkeypatch, ANSWER)
+    done = call(data, *arguments)
+    assert (done.exit_code, asked) == (2, [])
+    assert words in " ".join(done.stderr.split())
+
+
+def test_the_end_of_a_training_that_fails_or_is_stopped(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_with(monkeypatch, TrainingError(ErrorCode.TRAINING_DIVERGED, "lower it"))
+    done = call(data, "--json")
+    told = {"error": {"code": "training_diverged", "message": "lower it", "param": None}}
+    assert (done.exit_code, json.loads(done.stdout.splitlines()[-1])) == (1, told)
+    done = call(data)
+    assert (done.exit_code, done.stderr) == (2, "guanaco: lower it\n")
+    run_with(monkeypatch, TrainingStopped("stopped at step 3"))
+    done = call(data, "--json")
+    assert (done.exit_code, done.stdout, done.stderr) == (130, "", "guanaco: stopped at step 3\n")
+
+
+class FakeClient:
+    calls: list[tuple[Any, ...]] = []
+    problem: str | None = None
+
+    def __init__(self, url: str, key: str | None) -> None:
+        self.calls.append((url, key))
+
+    def call(self, *arguments: Any) -> dict[str, Any]:
+        if self.problem is not None:
+            raise CommandError(self.problem)
+        self.calls.append(arguments)
+        return {"version": "v1"}
+
+
+def test_publishing_is_tried_before_and_done_after(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeClient, "calls", [])
+    monkeypatch.setattr(run, "AdminClient", FakeClient)
+    asked = run_with(monkeypatch, ANSWER)
+    url, root = "http://127.0.0.1:9", str(data.parent)
+    publish = ["--publish", url, "--admin-key", "sesame", "--adapter-root", root, "--out", f"{root}/new/support-2"]
+    assert call(data, *publish).exit_code == 0
+    assert FakeClient.calls == [
+        (url, "sesame"), ("GET", "/adapters"), ("PUT", "/adapters/support", {"source": "new/support-2"})
+    ]  # fmt: skip
+    monkeypatch.setattr(FakeClient, "problem", "invalid_admin_key: no")
+    done = call(data, *publish)
+    assert (done.exit_code, len(asked)) == (2, 1), "the key is wrong: nothing is trained"
