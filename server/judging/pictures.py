@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
-_WIDTH, _LABEL, _VALUE, _ROW = 760, 230, 150, 30
+_WIDTH, _LABEL, _VALUE, _ROW = 800, 230, 210, 30
 _PLOT = _WIDTH - _LABEL - _VALUE
 
 

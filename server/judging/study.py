@@ -32,6 +32,7 @@ class Plan:
     reference: str | None = None  # a contestant, against which alone the others are judged
     seed: int = 0
     prices: tuple[float, float] | None = None  # of the judge, per million tokens of prompts and of answers
+    with_perplexity: bool = True
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -45,6 +46,7 @@ class Plan:
 async def answer_and_check(plan: Plan, folder: WorkFolder, progress: Progress) -> tuple[Answers, dict[str, Any]]:
     """Everything before a judge: the answers, and the result so far."""
     answers = await collect_answers(plan.contestants, plan.prompts, plan.sampling, folder.answers, progress)
+    scored = plan.prompts if plan.with_perplexity else ()
     result: dict[str, Any] = {
         "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -56,7 +58,7 @@ async def answer_and_check(plan: Plan, folder: WorkFolder, progress: Progress) -
         ],
         "sampling": asdict(plan.sampling),
         "checks": check_answers(plan.contestants, plan.prompts, answers, plan.checks),
-        "perplexity": await perplexities(plan.contestants, plan.prompts, folder.answers),
+        "perplexity": await perplexities(plan.contestants, scored, folder.answers),
         "judge": None,
         "benchmarks": {},
         "breakdown": {},

@@ -24,7 +24,7 @@ def ask_people(plan: Plan, answers: Answers, folder: WorkFolder) -> Judged:
     votes = Records(folder.path / "votes.jsonl")
     try:
         session = Session(items, votes)
-        if items:
+        if session.current is not None:
             asyncio.run(serve_until_finished(session))
         verdicts = [*session.verdicts(), *ties]
     finally:

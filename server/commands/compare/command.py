@@ -26,6 +26,7 @@ _Stop = Annotated[list[str] | None, Option(help="ends an answer; repeatable (non
 _Seed = Annotated[int, Option(min=0, help="of sampling, of --sample, orders and resampling")]
 _Parallel = Annotated[int, Option(min=1, max=256, help="most requests at a time to one endpoint")]
 _Check = Annotated[list[str] | None, Option(help="json, equals (the reference answer) or regex:PATTERN; repeatable")]
+_Perplexity = Annotated[bool, Option(help="of the prompts' reference answers; it takes a pass over each of them")]
 _JudgeUrl = Annotated[str | None, Option(help="an OpenAI-compatible endpoint that judges")]
 _JudgeModel = Annotated[str | None, Option(metavar="NAME", help="the model that judges there")]
 _JudgeMode = Annotated[str, Option(help="classes (first, second, tie) or scores (1 to 10, against --reference)")]
@@ -63,6 +64,7 @@ def compare(
     seed: _Seed = 0,
     parallel: _Parallel = 8,
     check: _Check = None,
+    perplexity: _Perplexity = True,
     judge_url: _JudgeUrl = None,
     judge_model: _JudgeModel = None,
     judge_mode: _JudgeMode = "classes",

@@ -32,6 +32,7 @@ class Options:
     seed: int
     parallel: int
     check: list[str] | None
+    perplexity: bool
     judge_url: str | None
     judge_model: str | None
     judge_mode: str

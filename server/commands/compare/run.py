@@ -64,8 +64,9 @@ async def _study(
     async with contextlib.AsyncExitStack() as stack:
         contestants = await stack.enter_async_context(_contestants(options, keys))
         plan = Plan(
-            contestants, tuple(prompts), benchmark, options.sampling, checks, options.reference, options.seed, prices
-        )
+            contestants, tuple(prompts), benchmark, options.sampling, checks, options.reference, options.seed, prices,
+            with_perplexity=options.perplexity,
+        )  # fmt: skip
         answers, result = await answer_and_check(plan, folder, _progress)
         judge: Judge | None = regex
         endpoint = None

@@ -176,6 +176,41 @@ def test_a_version_answers_through_an_alias_of_its_own_and_the_winner_is_promote
     assert list(guanaco.aliases.values()) == [{"split": {"pirate@3f2c9a": 1}}]
 
 
+def test_a_person_judges_and_a_second_run_goes_on(
+    prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guanaco, seen = Guanaco(), []
+
+    async def person(session: Any) -> None:
+        """Votes for pirates; the first time only for 10 prompts."""
+        while session.current is not None and (seen or session.num_done < 10):
+            number = session.current
+            session.vote(number, 1 if session.items[number].texts[0].startswith("Arr") else 2)
+        seen.append(session.num_done)
+
+    monkeypatch.setattr("guanaco.server.commands.compare.ask_people.serve_until_finished", person)
+    with ScriptedEndpoint(guanaco.answer, guanaco.card) as server:
+        arguments = [
+            "pirate",
+            "terse",
+            "--url",
+            server.url,
+            "--prompts",
+            prompts,
+            "--out",
+            tmp_path / "out",
+            "--human",
+            "--json",
+        ]
+        told = [json.loads(run(*arguments).stdout.splitlines()[-1]) for _ in range(3)]
+    assert seen == [10, 30]  # the third run has nothing to ask
+    assert ["no statement with 10 prompts" in t["in_words"][0] for t in told] == [True, False, False]
+    assert told[1]["in_words"] == told[2]["in_words"] == ["pirate is better than terse"] or told[1]["in_words"] == [
+        "terse is worse than pirate"
+    ]
+    assert told[2]["judge"]["name"] == "people"
+
+
 def test_nothing_is_promoted_without_the_interval(
     prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
