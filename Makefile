@@ -20,7 +20,7 @@ DEPS    := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard kernels/cpu/native/
 RUNTIME := $(VENV)/.installed
 TESTING := $(VENV)/.installed-test
 
-.PHONY: serve install links test lint typecheck accept clients bench asan clean
+.PHONY: serve install links test lint typecheck accept clients browser bench asan clean
 
 serve: $(RUNTIME)
 	exec $(BIN)/guanaco serve $(ARGS)
@@ -52,6 +52,13 @@ links:
 # Real clients, each in an environment of its own below build/clients, against a demo server that this starts.
 clients: $(TESTING)
 	$(BIN)/python tests/clients/run.py $(ARGS)
+
+# The page in Debian's Chromium. Gets Playwright and axe-core, and where it is run by root Chromium too; says so where it can't.
+browser: $(TESTING)
+	@PYTHONPATH=tests/importable $(BIN)/python tests/browser/prepare.py $(PREPARE) || { [ $$? = 3 ] && exit 0; exit 1; }; \
+	$(BIN)/python -c 'import playwright' 2>/dev/null || $(BIN)/pip install --quiet --constraint $(CONSTRAINTS) playwright || \
+	  { echo "BROWSER TESTS SKIPPED: Playwright could not be installed"; exit 0; }; \
+	$(BIN)/pytest --browser $(or $(ARGS),tests/browser)
 
 bench: $(RUNTIME)
 	$(BIN)/guanaco bench engine --json $(ARGS)

@@ -142,6 +142,7 @@ class NetworkSettings(BaseModel):
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="port to listen on; 0 picks a free one")
     api_key: Keys = Field((), description="API key that clients must send; repeat for more")
     api_key_file: Path | None = Field(None, description="file with one API key a line")
+    page: bool = Field(True, description="answer browsers at / with the bundled page")
     allow_unauthenticated: bool = Field(False, description="listen beyond loopback without an API key")
     allowed_host: HostNames = Field(
         (), description="host name that clients may use while there is no API key, besides localhost; repeat for more"

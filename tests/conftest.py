@@ -22,6 +22,7 @@ atexit.register(lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2))
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--accept", action="store_true", help="run every proof with its full count (make accept)")
+    parser.addoption("--browser", action="store_true", help="run the page in Chromium (make browser)")
     parser.addoption("--proofs", metavar="FILE", help="write how often each long proof was run, as JSON")
 
 

@@ -69,7 +69,7 @@ ALLOWED = {
     "server/api/responses": {*_GENERATION, "server.api.responses"},
     "server/api/tools": {"server.api.tools", "server.api.http.errors", "server.grammars", "models.text", *_ERRORS},
     "server/api/routes": {*_GENERATION, "server.api.routes", "adapters.errors"},
-    "server/api": {*_GENERATION, "server.api"},
+    "server/api": {*_GENERATION, "server.api", "server.page"},
     "server/commands": {"server", "kernels", "models", "adapters"},
     # Rooms to come. Only training may import the `train` extra's libraries, in its job's own process.
     "server/training": {"server.training", "server.bootstrap", "server.errors", *_ENGINE},

@@ -24,13 +24,15 @@ from guanaco.server.api.http.host_check import HostCheck
 from guanaco.server.api.http.middleware import Gate, RequestScope
 from guanaco.server.api.messages import routes as messages
 from guanaco.server.api.messages.protocol import CountBody, MessagesBody
+from guanaco.server.api.page import PageFiles
 from guanaco.server.api.responses import routes as responses
 from guanaco.server.api.responses.protocol import ResponseBody
 from guanaco.server.api.responses.store import ResponseStore, StoreLimits
 from guanaco.server.api.routes import adapters as adapters_admin
 from guanaco.server.api.routes import aliases as aliases_admin
-from guanaco.server.api.routes import chat, completions, info, tokens
+from guanaco.server.api.routes import chat, completions, drain, info, tokens
 from guanaco.server.metrics.server import Metrics
+from guanaco.server.page.files import read_page
 
 logger = logging.getLogger("guanaco.api")
 
@@ -73,12 +75,15 @@ def create_app(state: ApiState) -> FastAPI:
         tokens.router,
         adapters_admin.router,
         aliases_admin.router,
+        drain.router,
     ):
         app.include_router(router)
     for error in HANDLED:
         app.add_exception_handler(error, handle_error)
     # The last one added is the outermost.
     app.add_middleware(AuthMiddleware, keys=state.keys, admin_keys=state.admin_keys)
+    if state.settings.page:
+        app.add_middleware(PageFiles, files=read_page())
     app.add_middleware(Gate, lifecycle=state.lifecycle, max_admitted=state.max_admitted)
     app.add_middleware(HostCheck, allowed=state.settings.allowed_host, has_keys=bool(state.keys))
     if state.settings.allow_origin:

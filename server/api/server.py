@@ -163,7 +163,7 @@ class GuanacoServer(uvicorn.Server):
             self.should_exit = self.force_exit = True
 
     async def on_tick(self, counter: int) -> bool:
-        if self._num_signals and self._ending is None:
+        if (self._num_signals or self._state.lifecycle.end_wanted) and self._ending is None:
             self._ending = asyncio.create_task(self._drain())
         if not self.exit_code and not self._state.engine.health().live:
             logger.error("the engine is dead or stuck: ending the process")

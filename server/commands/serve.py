@@ -220,6 +220,7 @@ def _show_banner(console: Console, settings: Settings, runtime: Runtime, port: i
         detail = f"rank {entry.max_rank}, {modules}, {human_bytes(entry.num_bytes)}, version {entry.version[:12]}"
         rows.append(("adapter", f"[bold]{escape(entry.name)}[/]  {detail}"))
     rows += [("note", escape(note)) for note in runtime.notes]
+    rows += [("page", f"{url}/")] if settings.page else []
     rows += [("API", f"{url}/v1"), ("metrics", f"{url}/metrics"), ("health", f"{url}/health")]
     for label, text in rows:
         table.add_row(f"[dim]{label}[/]", text)

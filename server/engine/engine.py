@@ -190,6 +190,7 @@ class Engine:
             step_seconds=self._clock() - started,
             running_adapters=tuple(batch.adapter_slots),
             waiting_adapters=tuple(sorted({lora.version for s in waiting for lora in s.request.loras})),
+            sequence_versions=tuple(s.versions for s in scheduler.running),
         )
 
 

@@ -233,6 +233,7 @@ class StepStats:
     step_seconds: float
     running_adapters: tuple[str, ...]  # versions
     waiting_adapters: tuple[str, ...]
+    sequence_versions: tuple[tuple[str, ...], ...] = ()  # of each running sequence: its adapters' versions
 
 
 @dataclass(frozen=True)

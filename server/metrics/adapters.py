@@ -69,6 +69,9 @@ class AdapterMetrics:
         self._by_adapter: list[Counter | Histogram] = []
         self._make_series_by_adapter()
         self._make_load_series()
+        self._sequences = Gauge(
+            "guanaco_adapter_running_sequences", "Sequences that run, by adapter.", ["adapter"], registry=registry
+        )
         slots = Gauge("guanaco_adapter_slots", "Adapter places on the device.", ["state"], registry=registry)
         slots.labels("total").set(num_slots)
         self._slots_running = slots.labels("running")
@@ -165,6 +168,17 @@ class AdapterMetrics:
         self._slots_running.set(len(set(running)))
         self._waiting = waiting
         self._has_stepped = True
+
+    def observe_sequences(self, versions: Sequence[tuple[str, ...]]) -> None:
+        """The versions of each sequence that runs after the latest step: none, one, or those of a mixture."""
+        counts: dict[str, int] = {}
+        for own in versions:
+            name = MIXTURE_LABEL if len(own) > 1 else self._name_of.get(own[0], OTHER_LABEL) if own else None
+            label = self._label(name)
+            counts[label] = counts.get(label, 0) + 1
+        self._sequences.clear()
+        for label, count in counts.items():
+            self._sequences.labels(label).set(count)
 
     def show(self, now: float) -> None:
         """Publish what is on the device and what waits. One series only: a label set per past combination would grow

@@ -255,6 +255,7 @@ class Metrics:
             self._num_preempted = self._prefix_queries_tokens = self._prefix_hits_tokens = 0
             running = step.running_adapters if step.num_running else ()  # a last step's adapters run no more
             self.adapters.observe_step(running, step.waiting_adapters)
+            self.adapters.observe_sequences(step.sequence_versions)
         self.adapters.show(self._clock())  # an adapter can leave the device without a step
 
     def observe_prompt(self, adapter: str | None, count: int) -> None:

@@ -17,6 +17,7 @@ from guanaco.server.config import ENV_PREFIX, SECTIONS, Settings, SettingsError,
 
 OTHER_VALUE = {  # a text for each setting that is valid and not its default
     "provider": "reference",
+    "page": "false",
     "cpu_isa": "portable",
     "dtype": "bfloat16",
     "kv_cache_dtype": "int8",

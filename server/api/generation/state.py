@@ -4,7 +4,7 @@ Names no concrete tokenizer: the API may not import the models' package, so it s
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -141,6 +141,12 @@ class ApiState:
             return self.defaults
         changes: dict[str, Any] = dict(model.profile.sampling)
         return replace(self.defaults, **changes)
+
+    def card_of(self, model: ServedModel) -> dict[str, Any]:
+        """The entry in GET /v1/models, with the sampling that a client gets who asks for none. An alias has none of its
+        own: it may lead each request to another adapter."""
+        is_alias = model.stands_for not in (None, model.name)
+        return {**model.card(), "sampling_defaults": None if is_alias else asdict(self.defaults_for(model))}
 
     @property
     def max_admitted(self) -> int:

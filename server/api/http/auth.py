@@ -19,8 +19,8 @@ from guanaco.server.api.http.errors import ApiError
 from guanaco.server.config import Settings, SettingsError, read_named_file
 
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
-# What changes which adapters there are: for the admin key alone, and for nobody where there is none.
-ADMIN_PATHS = ("/v1/adapters", "/v1/aliases", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+# What changes which adapters there are, or ends the server: for the admin key alone; without one for nobody.
+ADMIN_PATHS = ("/v1/adapters", "/v1/aliases", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/drain")
 
 
 def is_admin_path(path: str) -> bool:

@@ -14,6 +14,7 @@ class Lifecycle:
 
     def __init__(self) -> None:
         self.draining = False  # readiness fails: routers look elsewhere
+        self.end_wanted = False  # an operator asked over HTTP for what SIGTERM does
         self.refusing = False  # new work is refused
         self.num_open = 0  # HTTP requests that are being answered
         self.num_admitted = 0  # of these, the ones being prepared or in the engine

@@ -29,7 +29,9 @@ logger = logging.getLogger("guanaco.api")
 
 # What a client's X-Request-Id may look like to be taken over into logs and the response; anything else is replaced.
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._:/+=@-]{0,127}")
-_QUIET_ROUTES = frozenset({*OPEN_PATHS, "/metrics"})  # asked for every few seconds: logged at debug level
+PAGE_ROUTE = "/page"  # how the log names all files of the bundled page
+# Asked for every few seconds, or by the dozen: logged at debug level.
+_QUIET_ROUTES = frozenset({*OPEN_PATHS, "/metrics", PAGE_ROUTE})
 
 
 class RequestScope:

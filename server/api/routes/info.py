@@ -20,7 +20,7 @@ async def list_models(request: Request) -> Response:
     state, key = state_of(request), _key(request)
 
     def cards() -> bytes:
-        return encode({"object": "list", "data": [model.card() for model in state.catalog.all(key)]})
+        return encode({"object": "list", "data": [state.card_of(model) for model in state.catalog.all(key)]})
 
     return encoded_response(await state.answer_work.run(state.lane(key), cards))  # there may be thousands
 
@@ -39,7 +39,8 @@ async def lora_adapters(request: Request) -> Response:
 
 @router.get("/v1/models/{name:path}", tags=["models"], summary="One model by its name, slashes included")
 async def get_model(request: Request, name: str) -> Response:
-    return json_response(state_of(request).catalog.get(name, _key(request)).card())
+    state = state_of(request)
+    return json_response(state.card_of(state.catalog.get(name, _key(request))))
 
 
 @router.head("/health/live", include_in_schema=False)

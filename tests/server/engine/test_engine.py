@@ -155,4 +155,5 @@ def test_the_statistics_of_a_step() -> None:
     stats = bench.engine.step().stats
     assert (stats.num_running, stats.num_waiting, stats.num_scheduled_tokens) == (2, 0, 2 + 8)
     assert (stats.running_adapters, stats.waiting_adapters) == (("x",), ())
+    assert stats.sequence_versions == (("x",), ())
     assert 0 < stats.kv_usage_ratio < 0.1

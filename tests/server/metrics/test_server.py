@@ -136,8 +136,12 @@ def test_steps(metrics: Metrics) -> None:
             step_seconds=0.02,
             running_adapters=(PIRATE_VERSION, TERSE_VERSION),
             waiting_adapters=("c" * 64,),
+            sequence_versions=((PIRATE_VERSION,), (PIRATE_VERSION,), (), (PIRATE_VERSION, TERSE_VERSION), ("c" * 64,)),
         )
     )
+    shown = {"pirate": 2, "(base)": 1, "(mixture)": 1, "(other)": 1}
+    for name, running in shown.items():
+        assert value(metrics, "guanaco_adapter_running_sequences", adapter=name) == running
     assert value(metrics, "vllm:num_requests_running") == 3
     assert value(metrics, "vllm:num_requests_waiting") == 2
     assert value(metrics, "vllm:kv_cache_usage_perc") == 0.25

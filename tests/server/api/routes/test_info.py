@@ -29,6 +29,13 @@ def test_models(server: LiveServer) -> None:
             "permission": [],
             "base_fingerprint": "",
             "version": None,
+            "sampling_defaults": {
+                "temperature": 1.0,
+                "top_p": 1.0,
+                "top_k": 0,
+                "min_p": 0.0,
+                "repetition_penalty": 1.0,
+            },
         }
         for card in listed["data"]:
             assert "name" not in card, "Open WebUI shows a null name instead of the id"

@@ -1,0 +1,134 @@
+// Compare: one prompt to two to four names at once, side by side or blind.
+import { LEAST, MOST, round, startRound, stopRound } from "./columns.js";
+import { marked } from "./diff.js";
+import { shortVersion } from "../app/format.js";
+import { models } from "../app/models.js";
+import { FIELDS } from "../app/sampling.js";
+import { cell, html, useEffect, useMemo, useState, useValue } from "../app/ui.js";
+import { Ballot, Results } from "./ballot.js";
+import { Failure } from "../app/failure.js";
+import { Numbers, Rendered } from "../chat/message.js";
+import { Picker } from "../app/picker.js";
+import { NumberField } from "../chat/settings.js";
+
+// Kept while the reader looks at another view.
+const setup = cell({ names: null, isBlind: false, showsDifferences: true, system: "", sampling: { seed: 1, max_tokens: 256 } });
+const drafts = cell("");
+
+export function Compare() {
+  const known = useValue(models);
+  const chosen = useValue(setup);
+  const shown = useValue(round);
+  const prompts = useValue(drafts);
+  const [queue, setQueue] = useState([]);
+  const change = (fields) => setup.set({ ...setup.get(), ...fields });
+  useEffect(() => {
+    if (known && !chosen.names) change({ names: firstNames(known) });
+  }, [known, chosen.names]);
+  const names = chosen.names ?? [];
+  const isBusy = shown?.isBusy ?? false;
+
+  const ask = (prompt) => {
+    const asked = chosen.isBlind ? drawPair(names) : names;
+    round.set(null);
+    startRound(asked, prompt, chosen).then(() => {});
+  };
+  const submit = (event) => {
+    event.preventDefault();
+    if (isBusy || !names.length) return;
+    // Blind: every line is a prompt of its own, asked one after the other as votes come.
+    const lines = chosen.isBlind ? prompts.split("\n").map((line) => line.trim()).filter(Boolean) : [prompts.trim()];
+    if (!lines[0]) return;
+    setQueue(lines.slice(1));
+    ask(lines[0]);
+  };
+  const next = () => {
+    if (!queue.length) return;
+    setQueue(queue.slice(1));
+    ask(queue[0]);
+  };
+  return html`<div class="page compare">
+    <h1 class="unseen">Compare</h1>
+    <form class="panel stack" onSubmit=${submit}>
+      <${Names} names=${names} onChange=${(list) => change({ names: list })} disabled=${isBusy} />
+      <label for="prompt">${chosen.isBlind ? "Prompts, one a line" : "Prompt"}</label>
+      <textarea id="prompt" rows="2" value=${prompts} placeholder="How do I boil an egg?" onInput=${(e) => drafts.set(e.currentTarget.value)}
+        onKeyDown=${(e) => { if (e.key === "Enter" && !e.shiftKey && !e.isComposing && !chosen.isBlind) submit(e); }} />
+      <${Options} chosen=${chosen} change=${change} isBusy=${isBusy} />
+      <div class="buttons">
+        ${isBusy ? html`<button type="button" class="primary" onClick=${stopRound}>Stop</button>`
+          : html`<button type="submit" class="primary" disabled=${!prompts.trim() || !names.length}>${chosen.isBlind ? "Ask blind" : "Ask all"}</button>`}
+        ${queue.length > 0 && html`<span class="hint">${queue.length} more prompts wait</span>`}
+      </div>
+    </form>
+    ${shown && (chosen.isBlind ? html`<${Ballot} key=${shown.id} shown=${shown} hasNext=${queue.length > 0} onNext=${next} onAgain=${() => ask(shown.prompt)} />`
+      : html`<${Columns} shown=${shown} showsDifferences=${chosen.showsDifferences} />`)}
+    <${Results} />
+  </div>`;
+}
+
+function Names({ names, onChange, disabled }) {
+  const known = useValue(models);
+  const all = known ? [...known.base, ...known.adapters, ...known.aliases].map((card) => card.id) : [];
+  return html`<fieldset class="names"><legend>Who answers</legend>
+    ${names.map((name, index) => html`<span key=${index} class="name">
+      <${Picker} id=${`column-${index}`} label=${`Column ${index + 1}`} value=${name} disabled=${disabled}
+        onChange=${(value) => onChange(names.with(index, value))} />
+      ${names.length > LEAST && html`<button type="button" class="icon" disabled=${disabled} aria-label=${`Remove column ${index + 1}`}
+        onClick=${() => onChange(names.toSpliced(index, 1))}>✕</button>`}</span>`)}
+    ${names.length < MOST && html`<button type="button" disabled=${disabled || !all.length}
+      onClick=${() => onChange([...names, all.find((name) => !names.includes(name)) ?? all[0]])}>Add a column</button>`}
+  </fieldset>`;
+}
+
+function Options({ chosen, change, isBusy }) {
+  const set = (name, value) => {
+    const sampling = { ...chosen.sampling, [name]: value };
+    if (value === undefined) delete sampling[name];
+    change({ sampling });
+  };
+  const check = (name, label) => html`<label class="check"><input type="checkbox" checked=${chosen[name]} disabled=${isBusy}
+    onChange=${(e) => change({ [name]: e.currentTarget.checked })} />${label}</label>`;
+  const shown = FIELDS.filter(({ name }) => ["seed", "temperature", "max_tokens"].includes(name));
+  return html`<div class="options">
+    ${check("isBlind", "Blind: names are hidden until you vote")}
+    ${!chosen.isBlind && check("showsDifferences", "Mark words that the first column doesn't have")}
+    <details><summary>Same seed, temperature and length for all</summary>
+      <div class="fields">${shown.map((field) => html`<${NumberField} key=${field.name} prefix="compare" field=${field}
+        value=${chosen.sampling[field.name]} onChange=${(value) => set(field.name, value)} />`)}
+        <div><label for="compare-system">System prompt</label><textarea id="compare-system" rows="1" value=${chosen.system}
+          onInput=${(e) => change({ system: e.currentTarget.value })} /></div></div>
+    </details></div>`;
+}
+
+function Columns({ shown, showsDifferences }) {
+  const first = shown.answers[0].answer;
+  return html`<div class="columns">${shown.answers.map(({ model, answer }, index) => html`
+    <${Column} key=${index} title=${model} answer=${answer}
+      other=${showsDifferences && index > 0 && !shown.isBusy ? first.text : null} />`)}</div>`;
+}
+
+export function Column({ title, answer, other = null, isNamed = true }) {
+  const words = useMemo(() => (other === null ? null : marked(answer.text, other)), [answer.text, other]);
+  const isBusy = ["waiting", "streaming"].includes(answer.state);
+  return html`<article class="column" aria-label=${`Answer of ${title}`} aria-busy=${isBusy}>
+    <header><strong>${title}</strong>${isNamed && answer.versions && html` <span class="version">${shortVersion(answer.versions)}</span>`}</header>
+    ${words ? html`<p class="text plain">${words.map(({ word, isNew }, i) => (isNew ? html`<mark key=${i}>${word}</mark>` : word))}</p>`
+      : html`<${Rendered} text=${answer.text} isGrowing=${isBusy} />`}
+    ${answer.state === "waiting" && html`<p class="waiting">Waiting<span class="dots"></span></p>`}
+    ${answer.error && html`<${Failure} error=${answer.error} />`}
+    ${isNamed && html`<${Numbers} node=${answer} />`}
+  </article>`;
+}
+
+function firstNames({ base, adapters, aliases }) {
+  const all = [...adapters, ...base, ...aliases].map((card) => card.id);
+  return all.length > 1 ? all.slice(0, Math.min(3, all.length)) : [all[0], all[0]];
+}
+
+// Two of the columns, in random order: which side a name stands on must not tell who it is.
+function drawPair(names) {
+  const left = Math.floor(Math.random() * names.length);
+  const right = (left + 1 + Math.floor(Math.random() * (names.length - 1))) % names.length;
+  return [names[left], names[right]];
+}
