@@ -1,8 +1,8 @@
 """The engine behind an event loop: requests go in, text comes out as it is made, and every request ends with a reason.
 
-One thread steps the engine; messages to it wait for the next step, and each step's results come back with one call into
-the loop, when the next step's forward pass begins: before that the loop would only wait for the interpreter, and take
-turns with the engine. Detokenising and stop strings happen on the loop's side. Used by the HTTP API.
+One thread steps the engine. Messages to it wait for the next step. Each step's results come back with one call into the
+loop, made when the next step's forward pass begins: before that the engine holds Python's interpreter lock, and the loop
+would only compete with it. Detokenising and stop strings happen on the loop's side. Used by the HTTP API.
 """
 
 import asyncio
@@ -38,13 +38,13 @@ logger = logging.getLogger(__name__)
 
 _WATCH_SECONDS = 0.25  # how often a stuck engine is looked for
 _LEAST_RETRY_SECONDS, _MOST_RETRY_SECONDS = 1.0, 60.0
-_PROBE_SECONDS = 120.0  # in a busy engine a probe waits; its two prompts are short
+_PROBE_SECONDS = 120.0  # a probe's limit: in a busy engine it waits, but its two prompts are short
 _JOIN_SECONDS = 2.0  # an engine thread that is stuck in a step is left behind: it is a daemon
 
 
 @dataclass(frozen=True)
 class QueueCaps:
-    """What may wait at most before new requests are refused."""
+    """Limits of the queue: a request that would exceed one of them is refused."""
 
     max_requests: int
     max_tokens: int
@@ -66,11 +66,12 @@ class EngineOverloaded(GuanacoError):
 
 
 class NeverFits(GuanacoError, ValueError):
-    """Requests that belong together and are more than may ever wait at once; the message has the numbers."""
+    """Requests were submitted together that exceed what may wait at once, even in an empty queue. The message has the
+    numbers."""
 
 
 class ProbeFailed(GuanacoError):
-    """A probe of the engine's own ended without a result. `code` is why, if the engine ended it with an error."""
+    """A probe request of the engine ended without a result. `code` is the engine's error, None if there was none."""
 
     def __init__(self, code: ErrorCode | None, reason: str) -> None:
         super().__init__(code or reason)
@@ -101,7 +102,8 @@ class AsyncEngine:
         self.decoder = decoder
         self._engine = engine
         engine.on_forward = self._post
-        self._output: StepOutput | None = None  # of the last step, until the loop gets it; the engine's thread's own
+        # The last step's output until it is handed to the loop. Only the engine's thread touches it.
+        self._output: StepOutput | None = None
         self._caps = caps
         self._step_timeout_seconds = step_timeout_seconds
         self._on_step = on_step
@@ -110,7 +112,7 @@ class AsyncEngine:
         self._all_ended = asyncio.Event()
         self._all_ended.set()
         self._wake = threading.Condition()
-        # Messages that wait for the next step, each with who waits for its answer; guarded by _wake.
+        # Messages for the next step, each with the future that gets its answer, if any. Guarded by _wake.
         self._inbox: deque[tuple[Message, asyncio.Future[bool] | None]] = deque()
         self._stopping = False  # guarded by _wake
         self._draining = False
@@ -132,7 +134,7 @@ class AsyncEngine:
         return self.submit_all((request,))[0]
 
     def submit_all(self, requests: Sequence[Request]) -> list[RequestStream]:
-        """Queue requests of one model that belong together: all of them, or none.
+        """Queue requests that belong together and name the same adapters: all of them, or none.
 
         Raises EngineOverloaded, EngineUnavailable, NeverFits, or ValueError for a request that can never run.
         """
@@ -156,8 +158,8 @@ class AsyncEngine:
     async def probe_adapter(self, version: str, token_ids: tuple[int, ...]) -> float:
         """The largest change of a logit that an adapter version makes after a prompt, against the base.
 
-        Two background requests of one token each, so nobody waits for them. The version must be one that the runner
-        can load. Raises ProbeFailed, or EngineUnavailable.
+        Runs two background requests of one token each, so that no client's request waits for them. The runner must be
+        able to load the version. Raises ProbeFailed, or EngineUnavailable.
         """
         if self._death is not None or self._draining:
             raise EngineUnavailable(self._death or "the server is shutting down", draining=self._draining)
@@ -170,7 +172,7 @@ class AsyncEngine:
             prompt_token_ids=token_ids,
             params=SamplingParams(max_tokens=1, temperature=0.0, return_logits=True),
             loras=loras,
-            cache_salt=secrets.token_hex(8),  # nobody else's blocks, and for nobody else
+            cache_salt=secrets.token_hex(8),  # shares no KV blocks with any other request
             arrival_seconds=awake_seconds(),
             background=True,
         )
@@ -186,8 +188,10 @@ class AsyncEngine:
         raise ProbeFailed(code, reason)
 
     def end_adapter(self, version: str) -> int:
-        """End every open request that uses an adapter version, with an error; how many there were. Not a probe:
-        somebody may be loading the same content under another name."""
+        """End every open request that uses an adapter version, with an error. Returns how many there were.
+
+        Probes go on: the same content may be being loaded under another name.
+        """
         open_streams = [stream for stream in self._streams.values() if not stream.request.background]
         users = [s for s in open_streams if any(lora.version == version for lora in s.request.loras)]
         for stream in users:
@@ -196,9 +200,9 @@ class AsyncEngine:
         return len(users)
 
     async def add_versions(self, *messages: AddVersion) -> bool:
-        """Tell of adapter versions, all between the same two steps; whether there was room for all of them.
+        """Tell the engine of adapter versions, all between the same two steps. Returns whether all found room.
 
-        An engine that runs no more says True; one that does not answer in time says False.
+        True if the engine has stopped, False if it does not answer in time.
         """
         if not messages or self._death is not None or not self._thread.is_alive():
             return True
@@ -208,26 +212,26 @@ class AsyncEngine:
         return not late and all(answer.result() for answer in answers)
 
     def send(self, message: Message) -> None:
-        """Have the engine take in a message before its next step; from any thread."""
+        """Have the engine handle a message before its next step. Any thread may call it."""
         self._put((message, None))
 
     def on_loop(self, tell: Callable[[str], None], version: str) -> None:
-        """Pass news of an adapter version on to the event loop; from any thread. Nothing happens where the loop is
-        closed."""
+        """Call `tell` with an adapter version on the event loop, unless that is closed. Any thread may call it."""
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(tell, version)
 
     @property
     def residency(self) -> ResidencyLedger:
-        """To look at from any thread, perhaps a step old; and to fill before `start`."""
+        """The engine's ledger. Any thread may read it and see numbers that are a step old. Only before `start` may
+        others change it."""
         return self._engine.scheduler.residency
 
     def keep_from_start(self, *messages: AddVersion) -> tuple[bool, ...]:
-        """Before `start`: versions to keep in host memory; whether there was room for each."""
+        """Name versions to keep in host memory, before `start`. Returns for each whether there was room."""
         return self._engine.keep_from_start(*messages)
 
     def read_adapters_from(self, source: AdapterSource) -> None:
-        """Where adapters that are not in host memory come from. Called before `start`."""
+        """Set the source of adapters that are not in host memory. Called before `start`."""
         self._engine.source = source
 
     def health(self) -> Health:
@@ -239,12 +243,13 @@ class AsyncEngine:
 
     @property
     def heartbeat_age_seconds(self) -> float:
-        """For how long the present step has been running, stops of the process left out; 0 between steps."""
+        """For how long the present step has been running; 0 between steps. Time in which the whole process was stopped
+        (SIGSTOP, a suspended machine) does not count."""
         busy_since = self._busy_since
         return 0.0 if busy_since is None else max(0.0, awake_seconds() - busy_since)
 
     async def drain(self, deadline_seconds: float) -> None:
-        """Admit nothing more and let open requests finish; what is left at the deadline ends with an error."""
+        """Refuse new requests and let the open ones finish. Those that are open at the deadline end with an error."""
         self._draining = True
         try:
             await asyncio.wait_for(self._all_ended.wait(), deadline_seconds)
@@ -252,7 +257,7 @@ class AsyncEngine:
             self._end_all(ErrorCode.SERVER_SHUTTING_DOWN)
 
     async def stop(self) -> None:
-        """End what is open, and the thread."""
+        """End the open requests and the engine's thread."""
         self._draining = True
         self._end_all(ErrorCode.SERVER_SHUTTING_DOWN)
         with self._wake:
@@ -265,24 +270,27 @@ class AsyncEngine:
             await asyncio.to_thread(self._thread.join, _JOIN_SECONDS)
 
     def forget(self, request_id: str, *, abort: bool) -> None:
-        """A stream has ended; with `abort`, the engine doesn't know yet. Called by the stream."""
+        """Remove a stream that has ended. abort: the engine still runs its request and must end it. Called by the
+        stream."""
         if self._streams.pop(request_id, None) is not None and abort:
             self.send(Abort(request_id))
         if not self._streams:
             self._all_ended.set()
 
     def _check_caps(self, requests: Sequence[Request]) -> None:
-        """Refuse what would wait behind a full queue, all of the same adapters. The numbers may be a step old.
+        """Raise EngineOverloaded or NeverFits for requests that the queue has no room for. All name the same adapters.
+        The queue's numbers may be a step old.
 
-        Requests whose adapters are away have a queue of their own, of the same size. One adapter gets at most a quarter
-        of that, and three quarters of the other: neither a flood nor a source that hangs fills the others' queue.
+        Requests whose adapters are not in host memory have a queue of their own, of the same size. One adapter may fill
+        a quarter of that queue and three quarters of the main one, so that neither a flood of requests nor a disk that
+        hangs shuts out the other adapters.
         """
         scheduler, caps, versions = self._engine.scheduler, self._caps, requests[0].versions
         is_ready = scheduler.residency.is_ready(versions)
         quarter = max(1, caps.max_requests // 4)
         most_alike = max(1, caps.max_requests - quarter if is_ready else quarter) if versions else caps.max_requests
         new_tokens = sum(len(r.prompt_token_ids) for r in requests)
-        # One request alone may be of any length: with nothing before it, it is next.
+        # A single request may be of any length: in an empty queue it is next.
         if len(requests) > 1 and (len(requests) > most_alike or new_tokens > caps.max_tokens):
             raise NeverFits(
                 f"{len(requests)} prompts and choices with {new_tokens} prompt tokens at once: this server lets "
@@ -310,7 +318,7 @@ class AsyncEngine:
             self._wake.notify()
 
     def _run(self) -> None:
-        """The engine's thread: take in messages, step, hand the results to the loop; until told to stop, or dead."""
+        """The engine's thread: handle messages, step, hand the results to the loop, until it is stopped or fails."""
         try:
             while self._take_messages():
                 self._busy_since = awake_seconds()
@@ -327,7 +335,7 @@ class AsyncEngine:
             self._report_death()
 
     def _post(self) -> None:
-        """Give the loop what the last step made."""
+        """Give the loop the last step's output."""
         output, self._output = self._output, None
         if output is not None:
             self._loop.call_soon_threadsafe(self._deliver, output)
@@ -359,7 +367,7 @@ class AsyncEngine:
         for item in output.outputs:
             stream = self._streams.get(item.request_id)
             if stream is None:
-                continue  # it was closed in the meantime
+                continue  # the stream was closed in the meantime
             try:
                 stream.deliver(item)
             except Exception:
@@ -380,7 +388,7 @@ class AsyncEngine:
             self.forget(request_id, abort=True)
 
     async def _watch(self) -> None:
-        """Notice a step that does not end."""
+        """Declare the engine dead when a step takes longer than the step timeout."""
         while self._death is None:
             await asyncio.sleep(_WATCH_SECONDS)
             if self.heartbeat_age_seconds > self._step_timeout_seconds:
@@ -389,12 +397,12 @@ class AsyncEngine:
 
 
 def _set_result(future: asyncio.Future[bool], value: bool) -> None:
-    if not future.done():  # whoever waited may have given up
+    if not future.done():  # the caller may have given up
         future.set_result(value)
 
 
 def _largest_difference(first: bytes, second: bytes) -> float:
-    """Of two float32 vectors. NaN where any number is one."""
+    """The largest absolute difference between two float32 vectors, given as bytes. NaN if either holds a NaN."""
     a, b = array("f", first), array("f", second)
     differences = [abs(x - y) for x, y in zip(a, b, strict=True)]
     return max(differences) if all(d == d for d in differences) else float("nan")

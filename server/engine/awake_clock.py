@@ -1,7 +1,7 @@
 """A clock that stands still while the whole process does: SIGSTOP, a paused container, a machine that is suspended.
 
-After such a stop nothing is late: a step that was under way is not stuck, and no request has waited. Deadlines of
-requests and connections count by this clock. Used by the engine, its watchdog and the HTTP side.
+Such a stop makes nothing late: a step that was under way does not count as stuck, and no request has waited longer.
+Deadlines of requests and connections count by this clock. Used by the engine, its watchdog and the HTTP side.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 
 _TICK_SECONDS = 0.25
-# Without a look at the clock for so long, nothing of this process ran: the ticking thread needs no time of its own.
+# If nobody has read the clock for this long, the process was stopped: the ticking thread reads it four times a second.
 _STOP_SECONDS = 1.0
 
 
@@ -23,7 +23,7 @@ class AwakeClock:
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._monotonic = monotonic
         self._lock = threading.Lock()
-        self._last_look: float | None = None  # None: nobody looks regularly
+        self._last_look: float | None = None  # the clock at the last reading; None: `start` was not called yet
         self._stopped_seconds = 0.0
 
     def now(self) -> float:
@@ -36,7 +36,7 @@ class AwakeClock:
             return seconds - self._stopped_seconds
 
     def start(self) -> None:
-        """Look at the clock regularly, on a thread that ends with the process. Once is enough."""
+        """Read the clock regularly, on a daemon thread. A second call does nothing."""
         with self._lock:
             if self._last_look is not None:
                 return
@@ -58,7 +58,7 @@ def awake_seconds() -> float:
 
 
 class AwakeTimer:
-    """`loop.call_later` by an awake clock: after a stop it waits for what was left."""
+    """`loop.call_later` by an awake clock: after the process was stopped, it waits for the seconds that were left."""
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, seconds: float, callback: Callable[[], object], clock: AwakeClock = CLOCK
@@ -74,7 +74,7 @@ class AwakeTimer:
 
     def _fire(self) -> None:
         left = self._due - self._clock.now()
-        if left > 0.001:  # loops may be a little early
+        if left > 0.001:  # event loops may call a little early
             self._handle = self._loop.call_later(left, self._fire)
         else:
             self._callback()

@@ -1,9 +1,9 @@
-"""The ledger of KV blocks: who holds which, what full blocks hold, and which of the free ones go first.
+"""The ledger of KV blocks: which sequences hold which block, what full blocks hold, which free block is reused first.
 
-Integers only: the tensors are `models.kv_cache`'s. A full block is found again by a digest of the request's namespace
-(tenant salt, adapters' versions and scales) and of all tokens up to the block's end; what is found is also compared,
-so that not even a broken digest could serve one request's keys and values to another. Called by the scheduler and its
-simulator, from one thread.
+Integers only: the tensors are in `models.architectures.kv_cache`. A full block is found again by a digest of the
+request's namespace (tenant salt, adapters' versions and scales) and of all tokens up to the block's end. The contents
+are also compared, so that not even a broken digest could serve one request's keys and values to another. Called by the
+scheduler and its simulator, from one thread.
 """
 
 import hashlib
@@ -22,8 +22,11 @@ class Faults:
 
 
 def root_content(request: Request) -> BlockContent:
-    """What a prompt's first block continues. Requests share blocks only if this is equal: K and V depend on the
-    adapters' content and scales, and tenants must not learn of each other's prompts from a fast answer."""
+    """The parent of a prompt's first block: no tokens, only the request's namespace.
+
+    Requests share blocks only if their roots are equal: K and V depend on the adapters' content and scales, and a
+    tenant must not learn of another one's prompts from a fast answer.
+    """
     loras = tuple((lora.version, lora.scale) for lora in request.loras)
     salt = request.cache_salt.encode(errors="surrogatepass")
     parts = [struct.pack("<Q", len(salt)), salt]  # lengths first: no two namespaces have the same bytes
@@ -39,12 +42,15 @@ def next_content(parent: BlockContent, token_ids: tuple[int, ...]) -> BlockConte
 
 
 def chain_digest(parent: bytes, token_ids: tuple[int, ...]) -> bytes:
-    """SHA-256 of a block: of its parent's digest and its token ids, eight bytes each."""
+    """A block's digest: SHA-256 of its parent's digest, followed by its token ids in eight bytes each."""
     return hashlib.sha256(parent + struct.pack(f"<{len(token_ids)}q", *token_ids)).digest()
 
 
 def is_same_content(one: BlockContent, other: BlockContent) -> bool:
-    """Whether two blocks hold the same, whatever their digests say. Equal chains of one origin end it at once."""
+    """Whether two blocks hold the same tokens after the same parents, whatever their digests say.
+
+    Walks both chains back, and stops where they are the same object.
+    """
     while one is not other:
         if one.token_ids != other.token_ids or one.namespace != other.namespace:
             return False
@@ -81,8 +87,8 @@ class BlockManager:
         return -(-num_tokens // self.block_size) - len(sequence.block_table)
 
     def find_prefix(self, sequence: Sequence) -> list[int]:
-        """The cached blocks that the sequence's tokens begin with. The last token is always left to be computed:
-        its logits are what the sequence needs next."""
+        """The cached blocks that hold the beginning of the sequence's tokens. They never cover its last token, which
+        must be computed: the sequence needs its logits next."""
         if sequence.request.params.prompt_logprobs is not None:
             return []  # a prompt's log-probabilities need every position computed
         blocks: list[int] = []
@@ -104,7 +110,8 @@ class BlockManager:
         sequence.num_computed_tokens = len(blocks) * self.block_size
 
     def allocate(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Let the sequence hold its first `num_tokens` positions; False, and nothing changed, without enough blocks."""
+        """Give the sequence the blocks for its first `num_tokens` positions. Returns False, and changes nothing, if too
+        few are free."""
         missing = self.num_missing_blocks(sequence, num_tokens)
         if missing <= 0:
             return True
@@ -118,7 +125,7 @@ class BlockManager:
         return True
 
     def commit(self, sequence: Sequence) -> None:
-        """Make the sequence's computed full blocks findable. Of equal blocks the first one stays the one found."""
+        """Make the sequence's computed full blocks findable. If an equal block is findable already, that one stays."""
         num_full = sequence.num_computed_tokens // self.block_size
         for index in range(sequence.num_findable_blocks, num_full):
             self._find(sequence, index)
@@ -143,7 +150,7 @@ class BlockManager:
         sequence.num_computed_tokens = 0
 
     def evict_cached(self) -> None:
-        """Forget everything that is cached and held by nobody."""
+        """Forget the content of every free block."""
         for block in self._free:
             self._forget_content(block)
 
@@ -152,7 +159,7 @@ class BlockManager:
         return self._references[block]
 
     def content_of(self, block: int) -> BlockContent | None:
-        """What a block can be found by; None where it cannot be found."""
+        """The content by which a block can be found; None if it cannot be found."""
         return self._contents[block]
 
     def check(self, sequences: list[Sequence]) -> None:
@@ -169,7 +176,7 @@ class BlockManager:
         assert findable == self._cached, "the prefix cache and its reverse disagree"
 
     def _content(self, sequence: Sequence, index: int) -> BlockContent:
-        """What the sequence's block `index` holds when full: tokens only grow, so each is worked out once."""
+        """The content of the sequence's block `index` when it is full. Computed once: tokens are only ever appended."""
         contents, size = sequence.block_contents, self.block_size
         if not contents:
             contents.append(root_content(sequence.request))
@@ -178,7 +185,7 @@ class BlockManager:
         return contents[index + 1]
 
     def _find(self, sequence: Sequence, index: int) -> int | None:
-        """The block that already holds what the sequence's block `index` is to hold."""
+        """A cached block with the content that the sequence's block `index` will have; None if there is none."""
         content = self._content(sequence, index)
         block = self._cached.get(content.digest)
         if block is None:

@@ -1,6 +1,6 @@
-"""What limits the tokens of one sequence, and how a step's masks are made while its forward pass runs.
+"""Constraints on the tokens of one sequence, and the masks of a step, which are made while its forward pass runs.
 
-Knows no grammar: `server.grammars` has what fulfils `Constraint`. No torch here: a mask is int32 words, bit i of them
+Knows no grammar: `server.grammars` implements `Constraint`. No torch here: a mask is int32 words whose bit i stands for
 token id i. Called by the model runner, before and after the forward pass.
 """
 
@@ -24,28 +24,33 @@ _MOST_THREADS = 4
 
 
 class Constraint(Protocol):
-    """One sequence's demand on its tokens. It keeps its place through preemptions: each drawn token comes once."""
+    """Says which tokens may come next in one sequence. It keeps its place through preemptions: `accept` gets each
+    sampled token once."""
 
-    error: ErrorCode | None  # why it cannot go on: the request ends with it
+    error: ErrorCode | None  # why no token can follow; the request ends with this error
     is_complete: bool  # the text is whole and nothing can follow: the request ends
 
     def is_end(self, token_id: int) -> bool:
         """Whether this token ends the answer: `accept` never gets it."""
 
     def fill(self, row: Words) -> None:
-        """Set the bits of the ids that may come next; on any thread, never twice at once. Filling again is harmless."""
+        """Set the bits of the ids that may come next. Called on any thread, but never by two at once. Calling it again
+        is harmless."""
 
     def accept(self, token_id: int) -> None:
-        """Take in the token that was drawn."""
+        """Move on by the token that was sampled."""
 
 
 @dataclass(frozen=True)
 class StepMasks:
-    """The masks of one step. rows: indexes of the sampled rows that have one, ascending; words int32 [rows, words]."""
+    """The masks of one step.
+
+    rows: the indexes of the sampled rows that have a mask, ascending. words: int32 [rows, words].
+    """
 
     rows: tuple[int, ...]
     words: Words
-    errors: dict[int, ErrorCode]  # by index of a sampled row: it cannot go on
+    errors: dict[int, ErrorCode]  # by index of a sampled row: why its request must end
 
 
 def words_of(num_ids: int) -> int:
@@ -54,20 +59,21 @@ def words_of(num_ids: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class AllowedTokens:
-    """The only ids that a request may draw: a mask that stays the same. words: no longer than its largest id needs."""
+    """The ids that a request may sample, as a mask that never changes. words: int32, only as many as the largest id
+    needs."""
 
     words: Words
 
     @classmethod
     def of(cls, token_ids: Collection[int]) -> "AllowedTokens":
-        """token_ids: one at least."""
+        """The mask of these token ids. There must be at least one."""
         ids = np.fromiter(token_ids, dtype=np.int64)
         flags = np.zeros(32 * words_of(int(ids.max()) + 1), dtype=np.uint8)
         flags[ids] = 1
         return cls(np.packbits(flags, bitorder="little").view("<i4").astype(np.int32))
 
     def padded(self, num_words: int) -> Words:
-        """A copy of so many words."""
+        """A copy that is cut or filled with zeros to `num_words` words."""
         words = np.zeros(num_words, dtype=np.int32)
         common = min(num_words, len(self.words))
         words[:common] = self.words[:common]
@@ -81,9 +87,10 @@ class PendingMasks:
         self._rows, self._constraints, self._words, self._work = rows, constraints, words, work
 
     def join(self) -> StepMasks:
-        """Wait until all are filled. Called in every case, or a mask would be filled twice at once.
+        """Wait until all masks are filled. Must be called in every case, or two threads could fill one mask at once.
 
-        A mask that nobody filled, or that allows nothing, is an error of its row: whatever were drawn would be wrong.
+        A mask that could not be filled, or that allows no token, makes an error for its row: any sampled token would be
+        wrong.
         """
         wait(self._work)
         errors: dict[int, ErrorCode] = {}
@@ -97,13 +104,13 @@ class MaskFiller:
     """Threads that fill masks; they start with the first sequence that needs one."""
 
     def __init__(self, num_ids: int, num_threads: int | None = None) -> None:
-        """num_ids: of the logits."""
+        """num_ids: the width of the logits."""
         self._num_words = words_of(num_ids)
         self._num_threads = num_threads or max(1, min(_MOST_THREADS, (os.cpu_count() or 2) // 2))
         self._pool: ThreadPoolExecutor | None = None
 
     def start(self, constraints: Sequence[Constraint | None]) -> PendingMasks | None:
-        """Begin with the masks of one step's sampled rows; None where no row has a constraint."""
+        """Begin to fill the masks of one step's sampled rows. None if no row has a constraint."""
         rows = tuple(index for index, constraint in enumerate(constraints) if constraint is not None)
         if not rows:
             return None

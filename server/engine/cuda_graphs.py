@@ -1,9 +1,9 @@
-"""Decode steps of the `triton` provider as CUDA graphs: one launch where the layers would be hundreds.
+"""Decode steps of the `triton` provider as CUDA graphs: one launch in place of several hundred.
 
 A graph is made when a step first needs it, for a bucket of batch sizes. Everything that differs from step to step is
 data in fixed buffers, filled on the host and copied at once: tokens, block tables, adapter slots and factors. Rows that
-pad a bucket write nowhere and have no adapter. Capture and replay (`CudaCapture`) have NEVER RUN on a GPU; all else
-here is also run without one, by `RunEagerly`. Called by the model runner, in place of the eager forward pass.
+pad a bucket write nowhere and have no adapter. Capture and replay (`CudaCapture`) have NEVER RUN on a GPU. Everything
+else here also runs without one, by `RunEagerly`. Called by the model runner, in place of the eager forward pass.
 """
 
 from collections.abc import Callable
@@ -24,29 +24,29 @@ from guanaco.models.architectures.kv_cache import PagedKVCache
 from guanaco.server.engine.model_runner import StepRows
 
 _WARM_UPS = 2
-_ALIGNMENT = 16  # bytes, of every buffer in the block
+_ALIGNMENT = 16  # bytes: where each buffer in the block may begin
 
 
 class Capture(Protocol):
     def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """What does the same work as `run` on the same memory, whenever it is called."""
+        """Returns a function that does the work of `run` again, on the same memory, each time it is called."""
 
 
 class RunEagerly:
-    """No graph: the work itself."""
+    """Makes no graph: returns the work itself."""
 
     def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         return run
 
 
 class CudaCapture:
-    """A CUDA graph of the work, all graphs in one pool of memory. NEVER RUN so far."""
+    """Captures the work as a CUDA graph. All graphs share one memory pool. NEVER RUN on a GPU so far."""
 
     def __init__(self) -> None:
         self._pool: Any = None
 
     def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        # On a stream of its own, as capture demands; Triton compiles its kernels and the library plans its products.
+        # Capture demands warm-ups on a stream of its own: Triton compiles its kernels, and cuBLAS plans its products.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -55,7 +55,7 @@ class CudaCapture:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        # Only what this thread does counts: another one may touch the GPU meanwhile, to look how much is free.
+        # "thread_local": another thread may ask the GPU for its free memory meanwhile, which must not end the capture.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits = run()
         self._pool = self._pool or graph.pool()
@@ -69,10 +69,10 @@ class CudaCapture:
 
 @dataclass(frozen=True)
 class _Shape:
-    """What a graph is made for."""
+    """The sizes that one graph is made for; its steps differ in data only."""
 
     rows: int
-    active: int = 0  # adapters; 0: none
+    active: int = 0  # how many adapters the step may use
     max_rank: int = 0
     aligned: bool = False
 
@@ -120,7 +120,7 @@ class DecodeGraphs:
         num_slots: int,
         capture: Capture,
     ) -> None:
-        """max_num_seqs: most rows of a step; larger ones are the caller's."""
+        """max_num_seqs: the most rows of a step. The caller must run larger steps itself."""
         assert model.is_fused, "weights that are not packed are not multiplied on fixed memory"
         self._model, self._ops, self._kv = model, ops, kv
         self.max_rows = max_num_seqs
@@ -128,7 +128,7 @@ class DecodeGraphs:
         self._num_slots = num_slots
         self._capture = capture
         self._graphs: dict[_Shape, tuple[_Buffers, Callable[[], Tensor]]] = {}
-        # Graphs read the tables where they are: they must not move when the first adapter comes.
+        # Graphs hold the tables' addresses, so the tables must not move when the first adapter is loaded.
         ops.tables.reserve(len(model.lora_targets), num_slots)
 
     @property
@@ -167,7 +167,7 @@ class DecodeGraphs:
                 "factors": (torch.float32, (shape.active, shape.rows)),
             }
         )
-        # What capture runs on: padding only.
+        # The step that is captured has padding rows only.
         self._fill(buffers.arrays, StepRows([], [], [], [], [], [0], [], []), [])
         buffers.upload()
         tensors = dict(buffers.tensors)
@@ -211,5 +211,5 @@ class DecodeGraphs:
 
 
 def _power_of_two(count: int) -> int:
-    """The smallest power of two that is no less."""
+    """The smallest power of two that is at least `count`."""
     return 1 << (count - 1).bit_length()

@@ -1,4 +1,4 @@
-"""Tokens → text while they come: whole characters only, and nothing of a stop string, however it is cut into tokens.
+"""Tokens → text, as the tokens arrive: whole characters only, and no part of a stop string, however tokens cut it.
 
 Doesn't know where tokens come from or where the text goes. One per request; used by `async_engine` and `generate`.
 """
@@ -14,8 +14,8 @@ REPLACEMENT = "\ufffd"
 # An incomplete character shows as replacement characters at the end: one for the whole of it, or, where a tokenizer
 # falls back to bytes, one for each byte of it and of the character before. More than these never become text.
 _MAX_HELD_CHARACTERS = 8
-# What a token reads like may depend on the one before (a space that only stands between words), so decoding starts a
-# few tokens before the first new one. Windows are closed at this length at the latest.
+# A token's text may depend on the token before it (some tokenizers write a space only between words), so decoding starts
+# this many tokens before the first new one. A window of tokens that are decoded together never exceeds the second number.
 _NUM_CONTEXT_TOKENS = 5
 _MAX_WINDOW_TOKENS = 64
 
@@ -27,17 +27,17 @@ class Decoder(Protocol):
 
 
 class Detokenizer:
-    """The text of one request. `append` returns what can be shown; `stop_reason` is set when a stop string is found."""
+    """The text of one request. `append` returns the text to show. `stop_reason` is set when a stop string is found."""
 
     def __init__(self, decoder: Decoder, params: SamplingParams, prompt_ids: Sequence[int] = ()) -> None:
         self._decoder = decoder
         self._params = params
         self._num_tokens = 0
         self._window = list(prompt_ids[-_NUM_CONTEXT_TOKENS:])  # the tokens that are decoded together
-        self._num_context = 0  # how many tokens of the window an earlier window ended with
-        self._num_given = self._num_stable(self._decode(self._window))  # characters of the window that are out
+        self._num_context = 0  # how many tokens at the window's start also ended the window before
+        self._num_given = self._num_stable(self._decode(self._window))  # characters of the window already returned
         self._held = ""  # text that may turn out to begin a stop string
-        self._hidden: list[bool] = []  # for each character of it: it is a control token's, which is not shown
+        self._hidden: list[bool] = []  # for each character of `_held`: it is a control token's and is not shown
         self.stop_reason: str | None = None
 
     def append(self, token_ids: Sequence[int], *, finished: bool = False) -> str:
@@ -59,7 +59,7 @@ class Detokenizer:
         return self._take(len(self._held) - self._num_held_back())
 
     def _new_text(self) -> str:
-        """What the window's tokens say for sure and has not been given yet."""
+        """The window's text that later tokens cannot change and that was not returned yet."""
         text = self._decode(self._window)
         stable = self._num_stable(text)
         new = text[self._num_given : stable]
@@ -69,7 +69,7 @@ class Detokenizer:
         return new
 
     def _move_window(self) -> None:
-        """Start the window later, if what is left still has text: a window without any would lose a leading space."""
+        """Start the window later, if the tokens left in it have text: without any, a leading space would be lost."""
         rest = self._window[self._num_context :]
         text = self._decode(rest)
         if text:
@@ -78,7 +78,7 @@ class Detokenizer:
 
     @staticmethod
     def _num_stable(text: str) -> int:
-        """The length of the text without what may be the beginning of a character at its end."""
+        """The length of the text without an incomplete character at its end."""
         num_unclear = len(text) - len(text.rstrip(REPLACEMENT))
         return len(text) - min(num_unclear, _MAX_HELD_CHARACTERS)
 
@@ -88,11 +88,11 @@ class Detokenizer:
         return self._decoder.decode(token_ids, skip_special_tokens=self._params.skip_special_tokens)
 
     def _is_hidden(self, token_id: int) -> bool:
-        """Whether the token would be no text if it is a control token."""
+        """Whether this token is left out of the text, provided that it is a control token."""
         return self._params.skip_special_tokens or token_id in self._params.hidden_token_ids
 
     def _control_text(self, token_id: int) -> str:
-        """What a control token reads like; nothing for other tokens."""
+        """The text of a control token; empty for other tokens."""
         text = self._decoder.decode([token_id], skip_special_tokens=False)
         return "" if self._decoder.decode([token_id], skip_special_tokens=True) else text
 
@@ -101,7 +101,8 @@ class Detokenizer:
         self._hidden += [hidden] * len(text)
 
     def _find_stop(self) -> bool:
-        """Cut the held text at the stop string that begins first (of several there, the longest), if there is one."""
+        """Cut the held text at the stop string that begins first (the longest, if several begin there). Returns whether
+        there was one."""
         found = [(self._held.find(stop), -len(stop), stop) for stop in self._params.stop_strings if stop in self._held]
         if found:
             start, _, stop = min(found)
@@ -112,7 +113,7 @@ class Detokenizer:
         return bool(found)
 
     def _num_held_back(self) -> int:
-        """How much of the end of the held text is the beginning of a stop string."""
+        """How many characters at the end of the held text may be the beginning of a stop string."""
         longest = 0
         for stop in self._params.stop_strings:
             for length in range(min(len(stop) - 1, len(self._held)), longest, -1):
