@@ -1,8 +1,8 @@
 """The engine behind an event loop: requests go in, text comes out as it is made, and every request ends with a reason.
 
 One thread steps the engine. Messages to it wait for the next step. Each step's results come back with one call into the
-loop, made when the next step's forward pass begins: before that the engine holds Python's interpreter lock, and the loop
-would only compete with it. Detokenising and stop strings happen on the loop's side. Used by the HTTP API.
+loop, made when the next step's forward pass begins: before that the engine holds Python's interpreter lock, and the
+loop would only compete with it. Detokenising and stop strings happen on the loop's side. Used by the HTTP API.
 """
 
 import asyncio
@@ -19,8 +19,8 @@ from guanaco.adapters.residency.ledger import ResidencyLedger
 from guanaco.adapters.residency.messages import AddVersion
 from guanaco.models.error_codes import ErrorCode
 from guanaco.models.errors import GuanacoError
+from guanaco.models.text.tokenizer import Tokenizer
 from guanaco.server.engine.awake_clock import CLOCK, awake_seconds
-from guanaco.server.engine.detokenizer import Decoder
 from guanaco.server.engine.engine import AdapterSource, Engine
 from guanaco.server.engine.request import (
     Abort,
@@ -92,14 +92,14 @@ class AsyncEngine:
     def __init__(
         self,
         engine: Engine,
-        decoder: Decoder,
+        tokenizer: Tokenizer,
         caps: QueueCaps,
         *,
         step_timeout_seconds: float,
         on_step: Callable[[StepStats], None] = lambda _: None,
         on_death: Callable[[], None] = lambda: None,
     ) -> None:
-        self.decoder = decoder
+        self._tokenizer = tokenizer
         self._engine = engine
         engine.on_forward = self._post
         # The last step's output until it is handed to the loop. Only the engine's thread touches it.
@@ -149,7 +149,7 @@ class AsyncEngine:
 
     def _open(self, request: Request) -> RequestStream:
         assert request.request_id not in self._streams, "request ids are unique among those that are open"
-        stream = RequestStream(self, request)
+        stream = RequestStream(request, self._tokenizer, self.forget)
         self._streams[request.request_id] = stream
         self._all_ended.clear()
         self.send(Submit(request))
@@ -249,7 +249,7 @@ class AsyncEngine:
         return 0.0 if busy_since is None else max(0.0, awake_seconds() - busy_since)
 
     async def drain(self, deadline_seconds: float) -> None:
-        """Refuse new requests and let the open ones finish. Those that are open at the deadline end with an error."""
+        """Refuse new requests and let open ones finish. Those still open at the deadline end with an error."""
         self._draining = True
         try:
             await asyncio.wait_for(self._all_ended.wait(), deadline_seconds)
@@ -269,7 +269,7 @@ class AsyncEngine:
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join, _JOIN_SECONDS)
 
-    def forget(self, request_id: str, *, abort: bool) -> None:
+    def forget(self, request_id: str, abort: bool) -> None:
         """Remove a stream that has ended. abort: the engine still runs its request and must end it. Called by the
         stream."""
         if self._streams.pop(request_id, None) is not None and abort:

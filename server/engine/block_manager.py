@@ -13,14 +13,6 @@ from collections import OrderedDict
 from guanaco.server.engine.request import BlockContent, Request, Sequence
 
 
-class Faults:
-    """Where a simulator may make the scheduler misbehave within its rights. The real engine runs on this."""
-
-    def preempt_now(self) -> bool:
-        """Put the youngest running sequence out, needed or not."""
-        return False
-
-
 def root_content(request: Request) -> BlockContent:
     """The parent of a prompt's first block: no tokens, only the request's namespace.
 

@@ -6,31 +6,25 @@ Doesn't know where tokens come from or where the text goes. One per request; use
 import itertools
 import operator
 from collections.abc import Sequence
-from typing import Protocol
 
+from guanaco.models.text.tokenizer import Tokenizer
 from guanaco.server.engine.request import SamplingParams
 
 REPLACEMENT = "\ufffd"
 # An incomplete character shows as replacement characters at the end: one for the whole of it, or, where a tokenizer
 # falls back to bytes, one for each byte of it and of the character before. More than these never become text.
 _MAX_HELD_CHARACTERS = 8
-# A token's text may depend on the token before it (some tokenizers write a space only between words), so decoding starts
-# this many tokens before the first new one. A window of tokens that are decoded together never exceeds the second number.
+# A token's text may depend on the token before it (some tokenizers write a space only between words), so decoding
+# starts this many tokens before the first new one.
 _NUM_CONTEXT_TOKENS = 5
-_MAX_WINDOW_TOKENS = 64
-
-
-class Decoder(Protocol):
-    """What is needed of a tokenizer."""
-
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
+_MAX_WINDOW_TOKENS = 64  # how many tokens are decoded together at most
 
 
 class Detokenizer:
     """The text of one request. `append` returns the text to show. `stop_reason` is set when a stop string is found."""
 
-    def __init__(self, decoder: Decoder, params: SamplingParams, prompt_ids: Sequence[int] = ()) -> None:
-        self._decoder = decoder
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, prompt_ids: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
         self._params = params
         self._num_tokens = 0
         self._window = list(prompt_ids[-_NUM_CONTEXT_TOKENS:])  # the tokens that are decoded together
@@ -85,7 +79,7 @@ class Detokenizer:
     def _decode(self, token_ids: list[int]) -> str:
         if hidden := self._params.hidden_token_ids:
             token_ids = [token_id for token_id in token_ids if token_id not in hidden]
-        return self._decoder.decode(token_ids, skip_special_tokens=self._params.skip_special_tokens)
+        return self._tokenizer.decode(token_ids, skip_special_tokens=self._params.skip_special_tokens)
 
     def _is_hidden(self, token_id: int) -> bool:
         """Whether this token is left out of the text, provided that it is a control token."""
@@ -93,8 +87,8 @@ class Detokenizer:
 
     def _control_text(self, token_id: int) -> str:
         """The text of a control token; empty for other tokens."""
-        text = self._decoder.decode([token_id], skip_special_tokens=False)
-        return "" if self._decoder.decode([token_id], skip_special_tokens=True) else text
+        text = self._tokenizer.decode([token_id], skip_special_tokens=False)
+        return "" if self._tokenizer.decode([token_id], skip_special_tokens=True) else text
 
     def _hold(self, text: str, *, hidden: bool = False) -> None:
         self._held += text

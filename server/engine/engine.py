@@ -1,6 +1,6 @@
-"""The engine: schedule, run, update, once per step. Synchronous; a thread drives it (`async_engine`), or a loop.
+"""The engine: schedule, run, update, once per step. Synchronous: a thread drives it (`async_engine`), or a plain loop.
 
-What fails in a step is narrowed down to the requests at fault, so that one bad request is not everybody's error.
+If a step fails, the engine finds the requests at fault, so that one bad request does not end the others.
 """
 
 import logging
@@ -26,8 +26,8 @@ from guanaco.server.engine.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
-# A request ends with the first where the forward pass could not compute it, with the second where its adapter could not
-# be put on the device.
+# The errors of requests that the forward pass could not compute, and of requests whose adapter could not be copied to
+# the device.
 _COMPUTE_ERRORS = (ErrorCode.INTERNAL_ERROR, ErrorCode.ADAPTER_LOAD_FAILED)
 
 
@@ -42,12 +42,12 @@ class Runner(Protocol):
         """Put an adapter version into an adapter slot."""
 
     def clear_adapter(self, slot: int) -> None:
-        """Empty an adapter slot, which no sequence uses."""
+        """Empty an adapter slot. No sequence uses it."""
 
     def run(self, batch: ScheduledBatch, begin: Callable[[], None]) -> tuple[SampledToken, ...]:
         """Compute the batch: one result for each of its sequences. Running the same batch again must be harmless.
 
-        `begin` is called when the forward pass begins: for a while, Python is free for other threads.
+        `begin` is called when the forward pass begins. From then on, kernels run that let other Python threads work.
         """
 
     def probe(self) -> None:
@@ -58,25 +58,26 @@ class AdapterSource(Protocol):
     """Where adapters that are not in host memory come from: `server.adapters.tiers`, or a made-up one."""
 
     def start(self, version: str) -> None:
-        """Begin to read a version; `ReadDone` follows when it is in host memory, or cannot be had."""
+        """Begin to read a version. A `ReadDone` message follows when it is in host memory or could not be read."""
 
     def drop(self, version: str) -> None:
-        """Let the host copy of a version go."""
+        """Free the host copy of a version."""
 
     def gone(self, version: str) -> None:
-        """A version that was to be forgotten is: it is neither on the device nor in host memory, nor being read."""
+        """Hear that a version was forgotten (`ForgetVersion`): it is neither on the device nor in host memory, and no
+        read of it runs."""
 
 
 class Engine:
-    """Messages in, one StepOutput per step out. Not thread-safe: one thread calls both."""
+    """`handle` takes messages, `step` returns one StepOutput per step. Not thread-safe: one thread calls both."""
 
     def __init__(self, scheduler: Scheduler, runner: Runner, clock: Callable[[], float] = awake_seconds) -> None:
         self.scheduler = scheduler
-        self.source: AdapterSource | None = None  # none: all adapters stay in memory
+        self.source: AdapterSource | None = None  # None: all adapters stay in host memory
         self.on_forward: Callable[[], None] = lambda: None  # called when a step's forward pass begins
         self._runner = runner
         self._clock = clock
-        self._first_moves: Moves = ()  # to be made with the first messages
+        self._first_moves: Moves = ()  # moves of `keep_from_start`, made when the first messages are handled
 
     @property
     def has_work(self) -> bool:
@@ -85,24 +86,25 @@ class Engine:
 
     @property
     def seconds_left(self) -> float | None:
-        """How long an engine without work may be left alone: until somebody has waited too long for an adapter."""
+        """How many seconds an engine without work may sleep: until a request has waited too long for its adapters."""
         return self.scheduler.loading.seconds_left(self._clock())
 
     def handle(self, *messages: Message) -> tuple[bool, ...]:
-        """Take messages in, in order, and move adapters; returns and raises what `Scheduler.handle` does."""
+        """Handle messages in order, and move adapters. Returns the answers of `Scheduler.handle`, and raises as it
+        does."""
         answers, moves = self.scheduler.handle(*(_seeded(message) for message in messages))
         first, self._first_moves = self._first_moves, ()
         self._move((*first, *moves))
         return answers
 
     def keep_from_start(self, *messages: AddVersion) -> tuple[bool, ...]:
-        """Before the engine's thread runs: versions to keep in host memory; whether there was room for each. They are
-        read when it runs, since only then somebody hears how a read ends."""
+        """Name versions to keep in host memory, before the engine's thread runs. Returns for each whether there was
+        room. They are read later, with the first messages: only then can the end of a read be handled."""
         answers, self._first_moves = self.scheduler.handle(*messages)
         return answers
 
     def step(self) -> StepOutput:
-        """Compute one step. Raises EngineFailure where nothing can be computed any more."""
+        """Compute one step. Raises EngineFailure if the device cannot compute any more."""
         started = self._clock()
         batch = self.scheduler.schedule(started)
         sampled = self._run(batch, self._move(batch.moves))
@@ -123,7 +125,7 @@ class Engine:
         return tuple(results[index] for index in range(len(batch.sequences)))
 
     def _move(self, moves: Moves) -> set[str]:
-        """Move adapters, in order; returns the versions that could not be copied to the device."""
+        """Make moves of adapters, in order. Returns the versions that could not be copied to the device."""
         failed = set()
         for move in moves:
             match move:
@@ -150,7 +152,7 @@ class Engine:
             self.source.gone(move.version)
 
     def _run_part(self, batch: ScheduledBatch, indexes: list[int], results: dict[int, SampledToken]) -> None:
-        """Run some of the batch's sequences; where that fails, each half on its own, down to the one at fault."""
+        """Run some of the batch's sequences. If that fails, run each half on its own, down to the sequence at fault."""
         if not indexes:
             return
         part = replace(batch, sequences=tuple(batch.sequences[i] for i in indexes), moves=())
@@ -167,14 +169,14 @@ class Engine:
             self._run_part(batch, indexes[middle:], results)
 
     def _check_runner(self, results: dict[int, SampledToken]) -> None:
-        """Where every request failed, find out whether it was their fault. A few bad requests at a quiet time must
-        not end the server; a broken device must."""
+        """If every request of a step failed, find out whether the device is broken; then raise EngineFailure. A few bad
+        requests at a quiet time must not end the server."""
         if not results or any(r.error not in _COMPUTE_ERRORS for r in results.values()):
             return
         try:
             self._runner.probe()
         except Exception as error:
-            raise EngineFailure("every request of a step failed, and so does one that never should") from error
+            raise EngineFailure("every request of a step failed, and so does the engine's own test request") from error
 
     def _stats(self, batch: ScheduledBatch, started: float) -> StepStats:
         scheduler = self.scheduler
@@ -195,7 +197,7 @@ class Engine:
 
 
 def _seeded(message: Message) -> Message:
-    """A request without a seed gets one here, which it keeps through preemptions."""
+    """Give a request without a seed a random one, which it keeps through preemptions."""
     if not isinstance(message, Submit) or message.request.params.seed is not None:
         return message
     params = replace(message.request.params, seed=int.from_bytes(os.urandom(7)))

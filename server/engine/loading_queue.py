@@ -1,14 +1,14 @@
-"""Requests whose adapters are not in host memory yet: they wait here, in nobody's way, until those have been read.
+"""Requests whose adapters are not in host memory yet. They wait here, apart from the main queue, until those are read.
 
-Pure, as the scheduler that owns it. A request leaves when all of its adapters are there, when it has waited too long,
-when one of them cannot be had, or when its client does.
+No clock, no threads, no tensors, as in the scheduler that owns it. A request leaves when all of its adapters are in
+host memory, when it has waited too long, when one of them could not be read, or when its client leaves.
 """
 
 from guanaco.adapters.residency.ledger import ResidencyLedger
 from guanaco.adapters.residency.moves import Move, Moves
 from guanaco.server.engine.request import Sequence, Status
 
-# After so many steps of waiting for room in host memory, a request lets nobody behind it take any.
+# A request that finds no room in host memory lets later ones take what there is. After this many steps it does no more.
 MAX_STEPS_WITHOUT_ROOM = 32
 
 
@@ -16,7 +16,7 @@ class LoadingQueue:
     """Sequences in order of arrival. Each holds all of its adapters in host memory, or none of them."""
 
     def __init__(self, residency: ResidencyLedger, timeout_seconds: float) -> None:
-        """timeout_seconds: how long a request may wait here from its arrival; 0: for ever."""
+        """timeout_seconds: how long after its arrival a request may still wait here; 0: for ever."""
         self.sequences: list[Sequence] = []
         self._residency = residency
         self._timeout_seconds = timeout_seconds
@@ -26,19 +26,19 @@ class LoadingQueue:
         self.sequences.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Its client has left, or it ended otherwise; what it holds is not given back here."""
+        """Take an ending sequence out of the queue. The caller gives back the adapters that it holds."""
         self.sequences.remove(sequence)
 
     def take_ready(self, *, is_step: bool) -> tuple[list[Sequence], Moves]:
-        """Have adapters read as far as there is room, and let those go whose adapters are all there; in order.
+        """Start to read adapters as far as there is room, and take out the sequences whose adapters are all there.
 
-        Returns the sequences that go, and the moves of adapters.
+        Returns those sequences, in order of arrival, and the moves of adapters.
 
-        is_step: a step begins, so whoever finds no room now was passed over once more.
+        is_step: a step begins, so a sequence that finds no room now counts one more step without room.
         """
         ready: list[Sequence] = []
         moves: list[Move] = []
-        is_blocked = False  # somebody has waited too long for room: whoever is behind gets none
+        is_blocked = False  # a sequence has waited too long for room: the later ones get none
         for sequence in self.sequences:
             if not sequence.holds_adapters:
                 made = None if is_blocked else self._residency.hold(sequence.versions)
@@ -56,17 +56,19 @@ class LoadingQueue:
         return ready, tuple(moves)
 
     def _blocks_others(self, sequence: Sequence) -> bool:
-        """It has waited long enough, and letting nobody else in would help: not against a read that hangs."""
+        """Whether later sequences must leave all room to this one: it has waited long enough, and that would help it.
+        It would not help while a read hangs."""
         has_waited = sequence.num_passed_over > MAX_STEPS_WITHOUT_ROOM
         return has_waited and self._residency.host.can_ever_fit(sequence.versions, beside_others=True)
 
     def late(self, now: float) -> list[Sequence]:
-        """Who has waited too long at monotonic time `now`."""
+        """The sequences that have waited too long at monotonic time `now` (seconds)."""
         limit = self._timeout_seconds
         return [s for s in self.sequences if limit and now - s.request.arrival_seconds > limit]
 
     def seconds_left(self, now: float) -> float | None:
-        """Until the first of them has waited too long; None where none ever will. Negative: it has."""
+        """How many seconds from `now` the first of them has waited too long; negative if it has. None if none ever
+        will."""
         if not self._timeout_seconds or not self.sequences:
             return None
         return min(s.request.arrival_seconds for s in self.sequences) + self._timeout_seconds - now

@@ -1,7 +1,7 @@
 """One scheduled step → tensors → forward pass → sampled tokens.
 
-Knows where things are (adapter slots, KV slots), not why: that was the scheduler's. The only part of the engine, with
-the sampler, that touches tensors. Called by the engine, on its thread.
+The scheduler has decided which adapter slots and KV blocks to use. Only this module, the sampler and the CUDA graphs
+touch tensors in the engine. Called by the engine, on its thread.
 """
 
 from collections.abc import Callable
@@ -23,21 +23,22 @@ from guanaco.server.engine.constraints import MaskFiller, StepMasks
 from guanaco.server.engine.request import SampledToken, ScheduledBatch, ScheduledSequence, TokenLogprob
 from guanaco.server.engine.sampler import SamplingRow, sample, token_logprobs
 
-# A prompt is scored in pieces whose logits take no more than this: a step of 512 tokens over 128,000 ids took 262 MB.
+# A prompt is scored in pieces whose float32 logits take at most this many bytes. In one piece, a step of 512 tokens
+# over a vocabulary of 128,000 would take 262 MB.
 _SCORED_LOGITS_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
 class StepRows:
-    """One step as plain lists: over tokens, over sequences, or over the rows whose logits are wanted."""
+    """One step as plain lists: one entry per token, per sequence, or per row of logits that is computed."""
 
-    token_ids: list[int]
-    positions: list[int]
-    slot_mapping: list[int]
+    token_ids: list[int]  # per token
+    positions: list[int]  # per token: its position in its sequence
+    slot_mapping: list[int]  # per token: where its K and V are written, block · block size + offset
     block_tables: list[list[int]]  # per sequence, unpadded
-    context_lens: list[int]  # per sequence
-    ends: list[int]  # [sequences + 1]
-    logit_rows: list[int]
+    context_lens: list[int]  # per sequence: positions up to the end of this step
+    ends: list[int]  # [sequences + 1]: sequence i has the tokens ends[i] … ends[i + 1] − 1
+    logit_rows: list[int]  # per row of logits: the token whose logits these are
     row_adapters: list[tuple[tuple[int, float], ...]]  # per token: (adapter slot, factor) entries
 
 
@@ -47,7 +48,7 @@ class DecodePath(Protocol):
     max_rows: int
 
     def forward(self, rows: StepRows, table: LoraTable) -> Tensor:
-        """float32 logits [sequences, vocab], good until the next call."""
+        """Returns float32 logits [sequences, vocab], which the next call overwrites."""
 
 
 class ModelRunner:
@@ -81,8 +82,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch, begin: Callable[[], None]) -> tuple[SampledToken, ...]:
-        """One result per scheduled sequence; `begin` is called before the forward pass. Writes K and V again if it is
-        run again; nothing else is changed."""
+        """Compute a step. Returns one result per scheduled sequence. `begin` is called before the forward pass.
+
+        Running a batch again writes the same K and V again, and changes nothing else.
+        """
         scored = [_scored_positions(item) for item in batch.sequences]
         rows = self._step_rows(batch)
         pending = self._masks.start([i.sequence.request.constraint for i in batch.sequences if i.needs_sample])
@@ -105,7 +108,11 @@ class ModelRunner:
         return tuple(results)
 
     def _score(self, item: ScheduledSequence, hidden: Tensor, positions: range, token: SampledToken) -> SampledToken:
-        """The token with the log-probabilities of the prompt's next tokens, a few rows of logits at a time."""
+        """`token` with the log-probabilities of the prompt tokens that follow `positions`.
+
+        hidden: [len(positions), hidden size], the last layer's output at these positions. Logits are computed for a few
+        rows at a time.
+        """
         num_top = item.sequence.request.params.prompt_logprobs or 0
         at_once = max(1, _SCORED_LOGITS_BYTES // (4 * self._model.config.vocab_size))
         found: list[TokenLogprob] = []
@@ -119,8 +126,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def probe(self) -> None:
-        """A forward pass of one token of nobody: without adapters, and without writing to the cache. Its numbers mean
-        nothing (it reads whatever block 0 holds); what counts is whether it raises."""
+        """Raise if the device cannot compute: run one token that belongs to no request, without adapters.
+
+        It writes nothing to the KV cache and reads whatever block 0 holds, so its numbers mean nothing.
+        """
         zero = self._tensor([0], torch.int64)
         batch = ForwardBatch(
             token_ids=zero,
@@ -133,7 +142,7 @@ class ModelRunner:
         self._model.forward(batch, self._kv)
 
     def _draw(self, batch: ScheduledBatch, logits: Tensor, masks: StepMasks | None) -> list[SampledToken]:
-        """The next token of each sequence that needs one: each has a row of logits."""
+        """Sample the next token of each sequence that needs one, from its row of logits [rows, vocab]."""
         rows = []
         for item in batch.sequences:
             if item.needs_sample:
@@ -145,7 +154,8 @@ class ModelRunner:
     def _forward(
         self, batch: ScheduledBatch, rows: StepRows, begin: Callable[[], None], *, keep_hidden: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """The logits to draw from; with keep_hidden, also what the last layer leaves of every row, to be scored."""
+        """The logits [rows, vocab] to sample from. keep_hidden: also return the last layer's output [tokens, hidden
+        size], to score prompts with; otherwise None."""
         path = self._decode_path
         decodes = all(item.num_new_tokens == 1 and item.needs_sample for item in batch.sequences)
         if path is not None and decodes and not keep_hidden and len(batch.sequences) <= path.max_rows:
@@ -203,8 +213,10 @@ class ModelRunner:
 
 
 def _scored_positions(item: ScheduledSequence) -> range:
-    """The prompt's positions whose logits are wanted for `prompt_logprobs`: each predicts the prompt token after it,
-    and was not reported yet (a preempted sequence computes its prompt again)."""
+    """The positions of this step whose logits `prompt_logprobs` needs: each predicts the prompt token after it.
+
+    Positions that were reported before are left out: a preempted sequence computes its prompt again.
+    """
     sequence = item.sequence
     if sequence.request.params.prompt_logprobs is None:
         return range(0)

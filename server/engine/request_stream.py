@@ -7,17 +7,18 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Self
 
 from guanaco.models.error_codes import ErrorCode
-from guanaco.server.engine.detokenizer import Decoder, Detokenizer
+from guanaco.models.text.tokenizer import Tokenizer
+from guanaco.server.engine.detokenizer import Detokenizer
 from guanaco.server.engine.request import FinishReason, Request, TokenLogprob, TokenOutput
 
 
 class TextOutput(NamedTuple):  # made for every token: a dataclass takes several times as long
-    """What one step did for one request. The counts are running totals."""
+    """One step's result for one request, as text. The counts are running totals."""
 
-    text: str  # new text only: whole characters, nothing that may become a stop string
+    text: str  # new text only: whole characters, and nothing that may become a stop string
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
     prompt_logprobs: tuple[TokenLogprob, ...]
@@ -27,36 +28,29 @@ class TextOutput(NamedTuple):  # made for every token: a dataclass takes several
     num_prompt_tokens: int
     num_cached_tokens: int
     num_output_tokens: int
-    queue_seconds: float | None = None  # from the request's arrival to its first step; None: it has had none
-
-
-class StreamOwner(Protocol):
-    """What a stream needs of the engine it belongs to."""
-
-    decoder: Decoder
-
-    def forget(self, request_id: str, *, abort: bool) -> None:
-        """The stream has ended; with `abort`, the engine doesn't know yet."""
+    queue_seconds: float | None = None  # from the request's arrival to its first step; None: it had none yet
 
 
 class RequestStream:
-    """One request's outputs, an async iterator that ends after the one with a finish reason, or handed to a listener.
-    Closing it early aborts.
+    """One request's outputs: an async iterator that ends after the output with a finish reason. A listener may get them
+    instead.
 
-    What a slow reader has not taken yet is kept here, and never more than the request may generate.
+    Closing it early aborts the request. Outputs that a slow reader has not taken are kept: never more than the request
+    may generate.
     """
 
-    def __init__(self, engine: StreamOwner, request: Request) -> None:
+    def __init__(self, request: Request, tokenizer: Tokenizer, forget: Callable[[str, bool], None]) -> None:
+        """forget: called with the request's id when the stream ends; True if the engine must still end the request."""
         self.request = request
-        self._engine = engine
-        self._detokenizer = Detokenizer(engine.decoder, request.params, request.prompt_token_ids)
+        self._forget = forget
+        self._detokenizer = Detokenizer(tokenizer, request.params, request.prompt_token_ids)
         self._outputs: deque[TextOutput] = deque()
         self._arrived = asyncio.Event()
         self._listener: Callable[[TextOutput], None] | None = None
         self._num_output_tokens = 0
         self._num_cached_tokens = 0
-        self.logits: bytes | None = None  # of the first token, where the request wants them
-        self._ended = False  # the last output is there
+        self.logits: bytes | None = None  # of the first token, if the request asked for them
+        self._ended = False  # the last output has come
         self._closed = False
 
     def __aiter__(self) -> Self:
@@ -79,20 +73,20 @@ class RequestStream:
         await self.aclose()
 
     def listen(self, listener: Callable[[TextOutput], None]) -> None:
-        """Have outputs handed over as they come, on the loop, instead of iterating. Called before the first one."""
+        """Call `listener` with each output, on the event loop, instead of iterating. Called before the first output."""
         self._listener = listener
 
     async def aclose(self) -> None:
-        """End the request if it has not ended, within a step. Outputs that were not taken are dropped."""
+        """Drop the outputs that were not taken, and end the request, if it has not ended, before the next step."""
         self._closed = True
         self._outputs.clear()
         self._arrived.set()
         if not self._ended:
             self._ended = True
-            self._engine.forget(self.request.request_id, abort=True)
+            self._forget(self.request.request_id, True)
 
     def deliver(self, output: TokenOutput) -> None:
-        """Take in one step's output; called by the engine, on the loop."""
+        """Add one step's output. Called by the engine, on the event loop."""
         if self._ended:
             return
         reason, stop_reason = output.finish_reason, output.stop_reason
@@ -101,7 +95,7 @@ class RequestStream:
         self._num_cached_tokens = max(self._num_cached_tokens, output.num_cached_tokens)
         shown = output.token_ids
         if reason is FinishReason.STOP and not (output.ends_in_text or self.request.params.include_stop_str):
-            shown = shown[:-1]  # the eos or stop token itself is no text
+            shown = shown[:-1]  # the eos or stop token itself is not part of the text
         text = self._detokenizer.append(shown, finished=reason is not None)
         aborted = False
         params = self.request.params
@@ -109,16 +103,16 @@ class RequestStream:
             is_hidden = params.skip_special_tokens or stop_reason in params.hidden_token_ids
             stop_reason = name
             if params.include_stop_str and is_hidden:
-                text += name  # no other control token is text, but the client asked for this one
+                text += name  # control tokens are not part of the text, but the client asked for this one
         elif self._detokenizer.stop_reason is not None:
             aborted = reason is None
             reason, stop_reason = FinishReason.STOP, self._detokenizer.stop_reason
         self._put(output, text, reason, stop_reason)
         if reason is not None:
-            self._engine.forget(self.request.request_id, abort=aborted)
+            self._forget(self.request.request_id, aborted)
 
     def fail(self, error: ErrorCode) -> None:
-        """End with an error; called by the engine, on the loop."""
+        """End the stream with an error. Called by the engine, on the event loop."""
         if not self._ended:
             failure = TokenOutput(self.request.request_id, (), finish_reason=FinishReason.ERROR, error=error)
             self._put(failure, "", FinishReason.ERROR, None)

@@ -1,7 +1,7 @@
-"""Logits → tokens, many rows at once. Each row's token depends on its own logits, parameters and seed alone.
+"""Logits → tokens, many rows at once. Each row's token depends only on its own logits, parameters and seed.
 
-The draw is counter-based: one uniform number per token, a function of the request's seed and of how many tokens it has
-written. So neither the company in the batch nor a preemption changes what is drawn. Called by the model runner.
+Sampling is counter-based: one uniform number per token, a function of the request's seed and of how many tokens it has
+written. So neither the other rows of the batch nor a preemption changes a token. Called by the model runner.
 """
 
 import hashlib
@@ -22,7 +22,8 @@ from guanaco.server.engine.request import SampledToken, SamplingParams, TokenLog
 
 FloatArray = NDArray[np.float32]
 
-# Candidates looked at before a row is sorted as a whole: with ordinary parameters top_p and min_p end long before.
+# How many of the likeliest tokens are sorted first. top_p and min_p mostly keep fewer; otherwise the whole row is
+# sorted.
 _NUM_CANDIDATES = 1024
 
 
@@ -31,14 +32,14 @@ _LARGEST = float(_FLOAT32.max)
 
 
 class Drawing(Protocol):
-    """What may draw tokens instead of the code here: `kernels.Ops`."""
+    """The one op of `kernels.Ops` that is used here: a kernel provider may sample in place of this code."""
 
     def draw(self, logits: Tensor, draws: Sequence[Draw]) -> list[int] | None: ...
 
 
 @dataclass(frozen=True)
 class SamplingRow:
-    """One row to draw from. `prompt_ids` and `output_ids` are only read where a penalty or a bad word is set."""
+    """One row to sample. `prompt_ids` and `output_ids` are only read if a penalty or a bad word is set."""
 
     params: SamplingParams
     prompt_ids: tuple[int, ...]
@@ -50,7 +51,7 @@ class SamplingRow:
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1), 53 bits of BLAKE2b(seed, position): the noise of one token of one request."""
+    """The random number of one token of one request, in [0, 1): 53 bits of BLAKE2b(seed, position)."""
     digest = hashlib.blake2b(struct.pack("<qq", seed, position), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
@@ -62,10 +63,10 @@ def sample(
     ops: Drawing | None = None,
     masks: StepMasks | None = None,
 ) -> list[SampledToken]:
-    """One token per row of float32 logits [r, vocab]; a row that is not finite, or whose mask failed, gets an error
-    instead.
+    """Sample one token per row of float32 logits [r, vocab]. A row that is not finite, or whose mask failed, gets an
+    error instead.
 
-    ops: a kernel provider, which may draw the tokens; the code here is what it is held to.
+    ops: a kernel provider that may sample in place of the code here, which is its specification.
     """
     assert logits.shape[0] == len(rows)
     if not rows:
@@ -73,7 +74,7 @@ def sample(
     finite = _finite(logits)
     adjusted = _adjust(logits, rows, eos_ids, masks)
     ids = _ids(adjusted, rows, finite, ops)
-    # A provider's fault must neither end up in a client's answer nor index the embedding of the next step.
+    # A wrong id of a provider must neither reach a client nor index the embedding in the next step.
     finite = [ok and 0 <= token < logits.shape[1] for ok, token in zip(finite, ids, strict=True)]
     reported = [i for i, row in enumerate(rows) if row.params.logprobs is not None and finite[i]]
     logprobs: list[TokenLogprob | None] = [None] * len(rows)
@@ -93,13 +94,14 @@ def sample(
 
 
 def _finite(logits: Tensor) -> list[bool]:
-    """For each row, whether all its numbers are finite. A finite sum shows it; large numbers are looked at singly."""
+    """For each row, whether all its numbers are finite. A finite sum proves it; only if it is not, each is checked."""
     finite: list[bool] = torch.isfinite(logits.sum(dim=-1)).tolist()
     return [ok or bool(torch.isfinite(row).all()) for ok, row in zip(finite, logits, strict=True)]
 
 
 def _float32(number: float) -> float:
-    """A temperature or a share as every provider holds it: 7e-46 and less is 0, and just below 1 is 1."""
+    """A temperature or probability as every provider stores it, in float32: 7e-46 becomes 0, and just below 1 becomes
+    1."""
     return float(np.float32(min(number, _LARGEST)))
 
 
@@ -108,7 +110,7 @@ def _ids(logits: Tensor, rows: list[SamplingRow], finite: list[bool], ops: Drawi
         found = ops.draw(logits, [_draw_of(row, logits.shape[1]) for row in rows])
         if found is not None:
             return found
-    tokens = logits.argmax(dim=-1)  # of equal logits the lowest id, on the CPU
+    tokens = logits.argmax(dim=-1)  # on the CPU, the lowest id among equal logits
     drawn = [i for i, row in enumerate(rows) if _float32(row.params.temperature) > 0 and finite[i]]
     if drawn:
         tokens[drawn] = _draw(logits[drawn], [rows[i] for i in drawn])
@@ -148,9 +150,10 @@ def token_logprobs(
 
 
 def _adjust(logits: Tensor, rows: list[SamplingRow], eos_ids: frozenset[int], masks: StepMasks | None) -> Tensor:
-    """The logits with penalties, biases and forbidden tokens applied; the input itself where no row asks for any.
+    """The logits [r, vocab] with penalties, biases and forbidden tokens applied. Returns the input itself if no row
+    asks for any of them.
 
-    A row of finite logits keeps a finite one, and gets no infinity but that of the forbidden tokens.
+    In a row of finite logits, only forbidden tokens become infinite, and at least one token stays finite.
     """
     out, vocab = logits, logits.shape[1]
     limits = _limits(rows, masks, vocab)
@@ -176,7 +179,7 @@ def _adjust(logits: Tensor, rows: list[SamplingRow], eos_ids: frozenset[int], ma
 
 
 def _limits(rows: list[SamplingRow], masks: StepMasks | None, vocab: int) -> dict[int, Words]:
-    """By index of a row, the words of the ids that it may draw: those of its mask and of its allowed tokens."""
+    """Row index → the mask words of the ids that the row may sample: its mask combined with its allowed tokens."""
     limits = {} if masks is None else {index: masks.words[place] for place, index in enumerate(masks.rows)}
     for index, row in enumerate(rows):
         if (allowed := row.params.allowed) is None:
@@ -190,7 +193,7 @@ def _limits(rows: list[SamplingRow], masks: StepMasks | None, vocab: int) -> dic
 def _apply_limits(
     out: Tensor, rows: list[SamplingRow], eos_ids: frozenset[int], limits: dict[int, Words], errors: Mapping[int, Any]
 ) -> None:
-    """Forbid what the limits leave out, and what is banned besides where something else may come."""
+    """Set forbidden logits to −infinity: ids outside the row's limits, and banned ids if any other id is left."""
     vocab = out.shape[1]
     words = np.stack(list(limits.values()))
     for place, index in enumerate(limits):
@@ -200,8 +203,8 @@ def _apply_limits(
         if left.any():
             words[place] = left
         if index in errors:
-            words[place] = -1  # its token counts for nothing, but must be one
-    # 32 times smaller than flags would be, on its way to a GPU.
+            words[place] = -1  # allow all: the row's token is discarded, but sampling needs one
+    # Bits are copied to a GPU and unpacked there: one byte per token would be eight times as much to copy.
     bits = torch.from_numpy(words).to(out.device).unsqueeze(-1)
     allowed = (bits >> torch.arange(32, device=out.device, dtype=torch.int32)) & 1
     forbidden = (allowed == 0).view(len(words), -1)[:, :vocab]
@@ -210,13 +213,16 @@ def _apply_limits(
 
 
 def _banned(row: SamplingRow, eos_ids: frozenset[int], vocab: int) -> list[int]:
-    """The ends that may not be drawn before min_tokens, and the last tokens of bad words whose others were just drawn.
-    None where they are the whole vocabulary: something must be drawn, and no end ends a request before min_tokens."""
+    """The token ids that are banned now: ends before min_tokens, and the last token of a bad word whose other tokens
+    were just written.
+
+    Empty if they are the whole vocabulary: a token must be sampled, and before min_tokens none ends the request.
+    """
     params = row.params
     banned = {word[-1] for word in params.bad_words if _ends_with(row.output_ids, word[:-1])}
     if row.position < params.min_tokens:
         banned |= params.stop_token_ids if params.ignore_eos else params.stop_token_ids | eos_ids
-    kept = sorted(token for token in banned if token < vocab)  # a file may name ends that have no logit
+    kept = sorted(token for token in banned if token < vocab)  # a model's files may name eos ids without a logit
     return kept if len(kept) < vocab else []
 
 
@@ -229,13 +235,16 @@ def _has_penalty(params: SamplingParams) -> bool:
 
 
 def _penalise(logits: Tensor, row: SamplingRow) -> None:
-    """Repetition counts prompt and output, as CTRL (Keskar et al. 2019) defines it: divide what is positive, multiply
-    what is not. Presence and frequency count the output only, as the OpenAI API defines them."""
+    """Apply a row's penalties to its logits [vocab], in place.
+
+    The repetition penalty counts prompt and output, as CTRL (Keskar et al. 2019) defines it: it divides positive logits
+    and multiplies others. Presence and frequency count the output only, as the OpenAI API defines them.
+    """
     params = row.params
     if params.repetition_penalty != 1.0:
         seen = torch.tensor(sorted({*row.prompt_ids, *row.output_ids}), device=logits.device)
         values = logits[seen]
-        # Float32 makes a smaller one 0, and 0 / 0 is NaN.
+        # Float32 would round a smaller penalty to 0, and 0 / 0 is NaN.
         penalty = max(params.repetition_penalty, float(_FLOAT32.tiny))
         logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
     if row.output_ids and (params.presence_penalty or params.frequency_penalty):
@@ -244,8 +253,11 @@ def _penalise(logits: Tensor, row: SamplingRow) -> None:
 
 
 def _draw(logits: Tensor, rows: list[SamplingRow]) -> Tensor:
-    """int64 [r]: inverse transform sampling from each row's filtered distribution, its tokens from likeliest to least
-    likely (equal ones by id) where a filter is set, by id where none is."""
+    """Sample one token of each row; int64 [r].
+
+    Inverse transform sampling. If a filter (top_p, top_k, min_p) is set, tokens are ordered from the likeliest to the
+    least likely (equal ones by id), otherwise by id.
+    """
     temperature = torch.tensor([_float32(row.params.temperature) for row in rows], device=logits.device)
     # Subtracting the maximum first keeps a tiny temperature from overflowing to infinity.
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature.unsqueeze(1)
@@ -263,7 +275,8 @@ def _is_filtered(params: SamplingParams) -> bool:
 
 
 def _pick_filtered(probabilities: FloatArray, row: SamplingRow) -> int:
-    """Sorts values, not ids: the drawn rank gives a value, and among the tokens that have it the lowest id is first."""
+    """Sample from a row with filters. Sorts probabilities, not ids: the sampled rank gives a probability, and tokens
+    with that probability count in order of their ids."""
     num = min(_NUM_CANDIDATES, len(probabilities))
     top = np.sort(np.partition(probabilities, -num)[-num:])[::-1]
     kept = _num_kept(top, row.params)
@@ -275,7 +288,8 @@ def _pick_filtered(probabilities: FloatArray, row: SamplingRow) -> int:
 
 
 def _num_kept(probabilities: FloatArray, params: SamplingParams) -> int:
-    """How many of the descending probabilities pass top_k, top_p (the token that crosses it included) and min_p."""
+    """How many of the descending probabilities pass top_k, top_p and min_p; at least 1. The token with which the sum
+    crosses top_p passes."""
     keep = np.ones(len(probabilities), dtype=np.bool_)
     if params.top_k > 0:
         keep[params.top_k :] = False
@@ -289,7 +303,7 @@ def _num_kept(probabilities: FloatArray, params: SamplingParams) -> int:
 
 
 def _pick(probabilities: FloatArray, row: SamplingRow) -> int:
-    """The index that the row's uniform number falls on. Sums in float64: 50,000 float32 terms would blur the edges."""
+    """The index on which the row's random number falls. Sums in float64: float32 would round over 50,000 terms."""
     assert row.params.seed is not None, "the engine gives every request a seed"
     sums = probabilities.cumsum(dtype=np.float64)
     target = sums[-1] * uniform(row.params.seed, row.position)

@@ -1,4 +1,4 @@
-"""What the next step computes: a pure function of what has happened and of the time it is told.
+"""Decides what the next step computes, from the messages so far and from the time that the caller passes in.
 
 No clock, no randomness, no threads, no tensors. There is no prefill and no decode here: each sequence has
 `num_computed_tokens`, and every step's token budget lets it catch up with `num_tokens`. Chunked prompts, prefix-cache
@@ -12,7 +12,7 @@ from guanaco.adapters.residency.ledger import ResidencyLedger
 from guanaco.adapters.residency.messages import AddVersion, ForgetVersion, ReadDone
 from guanaco.adapters.residency.moves import Move, Moves
 from guanaco.models.error_codes import ErrorCode
-from guanaco.server.engine.block_manager import BlockManager, Faults
+from guanaco.server.engine.block_manager import BlockManager
 from guanaco.server.engine.loading_queue import LoadingQueue
 from guanaco.server.engine.request import (
     Abort,
@@ -33,17 +33,18 @@ from guanaco.server.engine.step_share import StepShare
 from guanaco.server.engine.stops import End, end_of
 from guanaco.server.engine.turns import LAST, Turns
 
-# After so many steps of being passed over for want of an adapter slot, a request lets nobody who needs one pass.
+# A request that finds no adapter slot lets younger ones start before it. After this many such steps, no other request
+# that needs a slot starts before it.
 MAX_PASSED_OVER_STEPS = 32
 _by_arrival = attrgetter("arrival_number")
 
 
 class Scheduler:
-    """Owns every unfinished sequence; `waiting` and `running` are both in order of arrival. Those whose adapters are
-    not in host memory are in `loading` before they wait, and hold their adapters there from then to their end.
+    """Owns every unfinished sequence. `waiting` and `running` are both in order of arrival. A sequence whose adapters
+    are not in host memory is in `loading` first; from then to its end it keeps its adapters in host memory.
 
-    Who is admitted first and preempted last is a matter of `turns`: adapters take turns, and each one's own sequences
-    go in order of arrival. The oldest that runs always gets on, and so does at last everybody.
+    `turns` decides which sequence is admitted first and preempted last: adapters take turns, and the sequences of one
+    adapter go in order of arrival. The oldest running sequence is never preempted, so every sequence finishes at last.
     """
 
     def __init__(
@@ -52,7 +53,6 @@ class Scheduler:
         blocks: BlockManager,
         residency: ResidencyLedger,
         eos_ids: frozenset[int],
-        faults: Faults | None = None,
     ) -> None:
         assert limits.max_num_batched_tokens >= limits.max_num_seqs, "every running sequence must get its next token"
         assert limits.max_model_len <= blocks.num_blocks * blocks.block_size, "one sequence must fit"
@@ -62,15 +62,14 @@ class Scheduler:
         self.loading = LoadingQueue(residency, limits.adapter_timeout_seconds)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-        self.num_waiting_tokens = 0  # of all waiting sequences; read from other threads, hence a number of its own
+        self.num_waiting_tokens = 0  # of all waiting sequences; counted here, since other threads read it
         self.counts = StepCounts()
         self.turns = Turns()
-        self.was_for_newcomers = False  # the last step: others' next tokens waited for it
+        self.was_for_newcomers = False  # the last step computed newcomers' prompts only, and decoding sequences waited
         self._eos_ids = eos_ids
-        self._faults = faults or Faults()
         self._sequences: dict[str, Sequence] = {}  # by request id: all that load, wait or run
         self._num_arrived = self._num_turns = 0
-        self._outputs: list[TokenOutput] = []  # what ended outside of `update`
+        self._outputs: list[TokenOutput] = []  # of requests that ended outside of `update`, which returns them next
         self._moves: list[Move] = []  # what the next of `handle`, `schedule` and `update` returns
 
     @property
@@ -78,8 +77,11 @@ class Scheduler:
         return bool(self.waiting or self.running or self._outputs)
 
     def handle(self, *messages: Message) -> tuple[tuple[bool, ...], Moves]:
-        """Take messages in, in order; then others get the room that these gave back. Returns an answer for each, False
-        for an AddVersion without room, and the moves of adapters. ValueError for a request that could never fit."""
+        """Handle messages in order, then give the room that they freed to requests that wait for adapters.
+
+        Returns an answer for each message (False for an AddVersion that found no room, else True) and the moves of
+        adapters. Raises ValueError for a request that could never fit.
+        """
         answers = tuple(self._handle(message) for message in messages)
         self.admit_loaded()
         return answers, self._take_moves()
@@ -105,7 +107,7 @@ class Scheduler:
         return moves
 
     def add(self, request: Request) -> None:
-        """Queue a request. ValueError for one that could never run: it would block the queue for ever."""
+        """Queue a request. Raises ValueError for one that could never run: it would block the queue for ever."""
         self.check_fits(request)
         assert request.request_id not in self._sequences, "request ids are unique among those that are open"
         sequence = Sequence(request, list(request.prompt_token_ids), self._num_arrived, self.turns.num_steps)
@@ -118,7 +120,7 @@ class Scheduler:
             self._wait(sequence)
 
     def check_fits(self, request: Request) -> None:
-        """ValueError for a request that could never run, with the numbers."""
+        """Raise ValueError for a request that could never run; the message has the numbers."""
         length, limit = len(request.prompt_token_ids), self.limits.max_model_len
         if length == 0:
             raise ValueError("the prompt has no tokens")
@@ -130,26 +132,25 @@ class Scheduler:
         self.residency.check_fits(request.versions)
 
     def abort(self, request_id: str) -> None:
-        """End a request now, wherever it is. Unknown ids are none of our business: it may just have finished."""
+        """End a request now, wherever it is. An unknown id does nothing: the request may just have finished."""
         sequence = self._sequences.get(request_id)
         if sequence is not None:
             self._end(sequence, FinishReason.ABORT)
 
     def adapter_read(self, version: str, error: ErrorCode | None) -> None:
-        """A version that was to be read is in memory, or could not be had: then whoever waits for it ends so."""
+        """Enter that a version's read has ended. error: the read failed, and the requests that wait for the version end
+        with this error."""
         self._moves += self.residency.read_done(version, is_here=error is None)
         if error is not None:
             for sequence in [s for s in self.loading.sequences if s.holds_adapters and version in s.versions]:
                 self._end(sequence, FinishReason.ERROR, error=error)
 
     def schedule(self, now: float) -> ScheduledBatch:
-        """Decide one step at monotonic time `now` (seconds). May be empty."""
+        """Decide one step at monotonic time `now` (seconds). The batch may be empty."""
         self.counts = StepCounts()
         self.turns.begin_step(self._sequences.values())
         self._expire(now)
         self.admit_loaded(is_step=True)
-        if len(self.running) > 1 and self._faults.preempt_now():
-            self._preempt(self.turns.put_out_first(self.running)[1])
         chosen: dict[int, ScheduledSequence] = {}  # by arrival number
         turns = self._in_turn()
         floods = self.turns.floods(self.limits.flood_num_seqs)
@@ -174,13 +175,14 @@ class Scheduler:
         return ScheduledBatch(tuple(chosen.values()), adapter_slots, self._take_moves())
 
     def update(self, batch: ScheduledBatch, sampled: tuple[SampledToken, ...]) -> tuple[tuple[TokenOutput, ...], Moves]:
-        """Enter what the step computed. Returns what there is to tell, other ends too, and the moves of adapters."""
+        """Enter the step's results, one for each sequence of the batch. Returns the outputs, with those of requests
+        that ended otherwise since the last call, and the moves of adapters."""
         assert len(batch.sequences) == len(sampled)
         outputs, self._outputs = self._outputs, []
         for item, token in zip(batch.sequences, sampled, strict=True):
             sequence = item.sequence
             if sequence.status is not Status.RUNNING:
-                continue  # ended between schedule and update
+                continue  # the sequence ended between schedule and update
             if token.error is not None:
                 self._end(sequence, FinishReason.ERROR, error=token.error)
                 continue
@@ -191,7 +193,7 @@ class Scheduler:
                 outputs.append(self._advance(sequence, token))
         outputs += self._outputs
         self._outputs = []
-        self.admit_loaded()  # others may take the room of those that ended
+        self.admit_loaded()  # the sequences that ended have left room for adapters
         return tuple(outputs), self._take_moves()
 
     def _advance(self, sequence: Sequence, token: SampledToken) -> TokenOutput:
@@ -221,7 +223,8 @@ class Scheduler:
         )
 
     def admit_loaded(self, *, is_step: bool = False) -> None:
-        """Let those wait for their turn whose adapters are in memory, and have those read for which there is room."""
+        """Let sequences whose adapters are in host memory wait for their turn, and start reads for which there is room.
+        is_step: as of `LoadingQueue.take_ready`."""
         ready, moves = self.loading.take_ready(is_step=is_step)
         self._moves += moves
         for sequence in ready:
@@ -233,7 +236,7 @@ class Scheduler:
         self.num_waiting_tokens += sequence.num_tokens
 
     def _expire(self, now: float) -> None:
-        """Refuse what has waited too long. A preempted sequence has not: it was let in once."""
+        """End the requests that have waited too long. A preempted sequence does not count: it ran already."""
         for sequence in self.loading.late(now):
             self._end(sequence, FinishReason.ERROR, error=ErrorCode.ADAPTER_TIMEOUT)
         limit = self.limits.queue_timeout_seconds
@@ -242,7 +245,7 @@ class Scheduler:
             if sequence.num_preemptions:
                 continue
             if not limit or now - sequence.request.arrival_seconds <= limit:
-                break  # those behind it came later
+                break  # the sequences behind it came later
             late.append(sequence)
         for sequence in late:
             self._end(sequence, FinishReason.ERROR, error=ErrorCode.QUEUE_TIMEOUT)
@@ -250,8 +253,11 @@ class Scheduler:
     def _schedule_decoding(
         self, chosen: dict[int, ScheduledSequence], share: StepShare, *, leave_room: bool = True
     ) -> None:
-        """Give those that need a single token theirs, first of all, so that no prompt makes them wait. leave_room: for
-        the prompts of floods, too; without, it is they who get what prompts left."""
+        """Schedule one token for each decoding sequence. Called before prompts, so that no prompt makes them wait.
+
+        leave_room: leave a part of the floods' tokens to the floods' prompts. Called again without it after the
+        prompts, to hand out what those left.
+        """
         rest = [sequence for sequence in self.running if sequence.arrival_number not in chosen]
         for sequence in share.decoding_in_turn(rest):
             if sequence.status is not Status.RUNNING or not share.has_turn(sequence, leave_room=leave_room):
@@ -261,11 +267,12 @@ class Scheduler:
                 share.take_decoding(sequence)
 
     def _make_room(self, sequence: Sequence, num_new: int, chosen: dict[int, ScheduledSequence]) -> bool:
-        """Blocks for the next `num_new` positions, taken from others where none are free. False: not now."""
+        """Give a sequence blocks for its next `num_new` positions; if too few are free, preempt others. Returns False
+        if it gets none in this step."""
         while not self.blocks.allocate(sequence, sequence.num_computed_tokens + num_new):
             victim = self.turns.put_out_first(self.running)[1]
             if victim is self.running[0]:
-                # It is alone, so all blocks are its own or free: only a fault can refuse it, and that passes.
+                # It runs alone, and one sequence always fits. Only a fault of the block manager ends up here.
                 return False
             chosen.pop(victim.arrival_number, None)
             self._preempt(victim)
@@ -276,18 +283,22 @@ class Scheduler:
     def _schedule_prompts(
         self, turns: list[tuple[int, Sequence]], chosen: dict[int, ScheduledSequence], share: StepShare, now: float
     ) -> None:
-        """Spend `share` on prompts, in turn: of those that run, and of those in the queue for whom there is room. Who
-        finds no slot for its adapters lets others pass, and after a while nobody with adapters any more."""
-        refused: set[tuple[str, ...]] = set()  # no slot frees up while we admit: what found none finds none
-        reserved = False  # somebody has waited too long for a slot: no other adapter goes first
-        full_for = LAST + 1  # whoever has this rank or a higher one finds no place or no blocks
+        """Spend `share` on prompts, in the order of `turns`: of running sequences, and of waiting ones that find room.
+
+        A sequence that finds no slot for its adapters lets others start before it. After MAX_PASSED_OVER_STEPS such
+        steps, no sequence with adapters starts before it.
+        """
+        # Admitting never frees an adapter slot: a sequence whose adapters found none need not look again in this step.
+        refused: set[tuple[str, ...]] = set()
+        reserved = False  # a sequence has waited too long for a slot: no other one with adapters starts before it
+        full_for = LAST + 1  # a sequence of this rank or a higher one finds no place or no blocks
         prompts = []
         for rank, sequence in turns:
             if share.for_prompt(sequence) <= 0:
                 continue
             versions = sequence.versions
             if sequence.status is Status.WAITING:
-                # After a preemption nobody starts: who was just put out would come straight back in.
+                # After a preemption no sequence starts: the one that was just preempted would come straight back.
                 if rank >= full_for or self.counts.num_preempted or (versions and reserved):
                     continue
                 if versions in refused or (versions and not self.residency.can_place(versions)):
@@ -306,19 +317,20 @@ class Scheduler:
                 prompts.append(sequence)
                 share.take_prompt(sequence, num_new)
         for sequence in prompts:
-            if sequence.arrival_number in chosen:  # it was not put out again
+            if sequence.arrival_number in chosen:  # it was not preempted again
                 self.turns.serve(sequence)
 
     def _in_turn(self) -> list[tuple[int, Sequence]]:
-        """(rank, sequence) of all prompts that run or wait, whose turn it is first; background work last, but not for
-        ever."""
+        """(rank, sequence) of all prompts that run or wait, in the order of their turns. Background requests come last,
+        until they were passed over in MAX_PASSED_OVER_STEPS steps."""
         last = [s for s in self.waiting if s.request.background and s.num_passed_over <= MAX_PASSED_OVER_STEPS]
         for sequence in last:
             sequence.num_passed_over += not self.counts.num_preempted
         return self.turns.in_order(self.running, self.waiting, last)
 
     def _admit_in_turn(self, sequence: Sequence, rank: int, chosen: dict[int, ScheduledSequence]) -> bool:
-        """Start a sequence, if need be in place of some whose rank is higher: one of an adapter that has more."""
+        """Start a sequence of rank `rank`. If it finds no room, preempt running ones of a higher rank: their adapters
+        have more requests. Returns whether it started."""
         while len(self.running) >= self.limits.max_num_seqs or not self._admit(sequence):
             if not self.running:
                 return False
@@ -330,8 +342,8 @@ class Scheduler:
         return True
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Start a sequence if there are blocks for all of its tokens, one more, and a block for each that runs
-        already: with less, one of them would soon be put out again. Else change nothing."""
+        """Start a sequence if there are blocks for all of its tokens, for one more, and one block for each running
+        sequence: with fewer, one of them would soon be preempted. Otherwise return False and change nothing."""
         prefix = self.blocks.find_prefix(sequence)
         self.blocks.take_prefix(sequence, prefix)
         num_tokens = min(sequence.num_tokens + 1, self.limits.max_model_len)
@@ -352,7 +364,7 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Take a sequence's blocks and pins back; it returns to its place in the queue and is recomputed."""
+        """Take a sequence's blocks and adapter slots. It returns to its place in the queue and is computed again."""
         self.running.remove(sequence)
         self._give_back(sequence)
         sequence.num_preemptions += 1
@@ -365,7 +377,7 @@ class Scheduler:
         self._outputs.append(output)
 
     def _release(self, sequence: Sequence, reason: FinishReason) -> None:
-        """The one way out of the scheduler."""
+        """Take an ending sequence out of the scheduler and free all that it holds. Every end comes through here."""
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
             self._give_back(sequence)

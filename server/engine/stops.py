@@ -1,37 +1,31 @@
-"""What ends a request: its stop strings, as control tokens and as texts that are searched for, and its last token.
+"""How a request ends: by stop strings (searched for in the text, or control tokens), or by its latest token.
 
 Knows no HTTP and no model. Called by the API and by `guanaco generate`, and by the scheduler for every token.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 from guanaco.models.error_codes import ErrorCode
+from guanaco.models.text.tokenizer import Tokenizer
 from guanaco.server.engine.request import FinishReason, Sequence
-
-
-class ControlTokens(Protocol):
-    """What is asked of a tokenizer here: which texts are control tokens."""
-
-    def control_id(self, text: str) -> int | None: ...
-    def holds_control(self, text: str) -> bool: ...
 
 
 @dataclass(frozen=True)
 class Stops:
     """The stop strings of one request.
 
-    An answer leaves control tokens out, so a stop string with one would never be found in it. One that is a control
-    token is a stop token, too; where one has other text besides, the search has to see control tokens.
+    Control tokens are left out of an answer, so a stop string that holds one would never be found in it. A stop string
+    that is a control token becomes a stop token, too. If one holds a control token and other text, control tokens must
+    stay in the text that is searched (`see_control`).
     """
 
     strings: tuple[str, ...]
-    tokens: tuple[tuple[int, str], ...]  # (id, stop string) of those that are control tokens
+    tokens: tuple[tuple[int, str], ...]  # (token id, stop string) of the stop strings that are control tokens
     see_control: bool
 
     @classmethod
-    def of(cls, strings: Iterable[str], tokenizer: ControlTokens) -> "Stops":
+    def of(cls, strings: Iterable[str], tokenizer: Tokenizer) -> "Stops":
         unique = tuple(dict.fromkeys(strings))
         tokens = tuple((token, text) for text in unique if (token := tokenizer.control_id(text)) is not None)
         named = {text for _, text in tokens}
@@ -44,18 +38,19 @@ class Stops:
 
 @dataclass(frozen=True)
 class End:
-    """Why a request ends with the token that was drawn last."""
+    """Why a request ends with its latest token."""
 
     reason: FinishReason
-    stop_reason: int | None = None  # the stop token
+    stop_reason: int | None = None  # the stop token's id
     error: ErrorCode | None = None
-    is_in_text: bool = False  # that token is text, and no mark of the end
+    is_in_text: bool = False  # the latest token belongs to the text: it is no eos and no stop token
 
 
 def end_of(sequence: Sequence, token_id: int, eos_ids: frozenset[int], max_model_len: int) -> End | None:
-    """The end that a drawn token makes, None where the request goes on. Its constraint takes the token in here, once.
+    """The end that a sampled token makes; None if the request goes on. Moves the request's constraint on by the token,
+    so it must be called once per token.
 
-    A constraint that is complete ends the request as an eos would, before min_tokens too: nothing else can come.
+    A complete constraint ends the request as an eos would, even before min_tokens: no token can follow.
     """
     params, num_output_tokens = sequence.request.params, sequence.num_output_tokens
     if num_output_tokens >= params.min_tokens:

@@ -1,14 +1,16 @@
-"""Whose turn it is: adapters take turns, and each one's own requests go in order of arrival.
+"""The order of requests: adapters take turns, and the requests of one adapter go in order of arrival.
 
-The base is an adapter like any other here, and so is each mixture. Prompts: first the oldest of each adapter that has
-any, then the second ones, and so on; among equals, the adapter goes first whose prompts were computed least recently,
-and what is new counts from when it came. Places and KV blocks: a request's *rank* is how many of its adapter's are
-before it, running ones first; who finds no room gets that of the highest rank, if that is higher than its own. So what
-there is is divided evenly among the adapters that want it, whoever came first and with how many, and nothing is kept
-free for those that want none. Each adapter's oldest request has rank 0 and is not put out by newcomers, so everybody
-gets on.
+The base model counts as an adapter here, and so does each combination of adapters.
 
-Pure: no clock, no randomness. Used by the scheduler.
+Prompts: the oldest prompt of each adapter goes first, then the second ones, and so on. Among these, the adapter goes
+first whose prompts were computed the longest ago; a new request counts from its arrival.
+
+Places and KV blocks: a request's *rank* is the number of requests of its adapter before it, running ones first. A
+sequence that finds no room preempts the running sequence with the highest rank, provided that rank is higher than its
+own. So places are divided evenly among the adapters that want them, and none is kept free for others. The oldest
+request of each adapter has rank 0 and is never preempted for a newcomer, so every request finishes.
+
+No clock, no randomness. Used by the scheduler.
 """
 
 from collections import Counter
@@ -16,34 +18,34 @@ from collections.abc import Collection, Iterable
 
 from guanaco.server.engine.request import Sequence, Status
 
-LAST = 1 << 30  # rank of background work: it starts after everybody else's, and puts nobody out
-_FORGET_EVERY = 256  # steps between two looks for adapters that nobody uses any more
+LAST = 1 << 30  # rank of background requests: they start after all others, and preempt none
+_FORGET_EVERY = 256  # after so many steps, adapters without open requests are forgotten
 
 
 class Turns:
-    """Counts steps, and remembers when each adapter's prompts were computed last."""
+    """Counts steps, and remembers in which step each adapter's prompts were last computed."""
 
     def __init__(self) -> None:
         self.num_steps = 0
-        self.num_open: Counter[tuple[str, ...]] = Counter()  # by versions, of those that `in_order` was told of last
-        self._served: dict[tuple[str, ...], int] = {}  # by versions
+        self.num_open: Counter[tuple[str, ...]] = Counter()  # versions → sequences in the last call of `in_order`
+        self._served: dict[tuple[str, ...], int] = {}  # versions → the step in which their prompts were last computed
 
     def begin_step(self, sequences: Collection[Sequence]) -> None:
-        """sequences: all that are unfinished; of adapters without any, nothing is remembered for long."""
+        """Count a step. sequences: all unfinished ones; adapters without any are forgotten after a while."""
         self.num_steps += 1
         if self.num_steps % _FORGET_EVERY == 0:
             alive = {sequence.versions for sequence in sequences}
             self._served = {versions: step for versions, step in self._served.items() if versions in alive}
 
     def serve(self, sequence: Sequence) -> None:
-        """Tokens of its prompt are computed in this step."""
+        """Enter that tokens of a sequence's prompt are computed in this step."""
         self._served[sequence.versions] = self.num_steps
 
     def in_order(
         self, running: Iterable[Sequence], waiting: Iterable[Sequence], last: Collection[Sequence]
     ) -> list[tuple[int, Sequence]]:
-        """(rank, sequence) of all whose prompts are not computed yet, whose turn it is first; those in `last` after
-        the others. A sequence that recomputes what it wrote has a prompt, too."""
+        """(rank, sequence) of all sequences with prompts to compute, in the order of their turns; those in `last` come
+        after the others. A preempted sequence computes its output again: that counts as a prompt, too."""
         ranks: Counter[tuple[str, ...]] = Counter()
         num_prompts: Counter[tuple[str, ...]] = Counter()
         turns = []
@@ -63,22 +65,24 @@ class Turns:
         return [(rank, sequence) for _, rank, sequence in turns]
 
     def floods(self, num_seqs: int) -> frozenset[tuple[str, ...]]:
-        """Versions of the adapters with so many open requests or more, as of the last `in_order`."""
+        """The versions of adapters that had at least `num_seqs` unfinished requests in the last `in_order`."""
         return frozenset(versions for versions, count in self.num_open.items() if count >= num_seqs)
 
     @staticmethod
     def newcomers(
         turns: Iterable[tuple[int, Sequence]], floods: frozenset[tuple[str, ...]]
     ) -> list[tuple[int, Sequence]]:
-        """Of what `in_order` said, who gets a step without the others while there are floods: the first of each other
-        adapter. Every other step at most, and within the prompts' share: those who decode wait no longer than for
-        prompts in a step of their own."""
+        """The entries of `turns` that get a step of their own while adapters flood: the oldest of each other adapter.
+
+        The scheduler gives them at most every other step, within the prompts' share, so that decoding sequences wait no
+        longer than for prompts in an ordinary step.
+        """
         return [(rank, sequence) for rank, sequence in turns if rank == 0 and sequence.versions not in floods]
 
     @staticmethod
     def put_out_first(running: Iterable[Sequence]) -> tuple[int, Sequence]:
-        """The rank and the sequence whose blocks and place others get first: the youngest of the highest rank. It is
-        the oldest of all only where that is alone."""
+        """(rank, sequence) of the running sequence that is preempted first: the youngest of the highest rank. That is
+        the oldest of all only if it runs alone."""
         ranks: Counter[tuple[str, ...]] = Counter()
         found = None
         for sequence in running:  # in order of arrival

@@ -305,14 +305,8 @@ def test_an_aborted_request_lets_its_constraint_go(setting: Setting) -> None:
 
 
 def test_a_stream_shows_the_last_token_of_a_text_that_is_whole() -> None:
-    class Owner:
-        decoder = FakeTokenizer()
-
-        def forget(self, request_id: str, *, abort: bool) -> None:
-            pass
-
     for ends_in_text, text in ((True, "ab"), (False, "a")):
-        stream = RequestStream(Owner(), Request("r", (1,), SamplingParams(max_tokens=9)))
+        stream = RequestStream(Request("r", (1,), SamplingParams(max_tokens=9)), FakeTokenizer(), lambda *_: None)
         taken: list[Any] = []
         stream.listen(taken.append)
         stream.deliver(TokenOutput("r", (ord("a"),)))

@@ -9,13 +9,18 @@ from guanaco.server.engine.request import Request, ScheduledBatch, ScheduledSequ
 from guanaco.server.engine.scheduler import MAX_PASSED_OVER_STEPS, Scheduler
 from guanaco.server.engine.step_share import PREFILL_SHARE_WHILE_DECODING, StepShare
 from guanaco.server.engine.turns import LAST
+from support.simulation.simulated_world import SeededFaults
 
 
 class CheckedScheduler(Scheduler):
-    """The scheduler, with each of its decisions checked against its limits, and against whose turn it is."""
+    """The scheduler, with each of its decisions checked against its limits, and against whose turn it is.
 
-    def __init__(self, *args: object, **options: object) -> None:
-        super().__init__(*args, **options)
+    `faults` make it preempt a sequence without need at times: that is within its rights, and others must cope.
+    """
+
+    def __init__(self, *args: object, faults: SeededFaults) -> None:
+        super().__init__(*args)
+        self._faults = faults
         self.num_steps = self.num_overtaken = self.num_newcomers = self.num_limited = 0
         self.last_computed: dict[int, int] = {}  # arrival number → step
         self.last_served: dict[tuple[str, ...], int] = {}
@@ -60,6 +65,12 @@ class CheckedScheduler(Scheduler):
             assert not starved or starved == before[:1], "a running sequence did not get its next token"
         self.last_computed.update({item.sequence.arrival_number: self.num_steps for item in batch.sequences})
         return batch
+
+    def _in_turn(self) -> list[tuple[int, Sequence]]:
+        """Called once a step, before anything is handed out."""
+        if len(self.running) > 1 and self._faults.preempt_now():
+            self._preempt(self.turns.put_out_first(self.running)[1])
+        return super()._in_turn()
 
     def _check_floods(self, batch: ScheduledBatch, decoding: list[Sequence], starved: list[Sequence]) -> None:
         """They have their part of the step, all of it while they can use it, and each of them in turn."""

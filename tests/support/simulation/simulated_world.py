@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from random import Random
 
 from guanaco.adapters.residency.slot_table import SlotTable
-from guanaco.server.engine.block_manager import BlockManager, Faults
+from guanaco.server.engine.block_manager import BlockManager
 from guanaco.server.engine.request import SampledToken, ScheduledBatch, Sequence
 from support.simulation.fake_runner import FakeRunner
 from support.simulation.simulated_adapters import SimulatedAdapters
@@ -66,8 +66,8 @@ class World:
         )
 
 
-class SeededFaults(Faults):
-    """Faults of ledger and scheduler, as often as `chance` says; `num_fired` tells whether this step had any."""
+class SeededFaults:
+    """Faults of ledger and scheduler, as often as `chance` says. `num_fired` counts those of this step."""
 
     def __init__(self, random: Random, chance: float) -> None:
         self._random = random

@@ -84,7 +84,7 @@ class Simulation:
         )
         self.host = HostTable(world.host_room)
         self.scheduler = CheckedScheduler(
-            limits, self.blocks, ResidencyLedger(self.slots, self.host), frozenset({EOS_ID}), self.faults
+            limits, self.blocks, ResidencyLedger(self.slots, self.host), frozenset({EOS_ID}), faults=self.faults
         )
         self.engine = Engine(self.scheduler, self.runner, clock=lambda: self.now)
         self.clients: dict[str, Client] = {}  # open ones

@@ -95,16 +95,10 @@ def test_the_stop_reason_is_the_stop_string(include: bool) -> None:
     from guanaco.server.engine.request import FinishReason, Request, TokenOutput
     from guanaco.server.engine.request_stream import RequestStream
 
-    class Owner:
-        decoder = make_state().tokenizer
-
-        def forget(self, request_id: str, *, abort: bool) -> None:
-            pass
-
     params = SamplingParams(
         4, stop_token_ids=frozenset({END}), stop_token_texts=((END, END_TEXT),), include_stop_str=include
     )
-    stream = RequestStream(Owner(), Request("r", (BOS,), params))
+    stream = RequestStream(Request("r", (BOS,), params), make_state().tokenizer, lambda *_: None)
     outputs: list[Any] = []
     stream.listen(outputs.append)
     stream.deliver(TokenOutput("r", (END,), finish_reason=FinishReason.STOP, stop_reason=END))
