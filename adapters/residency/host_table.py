@@ -1,18 +1,19 @@
-"""The ledger of host memory: which adapter versions are in it, which are being read, who holds them, who goes first.
+"""The ledger of host memory: which adapter versions are in it or being read, how many requests hold each of them, and
+which is evicted first.
 
-Plain integers and strings: no torch, no clock, no threads; the copies are the registry's, the reading is
-`server.adapters.tiers`'. A part of the ledger of residency (`ledger`), which alone changes it; others may look.
+Plain integers and strings: no torch, no clock, no threads. The registry has the copies, `server.adapters.tiers` reads
+them. A part of the ledger of residency (`ledger`): only that changes it, others may read it.
 
-How that uses it:
+How the ledger uses it:
 
-    moves = table.pin(versions)       # there is room for all of them, or None; those that are away are to be read
-    table.is_ready(versions)          # … and have been: the request may run
-    table.read_done(version, ok)      # its copy is there, or could not be had
+    moves = table.pin(versions)       # holds all of them and returns the reads to make; None: there is no room
+    table.read_done(version, ok)      # a read has ended
+    table.is_ready(versions)          # all of them are in memory: the request may run
     table.unpin(versions)             # the request ended: exactly once per successful pin
 
-A version stays after the last unpin, most recently used last, until another one needs its bytes; one that an operator
-wants kept (`keep`) is not evicted for others. One that the table was
-never told of (`add`) is none of its business: it counts as ready, and takes nothing.
+After the last unpin a version stays until another one needs its bytes; the least recently used goes first. A version
+that an operator keeps (`keep`) is not evicted for others. A version that was never added (`add`) counts as ready and
+takes no bytes.
 """
 
 from collections import Counter
@@ -22,26 +23,27 @@ from guanaco.adapters.residency.moves import Evict, Moves, Read
 
 
 class HostTable:
-    """At most `limit_bytes` of adapter versions in host memory; least recently used first to go, pinned never."""
+    """At most `limit_bytes` of adapter versions in host memory. The least recently used is evicted first, a pinned one
+    never."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
-        self.num_bytes = 0  # of what is here or being read
+        self.num_bytes = 0  # of the versions that are here or being read
         self.num_evictions = 0  # running totals, for metrics
         self.num_reads = 0
-        self._sizes: dict[str, int] = {}  # every version that we were told of
+        self._sizes: dict[str, int] = {}  # version → bytes, of every version that was added
         self._here: set[str] = set()
         self._reading: set[str] = set()  # their bytes are taken already
-        self._permanent: set[str] = set()  # here, and nowhere else: never evicted for another one
-        self._kept: set[str] = set()  # here or being read, and not to be evicted, since an operator says so
+        self._permanent: set[str] = set()  # here, and in no store: never evicted for another one
+        self._kept: set[str] = set()  # here or being read; an operator keeps them from eviction
         self._pins: Counter[str] = Counter()  # counts above zero only
         self._idle: dict[str, None] = {}  # here, unpinned, evictable; insertion order is least recently used first
 
     def add(self, version: str, num_bytes: int, *, is_here: bool = False, is_permanent: bool = False) -> bool:
-        """Tell of a version; one that is known stays as it is. False, and nothing changed, where there is no room:
-        for one that is not here yet, where what is pinned leaves too little.
+        """Add a version. One that is known stays as it is. Returns False, and changes nothing, if there is no room
+        beside the pinned versions.
 
-        is_here: its copy is in memory already. is_permanent: … and must stay, since nothing else has it.
+        is_here: its copy is in memory already. is_permanent: the copy must also stay, since no store has it.
         """
         if version in self._sizes:
             return True
@@ -60,14 +62,16 @@ class HostTable:
         return True
 
     def remove(self, version: str) -> None:
-        """Forget a version that was evicted, or was never here."""
+        """Forget a version that is neither here nor being read."""
         assert version not in self._here | self._reading, f"a version is forgotten while it is here: {version}"
         self._sizes.pop(version, None)
 
     def pin(self, versions: Iterable[str]) -> Moves | None:
-        """Hold every version once more, or change nothing and return None where there is no room for those that are
-        away. Others are evicted for them, and they are to be read, each once however many wait for it. A version named
-        twice counts once."""
+        """Hold every version once more. Returns the moves: others to evict, and the versions to read that are not here.
+        Each is read once, however many requests wait for it. A version named twice counts once.
+
+        Returns None, and changes nothing, if there is no room.
+        """
         wanted = [version for version in dict.fromkeys(versions) if version in self._sizes]
         missing = [version for version in wanted if version not in self._here and version not in self._reading]
         needed = self.num_bytes + sum(self._sizes[version] for version in missing) - self.limit_bytes
@@ -93,7 +97,7 @@ class HostTable:
         return (*evicted, *(Read(version) for version in missing))
 
     def unpin(self, versions: Iterable[str]) -> None:
-        """Take back one pin of each version; one that has none left becomes the most recently used to evict."""
+        """Take back one pin of each version. A version without pins may be evicted, as the most recently used."""
         for version in dict.fromkeys(versions):
             if version not in self._sizes:
                 continue
@@ -104,7 +108,8 @@ class HostTable:
                 self._settle(version)
 
     def keep(self, version: str) -> Moves | None:
-        """From now on a version is not evicted for others; one that is away is read. None where there is no room."""
+        """Keep a version from eviction from now on. Returns the moves, which read it if it is not here; None if there
+        is no room."""
         if version not in self._sizes:
             return ()
         moves = self.pin([version])
@@ -119,13 +124,13 @@ class HostTable:
         self._settle(version)
 
     def is_ready(self, versions: Iterable[str]) -> bool:
-        """Whether a copy of each is in memory. Any thread may ask."""
+        """Whether all versions are in host memory. Any thread may ask."""
         return all(version in self._here or version not in self._sizes for version in versions)
 
     def can_ever_fit(self, versions: Iterable[str], *, beside_others: bool = False) -> bool:
-        """Whether these versions fit at the same time when nobody else holds any. Any thread may ask.
+        """Whether these versions fit together when no request holds any other. Any thread may ask.
 
-        beside_others: … while what an operator keeps stays, and what is being read now still is.
+        beside_others: also leave room for the versions that an operator keeps and for those being read now.
         """
         wanted = set(versions)
         others = self._permanent - wanted
@@ -134,7 +139,8 @@ class HostTable:
         return sum(self._sizes.get(version, 0) for version in wanted | others) <= self.limit_bytes
 
     def read_done(self, version: str, *, is_here: bool) -> None:
-        """A read has ended; with `is_here` False its bytes are free again, and whoever holds it must let go."""
+        """Enter that a read has ended. is_here False: it failed, its bytes are free again, and the requests that hold
+        the version must unpin it."""
         self._reading.discard(version)
         if is_here:
             self._here.add(version)
@@ -144,7 +150,7 @@ class HostTable:
             self.num_bytes -= self._sizes[version]
 
     def evict(self, version: str) -> Moves | None:
-        """Let a copy go, permanent, kept or not; None where somebody holds it or it is being read."""
+        """Evict a copy, even a permanent or kept one. None if a request holds it or a read of it runs."""
         if self.is_held(version):
             return None
         if version not in self._here:
@@ -159,7 +165,7 @@ class HostTable:
 
     @property
     def kept(self) -> frozenset[str]:
-        """What an operator wants kept, and is."""
+        """The versions that an operator keeps."""
         return frozenset(self._kept)
 
     def num_pins(self, version: str) -> int:
@@ -171,7 +177,8 @@ class HostTable:
 
     @property
     def num_evictable_bytes(self) -> int:
-        """Bytes that a new version could have: free ones, and those of copies that nobody holds. Any thread may ask."""
+        """Bytes that a new version could get: free ones, and those of copies that may be evicted. Any thread may
+        ask."""
         return self.limit_bytes - self.num_bytes + sum(self._sizes.get(version, 0) for version in list(self._idle))
 
     def check(self) -> None:
@@ -187,7 +194,7 @@ class HostTable:
         assert self.num_bytes <= max(self.limit_bytes, permanent), "more bytes than there may be"
 
     def _settle(self, version: str) -> None:
-        """Now the most recently used that may be evicted, if it may be at all."""
+        """Put a version at the end of the eviction order, if it may be evicted at all."""
         is_held = version in self._pins or version in self._permanent or version in self._kept
         if version in self._here and not is_held:
             self._idle.pop(version, None)

@@ -1,13 +1,13 @@
 """Where each adapter version is: on disk, in host memory, on the device. Each change returns the moves that it takes.
 
-The moves must be made in the order in which they are returned, before the next step's forward pass. Nothing else has to
-be remembered. Its parts are the table of host memory and the table of adapter slots. Plain integers and strings: no
-torch, no clock, no threads. Called by the scheduler and its simulator, from one thread; others may look.
+The moves must be made in the order in which they are returned, before the next step's forward pass. The caller need not
+remember anything else. Its parts are the table of host memory and the table of adapter slots. Plain integers and
+strings: no torch, no clock, no threads. The scheduler and its simulator call it from one thread; others may only read.
 
 How a scheduler uses it:
 
     ledger.enter(versions)            # a request that names them is queued
-    moves = ledger.hold(versions)     # there is room for them in host memory, or None; those on disk are read
+    moves = ledger.hold(versions)     # holds them in host memory and returns the reads; None: there is no room
     moves = ledger.read_done(...)     # a read has ended
     ledger.place(versions)            # the request starts to run: each has an adapter slot, or False
     moves = ledger.step_moves()       # once a step, when it is decided: slots to empty, copies to make
@@ -28,19 +28,19 @@ class ResidencyLedger:
     """All adapter versions of one engine. A version that it was never told of (`add`) counts as in host memory."""
 
     def __init__(self, slots: SlotTable, host: HostTable | None = None) -> None:
-        """host: none where all adapters stay in memory."""
+        """host: None if all adapters stay in host memory."""
         self.slots = slots
         self.host = host or HostTable(0)
-        self._named: Counter[str] = Counter()  # by how many unfinished requests; counts above zero only
-        self._leaving: set[str] = set()  # to be forgotten as soon as nobody names them and no read of them runs
+        self._named: Counter[str] = Counter()  # version → unfinished requests that name it; counts above zero only
+        self._leaving: set[str] = set()  # to be forgotten as soon as no request names them and no read of them runs
 
     def add(
         self, version: str, num_bytes: int, device_bytes: int, *, is_here: bool = False, is_permanent: bool = False
     ) -> bool:
-        """Tell of an adapter version (as `HostTable.add`) and its bytes in the device's arena. One that was to be
-        forgotten stays.
+        """Add an adapter version, as `HostTable.add` does, with its bytes in the device's arena. Revokes an earlier
+        `forget`.
 
-        Returns False, and changes nothing, where there is no room for it.
+        Returns False if there is no room for it; then it is not added.
         """
         self._leaving.discard(version)
         if self.host.is_known(version):
@@ -53,7 +53,8 @@ class ResidencyLedger:
         return True
 
     def add_version(self, message: AddVersion) -> tuple[bool, Moves]:
-        """Tell of an adapter version, or keep one in host memory, or let it go again; whether there was room."""
+        """Carry out an AddVersion: add a version, and keep it in host memory or stop keeping it. Returns whether there
+        was room, and the moves."""
         if message.is_kept is False:
             self.unkeep(message.version)
             return True, ()
@@ -63,7 +64,7 @@ class ResidencyLedger:
         return moves is not None, moves or ()
 
     def keep(self, version: str) -> Moves | None:
-        """From now on a version stays in host memory; None where there is no room."""
+        """Keep a version in host memory from now on. Returns the moves; None if there is no room."""
         return self._off_device(self.host.keep(version))
 
     def unkeep(self, version: str) -> None:
@@ -71,12 +72,13 @@ class ResidencyLedger:
         self.host.release(version)
 
     def forget(self, version: str) -> Moves:
-        """Take a version off device and host as soon as no request names it; the last move of it says so."""
+        """Take a version off device and host memory as soon as no request names it. Its last move, now or later, is an
+        Evict with `is_forgotten`."""
         self._leaving.add(version)
         return self._finish(version)
 
     def check_fits(self, versions: Collection[str]) -> None:
-        """ValueError for versions that never fit at the same time, with the numbers. Any thread may call it."""
+        """Raise ValueError, with the numbers, for versions that can never fit together. Any thread may call it."""
         wanted, slots, host = set(versions), self.slots, self.host
         if not slots.can_ever_fit(wanted):
             places = f"{slots.num_slots} slots and {slots.num_bytes} bytes of the device"
@@ -85,15 +87,17 @@ class ResidencyLedger:
             raise ValueError(f"{len(wanted)} adapters in one request: {host.limit_bytes} bytes do not hold them")
 
     def enter(self, versions: Collection[str]) -> None:
-        """An unfinished request names these versions: they are not forgotten before it leaves."""
+        """Enter that an unfinished request names these versions. They are not forgotten before its `leave`."""
         self._named.update(set(versions))
 
     def hold(self, versions: Collection[str]) -> Moves | None:
-        """Hold versions in host memory, all of them once more; None, and nothing changed, where there is no room."""
+        """Hold versions in host memory, each once more. Returns the moves; None, with nothing changed, if there is no
+        room."""
         return self._off_device(self.host.pin(versions))
 
     def leave(self, versions: Collection[str], *, holds: bool) -> Moves:
-        """A request that named these versions has ended. holds: `hold` was successful for it."""
+        """Enter that a request that named these versions has ended. holds: it held them by `hold`. Returns the
+        moves."""
         if holds:
             self.host.unpin(versions)
         moves: list[Move] = []
@@ -105,12 +109,14 @@ class ResidencyLedger:
         return tuple(moves)
 
     def read_done(self, version: str, *, is_here: bool) -> Moves:
-        """A read has ended; with `is_here` False its bytes are free again, and whoever holds it must leave."""
+        """Enter that a read has ended. is_here False: it failed, its bytes are free again, and the requests that hold
+        the version must `leave`. Returns the moves."""
         self.host.read_done(version, is_here=is_here)
         return self._finish(version)
 
     def place(self, versions: Collection[str]) -> bool:
-        """Give each version an adapter slot and hold it there; False, and nothing changed, where there is no room."""
+        """Give each version an adapter slot and hold it there. Returns False, and changes nothing, if there is no
+        room."""
         return self.slots.pin(versions) is not None
 
     def can_place(self, versions: Collection[str]) -> bool:
@@ -118,11 +124,11 @@ class ResidencyLedger:
         return self.slots.plan(versions) is not None
 
     def unplace(self, versions: Collection[str]) -> None:
-        """Take `place` back. The versions stay in their slots until others need these."""
+        """Take back one `place`. The versions stay in their slots until others need the slots."""
         self.slots.unpin(versions)
 
     def slots_of(self, versions: Iterable[str]) -> dict[str, int]:
-        """version → adapter slot, in order of the versions. All of them are placed."""
+        """version → adapter slot, in the order given. All versions must be placed."""
         found = {}
         for version in sorted(set(versions)):
             slot = self.slots.slot_of(version)
@@ -136,11 +142,12 @@ class ResidencyLedger:
         return (*evicted, *(Copy(version, slot) for slot, version in self.slots.take_loads()))
 
     def copy_failed(self, slot: int) -> None:
-        """A copy could not be made: the slot's content is unknown, and `step_moves` says it again while wanted."""
+        """Enter that a copy could not be made. `step_moves` returns it again as long as a sequence needs the
+        version."""
         self.slots.load_failed(slot)
 
     def is_ready(self, versions: Iterable[str]) -> bool:
-        """Whether a copy of each is in host memory. Any thread may ask."""
+        """Whether all versions are in host memory. Any thread may ask."""
         return self.host.is_ready(versions)
 
     def tier(self, version: str) -> str:
@@ -160,7 +167,7 @@ class ResidencyLedger:
         assert len(held) == len(self._leaving), "nobody is in the way of a version that is to be forgotten"
 
     def _finish(self, version: str) -> Moves:
-        """Forget a version that is to be forgotten, if nobody is in the way."""
+        """Forget a version in `_leaving`, unless a request names it or a read of it runs. Returns the moves."""
         if version not in self._leaving or version in self._named:
             return ()
         evicted = self.host.evict(version)
@@ -173,7 +180,8 @@ class ResidencyLedger:
         return (Evict(version, slot, from_host=bool(evicted), is_forgotten=True),)
 
     def _off_device(self, moves: Moves | None) -> Moves | None:
-        """A version that leaves host memory leaves the device, too: on a CPU they are the same bytes."""
+        """The moves, changed so that a version that leaves host memory leaves its slot, too: on a CPU the slot holds
+        the same bytes."""
         if moves is None:
             return None
         return tuple(

@@ -1,4 +1,4 @@
-"""What must be done for the ledgers of residency to be true: plain data, made in the order in which it is listed."""
+"""Moves of adapter versions that the ledgers of residency have decided: plain data, to be carried out in order."""
 
 from dataclasses import dataclass
 
@@ -20,12 +20,12 @@ class Copy:
 
 @dataclass(frozen=True)
 class Evict:
-    """Let a version go: from an adapter slot, from host memory, or from both."""
+    """Remove a version from an adapter slot, from host memory, or from both."""
 
     version: str
-    slot: int | None = None  # to empty; None: it is in none
+    slot: int | None = None  # the slot to empty; None: it is in none
     from_host: bool = False
-    is_forgotten: bool = False  # the version exists no more, as somebody asked for
+    is_forgotten: bool = False  # a `ForgetVersion` is complete: the engine no longer knows the version
 
 
 Move = Read | Copy | Evict

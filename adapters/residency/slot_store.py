@@ -1,9 +1,9 @@
-"""The tensors behind the slot table: each adapter slot's A and B on the device, exact to the rank.
+"""The tensors behind the slot table: the A and B of each adapter slot on the device, with the adapter's own rank.
 
-No policy: it copies what it is told to, between steps, on the engine thread. On the CPU nothing is copied at all: the
-slots hold the host tensors of the adapter, which never change. Another device has an arena of bytes, and the ledger
-says where in it each adapter lies; kernels may keep the addresses as long as somebody holds it. Called by the model
-runner.
+It makes no decisions: the engine's thread tells it between steps what to copy. On a CPU nothing is copied: the slots
+hold the host tensors of the adapter, which never change. Other devices have an arena of bytes, and the ledger decides
+where in it each adapter lies. Kernels may keep the addresses as long as a sequence holds the adapter. Called by the
+model runner.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 from guanaco.adapters.peft.weights import LoadedAdapter
 from guanaco.kernels.lora_batch import LoraPair, LoraTable
 
-ALIGNMENT = 256  # bytes: where each matrix in the arena begins; enough for any kernel's widest loads
+ALIGNMENT = 256  # bytes: each matrix in the arena begins at a multiple; enough for the widest loads of any kernel
 
 
 class SlotStore:
@@ -48,7 +48,7 @@ class SlotStore:
         self._keys: dict[int, list[tuple[int, int]]] = {}  # slot → its keys in the table
 
     def bytes_of(self, adapter: LoadedAdapter) -> int:
-        """What an adapter takes of the arena; 0 where there is none."""
+        """How many bytes of the arena an adapter takes; 0 if there is no arena."""
         if self._arena is None:
             return 0
         width = self._element_bytes
@@ -57,7 +57,7 @@ class SlotStore:
 
     @property
     def table(self) -> LoraTable:
-        """The table of all slots, keyed (module, slot). The same object always: a batch may keep it for its step."""
+        """The table of all slots, keyed by (module, slot). Always the same object: a batch may keep it for its step."""
         return self._table
 
     @property
@@ -66,9 +66,9 @@ class SlotStore:
         return sum(pair.a.nbytes + pair.b.nbytes for pair in list(self._table.pairs.values()))
 
     def load(self, slot: int, adapter: LoadedAdapter) -> None:
-        """Put `adapter` into `slot`, in place of whatever was there.
+        """Put `adapter` into `slot`, replacing its content.
 
-        If the device runs out of memory, the slot is left empty and the error passes on.
+        If the device runs out of memory, the slot stays empty and the error is raised.
         """
         self.clear(slot)
         placed = self._place(list(adapter.pairs.values()))
@@ -89,7 +89,7 @@ class SlotStore:
         self._table.changes += 1
 
     def _into_arena(self, pairs: Sequence[LoraPair], arena: Tensor, offset: int) -> list[LoraPair]:
-        """One after the other from `offset` on, each matrix contiguous."""
+        """Copy the pairs into the arena, one after the other from `offset` (bytes) on, each matrix contiguous."""
         views = []
         for matrix in _matrices(pairs):
             view = arena[offset : offset + matrix.nbytes].view(matrix.dtype).view(matrix.shape)

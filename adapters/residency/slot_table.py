@@ -1,25 +1,25 @@
-"""The ledger of device places: which adapter version is in which adapter slot, and where in the device's arena; who
-holds it, and who goes first.
+"""The ledger of adapter slots: which version is in which slot and where in the device's arena, how many sequences hold
+it, and which is evicted first.
 
-Plain integers and strings: no torch, no clock, no randomness; the tensors are `slot_store`'s. A part of the ledger of
-residency (`ledger`), which alone changes it.
+Plain integers and strings: no torch, no clock, no randomness. `slot_store` has the tensors. A part of the ledger of
+residency (`ledger`): only that changes it.
 
-How that uses it:
+How the ledger uses it:
 
-    plan = table.pin(versions)        # a sequence starts to run: all of its versions get a place and a pin, or None
+    plan = table.pin(versions)        # a sequence starts: each of its versions gets a slot and a pin; None: no room
     table.slot_of(version)            # any time while it is pinned; constant until the last unpin
-    table.take_clears()               # once a step, when the batch is decided: slots to empty, and then
-    loads = table.take_loads()        # copies to make before the forward pass
+    table.take_clears()               # once a step, when the batch is decided: the slots to empty
+    loads = table.take_loads()        # … and then the copies to make before the forward pass
     table.unpin(versions)             # the sequence finished, was aborted or preempted: exactly once per successful pin
 
-A version stays in its slot after the last unpin, most recently used last, until another one needs the place or the
-bytes. A sequence that gets None simply stays in the queue; whether it could ever run is `can_ever_fit`, asked at
-admission.
+After the last unpin a version stays in its slot until another one needs the slot or the bytes; the least recently used
+goes first. A sequence that gets None stays in the queue. `can_ever_fit` was asked before, so it will run at last.
 
-Bytes are exact to the rank: each version lies in one piece, in the first gap that is large enough, and does not move
-while anybody holds it (kernels and captured graphs keep addresses). So gaps may be too small for a version although
-all of them together are not; then those are evicted that nobody holds, and where that does not help it waits for those
-that run. On a device that is the host (a CPU) nothing is copied: there no sizes are told, and only places count.
+In the arena, each version takes the bytes of its own rank, in one piece, in the first gap that is large enough. It does
+not move while a sequence holds it, since kernels and captured graphs keep addresses. So every gap may be too small for
+a version although all gaps together are not. Then versions that no sequence holds are evicted; if that does not help,
+the version waits for running sequences. On a CPU nothing is copied, so sizes are zero and only the number of slots
+limits.
 """
 
 from collections.abc import Iterable, Mapping
@@ -28,17 +28,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SlotPlan:
-    """Where versions are or would be, and what that takes."""
+    """The slots of versions, and what must change to get them."""
 
     slots: dict[str, int]  # version → adapter slot, for each version asked for
     loads: tuple[tuple[int, str], ...]  # (slot, version) for those that are not resident yet
-    evicted: tuple[str, ...]  # versions that lose their place for it; none of them is pinned
-    offsets: Mapping[str, int]  # where those that are not resident yet are to lie in the arena, if they take bytes
+    evicted: tuple[str, ...]  # versions that lose their slot; none of them is pinned
+    offsets: Mapping[str, int]  # byte offsets in the arena of the versions to load, if they take bytes
 
 
 class SlotTable:
-    """`num_slots` places, each empty or holding one adapter version, and an arena of `num_bytes` for all of them
-    together; least recently used first to go, pinned never."""
+    """`num_slots` slots, each empty or with one adapter version, and an arena of `num_bytes` for all of them together.
+    The least recently used version is evicted first, a pinned one never."""
 
     def __init__(self, num_slots: int, num_bytes: int = 0) -> None:
         assert num_slots >= 0
@@ -46,29 +46,29 @@ class SlotTable:
         self.num_bytes = num_bytes
         self.num_evictions = 0  # running totals, for metrics
         self.num_loads = 0
-        self._versions: list[str | None] = [None] * num_slots  # what belongs in each slot
-        self._stored: list[str | None] = [None] * num_slots  # what the storage has been told to put there
+        self._versions: list[str | None] = [None] * num_slots  # the version that belongs in each slot
+        self._stored: list[str | None] = [None] * num_slots  # the version that the storage was last told to put there
         self._slots: dict[str, int] = {}
-        self._sizes: dict[str, int] = {}  # of the versions that take bytes of the arena
-        self._offsets: dict[str, int] = {}  # where they lie in it: resident ones only
-        self._vacated: dict[int, str] = {}  # slots that lost their version to another one's bytes → that version
+        self._sizes: dict[str, int] = {}  # version → bytes of the arena, if it takes any
+        self._offsets: dict[str, int] = {}  # version → byte offset in the arena; resident versions only
+        self._vacated: dict[int, str] = {}  # slot → the version evicted from it because another needed its bytes
         self._pins: dict[str, int] = {}  # resident versions only, and only counts above zero
         self._unpinned: dict[str, None] = {}  # resident without a pin; insertion order is least recently used first
 
     def set_size(self, version: str, num_bytes: int) -> None:
-        """Tell how many bytes of the arena a version takes, before it is pinned for the first time; 0: forget it."""
+        """Set how many bytes of the arena a version takes, before it is first pinned. 0: forget the version's size."""
         assert version not in self._slots, f"a version changes its size while it is resident: {version}"
         self._sizes.pop(version, None)
         if num_bytes:
             self._sizes[version] = num_bytes
 
     def can_ever_fit(self, versions: Iterable[str]) -> bool:
-        """Whether these versions fit at the same time on an idle device. Any thread may ask."""
+        """Whether these versions fit together on an idle device. Any thread may ask."""
         wanted = set(versions)
         return len(wanted) <= self.num_slots and sum(self._sizes.get(v, 0) for v in wanted) <= self.num_bytes
 
     def plan(self, versions: Iterable[str]) -> SlotPlan | None:
-        """What `pin(versions)` would do now, without doing it; None where too many slots are pinned by others."""
+        """The plan of `pin(versions)`, without carrying it out. None if pinned versions leave too little room."""
         wanted = list(dict.fromkeys(versions))
         missing = [version for version in wanted if version not in self._slots]
         if not missing:
@@ -76,14 +76,16 @@ class SlotTable:
         idle = [version for version in self._unpinned if version not in wanted]
         plan = self._plan(wanted, missing, idle, 0)
         if plan is None and self._sizes:
-            # One of our own may lie where another one needs the gap. If nobody else holds it, it may be copied again.
+            # One of the wanted versions may lie in the gap that another needs. If it has no pin, it may be copied
+            # again.
             ours = [version for version in self._unpinned if version in wanted]
             if ours:
                 plan = self._plan(wanted, missing + ours, ours + idle, len(ours))
         return plan
 
     def _plan(self, wanted: list[str], missing: list[str], victims: list[str], least: int) -> SlotPlan | None:
-        """Places for the missing versions if the first of `victims` go, at least so many and no more than need be."""
+        """A plan for the missing versions that evicts the first of `victims`: at least `least`, and no more than
+        needed. None if there is none."""
         empty = [slot for slot, version in enumerate(self._versions) if version is None]
         num_victims = max(least, len(missing) - len(empty))
         while True:
@@ -101,9 +103,9 @@ class SlotTable:
         return SlotPlan(slots=slots, loads=loads, evicted=tuple(evicted), offsets=offsets)
 
     def pin(self, versions: Iterable[str]) -> SlotPlan | None:
-        """Give every version a place and one more pin each, or change nothing and return None.
+        """Give every version a slot and one more pin. Returns None, and changes nothing, if there is no room.
 
-        A version named twice counts once. The slots that need a copy are also remembered for `take_loads`.
+        A version named twice counts once. `take_loads` later returns the copies that this needs.
         """
         plan = self.plan(versions)
         if plan is None:
@@ -111,7 +113,7 @@ class SlotTable:
         for version in plan.evicted:
             slot = self._remove(version)
             self.num_evictions += 1
-            if version in self._sizes:  # others' bytes may soon be where its own were: it must be copied again
+            if version in self._sizes:  # its bytes may soon be overwritten, so it must be copied again
                 self._stored[slot] = None
                 self._vacated[slot] = version
         for slot, version in plan.loads:
@@ -124,7 +126,7 @@ class SlotTable:
         return plan
 
     def unpin(self, versions: Iterable[str]) -> None:
-        """Take back one pin of each version; one that has none left becomes the most recently used to evict."""
+        """Take back one pin of each version. A version without pins may be evicted, as the most recently used."""
         for version in dict.fromkeys(versions):
             assert self._pins.get(version, 0) > 0, f"unpin of a version that is not pinned: {version}"
             self._pins[version] -= 1
@@ -133,15 +135,16 @@ class SlotTable:
                 self._unpinned[version] = None
 
     def take_clears(self) -> tuple[tuple[int, str], ...]:
-        """Slots that are empty now and were not, with what was in them: each is handed out once."""
+        """(slot, version) of the slots that became empty, with the versions that were in them. Each is returned
+        once."""
         vacated, self._vacated = self._vacated, {}
         return tuple(sorted((slot, version) for slot, version in vacated.items() if self._versions[slot] is None))
 
     def take_loads(self) -> tuple[tuple[int, str], ...]:
-        """The (slot, version) copies that must happen before the next forward pass; each is handed out once.
+        """The (slot, version) copies that must be made before the next forward pass. Each is returned once.
 
-        By slot, so that a place that changed hands twice within one step is copied once, with what it holds now. Only
-        for versions that are pinned: one that failed and that nobody holds any more is not tried again in every step.
+        There is one for each slot, so a slot that changed twice within a step is copied once, with its present version.
+        Only pinned versions are copied: a copy that failed is not tried again when no sequence holds the version.
         """
         loads = tuple(
             (slot, version)
@@ -154,11 +157,12 @@ class SlotTable:
         return loads
 
     def load_failed(self, slot: int) -> None:
-        """The storage could not make this copy: the slot's content is unknown, and is handed out again if wanted."""
+        """Enter that a copy failed: the slot's content is unknown. `take_loads` returns it again while it is pinned."""
         self._stored[slot] = None
 
     def forget(self, version: str) -> int | None:
-        """Drop a version that nothing pins (it was removed); returns the slot it had, for the storage to clear."""
+        """Drop a version that is not pinned. Returns the slot that it had, which the storage must clear; None if it had
+        none."""
         assert version not in self._pins, f"forget of a pinned version: {version}"
         if version not in self._slots:
             return None
@@ -171,7 +175,7 @@ class SlotTable:
         return self._slots.get(version)
 
     def offset_of(self, version: str) -> int:
-        """Where a resident version lies in the arena; 0 for one that takes no bytes."""
+        """The byte offset of a resident version in the arena; 0 if it takes no bytes."""
         return self._offsets.get(version, 0)
 
     @property
@@ -185,7 +189,7 @@ class SlotTable:
 
     @property
     def resident(self) -> dict[str, int]:
-        """version → adapter slot, of all that have a place; a copy."""
+        """version → adapter slot, of all versions that have one. Returns a copy."""
         return dict(self._slots)
 
     def check(self) -> None:
@@ -204,7 +208,8 @@ class SlotTable:
         assert end <= self.num_bytes, "a version lies beyond the arena"
 
     def _lay_out(self, missing: list[str], without: list[str]) -> dict[str, int] | None:
-        """First fit of the missing versions among the resident ones, but for some; None where one finds no gap."""
+        """Byte offsets for the missing versions: first fit in the gaps between the resident ones, of which `without`
+        count as evicted. None if one finds no gap."""
         taken = {offset: self._sizes[version] for version, offset in self._offsets.items() if version not in without}
         offsets = {}
         for version in missing:

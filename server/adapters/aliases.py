@@ -1,7 +1,7 @@
 """Changes of aliases while the server runs: point, re-point, split by weight, rename, roll back, remove.
 
-Each is one step for everybody who asks: before it the old targets, after it the new ones, whose versions are held by
-then. Lives on the event loop; part of the adapter manager.
+Each change is one step: requests before it get the old targets, requests after it the new ones, whose versions are held
+by then. Lives on the event loop; part of the adapter manager.
 """
 
 import asyncio
@@ -28,8 +28,8 @@ class AliasView:
     """What an operator sees of one alias."""
 
     alias: Alias
-    state: str  # ready; degraded: some of its targets are not loaded; dangling: none is
-    versions: Mapping[str, str | None]  # target → what it stands for now; None: not loaded, or an alias
+    state: str  # "ready"; "degraded": some of its targets are not loaded; "dangling": none of them is
+    versions: Mapping[str, str | None]  # target → its current version; None: not loaded, or itself an alias
     num_uses: int  # requests since the start
     last_used: float | None  # seconds since the epoch
 
@@ -47,7 +47,8 @@ class AliasView:
 
 
 class AliasManager:
-    """All changes of one alias table. Coroutines raise AdapterError for what is refused; then nothing changed."""
+    """All changes of one alias table. A coroutine raises AdapterError for a change that is refused; then nothing has
+    changed."""
 
     def __init__(
         self,
@@ -58,7 +59,7 @@ class AliasManager:
         *,
         save: Callable[[], Awaitable[None]],
     ) -> None:
-        """save: write everything down."""
+        """save: writes aliases and names to the registry's file."""
         self.table = table
         self._registry = registry
         self._sources = sources
@@ -72,7 +73,8 @@ class AliasManager:
             return self.table.put(name, targets, now=time.time(), expected=expected_revision)
 
     async def rollback(self, name: str, revision: int | None = None) -> Alias:
-        """Make an alias what it was before its last change, or at an earlier revision: that is a change like others."""
+        """Give an alias the targets that it had before its last change, or at an earlier revision. This is a new
+        revision, as any change is."""
         alias = self._found(name)
         if not alias.history:
             raise AdapterError(ErrorCode.NO_HISTORY, f"{name} has led nowhere else before", "name")
@@ -84,12 +86,12 @@ class AliasManager:
             return self.table.put(name, targets, now=time.time(), expected=alias.now.number)
 
     async def rename(self, name: str, new: str) -> Alias:
-        """Another name for an alias, for all that lead to it too."""
+        """Rename an alias. Other aliases that lead to it follow."""
         async with self._changing():
             return self.table.rename(name, new)
 
     async def remove(self, name: str) -> Alias:
-        """Forget an alias; requests that came by it go on."""
+        """Remove an alias. Requests that named it go on."""
         async with self._changing():
             return self.table.remove(name)
 
@@ -101,18 +103,21 @@ class AliasManager:
         return tuple(self._view(alias) for alias in self.table.all())
 
     async def refresh(self) -> None:
-        """Names came or went: hold what aliases lead to now."""
+        """Hold the versions to which aliases lead now. Called when names were loaded or removed."""
         self.table.refresh()
         for version in self.table.pinned() - self._registry.versions():
             try:
                 async with self._held(version):
                     pass
             except AdapterError as error:
-                logger.warning("an alias leads to version %s, which cannot be had: %s", version[:12], error)
+                logger.warning("an alias leads to version %s, which could not be read: %s", version[:12], error)
 
     @asynccontextmanager
     async def _changing(self, targets: tuple[Target, ...] = ()) -> AsyncIterator[tuple[Target, ...]]:
-        """With other changes waiting, and the targets' versions whole and known; then everything is written down."""
+        """Run a change of the table, alone, and then save.
+
+        Yields the targets with their whole versions, which the registry knows and holds meanwhile.
+        """
         async with self._lock:
             async with AsyncExitStack() as stack:
                 whole = []
@@ -140,7 +145,7 @@ class AliasManager:
 
     @asynccontextmanager
     async def _held(self, version: str) -> AsyncIterator[None]:
-        """With a version known, which is read from the store if need be."""
+        """Hold a version as a load does; it is read from the store if the registry does not know it."""
         is_known = self._registry.hold(version, Holder.LOAD)
         try:
             if not is_known:

@@ -1,7 +1,7 @@
 """Adapters of the Hugging Face Hub as sources: `org/name@revision`, pinned to a commit when it is fetched.
 
-Only the config, the safetensors weights and the profile are ever downloaded. Blocks: whoever calls it has a thread for
-that. Used by the adapter sources, and by `guanaco adapters pull`.
+Only the config, the safetensors weights and the profile are ever downloaded. Its calls block, so they belong on a
+thread. Used by the adapter sources, and by `guanaco adapters pull`.
 """
 
 import os
@@ -41,19 +41,19 @@ class HubAddress:
 
 @dataclass(frozen=True)
 class AdapterHub:
-    """How the hub is to be asked."""
+    """One hub and its cache, with the operator's settings."""
 
     cache_dir: Path
     offline: bool = False
     token: str | None = None
     endpoint: str | None = None
-    shared_cache: Path | None = None  # of other tools: what is there need not be downloaded
-    allows_unpinned: bool = False  # org/name alone: the latest commit of main
+    shared_cache: Path | None = None  # the cache of other tools: files found there are not downloaded
+    allows_unpinned: bool = False  # a source may be org/name alone, which means the latest commit of main
     max_weights_bytes: int = AdapterLimits().max_file_bytes
 
     @classmethod
     def of(cls, settings: Settings) -> "AdapterHub":
-        """With the settings that models of the hub have too."""
+        """The hub of a server's settings, which models use, too."""
         token = None if settings.hub_token is None else settings.hub_token.get_secret_value()
         shared = settings.shared_hub_cache
         return cls(
@@ -65,16 +65,18 @@ class AdapterHub:
         )
 
     def address(self, source: str) -> HubAddress | None:
-        """What a source names on the hub; None for what can only be a path."""
+        """The hub address that a source names; None if it can only be a path."""
         return HubAddress.parse(source) or (HubAddress.parse(f"{source}@main") if self.allows_unpinned else None)
 
     def fetch(self, address: HubAddress) -> tuple[Path, HubAddress]:
-        """The directory with an adapter's files, in the hub's cache, and the address with its commit. AdapterError."""
+        """Download an adapter, or find it in the cache. Returns the directory with its files, and the address with its
+        commit. Raises AdapterError."""
         snapshot = self._fetch(address)
         return snapshot.path, HubAddress(address.repository, snapshot.commit)
 
     def pull(self, address: HubAddress, target: Path) -> HubAddress:
-        """Copy an adapter's files into the new directory `target`, which appears whole or not at all. AdapterError."""
+        """Copy an adapter's files into the new directory `target`, which appears whole or not at all. Returns the
+        address with its commit. Raises AdapterError."""
         if os.path.lexists(target):
             raise AdapterError(ErrorCode.TARGET_EXISTS, f"{target} is there already; choose another directory")
         path, pinned = self.fetch(address)

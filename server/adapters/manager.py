@@ -33,7 +33,8 @@ from guanaco.server.engine.async_engine import AsyncEngine, EngineUnavailable, P
 
 
 class AdapterManager:
-    """All changes of one registry. Public coroutines raise AdapterError for what is refused; then nothing changed."""
+    """All changes of one registry. A coroutine raises AdapterError for a change that is refused; then nothing has
+    changed."""
 
     def __init__(
         self,
@@ -49,8 +50,11 @@ class AdapterManager:
         on_stage: OnStage = lambda *_: None,
         device_bytes: Callable[[LoadedAdapter], int] = lambda _: 0,
     ) -> None:
-        """on_change: the names changed. on_load: a load ended as "ok", "refused" or "failed", after so many seconds.
-        on_stage: a part of a load took so many; from any thread. device_bytes: as of `AdapterTiers`."""
+        """on_change: called when names have changed.
+
+        on_load: called when a load has ended, with "ok", "refused" or "failed" and its seconds. on_stage: called on any
+        thread with the name and the seconds of each part of a load. device_bytes: as in `AdapterTiers`.
+        """
         self.registry = registry
         self._sources = AdapterSources(registry, store, policy, on_stage)
         table = AliasTable(registry)
@@ -63,15 +67,16 @@ class AdapterManager:
         self._on_load = on_load
         self._on_stage = on_stage
         self._locks: dict[str, asyncio.Lock] = {}  # by name: its changes happen one after the other
-        self._lock_users: Counter[str] = Counter()  # who holds or waits for each
+        self._lock_users: Counter[str] = Counter()  # by name: how many hold or wait for its lock
         self._num_loads: Counter[str] = Counter()  # by name, since the start
         self._loads: dict[LoadRequest, asyncio.Task[AdapterEntry]] = {}
         self._retirement = Retirement(registry, self.tiers, self._sources, engine)
         self.aliases = AliasManager(table, registry, self._sources, self.tiers, save=self._changed)
 
     def restore(self) -> tuple[str, ...]:
-        """Bring back what was loaded before a restart; remarks for the operator. Once, before the engine runs."""
-        for entry in self.registry.entries():  # those of --adapter, which no store has
+        """Bring back the adapters that were loaded before a restart. Returns notes for the operator. Called once,
+        before the engine runs."""
+        for entry in self.registry.entries():  # adapters of --adapter, which are in no store
             self.tiers.adopt(self.registry.host_copy(entry.version), is_permanent=True)
         notes = self._records.restore(self._sources.stored_now, self._sources.profile, self.tiers.adopt)
         notes += self._pins.restore(self._records)
@@ -82,8 +87,8 @@ class AdapterManager:
     async def load(self, wanted: LoadRequest) -> AdapterEntry:
         """Read, check, prove and publish an adapter.
 
-        From its return on, new requests get the new version; those that run keep theirs. The same load asked for
-        twice at the same time happens once.
+        When it returns, new requests get the new version; running requests keep theirs. Two equal loads at the same
+        time are done once.
         """
         running = self._loads.get(wanted)
         if running is None:
@@ -94,8 +99,8 @@ class AdapterManager:
         return await asyncio.shield(running)
 
     async def is_same(self, name: str, source: str) -> bool:
-        """Whether loading `source` as `name` would change nothing: its content and the profile beside it are those that
-        `name` has. Reads the whole source; AdapterError as of `load`."""
+        """Whether loading `source` as `name` would change nothing, as `name` has that content and profile already.
+        Reads the whole source. Raises AdapterError as `load` does."""
         async with self._locked(name):
             located = await self._sources.locate(source)
             profile, _ = await self._sources.profile_for(name, located, None)
@@ -104,30 +109,31 @@ class AdapterManager:
         return entry is not None and entry.version == adapter.version and entry.profile == profile
 
     async def unload(self, name: str, *, force: bool = False, timeout_seconds: float = 0.0) -> bool:
-        """Forget `name`; requests that run go on, or end with an error if `force`. True if none is left.
+        """Remove `name`. Running requests go on, or end with an error if `force`.
 
-        Waits so long for the last of them; afterwards the version is taken off the device in the background.
+        Waits up to `timeout_seconds` until the version is gone, and returns whether it is. Otherwise it leaves later,
+        in the background, after the last request that uses it.
         """
         async with self._locked(name):
             return await self._unload(name, force, timeout_seconds)
 
     async def rollback(self, name: str, version: str | None = None) -> AdapterEntry:
-        """Make `name` what it was before its last change, or an earlier version of its history."""
+        """Let `name` stand for its version before the last change, or for `version` of its history."""
         async with self._locked(name):
             return await self._rollback(name, version)
 
     async def pin(self, name: str, *, pinned: bool) -> None:
-        """Keep `name` in host memory, whatever version it comes to stand for, until told otherwise."""
+        """Keep `name` in host memory, or stop doing so (`pinned` False). The pin follows the name to new versions."""
         async with self._locked(name):
             await (self._pins.pin(name) if pinned else self._pins.unpin(name))
         await self._changed()
 
     def view(self, name: str) -> AdapterView | None:
-        """One name, or None where there is none."""
+        """The view of one name; None if there is no such name."""
         return next((view for view in self.views() if view.entry.name == name), None)
 
     def views(self) -> tuple[AdapterView, ...]:
-        """All names: those that serve, the broken ones, and last those that are being loaded for the first time."""
+        """Views of all names: the loaded ones, the broken ones, then those that are being loaded for the first time."""
         registry = self.registry
         loading = {wanted.name: wanted.source for wanted in self._loads}
         entries: list[AdapterEntry | BrokenEntry | LoadingEntry] = [*registry.entries(), *registry.broken()]
@@ -151,7 +157,8 @@ class AdapterManager:
         )
 
     async def check(self, name: str, source: str) -> dict[str, Any]:
-        """Everything that `load` checks, without the proof and without keeping anything: what it would take."""
+        """Check a source as `load` does, but without the probe of its effect, and keep nothing. Returns what the
+        adapter would need, for JSON. Raises AdapterError."""
         check_name(name)
         located = await self._sources.locate(source)
         await self._sources.profile_beside(name, located)
@@ -169,7 +176,7 @@ class AdapterManager:
         }
 
     async def close(self) -> None:
-        """Stop what runs in the background. What was published stays published."""
+        """Stop loads and other work in the background. Published adapters stay published."""
         tasks = list(self._loads.values())
         for task in tasks:
             task.cancel()
@@ -193,7 +200,7 @@ class AdapterManager:
     def _load_ended(self, wanted: LoadRequest, task: asyncio.Task[AdapterEntry]) -> None:
         del self._loads[wanted]
         if not task.cancelled():
-            task.exception()  # whoever still waits gets it; where nobody does, it is no news for the log
+            task.exception()  # callers that still wait get it; fetched here so that asyncio does not log it
 
     async def _load_locked(self, wanted: LoadRequest) -> AdapterEntry:
         async with self._locked(wanted.name):
@@ -227,9 +234,9 @@ class AdapterManager:
         again: bool = False,
         history: tuple[str, ...] = (),
     ) -> AdapterEntry:
-        """Prove a version that is stored and held, then make it what `name` stands for; or discard it.
+        """Probe the effect of a version that is stored and held. Then let `name` stand for it, or discard it.
 
-        history: of a name that nothing stands for yet, or that is broken.
+        history: the earlier versions of a name that is not loaded, or that is broken.
         """
         self.registry.stage(adapter)
         try:
@@ -282,7 +289,7 @@ class AdapterManager:
         self._records.drop(name)
         self._num_loads.pop(name, None)
         self._pins.names.discard(name)
-        # Not only what the name stood for: aliases lead to earlier versions of it no more.
+        # Aliases may have led to earlier versions of the name: they are let go, too.
         versions = {entry.version, *self.aliases.table.held}
         await self.aliases.refresh()
         await self._changed()
@@ -316,7 +323,7 @@ class AdapterManager:
             self.registry.holds.give_back(matching[0], Holder.LOAD)
 
     def _broke(self, version: str) -> None:
-        """The stored copy of a version turned out to be damaged or gone: its names are listed as broken already."""
+        """Handle a version whose stored copy is damaged or gone. Its names are listed as broken already."""
         self.aliases.table.lose(version)
         self._on_change()
 
@@ -330,7 +337,7 @@ class AdapterManager:
 
     @asynccontextmanager
     async def _locked(self, name: str) -> AsyncIterator[None]:
-        """With all other changes of a name waiting."""
+        """Let all other changes of a name wait."""
         lock = self._locks.setdefault(name, asyncio.Lock())
         self._lock_users[name] += 1
         try:
@@ -342,7 +349,7 @@ class AdapterManager:
                 del self._lock_users[name], self._locks[name]
 
     async def _changed(self) -> None:
-        """Names mean something else from now on: write it down, and tell who keeps a list."""
+        """Follow a change of names: move pins, save, and call `on_change`."""
         await self._pins.refresh()
         await self._records.save(self._sources.on_thread, **self._pins.saved())
         self._on_change()

@@ -1,6 +1,7 @@
 """Adapters that stay in host memory because an operator says so: by name, whatever version the name stands for.
 
-Says what is wanted; the engine's ledger of residency does it. On the event loop. Called by the adapter manager.
+This keeps the names; the engine's ledger of residency keeps the versions in memory. On the event loop. Called by the
+adapter manager.
 """
 
 import logging
@@ -16,7 +17,7 @@ from guanaco.server.engine.async_engine import AsyncEngine
 
 logger = logging.getLogger(__name__)
 
-_PARTY = "pinned"  # in the ledger of holds, and in the list that a restart reads
+_PARTY = "pinned"  # its name in the ledger of holds, and in the file that a restart reads
 
 
 class AdapterPins:
@@ -28,11 +29,12 @@ class AdapterPins:
         self._engine = engine
 
     def saved(self) -> dict[str, frozenset[str]]:
-        """What `AdapterRecords.save` is to write down."""
+        """The names that `AdapterRecords.save` must write to the registry's file."""
         return {_PARTY: frozenset(self.names)}
 
     def restore(self, records: AdapterRecords) -> tuple[str, ...]:
-        """Before the engine starts: what was pinned before a restart; remarks for the operator."""
+        """Pin again what was pinned before a restart. Returns notes for the operator. Called before the engine
+        starts."""
         self.names = set(records.names(_PARTY))
         pinned = self._pinned()
         self._hold({entry.version for entry in pinned})
@@ -44,7 +46,7 @@ class AdapterPins:
         )
 
     async def pin(self, name: str) -> None:
-        """Keep an adapter in memory. AdapterError where there is none, or no room beside what is held already."""
+        """Keep an adapter in host memory. Raises AdapterError if the name is unknown, or if there is no room."""
         if self._registry.resolve(name) is None:
             raise adapter_not_found()
         was_pinned = name in self.names
@@ -56,17 +58,17 @@ class AdapterPins:
             raise AdapterError(ErrorCode.HOST_MEMORY_FULL, problem)
 
     async def unpin(self, name: str) -> None:
-        """Let it be evicted again. Unknown names are not pinned anyway."""
+        """Let an adapter be evicted again. Does nothing for a name that is not pinned."""
         self.names.discard(name)
         await self._tell_engine()
 
     async def refresh(self) -> None:
-        """Names have come to stand for other versions, or for none."""
+        """Move pins to the versions that the names stand for now. Called when names have changed."""
         if (self.names or self._kept()) and not await self._tell_engine():
-            logger.warning("some pinned adapters find no room in memory; they are read when they are wanted")
+            logger.warning("some pinned adapters find no room in memory; they are read when a request needs them")
 
     async def _tell_engine(self) -> bool:
-        """All that is wanted, since what was refused before may find room now."""
+        """Send the engine all pins, since one that was refused before may find room now. Returns whether all did."""
         wanted = {entry.version: entry for entry in self._pinned()}
         released = [AddVersion(version, 0, is_kept=False) for version in self._kept() - wanted.keys()]
         kept = [AddVersion(version, entry.num_bytes, is_kept=True) for version, entry in sorted(wanted.items())]

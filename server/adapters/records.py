@@ -1,4 +1,4 @@
-"""What a restart brings back: the names that were loaded while the server ran, as the registry's file lists them.
+"""The names that a restart brings back: those loaded while the server ran, as the registry's file lists them.
 
 Keeps the list in step with the registry, and restores from it. Reads no adapters itself. Called by the adapter manager.
 """
@@ -20,7 +20,7 @@ from guanaco.models.error_codes import ErrorCode
 
 logger = logging.getLogger(__name__)
 
-_PARTY = "records"  # in the ledger of holds
+_PARTY = "records"  # its name in the ledger of holds
 
 OnThread = Callable[[Callable[[], None]], Awaitable[None]]
 
@@ -33,7 +33,7 @@ class AdapterRecords:
         self._aliases = aliases
         self._saved = saved
         self._persistent: set[str] = set()  # names that come back after a restart
-        self._shadowed: dict[str, Saved] = {}  # what --adapter goes before; kept for a start without it
+        self._shadowed: dict[str, Saved] = {}  # records whose names --adapter has taken; kept for a start without it
         self._saving = asyncio.Lock()
 
     def restore(
@@ -42,11 +42,12 @@ class AdapterRecords:
         profile: Callable[[Mapping[str, Any]], Profile],
         stays: Callable[[LoadedAdapter], bool],
     ) -> tuple[str, ...]:
-        """Publish what was loaded before a restart; remarks for the operator. Called once, before the engine runs.
+        """Publish the adapters that were loaded before a restart. Returns notes for the operator. Called once, before
+        the engine runs.
 
-        read: the adapter of a version; profile: from its fields; stays: whether there is room for it in memory. All may
-        raise AdapterError. A name that is taken by
-        now (by --adapter) stays what it is. One whose copy is gone or damaged is listed as broken.
+        read: reads the adapter of a version. profile: makes a profile from its fields. stays: whether an adapter stays
+        in host memory. All may raise AdapterError. A name that --adapter has taken stays as it is. A name whose copy is
+        gone or damaged is listed as broken.
         """
         self._saved.remove_leftovers()
         self._registry.version_keys.restore(self._saved.read_version_keys())
@@ -84,7 +85,7 @@ class AdapterRecords:
                         error.code,
                         str(error),
                         history=record.history,
-                        # Of one that is itself at fault only the restriction stays; a roll-back has no more.
+                        # If the profile itself is at fault, only its list of allowed keys is kept.
                         profile=_restriction(record.profile or {}, profile)
                         if error.code == ErrorCode.BAD_PROFILE
                         else profile(record.profile or {}),
@@ -115,29 +116,29 @@ class AdapterRecords:
                     self._registry.keep(adapter)
                 self._registry.unstage(version)
             except AdapterError as error:
-                notes.append(f"an alias leads to version {version[:12]}, which cannot be had: {error}")
+                notes.append(f"an alias leads to version {version[:12]}, which could not be read: {error}")
         return notes
 
     def keep(self, name: str) -> None:
-        """A restart is to bring `name` back."""
+        """From now on, a restart brings `name` back."""
         self._persistent.add(name)
         self._shadowed.pop(name, None)
 
     def drop(self, name: str) -> None:
-        """A restart is not to bring `name` back."""
+        """From now on, a restart does not bring `name` back."""
         self._persistent.discard(name)
         self._shadowed.pop(name, None)
 
     def names(self, part: str) -> tuple[str, ...]:
-        """What `save` was told of a part before a restart."""
+        """The list of names that was last saved under `part`, before a restart."""
         return self._saved.read_names(part)
 
     async def save(self, on_thread: OnThread, **names: frozenset[str]) -> None:
-        """Write down what a restart is to bring back, and further parts that are lists of names. The change itself
-        stands even if that fails; the log says so.
+        """Write the registry's file: what a restart brings back, and further lists of names by part. If writing fails,
+        the change itself stands, and the log has an error.
 
-        The list holds the versions that it names, the old one until the new one is written: a stored copy must not go
-        before the list that names it.
+        The file holds the versions that it names; the old file does so until the new one is written. So no stored copy
+        is removed while a file names it.
         """
         async with self._saving:
             ready = (
@@ -166,13 +167,14 @@ class AdapterRecords:
 
 
 def _versions_of(records: Iterable[Saved], aliases: Iterable[Alias]) -> frozenset[str]:
-    """All versions that a list names."""
+    """All versions that a registry's file names."""
     named = [version for record in records for version in (record.version, *record.history)]
     return frozenset(named).union(*(alias.versions for alias in aliases))
 
 
 def _restriction(fields: Mapping[str, Any], parse: Callable[[Mapping[str, Any]], Profile]) -> Profile | None:
-    """Who a profile is for, of one that can't be honoured otherwise; nobody, where that can't be read either."""
+    """The allowed keys of a profile that is otherwise unusable, as a profile of its own; None if it allows all keys. If
+    they can't be read either, no key is allowed."""
     if (keys := fields.get("allowed_keys")) is None:
         return None
     try:

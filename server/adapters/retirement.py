@@ -1,6 +1,7 @@
-"""What happens when nobody uses an adapter version any more: it leaves the registry, then the engine, then the store.
+"""Retires adapter versions that nothing uses any more: they leave the registry, then the engine, then the store.
 
-The ledger of holds says when; nothing is polled. Lives on the event loop. Made and used by the adapter manager.
+The ledger of holds reports when that is so; nothing is polled. Lives on the event loop. Made and used by the adapter
+manager.
 """
 
 import asyncio
@@ -18,8 +19,8 @@ class Retirement:
     def __init__(
         self, registry: AdapterRegistry, tiers: AdapterTiers, sources: AdapterSources, engine: AsyncEngine
     ) -> None:
-        self.tasks: dict[str, asyncio.Task[None]] = {}  # by version, of those that leave
-        self._again: set[str] = set()  # of those: freed once more meanwhile
+        self.tasks: dict[str, asyncio.Task[None]] = {}  # by version: the task that retires it
+        self._again: set[str] = set()  # versions in `tasks` that were freed once more meanwhile
         self._registry = registry
         self._tiers = tiers
         self._sources = sources
@@ -27,11 +28,11 @@ class Retirement:
         self._waiting: dict[str, asyncio.Future[None]] = {}  # by version: done when it is gone, or published again
 
     def start(self) -> None:
-        """From now on heed the ledger. Before, nothing runs that could use a version."""
+        """Retire versions from now on. Before that, nothing runs that could use a version."""
         self._registry.holds.on_free = self._pass_on
 
     async def wait(self, versions: Iterable[str], timeout_seconds: float) -> bool:
-        """Wait until versions are gone, or stay for another name; whether they are in time."""
+        """Wait until each version is gone or was published again. Returns False if that takes too long."""
         leaving = [version for version in versions if self._registry.knows(version) or version in self.tasks]
         if not leaving:
             return True
@@ -41,24 +42,24 @@ class Retirement:
         return not late
 
     def stays(self, version: str) -> None:
-        """A version is published: whoever waits for its end need not."""
+        """Enter that a version is published again: `wait` no longer waits for its end."""
         waiting = self._waiting.pop(version, None)
         if waiting is not None:
             waiting.set_result(None)
 
     async def close(self) -> None:
-        """Stop what runs."""
+        """Stop the tasks."""
         tasks = list(self.tasks.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _pass_on(self, version: str) -> None:
-        """The ledger's news, from any thread."""
+        """Pass a version that the ledger reports as free on to the event loop. Called on any thread."""
         self._engine.on_loop(self._freed, version)
 
     def _freed(self, version: str) -> None:
-        """Nobody uses a version any more, or nobody holds it at all."""
+        """Begin to retire a version that no request or name uses any more."""
         if version in self.tasks:
             self._again.add(version)
             return
@@ -74,7 +75,7 @@ class Retirement:
 
     async def _retire(self, version: str, *, is_known: bool) -> None:
         if is_known and not await self._tiers.forget(version):
-            return  # it came back
+            return  # it was loaded again
         await self._sources.collect()
 
     def _ended(self, version: str) -> None:

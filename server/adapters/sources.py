@@ -29,29 +29,29 @@ _LOAD_THREADS = 2
 _HUB_THREADS = 2
 _FETCH_SECONDS = 1800.0
 MAX_SOURCE_CHARS = 1024
-ROLLED_BACK = "rolled back to "  # and a version: what is written down as the source then
+ROLLED_BACK = "rolled back to "  # followed by a version: the recorded source after a roll-back
 
 
 @dataclass(frozen=True)
 class AdapterPolicy:
-    """What an operator allows while the server runs."""
+    """Where adapters may be loaded from while the server runs."""
 
-    root: Path | None  # where sources lie; None: nothing can be loaded by path
+    root: Path | None  # the directory below which sources lie; None: nothing can be loaded by path
     base_fingerprint: str
     strict_base: bool = False
-    hub: AdapterHub | None = None  # where org/name@revision comes from; None: nothing does
+    hub: AdapterHub | None = None  # the source of org/name@revision; None: the hub may not be used
 
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """A load as an operator asks for it. Two that are equal are the same load."""
+    """A load as an operator asks for it. Equal requests at the same time are one load."""
 
     name: str
-    source: str  # below the root, or of the hub
-    replace: bool = False  # whether the name may be taken
-    expected_version: str | None = None  # refuse unless the name stands for it now
-    # How to serve it, as `parse_profile` takes it. None: as it was given before to this name, else as the file beside
-    # the adapter says. An empty one takes what was given before away.
+    source: str  # a path below the root, or an address on the hub
+    replace: bool = False  # whether the name may be loaded already
+    expected_version: str | None = None  # refuse the load unless the name stands for this version now
+    # How to serve it, in the fields of `parse_profile`. None: keep the profile that a load gave to this name, else use
+    # the file beside the adapter. Empty: drop the given profile and use the file.
     profile: Mapping[str, Any] | None = field(default=None, hash=False)
 
 
@@ -60,15 +60,15 @@ class Located:
     """Where the files of a source are."""
 
     path: Path
-    root: Path | None  # that no link may lead out of; None: the hub's cache, where files are links
-    source: str  # as it is written down: one of the hub with its commit
+    root: Path | None  # the directory that no link may lead out of; None: the hub's cache, where files are links
+    source: str  # the source to record; an address on the hub has its commit
 
 
 def shown_source(name: str, source: str) -> str:
     """An adapter's source as clients may see it.
 
-    An address of the hub and a path below --adapter-root are shown as they are written down. Of any other path the last
-    part is: clients must not learn where the operator keeps things. After a roll-back there is no source: the name.
+    An address on the hub and a path below --adapter-root are shown as they are recorded. Any other path is shown by its
+    last part: clients must not learn where the operator keeps files. After a roll-back the name is shown.
     """
     if source.startswith(ROLLED_BACK):
         return name
@@ -88,11 +88,11 @@ class AdapterSources:
         self._policy = policy
         self._on_stage = on_stage
         self._threads = ThreadPoolExecutor(_LOAD_THREADS, thread_name_prefix="guanaco-adapters")
-        # Their own: a hub that is slow must not keep others from the disk.
+        # Threads of its own: a slow hub must not hold up loads from the disk.
         self._hub_threads = ThreadPoolExecutor(_HUB_THREADS, thread_name_prefix="guanaco-hub")
 
     async def locate(self, source: str) -> Located:
-        """The files of a source: below the root, or fetched from the hub. What is below the root goes first."""
+        """Find the files of a source: below the root, or else on the hub, from which they are downloaded."""
         self._check_text(source)
         hub, root = self._policy.hub, self._policy.root
         address = HubAddress.parse(source) if hub is None else hub.address(source)
@@ -100,30 +100,31 @@ class AdapterSources:
             if root is None:
                 problem = "start the server with --adapter-root DIR: adapters are loaded from below it"
                 raise AdapterError(ErrorCode.NO_ADAPTER_ROOT, problem, "source")
-            # An absolute path replaces the root; that it leads below it is checked when it is opened.
+            # An absolute path replaces the root here. That it leads below the root is checked when it is opened.
             return Located(root / source, root, source)
         if hub is None:
-            problem = "nothing below --adapter-root is called so, and --hub-adapters is off: nothing comes from the hub"
+            problem = "nothing below --adapter-root has this name, and --hub-adapters is off: the hub is not asked"
             raise AdapterError(ErrorCode.HUB_DISABLED, problem, "source")
         started = time.monotonic()
         try:
             fetching = asyncio.get_running_loop().run_in_executor(self._hub_threads, hub.fetch, address)
             path, pinned = await asyncio.wait_for(fetching, _FETCH_SECONDS)
         except TimeoutError:
-            problem = f"{source} was not downloaded within {_FETCH_SECONDS:.0f} s; try again, whole files are kept"
+            problem = f"{source} was not downloaded within {_FETCH_SECONDS:.0f} s; try again (complete files are kept)"
             raise AdapterError(ErrorCode.HUB_FAILED, problem, "source") from None
         finally:
             self._on_stage("fetch", time.monotonic() - started)
         return Located(path, None, str(pinned))
 
     async def ingest(self, name: str, at: Located, *, keep: bool = True) -> LoadedAdapter:
-        """The adapter of a source. What is kept is held as by a load; the caller gives that back."""
+        """Read the adapter of a source and check it. keep: also copy it into the store, where it is held as by a load;
+        the caller must let that hold go."""
         return await self.on_thread(
             self._store.ingest, at.path, name=name, root=at.root, keep=keep, on_stage=self._on_stage
         )
 
     def checked(self, adapter: LoadedAdapter) -> LoadedAdapter:
-        """With a note where it records another base. AdapterError where that is to be refused."""
+        """The adapter, with a note if it records another base model. Raises AdapterError if the policy refuses that."""
         try:
             check_base(adapter, self._policy.base_fingerprint)
         except AdapterError as error:
@@ -133,11 +134,12 @@ class AdapterSources:
         return adapter
 
     async def profile_beside(self, name: str, at: Located) -> Profile | None:
-        """What the file beside an adapter asks for; None where there is none."""
+        """The profile in the file beside an adapter; None if there is none."""
         return await self.on_thread(read_profile, at.path, name, self._registry.templates, at.root)
 
     async def profile_for(self, name: str, at: Located, given: Mapping[str, Any] | None) -> tuple[Profile | None, str]:
-        """How `name` is to be served after a load, and where that is from. given: by this load."""
+        """The profile of `name` after a load, and where it comes from (GIVEN or FROM_FILE). given: the fields that this
+        load gave."""
         if given is not None:
             return self.profile(given), GIVEN if given else FROM_FILE
         beside = await self.profile_beside(name, at)  # read in any case: a bad one is refused
@@ -148,15 +150,15 @@ class AdapterSources:
         return entry.profile, KEPT
 
     def profile(self, fields: Mapping[str, Any]) -> Profile:
-        """A profile as an operator gives it."""
+        """The profile of the fields that an operator gave. Raises AdapterError."""
         return parse_profile(fields, self._registry.templates)
 
     async def stored(self, version: str) -> LoadedAdapter:
-        """A version that the store keeps."""
+        """Read a version from the store. Raises AdapterError."""
         return await self.on_thread(self._store.read, version)
 
     def stored_now(self, version: str) -> LoadedAdapter:
-        """As `stored`, on the caller's thread: for the start, before anybody waits."""
+        """As `stored`, on the caller's thread: for the start of the server."""
         return self._store.read(version)
 
     def collect_now(self) -> None:
@@ -172,12 +174,12 @@ class AdapterSources:
         return await asyncio.get_running_loop().run_in_executor(self._threads, partial(work, *args, **options))
 
     def close(self) -> None:
-        """Give the threads and the store up."""
+        """Stop the threads and close the store."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._hub_threads.shutdown(wait=False, cancel_futures=True)
         self._store.close()
 
     def _check_text(self, source: str) -> None:
         if not source or len(source) > MAX_SOURCE_CHARS or not source.isprintable():
-            problem = f"the path must have 1 to {MAX_SOURCE_CHARS} printable characters"
+            problem = f"the source must have 1 to {MAX_SOURCE_CHARS} printable characters"
             raise AdapterError(ErrorCode.BAD_SOURCE, problem, "source")

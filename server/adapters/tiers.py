@@ -1,7 +1,7 @@
-"""Adapter versions between disk and host memory: reads what the engine's ledger wants, and drops what it gives up.
+"""Moves adapter versions between disk and host memory, as the engine's ledger of residency decides.
 
-Decides nothing: the scheduler does, on the engine's thread; here are the threads that read, and the registry's copies.
-A version that can't be read is marked broken. Made and used by the adapter manager.
+The scheduler decides on the engine's thread. Here are the threads that read versions into the registry, and the calls
+that drop them. A version that can't be read is marked broken. Made and used by the adapter manager.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from guanaco.server.engine.async_engine import AsyncEngine
 
 logger = logging.getLogger(__name__)
 
-# Reads at the same time. Many, since they wait for a disk: one that hangs must not keep the others from theirs.
+# How many versions are read at the same time. They wait for a disk, and a read that hangs must not hold up the others.
 _READ_THREADS = 16
 
 
@@ -36,8 +36,8 @@ class AdapterTiers:
         on_broken: Callable[[str], None],
         device_bytes: Callable[[LoadedAdapter], int] = lambda _: 0,
     ) -> None:
-        """on_broken: a version turned out not to be readable; called on the event loop. device_bytes: what an adapter
-        takes of the device's arena, 0 where there is none."""
+        """on_broken: called on the event loop with a version that could not be read. device_bytes: how many bytes of
+        the device's arena an adapter takes; 0 if the device has none."""
         self._registry = registry
         self._store = store
         self._engine = engine
@@ -48,22 +48,21 @@ class AdapterTiers:
         engine.read_adapters_from(self)
 
     def start(self, version: str) -> None:
-        """Have a version read into host memory."""
+        """Begin to read a version into host memory."""
         self._threads.submit(self._read, version)
 
     def drop(self, version: str) -> None:
-        """Let a copy in host memory go."""
+        """Drop a version's copy in host memory."""
         self._registry.let_go(version)
 
     def gone(self, version: str) -> None:
-        """A version of `forget` is off device and host."""
+        """Enter that a version of `forget` is neither on the device nor in host memory any more."""
         self._engine.on_loop(self._gone, version)
 
     def adopt(self, adapter: LoadedAdapter, *, is_permanent: bool = False) -> bool:
-        """Before the engine starts: tell of a version that was just read. True if it is to stay in host memory, which
-        one that no store has (`is_permanent`) must.
+        """Tell the engine, before it starts, of a version that was just read. Returns whether it stays in host memory.
 
-        Raises AdapterError for one that is too large ever to be there.
+        is_permanent: it must stay, since no store has it. Raises AdapterError if it is too large ever to fit.
         """
         residency, version, num_bytes = self._engine.residency, adapter.version, adapter.num_bytes
         device_bytes = self._device_bytes(adapter)
@@ -75,8 +74,8 @@ class AdapterTiers:
         return False
 
     async def register(self, adapter: LoadedAdapter) -> None:
-        """Tell of a version that requests may ask for from now on. AdapterError where there is no room for it beside
-        what requests hold."""
+        """Tell the engine of a version that requests may name from now on. Raises AdapterError if there is no room for
+        it beside the versions that requests hold."""
         self._told(adapter.version)
         if not await self._engine.add_versions(
             AddVersion(adapter.version, adapter.num_bytes, self._device_bytes(adapter))
@@ -84,7 +83,8 @@ class AdapterTiers:
             raise self._full(adapter)
 
     async def forget(self, version: str) -> bool:
-        """Have a version taken off device and host that no request will ask for; False where it came back before."""
+        """Take a version that no request will name off device and host memory. Returns False if it was registered again
+        before that was done."""
         if not self._engine.health().live:
             return True
         left = self._leaving.setdefault(version, asyncio.get_running_loop().create_future())
@@ -92,7 +92,7 @@ class AdapterTiers:
         return await asyncio.shield(left)
 
     def _told(self, version: str) -> None:
-        """The engine hears of a version, perhaps again: it may read the stored copy."""
+        """Enter that the engine knows a version and may read its stored copy. Ends a `forget` that still waits."""
         if (left := self._leaving.pop(version, None)) is not None:
             left.set_result(False)
         holds = self._registry.holds
@@ -110,7 +110,7 @@ class AdapterTiers:
         return self._engine.residency.tier(version)
 
     def check_room(self, adapter: LoadedAdapter) -> None:
-        """AdapterError where an adapter would find no room now, beside what requests hold."""
+        """Raise AdapterError if an adapter would find no room now, beside the versions that requests hold."""
         residency = self._engine.residency
         too_large = self._device_bytes(adapter) > residency.slots.num_bytes
         if too_large or (
@@ -120,11 +120,11 @@ class AdapterTiers:
 
     @property
     def free_bytes(self) -> int:
-        """Of host memory, what a new adapter could have."""
+        """How many bytes of host memory a new adapter could get."""
         return self._engine.residency.host.num_evictable_bytes
 
     def close(self) -> None:
-        """Read no more. A read that hangs is left behind."""
+        """Start no more reads. A read that hangs is not waited for."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _full(self, adapter: LoadedAdapter) -> AdapterError:
@@ -139,14 +139,14 @@ class AdapterTiers:
         return AdapterError(ErrorCode.HOST_MEMORY_FULL, problem)
 
     def _read(self, version: str) -> None:
-        """On a thread of its own: bring one version into memory, and tell the engine how that went."""
+        """Read one version into host memory, on a reading thread, and send the engine `ReadDone`."""
         error: ErrorCode | None = None
         try:
             self._registry.keep(self._registry.staged(version) or self._store.read(version))
         except AdapterError as problem:
             logger.error("adapter version %.12s could not be read: %s", version, problem)
             error = ErrorCode.ADAPTER_READ_FAILED
-            if problem.code != ErrorCode.UNREADABLE:  # which says nothing about the copy: too many open files, say
+            if problem.code != ErrorCode.UNREADABLE:  # that may be no fault of the copy: too many open files, say
                 error = ErrorCode.ADAPTER_BROKEN
                 self._registry.mark_broken(version, problem.code, str(problem))
                 self._engine.on_loop(self._on_broken, version)

@@ -1,4 +1,4 @@
-"""What an operator sees of one adapter's name: plain data, for the admin routes. Made by the adapter manager."""
+"""One adapter name as an operator sees it: plain data, for the admin routes. Made by the adapter manager."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +8,7 @@ from guanaco.adapters.versions.registry import AdapterEntry, BrokenEntry
 
 @dataclass(frozen=True)
 class LoadingEntry:
-    """A name that stands for nothing yet."""
+    """A name whose first version is still being loaded."""
 
     name: str
     source: str
@@ -19,14 +19,14 @@ class AdapterView:
     """What an operator sees of one name."""
 
     entry: AdapterEntry | BrokenEntry | LoadingEntry
-    num_requests: int  # that hold its version now
+    num_requests: int  # how many requests hold its version now
     num_uses: int  # requests since the start
     last_used: float | None  # seconds since the epoch
     tier: str  # "device", "host" or "disk"
     num_loads: int = 0  # how often the name was loaded, replaced or rolled back since the start
     loading: str | None = None  # the source that is being loaded for it now
-    aliases: tuple[str, ...] = ()  # that lead to it
-    is_pinned: bool = False  # stays in memory, since an operator says so
+    aliases: tuple[str, ...] = ()  # the aliases that lead to it
+    is_pinned: bool = False  # an operator keeps it in host memory
 
     def public(self) -> dict[str, Any]:
         """Plain data, for JSON."""

@@ -66,8 +66,7 @@ class EngineOverloaded(GuanacoError):
 
 
 class NeverFits(GuanacoError, ValueError):
-    """Requests were submitted together that exceed what may wait at once, even in an empty queue. The message has the
-    numbers."""
+    """Requests submitted together exceed what may ever wait at once. The message has the numbers."""
 
 
 class ProbeFailed(GuanacoError):
@@ -102,8 +101,7 @@ class AsyncEngine:
         self._tokenizer = tokenizer
         self._engine = engine
         engine.on_forward = self._post
-        # The last step's output until it is handed to the loop. Only the engine's thread touches it.
-        self._output: StepOutput | None = None
+        self._output: StepOutput | None = None  # the last step's, until the loop gets it; the engine's thread's own
         self._caps = caps
         self._step_timeout_seconds = step_timeout_seconds
         self._on_step = on_step
@@ -188,10 +186,8 @@ class AsyncEngine:
         raise ProbeFailed(code, reason)
 
     def end_adapter(self, version: str) -> int:
-        """End every open request that uses an adapter version, with an error. Returns how many there were.
-
-        Probes go on: the same content may be being loaded under another name.
-        """
+        """End every open request that uses an adapter version, with an error; returns how many there were. Probes go
+        on, since the same content may be being loaded under another name."""
         open_streams = [stream for stream in self._streams.values() if not stream.request.background]
         users = [s for s in open_streams if any(lora.version == version for lora in s.request.loras)]
         for stream in users:
@@ -222,8 +218,7 @@ class AsyncEngine:
 
     @property
     def residency(self) -> ResidencyLedger:
-        """The engine's ledger. Any thread may read it and see numbers that are a step old. Only before `start` may
-        others change it."""
+        """The engine's ledger. Any thread may read it, a step late perhaps; only before `start` may it be changed."""
         return self._engine.scheduler.residency
 
     def keep_from_start(self, *messages: AddVersion) -> tuple[bool, ...]:
@@ -243,8 +238,7 @@ class AsyncEngine:
 
     @property
     def heartbeat_age_seconds(self) -> float:
-        """For how long the present step has been running; 0 between steps. Time in which the whole process was stopped
-        (SIGSTOP, a suspended machine) does not count."""
+        """How long the present step has run, by the awake clock; 0 between steps."""
         busy_since = self._busy_since
         return 0.0 if busy_since is None else max(0.0, awake_seconds() - busy_since)
 
@@ -270,8 +264,7 @@ class AsyncEngine:
             await asyncio.to_thread(self._thread.join, _JOIN_SECONDS)
 
     def forget(self, request_id: str, abort: bool) -> None:
-        """Remove a stream that has ended. abort: the engine still runs its request and must end it. Called by the
-        stream."""
+        """Remove a stream that has ended. abort: the engine still runs its request, and must end it."""
         if self._streams.pop(request_id, None) is not None and abort:
             self.send(Abort(request_id))
         if not self._streams:
@@ -282,8 +275,7 @@ class AsyncEngine:
         The queue's numbers may be a step old.
 
         Requests whose adapters are not in host memory have a queue of their own, of the same size. One adapter may fill
-        a quarter of that queue and three quarters of the main one, so that neither a flood of requests nor a disk that
-        hangs shuts out the other adapters.
+        a quarter of it and three quarters of the main queue: neither a flood nor a slow disk shuts out other adapters.
         """
         scheduler, caps, versions = self._engine.scheduler, self._caps, requests[0].versions
         is_ready = scheduler.residency.is_ready(versions)

@@ -48,11 +48,7 @@ class Scheduler:
     """
 
     def __init__(
-        self,
-        limits: Limits,
-        blocks: BlockManager,
-        residency: ResidencyLedger,
-        eos_ids: frozenset[int],
+        self, limits: Limits, blocks: BlockManager, residency: ResidencyLedger, eos_ids: frozenset[int]
     ) -> None:
         assert limits.max_num_batched_tokens >= limits.max_num_seqs, "every running sequence must get its next token"
         assert limits.max_model_len <= blocks.num_blocks * blocks.block_size, "one sequence must fit"
