@@ -31,11 +31,12 @@ class SlotStore:
         offset_of: Callable[[str], int] = lambda _: 0,
         element_bytes: int | None = None,
     ) -> None:
-        """place: copies all pairs of one adapter to the device, as `Ops.place_adapter` does; none: as they are.
+        """targets: the modules that adapters may change, in the order of the table's keys.
 
-        arena_bytes: taken at once, for all adapters; 0: there is no arena, each pair is where `place` put it.
-        offset_of: where in the arena a version has its piece of `bytes_of` (`SlotTable.offset_of`).
-        element_bytes: of the matrices that `place` makes; none: it leaves their dtype alone.
+        place: copies all pairs of one adapter to the device, as `Ops.place_adapter` does. None: they are copied as they
+        are. arena_bytes: allocated at once, for all adapters. 0: there is no arena, and pairs stay where `place` put
+        them. offset_of: the byte offset of a version in the arena (`SlotTable.offset_of`). element_bytes: bytes per
+        element of the matrices that `place` makes. None: it keeps their dtype.
         """
         self.num_slots = num_slots
         self._modules = {target: module for module, target in enumerate(targets)}

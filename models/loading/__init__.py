@@ -1,4 +1,4 @@
-"""From what an operator names to weights in memory: download, open, quantise, repack, cache.
+"""Loads a model by its name or path: download, open, quantise, repack, cache.
 
 May import all of `models` and `kernels`. Start with `loader.py`.
 """

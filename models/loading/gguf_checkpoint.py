@@ -1,8 +1,8 @@
 """A GGUF file as a source of weights: metadata → ModelConfig, tensors decoded by `gguf`.
 
-llama.cpp stores the rows of LLaMA's q and k in another order (it rotates neighbours, Hugging Face halves); that is
-undone here.
-Knows nothing of NF4 or of tokenizers, whose metadata it hands on. Called by `checkpoint` and by the demo's conversion.
+llama.cpp stores the rows of LLaMA's q and k in another order, since it rotates neighbouring values where Hugging Face
+rotates the two halves. That is undone here. Knows nothing of NF4 or of tokenizers, and passes the tokenizer's metadata
+on. Called by `checkpoint` and by the demo's conversion.
 """
 
 from collections.abc import Callable
@@ -51,7 +51,7 @@ _LAYER = {
         for ours, theirs in found.gguf.tensors.items()
     },
 }
-# A tensor of factors that the converter derives from LLaMA 3.1's rope scaling; no metadata says from which.
+# A tensor of factors that the converter computes from LLaMA 3.1's rope scaling. No metadata names its parameters.
 _ROPE_FACTORS = "rope_freqs.weight"
 _LLAMA3_CONSTANTS = (1.0, 4.0, 8192)  # low and high frequency factor, original positions: every LLaMA 3.1 to 3.3
 
@@ -71,7 +71,8 @@ class GgufCheckpoint:
     is_quantized = False  # not in NF4, whatever GGUF type its tensors have
 
     def __init__(self, path: Path) -> None:
-        """Read metadata and the table of tensors. Raises ModelError for what is no llama, or damaged."""
+        """Read the metadata and the table of tensors. Raises ModelError if the architecture is not supported or the
+        file is damaged."""
         self.path = path
         self._file = RawFile(path)
         try:
@@ -89,19 +90,19 @@ class GgufCheckpoint:
         self._file.close()
 
     def matrix(self, name: str, shape: tuple[int, int]) -> Tensor:
-        """A linear layer's weight [out, in]: projections in full precision, the head as `tensor` has it."""
+        """A linear layer's weight [out, in]: a projection in float32, the head in the dtype of `tensor`."""
         return self._rows_by_halves(name, self._read(name, shape, full=name.startswith("layers.")))
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Anything else, in the file's dtype; float16 where the file has it quantised, since it stays in memory so."""
+        """Any other tensor, in the file's dtype, or in float16 if the file has it quantised."""
         return self._rows_by_halves(name, self._read(name, shape, full=False))
 
     def unused(self) -> tuple[str, ...]:
-        """Names of the tensors that nobody has asked for."""
+        """Names of the tensors that were not read."""
         return tuple(sorted(self._entries.keys() - self._asked))
 
     def layouts(self) -> list[FileLayout]:
-        """The one file, as the model cache wants to know it."""
+        """The layout of the one file, from which the model cache makes its key."""
         entries = sorted(self._entries.items(), key=lambda item: item[1].offset)
         table = [(name, entry.type.name, entry.shape, entry.offset) for name, entry in entries]
         return [FileLayout(self.path, repr(table).encode(), tuple((e.offset, e.num_bytes) for _, e in entries))]
@@ -122,8 +123,8 @@ class GgufCheckpoint:
         return self._decode(stored_name, entry, data, full=full)
 
     def _rows_by_halves(self, name: str, stored: Tensor) -> Tensor:
-        """Rows of q and k, weight or bias, from llama.cpp's order (pairs side by side) to Hugging Face's (halves), in
-        the architectures that llama.cpp stores so."""
+        """Bring the rows of q and k, weight or bias, from llama.cpp's order (pairs side by side) into Hugging Face's
+        (two halves). Does nothing for architectures that llama.cpp stores in halves."""
         if not self._form.rotates_neighbours:
             return stored
         heads = {"q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads}.get(name.split(".")[-2])
@@ -159,7 +160,7 @@ class GgufCheckpoint:
         return config
 
     def _with_llama3_rope(self, config: ModelConfig) -> ModelConfig:
-        """Find the LLaMA 3.x scaling behind the file's factors, or refuse: no other rule writes such a tensor."""
+        """The config with the LLaMA 3.x scaling that explains the file's factors. Raises ModelError if none does."""
         entry = self._entries[_ROPE_FACTORS]
         factors = torch.frombuffer(bytearray(self._file.read_bytes(entry.offset, entry.num_bytes)), dtype=torch.float32)
         scaled = replace(config, rope_scaling=Llama3Rope(float(factors.max()), *_LLAMA3_CONSTANTS))
@@ -176,7 +177,7 @@ class GgufCheckpoint:
 def _config_fields(
     path: Path, metadata: dict[str, Any], entries: dict[str, GgufTensor], architecture: Architecture
 ) -> dict[str, Any]:
-    """The metadata as the fields of a config.json, for `parse_config` to judge."""
+    """The metadata as fields of a config.json. `parse_config` checks them later."""
 
     form = architecture.gguf
     assert form is not None
@@ -185,7 +186,7 @@ def _config_fields(
         value = metadata.get(f"{form.name}.{key}")
         if value is None and needed:
             raise ModelError(f"{path}: the metadata lack {form.name}.{key}; the file is incomplete: get it again")
-        # A float32 1e-6 is 9.9999999747e-7 as a float64; the shortest decimal that means it is what was meant.
+        # A float32 1e-6 reads as 9.9999999747e-7 in float64. The shortest decimal of the float32 restores 1e-6.
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
     def has(name: str) -> bool:
@@ -230,8 +231,8 @@ def _config_fields(
 
 
 def _rope_scaling(get: Callable[..., Any]) -> dict[str, Any] | None:
-    """By llama.cpp's rules: without a type it is linear, and the older key of the factor counts where the newer one is
-    absent. A factor of 0 or 1 scales nothing."""
+    """The rope scaling of a config.json; None for none. As in llama.cpp, the type is linear if absent, and the older
+    key of the factor counts if the newer one is absent. A factor of 0 or 1 scales nothing."""
     kind = get("rope.scaling.type", needed=False) or "linear"
     factor = get("rope.scaling.factor", needed=False)
     if factor is None:

@@ -1,7 +1,7 @@
-"""What the operator calls a model → a local path: a directory, a GGUF file, or a Hugging Face id that is downloaded.
+"""A model's name → its local path: a directory, a GGUF file, or a Hugging Face id, which is downloaded.
 
-Knows the hub's names, nothing of what is in the files. The library resumes a lost connection, keeps whole
-files of a download that failed, and reads HF_TOKEN and HF_HUB_OFFLINE itself. Called by the server's wiring.
+Does not look into the files. The hub's library resumes a lost connection, keeps the complete files of a download that
+failed, and reads HF_TOKEN and HF_HUB_OFFLINE itself. Called when a server or command starts.
 """
 
 import io
@@ -81,7 +81,7 @@ def resolve_model(
 def _cache_with(
     repository: str, revision: str | None, own: Path | None, shared: Path | None, *, offline: bool
 ) -> Path | None:
-    """The cache to use: the shared one where only that has the repository (offline: this revision of it)."""
+    """The cache to use: the shared one if only that has the repository (offline: the revision), else our own."""
     if shared is None or own is None or _has_snapshot(own, repository, revision, offline=offline):
         return own
     if not _has_snapshot(shared, repository, revision, offline=offline):
@@ -91,7 +91,7 @@ def _cache_with(
 
 
 def _has_snapshot(cache: Path, repository: str, revision: str | None, *, offline: bool) -> bool:
-    """Whether a cache has a snapshot with weights; offline: of this revision, since no other can be had then."""
+    """Whether a cache has a snapshot of the repository with weights; offline, whether it has this revision."""
     folder = cache / _folder(repository)
     revision = revision or "main"
     try:
@@ -112,13 +112,13 @@ def _folder(repository: str) -> str:
 def _without_weights(
     spec: str, repository: str, snapshot: Path, cache_dir: Path | None, *, offline: bool
 ) -> ModelError:
-    """Why a repository has nothing for us; its list of files was kept beside the download."""
+    """The refusal of a repository without usable weights. Its list of files was kept beside the download."""
     try:
         tree = get_cached_repo_tree(repository, revision=snapshot.name, cache_dir=cache_dir)
         names = [file.path for file in tree]
     except CachedRepoTreeNotFoundError:
         names = []
-        if offline:  # another tool downloaded a few files of it: what else it has is not known
+        if offline:  # another tool downloaded a few of its files, and the others are not known
             return ModelError(f"{spec} was downloaded without its weights: go online and start again")
     if any(name.endswith(PICKLE_SUFFIXES) for name in names):
         return pickles_refused(spec)
@@ -133,7 +133,7 @@ def progress_bar(progress: Progress | None) -> type[Any]:
 
     class Bar(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            # One bar counts bytes on disk, others bytes on the wire and files; only the first has a true total.
+            # The library makes several bars. Only the one that counts bytes on disk has a true total.
             self._counts = kwargs.get("name") == "huggingface_hub.snapshot_download"
             kwargs |= {"file": io.StringIO(), "disable": False}
             super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]

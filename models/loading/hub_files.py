@@ -1,7 +1,7 @@
 """A few named files of a Hugging Face repository, at one commit: found, measured, and only then downloaded.
 
-Knows nothing of what is in them. The library keeps what it downloads in its own layout, and reads HF_HUB_OFFLINE
-itself. Called by the server, which loads adapters so.
+Does not look into the files. The hub's library keeps downloads in its own layout, and reads HF_HUB_OFFLINE itself.
+Called by the server to load adapters.
 """
 
 import contextlib
@@ -19,12 +19,12 @@ from guanaco.models.formats.hub_errors import LIBRARY_ERRORS, OF_ADAPTERS, HubEr
 from guanaco.models.loading.hub import progress_bar
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_ANSWER_SECONDS = 20.0  # for the questions before the download, which has the library's own limits
+_ANSWER_SECONDS = 20.0  # for each request before the download; the download has the library's own limits
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Where the files are, and which commit they are of."""
+    """The directory with the files, and their commit."""
 
     path: Path
     commit: str
@@ -42,8 +42,11 @@ def fetch_files(
     token: str | None = None,
     endpoint: str | None = None,
 ) -> Snapshot:
-    """The files that `most_bytes` names, each with its largest size, of one revision; those that are not `required`
-    may be missing. A commit that is here already, or in `shared_cache`, is not asked for again. Raises HubError."""
+    """Download files of one revision, or find them in a cache.
+
+    most_bytes: file name → the largest size that is accepted. required: the files that must exist; others may be
+    missing. The hub is not asked about a commit that is in `cache_dir` or `shared_cache` already. Raises HubError.
+    """
     spec = f"{repository}@{revision}"
 
     def snapshot(commit: str, *, is_local: bool, cache_dir: Path = cache_dir) -> Path:
@@ -79,14 +82,14 @@ def fetch_files(
     except LIBRARY_ERRORS as error:
         raise explained(error, OF_ADAPTERS, spec=spec, repository=repository, revision=revision) from error
     for name, most in most_bytes.items():
-        if (path / name).exists() and (path / name).stat().st_size > most:  # whatever the hub had said
+        if (path / name).exists() and (path / name).stat().st_size > most:  # the hub may have stated another size
             raise _too_large(spec, name, most)
     _remember(path, revision)
     return Snapshot(path, commit)
 
 
 def _remember(snapshot: Path, revision: str) -> None:
-    """Have the library know offline which commit a branch was, as it would if it had been asked for the branch."""
+    """Record which commit a branch was, as the library does when it downloads a branch, so that it is found offline."""
     if revision != snapshot.name and ".." not in revision.split("/"):
         reference = snapshot.parent.parent / "refs" / revision
         with contextlib.suppress(OSError):
@@ -95,11 +98,11 @@ def _remember(snapshot: Path, revision: str) -> None:
 
 
 def _look(api: HfApi, repository: str, revision: str, most_bytes: Mapping[str, int], required: tuple[str, ...]) -> str:
-    """The commit of a revision, once its files are known to be there and of a bearable size."""
+    """The commit of a revision. Raises HubError if a required file is missing or a file is too large."""
     spec = f"{repository}@{revision}"
     commit = api.model_info(repository, revision=revision, timeout=_ANSWER_SECONDS).sha
     if commit is None or _COMMIT.fullmatch(commit) is None:
-        raise HubError(ErrorCode.HUB_FAILED, f"{spec} cannot be had: the hub did not say which commit it is; try later")
+        raise HubError(ErrorCode.HUB_FAILED, f"the hub did not say which commit {spec} is; try again later")
     sizes = {file.path: getattr(file, "size", 0) for file in api.list_repo_tree(repository, revision=commit)}
     for name in required:
         if name not in sizes:

@@ -1,8 +1,8 @@
-"""From a path to a model that runs: open the checkpoint, quantise what is dense, pack it, build the layers.
+"""A path → a model that runs: open the checkpoint, quantise dense weights, pack them, build the layers.
 
 Three steps, each of which asks the one below it only if its own cache has nothing: `ensure_packed` (weights in the
 provider's form), `ensure_quantized` (an NF4 checkpoint), `load` (the model). On a first start one pass over the weights
-feeds both caches and the model. Knows formats only through `checkpoint`. Called by the server's wiring.
+fills both caches and builds the model. Knows formats only through `checkpoint`. Called when a server or command starts.
 """
 
 from collections.abc import Mapping
@@ -22,21 +22,21 @@ from guanaco.models.loading.packed_cache import PackedWeights, PackedWriter, pac
 from guanaco.models.loading.quantize import Progress
 from guanaco.models.loading.served_weights import MappedWeights, Packer, Recorder, ServedWeights
 
-# What `progress` is told while another process quantises the same model.
+# The text that `progress` gets while another process quantises the same model.
 WAITING = "waiting for another process that quantises this model"
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model and what there is to say about it."""
+    """A model, with its identity, its size and notes for the operator."""
 
     model: DecoderModel
     config: ModelConfig
-    fingerprint: str  # hex SHA-256 of what the base computes with: config and every tensor as it is served
+    fingerprint: str  # hex SHA-256 of the base: config and every tensor as it is served
     weights_bytes: int  # resident, decoded copies included
     origin: str  # "checkpoint": as stored; "quantized": from dense weights, now; "cache": the same, earlier
-    notes: tuple[str, ...]  # remarks for the operator, a line each
-    source_notes: tuple[str, ...]  # those of them that the caches keep: on the source, not on the caches
+    notes: tuple[str, ...]  # for the operator, one line each
+    source_notes: tuple[str, ...]  # the notes about the source, which the caches keep; the others are about the caches
     sampling: Mapping[str, Any] = field(default_factory=dict)  # the source's sampling defaults, see `Checkpoint`
 
     def with_note(self, note: str) -> "LoadedModel":
@@ -57,15 +57,15 @@ class Wanted:
     def served(
         self, source: Checkpoint, packer: Packer | None = None, recorder: Recorder | None = None
     ) -> ServedWeights:
-        """The weights of `source` as they are served: the checkpoint that was asked for, or its copy in the cache."""
+        """The weights of `source` as they are served. source: the checkpoint itself, or its copy in the cache."""
         return ServedWeights(source, self.progress, recorder, packer, keep_float32=self.keep_float32)
 
     def key(self) -> str:
-        """The cache's key of the source, quantised."""
+        """The cache's key for the quantised source."""
         return source_key(self.source.config, self.source.layouts(), keep_float32=self.keep_float32)
 
     def tell_waiting(self) -> None:
-        """Another process has the cache's entry."""
+        """Report as progress that another process works on the cache's entry."""
         if self.progress is not None:
             self.progress(WAITING, 0, self.source.num_bytes)
 
@@ -81,12 +81,13 @@ def load_model(
 ) -> LoadedModel:
     """Load the model at `path` (see `open_checkpoint`) for the provider `ops`.
 
-    A model with NF4 weights is served as it is stored, including projections that it keeps dense. A dense one (or a
-    GGUF) has its projections quantised to NF4 with double quantisation, and is cached below `cache_dir` unless that is
-    None. progress: called with (tensor, bytes done, bytes in all). keep_float32: norms, biases, embedding and head
-    that are stored in float32 stay so, and become bfloat16 otherwise. max_model_len: the longest sequence, None: the
-    model's own limit; a sliding window that it exceeds is refused. Raises ModelError for what is wrong with `path`;
-    a cache that cannot be used is no error but a note.
+    A model with NF4 weights is served as it is stored, including projections that it keeps dense. In a dense model or a
+    GGUF file, the projections are quantised to NF4 with double quantisation; the result is cached below `cache_dir`
+    unless that is None. progress: called with (tensor, bytes done, bytes in all). keep_float32: norms, biases,
+    embedding and head that are stored in float32 stay float32; otherwise they become bfloat16. max_model_len: the
+    longest sequence in tokens; None: the model's own limit. If it exceeds a sliding window, the model is refused.
+
+    Raises ModelError if the model at `path` cannot be served. A cache that cannot be used only makes a note.
     """
     with closing(open_checkpoint(path)) as source:
         source.config.check_window(str(path), max_model_len)
@@ -95,7 +96,7 @@ def load_model(
 
 
 def ensure_packed(wanted: Wanted) -> LoadedModel:
-    """From the packed weights of an earlier start, or leaving them behind for the next."""
+    """Load the model from the packed weights of an earlier start; if there are none, load it and write them."""
     if wanted.cache_dir is None or not wanted.ops.packed_format:
         return ensure_quantized(wanted)
     cache = ModelCache(wanted.cache_dir)
@@ -118,7 +119,8 @@ def ensure_packed(wanted: Wanted) -> LoadedModel:
 
 
 def ensure_quantized(wanted: Wanted, packer: Packer | None = None) -> LoadedModel:
-    """From the NF4 copy of an earlier start, or leaving it behind for the next. packer: packs what passes."""
+    """Load the model from the NF4 copy of an earlier start; if there is none, load it and write the copy. packer: packs
+    each weight on its way into the model."""
     source = wanted.source
     if source.is_quantized:
         return load(wanted, wanted.served(source, packer), "checkpoint")
@@ -142,7 +144,7 @@ def ensure_quantized(wanted: Wanted, packer: Packer | None = None) -> LoadedMode
 
 
 def load(wanted: Wanted, weights: ServedWeights, origin: str) -> LoadedModel:
-    """Build the model of `weights`, and say what it is."""
+    """Build the model from `weights`. origin: see `LoadedModel`."""
     model = build_model(wanted.source.config, weights, wanted.ops)
     fingerprint, notes = weights.fingerprint(), tuple(weights.notes())
     return LoadedModel(model, model.config, fingerprint, model.weights_bytes, origin, notes, notes)
@@ -152,7 +154,7 @@ _Packed = tuple[LoadedModel, OSError | None]  # the model, and why its packed we
 
 
 def _from_packed(wanted: Wanted, cache: ModelCache, entry: CachedModel) -> _Packed | None:
-    """The model from its packed weights, or None if those are not, byte for byte, what was written."""
+    """The model from its packed weights; None if these are not byte for byte as they were written."""
     if not entry.fingerprint:
         return None
     try:
@@ -180,7 +182,7 @@ def _into_packed(wanted: Wanted, cache: ModelCache, key: str) -> _Packed:
 
 
 def _from_cache(wanted: Wanted, cache: ModelCache, entry: CachedModel, packer: Packer | None) -> LoadedModel | None:
-    """The model from its cached form, or None if that is not, byte for byte, what was written."""
+    """The model from its NF4 copy; None if the copy is not byte for byte as it was written."""
     try:
         with closing(open_checkpoint(entry.path)) as cached:
             weights = wanted.served(cached, packer)
@@ -194,7 +196,7 @@ def _from_cache(wanted: Wanted, cache: ModelCache, entry: CachedModel, packer: P
 
 
 def _into_cache(wanted: Wanted, cache: ModelCache, key: str, packer: Packer | None) -> LoadedModel:
-    """Quantise, and write what passes to the cache; if the disk does not take it, the model is served all the same."""
+    """Quantise the model and write it to the cache. If the disk is full, the model is served without the copy."""
     source = wanted.source
     try:
         writer = cache.writer(key, source.config.to_json())

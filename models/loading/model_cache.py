@@ -1,7 +1,8 @@
 """The cache of models that were quantised at load: `<cache>/models/<key>/`, an NF4 checkpoint and a manifest each.
 
-The key stands for the source's content, the manifest's fingerprint for the result's: a reader recomputes the latter
-while it loads, so a damaged copy is never served. Knows files, not models. Called by `loader` and `guanaco models`.
+The key identifies the source's content, the manifest's fingerprint that of the result. A reader recomputes the
+fingerprint while it loads, so a damaged copy is never served. Knows files, not models. Called by `loader` and `guanaco
+models`.
 """
 
 import fcntl
@@ -24,10 +25,10 @@ from guanaco.models.loading.quantize import Nf4CheckpointWriter
 
 T = TypeVar("T")
 
-# Part of every key: raise it when the same source would come out as other bytes.
+# Part of every key. Raise the number when the same source is quantised to other bytes.
 FORMAT = "guanaco nf4 cache 1"
 MANIFEST = "manifest.json"
-# Written out this often, so that little more than the model itself is in memory while it is quantised.
+# A shard is written when it has this many bytes, so that little more than the model itself is in memory.
 SHARD_BYTES = 256 << 20
 _SAMPLE_BYTES = 4096
 _LEFTOVER = re.compile(r"\.([0-9a-f]{64})\.(?:partial-[a-z0-9_]{8}|manifest)")
@@ -39,19 +40,19 @@ class CachedModel:
 
     key: str
     path: Path
-    source: str  # where the dense model was when it was quantised
-    fingerprint: str  # of the quantised model; empty where the manifest is unreadable: the entry will be rebuilt
-    notes: tuple[str, ...]  # what loading the source had to remark
+    source: str  # the path of the dense model when it was quantised
+    fingerprint: str  # of the quantised model; empty if the manifest can't be read, and then the entry is rebuilt
+    notes: tuple[str, ...]  # the notes of loading the source
     num_bytes: int
     last_used_seconds: float  # seconds since the epoch
 
 
 def source_key(config: ModelConfig, layouts: list[FileLayout], *, keep_float32: bool = False) -> str:
-    """What a dense model is recognised by, hex SHA-256, from a few kB per tensor instead of the whole of it.
+    """The key by which a dense model is recognised: a hex SHA-256, made from a few kB per tensor instead of all bytes.
 
     For each file: name, size, time of change, table of tensors, and 4 KiB from the start, the middle and the end of
-    each tensor. Any ordinary rewrite changes it. What it cannot see is a few bytes patched in place in the middle of a
-    tensor with the file's time put back. keep_float32: the result has its float32 tensors as they are.
+    each tensor. Any ordinary rewrite changes it. It does not notice a few bytes changed in the middle of a tensor if
+    the file's time was put back. keep_float32: part of the key, since the result then keeps float32 tensors.
     """
     digest = hashlib.sha256(FORMAT.encode())
     digest.update(json.dumps(config.computation(), sort_keys=True).encode())
@@ -84,8 +85,8 @@ class ModelCache:
     ) -> Iterator[None]:
         """Hold the entry against other processes: many readers, or one that builds or removes it.
 
-        If it is taken: on_wait is called, then comes the wait; or BlockingIOError where `wait` is false. The kernel
-        frees the lock of a process that dies.
+        If another process holds it, on_wait is called before waiting; with `wait` False, BlockingIOError is raised. The
+        kernel frees the lock of a process that dies.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         with (self.root / f".{key}.lock").open("w") as file:
@@ -108,10 +109,11 @@ class ModelCache:
         make: Callable[[], T],
         on_wait: Callable[[], object] | None = None,
     ) -> tuple[T, CachedModel | None]:
-        """What `read` makes of the entry called `key`, else what `make` returns, which writes the entry if it can.
+        """Return the result of `read` for the entry `key`. If the entry is missing or damaged, return that of `make`,
+        which writes the entry if it can.
 
-        `read` returns None for an entry that is damaged. It runs under the shared lock, so that many processes read at
-        once; `make` runs under the exclusive one. The second result is the damaged entry that `make` had to replace.
+        `read` returns None for a damaged entry. It runs under the shared lock, so that several processes can read at
+        once; `make` runs under the exclusive lock. The second result is the damaged entry that `make` replaced, if any.
         """
         with self.lock(key, exclusive=False, on_wait=on_wait):
             entry = self.find(key)
@@ -129,12 +131,12 @@ class ModelCache:
         return _describe(path) if path.is_dir() else None
 
     def touch(self, entry: CachedModel) -> None:
-        """Remember that the entry was used now."""
+        """Record that the entry was used now."""
         with suppress(OSError):
             (entry.path / MANIFEST).touch()
 
     def writer(self, key: str, config: dict[str, Any]) -> Nf4CheckpointWriter:
-        """A writer of the entry called `key`, whatever a process that died has left of it. Needs the exclusive lock."""
+        """A writer of the entry `key`. Deletes what a killed process left of it. Needs the exclusive lock."""
         self.remove(key)
         return Nf4CheckpointWriter(self.root / key, config, max_shard_bytes=SHARD_BYTES)
 
@@ -162,7 +164,7 @@ class ModelCache:
                     shutil.rmtree(path, ignore_errors=True)
 
     def remove(self, key: str) -> None:
-        """Delete the entry and what is left of attempts to write it. Needs the exclusive lock."""
+        """Delete the entry and unfinished copies of it. Needs the exclusive lock."""
         for path in (self.root / key, *self.root.glob(f".{key}.partial-*")):
             with suppress(FileNotFoundError):
                 shutil.rmtree(path)
@@ -183,9 +185,10 @@ def list_cached_models(cache_dir: Path) -> list[CachedModel]:
 def prune_cached_models(
     cache_dir: Path, keys: Collection[str] | None = None, *, unused_for_seconds: float = 0.0
 ) -> tuple[list[CachedModel], list[CachedModel]]:
-    """Delete entries, all or those in `keys`, that were not used for so long; (deleted, left because a process has it).
+    """Delete entries that were not used for `unused_for_seconds`: all, or those in `keys`.
 
-    What was deleted is quantised again when its source is next served. Raises ModelError for a key that is not there.
+    Returns (deleted entries, entries that stay because a process uses them). The source of a deleted entry is quantised
+    again when it is next served. Raises ModelError for an unknown key.
     """
     cache = ModelCache(cache_dir)
     entries = cache.entries()

@@ -1,8 +1,8 @@
 """Weights in a provider's own form, kept on disk and mapped into memory: the second start repacks nothing.
 
 An entry of the model cache: `weights.bin`, each tensor on a page of its own, and a manifest that names them with their
-SHA-256. It is mapped, not read, because the file is ours: it appears complete under its name, nobody writes to it
-again, and pruning it unlinks it. Knows files, not models. Called by `loader`.
+SHA-256. The file may be mapped because only this program writes it: it appears complete under its name, is never
+changed again, and is unlinked when it is pruned. Knows files, not models. Called by `loader`.
 """
 
 import hashlib
@@ -84,10 +84,10 @@ class PackedWeights:
     """An entry's weights, each checked against its SHA-256."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ModelError for an entry that is not, byte for byte, what was written."""
+        """Raises ModelError if the entry is not byte for byte as it was written."""
         try:
             with (path / WEIGHTS).open("rb") as file:
-                # Private and writable, since torch has no tensors that cannot be written; nobody writes.
+                # Private and writable, because torch has no read-only tensors. Nothing writes to them.
                 self._pages = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
             tensors: dict[str, dict[str, Any]] = read_json(path / MANIFEST)["tensors"]
             whole = torch.frombuffer(self._pages, dtype=torch.uint8)
@@ -102,7 +102,7 @@ class PackedWeights:
             found = pool.map(_sha256, self._weights.values())
             bad = [name for name, digest in zip(self._weights, found, strict=True) if digest != hashes[name]]
         if bad:
-            raise ModelError(f"{path} is damaged: {bad[0]} is not what was written")
+            raise ModelError(f"{path} is damaged: {bad[0]} has changed since it was written")
 
     def get(self, name: str, shape: tuple[int, int]) -> PackedWeight | None:
         """The weight called `name`; None if it was not packed."""

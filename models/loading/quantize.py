@@ -1,7 +1,7 @@
 """Dense LLaMA weights → a bitsandbytes-format NF4 checkpoint, one tensor at a time.
 
-Knows the format on disk and which tensors become 4-bit; nothing of serving. Called by `guanaco quantize`, by the
-loader (which quantises with the same rule and caches the result) and by the demo's conversion.
+Knows the format on disk and which tensors become 4-bit, but not how they are served. Called by `guanaco quantize`, by
+the loader (which quantises by the same rule and caches the result) and by the demo's conversion.
 """
 
 import json
@@ -33,8 +33,7 @@ from guanaco.models.loading.checkpoint import Checkpoint, open_checkpoint
 from guanaco.models.loading.gguf_checkpoint import GgufCheckpoint
 from guanaco.models.text.gguf_tokenizer import tokenizer_files
 
-# What QLoRA quantises: the seven projections of every layer. Everything else stays in 16 bit: embeddings and head,
-# norms and biases.
+# The seven projections of every layer are quantised, as in QLoRA. Embeddings, head, norms and biases stay in 16 bits.
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PROJECTIONS = ATTENTION_PROJECTIONS + MLP_PROJECTIONS
@@ -43,7 +42,7 @@ _PROJECTION_WEIGHT = re.compile(
     rf"|mlp\.(?:{'|'.join(MLP_PROJECTIONS)}))\.weight"
 )
 
-# What goes along with the weights: the tokenizer, sampling defaults, and the licence that binds a derived work.
+# Files that are copied with the weights: the tokenizer, sampling defaults, and the licence, which binds derived works.
 COMPANION_FILES = (
     "generation_config.json",
     "tokenizer.json",
@@ -70,13 +69,13 @@ Progress = Callable[[str, int, int], None]  # tensor name, bytes of the source d
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """What a conversion did; bytes are those of tensors."""
+    """The numbers of a conversion. Bytes are those of tensors."""
 
     num_quantized: int
     num_dense: int
     source_bytes: int
     written_bytes: int
-    ignored: tuple[str, ...]  # stored names that are no part of this LLaMA
+    ignored: tuple[str, ...]  # names of stored tensors that the architecture does not have
 
 
 def is_projection(name: str) -> bool:
@@ -93,11 +92,11 @@ def quantize_tensor(name: str, tensor: Tensor, *, double_quant: bool = True) -> 
 
 
 def dense_tensor(name: str, tensor: Tensor, *, keep_float32: bool = False) -> Tensor:
-    """A tensor that is not quantised, as it is stored and served: 16-bit floats as they are, float32 as bfloat16 unless
-    `keep_float32`.
+    """A tensor that is not quantised, in the dtype in which it is served: 16-bit floats as they are, float32 as
+    bfloat16 unless `keep_float32`.
 
-    bfloat16 because it has float32's range, so that nothing overflows, at half the bytes that embedding and head cost
-    in every step. Raises ModelError for another dtype, and for values that are not finite.
+    bfloat16 has float32's range, so nothing overflows, and it halves the bytes of embedding and head that every step
+    reads. Raises ModelError for another dtype, and for values that are not finite.
     """
     if tensor.dtype not in SOURCE_DTYPES:
         raise ModelError(
@@ -109,7 +108,7 @@ def dense_tensor(name: str, tensor: Tensor, *, keep_float32: bool = False) -> Te
 
 
 def quantization_config(*, double_quant: bool) -> dict[str, Any]:
-    """`quantization_config` of config.json, so that transformers loads the checkpoint as it is."""
+    """The `quantization_config` of config.json with which transformers loads the checkpoint as it is."""
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -118,7 +117,7 @@ def quantization_config(*, double_quant: bool) -> dict[str, Any]:
         "_load_in_8bit": False,
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": double_quant,
-        # What the Guanaco models were trained with; float16 made a fifth of QLoRA's 7B runs diverge (its README).
+        # The Guanaco models were trained with bfloat16. With float16, a fifth of QLoRA's 7B runs diverged (its README).
         "bnb_4bit_compute_dtype": "bfloat16",
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": ["lm_head"],
@@ -132,7 +131,7 @@ class Nf4CheckpointWriter:
     """Writes a checkpoint directory shard by shard beside `dst`, which appears complete or not at all.
 
     Use as a context manager: leaving it by an exception removes what was written. `config` is the model's config.json
-    without quantisation. Raises ModelError where `dst` exists, or the disk does not take what is written.
+    without quantisation. Raises ModelError if `dst` exists or cannot be written.
     """
 
     def __init__(
@@ -162,7 +161,7 @@ class Nf4CheckpointWriter:
             raise _write_error(dst, error) from error
 
     def add(self, name: str, tensor: Nf4Weight | Tensor) -> None:
-        """Append one tensor under its Hugging Face name; it may be dropped by the caller afterwards."""
+        """Append one tensor under its Hugging Face name. The caller need not keep it."""
         if isinstance(tensor, Nf4Weight):
             assert tensor.is_double_quantized == self._double_quant, name
             state = to_state(tensor, name)
@@ -177,7 +176,7 @@ class Nf4CheckpointWriter:
         self.written_bytes += size
 
     def copy_file(self, path: Path) -> None:
-        """Take a small file along under its own name."""
+        """Copy a small file, under its own name."""
         try:
             shutil.copyfile(path, self._directory / path.name)
         except OSError as error:
@@ -191,7 +190,7 @@ class Nf4CheckpointWriter:
             raise _write_error(self.dst, error) from error
 
     def close(self) -> None:
-        """Write what is left, the index and config.json, and give the directory its name."""
+        """Write the last shard, the index and config.json, and give the directory its name."""
         if self._shard:
             self._flush()
         count = len(self._shard_names)
@@ -214,7 +213,7 @@ class Nf4CheckpointWriter:
                 _write_json(self._directory / "model.safetensors.index.json", index)
             _write_json(self._directory / "config.json", config)
             _sync(self._directory)
-            # mkdtemp's mode is for secrets; a model is an ordinary file of its owner.
+            # mkdtemp makes directories that only their owner may read; others may read a model.
             self._directory.chmod(0o755)
             if self.dst.exists():
                 raise ModelError(f"{self.dst} appeared while it was being written: remove one of the two and repeat")
@@ -265,8 +264,8 @@ def quantize_checkpoint(
 ) -> QuantizeReport:
     """Convert a dense LLaMA (a Hugging Face directory of safetensors, or a GGUF file) to an NF4 directory.
 
-    At most one source tensor and one output shard are in memory. Raises ModelError for what is wrong with `src` and for
-    a `dst` that exists or cannot be written; `dst` then does not exist.
+    At most one source tensor and one output shard are in memory. Raises ModelError if `src` cannot be converted, or if
+    `dst` exists or cannot be written. After an error nothing is left at `dst`.
     """
     num_quantized = num_dense = 0
     with (
@@ -276,7 +275,9 @@ def quantize_checkpoint(
         ) as writer,
     ):
         if source.is_quantized:
-            raise ModelError(f"{src} is in NF4 already: serve it as it is, or give the dense model it was made from")
+            raise ModelError(
+                f"{src} is in NF4 already: serve it as it is, or give the dense model from which it was made"
+            )
         if isinstance(source, GgufCheckpoint):
             for file, text in tokenizer_files(source.metadata, str(source.path)).items():
                 writer.write_text(file, text)
@@ -294,7 +295,7 @@ def quantize_checkpoint(
             except ModelError as error:
                 raise ModelError(f"{src}: {error}") from error
             if progress is not None:
-                done_values += math.prod(shape)  # values, not bytes: a GGUF file has fewer bytes than its tensors
+                done_values += math.prod(shape)  # not bytes: a GGUF file has fewer bytes than its decoded tensors
                 progress(name, done_values, num_values)
         ignored = source.unused()
         for file in COMPANION_FILES:
@@ -324,7 +325,7 @@ def _config_fields(source: Checkpoint) -> dict[str, Any]:
     """config.json of the result: the source's own, where it has one."""
     if not (source.path / "config.json").is_file():
         return source.config.to_json()
-    # A checkpoint can store a head of its own although it calls it tied.
+    # The source may store a head of its own although its config says that the head is tied.
     return read_json(source.path / "config.json") | {"tie_word_embeddings": source.config.tie_word_embeddings}
 
 
@@ -338,7 +339,7 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Have the kernel write a file or directory out, so that a power cut cannot leave the name without the bytes."""
+    """Write a file or directory through to the disk, so that a power cut cannot leave a name without its bytes."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,7 +1,7 @@
-"""The weights of a checkpoint on their way into a model: quantised, checked, kept for the next start, packed.
+"""The weights of a checkpoint on their way into a model: quantised, checked, written to the cache, packed.
 
-One by one, so that no more than the finished model and one tensor is in memory. Knows neither caches nor locks. Called
-by `loader`.
+They pass one by one, so that only the finished model and one tensor are in memory. Knows neither cache entries nor
+locks. Called by `loader`.
 """
 
 import hashlib
@@ -35,8 +35,8 @@ Served = Nf4Weight | Tensor
 
 
 class Quantizer:
-    """The weights of a checkpoint as they are served. Projections that are dense become NF4, unless the checkpoint has
-    NF4 weights already: such a one is served as it is stored."""
+    """Reads the weights of a checkpoint in the form in which they are served. Dense projections become NF4, unless the
+    checkpoint has NF4 weights already: then all weights stay as they are stored."""
 
     def __init__(self, source: Checkpoint, *, keep_float32: bool) -> None:
         self._source = source
@@ -58,7 +58,7 @@ class Quantizer:
         return self._dense(name, self._source.tensor(name, shape))
 
     def notes(self) -> list[str]:
-        """What the source had that is remarkable. Complete once the model is built."""
+        """Sentences for the operator about the source. Complete when the model is built."""
         notes = []
         if unused := self._source.unused():
             notes.append(f"{len(unused)} tensors are not part of this LLaMA and were ignored: {listed(unused)}")
@@ -81,7 +81,7 @@ class Quantizer:
 
     @contextmanager
     def _naming_source(self) -> Iterator[None]:
-        """Say which model it was in refusals that only know the tensor."""
+        """Add the model's path to a ModelError that only names the tensor."""
         try:
             yield
         except ModelError as error:
@@ -89,14 +89,14 @@ class Quantizer:
 
 
 class Fingerprint:
-    """The hex SHA-256 of a config and of all weights that were added; refuses values that are not finite."""
+    """The hex SHA-256 of a config and of all added weights. Refuses values that are not finite."""
 
     def __init__(self, path: Path, config: ModelConfig) -> None:
         self._path = path
         self._digest = hashlib.sha256(json.dumps(config.computation(), sort_keys=True).encode())
 
     def add(self, name: str, weight: Served) -> None:
-        """Raises ModelError for a weight with NaN or infinity."""
+        """Add a weight. Raises ModelError if it holds NaN or infinity."""
         values = weight.scales() if isinstance(weight, Nf4Weight) else weight
         if not all(torch.isfinite(bound) for bound in torch.aminmax(values)):
             raise ModelError(f"{self._path}: {name} holds values that are not finite (NaN or infinity)")
@@ -112,7 +112,7 @@ class Fingerprint:
 
 
 class Recorder:
-    """Writes weights to the cache's entry. A full disk ends the caching, not the loading: `error` says why it ended."""
+    """Writes weights to the cache's entry. A full disk ends the caching, not the loading; then `error` says why."""
 
     def __init__(self, writer: Nf4CheckpointWriter) -> None:
         self._writer = writer
@@ -129,7 +129,7 @@ class Recorder:
 
 
 class Packer:
-    """Gives NF4 weights the provider's own form, and keeps that on disk as long as the disk takes it."""
+    """Converts NF4 weights to the provider's own form and writes them to the cache, until the disk is full."""
 
     def __init__(self, ops: Ops, writer: PackedWriter) -> None:
         self._ops = ops
@@ -163,7 +163,7 @@ class ServedWeights:
         self._recorder = recorder
         self._packer = packer
         self._tell = progress or _tell_nobody
-        # Values, not bytes: a GGUF file has fewer bytes than the tensors that come out of it.
+        # Progress counts values, not bytes: a GGUF file has fewer bytes than its decoded tensors.
         self._done_values = 0
         self._num_values = sum(math.prod(shape) for _, shape in weight_shapes(source.config))
         self.notes: Callable[[], list[str]] = self._quantizer.notes
@@ -190,7 +190,7 @@ class ServedWeights:
 
 
 class MappedWeights:
-    """A `WeightSource` of weights that were packed earlier; what has no packed form comes from the source."""
+    """A `WeightSource` of weights that were packed earlier. Weights without a packed form come from the source."""
 
     def __init__(self, packed: PackedWeights, served: ServedWeights) -> None:
         self._packed = packed
@@ -204,4 +204,4 @@ class MappedWeights:
 
 
 def _tell_nobody(name: str, done: int, total: int) -> None:
-    """The progress of a load that nobody watches."""
+    """A progress function that does nothing."""

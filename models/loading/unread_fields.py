@@ -1,4 +1,4 @@
-"""What a model's configs ask for and this server does not do: told to the operator, never dropped silently.
+"""Notes for the operator on fields of a model's configs that this server does not use. None is dropped silently.
 
 Knows field names, not how they are used. Called once, when a model is loaded.
 """
@@ -10,7 +10,7 @@ import numpy as np
 
 from guanaco.models.formats.shown import joined, listed, shown
 
-# Sampling defaults that are used, with the range that a request may have too; others are not used, and told.
+# Sampling defaults that are used, with the range that requests may use, too. Other fields and values make a note.
 _SAMPLING: Mapping[str, tuple[float, float]] = {
     "temperature": (0.0, 2.0),
     "top_p": (1e-9, 1.0),
@@ -27,7 +27,7 @@ _GENERATION_READ = frozenset(
         *("compile_config", "disable_compile", "continuous_batching_config", "max_length", "max_time", "chat_format"),
     }
 )
-# Values of the other fields that ask for nothing.
+# Values of further fields that change nothing, and so make no note.
 _GENERATION_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "num_beam_groups": (1,),
@@ -61,7 +61,8 @@ _CONFIG_KNOWN = frozenset(
     }
 )
 
-# Sampling defaults of a GGUF file, which llama.cpp follows; its penalty for repetition looks at the last tokens only.
+# Sampling defaults of a GGUF file that are used. llama.cpp has more, but its repetition penalty counts only the last
+# tokens, so it is another one than ours.
 _GGUF_SAMPLING: Mapping[str, str] = {
     "general.sampling.temp": "temperature",
     "general.sampling.top_k": "top_k",
@@ -89,8 +90,8 @@ _GGUF_READ = frozenset(
 
 
 def generation_notes(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Notes on fields of a generation_config.json that are not used: unknown ones, and values that no request may
-    have."""
+    """Notes on fields of a generation_config.json that are not used: unknown fields, and values outside the range that
+    requests may use."""
     unread = []
     for name, value in config.items():
         if name in _GENERATION_READ or value is None or value is False or value in ([], {}):
@@ -103,7 +104,7 @@ def generation_notes(config: Mapping[str, Any]) -> tuple[str, ...]:
         elif value in _GENERATION_NEUTRAL.get(name, (0,)):
             continue
         unread.append(f"{listed([name])} = {shown(value)}")
-    return _note("the model's sampling defaults ask for what is not done here", unread)
+    return _note("these sampling defaults of the model are not used here", unread)
 
 
 def config_notes(fields: Mapping[str, Any]) -> tuple[str, ...]:
@@ -119,8 +120,8 @@ def config_notes(fields: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _rope_notes(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    """Notes on the spellings of rotary scaling that lose against another one (`config._parse_rope` has the order), and
-    on fields that the rope type does not use. The fields have been checked."""
+    """Notes on fields of rotary scaling that are overridden by a newer spelling (`config_json` has the order), and on
+    fields that the rope type does not use. The fields have been checked."""
     scaling, parameters = fields.get("rope_scaling"), fields.get("rope_parameters")
     name, rope = ("rope_scaling", scaling) if scaling else ("rope_parameters", parameters)
     if not isinstance(rope, Mapping) or not rope:
@@ -162,8 +163,8 @@ def _modern_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def gguf_notes(metadata: Mapping[str, Any], num_rows: int) -> tuple[str, ...]:
-    """Notes on keys of a GGUF file that are not used. num_rows: of its embedding. `gguf_tokenizer` has those on the
-    tokenizer's keys."""
+    """Notes on keys of a GGUF file that are not used, except the tokenizer's (see `gguf_tokenizer`). num_rows: the rows
+    of its embedding."""
     prefix = f"{metadata.get('general.architecture')}."
     unread = (key for key, value in metadata.items() if key.startswith(prefix) and value not in (None, False, "", []))
     asks = [key for key in unread if key.removeprefix(prefix) not in _GGUF_READ]
@@ -190,7 +191,7 @@ def gguf_notes(metadata: Mapping[str, Any], num_rows: int) -> tuple[str, ...]:
 def gguf_sampling(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The sampling defaults of a GGUF file that are used, by the names that generation_config.json has for them."""
     found = {name: metadata[key] for key, name in _GGUF_SAMPLING.items() if key in metadata}
-    # A float32 0.6 is 0.6000000238 as a float64; the shortest decimal that means it is what was meant.
+    # A float32 0.6 reads as 0.6000000238 in float64. The shortest decimal of the float32 restores 0.6.
     return {name: float(str(np.float32(v))) if isinstance(v, float) else v for name, v in found.items()}
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from guanaco.models.formats.shown import listed
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# Weights in other formats, as transformers, Meta and older tools name them; a trainer's own pickles are none.
+# Weights in other formats, as transformers, Meta and older tools name them. Other pickles are a trainer's state.
 _PICKLED_WEIGHTS = re.compile(r"(pytorch_model|consolidated|model)(-\d+-of-\d+|\.\d+)?\.(bin|pth|pt|ckpt)")
-# What a directory with one GGUF file gives besides the file's metadata, and a GGUF file that is named itself does not.
+# Files that are read beside the GGUF file if the operator names the directory, but not if the GGUF file itself is
+# named.
 _BESIDE_GGUF = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json", "generation_config.json"),
@@ -20,7 +21,8 @@ _BESIDE_GGUF = (
 
 
 def notes_beside_weights(directory: Path, used: Collection[str]) -> list[str]:
-    """Notes on the weights in a model's directory besides `used` (names of files), and on an adapter there."""
+    """Notes on weights in a model's directory that are not read, and on an adapter there. used: names of the files that
+    are read."""
     names = sorted(file.name for file in directory.iterdir() if file.is_file())
     unread = [name for name in names if _is_weights(name) and name not in used]
     notes = []
@@ -33,7 +35,8 @@ def notes_beside_weights(directory: Path, used: Collection[str]) -> list[str]:
 
 
 def notes_beside_gguf(file: Path, *, is_named: bool) -> list[str]:
-    """Notes on the files beside a GGUF file. is_named: the operator gave the file, not its directory."""
+    """Notes on the files beside a GGUF file that are not read. is_named: the operator named the file, not the
+    directory."""
     if not is_named:
         notes = notes_beside_weights(file.parent, {file.name})
         if (file.parent / "config.json").is_file():
