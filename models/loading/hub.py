@@ -38,13 +38,13 @@ def resolve_model(
     progress: Progress | None = None,
     endpoint: str | None = None,
 ) -> Path:
-    """The local path of `spec`: an existing path, or a hub id `org/name[@revision]`, downloaded where it is not yet.
+    """The local path of `spec`: an existing path, or a hub id `org/name[@revision]`, which is downloaded if need be.
 
-    cache_dir: where downloads are kept, in the hub's own layout; None: in the cache that other tools use too.
-    shared_cache: another cache of that layout; a repository that is only in it is taken from there, and its updates are
-    written there, too. offline: no network, only what was downloaded before. progress: called from several threads,
-    with bytes.
-    Raises ModelError for a path that does not exist, and for an id that cannot be had.
+    cache_dir: where downloads are kept, in the hub's own layout; None: in the cache that other tools use, too.
+    shared_cache: another cache of that layout. A repository that only it has is read from there, and updates of it are
+    written there. offline: use no network, only earlier downloads. progress: called from several threads, with bytes.
+
+    Raises ModelError for a path that does not exist, and for an id that cannot be downloaded.
     """
     path = Path(os.path.expanduser(spec))
     if path.exists():

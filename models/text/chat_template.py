@@ -1,7 +1,7 @@
-"""Chat templates: messages → prompt text. Whatever a template does is done in a process that can be replaced.
+"""Chat templates: messages → prompt text. Templates run in a process that can be replaced.
 
-Knows nothing of token ids, and never runs a template's code in this process: `template_renderer` has it done. Called
-by `tokenizer`; templates of our own are in `named_templates`.
+Knows nothing of token ids, and never runs a template's code in this process: `template_renderer` starts another one.
+Called by `tokenizer`. Our own templates are in `named_templates`.
 """
 
 import hashlib
@@ -30,10 +30,10 @@ __all__ = [
 ]
 
 TEMPLATE_NAMES = frozenset(NAMED)
-MAX_TEMPLATE_CHARS = 1 << 20  # the largest in use, with tools and documents, have some 20,000
+MAX_TEMPLATE_CHARS = 1 << 20  # the largest in use, with tools and documents, have about 20,000 characters
 _TRIAL = ({"role": "user", "content": "Hello!"},)
 _TRIAL_CHARS = 1 << 20
-# What a template took too much of. A template that does so with the trial does so with every conversation.
+# Errors of a template that took too much time or memory. If the trial does so, every conversation would.
 _OVERRUNS = (ErrorCode.TEMPLATE_TIMEOUT, ErrorCode.TEMPLATE_TOO_LARGE, ErrorCode.TEMPLATE_CRASHED)
 
 
@@ -51,14 +51,14 @@ class ChatTemplate:
     ) -> None:
         """Compile `source`. Raises TemplateError that says where it is wrong.
 
-        is_complete: it writes the token that begins a text itself, if there is to be one, as templates of models do.
-        stop_strings: what a model that was trained on this format writes where it should have stopped.
-        renderer: the processes that render it; None: those of the program.
+        is_complete: the template itself writes the token that begins a text (if there is one), as models' templates do.
+        stop_strings: texts that a model trained on this format writes after the place where it should have stopped.
+        renderer: the processes that render it; None: the program's shared ones.
         """
         self.source = source
         self.is_complete = is_complete
         self.stop_strings = tuple(stop_strings)
-        self.notes: tuple[str, ...] = ()  # what an operator should know about it
+        self.notes: tuple[str, ...] = ()  # for the operator
         self._label = f"chat template {name}".strip()
         self._renderer = renderer or shared_renderer()
         self._digest = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
@@ -84,13 +84,13 @@ class ChatTemplate:
         continue_final_message: bool = False,
         variables: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
-        """The prompt. A message is {"role": …, "content": …} and more; keys whose value is None are left out.
+        """The prompt. A message has "role", "content" and perhaps more keys; keys whose value is None are left out.
 
         tools: functions as OpenAI's API has them, {"type": "function", "function": {…}}; None: the template sees none.
-        special_tokens: more of a tokenizer's named tokens, such as unk_token. max_chars: a longer prompt is an error.
+        special_tokens: further named tokens, such as unk_token. max_chars: a longer prompt is an error.
         continue_final_message: the prompt ends with the last message's text, as in transformers.
-        variables: more that the template sees, of JSON's types; none takes the place of another one here.
-        Raises TemplateError with the template's own words where it refuses, and for anything else that goes wrong.
+        variables: further variables of JSON's types for the template; they replace none of the others.
+        Raises TemplateError, with the template's own message if it refuses the conversation.
         """
         tokens = {"bos_token": bos_token, "eos_token": eos_token, **(special_tokens or {})}
         shown = [dict(message) for message in messages]
@@ -103,7 +103,7 @@ class ChatTemplate:
             "tools": None if tools is None else [_plain(tool) for tool in tools],
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
-            # Absent ones stay undefined, which templates can ask for; they would print None.
+            # An absent token stays undefined, for which templates can test. A None would be printed as "None".
             **{name: token for name, token in tokens.items() if token is not None},
         }
         try:
@@ -113,7 +113,7 @@ class ChatTemplate:
         return self._cut(text, messages[-1]["content"], tag) if continue_final_message else text
 
     def _cut(self, text: str, final: str, tag: str) -> str:
-        """A rendered text up to the tag behind the last message's, where the model goes on. Raises TemplateError."""
+        """The rendered text up to the tag that follows the last message's text. Raises TemplateError if it lacks it."""
         place = text.rfind(tag)
         if place < 0 or final.strip() not in text:
             problem = "it leaves out the last message, or a part of it, so that message can't be continued"
@@ -122,10 +122,10 @@ class ChatTemplate:
         return text[:place] if keeps_spaces else text[:place].rstrip()
 
     def try_out(self, special_tokens: Mapping[str, str]) -> None:
-        """Render one question. `notes` has what the template says against it: other conversations may suit it.
+        """Render one question. If the template refuses it, `notes` says so: it may accept other conversations.
 
-        special_tokens: all named tokens. Raises TemplateError for a template that runs out of time, memory or output:
-        it would do so with every conversation.
+        special_tokens: all named tokens. Raises TemplateError if the template exceeds its time, memory or output, since
+        every conversation would.
         """
         try:
             self.render(_TRIAL, special_tokens=special_tokens, max_chars=_TRIAL_CHARS)
@@ -138,7 +138,8 @@ class ChatTemplate:
 
     @cached_property
     def tool_support(self) -> ToolSupport:
-        """What the template itself writes of tools, found by trial. Raises TemplateError where a trial overruns."""
+        """Which parts of tool use the template writes itself, found by trial. Raises TemplateError if a trial exceeds
+        its limits."""
         tokens = {"bos_token": "<s>", "eos_token": "</s>"}
 
         def render(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None) -> str:
@@ -157,7 +158,7 @@ class ChatTemplate:
 
 @lru_cache
 def named_template(name: str) -> ChatTemplate:
-    """One of our own templates. Raises TemplateError that lists them for another name."""
+    """Our own template of this name. For an unknown name, raises TemplateError that lists the names."""
     if name not in NAMED:
         raise TemplateError(f"no chat template is called {name!r}: give {', '.join(NAMED)}, or a Jinja file")
     named = NAMED[name]
@@ -165,9 +166,9 @@ def named_template(name: str) -> ChatTemplate:
 
 
 def load_template(name_or_path: str) -> ChatTemplate:
-    """A template by its name, or from a Jinja file. Raises TemplateError.
+    """Our own template of this name, or a template from a Jinja file. Raises TemplateError.
 
-    A file counts as complete, and is tried out: `notes` has what it says against that.
+    A file's template counts as complete (see `ChatTemplate`) and is tried out.
     """
     if name_or_path in NAMED:
         return named_template(name_or_path)
@@ -186,12 +187,12 @@ def load_template(name_or_path: str) -> ChatTemplate:
 
 
 def _tag() -> str:
-    """What nobody can have written: it shows where the last message's text ends."""
+    """A random text that no message can contain; it marks where the last message's text ends."""
     return f"CONTINUE{secrets.token_hex(16)}"
 
 
 def _plain(value: Any) -> Any:
-    """A copy made of JSON's types only: nothing with methods of its own gets into a template."""
+    """A copy made of JSON's types only, so that no object with methods of its own gets into a template."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,8 +1,7 @@
-"""Tells control tokens that a template or a raw prompt wrote from those that a message holds.
+"""Tells control tokens that a chat template wrote from the same text in a message.
 
-Works on long texts piece by piece: the interpreter's lock is held for all of one call into a regular expression, and
-one text of megabytes would stop every stream. Knows no templates and no ids but those of control tokens. Called by
-`tokenizer`.
+Works on long texts piece by piece: a call into a regular expression holds the interpreter's lock, and one text of
+megabytes would stop every stream. Knows no templates, and no ids but those of control tokens. Called by `tokenizer`.
 """
 
 import json
@@ -16,16 +15,17 @@ from tokenizers import AddedToken
 
 from guanaco.models.errors import ModelError
 
-PIECE_CHARS = 1 << 16  # looked at in one call; what begins in a piece may end behind it
+PIECE_CHARS = 1 << 16  # searched in one call; a match that begins in a piece may end behind it
 _JOINED_PIECES = 4096
 
 
 class ControlTokens:
     """The control tokens of one tokenizer.
 
-    Before rendering, a mark is put inside each control token in the messages; afterwards, what is still whole must be
-    the template's and is replaced by a stand-in, and the marks go. The stand-ins are added tokens that nobody can type:
-    mark and stand-ins hold random characters from Unicode's private planes, drawn anew in every process.
+    Before rendering, `mark` puts a mark inside each control token in the messages. After rendering, a control token
+    that is still whole must come from the template: `substitute` replaces it by a stand-in and removes the marks. The
+    stand-ins are added tokens. Nobody can type them or the mark: both hold random characters from Unicode's private
+    planes, chosen anew in every process.
     """
 
     def __init__(self, tokens: list[tuple[int, AddedToken]]) -> None:
@@ -41,21 +41,21 @@ class ControlTokens:
         self.real_ids: dict[int, int] = {}
 
     def add_stand_ins(self, backend: Any) -> None:
-        """Each matches in text exactly where its token would; `real_ids` leads back to the token."""
+        """Add a stand-in for each control token to the backend. `real_ids` maps its id to the control token's."""
         added = []
         for _, token in self._tokens:
             flags = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "normalized")}
             added.append(AddedToken(self._stand_ins[token.content], special=False, **flags))
-        backend.add_tokens(added)  # at once: each call sorts all added tokens anew
+        backend.add_tokens(added)  # in one call, since each call sorts all added tokens again
         for index, token in self._tokens:
             self.real_ids[backend.token_to_id(self._stand_ins[token.content])] = index
 
     def id_of(self, text: str) -> int | None:
-        """The id of the token that is spelled `text`."""
+        """The id of the control token with this text; None if there is none."""
         return self._ids.get(text)
 
     def is_in(self, text: str) -> bool:
-        """Whether `text` contains the spelling of any control token."""
+        """Whether `text` contains the text of any control token."""
         return next(self._found(self._whole, text), None) is not None
 
     def mark(self, value: Any) -> Any:
@@ -69,7 +69,7 @@ class ControlTokens:
         return value
 
     def substitute(self, text: str) -> str:
-        """A rendered text with the template's control tokens as stand-ins, the messages' as they were."""
+        """A rendered text in which the template's control tokens are stand-ins, and those of messages stay text."""
         return self.unmark(_joined(self._substituted(text)))
 
     def unmark(self, text: str) -> str:
@@ -93,7 +93,7 @@ class ControlTokens:
         yield text[start:]
 
     def _found(self, pattern: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:
-        """As `pattern.finditer(text)`. Within one piece all that begins there is found, wherever it ends."""
+        """As `pattern.finditer(text)`, piece by piece. A match that begins in a piece may end behind it."""
         start = 0
         while start < len(text):
             end = start + PIECE_CHARS
@@ -106,7 +106,7 @@ class ControlTokens:
 
 
 def _without(mark: str, text: str) -> Iterator[str]:
-    """The text in pieces that have no mark."""
+    """The text without `mark`, in pieces."""
     start = 0
     while start < len(text):
         end = start + PIECE_CHARS
@@ -117,7 +117,7 @@ def _without(mark: str, text: str) -> Iterator[str]:
 
 
 def _joined(pieces: Iterator[str]) -> str:
-    """The pieces as one text. Millions of them are joined step by step, and none is kept longer than it is needed."""
+    """The pieces as one text. They are joined in steps, so that millions of small pieces are never kept at once."""
     steps = []
     while step := list(islice(pieces, _JOINED_PIECES)):
         steps.append("".join(step))
@@ -125,16 +125,16 @@ def _joined(pieces: Iterator[str]) -> str:
 
 
 def _private_text() -> str:
-    """Six random characters of a private plane, 96 bits; without case, width or meaning to any text function."""
+    """Six random characters of a private plane (96 bits), which no text function changes."""
     return "".join(chr(0xF0000 + secrets.randbelow(0xFFFE)) for _ in range(6))
 
 
 def longest_match_pattern(tokens: Iterable[str]) -> str:
-    """The source of an expression that matches the longest of `tokens` at a place; of none, it matches nowhere.
+    """A regular expression that matches the longest of `tokens` at a place. Without tokens, it matches nowhere.
 
-    It looks at each character once, however many tokens begin alike. A plain list of alternatives tries every token at
-    every character: a text of 131 kB and some thousand tokens of a model's would hold the interpreter for seconds.
-    Raises ModelError for tokens that continue each other hundreds of times, as no model's do.
+    It reads each character once, however many tokens begin alike. A plain list of alternatives tries every token at
+    every character: a text of 131 kB and some thousand tokens would hold the interpreter's lock for seconds. Raises
+    ModelError if hundreds of tokens are each the beginning of the next one, which no known model has.
     """
     try:
         pattern = _pattern_of(set(filter(None, tokens)))
@@ -151,7 +151,7 @@ def _pattern_of(tokens: set[str]) -> str:
         return "(?!)"
     if len(tokens) == 1:
         return re.escape(next(iter(tokens)))
-    first, last = min(tokens), max(tokens)  # what these two share, all share
+    first, last = min(tokens), max(tokens)  # the common beginning of these two is that of all tokens
     prefix = first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
     by_first: dict[str, set[str]] = {}
     for token in tokens:

@@ -1,7 +1,7 @@
 """A GGUF file's tokenizer metadata → the tokenizer files of a Hugging Face directory.
 
-Knows the metadata's keys (llama.cpp's), not the file around them. Called by the demo's conversion, and by `Tokenizer`
-for a GGUF that is served as it is.
+Knows the metadata's keys (llama.cpp's), not the rest of the file. Called by the demo's conversion, and by
+`tokenizer_files` for a GGUF file that is served.
 """
 
 import json
@@ -19,14 +19,14 @@ _READ = frozenset(
         *("add_space_prefix", "token_type_count", "remove_extra_whitespaces", "add_sep_token"),
     }
 )
-_VARIANT = "tokenizer.chat_template."  # then a name: llama.cpp's for "tool_use" and the like
+_VARIANT = "tokenizer.chat_template."  # followed by the name of a further template, such as "tool_use"
 
 # llama.cpp's token types: `tokenizer.ggml.token_type`.
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 SPLIT_KEY = "tokenizer.ggml.pre"
 
-# Tokens that end generation in llama.cpp wherever their text is in a vocabulary, whatever their type; and those that it
-# also ends at, found by key or by text: fill-in-the-middle padding, and the separators of repositories and files.
+# The texts of tokens that end generation in llama.cpp, whatever their type. It also ends at tokens that keys name and
+# at those with the texts of fill-in-the-middle padding and of separators of repositories and files.
 _ENDS = frozenset(
     (
         *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"),
@@ -53,13 +53,13 @@ _MIDDLE = frozenset(
     )
     for part in parts
 )
-# OpenAI's harmony format ends messages with <|end|>, not turns; Gemma's newest tool format does not end at </s>.
-# llama.cpp knows them by these texts among the ends: (with one of each set, this token is no end).
+# In OpenAI's harmony format, <|end|> ends a message but not the turn. Gemma's newest tool format does not end at </s>.
+# As in llama.cpp: if the ends hold one token of each set, the token after the sets is no end.
 _NO_ENDS = (
     (({"<|call|>", "<|calls|>"}, {"<|return|>", "<|flush|>"}), "<|end|>"),
     (({"<|tool_response>"},), "</s>"),
 )
-# Named tokens of a SentencePiece vocabulary that names none, as in llama.cpp.
+# The ids of named tokens in a SentencePiece vocabulary whose file names none, as in llama.cpp.
 _LLAMA_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 
 _NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
@@ -68,7 +68,7 @@ _NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_t
 def tokenizer_files(metadata: Mapping[str, Any], source: str) -> dict[str, str]:
     """`tokenizer.json` and `tokenizer_config.json` as text. `source` names the file in messages.
 
-    Raises ModelError for a kind of tokenizer that is not known here, by the name of the key.
+    Raises ModelError, which names the key, for a kind of tokenizer that is not supported.
     """
     reader = _Reader(metadata, source)
     fields = {
@@ -93,15 +93,15 @@ def tokenizer_files(metadata: Mapping[str, Any], source: str) -> dict[str, str]:
 
 
 def end_ids(metadata: Mapping[str, Any], source: str) -> list[int]:
-    """The ids that end generation, by llama.cpp's rules: those that keys name, and those with a well-known text."""
-    if "tokenizer.ggml.tokens" not in metadata:  # a file without a tokenizer may name ids all the same
+    """The ids that end generation by llama.cpp's rules: ids that keys name, and tokens with a well-known text."""
+    if "tokenizer.ggml.tokens" not in metadata:  # a file without a tokenizer may still name ids
         named = (metadata.get(f"tokenizer.ggml.{key}_token_id") for key in _END_KEYS)
         return list(dict.fromkeys(index for index in named if index is not None))
     return _Reader(metadata, source).end_ids()
 
 
 def remarks(metadata: Mapping[str, Any]) -> tuple[str, ...]:
-    """What an operator should know of the metadata: which of them are not used, and which are missing."""
+    """Notes for the operator on tokenizer metadata that are not used or missing."""
     notes = []
     num_tokens = len(metadata["tokenizer.ggml.tokens"])
     for key, value in metadata.items():
@@ -121,14 +121,14 @@ def remarks(metadata: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _is_unread(key: str) -> bool:
-    """Whether nothing here reads a key of the tokenizer's, and it may change ids."""
+    """Whether a tokenizer key is not read here although it may change ids."""
     if key.startswith((_VARIANT, "tokenizer.chat_template", "tokenizer.huggingface.")) or key.endswith("_token_id"):
         return False
     return key.startswith("tokenizer.") and key.removeprefix("tokenizer.ggml.") not in _READ
 
 
 class _Reader:
-    """The metadata with their defaults; every refusal names the key."""
+    """Reads the metadata with their defaults. Every refusal names the key."""
 
     def __init__(self, metadata: Mapping[str, Any], source: str) -> None:
         self._metadata = metadata
@@ -138,16 +138,16 @@ class _Reader:
         self.types: list[int] = self._get("token_type", [_NORMAL] * len(self.tokens))
         if len(self.types) != len(self.tokens):
             raise self._refusal("token_type", "has another length than the vocabulary; get the file again")
-        # Files from before the key existed have none; llama.cpp takes "default" for them.
+        # Files from before the key existed lack it; llama.cpp uses "default" for them.
         self.split = str(self._get("pre", "") or "default")
         known = SPLITS.get(self.split)
         default = self.model == "llama" or (self.model == "gpt2" and known is not None and known.adds_bos)
         self.adds_bos = bool(self._get("add_bos_token", default)) and self.id_of("bos") is not None
 
     def id_of(self, key: str) -> int | None:
-        """The id of a named special token, None where the file names none.
+        """The id of a named special token; None if the file names none.
 
-        An id beyond the vocabulary counts as none, as in llama.cpp: old files have 4294967295 for "there is none".
+        As in llama.cpp, an id beyond the vocabulary counts as none: old files write 4294967295 for it.
         """
         default = _LLAMA_IDS.get(key) if self.model == "llama" and len(self.tokens) > max(_LLAMA_IDS.values()) else None
         index = self._get(f"{key}_token_id", default)
@@ -158,7 +158,7 @@ class _Reader:
         return index
 
     def end_ids(self) -> list[int]:
-        """As `end_ids` of the module; the ones that keys name come first."""
+        """As the module's `end_ids`. The ids that keys name come first."""
         by_text = {token: index for index, token in enumerate(self.tokens)}
         ends = []
         for key, texts in _END_KEYS.items():
@@ -172,7 +172,8 @@ class _Reader:
 
     def tokenizer_json(self) -> dict[str, Any]:
         kinds = {_CONTROL: True, _USER_DEFINED: False}
-        # As llama.cpp has them, whatever their type. A SentencePiece's end of text is known by its name.
+        # These are control tokens in llama.cpp, whatever their type. The eos of a SentencePiece vocabulary is control
+        # already, by its name.
         control = set(self.end_ids()) - ({self.id_of("eos")} if self.model == "llama" else set())
         control.update(index for index, token in enumerate(self.tokens) if token in _MIDDLE)
         added = [

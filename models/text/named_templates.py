@@ -1,6 +1,6 @@
-"""Prompt formats by name, for models that bring no chat template: the Guanaco formats that exist, and their relatives.
+"""Prompt formats by name, for models without a chat template: Guanaco's formats and related ones.
 
-Text only, no logic. Called by `chat_template`. No template writes BOS at the start: the tokenizer's own rule does.
+Text only, no logic. Called by `chat_template`. No template writes BOS at the start: the tokenizer's own rule adds it.
 """
 
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class NamedTemplate:
-    """A Jinja source, and what a model of this format writes instead of stopping."""
+    """A Jinja source, and the texts that a model of this format writes instead of stopping."""
 
     source: str
     stop_strings: tuple[str, ...] = ()
 
 
-# The roles of all formats with two speakers. A system message stands first or nowhere, and turns alternate: where they
-# do not, no model has seen the result.
+# Checks the roles in all formats with two speakers: an optional system message first, then turns that alternate. No
+# model was trained on anything else.
 _CHECK_TURNS = """\
 {%- if messages and messages[0]['role'] == 'system' -%}
 {%- set system = messages[0]['content'] -%}
@@ -33,15 +33,16 @@ _CHECK_TURNS = """\
 
 
 def _two_speakers(default_system: str, body: str) -> str:
-    """`body` sees `system` (the default, or the client's; empty for none) and `turns`."""
+    """A template that checks the roles before `body`. There, `system` is the client's system message or the default
+    (empty for none), and `turns` are the other messages."""
     return "{%- set default_system = " + repr(default_system) + " -%}\n" + _CHECK_TURNS + body
 
 
 _CURIOUS_HUMAN = "A chat between a curious human and an artificial intelligence assistant."
 _POLITE = "The assistant gives helpful, detailed, and polite answers to the user's questions."
 
-# The format of the paper's evaluation (artidoro/qlora, eval/generations): single spaces, none at the end. Without a
-# system sentence (an empty system message) it is that of the OA prompts there.
+# The format of the QLoRA paper's evaluation (artidoro/qlora, eval/generations): single spaces, none at the end. With an
+# empty system message it is the format of the OA prompts there.
 _GUANACO = _two_speakers(
     f"{_CURIOUS_HUMAN} {_POLITE}",
     """\
@@ -53,7 +54,7 @@ _GUANACO = _two_speakers(
 {%- if add_generation_prompt -%}{{- ' ### Assistant:' -}}{%- endif -%}
 """,
 )
-# The model cards' example: no space between its two sentences, a new line before a question.
+# The format of the example on the model cards: no space between the two sentences, a new line before each question.
 _GUANACO_CARD = _two_speakers(
     f"{_CURIOUS_HUMAN}{_POLITE}",
     """\
@@ -68,7 +69,7 @@ _GUANACO_CARD = _two_speakers(
 {%- if add_generation_prompt -%}{{- ' ### Assistant:' -}}{%- endif -%}
 """,
 )
-# Text-generation front ends' version: no system sentence, one line for each turn.
+# The format of text-generation front ends: no system sentence, one line for each turn.
 _GUANACO_PLAIN = _two_speakers(
     "",
     """\
@@ -129,7 +130,7 @@ _CHATML = """\
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
 
-# Guanaco models were seen to run on into the next turn in 3 to 24 of 80 answers; `###` alone would cut headings.
+# In a test, Guanaco models wrote the next turn, too, in 3 to 24 of 80 answers. `###` alone would cut at headings.
 _GUANACO_STOPS = ("### Human", "### Assistant")
 
 NAMED = {

@@ -1,6 +1,6 @@
-"""A SentencePiece `tokenizer.model` → an equivalent `tokenizer.json`, for checkpoints that have no other.
+"""A SentencePiece `tokenizer.model` → an equivalent `tokenizer.json`, for checkpoints that have no tokenizer.json.
 
-Reads the few protobuf fields that matter itself: the format is small, and the package for it is not a dependency.
+Reads the few protobuf fields that it needs without a package: the format is small.
 Called by `tokenizer_files`.
 """
 
@@ -27,7 +27,7 @@ _Value = int | bytes
 
 @dataclass
 class SentencePieceModel:
-    """What the file says; defaults are the format's."""
+    """The fields of the file, with the format's defaults."""
 
     pieces: list[str] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
@@ -42,16 +42,16 @@ class SentencePieceModel:
 
     @property
     def bos_token(self) -> str | None:
-        """The piece that begins a text, None where the model has none."""
+        """The piece that begins a text; None if the model has none."""
         return self.pieces[self.bos_id] if 0 <= self.bos_id < len(self.pieces) else None
 
     @property
     def eos_token(self) -> str | None:
-        """The piece that ends a text, None where the model has none."""
+        """The piece that ends a text; None if the model has none."""
         return self.pieces[self.eos_id] if 0 <= self.eos_id < len(self.pieces) else None
 
     def tokenizer_json(self) -> dict[str, Any]:
-        """The same tokenizer for the `tokenizers` package; BOS goes first, as LLaMA's code has it."""
+        """The same tokenizer for the `tokenizers` package. It puts BOS first, as LLaMA's own code does."""
         special = {_UNKNOWN: True, _CONTROL: True, _USER_DEFINED: False}
         added = [
             AddedToken(index, piece, special[kind])
@@ -66,7 +66,7 @@ class SentencePieceModel:
 
 
 def read_sentencepiece(path: Path) -> SentencePieceModel:
-    """The model in `path`. Raises ModelError for a file that is damaged, or no BPE with byte fallback like LLaMA's."""
+    """The model in `path`. Raises ModelError if the file is damaged, or is not a BPE with byte fallback as LLaMA's."""
     try:
         model = _parse(read_small(path, MAX_SENTENCEPIECE_BYTES))
     except OSError as error:
@@ -148,6 +148,6 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _signed(value: _Value) -> int:
-    """An int32 as protobuf encodes it: negative ones as 64-bit complements."""
+    """An int32 from protobuf's encoding, in which negative numbers are 64-bit complements."""
     number = int(value) if isinstance(value, int) else -1
     return number - (1 << 64) if number >= 1 << 63 else number

@@ -1,4 +1,4 @@
-"""Which token ids begin and end a text: what the tokenizer and the checkpoint's configs say, put together.
+"""The token ids that begin and end a text, put together from the tokenizer and the checkpoint's configs.
 
 Knows nothing of files. Called once, when a model is loaded.
 """
@@ -28,11 +28,11 @@ def reconcile_special_ids(
     tokenizer: Tokenizer,
     num_rows: int,
 ) -> SpecialIds:
-    """BOS as the tokenizer has it; as ends the tokenizer's own and every id that a config names.
+    """The tokenizer's BOS, and as ends the tokenizer's eos and every id that a config names.
 
-    An id that a config names ends generation whatever the tokenizer says of it, as in transformers' `generate`. Only an
-    id beyond the model's `num_rows` embedding rows cannot: the model never draws it.
-    Raises ModelError where generation_config.json holds something else than ids.
+    An id that a config names ends generation even if the tokenizer disagrees, as in transformers' `generate`. An id
+    beyond the model's `num_rows` embedding rows is left out: the model never samples it.
+    Raises ModelError if generation_config.json holds anything but ids.
     """
     notes: list[str] = []
 
@@ -68,7 +68,7 @@ def reconcile_special_ids(
 
 
 def missing_rows_note(tokenizer: Tokenizer, num_rows: int) -> tuple[str, ...]:
-    """What to tell an operator whose tokenizer has ids beyond the model's `num_rows` embedding rows."""
+    """A note for the operator if the tokenizer has ids beyond the model's `num_rows` embedding rows."""
     beyond = tokenizer.vocab_size - num_rows
     if beyond <= 0:
         return ()
@@ -84,5 +84,5 @@ def _listed(source: str, stated: Any) -> list[int]:
     """One id, several or none, as a list."""
     listed = [] if stated is None else stated if isinstance(stated, list | tuple) else [stated]
     if not all(type(index) is int for index in listed):
-        raise ModelError(f"{source}: eos_token_id must be a token id or a list of them; mend the file")
+        raise ModelError(f"{source}: eos_token_id must be a token id or a list of them; fix the file")
     return list(listed)

@@ -1,8 +1,8 @@
-"""Chat templates rendered in processes that can be replaced, so that no template stops the server or its end.
+"""Renders chat templates in processes that can be replaced, so that no template can stop the server or its shutdown.
 
-A template gets at most LIMITS of time and memory; whichever process exceeds them is killed and another one is started.
-One template has one process at a time, and templates that were slow lately have one together, so that a flood of
-chats with a bad template leaves a process to all others. Knows nothing of jinja2. Called by `chat_template`.
+Time and memory are limited (`TemplateLimits`). A process that exceeds them is killed, and another one is started. One
+template has one process at a time, and all templates that were slow lately share one, so that many chats with a bad
+template leave a process to all others. Knows nothing of jinja2. Called by `chat_template`.
 """
 
 import atexit
@@ -25,8 +25,8 @@ from guanaco.models.formats.restricted_process import ProcessEnded, ProcessTimeo
 
 logger = logging.getLogger("guanaco.templates")
 
-MAX_OUTPUT_CHARS = 1 << 24  # where no context says less: 64 characters for each of 262144 tokens
-PIECE_CHARS = 1 << 16  # of a message to a process, made in one call
+MAX_OUTPUT_CHARS = 1 << 24  # if the context sets no lower limit: 64 characters for each of 262,144 tokens
+PIECE_CHARS = 1 << 16  # how much of a message to a process is encoded in one call
 _WORKER = "guanaco.models.text.template_worker"
 _HEAD_BYTES, _TEXT = 5, b"T"
 _MAX_ERROR_BYTES = 1 << 16
@@ -34,18 +34,18 @@ _MAX_ERROR_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class TemplateLimits:
-    """What rendering may take, and how it is shared."""
+    """The limits of rendering."""
 
-    seconds: float = 2.0  # for one rendering; also how long one waits for a process that is free
+    seconds: float = 2.0  # for one rendering, and for the wait for a free process before it
     memory_bytes: int = 256 << 20  # of a process, with its interpreter
     num_processes: int = 2
-    slow_seconds: float = 0.25  # of processor time: a template that takes longer counts as slow …
-    slow_for_seconds: float = 30.0  # … for so long
-    start_seconds: float = 60.0  # for the start of a process, which is our own code: a busy machine takes its time
+    slow_seconds: float = 0.25  # a template that takes more processor time than this counts as slow …
+    slow_for_seconds: float = 30.0  # … for this long
+    start_seconds: float = 60.0  # for the start of a process; that is our own code, so only a busy machine is slow
 
 
 class _Worker:
-    """One process, and which templates it has."""
+    """One process, and the digests of the templates that it has compiled."""
 
     def __init__(self, limits: TemplateLimits) -> None:
         arguments = (str(limits.memory_bytes), str(math.ceil(limits.seconds)))
@@ -55,28 +55,28 @@ class _Worker:
 
 
 class TemplateRenderer:
-    """The processes. Safe to use from several threads; they start when they are first needed."""
+    """The rendering processes, which start when they are first needed. Safe to use from several threads."""
 
     def __init__(self, limits: TemplateLimits | None = None) -> None:
         self.limits = limits or TemplateLimits()
         self._changed = threading.Condition()
         self._idle: list[_Worker] = []
-        self._busy: dict[str, _Worker | None] = {}  # by template; None while its process starts
+        self._busy: dict[str, _Worker | None] = {}  # template's digest → its process; None while that starts
         self._slow_until: dict[str, float] = {}
 
     def compile(self, digest: str, source: str) -> None:
-        """Raises TemplateError where the template is wrong, or too much for a process."""
+        """Compile a template in a process. Raises TemplateError if it is wrong or exceeds the limits."""
         self._run(digest, source, None, 0)
 
     def render(self, digest: str, source: str, variables: Mapping[str, Any], max_chars: int) -> str:
         """The template's text, of at most `max_chars` characters. Raises TemplateError.
 
-        digest: the template's, by which a process recognises it. variables: JSON's types only.
+        digest: the SHA-256 of `source`, by which a process recognises it. variables: JSON's types only.
         """
         return self._run(digest, source, variables, min(max_chars, MAX_OUTPUT_CHARS))
 
     def close(self) -> None:
-        """End all processes; what is being rendered ends with an error. The next rendering starts new ones."""
+        """End all processes. Renderings that run end with an error; the next one starts new processes."""
         with self._changed:
             idle, self._idle = self._idle, []
             for busy in self._busy.values():
@@ -87,7 +87,7 @@ class TemplateRenderer:
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """Of the processes that there are."""
+        """The process ids of all running processes."""
         with self._changed:
             workers = [*self._idle, *(worker for worker in self._busy.values() if worker is not None)]
         return tuple(worker.process.pid for worker in workers)
@@ -99,12 +99,12 @@ class TemplateRenderer:
             if digest not in worker.digests:
                 request["source"] = source
             kind, content = self._exchange(worker, digest, request, max_chars)
-            if kind != _TEXT and content["code"] == ErrorCode.UNKNOWN_TEMPLATE:  # it was dropped for others
+            if kind != _TEXT and content["code"] == ErrorCode.UNKNOWN_TEMPLATE:  # the process dropped it for others
                 kind, content = self._exchange(worker, digest, {**request, "source": source}, max_chars)
             if kind == _TEXT:
                 worker.digests.add(digest)
                 return str(content)
-            if content["code"] == ErrorCode.TEMPLATE_TOO_LARGE:  # its memory may be in pieces
+            if content["code"] == ErrorCode.TEMPLATE_TOO_LARGE:  # the process's memory may be fragmented
                 worker.process.close()
             raise TemplateError(content["message"], content["code"])
 
@@ -127,7 +127,8 @@ class TemplateRenderer:
         return kind, _text_of(content) if kind == _TEXT else json.loads(bytes(content))
 
     def _ended(self, digest: str, error: ProcessEnded) -> TemplateError:
-        """What the end of a process says of the template that it rendered: nothing where somebody else ended it."""
+        """The error for a process that ended while it rendered. If it was killed from outside, the template is not at
+        fault."""
         problem = f"the process that rendered it ended ({error})"
         logger.warning("chat template %s: %s", digest[:12], problem)
         if error.was_killed:
@@ -155,7 +156,7 @@ class TemplateRenderer:
         return worker
 
     def _start(self) -> _Worker:
-        """A new process. One that ends while it starts says nothing of the next one: it is tried once more."""
+        """Start a process. If it ends while it starts, start one more."""
         try:
             return _Worker(self.limits)
         except ProcessEnded as error:
@@ -164,7 +165,7 @@ class TemplateRenderer:
 
     @contextmanager
     def _turn(self, digest: str) -> Iterator[None]:
-        """A place among those that are being rendered. Raises TemplateError (TEMPLATE_BUSY) where there is none."""
+        """Take one of the places for renderings. Raises TemplateError (TEMPLATE_BUSY) if none becomes free in time."""
         with self._changed:
             self._wait_for_turn(digest)
             self._busy[digest] = None
@@ -183,7 +184,7 @@ class TemplateRenderer:
             now = time.monotonic()
             is_free = digest not in self._busy and len(self._busy) < self.limits.num_processes
             if self._is_slow(digest, now):
-                # Those that wait for a slow template would hold the threads that prepare all chats.
+                # Chats that waited for a slow template would occupy the threads that prepare all chats.
                 if not is_free or any(self._is_slow(other, now) for other in self._busy):
                     raise TemplateError("a chat with it is being rendered, which takes long", ErrorCode.TEMPLATE_BUSY)
                 return
@@ -206,7 +207,8 @@ class TemplateRenderer:
 
 
 def json_pieces(value: Any) -> Iterator[bytes]:
-    """JSON of a value in pieces. A long string makes several: the interpreter's lock is held for all of each."""
+    """The JSON of a value in pieces. A long string is cut into several, since encoding one holds the interpreter's
+    lock."""
     if isinstance(value, str) and len(value) > PIECE_CHARS:
         yield b'"'
         for start in range(0, len(value), PIECE_CHARS):
@@ -232,7 +234,7 @@ def json_pieces(value: Any) -> Iterator[bytes]:
 
 
 def _text_of(data: memoryview) -> str:
-    """UTF-8 as text, piece by piece for the same reason."""
+    """UTF-8 as text, decoded piece by piece, since decoding holds the interpreter's lock."""
     decoder = codecs.getincrementaldecoder("utf-8")("surrogatepass")
     pieces = [decoder.decode(data[start : start + PIECE_CHARS]) for start in range(0, len(data), PIECE_CHARS)]
     return "".join([*pieces, decoder.decode(b"", final=True)])
@@ -240,7 +242,7 @@ def _text_of(data: memoryview) -> str:
 
 @lru_cache(maxsize=1)
 def shared_renderer() -> TemplateRenderer:
-    """The processes of this program: all templates share them."""
+    """The renderer that all templates of this program share."""
     renderer = TemplateRenderer()
     atexit.register(renderer.close)
     return renderer

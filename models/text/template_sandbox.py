@@ -1,7 +1,7 @@
-"""What a chat template may do: jinja2's immutable sandbox, set up as transformers does, and stricter.
+"""The sandbox of chat templates: jinja2's immutable sandbox, set up as in transformers, and stricter.
 
-Runs in the process that `template_renderer` starts, and only there: this module bounds what a template can reach, the
-process bounds how much time and memory it takes. Knows nothing of processes. Called by `template_worker`.
+Runs only in the process that `template_renderer` starts. This module limits what a template can reach; the process
+limits its time and memory. Called by `template_worker`.
 """
 
 import json
@@ -22,11 +22,11 @@ from jinja2.utils import Namespace
 from guanaco.models.error_codes import ErrorCode
 from guanaco.models.errors import TemplateError
 
-# A product of text or lists may not be longer, nor a power have more bits: "x" * 10**10 is a way to take all memory.
+# The most characters or items of a repetition, and bits of a power: "x" * 10**10 would take all memory.
 _MAX_PRODUCT = 1 << 20
-_MAX_MESSAGE_CHARS = 2000  # of an error, whose text may be the template's own
+_MAX_MESSAGE_CHARS = 2000  # of an error message, whose text may come from the template
 
-# What code in a template raises when it does not suit the messages, or is wrong in itself.
+# The exceptions of template code that is wrong, or that does not fit the messages.
 _TEMPLATE_FAULTS = (
     jinja2.TemplateError,
     ArithmeticError,
@@ -40,7 +40,7 @@ _TEMPLATE_FAULTS = (
 
 
 class SandboxedTemplate:
-    """A compiled template. Nothing of one rendering is seen by the next."""
+    """A compiled template. No rendering sees anything of an earlier one."""
 
     def __init__(self, source: str) -> None:
         """Raises TemplateError that says where the source is wrong."""
@@ -52,7 +52,7 @@ class SandboxedTemplate:
             raise TemplateError(f"it cannot be compiled: {error}"[:_MAX_MESSAGE_CHARS]) from error
 
     def render(self, variables: Mapping[str, Any], max_chars: int) -> str:
-        """The template's text. Raises TemplateError where it refuses or fails, MemoryError where memory ends."""
+        """The rendered text. Raises TemplateError if the template refuses or fails, MemoryError if memory runs out."""
         parts: list[str] = []
         num_chars = 0
         try:
@@ -67,7 +67,8 @@ class SandboxedTemplate:
 
 
 class _Generation(Extension):
-    """`{% generation %} … {% endgeneration %}` marks what a model is trained on; for a prompt it is nothing."""
+    """`{% generation %} … {% endgeneration %}` marks the text that a model is trained on. In a prompt it has no
+    effect."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 
@@ -77,7 +78,7 @@ class _Generation(Extension):
 
 
 class _SafeNamespace(Namespace):
-    """jinja2's namespace without underscored names, which would be Python's internals."""
+    """jinja2's namespace, which refuses names with an underscore first: they would reach Python's internals."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         self, args = args[0], args[1:]
@@ -96,12 +97,12 @@ def _refuse_internal(name: Any) -> None:
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox, stricter where jinja2 is lenient, with a bound on what one product can make."""
+    """jinja2's sandbox, with errors for unsafe attributes and a limit on products and powers."""
 
     intercepted_binops = frozenset({"*", "**"})
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
-        """An unsafe attribute is an error at once; jinja2 prints nothing for it and complains only at its next use."""
+        """Raise an error for an unsafe attribute at once; jinja2 would raise it only when the attribute is used."""
         raise SecurityError(f"access to {attribute!r} of a {type(obj).__name__} is unsafe")
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -127,7 +128,7 @@ def _check_power(left: Any, right: Any) -> None:
 def _environment() -> _Environment:
     environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     environment.filters["tojson"] = _to_json
-    del environment.globals["lipsum"]  # any amount of text, for layouts of web pages
+    del environment.globals["lipsum"]  # makes any amount of dummy text
     environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now, namespace=_SafeNamespace)
     return environment
 
@@ -147,6 +148,6 @@ def _to_json(
     separators: Iterable[str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON without jinja2's HTML escapes, which no model has seen."""
+    """JSON without jinja2's HTML escapes, on which no model was trained."""
     pair = None if separators is None else tuple(separators)
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=pair, sort_keys=sort_keys)  # type: ignore[arg-type]

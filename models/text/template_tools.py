@@ -1,13 +1,14 @@
-"""What a chat template writes of tools by itself, found by rendering one conversation with it in parts.
+"""Finds out which parts of tool use a chat template writes itself, by rendering a conversation with more and more
+parts.
 
-Names and values that stand nowhere else show what came through. Knows no template's words. Called by `chat_template`.
+The conversation has unique names and values; those that appear in the output were written. Called by `chat_template`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Render = Callable[[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]] | None], str]  # "" where it refuses
+Render = Callable[[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]] | None], str]  # "" if it refuses
 
 _TOOL = {
     "type": "function",
@@ -37,9 +38,9 @@ def _result(index: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ToolSupport:
-    """What reaches the prompt through the template itself."""
+    """Which parts of a conversation with tools the template writes into the prompt."""
 
-    tools: bool  # the functions that there are
+    tools: bool  # the list of functions
     calls: bool  # an assistant message's calls
     results: bool  # messages of the role tool
     many_calls: bool  # several calls in one message
@@ -47,7 +48,7 @@ class ToolSupport:
 
 
 def find_tool_support(render: Render) -> ToolSupport:
-    """Try it out. `render` may raise what is to end the trial."""
+    """Find the support of the template behind `render`. An exception of `render` ends the trial."""
     tools = "probe_tool" in render([_USER], [_TOOL])
     given = [_TOOL] if tools else None
 

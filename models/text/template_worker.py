@@ -1,4 +1,4 @@
-"""The restricted process that renders chat templates: one request after the other, until its parent ends.
+"""The restricted process that renders chat templates: one request after another, until its parent ends.
 
 Runs as `python -I -m guanaco.models.text.template_worker LIFELINE MEMORY_BYTES SECONDS`, started by `template_renderer`
 alone. A request is a JSON object: {"digest", "source" or null, "variables" or null, "max_chars"}. An answer is the
@@ -31,10 +31,10 @@ from guanaco.models.text.template_sandbox import SandboxedTemplate
 
 TEXT, ERROR = b"T", b"E"
 HEAD = struct.Struct(">Ic")
-MAX_TEMPLATES = 32  # compiled ones that are kept
-# jinja2 imports these when a filter or an error first needs them; no file can be opened then.
+MAX_TEMPLATES = 32  # how many compiled templates are kept
+# jinja2 imports these modules when a filter or an error first needs them. By then the process cannot open files.
 _NEEDED_LATER = (jinja2.debug, pprint, textwrap, unicodedata)
-# Made now: when it is needed, there is no memory to make it with.
+# Encoded in advance: when it is needed, there is no memory to encode it.
 _NO_MEMORY = json.dumps(
     {"code": ErrorCode.TEMPLATE_TOO_LARGE, "message": "it needs more memory than it may take"}
 ).encode()
@@ -42,7 +42,7 @@ _WARM_UP = "{{ strftime_now('%c') }}{{ 'a b' | wordwrap(1) }}{{ {'a': [1]} | toj
 
 
 class _Templates:
-    """The compiled templates by digest. The parent may believe that one is here that was dropped: it is told so."""
+    """The compiled templates by digest. If the parent names one that was dropped, UNKNOWN_TEMPLATE tells it so."""
 
     def __init__(self) -> None:
         self._compiled: dict[str, SandboxedTemplate] = {}
@@ -59,14 +59,14 @@ class _Templates:
 
 
 def answer(templates: _Templates, message: bytes) -> tuple[bytes, bytes]:
-    """TEXT and the text, or ERROR and what went wrong."""
+    """Render one request. Returns (TEXT, text) or (ERROR, a JSON object with code and message)."""
     try:
         request: dict[str, Any] = json.loads(message)
         template = templates.get(request["digest"], request["source"])
         if request["variables"] is None:
             return TEXT, b""
         text = template.render(request["variables"], request["max_chars"])
-        # Half a surrogate pair is no character; JSON can carry it all the same, and so does this.
+        # JSON may hold half a surrogate pair, which is no character. It is passed on as it is.
         return TEXT, text.encode("utf-8", "surrogatepass")
     except TemplateError as error:
         return ERROR, json.dumps({"code": error.code, "message": str(error)}).encode()

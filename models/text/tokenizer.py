@@ -1,8 +1,8 @@
 """Text ↔ token ids, and conversations → token ids, over the `tokenizers` package.
 
-What a user types in a message never becomes a control token: only a chat template, the BOS rule, raw prompts (`encode`
-with `parse_control`) and token ids do.
-Knows nothing of requests or streaming. Called by the API and the command line; safe to use from several threads.
+Text that a user types in a message never becomes a control token. Only a chat template, the BOS rule, raw prompts
+(`encode` with `parse_control`) and token ids make control tokens. Knows nothing of requests or streaming. Called by the
+API and the command line; safe to use from several threads.
 """
 
 import json
@@ -18,19 +18,19 @@ from guanaco.models.text.control_tokens import ControlTokens
 from guanaco.models.text.tokenizer_files import TokenizerFiles, read_tokenizer
 from guanaco.models.text.tokenizer_json import SPACE
 
-# What LLaMA's vocabularies call them, where nothing else does.
+# LLaMA's names of these tokens, used if the files name none.
 _USUAL_BOS = ("<s>", "<|begin_of_text|>")
 _USUAL_EOS = ("</s>", "<|end_of_text|>", "<|endoftext|>")
 _USUAL_UNK = ("<unk>",)
 
 # How the tokens of a long text are counted before it is encoded as a whole.
-_FREE_BYTES = 1 << 17  # so many more than the most tokens are encoded at once: each token has a byte, or more
-_COUNTED_CHARS = 1 << 16
-_PER_CUT = 64  # tokens that a cut may add: those of a control token's stand-in, or of one long token
+_FREE_BYTES = 1 << 17  # a text with up to this many bytes more than `max_tokens` is encoded without counting
+_COUNTED_CHARS = 1 << 16  # the characters of one counted piece
+_PER_CUT = 64  # the most tokens that a cut between two pieces adds: of a stand-in, or of one long token
 
 
 class Tokenizer:
-    """One model's tokenizer. Ids are those of its vocabulary; `notes` is what an operator should know about it."""
+    """One model's tokenizer. Ids are those of its vocabulary. `notes` are sentences for the operator."""
 
     def __init__(self, files: TokenizerFiles) -> None:
         backend = files.backend
@@ -43,18 +43,18 @@ class Tokenizer:
         eos_id = self._id_of("eos_token")
         self.eos_ids: tuple[int, ...] = () if eos_id is None else (eos_id,)
         self.unk_id = self._id_of("unk_token")
-        frame = backend.encode("", add_special_tokens=True).ids  # what its own rule puts around a text
+        frame = backend.encode("", add_special_tokens=True).ids  # the tokens that its own rule puts around a text
         by_rule = self.bos_id is not None and frame[:1] == [self.bos_id]
         adds_eos = files.adds_eos or (eos_id is not None and frame[int(by_rule) :][-1:] == [eos_id])
         self._adds_bos = self.bos_id is not None and (by_rule if files.add_bos is None else files.add_bos)
         self._added_texts = {index: token.content for index, token in added.items()}
         self._bytes = _ByteLevel() if "ByteLevel" in _part_types(backend.decoder) else None
         self.notes, self.chat_template = self._compile(files)
-        self.tool_template = self._compile_tool_template(files)  # for chats with tools; None: the same
+        self.tool_template = self._compile_tool_template(files)  # for chats with tools; None: use `chat_template`
         if adds_eos:
             self.notes += ("its tokenizer's rule is to put eos behind every text: prompts get none",)
         self._control = ControlTokens([(i, t) for i, t in added.items() if t.special and len(t.content) > 1])
-        # From here on the special tokens are searched for in no text; their stand-ins are, in that of templates.
+        # From here on the backend no longer searches texts for special tokens, only for their stand-ins.
         backend.encode_special_tokens = True
         self._control.add_stand_ins(backend)
 
@@ -66,11 +66,11 @@ class Tokenizer:
     def encode(
         self, text: str, *, add_bos: bool | None = None, parse_control: bool = False, max_tokens: int | None = None
     ) -> list[int]:
-        """Ids of a text. add_bos: put BOS in front; None means as the tokenizer's own rule says.
+        """The token ids of a text. add_bos: put BOS in front; None: follow the tokenizer's own rule.
 
-        parse_control: read control tokens in the text as such, for a prompt that its writer has templated; else they
-        stay text. A prompt that begins with BOS gets no second one.
-        max_tokens: of a text with clearly more of them only the beginning is encoded, to more than `max_tokens` ids.
+        parse_control: read control tokens in the text, for a raw prompt; otherwise they stay text. A prompt that begins
+        with BOS gets no second one. max_tokens: a text with clearly more tokens is cut before it is encoded; the result
+        still has more than `max_tokens` ids.
         """
         ids = self._encode_control(text, max_tokens) if parse_control else self._encode(text, max_tokens)
         if self.bos_id is not None and (self._adds_bos if add_bos is None else add_bos):
@@ -78,11 +78,11 @@ class Tokenizer:
         return ids
 
     def control_id(self, text: str) -> int | None:
-        """The id of the control token that is spelled `text`; None where no control token is."""
+        """The id of the control token with exactly this text; None if there is none."""
         return self._control.id_of(text)
 
     def holds_control(self, text: str) -> bool:
-        """Whether a control token's text is somewhere in `text`."""
+        """Whether `text` contains the text of any control token."""
         return self._control.is_in(text)
 
     def encode_chat(
@@ -97,11 +97,11 @@ class Tokenizer:
         max_tokens: int | None = None,
         tools: Sequence[dict[str, Any]] | None = None,
     ) -> list[int]:
-        """Ids of a conversation through `template`, or the model's own if that is None. max_chars: of the prompt;
-        max_tokens: as of `encode`; continue_final_message, variables: as of the template's `render`.
+        """The token ids of a conversation. template: None means the model's own.
 
-        What the template writes as control tokens becomes them; the strings of messages, tools and variables stay
-        text. BOS comes from a template that is complete, and otherwise from the tokenizer's rule. Raises TemplateError.
+        max_tokens: as in `encode`. The other arguments: as in `ChatTemplate.render`. Only control tokens that the
+        template writes become control tokens; strings in messages, tools and variables stay text. BOS comes from the
+        template if it is complete, otherwise from the tokenizer's rule. Raises TemplateError.
         """
         template = template or self.chat_template
         if template is None:
@@ -129,13 +129,13 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of ids; those outside of the vocabulary are nothing."""
+        """The text of token ids. Ids outside the vocabulary have no text."""
         known = [index for index in ids if 0 <= index < self.vocab_size]
-        # Only the batched calls release the interpreter's lock: a long text would stop every stream.
+        # Only the batched calls release the interpreter's lock. Without that, a long text would stop every stream.
         return str(self._backend.decode_batch([known], skip_special_tokens=skip_special_tokens)[0])
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that one token stands for: perhaps a part of a character, for a control token its name."""
+        """The bytes of one token, perhaps a part of a character. For a control token, the bytes of its text."""
         if token_id in self._added_texts:
             return self._added_texts[token_id].encode()
         token = self._backend.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
@@ -148,7 +148,7 @@ class Tokenizer:
         return str(token).replace(SPACE, " ").encode()
 
     def token_text(self, token_id: int) -> str:
-        """`token_bytes` as text, with U+FFFD for what is no whole character."""
+        """`token_bytes` as text, with U+FFFD for incomplete characters."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
     def _encode_control(self, text: str, max_tokens: int | None) -> list[int]:
@@ -156,7 +156,7 @@ class Tokenizer:
         return [self._control.real_ids.get(index, index) for index in ids]
 
     def _encode(self, text: str, max_tokens: int | None) -> list[int]:
-        # Half a surrogate pair is no character; JSON can carry it all the same.
+        # JSON may hold half a surrogate pair, which is no character.
         data = text.encode("utf-8", "replace")
         clean = data.decode("utf-8")
         if max_tokens is not None and len(data) > max_tokens + _FREE_BYTES:
@@ -168,13 +168,15 @@ class Tokenizer:
 
     @staticmethod
     def _ids_of(encoding: Any) -> list[int]:
-        ids: list[int] = encoding.ids  # a list of its own at each call
+        ids: list[int] = encoding.ids  # each access makes a new list
         return ids
 
     def _beginning(self, text: str, max_tokens: int) -> str:
-        """The text, or as much of its beginning as clearly has more than `max_tokens` tokens. The pieces that are
-        counted are cut anywhere, so that the count may be a little too high. Making a list of millions of ids would
-        hold the interpreter's lock; counting those of a piece does not."""
+        """The text, or a beginning of it that clearly has more than `max_tokens` tokens.
+
+        The tokens of pieces are counted, since a list of millions of ids would hold the interpreter's lock. Pieces are
+        cut at any character, so the count may be a little too high.
+        """
         count = 0
         for start in range(0, len(text), _COUNTED_CHARS):
             count += len(self._backend_encoding(text[start : start + _COUNTED_CHARS])) - _PER_CUT
@@ -184,10 +186,10 @@ class Tokenizer:
 
     def _backend_encoding(self, text: str) -> Any:
         try:
-            # As in `decode`; the fast one leaves out the offsets, which nobody asks for.
+            # Batched, as in `decode`. The fast variant leaves out the offsets, which are not needed.
             return self._backend.encode_batch_fast([text], add_special_tokens=False)[0]
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # the package's, and no Exception
+            if type(error).__name__ != "PanicException":  # of the package's Rust code; not an Exception
                 raise
             raise TokenizerError(f"the model's tokenizer failed on a text of {len(text)} characters") from None
 
@@ -195,7 +197,7 @@ class Tokenizer:
         return self._backend.token_to_id(self._names[name]) if name in self._names else None
 
     def _complete_names(self, names: dict[str, str]) -> dict[str, str]:
-        """With LLaMA's usual tokens where the files name none."""
+        """The names of special tokens, with LLaMA's usual ones for those that the files do not name."""
         for name, usual in (("bos_token", _USUAL_BOS), ("eos_token", _USUAL_EOS), ("unk_token", _USUAL_UNK)):
             found = (token for token in usual if self._backend.token_to_id(token) in self.special_ids)
             if name not in names and (token := next(found, None)):
@@ -203,7 +205,8 @@ class Tokenizer:
         return names
 
     def _compile(self, files: TokenizerFiles) -> tuple[tuple[str, ...], ChatTemplate | None]:
-        """A model whose template is broken can still complete texts, and be given another template."""
+        """(notes, the model's chat template). None if it is broken: such a model can still complete texts, and the
+        operator can give another template."""
         if files.chat_template is None:
             return files.notes, None
         try:
@@ -235,7 +238,7 @@ class _ByteLevel:
         self._byte_of |= {chr(0x100 + number): byte for number, byte in enumerate(others)}
 
     def decode(self, token: str) -> bytes:
-        """The bytes of a token; of one that is not spelled so, its text's."""
+        """The bytes of a token. If a character is not part of this spelling, the UTF-8 bytes of the text."""
         if all(character in self._byte_of for character in token):
             return bytes(self._byte_of[character] for character in token)
         return token.encode()

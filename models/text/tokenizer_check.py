@@ -1,7 +1,7 @@
-"""Whether a `tokenizer.json` can be read and used within bounds: tried in a restricted process before it is loaded.
+"""Checks that a `tokenizer.json` takes little time and memory: it is tried in a restricted process before it is loaded.
 
-A tokenizer's patterns are the model's, and the library runs them on this process's threads, where nothing can stop
-them. So a pattern that backtracks without end, and a file that takes all memory, are found here. Called by the wiring.
+A model brings its own patterns, and the library runs them on this process's threads, where nothing can stop them. This
+check finds patterns that backtrack without end, and files that take all memory. Called before a model is loaded.
 """
 
 import hashlib
@@ -12,18 +12,18 @@ from guanaco.models.errors import ModelError
 from guanaco.models.formats.restricted_process import ProcessEnded, ProcessTimeout, RestrictedProcess
 from guanaco.models.formats.small_files import MAX_TOKENIZER_BYTES, read_small
 
-SECONDS = 120.0  # a machine that is busy takes ten times what one takes that is not
-PROBE_SECONDS = 1.0  # of processor time, for a text of 4000 characters; a good tokenizer takes some milliseconds
+SECONDS = 120.0  # for the whole check; a busy machine takes ten times as long as an idle one
+PROBE_SECONDS = 1.0  # of processor time for a text of 4000 characters; a good tokenizer takes a few milliseconds
 _WORKER = "guanaco.models.text.tokenizer_worker"
 _MAX_ANSWER_BYTES = 1 << 16
 _passed: set[str] = set()
 
 
 def check_tokenizer(path: Path, *, seconds: float = SECONDS, probe_seconds: float = PROBE_SECONDS) -> None:
-    """Try the tokenizer.json of the directory `path`, if it has one. A content that has passed isn't tried again.
+    """Check the tokenizer.json of the directory `path`, if it has one. The same content is checked only once.
 
-    seconds: for everything. probe_seconds: of processor time, for one text. Raises ModelError for a tokenizer that is
-    damaged, or takes too much time or memory.
+    seconds: limit of the whole check. probe_seconds: limit of processor time for one text. Raises ModelError for a
+    tokenizer that is damaged or takes too much time or memory.
     """
     file = path / "tokenizer.json"
     if not file.is_file():
@@ -41,7 +41,7 @@ def check_tokenizer(path: Path, *, seconds: float = SECONDS, probe_seconds: floa
     except ProcessTimeout:
         raise _refused(file, f"trying it took more than {seconds:g} s") from None
     except ProcessEnded as error:
-        if error.was_killed:  # by the kernel, say, which was out of memory: that says nothing about the file
+        if error.was_killed:  # perhaps by the kernel, which was out of memory: the file may be good
             raise ModelError(f"the process that tries {file} was killed from outside ({error}); try again") from None
         raise _refused(file, f"the process that tried it ended ({error}): it takes too much memory or time") from None
     except OSError as error:

@@ -1,6 +1,6 @@
 """The files of a tokenizer → a `tokenizers.Tokenizer` with every added token in place, its names and chat template.
 
-Knows the ways in which checkpoints store these; nothing of encoding. Called by `tokenizer`.
+Knows the ways in which checkpoints store these, but not how texts are encoded. Called by `tokenizer`.
 """
 
 import json
@@ -24,7 +24,7 @@ from guanaco.models.text.sentencepiece import read_sentencepiece
 from guanaco.models.text.tokenizer_notes import config_notes, file_notes, name_notes, settings_notes, template_notes
 
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-MAX_ADDED_TOKENS = 16384  # LLaMA 3 has 256, others some thousand; all of them are searched for in every text
+MAX_ADDED_TOKENS = 16384  # LLaMA 3 has 256, others a few thousand. Every text is searched for all of them
 _MORE_NAMES = ("additional_special_tokens", "extra_special_tokens")
 TOOL_USE = "tool_use"  # the name of a chat template
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -35,18 +35,18 @@ class TokenizerFiles:
     """A tokenizer as its directory describes it."""
 
     backend: Backend
-    names: dict[str, str]  # bos_token, eos_token, …: those that are named and in the vocabulary
-    add_bos: bool | None  # what the config says; None: what the backend does
-    adds_eos: bool  # the config says that every text is to end with eos
+    names: dict[str, str]  # bos_token, eos_token, … → token; only tokens of the vocabulary
+    add_bos: bool | None  # whether the config asks for BOS; None: the backend decides
+    adds_eos: bool  # the config asks for eos after every text
     chat_template: str | None
-    tool_template: str | None  # for chats with tools, where it is another one
+    tool_template: str | None  # the template for chats with tools, if there is a separate one
     notes: tuple[str, ...]
 
 
 def read_tokenizer(path: Path) -> TokenizerFiles:
-    """The tokenizer in the directory `path`, or in the GGUF file `path` (or the only one in it).
+    """The tokenizer in the directory `path`, in the GGUF file `path`, or in the only GGUF file of the directory `path`.
 
-    Raises ModelError for one that is missing or damaged, or whose added tokens have other ids than they say.
+    Raises ModelError if it is missing or damaged, or if an added token has another id than its file states.
     """
     config = _optional_json(path / "tokenizer_config.json")
     defaults: dict[str, str] = {}
@@ -71,7 +71,7 @@ def read_tokenizer(path: Path) -> TokenizerFiles:
     backend.no_truncation()
     backend.no_padding()
     if getattr(backend.model, "dropout", None):
-        backend.model.dropout = None  # ids would be drawn at random
+        backend.model.dropout = None  # with dropout, the ids of a text would be random
     sources = [
         (file, dict(_named_tokens(fields)))
         for file, fields in (
@@ -79,7 +79,7 @@ def read_tokenizer(path: Path) -> TokenizerFiles:
             ("tokenizer_config.json", config),
         )
     ]
-    if "added_tokens_decoder" not in config:  # as in transformers: without it the map is read last
+    if "added_tokens_decoder" not in config:  # then the map is read last, as in transformers
         sources.reverse()
     named_tokens = sources[0][1] | sources[1][1]
     notes += name_notes(named_tokens, sources, backend)
@@ -133,9 +133,10 @@ def _optional_json(path: Path) -> dict[str, Any]:
 
 
 def _named_tokens(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(name, token) in special_tokens_map.json or tokenizer_config.json; those of lists have their token in the name.
+    """(name, token) pairs in special_tokens_map.json or tokenizer_config.json. A token of a list has itself in its
+    name.
 
-    An empty name counts as none: the oldest LLaMA conversions name their tokens so.
+    An empty token counts as none: the oldest LLaMA conversions write empty texts.
     """
     for name in NAMES:
         if token := _content(fields.get(name)):
@@ -148,14 +149,14 @@ def _named_tokens(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _content(value: Any) -> str | None:
-    """A token given as text, or as an object with its flags."""
+    """The text of a token that is given as text, or as an object with flags."""
     if isinstance(value, dict):
         value = value.get("content")
     return value if isinstance(value, str) else None
 
 
 def _add_tokens(backend: Backend, path: Path, config: Mapping[str, Any], named: Mapping[str, str]) -> None:
-    """Tokens that only the files beside the vocabulary know; and which of all added tokens are control tokens."""
+    """Add the tokens that only the files beside the vocabulary have, and mark which added tokens are control tokens."""
     stated = {content: AddedToken(content, special=False) for content in _optional_json(path / "added_tokens.json")}
     ids = dict(_optional_json(path / "added_tokens.json"))
     for index, fields in (config.get("added_tokens_decoder") or {}).items():
@@ -164,7 +165,7 @@ def _add_tokens(backend: Backend, path: Path, config: Mapping[str, Any], named: 
             flags = {flag: bool(fields[flag]) for flag in _FLAGS if flag in fields}
             stated[content], ids[content] = AddedToken(content, **flags), int(index)
     ordered = sorted(stated, key=lambda token: ids[token])
-    backend.add_tokens([stated[content] for content in ordered])  # at once: each call sorts all added tokens anew
+    backend.add_tokens([stated[content] for content in ordered])  # in one call: each one sorts all added tokens again
     for content in ordered:
         if backend.token_to_id(content) != ids[content]:
             raise ModelError(
@@ -179,7 +180,7 @@ def _add_tokens(backend: Backend, path: Path, config: Mapping[str, Any], named: 
         )
     more_special, ends = [], _end_ids(path)
     for index, token in added.items():
-        # Some fine-tunes add their turn markers as plain tokens; a user must not be able to type a turn there either.
+        # Some fine-tunes add their turn markers as plain tokens. There, too, a user must not be able to type a turn.
         is_marker = token.content.startswith("<|") and token.content.endswith("|>")
         if not token.special and (is_marker or token.content in control or index in ends):
             more_special.append(_as_special(token))
@@ -189,7 +190,7 @@ def _add_tokens(backend: Backend, path: Path, config: Mapping[str, Any], named: 
 
 
 def _end_ids(path: Path) -> frozenset[int]:
-    """The ids that the model's configs name as ends, as far as they are ids: `special_ids` judges them."""
+    """The end ids in the model's configs. Values that are no ids are skipped here; `special_ids` refuses them."""
     named = [_optional_json(path / name).get("eos_token_id") for name in ("config.json", "generation_config.json")]
     listed = [index for value in named for index in (value if isinstance(value, list) else [value])]
     return frozenset(index for index in listed if isinstance(index, int))
@@ -207,8 +208,10 @@ def _as_special(token: AddedToken) -> AddedToken:
 
 
 def _chat_template(path: Path, config: Mapping[str, Any]) -> tuple[str | None, str | None, list[str]]:
-    """The template's source, from the first place that has one; that of the one named tool_use, which transformers
-    takes for chats with tools; and what there is to remark."""
+    """(the chat template's source, the source of the one named tool_use, notes).
+
+    The first place that has a template counts. transformers uses tool_use for chats with tools.
+    """
     places = [
         ("chat_template.jinja", _template_file(path / "chat_template.jinja")),
         ("chat_template.json", _optional_json(path / "chat_template.json").get("chat_template")),

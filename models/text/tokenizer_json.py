@@ -1,6 +1,6 @@
 """The two kinds of LLaMA tokenizer as the content of a `tokenizer.json`: byte-level BPE, and SentencePiece's BPE.
 
-Knows vocabularies, not where they come from. Called by `sentencepiece_model` and `gguf_tokenizer`.
+Knows vocabularies, not the files they come from. Called by `sentencepiece` and `gguf_tokenizer`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,8 +9,8 @@ from typing import Any
 
 from guanaco.models.errors import ModelError
 
-# How a vocabulary's merges were learned: what text is cut into before BPE. The names are llama.cpp's
-# (`tokenizer.ggml.pre`), the patterns those of the models that the names stand for.
+# Text is cut into pieces before BPE merges tokens, by the patterns with which the merges were learned. The names are
+# llama.cpp's (`tokenizer.ggml.pre`), the patterns are those of the models with these names.
 GPT2_SPLIT = "gpt-2"
 SMOLLM_SPLIT = "smollm"
 LLAMA3_SPLIT = "llama-bpe"
@@ -35,11 +35,11 @@ _CJK = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 
 @dataclass(frozen=True)
 class Split:
-    """What text is cut into before BPE: `patterns`, each applied to the pieces of the one before."""
+    """How text is cut before BPE: each of `patterns` cuts the pieces of the one before."""
 
     patterns: tuple[str, ...]
-    ignore_merges: bool = False  # a piece that is in the vocabulary is taken whole, even where no merges lead to it
-    adds_bos: bool = False  # llama.cpp's default where the file doesn't say
+    ignore_merges: bool = False  # a piece that is in the vocabulary becomes one token, even if no merges lead to it
+    adds_bos: bool = False  # llama.cpp's default for files that don't say
 
 
 # By llama.cpp's names (`tokenizer.ggml.pre`), for LLaMA-like models in the wild. "default" is what llama.cpp takes for
@@ -115,17 +115,17 @@ SPLITS: Mapping[str, Split] = {
     "tekken": _TEKKEN,
     "default": _DEFAULT,
 }
-_MAX_CUT_CHARS = 1 << 29  # read when all pieces are cut everywhere; LLaMA 2's: 2 million
+_MAX_CUT_CHARS = 1 << 29  # characters copied when every piece is cut at every place; 2 million for LLaMA 2
 SPACE = "\u2581"  # SentencePiece's visible space
 
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that text is searched for before anything else."""
+    """A token for which text is searched before it is cut."""
 
     id: int
     content: str
-    special: bool  # a control token, which text that somebody typed must not become
+    special: bool  # a control token: text that a user typed must not become it
 
 
 def byte_level_json(
@@ -136,10 +136,10 @@ def byte_level_json(
     split: str,
     bos: AddedToken | None,
 ) -> dict[str, Any]:
-    """tokenizer.json of a byte-level BPE. `split` is a name in SPLITS; `bos` goes before every text unless None."""
+    """The tokenizer.json of a byte-level BPE. split: a name in SPLITS. bos: put before every text, unless None."""
     rule = SPLITS[split]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    if rule is _GPT2:  # as the models' own files have these two
+    if rule is _GPT2:  # as in the models' own files
         steps = [{**byte_level, "use_regex": True}]
     elif rule is _DIGITS:
         steps = [{"type": "Digits", "individual_digits": True}, {**byte_level, "use_regex": True}]
@@ -168,7 +168,7 @@ def sentencepiece_json(
     add_prefix_space: bool,
     bos: AddedToken | None,
 ) -> dict[str, Any]:
-    """tokenizer.json of a SentencePiece BPE with byte fallback; piece i has id i.
+    """The tokenizer.json of a SentencePiece BPE with byte fallback. Piece i has id i.
 
     plain: whether text can become the piece (no control, unknown, unused or byte piece).
     """
@@ -198,11 +198,11 @@ def sentencepiece_json(
 
 
 def merges_from_scores(pieces: Sequence[str], scores: Sequence[float], plain: Sequence[bool]) -> list[tuple[str, str]]:
-    """The ranked merges that SentencePiece's scores stand for: at each step the pair with the best-scored result.
+    """BPE merges, best first, that do what SentencePiece does with its scores: merge the pair with the best result.
 
-    Every way to cut a piece into two others is a merge. SentencePiece merges the leftmost of equals; ranks must order
-    the cuts of one piece instead, the longest left part first, which is what other converters chose. Raises
-    ModelError for pieces that are too long.
+    Every way to cut a piece into two other pieces is a merge. The cuts of one piece are ranked by the longest left
+    part, as other converters do; SentencePiece itself merges the leftmost pair among equals. Raises ModelError for
+    pieces that are too long.
     """
     ids = {piece: index for index, piece in enumerate(pieces) if plain[index]}
     if sum(len(piece) ** 2 for piece in ids) > _MAX_CUT_CHARS:

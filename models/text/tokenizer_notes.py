@@ -1,6 +1,6 @@
-"""Notes on what a tokenizer's files say and nothing uses: named tokens, settings, further templates, further files.
+"""Notes for the operator on tokenizer files that are not fully used: named tokens, settings, further templates, files.
 
-Reads what `tokenizer_files` has parsed, and the names of files. Called by it.
+Called by `tokenizer_files`, with the parsed files.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ _SPACES = ("\u2581", "\u0120")  # how SentencePiece and byte-level vocabularies 
 
 
 def settings_notes(backend: Backend) -> list[str]:
-    """Notes on what tokenizer.json does to texts besides cutting them, before that is switched off."""
+    """Notes on truncation and padding in tokenizer.json, which are switched off afterwards."""
     found = {"truncation": backend.truncation, "padding": backend.padding}
     found["dropout"] = getattr(backend.model, "dropout", None)
     return [
@@ -42,7 +42,7 @@ def settings_notes(backend: Backend) -> list[str]:
 
 
 def config_notes(config: Mapping[str, Any], backend: Backend) -> list[str]:
-    """Notes on fields of tokenizer_config.json that are unknown or that make no sense."""
+    """Notes on fields of tokenizer_config.json that are unknown or have invalid values."""
     asks = [name for name, value in config.items() if name not in _KNOWN and value not in (None, False, [], {}, "")]
     notes = [f"tokenizer_config.json has fields that are unknown here and were ignored: {listed(asks)}"] if asks else []
     for name in ("add_bos_token", "add_eos_token"):
@@ -61,9 +61,9 @@ def config_notes(config: Mapping[str, Any], backend: Backend) -> list[str]:
 def name_notes(
     named: Mapping[str, str], sources: Sequence[tuple[str, Mapping[str, str]]], backend: Backend
 ) -> list[str]:
-    """Notes on named tokens that no vocabulary has, and on names that two files give to different tokens.
+    """Notes on named tokens that the vocabulary lacks, and on names that two files give to different tokens.
 
-    named: the names in effect. sources: (file, its names), the one that wins last.
+    named: name → token as it is used. sources: (file, its names); the last one overrides the others.
     """
     missing = [f"{name.split('.')[0]} {shown(t)}" for name, t in named.items() if backend.token_to_id(t) is None]
     notes = [f"named tokens are not in the vocabulary and are not used: {joined(missing)}"] if missing else []
@@ -76,8 +76,8 @@ def name_notes(
 
 
 def template_notes(used: str, places: Sequence[tuple[str, Any]], variants: Sequence[str]) -> list[str]:
-    """Notes on chat templates that are not used. places: (file, its template), the used one first, whose source is
-    `used`; variants: names of further ones."""
+    """Notes on chat templates that are not used. used: the source of the used one. places: (file, its template), the
+    used one first. variants: names of further templates."""
     notes = []
     if others := [file for file, template in places[1:] if template and template != used]:
         notes.append(f"the chat template of {places[0][0]} is used, and not that of {listed(others)}")
@@ -87,7 +87,7 @@ def template_notes(used: str, places: Sequence[tuple[str, Any]], variants: Seque
 
 
 def file_notes(path: Path, used: str, backend: Backend) -> list[str]:
-    """Notes on other tokenizers beside the file that is `used`; a tokenizer.model of the same vocabulary is none."""
+    """Notes on other tokenizers beside the file `used`. A tokenizer.model with the same vocabulary makes no note."""
     notes = []
     other = path / "tokenizer.model"
     if used == "tokenizer.json" and other.is_file() and not _has_vocabulary(other, backend):
@@ -100,7 +100,7 @@ def file_notes(path: Path, used: str, backend: Backend) -> list[str]:
 
 
 def _has_vocabulary(file: Path, backend: Backend) -> bool:
-    """Whether a SentencePiece file's pieces have the ids that they have in `backend`. An unreadable one has none."""
+    """Whether the pieces of a SentencePiece file have the same ids as in `backend`. False if it can't be read."""
     try:
         pieces = read_sentencepiece(file).pieces
     except ModelError:

@@ -1,7 +1,7 @@
-"""The restricted process that tries a `tokenizer.json`: it reads it, and encodes texts that bad patterns stumble over.
+"""The restricted process that tries a `tokenizer.json`: it reads it, and encodes texts on which bad patterns take long.
 
 Runs as `python -I -m guanaco.models.text.tokenizer_worker LIFELINE PROBE_SECONDS`, started by `tokenizer_check` alone.
-The request is the file; the answer is a JSON object {"problem"}, null where there is none.
+The request is the file. The answer is a JSON object {"problem"}, which is null if the file is good.
 """
 
 import json
@@ -25,8 +25,8 @@ _MAX_SINGLES, _MAX_IN_PAIRS = 24, 8
 
 
 def probes(patterns: list[str]) -> Iterator[str]:
-    """Long repetitions of what the patterns speak of, with an end that none of them expects: the texts over which a
-    pattern with nested repetitions backtracks."""
+    """Texts over which a pattern with nested repetitions backtracks: long repetitions of characters in the patterns,
+    with an end that no pattern expects."""
     literals = [c for pattern in patterns for c in re.sub(r"\\[pP]\{[^}]*\}|\\.|[\[\](){}?*+|^$]", "", pattern)]
     singles = list(dict.fromkeys([*_USUAL, *literals]))
     for character in singles[: len(_USUAL) + _MAX_SINGLES]:
@@ -36,7 +36,7 @@ def probes(patterns: list[str]) -> Iterator[str]:
 
 
 def patterns_of(backend: Tokenizer) -> list[str]:
-    """Every regular expression in the parts of a tokenizer that look at text."""
+    """All regular expressions in the parts of a tokenizer that process text."""
     found: list[str] = []
 
     def walk(value: Any) -> None:
@@ -54,7 +54,7 @@ def patterns_of(backend: Tokenizer) -> list[str]:
 
 
 def problem_of(data: bytes, probe_seconds: float) -> str | None:
-    """What is wrong with a tokenizer.json, in words that fit after a colon; None for nothing."""
+    """What is wrong with a tokenizer.json, as a clause for an error message; None if nothing is."""
     what = "it cannot be read"
     try:
         backend = Tokenizer.from_buffer(data)
@@ -69,7 +69,7 @@ def problem_of(data: bytes, probe_seconds: float) -> str | None:
                 return f"it takes more than {probe_seconds:g} s for a text of {len(text)} characters: many {text[:2]!r}"
             if len(ids) > 64 * len(text):
                 return f"it makes {len(ids)} tokens of {len(text)} characters"
-    except BaseException as error:  # a panic of the library is no Exception
+    except BaseException as error:  # a panic of the library's Rust code is not an Exception
         return f"{what} ({str(error)[:200] or type(error).__name__})"
     return None
 
