@@ -1,4 +1,4 @@
-"""Every error code: the stable, machine-readable word that stands in `error.code` of an answer, in the log and in docs.
+"""Every error code: the stable, machine-readable word in `error.code` of an answer, in the log and in the docs.
 
 The engine, the adapters, the HTTP API and the documentation all take their codes from here, so that a code is spelled
 once. Imports nothing. It lies in `models`, beside the base exception, because everything but the kernels may import it.
@@ -28,7 +28,7 @@ class ErrorCode(StrEnum):
     UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type"
     URI_TOO_LONG = "uri_too_long"
 
-    # Its fields.
+    # The fields of the request.
     CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
     GRAMMAR_UNAVAILABLE = "grammar_unavailable"
     INVALID_GRAMMAR = "invalid_grammar"
@@ -76,7 +76,7 @@ class ErrorCode(StrEnum):
     QUEUE_TIMEOUT = "queue_timeout"
     SERVER_SHUTTING_DOWN = "server_shutting_down"
 
-    # From here on: docs/adapter-codes.md says when each is used. A request that manages adapters.
+    # A request that manages adapters. From here on, docs/adapter-codes.md says when each code is used.
     ADAPTER_NOT_FOUND = "adapter_not_found"
     ADMIN_DISABLED = "admin_disabled"
     BAD_NAME = "bad_name"
@@ -191,7 +191,7 @@ class ErrorCode(StrEnum):
     INVALID_TRAINING_DATA = "invalid_training_data"
     TRAINING_DIVERGED = "training_diverged"
 
-    # Of the command line and of a start that fails; no route answers with them.
+    # The command line, and a start that fails. No route answers with these.
     BAD_OPTION = "bad_option"
     BAD_PICKLE = "bad_pickle"
     BYTE_ORDER_UNSUPPORTED = "byte_order_unsupported"

@@ -1,4 +1,4 @@
-"""The exceptions that every part derives from, and those of a model that an operator points at.
+"""The base exceptions of all parts, and the exceptions about a model that an operator named.
 
 Ground floor: everything but the kernels may import it. The kernels are a library below it and raise Python's own
 exceptions. Each message says what is wrong and what to do about it.
@@ -22,9 +22,9 @@ class ModelError(OperatorError):
 class TemplateError(OperatorError):
     """A chat template that is wrong, refuses the messages, or does what the sandbox does not allow.
 
-    code: TEMPLATE_ERROR for these; TEMPLATE_TIMEOUT and TEMPLATE_TOO_LARGE where it took more time, memory or output
-    than it may; TEMPLATE_CRASHED where it ended the process that rendered it; TEMPLATE_BUSY and TEMPLATE_UNAVAILABLE
-    where it was not rendered for no fault of its own.
+    code: TEMPLATE_ERROR for these. TEMPLATE_TIMEOUT and TEMPLATE_TOO_LARGE: it exceeded its time, memory or output.
+    TEMPLATE_CRASHED: it ended the process that rendered it. TEMPLATE_BUSY and TEMPLATE_UNAVAILABLE: it was not
+    rendered, through no fault of its own.
     """
 
     def __init__(self, message: str, code: ErrorCode = ErrorCode.TEMPLATE_ERROR) -> None:
@@ -33,4 +33,4 @@ class TemplateError(OperatorError):
 
 
 class TokenizerError(GuanacoError):
-    """A tokenizer that breaks down on a text, as one whose patterns backtrack without end does."""
+    """A tokenizer that fails on a text, for example because its patterns backtrack without end."""

@@ -1,4 +1,4 @@
-"""What a model's forward pass depends on besides the weights: `ModelConfig`.
+"""`ModelConfig`: everything besides the weights on which a model's forward pass depends.
 
 Knows nothing of files: `config_json` reads one from a `config.json`, `gguf_checkpoint` from a GGUF file's metadata.
 """
@@ -11,14 +11,14 @@ from guanaco.models.errors import ModelError
 
 @dataclass(frozen=True)
 class LinearRope:
-    """Every frequency divided by `factor`."""
+    """Divides every frequency by `factor`."""
 
     factor: float
 
 
 @dataclass(frozen=True)
 class Llama3Rope:
-    """LLaMA 3.1's scaling: low frequencies divided by `factor`, high ones kept, a smooth passage between them."""
+    """LLaMA 3.1's scaling: divides low frequencies by `factor`, keeps high ones, and blends between them."""
 
     factor: float
     low_freq_factor: float
@@ -46,15 +46,15 @@ class ModelConfig:
     mlp_bias: bool
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
-    quantization: str | None  # "nf4" where the config says bitsandbytes; what a tensor is, its own keys decide
+    quantization: str | None  # "nf4" if the config names bitsandbytes NF4. Each tensor's own keys say what it really is
     architecture: str = "LlamaForCausalLM"
     model_type: str = "llama"
-    sliding_window: int | None = None  # positions that attention sees in some layer; None: all
+    sliding_window: int | None = None  # the fewest positions that any layer's attention sees; None: all layers see all
 
     def check_window(self, source: str, max_model_len: int | None) -> None:
-        """Raises ModelError if a sequence may become longer than the sliding window, which is not computed here.
+        """Raise ModelError if a sequence may become longer than the sliding window: windows are not implemented.
 
-        max_model_len: the limit that the server is given; None: all positions of the model. source: for the message.
+        max_model_len: the server's limit in tokens; None: the model's own. source: the model's name for the message.
         """
         longest = min(max_model_len or self.max_position_embeddings, self.max_position_embeddings)
         if self.sliding_window is not None and longest > self.sliding_window:
@@ -64,7 +64,7 @@ class ModelConfig:
             )
 
     def computation(self) -> dict[str, Any]:
-        """The fields that change what is computed from given weights and positions: part of the model's fingerprint."""
+        """The fields that change the results for given weights. They are part of the model's fingerprint."""
         fields = asdict(self)
         others = ("bos_token_id", "eos_token_ids", "quantization", "max_position_embeddings", "sliding_window")
         for name in (*others, "model_type"):

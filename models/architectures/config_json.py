@@ -1,7 +1,7 @@
-"""`config.json` of a checkpoint → `ModelConfig`: what is the same computation, and what is refused by field name.
+"""`config.json` of a checkpoint → `ModelConfig`. A field that asks for another computation is refused by its name.
 
 Knows nothing of tensors or of where a checkpoint comes from. Called by `checkpoint` (safetensors) and `gguf_checkpoint`
-(which translates GGUF metadata into the same fields first), so that there is one judge of what can run here.
+(which first translates GGUF metadata into the same fields), so that one place decides which models can run.
 """
 
 import math
@@ -16,7 +16,7 @@ from guanaco.models.errors import ModelError
 from guanaco.models.formats.shown import joined
 from guanaco.models.formats.strict_json import read_json
 
-# Absent fields mean what transformers' LlamaConfig (5.23) means by them, or `Architecture.defaults`.
+# The values of absent fields, as in transformers' LlamaConfig (5.23). `Architecture.defaults` overrides them.
 _DEFAULTS: dict[str, Any] = {
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -34,7 +34,7 @@ _DEFAULTS: dict[str, Any] = {
     "use_sliding_window": False,
 }
 
-# Fields that other architectures add and that would change the computation, with the values that do not.
+# Fields of other architectures that would change the computation → the values that do not.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (None, False),
     "attention_multiplier": (None,),
@@ -66,7 +66,7 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def parse_config(fields: Mapping[str, Any], source: str) -> ModelConfig:
-    """`fields` of a config.json → ModelConfig. `source` names the file in messages; ModelError names the field."""
+    """The fields of a config.json → ModelConfig. Raises ModelError, which names the field and the file (`source`)."""
     architecture = _architecture(fields, source)
     read = _Fields(fields, source, architecture)
     _refuse_other_computations(read)
@@ -124,7 +124,7 @@ class _Fields:
         return ModelError(f"{self.source}: {name}{value} {problem}")
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The field; where it is absent, the given default or that of transformers. null counts as absent."""
+        """The field's value. If it is absent or null: the given default, else the architecture's."""
         value = self.fields.get(name)
         if value is None:
             value = self.defaults.get(name) if default is None else default
@@ -146,7 +146,8 @@ class _Fields:
         return value
 
     def token_ids(self, name: str) -> tuple[int, ...]:
-        """One id, a list of ids, or none. Negative ids mean "none" in old conversions."""
+        """The ids of a field with one id, a list of ids, or null. Negative ids, as old conversions have, are
+        dropped."""
         value = self.fields[name] if name in self.fields else self.defaults[name]
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
@@ -155,7 +156,7 @@ class _Fields:
 
 
 def _shown(value: Any) -> str:
-    """A value of a file for a message of one line."""
+    """A value of a file for a one-line message."""
     text = repr(value)
     return text if len(text) <= _MAX_SHOWN_CHARS else text[:_MAX_SHOWN_CHARS] + " …"
 
@@ -167,7 +168,8 @@ def _positive(value: Any, refusal: Any) -> float:
 
 
 def _architecture(fields: Mapping[str, Any], source: str) -> Architecture:
-    """The one that the fields name. ModelError for one that isn't served, and for fields that contradict each other."""
+    """The architecture that the fields name. Raises ModelError if it isn't served, or if the fields contradict each
+    other."""
     found = find_architecture(fields)
     named = fields.get("architectures") or []
     if found is None and fields.get("model_type") is not None:
@@ -185,7 +187,7 @@ def _architecture(fields: Mapping[str, Any], source: str) -> Architecture:
 
 
 def _refuse_other_computations(read: _Fields) -> None:
-    """Refuse a config that computes something else than its architecture, by the name of the field."""
+    """Raise ModelError, which names the field, if the config asks for another computation than its architecture's."""
     fields, architecture = read.fields, read.architecture
     if read.get("hidden_act") not in ("silu", "swish"):
         raise read.refusal("hidden_act", f"is not supported: the MLP of {architecture.name} uses silu")
@@ -203,9 +205,9 @@ def _refuse_other_computations(read: _Fields) -> None:
 
 
 def _parse_window(read: _Fields, num_layers: int) -> int | None:
-    """How many positions attention sees in those layers that don't see all; None where all layers see all.
+    """The sliding window in positions; None if all layers see all positions.
 
-    Only an absent `sliding_window` stands for the architecture's default; null is no window.
+    If `sliding_window` is absent, the architecture's default counts; null means no window.
     """
     if not read.architecture.has_window or not read.flag("use_sliding_window"):
         return None
@@ -224,7 +226,7 @@ def _parse_window(read: _Fields, num_layers: int) -> int | None:
 def _parse_rope(read: _Fields, max_positions: int) -> tuple[float, LinearRope | Llama3Rope | None]:
     """Base and scaling from `rope_theta` and `rope_scaling`, or from `rope_parameters` as transformers 5 writes them.
 
-    Where several spellings are there, the same one wins as in transformers: `rope_scaling`, then `rope_parameters`,
+    If a config has several spellings, the same one counts as in transformers: `rope_scaling` before `rope_parameters`,
     and a base inside the dictionary before one beside it.
     """
     name = "rope_scaling" if read.fields.get("rope_scaling") else "rope_parameters"
@@ -260,7 +262,7 @@ def _parse_rope(read: _Fields, max_positions: int) -> tuple[float, LinearRope | 
 
 
 def _parse_quantization(read: _Fields) -> str | None:
-    """ "nf4" for a bitsandbytes 4-bit checkpoint, None for a dense one; everything else is refused by name."""
+    """Returns "nf4" for a bitsandbytes NF4 checkpoint, None for a dense one. Raises ModelError for anything else."""
     name = "quantization_config"
     quantization = read.fields.get(name)
     if quantization is None:

@@ -23,14 +23,14 @@ from guanaco.models.architectures.layers import QuantLinear, RMSNorm, Rotary
 
 
 class WeightSource(Protocol):
-    """Where weights come from, each asked for once, in the order of `DecoderModel.__init__`. Names are Hugging Face's
-    without the leading `model.`; a source raises ModelError for a tensor that is missing or has another shape."""
+    """Where weights come from. Each weight is read once, in the order of `DecoderModel.__init__`. Names are Hugging
+    Face's without the leading `model.`. Raises ModelError for a tensor that is missing or has another shape."""
 
     def matrix(self, name: str, shape: tuple[int, int]) -> Nf4Weight | PackedWeight | Tensor:
         """The [out, in] weight of a linear layer, a projection or the head."""
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Anything else: embedding, norm, bias."""
+        """Any other tensor: embedding, norm, bias."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Attention:
 
 
 def _each_head(norm: RMSNorm | None, x: Tensor) -> Tensor:
-    """Each head of x [t, heads, head_dim] normalised, or x where there is no norm."""
+    """x [t, heads, head_dim] with each head normalised; x itself if there is no norm."""
     return x if norm is None else norm(x.flatten(0, 1)).view(x.shape)
 
 
@@ -89,7 +89,7 @@ class DecoderLayer:
         return x + self.mlp(self.post_attention_layernorm(x), batch)
 
     def weights(self) -> LayerWeights:
-        """The layer in the words of the providers' contract."""
+        """The layer's weights in the form that providers can fuse."""
         attention, mlp = self.attention, self.mlp
         projections = {
             "q": attention.q_proj, "k": attention.k_proj, "v": attention.v_proj, "o": attention.o_proj,
@@ -111,7 +111,7 @@ class Layer(Protocol):
     def __call__(self, x: Tensor, angles: tuple[Tensor, Tensor], batch: ForwardBatch, cache: LayerCache) -> Tensor: ...
 
     def weights(self) -> LayerWeights | None:
-        """Its parts for a provider that fuses layers. None: the words of `LayerWeights` don't say what it computes."""
+        """Its weights for a provider that fuses layers. None: `LayerWeights` cannot describe what it computes."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class DecoderModel:
     def __init__(
         self, config: ModelConfig, weights: WeightSource, ops: Ops, spec: LayerSpec, make_layer: MakeLayer
     ) -> None:
-        """Take every weight from `weights`, one at a time, so that no two are held in two forms at once."""
+        """Take every weight from `weights`, one at a time, so that at most one is in memory in two forms."""
         self.config = config
         self.ops = ops
         self.lora_targets: dict[str, tuple[int, int]] = {}
@@ -182,7 +182,7 @@ class DecoderModel:
         return self.logits(self.hidden(batch, kv)[batch.logit_rows])
 
     def hidden(self, batch: ForwardBatch, kv: PagedKVCache) -> Tensor:
-        """What the last layer leaves [rows, hidden], for `logits`; K and V of all rows are written to `kv`."""
+        """The last layer's output [t, hidden], for `logits`. K and V of all rows are written to `kv`."""
         x = self.ops.embedding(batch.token_ids, self._embedding)
         angles = self._rotary(batch.positions)
         caches = [kv.layer(index) for index in range(self.config.num_layers)]
@@ -194,7 +194,8 @@ class DecoderModel:
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """float32 logits [r, vocab] of rows of `hidden`. A row takes 4 · vocab bytes: ask for few at a time."""
+        """float32 logits [r, vocab] of `hidden` [r, hidden]. A row takes 4 · vocab bytes, so pass few rows at a
+        time."""
         return self.ops.lm_head(self._norm(hidden), self._lm_head)
 
     def _parts(self, weights: WeightSource, spec: LayerSpec, index: int) -> LayerParts:
@@ -221,7 +222,7 @@ class DecoderModel:
             self.weights_bytes += handle.num_bytes
             return handle
         handle = self.ops.prepare(self._embedding, None)
-        if handle.num_bytes != self._embedding.nbytes:  # equal: the provider kept the very tensor, counted already
+        if handle.num_bytes != self._embedding.nbytes:  # if equal, the provider shares the embedding's memory
             self.weights_bytes += handle.num_bytes
         return handle
 

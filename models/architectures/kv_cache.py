@@ -1,7 +1,7 @@
 """The storage of the paged KV cache: one `LayerCache` per layer, cut into blocks.
 
-No policy: which block belongs to whom is the ledger's business (server.engine.block_manager). Made by the engine's
-wiring, written and read by the model through the ops.
+The block manager (`server.engine.block_manager`) decides which sequence has which block. Made when the server starts;
+the model writes and reads it through the ops.
 """
 
 import torch
@@ -13,7 +13,7 @@ from guanaco.models.architectures.config import ModelConfig
 
 
 class PagedKVCache:
-    """K and V of every layer, addressed by KV slot, with their scales where dtype is one of 8 bits."""
+    """K and V of every layer, addressed by KV slot. An 8-bit dtype has scales, too."""
 
     def __init__(
         self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
@@ -23,7 +23,7 @@ class PagedKVCache:
         shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
 
         def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-            on_cpu = device.type == "cpu"  # there, blocks that were never used cost nothing
+            on_cpu = device.type == "cpu"  # there, memory of blocks that were never written is not allocated
             return mapped_zeros(shape, dtype) if on_cpu else torch.zeros(shape, dtype=dtype, device=device)
 
         self._layers = [LayerCache.made(shape, dtype, zeros) for _ in range(config.num_layers)]
@@ -34,6 +34,6 @@ class PagedKVCache:
 
 
 def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block over all layers, K and V with their scales: what the memory plan divides by."""
+    """Bytes of one block in all layers together, K and V with their scales. The memory plan uses it."""
     head_bytes = config.head_dim * dtype.itemsize + (torch.float32.itemsize if dtype in CODE_LIMITS else 0)
     return 2 * config.num_layers * block_size * config.num_kv_heads * head_bytes

@@ -1,7 +1,6 @@
-"""The parts a LLaMA is put together from: linear layers, norms, rotary embedding.
+"""The parts of a decoder layer: linear layers, norms, rotary embedding.
 
-They know the ops and their own weights, and nothing of sequences, blocks or adapters beyond handing them on.
-Used by `llama`.
+They know the ops and their own weights. Sequences, blocks and adapters they only pass on. Used by `decoder`.
 """
 
 import math
@@ -41,8 +40,8 @@ class RMSNorm:
 
 
 class Rotary:
-    """Angles of the rotary embedding. In float32 with transformers' order of operations: the same bits, and a long
-    position loses in the product what it loses there."""
+    """Angles of the rotary embedding, computed in float32 in transformers' order: the same bits, with the same rounding
+    at high positions."""
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         self._frequencies = rope_frequencies(config).to(device)
@@ -66,7 +65,7 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
 
 
 def _llama3_frequencies(plain: Tensor, scaling: Llama3Rope) -> Tensor:
-    """Meta's rule for LLaMA 3.1: by wavelength, measured in how often it fits into the original context."""
+    """Meta's rule for LLaMA 3.1: a frequency is scaled by how many of its wavelengths fit into the original context."""
     turns = scaling.original_max_position_embeddings / (2 * math.pi / plain)
     span = scaling.high_freq_factor - scaling.low_freq_factor
     smooth = (turns - scaling.low_freq_factor) / span

@@ -1,4 +1,4 @@
-"""Mistral: LLaMA's layer without biases. llama.cpp stores it as `llama`, so that a GGUF file of it is one of LLaMA."""
+"""Mistral: LLaMA's layer without biases. llama.cpp stores it as `llama`, so its GGUF files are read as LLaMA's."""
 
 from guanaco.models.architectures.architecture import Architecture
 from guanaco.models.architectures.config import ModelConfig

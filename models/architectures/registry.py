@@ -27,7 +27,8 @@ def model_types() -> list[str]:
 
 
 def find_architecture(fields: Mapping[str, Any]) -> Architecture | None:
-    """By `model_type`; where that is absent, by `architectures`; where both are, LLaMA. None: it isn't served."""
+    """The architecture of a config.json: by `model_type`, else by `architectures`, else LLaMA. None if it isn't
+    served."""
     model_type = fields.get("model_type")
     if model_type is not None:
         return _BY_MODEL_TYPE.get(model_type) if isinstance(model_type, str) else None
@@ -36,9 +37,9 @@ def find_architecture(fields: Mapping[str, Any]) -> Architecture | None:
 
 
 def names_architecture(named: object, architecture: Architecture) -> bool:
-    """Whether `architectures` of a config.json has this one only, with its head or without.
+    """Whether the `architectures` of a config.json name only this one, with its head or without.
 
-    Case doesn't count: the oldest conversions of LLaMA write LLaMAForCausalLM.
+    Upper and lower case are equal: the oldest conversions of LLaMA write LLaMAForCausalLM.
     """
     whole = architecture.name.lower()
     known = (whole, whole.replace("forcausallm", "model"))
@@ -46,7 +47,7 @@ def names_architecture(named: object, architecture: Architecture) -> bool:
 
 
 def find_gguf(name: object) -> Architecture | None:
-    """The architecture that llama.cpp calls `name`, None if it isn't served."""
+    """The architecture that llama.cpp calls `name`; None if it isn't served."""
     return next((one for one in _BY_MODEL_TYPE.values() if one.gguf is not None and one.gguf.name == name), None)
 
 
@@ -78,7 +79,7 @@ def build_model(config: ModelConfig, weights: WeightSource, ops: Ops) -> Decoder
 
 @contextmanager
 def registered(architecture: Architecture) -> Iterator[None]:
-    """One more architecture while the block runs. A model_type that is taken is a ValueError."""
+    """Register an architecture while the `with` block runs. Raises ValueError if its model_type is taken."""
     if architecture.model_type in _BY_MODEL_TYPE:
         raise ValueError(f"model_type {architecture.model_type!r} is registered already")
     _BY_MODEL_TYPE[architecture.model_type] = architecture

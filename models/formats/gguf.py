@@ -1,7 +1,8 @@
 """The head of a GGUF file: its metadata as Python values, and where each tensor is.
 
-Our own reader for this part: the gguf package's maps the file (see `raw_file`) and takes half a minute and more than a
-gigabyte for the vocabulary of a LLaMA 3; decoding tensors stays with the package. Called by `gguf_file`.
+This part has a reader of our own: the gguf package's maps the file (see `raw_file`), and takes half a minute and more
+than a gigabyte for the vocabulary of a LLaMA 3. The package still decodes tensors. Called by `gguf_checkpoint` and
+`gguf_tokenizer`.
 """
 
 import math
@@ -36,18 +37,19 @@ class GgufTensor:
 
 
 def read_table(file: RawFile) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
-    """Metadata and tensors by name. Raises ModelError for what is damaged, truncated, or no GGUF of version 2 or 3."""
+    """Metadata and tensors by name. Raises ModelError if the file is damaged, truncated, or no GGUF of version 2 or
+    3."""
     try:
         with file.path.open("rb") as stream:
             return _Reader(stream, file).read()
     except OSError as error:
         raise ModelError(f"{file.path} cannot be read ({error.strerror}): check the disk") from error
-    except (ValueError, RecursionError) as error:  # text that is no UTF-8, arrays in arrays without end
+    except (ValueError, RecursionError) as error:  # text that is not UTF-8, or arrays nested too deeply
         raise file.damaged(f"its metadata make no sense ({error})") from error
 
 
 class _Reader:
-    """Reads on from the start of the file; no length is believed that goes beyond its end."""
+    """Reads from the start of the file on. It refuses every length that goes beyond the file's end."""
 
     def __init__(self, stream: BinaryIO, file: RawFile) -> None:
         self._stream = stream
@@ -87,7 +89,7 @@ class _Reader:
         return entries
 
     def _tensor(self) -> tuple[Any, tuple[int, ...], int, int]:
-        """Type, shape, offset from the start of the data, bytes."""
+        """(type, shape, offset in bytes from the start of the data, bytes) of the next tensor."""
         num_dims = self._scalar("I")
         if num_dims > _MAX_DIMS:
             raise self._file.damaged(f"a tensor has {num_dims} dimensions")
@@ -126,7 +128,7 @@ class _Reader:
         return self._bytes(self._scalar("Q")).decode("utf-8")
 
     def _count(self, smallest_bytes: int) -> int:
-        """A number of things that take at least so many bytes each."""
+        """The number of entries that follow, each of at least `smallest_bytes`. Raises ModelError if they can't fit."""
         count: int = self._scalar("Q")
         self._check_head(count * smallest_bytes)
         if count * smallest_bytes > self._left:

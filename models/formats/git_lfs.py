@@ -1,6 +1,6 @@
 """Git LFS pointers: small text files that stand for large ones in a repository that was cloned without Git LFS.
 
-Knows no format of models or adapters. Used by whatever opens their files.
+Knows no format of models or adapters. Used by all readers of their files.
 """
 
 POINTER_BYTES = 1024  # the specification: a pointer is smaller than this

@@ -1,6 +1,6 @@
-"""What the Hugging Face hub's library raises, in words for the operator: one ladder, for models and for adapters.
+"""The errors of the Hugging Face hub's library as messages for the operator, for models and for adapters.
 
-Knows no names of files. Called by whatever downloads from the hub.
+Called by all code that downloads from the hub.
 """
 
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ from huggingface_hub.errors import (
 from guanaco.models.error_codes import ErrorCode
 from guanaco.models.errors import ModelError
 
-# All that a call of the library may raise for what is not our mistake.
+# The exceptions with which a call of the library may fail through no bug of ours.
 LIBRARY_ERRORS = (OSError, httpx2.HTTPError, HFValidationError, XetDownloadError)
 
 
 class HubError(ModelError):
-    """Files that can't be had. `code` says which way it failed; the message is for the operator."""
+    """Files that could not be downloaded. `code` says why; the message is for the operator."""
 
     def __init__(self, code: ErrorCode, message: str) -> None:
         super().__init__(message)
@@ -35,7 +35,7 @@ class HubError(ModelError):
 
 @dataclass(frozen=True)
 class Words:
-    """How each failure is told. The texts are formatted with `spec`, `repository`, `revision`, `status` and `error`."""
+    """The message for each failure. They are formatted with `spec`, `repository`, `revision`, `status` and `error`."""
 
     gated: str
     no_revision: str
@@ -57,9 +57,9 @@ OF_ADAPTERS = Words(
     no_repository=_ADAPTER_NOT_THERE,
     bad_id=_ADAPTER_NOT_THERE,
     incomplete=_ADAPTER_BROKEN_OFF,
-    offline="{spec} was not downloaded before, and offline mode forbids to do so",
+    offline="{spec} was not downloaded before, and offline mode forbids downloads",
     unreachable=_ADAPTER_BROKEN_OFF,
-    answered="{spec} cannot be had: the hub answered {status}; check the token, or try later",
+    answered="{spec} was not downloaded: the hub answered {status}; check the token, or try later",
     not_stored="{spec} cannot be stored ({error}): make room in the cache",
     broken_off=_ADAPTER_BROKEN_OFF,
 )
@@ -73,7 +73,7 @@ OF_MODELS = Words(
     incomplete="{spec} was downloaded only in part, and the hub cannot be asked now: go online and start again",
     offline=_MODEL_NOT_HERE + "offline mode forbids to download it: check the path or go online",
     unreachable=_MODEL_NOT_HERE + "the hub cannot be reached: check the path or go online",
-    answered="{spec} cannot be had: the hub answered {status}; check the token (HF_TOKEN), or try later",
+    answered="{spec} was not downloaded: the hub answered {status}; check the token (HF_TOKEN), or try later",
     not_stored="{spec} cannot be stored ({error}): make room, or name another cache directory",
     broken_off="{spec} was not downloaded completely ({error}): start again, whole files are kept",
 )
@@ -82,7 +82,7 @@ OF_MODELS = Words(
 def explained(
     error: Exception, words: Words, *, spec: str, repository: str, revision: str | None, offline: bool = False
 ) -> HubError:
-    """A HubError with a code and one line of words for `error`, which must be one of LIBRARY_ERRORS.
+    """A HubError with a code and a one-line message for `error`, which must be one of LIBRARY_ERRORS.
 
     words: the sentences of models or of adapters. spec: the address as the operator wrote it. repository, revision:
     its parts. offline: the library was told not to ask the hub.
@@ -97,7 +97,7 @@ def explained(
 
 
 def _told(error: Exception, words: Words, offline: bool) -> tuple[ErrorCode, str]:
-    """The code and the words. The order matters: some errors are kinds of others."""
+    """The code and the message. The order of the tests matters: some errors are subclasses of others."""
     if isinstance(error, GatedRepoError):
         return ErrorCode.HUB_FORBIDDEN, words.gated
     if isinstance(error, RevisionNotFoundError):

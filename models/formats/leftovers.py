@@ -1,7 +1,7 @@
-"""Folders that are filled under a hidden name, and what a killed process left of them.
+"""Folders that are filled under a hidden name, and the removal of those that a killed process left.
 
-Whoever fills one holds its lock, which the kernel frees when the process ends, however it ends: a folder without a
-holder is a leftover. Standard library only. Used by whatever writes a model or an adapter in one piece.
+The process that fills a folder holds its lock, which the kernel frees when the process ends in any way: a folder whose
+lock is free is a leftover. Standard library only. Used by all code that writes a model or an adapter as a whole.
 """
 
 import fcntl
@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-_SECONDS_UNTIL_HELD = 60.0  # a folder is made a moment before it is held
+_SECONDS_UNTIL_HELD = 60.0  # a younger folder may only just have been made, and not be locked yet
 
 
 class PartialFolder:
@@ -27,7 +27,7 @@ class PartialFolder:
         fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def close(self) -> None:
-        """Remove what is still there under the hidden name, and let go. May be called twice."""
+        """Remove what is left under the hidden name, and free the lock. May be called twice."""
         shutil.rmtree(self.path, ignore_errors=True)
         if self._handle is not None:
             os.close(self._handle)
@@ -35,7 +35,7 @@ class PartialFolder:
 
 
 def remove_leftovers(target: Path) -> None:
-    """Remove the folders that processes left that were killed while they wrote `target`."""
+    """Remove the folders of processes that were killed while they wrote `target`."""
     pattern = re.compile(re.escape(_prefix(target)) + "[a-z0-9_]{8}")
     for path in target.parent.glob(".*.partial-*"):
         if pattern.fullmatch(path.name) and not path.is_symlink() and _is_left(path):
@@ -54,7 +54,7 @@ def _is_left(path: Path) -> bool:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return os.fstat(handle).st_mtime < time.time() - _SECONDS_UNTIL_HELD
-    except OSError:  # somebody holds it
+    except OSError:  # a process holds it
         return False
     finally:
         os.close(handle)

@@ -14,14 +14,15 @@ from guanaco.models.formats.git_lfs import POINTER_BYTES, POINTER_PROBLEM, is_lf
 
 
 class OpenFile(ABC):
-    """Reads of an open, unbuffered file. A subclass says in which exception a read that fails ends."""
+    """Reads of an open, unbuffered file. A subclass decides which exception a failed read raises."""
 
     def __init__(self, file: BinaryIO, num_bytes: int) -> None:
         self._file = file
         self.num_bytes = num_bytes  # when it was opened
 
     def read_into(self, offset: int, buffer: Any) -> None:
-        """Fill a writable buffer of bytes from `offset`. Raises where the file ends or fails before."""
+        """Fill a writable buffer with the bytes from `offset` on. Raises the result of `ended` or `failed` if it
+        can't."""
         view = memoryview(buffer)
         try:
             self._file.seek(offset)
@@ -42,15 +43,15 @@ class OpenFile(ABC):
 
     @abstractmethod
     def ended(self, offset: int) -> GuanacoError:
-        """The refusal of a file that ends at `offset`, before its data do."""
+        """The error for a file that ends at `offset`, although more data should follow."""
 
     @abstractmethod
     def failed(self, error: OSError) -> GuanacoError:
-        """The refusal of a file that cannot be read."""
+        """The error for a file that cannot be read."""
 
 
 class RawFile(OpenFile):
-    """A file of a model. What fails is a ModelError."""
+    """A file of a model. All its failures are ModelErrors."""
 
     def __init__(self, path: Path) -> None:
         """Raises ModelError if `path` cannot be opened, or is a Git LFS pointer."""
@@ -80,7 +81,7 @@ class RawFile(OpenFile):
 
 @dataclass(frozen=True)
 class FileLayout:
-    """What a weights file holds, without its content: what the model cache recognises it by."""
+    """The layout of a weights file, without its content. The model cache makes its key from it."""
 
     path: Path
     table: bytes  # names, dtypes, shapes, in a form that is the same for the same table

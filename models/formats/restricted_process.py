@@ -1,4 +1,4 @@
-"""A child process that reads what strangers wrote: it starts without privileges, and it ends with its parent.
+"""A child process that reads untrusted input: it gives up its privileges first, and it ends with its parent.
 
 Both sides are here. The parent starts a module of ours and exchanges bytes with it, each time with a time limit. The
 child gives up files, processes, memory and time before it reads the first byte. Used by `template_renderer`,
@@ -37,19 +37,19 @@ class ProcessEnded(GuanacoError):
     """The child ended, or it sent something that is no answer. It has been killed."""
 
     def __init__(self, problem: str, status: int | None = None) -> None:
-        """status: of a child that ended by itself or by somebody else's signal (negative: the signal's number)."""
+        """status: the exit status, if the child ended by itself or was killed from outside (then minus the signal)."""
         super().__init__(problem)
         self.status = status
 
     @property
     def was_killed(self) -> bool:
-        """Whether somebody else ended the child: an operator, the kernel that is out of memory, or our own end."""
+        """Whether the child was killed from outside: by an operator, by a kernel without memory, or by our own end."""
         return self.status is not None and -self.status in _SIGNALS_FROM_OUTSIDE
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a child may use from `restrict` on."""
+    """The resources that a child may use from `restrict` on."""
 
     memory_bytes: int  # address space, with what the interpreter has already
     file_bytes: int = 0  # the size of a file that it may write
@@ -57,7 +57,8 @@ class Budget:
 
 
 def restrict(budget: Budget) -> None:
-    """Give up what the budget does not hold: new files, sockets and processes, memory, time. There is no way back."""
+    """Limit this process to the budget's memory, file size and time, and forbid new files, sockets and processes. This
+    cannot be undone."""
     limits = {
         resource.RLIMIT_NOFILE: 0,  # no further file, socket or pipe; those that are open stay open
         resource.RLIMIT_NPROC: 0,
@@ -74,7 +75,7 @@ def restrict(budget: Budget) -> None:
 
 
 def limit_cpu_from_now(seconds: int) -> None:
-    """Have the kernel end this process once it has used so many more seconds of processor time."""
+    """Have the kernel end this process after `seconds` more of processor time."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + seconds + 1, hard))
@@ -111,7 +112,7 @@ class RestrictedProcess:
     """A module of ours, run as `python -I -m MODULE LIFELINE ARGUMENTS…`, which restricts itself. Not thread-safe."""
 
     def __init__(self, module: str, arguments: Sequence[str] = (), *, pass_fds: Sequence[int] = ()) -> None:
-        """Start it. Raises OSError where no process can be started."""
+        """Start it. Raises OSError if no process can be started."""
         lifeline, self._lifeline = os.pipe()
         try:
             self._process = subprocess.Popen(  # noqa: S603 - our own module, by this interpreter
@@ -145,9 +146,9 @@ class RestrictedProcess:
         return self._process.poll() is not None
 
     def exchange(self, message: bytes, *, seconds: float, max_bytes: int) -> bytes:
-        """Send a message and wait for the answer, both within `seconds`. max_bytes: of the answer.
+        """Send a message and wait for the answer, both within `seconds`. max_bytes: the longest answer.
 
-        Raises ProcessTimeout or ProcessEnded; the child is gone then.
+        Raises ProcessTimeout or ProcessEnded; then the child has ended.
         """
         deadline = time.monotonic() + seconds
         self._send(_LENGTH.pack(len(message)) + message, deadline)
@@ -205,11 +206,11 @@ class RestrictedProcess:
         return ProcessEnded(f"status {status}", status)
 
     def kill(self) -> None:
-        """End it at once. For another thread than the one that exchanges messages: that one gets ProcessEnded."""
+        """End it at once, from another thread. The thread that exchanges messages gets ProcessEnded."""
         self._process.kill()
 
     def close(self) -> None:
-        """End it, and give its pipes back. Once or more often."""
+        """End it, and close its pipes. May be called again."""
         self._process.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):

@@ -1,6 +1,6 @@
 """One safetensors file: its header checked before anything is allocated, its tensors read into memory of our own.
 
-Never mapped (see `raw_file`). Knows nothing of models or adapters; the rules and the exceptions are its caller's.
+It is never mapped (see `raw_file`). Knows nothing of models or adapters: the caller gives the rules and exceptions.
 Called by the loading of models and by the reader of adapters.
 """
 
@@ -53,7 +53,7 @@ class SafetensorsReader:
     """The tensors of an open file whose header has been read."""
 
     def __init__(self, file: OpenFile, name: str, rules: HeaderRules) -> None:
-        """Raises SafetensorsError for a header that breaks the rules, and what `file` raises where a read fails."""
+        """Raises SafetensorsError for a header that breaks the rules, and the errors of `file` if a read fails."""
         self._file = file
         self._header = read_header(file.read_bytes, file.num_bytes, name, rules)
         self.metadata = self._header.metadata
@@ -63,15 +63,17 @@ class SafetensorsReader:
         }
 
     def read(self, name: str) -> Tensor:
-        """The tensor in memory of its own. Raises what the file raises if it has become shorter since it was opened."""
+        """The tensor, in memory of its own. Raises the errors of the file, for example if it was cut meanwhile."""
         stored = self.tensors[name]
         data = mapped_zeros((stored.num_bytes,), torch.uint8, huge=True)
         return self._fill(data, stored)
 
     def read_all(self, *, without: Container[str] = ()) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor in the order of `tensors`, but those called in `without`. They share one piece of memory, so
-        that a large file's is in huge pages: a core's page tables don't hold the small pages of eight adapters (their
-        layers cost 4 % more)."""
+        """All tensors, in the order of `tensors`, except those named in `without`.
+
+        They share one piece of memory, so that a large file gets huge pages. With small pages, the layers of eight
+        adapters took 4 % longer, since a core's page cache (TLB) cannot hold so many.
+        """
         wanted = {name: stored for name, stored in self.tensors.items() if name not in without}
         whole = mapped_zeros((sum(_aligned(stored.num_bytes) for stored in wanted.values()),), torch.uint8, huge=True)
         place = 0
@@ -85,7 +87,7 @@ class SafetensorsReader:
 
 
 class SafetensorsFile(SafetensorsReader):
-    """A file of a model. What is wrong with it is a ModelError."""
+    """A safetensors file of a model. All its failures are ModelErrors."""
 
     def __init__(self, path: Path) -> None:
         """Open and check `path`. Raises ModelError for a file that is absent, truncated or no safetensors."""
@@ -105,7 +107,7 @@ class SafetensorsFile(SafetensorsReader):
         self._raw.close()
 
     def layout(self) -> FileLayout:
-        """What the model cache recognises the file by."""
+        """The file's layout, from which the model cache makes its key."""
         spans = tuple((tensor.offset, tensor.num_bytes) for tensor in self.tensors.values())
         return FileLayout(self.path, self._header.raw, spans)
 

@@ -1,7 +1,7 @@
 """The header of a safetensors file, checked in full before anything is allocated: names, dtypes, shapes, places.
 
-Our own reader rather than the library's, which says less about what is wrong. Imports neither torch nor numpy: the
-restricted process that converts adapters reads files with it, too. Called by `safetensors` and that process.
+The library's own reader says less about what is wrong. Imports neither torch nor numpy, since the restricted process
+that converts adapters uses it, too. Called by `safetensors` and that process.
 """
 
 import math
@@ -15,7 +15,7 @@ from guanaco.models.errors import GuanacoError
 from guanaco.models.formats.shown import printable
 from guanaco.models.formats.strict_json import JsonError, parse_object
 
-# Bytes of an element, by the format's name of the dtype.
+# The format's name of a dtype → bytes per element.
 ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
     "F8_E4M3": 1, "F8_E5M2": 1,
@@ -35,7 +35,7 @@ class SafetensorsError(GuanacoError):
 
 @dataclass(frozen=True)
 class HeaderRules:
-    """What a file of one kind may hold. `dtype_advice` says in a message which dtypes may be used.
+    """The rules for one kind of file. `dtype_advice` ends the message about a dtype that is not allowed.
 
     is_strict: refuse unknown fields, metadata that are no strings, empty tensors, and bytes that belong to no tensor or
     to several. Otherwise unknown fields and other metadata are ignored, and the tensors need only lie within the file.
@@ -111,7 +111,7 @@ def _metadata(value: object, name: str, rules: HeaderRules) -> dict[str, str]:
 
 
 def _entry(name: str, entry: Any, start: int, rules: HeaderRules) -> Entry:
-    """One header entry; `start` is where the data begin. Arithmetic is Python's: nothing here can overflow."""
+    """One header entry, checked. start: the byte where the data begin. Python's integers cannot overflow."""
     shown = printable(name)
     is_table = isinstance(entry, dict)
     if not is_table or not entry.keys() >= _FIELDS or (rules.is_strict and len(entry) > len(_FIELDS)):
@@ -137,7 +137,7 @@ def _whole_numbers(value: object) -> bool:
 
 
 def _check_whole(tensors: dict[str, Entry], start: int, size: int, name: str) -> None:
-    """The tensors must fill the rest of the file: no hole, no overlap, nothing behind."""
+    """Raise SafetensorsError unless the tensors fill the rest of the file: no gap, no overlap, no bytes behind them."""
     if not tensors:
         raise SafetensorsError(ErrorCode.EMPTY, f"{name} holds no tensor: the adapter was not saved properly", name)
     position = start

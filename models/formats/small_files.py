@@ -1,6 +1,6 @@
-"""Files of a model directory that are read whole: each has a size above which it is refused before it is read.
+"""Files of a model directory that are read as a whole. A file above its size limit is refused before it is read.
 
-Knows nothing of what is in them. Called by the readers of configs, tokenizers and templates.
+Called by the readers of configs, tokenizers and templates.
 """
 
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from guanaco.models.formats.git_lfs import POINTER_PROBLEM, is_lfs_pointer
 
-# Several times what the largest in use have. JSON takes up to 25 times its size as Python's values.
+# Several times the size of the largest files in use. JSON takes up to 25 times its size as Python's values.
 MAX_JSON_BYTES = 16 << 20  # tokenizer_config.json of a vocabulary with many added tokens: 2 MB
 MAX_TEMPLATE_FILE_BYTES = 4 << 20
 MAX_SENTENCEPIECE_BYTES = 64 << 20  # 256,000 pieces: 4 MB
@@ -17,8 +17,8 @@ MAX_TOKENIZER_BYTES = 128 << 20  # 256,000 pieces with their merges: 33 MB
 
 
 def read_small(path: Path, max_bytes: int) -> bytes:
-    """The whole of a regular file. Raises OSError; its `strerror` says where the file is no such file, too large, or a
-    Git LFS pointer."""
+    """The content of a regular file. Raises OSError; its `strerror` also says if the file is not regular, too large, or
+    a Git LFS pointer."""
     with open(path, "rb", opener=_open_without_waiting) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
@@ -36,4 +36,4 @@ def _shown(num_bytes: int) -> str:
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # a pipe that nobody writes to would be waited for
+    return os.open(path, flags | os.O_NONBLOCK)  # opening a pipe without a writer would block

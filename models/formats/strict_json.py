@@ -1,6 +1,6 @@
-"""JSON as the standard has it: UTF-8, one value per key, finite numbers. Files from strangers are read with it.
+"""JSON exactly by the standard: UTF-8, one value per key, finite numbers. Untrusted files are read with it.
 
-Knows nothing of what the values mean. Called by the readers of adapters, models and their headers.
+Called by the readers of adapters, models and their headers.
 """
 
 import json
@@ -13,7 +13,8 @@ from guanaco.models.formats.small_files import MAX_JSON_BYTES, read_small
 
 
 class JsonError(GuanacoError, ValueError):
-    """Not an acceptable JSON object; the message says where or why, in words that fit after a file's name."""
+    """Data that are not an acceptable JSON object. The message continues a sentence that begins with the file's
+    name."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -32,11 +33,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_object(data: bytes, *, is_strict: bool = True) -> dict[str, Any]:
-    """The object in `data`; keys keep their order.
+    """The JSON object in `data`. Keys keep their order.
 
-    Raises JsonError for anything else: another encoding or a byte order mark, a repeated key (every reader would pick
-    another one), NaN or Infinity in any spelling, nesting deeper than Python's stack, a value that is no object.
-    Unless `is_strict`, the last of a repeated key counts, and NaN and Infinity are numbers.
+    Raises JsonError for another encoding, a byte order mark, a repeated key (readers disagree about which value
+    counts), NaN or Infinity in any spelling, nesting deeper than Python's stack, and a value that is not an object.
+    Unless `is_strict`, the last value of a repeated key counts, and NaN and Infinity are numbers.
     """
     try:
         text = data.decode("utf-8")
@@ -52,7 +53,7 @@ def parse_object(data: bytes, *, is_strict: bool = True) -> dict[str, Any]:
         raise JsonError("is nested too deeply") from None
     except json.JSONDecodeError as error:
         raise JsonError(f"is not JSON: {error.msg} at character {error.pos}") from None
-    except ValueError:  # an integer of more digits than Python converts
+    except ValueError:  # an integer with more digits than Python converts
         raise JsonError("holds a number that is too long") from None
     if not isinstance(value, dict):
         raise JsonError("is JSON, but not an object")

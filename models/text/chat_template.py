@@ -86,7 +86,7 @@ class ChatTemplate:
     ) -> str:
         """The prompt. A message has "role", "content" and perhaps more keys; keys whose value is None are left out.
 
-        tools: functions as OpenAI's API has them, {"type": "function", "function": {…}}; None: the template sees none.
+        tools: functions in the form of OpenAI's API, {"type": "function", "function": {…}}; None: no tools.
         special_tokens: further named tokens, such as unk_token. max_chars: a longer prompt is an error.
         continue_final_message: the prompt ends with the last message's text, as in transformers.
         variables: further variables of JSON's types for the template; they replace none of the others.
