@@ -1,9 +1,8 @@
 """A decoder: embed; per layer attention and MLP on normalised input, each added back; logits.
 
-What a layer holds is data (`LayerSpec`); how its parts compute is a function that an architecture may replace.
-
-Knows no requests, adapters or files: rows come in a `ForwardBatch`, keys and values live in a `PagedKVCache`, weights
-come one by one from a `WeightSource`. Built by `registry`, run by the model runner.
+`LayerSpec` lists what a layer holds; a function, which an architecture may replace, makes a layer of it. Knows no
+requests, adapters or files: rows come in a `ForwardBatch`, keys and values are in a `PagedKVCache`, weights come one by
+one from a `WeightSource`. Built by `registry`, run by the model runner.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,6 +1,6 @@
 """The ASGI application: routes, the chain around them, and the engine's start and stop with the server's own.
 
-Builds nothing that it serves: `ApiState` brings it all. Called by the wiring (`http_server.serve`) and by tests.
+Builds nothing that it serves: all parts come in an `ApiState`. Called by `server.serve` and by tests.
 """
 
 import asyncio
@@ -53,7 +53,7 @@ _STOP_TIMEOUT_SECONDS = 5.0  # an engine that is stuck in a step must not keep t
 def create_app(state: ApiState) -> FastAPI:
     """The application over `state`. The engine is started and stopped by the application's lifespan.
 
-    /openapi.json is on, and behind the key like everything else; /docs is off: its page needs a script from the net.
+    /openapi.json needs a key as other routes do. /docs is off, because its page loads a script from the internet.
     """
     app = FastAPI(
         title="Guanaco",
@@ -80,7 +80,7 @@ def create_app(state: ApiState) -> FastAPI:
         app.include_router(router)
     for error in HANDLED:
         app.add_exception_handler(error, handle_error)
-    # The last one added is the outermost.
+    # The middleware that is added last is the outermost.
     app.add_middleware(AuthMiddleware, keys=state.keys, admin_keys=state.admin_keys)
     if state.settings.page:
         app.add_middleware(PageFiles, files=read_page())
@@ -131,7 +131,7 @@ async def _forget_expired(responses: ResponseStore) -> None:
 
 
 def _complete_document(app: FastAPI, *, has_keys: bool) -> None:
-    """Add the bodies to the OpenAPI document, which the routes read themselves, past FastAPI; and all the rest."""
+    """Complete the OpenAPI document: FastAPI does not know the bodies, since the routes read them themselves."""
     generate = app.openapi
 
     @functools.cache

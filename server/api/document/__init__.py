@@ -1,5 +1,5 @@
-"""What /openapi.json says besides the bodies: examples, answers, errors, streams and keys of every route.
+"""The parts of /openapi.json besides the bodies: examples, answers, errors, streams and keys of every route.
 
-Pure data and one function over FastAPI's document. Imports paths from `server.api.http`, and nothing that serves.
+Plain data, and one function that completes FastAPI's document. Imports only paths, from `server.api.http`.
 Start at `describe.describe`.
 """

@@ -1,6 +1,6 @@
-"""JSON schemas of the answers: by name, and which name each route answers with.
+"""JSON schemas of the answers by name, and the name of each route's answer.
 
-They say what is always there. An answer may have more: a client must read past what it doesn't know.
+A schema lists the fields that an answer always has. An answer may have more: clients must ignore unknown fields.
 """
 
 from collections.abc import Iterable, Mapping
@@ -33,7 +33,7 @@ def _ref(name: str) -> Schema:
 
 
 def _object(optional: Iterable[str] = (), /, **properties: Schema) -> Schema:
-    """An object whose properties are all there, but for the optional ones."""
+    """The schema of an object in which only the `optional` properties may be missing."""
     return {"type": "object", "properties": properties, "required": sorted(set(properties) - set(optional))}
 
 
@@ -166,7 +166,7 @@ ANSWERS: Mapping[str, Schema] = {
     "Version": _object(version=_STRING),
 }
 
-# (method, path) → the name of what it answers with; None: no JSON.
+# (method, path) → the name of the answer's schema; None: the answer is not JSON.
 ANSWER_OF: Mapping[tuple[str, str], str | None] = {
     ("post", "/v1/chat/completions"): "ChatCompletion",
     ("post", "/v1/completions"): "Completion",
@@ -191,7 +191,7 @@ ANSWER_OF: Mapping[tuple[str, str], str | None] = {
     ("get", "/metrics"): None,
 }
 
-# The routes that stream → what their events are.
+# Path of each route that streams → a description of its events.
 STREAMS: Mapping[str, str] = {
     "/v1/chat/completions": "`data:` lines with chat.completion.chunk objects, then `data: [DONE]`",
     "/v1/completions": "`data:` lines with text_completion objects, then `data: [DONE]`",

@@ -1,4 +1,4 @@
-"""FastAPI's document made complete: FastAPI knows the paths alone, as the routes read and write bytes themselves."""
+"""Completes FastAPI's document. FastAPI knows only the paths, since the routes read and write bytes themselves."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ def describe(document: dict[str, Any], *, has_keys: bool) -> None:
     """Complete the document in place. has_keys: whether a client of this server needs a key."""
     components = document.setdefault("components", {})
     schemas = components.setdefault("schemas", {})
-    for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own errors never come
+    for name in ("HTTPValidationError", "ValidationError"):  # no route answers with FastAPI's own errors
         schemas.pop(name, None)
     schemas.update(ANSWERS)
     components["securitySchemes"] = _SECURITY

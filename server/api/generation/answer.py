@@ -1,6 +1,6 @@
-"""What an answer is to `serving` and `sse`, and what chat and text completions have in common: head, chunks, usage.
+"""The base class of answers, which `serving` and `sse` use, and the common parts of chat and text completions.
 
-Doesn't know HTTP. Each route has its own kind of answer, which says what a client reads.
+Doesn't know HTTP. Each generating route has a subclass of its own, which writes the route's JSON.
 """
 
 import secrets
@@ -24,14 +24,13 @@ _FEW_LOGPROBS = 64  # tokens whose log-probabilities are written on the loop
 
 
 def is_large_output(output: TextOutput) -> bool:
-    """Whether the events of one output may take longer to write than the event loop has time."""
-    return len(output.prompt_logprobs) + len(output.logprobs) > _FEW_LOGPROBS  # an echoed prompt's come at once
+    """Whether encoding the events of one output could block the event loop for too long."""
+    return len(output.prompt_logprobs) + len(output.logprobs) > _FEW_LOGPROBS  # a prompt's come all in one output
 
 
 class Answer(ABC):
-    """One answer in the making. `events` and `add` are alternatives: an answer is streamed, or collected.
-
-    Events are bytes, ready to be sent, and end with a blank line."""
+    """One answer while it is made. It is either streamed (`events`) or collected (`add`, `encoded`). Events are bytes,
+    ready to be sent, and end with a blank line."""
 
     id_prefix: str
 
@@ -49,24 +48,25 @@ class Answer(ABC):
         self._generation = generation
 
     def first_events(self) -> bytes:
-        """What a stream begins with, before any output."""
+        """The events at the start of a stream, before any output."""
         return b""
 
     @abstractmethod
     def events(self, index: int, output: TextOutput) -> bytes:
-        """What is new of choice `index`; empty where there is nothing to show yet."""
+        """The events for a new output of choice `index`; empty if there is nothing to show yet."""
 
     @abstractmethod
     def last_events(self) -> Iterator[bytes]:
-        """What a stream ends with, after all outputs. Each piece is made when it is asked for: one may be large."""
+        """The events at the end of a stream, after all outputs. Each piece is made when it is read, as it may be
+        large."""
 
     def failure(self, error: ApiError) -> bytes:
-        """What a stream ends with that can't be completed."""
+        """The event that ends a stream which can't be completed."""
         return event(error.envelope())
 
     @abstractmethod
     def add(self, index: int, output: TextOutput) -> None:
-        """Take an output of choice `index`, for `encoded`."""
+        """Collect an output of choice `index`, for `encoded`."""
 
     @abstractmethod
     def encoded(self) -> bytes:
@@ -74,11 +74,11 @@ class Answer(ABC):
 
     @property
     def is_large(self) -> bool:
-        """Whether `encoded` may take longer than the event loop has time."""
+        """Whether `encoded` could block the event loop for too long."""
         return False
 
     def close(self) -> None:  # noqa: B027 (most kinds of answer have nothing to give back)
-        """The request has ended: after the last event, or because it failed or the client left."""
+        """Called once when the request has ended: after its last event, by a failure, or as the client left."""
 
 
 class ChoicesAnswer(Answer):
@@ -97,17 +97,16 @@ class ChoicesAnswer(Answer):
         }
         self._shows_ids = bool(body.return_token_ids)
         self._names_ids = bool(body.return_tokens_as_token_ids)
-        self._num_shown, self._num_drawn = body.n, body.num_drawn  # choices of each prompt
-        self._scores: dict[int, tuple[float, int]] = {}  # by choice: its log-probabilities, added up, and its tokens
-        self._num_scored = body.prompt_logprobs  # alternatives of each token of the prompt; None: it isn't scored
+        self._num_shown, self._num_drawn = body.n, body.num_drawn  # choices per prompt: in the answer, and generated
+        self._scores: dict[int, tuple[float, int]] = {}  # choice → (sum of its log-probabilities, number of tokens)
+        self._num_scored = body.prompt_logprobs  # alternatives per prompt token; None: the prompt isn't scored
         options = body.stream_options
         self._usage_at_end = bool(options and options.include_usage)
         self._usage_always = self._usage_at_end and bool(options and options.continuous_usage_stats)
 
     @abstractmethod
     def choice_chunks(self, index: int, output: TextOutput) -> list[dict[str, Any]]:
-        """What is new of a choice, as entries of `choices`, each for a chunk of its own; none where there is nothing to
-        show yet."""
+        """Entries of `choices` for a new output, one for each chunk; none if there is nothing to show yet."""
 
     @property
     @abstractmethod
@@ -118,13 +117,13 @@ class ChoicesAnswer(Answer):
     def has_logprobs(self) -> bool: ...
 
     def score(self, index: int, output: TextOutput) -> None:
-        """Count an output for `best`."""
+        """Add an output's log-probabilities to the score that `best` compares."""
         total, count = self._scores.get(index, (0.0, 0))
         self._scores[index] = (total + sum(item.logprob for item in output.logprobs), count + len(output.logprobs))
 
     def best(self) -> list[int]:
-        """The choices that are shown: of each prompt the first n, or the n of `best_of` with the highest mean
-        log-probability of their tokens, the best first."""
+        """The indexes of the choices in the answer. For each prompt: the first n, or with `best_of` the n with the
+        highest mean log-probability per token, the best first."""
         groups = [range(i, i + self._num_drawn) for i in range(0, self.num_choices, self._num_drawn)]
         if self._num_drawn == self._num_shown:
             return [index for group in groups for index in group]
@@ -136,14 +135,14 @@ class ChoicesAnswer(Answer):
 
     @abstractmethod
     def choice(self, index: int) -> dict[str, Any]:
-        """A choice that was collected, as an entry of `choices`."""
+        """The entry of `choices` for a collected choice."""
 
     def chunk_fields(self, index: int) -> dict[str, Any]:  # noqa: ARG002 (text completions have none)
-        """What the next chunk of a choice holds beside its choice; called once for each that is shown."""
+        """Further fields of the next chunk of a choice, beside `choices`. Called once for each chunk."""
         return {}
 
     def whole_fields(self) -> dict[str, Any]:
-        """What the whole answer holds beside its choices."""
+        """Further fields of the whole answer, beside `choices`."""
         return {}
 
     @property
@@ -151,8 +150,8 @@ class ChoicesAnswer(Answer):
         return self.has_logprobs or self._num_scored is not None or self.num_choices > _FEW_CHOICES
 
     def events(self, index: int, output: TextOutput) -> bytes:
-        """The chunks for one output, most often one. No chunk for an output without text (half a character, say): load
-        tools take each chunk with choices for a token."""
+        """The chunks for one output, mostly one. An output without text (half a character, say) makes none: load
+        testers count each chunk with choices as a token."""
         chunks = [
             {**self._head, "object": self.chunk_name, "choices": [choice]}
             for choice in self.choice_chunks(index, output)
@@ -167,14 +166,14 @@ class ChoicesAnswer(Answer):
         return b"".join(map(event, chunks))
 
     def last_events(self) -> Iterator[bytes]:
-        """The chunk with the usage and without choices, where the client asked for it, and `[DONE]`."""
+        """The chunk with the usage and without choices, if the client asked for it, and `[DONE]`."""
         if self._usage_at_end:
             last = {**self._head, "object": self.chunk_name, "choices": [], "usage": self.generation.usage()}
             yield event(last)
         yield DONE
 
     def encoded(self) -> bytes:
-        """The whole answer as JSON, made choice by choice: the entries of one are gone before the next one's come."""
+        """The whole answer as JSON. Encoded choice by choice, so that only one choice's entries are in memory."""
         usage = self.generation.usage()
         around = orjson.dumps({**self._head, "object": self.object_name, "choices": [], "usage": usage})
         if more := self.whole_fields():

@@ -1,7 +1,7 @@
-"""How large one answer may become, worked out before anything is generated.
+"""Limits the size of an answer before anything is generated.
 
-A whole answer is kept in memory until its end, and each log-probability in it takes a hundred bytes and more. Doesn't
-know HTTP. Called by `serving`.
+An answer that isn't streamed is kept in memory until its end, and each log-probability takes a hundred bytes or more.
+Doesn't know HTTP. Called by `serving`.
 """
 
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from guanaco.server.engine.request import SamplingParams
 def most_tokens_a_choice(
     body: GenerationBody, prompts: Sequence[tuple[int, SamplingParams]], settings: Settings
 ) -> int | None:
-    """How many tokens each choice may have where the client didn't say; None: as many as its parameters have.
+    """The most tokens of each choice if the client set no limit; None: the limit in its parameters.
 
-    `prompts`: for each, its length in tokens and its parameters. 400 where the client asks for more tokens, or for
-    more log-probabilities, than one answer may have. A stream is not kept: of its log-probabilities only the prompt's
-    count, since they come in one event.
+    prompts: (length in tokens, parameters) of each prompt. Raises a 400 if the client asks for more tokens or
+    log-probabilities than one answer may have. In a stream only the prompt's log-probabilities count: they come in one
+    event, and the others are not kept.
     """
     num_choices = body.num_drawn * len(prompts)
     num_tokens = body.num_drawn * sum(params.max_tokens for _, params in prompts)
@@ -55,5 +55,5 @@ def most_tokens_a_choice(
 
 
 def _entries(num_alternatives: int | None) -> int:
-    """Log-probabilities for one token: its own and its alternatives'."""
+    """How many log-probabilities one token has in the answer: its own and its alternatives'."""
     return 0 if num_alternatives is None else 1 + num_alternatives

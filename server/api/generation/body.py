@@ -1,4 +1,4 @@
-"""From the bytes of a request body to a validated request, or to a 400 that names the field.
+"""The bytes of a request body → a validated request, or a 400 that names the field.
 
 Parses the raw bytes strictly: no NaN or infinity, no lone surrogates, no duplicate keys, no byte-order mark, no
 conversions between types. Doesn't know what the fields mean. Error messages never hold what the client sent.
@@ -30,8 +30,11 @@ _MAX_MESSAGE = 300
 
 
 async def read_body(request: Request, max_bytes: int, held: HeldBody) -> bytes:
-    """The whole body, counted in `held`. 413 beyond `max_bytes` (announced or counted), 415 for anything that isn't
-    plain JSON, 503 or 429 where memory has no room for it; ClientGone where the client leaves before its end."""
+    """Read the whole body, and count its bytes in `held`.
+
+    Raises ApiError: 413 above `max_bytes` (announced or received), 415 for anything but plain JSON, 503 or 429 if the
+    memory for bodies is full. Raises ClientGone if the client leaves before the body's end.
+    """
     headers = request.headers
     if headers.get("content-encoding", "identity").strip().lower() not in ("identity", ""):
         raise ApiError(415, ErrorCode.UNSUPPORTED_ENCODING, "compressed bodies are not read: send the JSON as it is")
@@ -75,7 +78,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
     try:
         value = from_json(body, allow_inf_nan=False)
     except ValueError:
-        # pydantic's own words would say where, but they can quote the body
+        # pydantic's own message says where, but it can quote the body
         raise bad_request("the body is not valid JSON in UTF-8", code=ErrorCode.INVALID_JSON) from None
     if not isinstance(value, dict):
         raise bad_request("the body must be a JSON object", code=ErrorCode.INVALID_JSON)
@@ -84,31 +87,31 @@ def parse_object(body: bytes) -> dict[str, Any]:
 
 
 def _pass_over(digits: str) -> None:
-    """The second reading is for keys and fractions alone. Python's own reader would make a number of each integer."""
+    """Parse no integer: the second reading only checks keys and fractions, and large integers would take long."""
 
 
 def _refuse_infinite(digits: str) -> None:
-    """Beyond float64, also in a field that is ignored: another reader could fail over it, or read another number."""
+    """Raise a 400 for a number beyond float64, even in an ignored field: other readers could read another number."""
     if math.isinf(float(digits)):
         raise bad_request("the body has a number beyond the range of float64", code=ErrorCode.INVALID_JSON)
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> None:
-    """Two readers of one body could otherwise understand two different requests."""
+    """Raise a 400 for a repeated key: two readers of one body could understand two different requests."""
     if len({key for key, _ in pairs}) != len(pairs):
         raise bad_request("the body has an object with the same key twice", code=ErrorCode.INVALID_JSON)
 
 
 @dataclass(frozen=True)
 class TakenFields:
-    """A body under our own names of its fields, with nothing in it that would have to be refused by name."""
+    """A body's fields under our names. Fields that must be refused by name are no longer among them."""
 
     data: dict[str, Any]
     ignored: Ignored
     renamed: Mapping[str, str]  # our name → the name that the client gave
 
     def validate(self, model: type[Model]) -> Model:
-        """The body as `model`, or a 400 for the first field that is wrong, under the client's name of it."""
+        """The body as `model`. Raises a 400 for the first wrong field, by the name that the client used."""
         return validate(model, self.data, self.renamed)
 
 
@@ -136,7 +139,7 @@ def take_fields(data: dict[str, Any], route: RouteFields) -> TakenFields:
 
 
 def validate(model: type[Model], data: dict[str, Any], renamed: Mapping[str, str] = MappingProxyType({})) -> Model:
-    """The data as `model`, or a 400 for the first field that is wrong, which is called there as `renamed` has it."""
+    """The data as `model`. Raises a 400 for the first wrong field. renamed: our name of a field → the client's."""
     try:
         return model.model_validate(data)
     except ValidationError as error:
@@ -160,7 +163,8 @@ def _field_error(location: Sequence[int | str], kind: str, message: str, renamed
 
 @contextmanager
 def renamed_errors(names: Mapping[str, str]) -> Iterator[None]:
-    """Have errors name a field as the client did. A position within a translated field would not be the client's."""
+    """Name fields in errors as the client did. names: our name → the client's. Positions inside a translated field are
+    left out, as the client's body has others."""
     try:
         yield
     except ApiError as error:

@@ -1,7 +1,6 @@
-"""The models this server answers for, by name: the base first, then its adapters.
+"""The models of this server by name: the base first, then its adapters.
 
-Loads nothing and knows no paths: that is the registry's and the aliases' work. An unknown name is a 404,
-never the base.
+Loads nothing and knows no paths: the registry and the aliases do. An unknown name is a 404, never the base.
 """
 
 import hashlib
@@ -30,29 +29,29 @@ _ALIAS_LOOKS = 4
 
 @dataclass(frozen=True)
 class ServedModel:
-    """One name that clients may put into `model`, or the base with the adapters that one request asks for."""
+    """A model that clients may name, or the base with the adapters that one request combines."""
 
     name: str
     max_model_len: int
-    root: str  # what it was made from: a hub id, or the name; shown to clients
+    root: str  # its source as clients see it: a hub id, or the name
     parent: str | None = None  # an adapter's base
     version: str | None = None  # an adapter's content digest; None: the base model
     created: int = field(default_factory=lambda: int(time.time()))
     base_fingerprint: str = ""  # of the base's content
-    mixture: tuple[LoraRef, ...] = ()  # of a request that names its adapters itself
-    mixed_names: tuple[str, ...] = ()  # the names of the mixture's adapters
+    mixture: tuple[LoraRef, ...] = ()  # the weighted adapters, if the request names several itself
+    mixed_names: tuple[str, ...] = ()  # the names of these adapters
     profile: Profile | None = None
-    version_keys: tuple[str, ...] | None = None  # ids of the keys that the version was published for; None: all
-    stands_for: str | None = None  # of an alias: the adapter that this request gets
+    version_keys: tuple[str, ...] | None = None  # ids of the API keys for which the version was published; None: all
+    stands_for: str | None = None  # for an alias: the adapter that this request gets
 
     def is_open_to(self, key: ApiKey | None) -> bool:
-        """Whether the holder of a key may use it, or hear of it."""
+        """Whether the holder of a key may use the model and see that it exists."""
         allowed = None if self.profile is None else self.profile.allowed_keys
         return all(keys is None or (key is not None and key.id in keys) for keys in (allowed, self.version_keys))
 
     @property
     def counted_as(self) -> str | None:
-        """The adapter's name in the metrics, whatever it was asked by; None for the base."""
+        """The adapter's name in the metrics, even if the request named an alias; None for the base."""
         if self.mixture:
             return MIXTURE_LABEL
         return None if self.version is None else self.stands_for or self.name
@@ -63,7 +62,7 @@ class ServedModel:
 
     @property
     def versions(self) -> str | None:
-        """The content digests of all adapters, comma-separated: what a response says it was made with."""
+        """The content digests of all adapters, separated by commas, for the answer's header; None for the base."""
         return ",".join(lora.version for lora in self.loras) or None
 
     @property
@@ -84,19 +83,19 @@ class ServedModel:
             "max_model_len": self.max_model_len,
             "permission": [],
             "base_fingerprint": self.base_fingerprint,
-            # Of an alias it may be another one for each request.
+            # An alias may give another version to each request.
             "version": self.version if self.stands_for in (None, self.name) else None,
         }
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks: the key, and the text that a weighted alias chooses by."""
+    """The sender of a request: its API key, and the text by which a weighted alias chooses a target."""
 
     key: ApiKey | None
     split_key: str | None = None  # None: the request's id
     request_id: str = ""
-    counts: bool = True  # as a use of the alias that is asked for
+    counts: bool = True  # whether the request counts as a use of the alias
 
     @property
     def chosen_by(self) -> str:
@@ -113,14 +112,14 @@ class Catalog:
         live: AdapterRegistry | None = None,
         aliases: AliasTable | None = None,
     ) -> None:
-        """aliases: over `live`, which goes before them."""
+        """live: adapters that may change while the server runs. aliases: of these; a name in `live` goes first."""
         self.base = base
         self._models = {model.name: model for model in (base, *adapters)}
         self._live = live
         self._aliases = aliases
 
     def get(self, name: str, key: ApiKey | None) -> ServedModel:
-        """The model of that name, to be shown; a 404 where there is none for this key."""
+        """The model of that name, to show it. Raises a 404 if there is none for this key."""
         model = self._models.get(name)
         if model is None and self._live is not None and (entry := self._live.resolve(name)) is not None:
             model = self._model_of(entry)
@@ -131,7 +130,8 @@ class Catalog:
         return model
 
     def is_known(self, name: str, key: ApiKey | None) -> bool:
-        """Whether requests may name it. Follows no alias: where one leads is decided when a request is prepared."""
+        """Whether requests with this key may name it. An alias is not followed: that happens when a request is
+        prepared."""
         if (model := self._models.get(name)) is not None:
             return model.is_open_to(key)
         if self._live is not None and (entry := self._live.resolve(name)) is not None:
@@ -139,7 +139,7 @@ class Catalog:
         return self._aliases is not None and name in self._aliases.names() and self._is_alias_open_to(name, key)
 
     def acquire(self, name: str, caller: Caller, admission: Admission) -> ServedModel:
-        """The model of that name, to be used: its version stays until the admission is released."""
+        """The model of that name, to use it. Its version is held until `admission` is released. Raises a 404."""
         model = self._models.get(name)
         if model is not None:
             return model
@@ -153,13 +153,13 @@ class Catalog:
         admission.on_release(lambda: live.release(version))
         acquired = self._model_of(entry, alias=name if is_alias else None)
         if not acquired.is_open_to(caller.key) or (is_alias and not self._is_alias_open_to(name, caller.key)):
-            raise model_not_found()  # not "forbidden": who may not use it need not learn that it is there
+            raise model_not_found()  # not "forbidden": a client that may not use it must not learn that it exists
         if is_alias and caller.counts:
             live.count_use(name)
         return acquired
 
     def _acquire_by_alias(self, name: str, caller: Caller) -> AdapterEntry:
-        """What an alias gives a caller, with a lease. It may be re-pointed between two looks: it is asked again."""
+        """The adapter that an alias gives a caller, held. Tried again if the alias changes at that moment."""
         if self._live is None or self._aliases is None:
             raise model_not_found()
         for _ in range(_ALIAS_LOOKS):
@@ -173,7 +173,8 @@ class Catalog:
     def acquire_mixture(
         self, model_name: str, adapters: Sequence[tuple[str, float]], caller: Caller, admission: Admission
     ) -> ServedModel:
-        """The base with several adapters at once, each with a factor of the request's own, in the request's order."""
+        """The base with several adapters at once, in the request's order. adapters: (name, factor). Raises a 400 or
+        404."""
         if model_name != self.base.name:
             text = f"with adapters, model must be the base, {self.base.name}: the adapters are added to it"
             raise bad_request(text, "model")
@@ -197,7 +198,7 @@ class Catalog:
         return replace(self.base, mixture=tuple(loras), mixed_names=tuple(names))
 
     def all(self, key: ApiKey | None) -> tuple[ServedModel, ...]:
-        """What the holder of a key may use."""
+        """All models that the holder of a key may use."""
         live = () if self._live is None else self._live.entries()
         models = [*self._models.values(), *(self._model_of(entry) for entry in live)]
         if self._aliases is not None:
@@ -206,8 +207,8 @@ class Catalog:
         return tuple(model for model in models if model.is_open_to(key))
 
     def numbered_adapters(self, key: ApiKey | None) -> dict[int, str]:
-        """The adapters that the holder of a key may use, by number and in the order of their names. An alias has none,
-        nor have two adapters whose names make the same number."""
+        """Number → name of the adapters that the holder of a key may use, in the order of their names. Aliases have no
+        number, and neither have two adapters whose names make the same one."""
         names = sorted(m.name for m in self.all(key) if m.version is not None and m.stands_for in (None, m.name))
         times = Counter(map(number_of, names))
         return {number: name for name in names if times[number := number_of(name)] == 1}
@@ -219,7 +220,7 @@ class Catalog:
         return frozenset(model.name for model in models if not model.is_open_to(key))
 
     def _is_alias_open_to(self, name: str, key: ApiKey | None) -> bool:
-        """Whether the holder of a key may use all that an alias leads to; what is not loaded is no secret."""
+        """Whether the holder of a key may use all adapters to which an alias leads. Those not loaded don't count."""
         if self._live is None or self._aliases is None:
             return False
         targets = self._aliases.leads_to(name)
@@ -227,7 +228,7 @@ class Catalog:
         return all(self._model_of(entry).is_open_to(key) for entry in entries)
 
     def _model_of_alias(self, name: str, caller: Caller) -> ServedModel | None:
-        """An alias to be shown; None where there is none for this key, or something that it leads to is missing."""
+        """An alias as a model, to show it. None if there is none for this key, or if one of its targets is missing."""
         if self._live is None or self._aliases is None:
             return None
         target = self._aliases.follow(name, caller.chosen_by)

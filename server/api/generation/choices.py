@@ -1,7 +1,7 @@
 """The engine requests behind one HTTP request: n choices for each prompt, merged into one sequence of outputs.
 
-Owns them: whatever happens to the HTTP request, `aclose` ends what the engine hasn't finished, and counts it. Doesn't
-know the shape of any response. Used by the chat and completion routes.
+It owns them: however the HTTP request ends, `aclose` ends those that the engine hasn't finished, and counts them.
+Doesn't know the shape of any answer. Used by all generating routes.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ _ENDED_BADLY = (FinishReason.ERROR, FinishReason.ABORT)
 
 @dataclass
 class Choice:
-    """What one engine request has given so far. Times in seconds since the HTTP request's start."""
+    """The state of one engine request. Times are in seconds since the HTTP request's start."""
 
     request: Request
     num_prompt_tokens: int = 0
@@ -94,7 +94,7 @@ class Generation:
             self._streams = self._state.engine.submit_all(requests)
         except NeverFits as error:
             raise bad_request(str(error), code=ErrorCode.TOO_MANY_PROMPTS) from None
-        except ValueError as error:  # the engine's word for a request that can never run; it holds numbers only
+        except ValueError as error:  # a request that can never run; the message holds numbers only
             raise bad_request(str(error), code=ErrorCode.CONTEXT_LENGTH_EXCEEDED) from None
         self.choices = [Choice(request, num_prompt_tokens=len(request.prompt_token_ids)) for request in requests]
         self._num_unfinished = len(requests)
@@ -106,7 +106,7 @@ class Generation:
         self._mail_came.set()
 
     async def peek(self, patience_seconds: float) -> None:
-        """Wait for the first output, at most so long, without taking it. Raises if it is a failure."""
+        """Wait up to `patience_seconds` for the first output, without taking it. Raises if it is a failure."""
         try:
             await asyncio.wait_for(self._mail_came.wait(), patience_seconds)
         except TimeoutError:
@@ -120,7 +120,7 @@ class Generation:
 
     @property
     def has_more(self) -> bool:
-        """Whether the next item is there already, or the end: the caller need not wait for it."""
+        """Whether the next item or the end is there already, so that `__anext__` would not wait."""
         return bool(self._mail) or self._num_unfinished == 0 or self._cancelled
 
     def __aiter__(self) -> Self:
@@ -162,7 +162,7 @@ class Generation:
             choice.queue_seconds = output.queue_seconds
         if output.finish_reason is not None:
             if choice.request.params.max_tokens == 0 and output.finish_reason is FinishReason.LENGTH:
-                metrics.observe_prompt(adapter, choice.num_prompt_tokens)  # else its first token has
+                metrics.observe_prompt(adapter, choice.num_prompt_tokens)  # otherwise its first token did
             self._finish(index, output.finish_reason)
 
     def _finish(self, index: int, reason: FinishReason) -> None:
@@ -192,7 +192,7 @@ class Generation:
             self._admission.release()
 
     async def cancel(self) -> None:
-        """End it without an error, from outside the request: what was taken stays, and nothing follows."""
+        """End the generation without an error, from another request. Outputs so far stay; no more follow."""
         self._cancelled = True
         self._mail.clear()
         self._mail_came.set()
@@ -200,7 +200,8 @@ class Generation:
             await stream.aclose()
 
     async def aclose(self) -> None:
-        """End what the engine hasn't finished, and write the counts into the request's record. May be called twice."""
+        """End the engine requests that haven't finished, and write the counts into the request's record. May be called
+        twice."""
         if self._closed:
             return
         self._closed = True
@@ -220,8 +221,8 @@ class Generation:
         self._record.finish_reasons = tuple(str(choice.finish_reason) for choice in self.choices)
 
     def usage(self) -> dict[str, Any]:
-        """OpenAI's `usage` up to now. A prompt counts once, however many choices it has; its cached tokens are those
-        that were there before the request, which its later choices can't tell from what the first one left behind."""
+        """OpenAI's `usage` so far. A prompt counts once, however many choices it has. Its cached tokens are those of
+        its first choice: later choices also find blocks that the first one has just cached."""
         prompts = [self.choices[i : i + self.num_per_prompt] for i in range(0, len(self.choices), self.num_per_prompt)]
         prompt_tokens = sum(choices[0].num_prompt_tokens for choices in prompts)
         cached = sum(min(choice.num_cached_tokens for choice in choices) for choices in prompts)
@@ -242,7 +243,7 @@ def _raise_failure(output: TextOutput) -> None:
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, unless the client leaves first: then `work` is cancelled and ClientGone raised.
 
-    For answers that aren't streamed: nothing is written while they are made, so nobody else would notice.
+    Used while nothing is written to the client, since then a client that left would not be noticed.
     """
     task = asyncio.create_task(work)
     watcher = asyncio.create_task(_disconnected(receive))

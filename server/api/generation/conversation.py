@@ -1,7 +1,7 @@
-"""From a conversation in chat's shape to a prompt that is ready for the engine.
+"""A conversation in the shape of OpenAI's chat → a prompt that is ready for the engine.
 
-Chat sends such a body itself. Routes with another shape translate their bodies into one first, so that a conversation
-means the same to all of them. Knows neither HTTP nor answers.
+The chat route takes such a body. Other routes translate their bodies into one first, so that a conversation means the
+same everywhere. Knows neither HTTP nor answers.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -32,7 +32,7 @@ from guanaco.server.api.http.lifecycle import Admission
 from guanaco.server.api.tools.plan import ToolPlan, plan_tools
 from guanaco.server.api.values.unsupported import Neutral
 
-# Values of chat's own fields that ask for nothing, besides their defaults.
+# Values of chat's fields that change nothing, besides their defaults.
 _NEUTRAL: Mapping[str, Neutral] = {
     "bad_words": ([],),
     "chat_template_kwargs": ({},),
@@ -61,16 +61,15 @@ _HARMLESS_ELSEWHERE = frozenset(("user", "stream_options"))
 
 
 def refused_besides(own: Collection[str], specific: Mapping[str, Neutral]) -> Mapping[str, Neutral]:
-    """What a route with fields of its own has to refuse: `specific`, and chat's fields that the route doesn't have.
-
-    A client that writes chat's name of a field would otherwise get an answer without it."""
+    """The fields that a route with fields of its own must refuse: `specific`, and chat's fields that it doesn't have.
+    Otherwise a client that sends a chat field would get an answer that ignores it."""
     chat = {name: _NEUTRAL.get(name, ()) for name in (*ChatBody.model_fields, *ALIASES, *REFUSED_IN_CHAT)}
     known = {**chat, **REFUSED_IN_CHAT, **specific}
     return {name: known[name] for name in known if name not in own and name not in _HARMLESS_ELSEWHERE}
 
 
 def chat_body(fields: Mapping[str, Any], names: Mapping[str, str]) -> ChatBody:
-    """A translated body. names: chat's names of fields → those that the client knows, for errors."""
+    """Validate a body that was translated to chat's fields. names: chat's name → the client's, for errors."""
     with renamed_errors(names):
         return validate(ChatBody, dict(fields))
 
@@ -84,9 +83,9 @@ def prepare_conversation(
     *,
     fit_into_context: bool = False,
 ) -> Prepared:
-    """Tokenise the conversation and work out its parameters. Runs on a worker thread.
+    """Tokenise the conversation and make its sampling parameters. Runs on a worker thread.
 
-    fit_into_context: a limit that is longer than the room in the context means that room, and is no error.
+    fit_into_context: a token limit above the room in the context is lowered to it instead of refused.
     """
     check_request(body, state.num_token_ids)
     if body.top_logprobs and not body.logprobs:
@@ -130,15 +129,14 @@ def prepare_conversation(
 
 @dataclass(frozen=True)
 class PromptEnding:
-    """How a conversation's prompt ends, and the client's own variables of the template."""
-
+    """How a conversation's prompt ends, and the client's own variables for the template."""
     add_generation_prompt: bool = True  # with the beginning of an answer
     continue_final_message: bool = False  # within the last message, which the model goes on with
     variables: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, body: ChatBody | TokenizeBody) -> "PromptEnding":
-        """400 where the fields ask for two endings."""
+        """The ending that a body asks for. Raises a 400 if its fields contradict each other."""
         continues = body.continue_final_message is True
         if continues and body.add_generation_prompt:
             text = "continue_final_message and add_generation_prompt can't both be true: one begins a new answer"
@@ -147,7 +145,7 @@ class PromptEnding:
         return cls(adds, continues, body.chat_template_kwargs or {})
 
     def check(self, messages: Sequence[ChatMessage], tools: ToolPlan) -> None:
-        """400 where there is nothing to continue."""
+        """Raise a 400 if there is no message to continue."""
         if not self.continue_final_message:
             return
         if messages[-1].role != "assistant":
@@ -162,8 +160,8 @@ class PromptEnding:
 
 
 def tool_plan(state: ApiState, template: ChatTemplate | None, body: ChatBody | TokenizeBody) -> ToolPlan:
-    """What a conversation's tools come to with a template, or with the one that the model has for them in its place.
-    400 where the fields about them contradict each other."""
+    """The plan for a conversation's tools. template: None means the model's own, which may be a separate one for tools.
+    Raises a 400 if the fields contradict each other."""
     plan = plan_tools(
         body.tools,
         body.tool_choice,
@@ -187,15 +185,16 @@ def render_messages(
     max_tokens: int | None = None,
     keep: int | None = None,
 ) -> tuple[int, ...]:
-    """The conversation as token ids, through the chat template. 400 where it doesn't suit the template.
+    """The conversation's token ids, made with the chat template. Raises a 400 if the template refuses it.
 
-    max_tokens: 400 for more. None: the context's, and a longer conversation need not be encoded to its end, since it is
-    refused for that. keep: so many of its last tokens; None: all."""
+    max_tokens: more raise a 400. None: the context's length; a longer conversation is refused later, so it need not be
+    encoded to its end. keep: keep only this many of the last tokens; None: all.
+    """
     check_text_size(sum(message.num_bytes for message in messages), max_model_len, "messages")
     check_text_size(tools.num_bytes, max_model_len, "tools")
     ending = ending or PromptEnding()
     if keep is not None and max_tokens is None:
-        max_tokens = MAX_TOKENS  # its end counts
+        max_tokens = MAX_TOKENS  # the last tokens are kept, so all must be encoded
     ending.check(messages, tools)
     if template is None:
         text = "this model has no chat template: use /v1/completions, or start the server with --chat-template NAME"
@@ -212,7 +211,7 @@ def render_messages(
             max_chars=max_model_len * MAX_BYTES_PER_TOKEN,
             max_tokens=max_model_len if max_tokens is None else max_tokens,
         )
-    except TemplateError as error:  # its text may quote the messages: only its code goes on
+    except TemplateError as error:  # its message may quote the client's text, so only its code is used
         raise _template_problem(error.code) from None
     if not token_ids:
         raise bad_request("the messages come to no tokens at all", "messages")
@@ -225,7 +224,7 @@ def render_messages(
 
 
 def _template_problem(code: ErrorCode) -> ApiError:
-    """What a client is told of a chat template that gave no prompt. `code` is the template error's own."""
+    """The client's error for a chat template that gave no prompt. code: the template error's."""
     instead = "ask the server's operator for another chat template, or use /v1/completions"
     match code:
         case ErrorCode.TEMPLATE_TIMEOUT:

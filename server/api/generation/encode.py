@@ -1,16 +1,16 @@
-"""JSON of answers and of their events. Large ones are written piece by piece: the encoder holds the interpreter's lock
-for all of what it is given.
+"""The JSON of answers and of their events. Large answers are encoded piece by piece, since the encoder holds the
+interpreter's lock during a call.
 
-Doesn't know what the answers say. `encode` runs on worker threads; between two pieces the event loop gets its turn.
+`encode` runs on worker threads. Between two pieces the event loop can run.
 """
 
 from typing import Any
 
 import orjson
 
-# Items of a list that are encoded in one go: a token with its 20 alternatives comes to 2 kB.
+# How many items of a list are encoded in one call. A token with its 20 alternatives takes 2 kB.
 _ITEMS = 256
-# How deep a list is looked for: answer, choices, choice, log-probabilities, content.
+# How deep lists are cut: answer, choices, choice, log-probabilities, content.
 _DEPTH = 5
 
 
@@ -28,11 +28,11 @@ def encode(value: Any, depth: int = _DEPTH) -> bytes:
 
 
 def event(data: object) -> bytes:
-    """One server-sent event, complete. LF: vLLM's clients can't split what ends with CRLF."""
+    """One complete server-sent event. It ends with LF, since vLLM's clients can't read CRLF."""
     return b"data: " + orjson.dumps(data) + b"\n\n"
 
 
 def named_event(data: dict[str, Any]) -> bytes:
-    """The same with the event's name, which is the data's `type`: Anthropic's client skips events without one."""
+    """As `event`, with the data's `type` as the event's name: Anthropic's client skips events without a name."""
     name: str = data["type"]
     return b"event: " + name.encode() + b"\n" + event(data)

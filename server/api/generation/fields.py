@@ -1,8 +1,8 @@
-"""What the routes do with fields that their own schemas don't have: refused by name, other names of ours, harmless.
+"""Lists of fields that the routes' own schemas don't have: refused by name, other names of our fields, harmless.
 
 The lists come from the published request schemas of OpenAI, vLLM, SGLang, llama.cpp, TGI, LoRAX, mistral.rs, Ollama and
 Triton with TensorRT-LLM. A field that selects an adapter or changes the answer is never dropped silently. A field on no
-list is ignored, and the answer names it. Knows names and values only; `body` applies the lists.
+list is ignored, and the answer names it. `body` applies the lists.
 """
 
 from collections.abc import Iterable, Mapping
@@ -107,7 +107,7 @@ ALIASES: Mapping[str, str] = {
 ALIASES_IN_COMPLETIONS: Mapping[str, str] = {**ALIASES, "max_completion_tokens": "max_tokens"}
 ALIASES_OF_TOKENIZE: Mapping[str, str] = {"add_special": "add_special_tokens", "with_pieces": "return_token_strs"}
 
-# In a message: what to use in a field's place.
+# For a refused field in a message: what to use instead.
 INSTEAD_IN_MESSAGE: Mapping[str, str] = {
     "function_call": "use tool_calls",
     "tool_name": "give tool_call_id",
@@ -124,18 +124,18 @@ HARMLESS = frozenset(
         *("api_token", "keep_alive", "stream_interval", "separate_reasoning", "stream_reasoning", "include_reasoning"),
         *("spaces_between_special_tokens", "background", "request_timeout"),
         "reasoning_effort",  # the LLaMA family has no such setting
-        # llama.cpp: where and how it computes; a context that is too long is an error here, so nothing is shifted
+        # llama.cpp: where and how it computes. A context that is too long is an error here, so it is never shifted
         *("id_slot", "slot_id", "cache_prompt", "n_cache_reuse", "n_keep", "num_keep", "n_discard", "backend_sampling"),
         *("speculative.n_max", "speculative.n_min", "speculative.p_min", "speculative.type"),
         # one prompt computed by several machines
         *("kv_transfer_params", "ec_transfer_params", "bootstrap_host", "bootstrap_port", "bootstrap_room"),
         *("routed_dp_rank", "disagg_prefill_dp_rank", "data_parallel_rank", "disaggregated_params"),
-        # about images and sounds, which are refused
+        # settings for images and sounds; those themselves are refused
         *("images_config", "max_dynamic_patch", "min_dynamic_patch", "use_audio_in_video"),
     )
 )
 HARMLESS_OUTSIDE_CHAT = HARMLESS | {"parallel_tool_calls"}
-# In a message: what other models gave besides the answer, which chat templates of the LLaMA family leave out.
+# In a message: fields of other models' answers, which chat templates of the LLaMA family leave out.
 HARMLESS_IN_MESSAGE = frozenset(
     (
         *("name", "id", "annotations", "cache_control", "citations", "created", "provider_specific_fields", "status"),
@@ -149,17 +149,16 @@ HARMLESS_IN_STREAM_OPTIONS = frozenset(("include_obfuscation",))
 
 @dataclass(frozen=True)
 class RouteFields:
-    """What one route does with each field of its body."""
-
-    own: frozenset[str]  # its schema's
+    """How one route treats each field of its body."""
+    own: frozenset[str]  # the fields of its schema
     refused: Mapping[str, Neutral]
     aliases: Mapping[str, str]
     harmless: frozenset[str] = HARMLESS
     instead: Mapping[str, str] = field(default_factory=lambda: INSTEAD)  # refused field → what to do without it
     codes: Mapping[str, ErrorCode] = field(default_factory=dict)  # refused field → a code of its own
     conversation: str = "messages"  # the field with the messages
-    in_message: frozenset[str] = IN_MESSAGE  # what each of them may hold
-    in_part: frozenset[str] = HARMLESS_IN_PART  # what a part of its content may hold
+    in_message: frozenset[str] = IN_MESSAGE  # the fields that a message may hold
+    in_part: frozenset[str] = HARMLESS_IN_PART  # the fields that a part of its content may hold
 
     def ignored(self, names: Iterable[str]) -> list[str]:
         """The names that are on no list."""
@@ -168,7 +167,7 @@ class RouteFields:
 
 
 def asks_for_nothing(value: object, neutral: Neutral) -> bool:
-    """Whether a refused field's value may pass. A number is no truth value: 1 is not true."""
+    """Whether a refused field's value changes nothing and so may pass. 1 does not count as true."""
     return value is None or any(
         value == allowed and isinstance(value, bool) == isinstance(allowed, bool) for allowed in neutral
     )

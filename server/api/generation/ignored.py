@@ -1,7 +1,7 @@
-"""The fields of a body that mean nothing to a route: collected, counted, and named in the answer's header.
+"""The fields of a body that a route ignores: collected, counted, and named in a header of the answer.
 
-Client text goes into a header here, so it is cleaned and bounded first. `fields` has the lists, `serving` and `tokens`
-send the header.
+The names come from the client, so they are cleaned and cut before they go into a header. `fields` has the lists of
+known fields; `serving` and `tokens` send the header.
 """
 
 import re
@@ -23,7 +23,7 @@ _IN_STREAM_OPTIONS = frozenset(("include_usage", "continuous_usage_stats")) | HA
 
 @dataclass(frozen=True)
 class Ignored:
-    """How many fields of one body were ignored, and the header's text for them."""
+    """How many fields of one body were ignored, and the header's value that names them."""
 
     count: int = 0
     header: str | None = None
@@ -36,13 +36,13 @@ class Ignored:
         return Ignored(self.count + 1, name if self.header is None else f"{self.header}, {name}")
 
     def name_in(self, response: Response) -> None:
-        """Set the header of an answer, where there is something to name."""
+        """Set the header of an answer, if any field was ignored."""
         if self.header is not None:
             response.headers[HEADER] = self.header
 
 
 def ignored_fields(data: Mapping[str, Any], route: RouteFields) -> Ignored:
-    """The fields of a body on no list, nested ones as `messages.name`. Fields that are null ask for nothing."""
+    """The fields of a body that are on no list, nested ones as `messages.name`. Fields that are null don't count."""
     names: dict[str, None] = {}
     for name in _names(data, route):
         names.setdefault(_OTHER.sub("?", name[:MAX_NAME_CHARS]) or "?")

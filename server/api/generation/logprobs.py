@@ -1,6 +1,6 @@
 """Token log-probabilities in the two shapes that OpenAI's routes answer with.
 
-Doesn't compute any: they come from the engine. Used by the chat and completion routes.
+The engine computes them. Used by the chat and completion routes.
 """
 
 import codecs
@@ -10,14 +10,14 @@ from typing import Any
 from guanaco.models.text.tokenizer import Tokenizer
 from guanaco.server.engine.request import TokenLogprob
 
-# JSON has no minus infinity (a token that a bias or a mask forbids); vLLM's number in its place.
+# JSON has no minus infinity, the log-probability of a forbidden token. vLLM writes this number instead.
 _LOWEST = -9999.0
 
 
 def chat_logprobs(
     tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob], *, as_token_ids: bool = False
 ) -> dict[str, Any]:
-    """`choices[].logprobs` of a chat completion. as_token_ids: a token is called `token_id:5`, in place of its text."""
+    """`choices[].logprobs` of a chat completion. as_token_ids: write `token_id:5` in place of a token's text."""
     return {
         "content": [
             {
@@ -33,10 +33,9 @@ def chat_logprobs(
 def prompt_logprobs(
     tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob], num_top: int
 ) -> list[dict[str, Any] | None]:
-    """vLLM's `prompt_logprobs`: null for the first token, which nothing predicts, then an object for each other one.
-
-    Its keys are token ids in decimal digits: the prompt's own token and the `num_top` likeliest, which begin with
-    rank 1."""
+    """vLLM's `prompt_logprobs`: null for the first token, which nothing predicts, then an object for each other token.
+    The object's keys are token ids in decimal digits: the prompt's own token, and the `num_top` likeliest ones with
+    ranks from 1."""
     return [None, *(_ranked(tokenizer, item, num_top) for item in logprobs)]
 
 
@@ -68,16 +67,16 @@ def _entry(tokenizer: Tokenizer, token_id: int, logprob: float, as_token_ids: bo
 
 
 def _text(raw: bytes) -> str:
-    """A token may be part of a character: `bytes` has what the replacement mark hides."""
+    """A token's bytes as text. Parts of a character become U+FFFD; the field `bytes` has them."""
     return raw.decode("utf-8", "replace")
 
 
 class CompletionLogprobs:
-    """Builds `choices[].logprobs` of a text completion. Text offsets count the characters of the choice's text and run
-    on from one chunk to the next; special tokens that the text leaves out take no room in it."""
+    """Builds `choices[].logprobs` of a text completion, chunk by chunk. Text offsets count the characters of the whole
+    choice's text. Special tokens that are left out of the text take no characters."""
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool, as_token_ids: bool = False) -> None:
-        """as_token_ids: tokens are called `token_id:5`, in place of their texts."""
+        """as_token_ids: write `token_id:5` in place of a token's text."""
         self._as_token_ids = as_token_ids
         self._tokenizer = tokenizer
         self._hidden = tokenizer.special_ids if skip_special_tokens else frozenset()
@@ -87,9 +86,10 @@ class CompletionLogprobs:
     def chunk(
         self, logprobs: Sequence[TokenLogprob | None], first_token: int | None = None, prompt_text: str = ""
     ) -> dict[str, Any]:
-        """The next positions. A None stands for the prompt's first token, `first_token`, which nothing predicts.
+        """The entries of the next positions. None in `logprobs` is the prompt's first token, `first_token`, which
+        nothing predicts.
 
-        prompt_text: how the choice's text begins. Control tokens that a client wrote into its prompt are in it.
+        prompt_text: the echoed prompt with which the choice's text begins, control tokens included.
         """
         result: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for item in logprobs:
@@ -107,8 +107,8 @@ class CompletionLogprobs:
         return result
 
     def _top(self, item: TokenLogprob, name: str) -> dict[str, float]:
-        """By text; where two tokens have the same one, the likelier stands, so that the largest value in here is the
-        most likely token's: lm-eval compares a token's own logprob with it to see whether it was the greedy choice."""
+        """Text → log-probability of the likeliest tokens. If two tokens have the same text, the likelier one counts.
+        lm-eval compares a token's own log-probability with the largest here to see whether it was the greedy choice."""
         top: dict[str, float] = {}
         for token, value in item.top:
             top.setdefault(self._name(token), max(value, _LOWEST))

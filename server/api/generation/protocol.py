@@ -1,6 +1,6 @@
 """The bodies that clients send: fields, types and limits of the OpenAI routes and of vLLM's extensions to them.
 
-Says what a request may hold, not what is done with it. Nothing here is echoed: messages name limits, never values.
+Error messages name limits, never the client's values.
 """
 
 from typing import Annotated, Any, Literal
@@ -34,22 +34,22 @@ from guanaco.server.api.values.tokens import (
 )
 from guanaco.server.api.values.unsupported import REFUSED
 
-# Limits: what one request may ask for, refused before any work is done for it.
+# Limits of one request. A request above one is refused before any work is done for it.
 MAX_MESSAGES = 512
 MAX_CHOICES = 8  # n
-MAX_PROMPTS = 128  # lm-eval sends 64; with n they are bounded by what may wait (--max-queued-requests), too
+MAX_PROMPTS = 128  # lm-eval sends 64. Prompts times n are also limited by --max-queued-requests
 MAX_TOP_K = 1000
 MAX_TOP_LOGPROBS = 20
 MAX_COMPLETION_LOGPROBS = 20  # OpenAI: 5
-MAX_PROMPT_LOGPROBS = 2**20  # of all prompts of a request, each position's own and its likeliest ones
-DEFAULT_COMPLETION_TOKENS = 16  # max_tokens of a text completion, as OpenAI documents it; in chat: the room left
-MAX_TOTAL_TOKENS = 8192  # n × max_tokens where n > 1, or the context where that is longer
+MAX_PROMPT_LOGPROBS = 2**20  # in all prompts of a request together: each position's own and its alternatives'
+DEFAULT_COMPLETION_TOKENS = 16  # max_tokens of a text completion, as OpenAI documents; chat uses all the room left
+MAX_TOTAL_TOKENS = 8192  # limit of n × max_tokens if n > 1; the context's length if that is longer
 MAX_SALT_CHARS = 256
-MAX_TOKENS = 1 << 20  # that /tokenize gives and /detokenize takes
+MAX_TOKENS = 1 << 20  # the most tokens that /tokenize returns and /detokenize accepts
 
 
 def _content(value: object) -> str:
-    """A message's text: a string, or text parts, which become one text with a line for each."""
+    """A message's text: a string, or text parts, which are joined with a new line between them."""
     if value is None or isinstance(value, str):
         return value or ""
     if not isinstance(value, list):
@@ -116,7 +116,7 @@ Prompts = Annotated[
         ]
     ),
 ]
-# What the answer must look like: `server.grammars.requested` reads these.
+# The required form of the answer. `server.grammars.requested` reads it.
 _ResponseFormat = Annotated[
     Any,
     schema(
@@ -137,7 +137,7 @@ class StreamOptions(Body):
     continuous_usage_stats: bool | None = None
 
 
-# Nobody is refused for it, as nobody was before it meant something: weighted aliases choose by it.
+# Weighted aliases choose by it. A value of another type is ignored, not refused, as before the field had a meaning.
 User = Annotated[str | None, BeforeValidator(lambda value: value if isinstance(value, str) else None)]
 
 
@@ -186,17 +186,17 @@ class GenerationBody(Body):
 
     @property
     def num_drawn(self) -> int:
-        """Choices that are made of each prompt: those that are shown, or more, of which the best are."""
+        """How many choices are generated for each prompt: n, or `best_of`, of which the best n are in the answer."""
         return max(self.n, self.best_of or 0)
 
     @property
     def token_limit(self) -> int | None:
-        """What the client says of a choice's tokens."""
+        """The client's limit of a choice's tokens; None: it set none."""
         return self.max_tokens
 
 
 class ChatMessage(Body):
-    """One message. The role function, and with it function_call, is OpenAI's old form of tools: not taken."""
+    """One message. The role `function` and the field function_call, OpenAI's old form of tools, are refused."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content
@@ -206,11 +206,11 @@ class ChatMessage(Body):
 
     @property
     def num_bytes(self) -> int:
-        """Of its text."""
+        """The bytes of its text and calls."""
         return len(self.content.encode()) + sum(call.num_bytes for call in self.tool_calls)
 
     def template_message(self) -> dict[str, Any]:
-        """The message as chat templates know it: `developer` is OpenAI's newer name of `system`."""
+        """The message in the form for chat templates. The role `developer` becomes `system`, its older name."""
         message: dict[str, Any] = {
             "role": "system" if self.role == "developer" else self.role,
             "content": self.content,
@@ -278,7 +278,7 @@ class CompletionBody(GenerationBody):
 
 
 class TokenizeBody(Body):
-    """POST /tokenize: a text as it is, or messages through the model's chat template (none given: the base's)."""
+    """POST /tokenize: a text as it is, or messages through the model's chat template. Without `model`: the base."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     adapters: AdapterChoices = ()
@@ -300,7 +300,7 @@ class TokenizeBody(Body):
     parallel_tool_calls: bool | None = None
     return_token_strs: bool | None = None
     truncate_prompt_tokens: TokensKept = None
-    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None  # that the answer to it may have
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None  # of the answer, as the generating routes have it
     max_completion_tokens: TokenCount | None = None
 
     @property

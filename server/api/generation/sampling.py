@@ -1,6 +1,6 @@
-"""From a request's fields, the model's own defaults and the room in the context to the engine's `SamplingParams`.
+"""Makes the engine's `SamplingParams` from a request's fields, the model's defaults and the room in the context.
 
-Doesn't know HTTP, and nothing of how tokens are drawn. Called by the chat and completion routes.
+Doesn't know HTTP. Called by the generating routes.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ _SEEDS = 2**63  # seeds are int64
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """What a client gets who doesn't say: OpenAI's defaults, or the model's own."""
+    """The values of fields that a client leaves out: OpenAI's defaults, or the model's own."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -40,9 +40,9 @@ class SamplingDefaults:
 
     @classmethod
     def from_generation_config(cls, config: Mapping[str, Any]) -> "SamplingDefaults":
-        """The defaults in a `generation_config.json`; values that no client could ask for either are left out.
+        """The defaults in a `generation_config.json`. Values outside the range for clients are left out.
 
-        `do_sample: false` is temperature 0, whatever temperature is beside it, as in transformers.
+        `do_sample: false` means temperature 0, even if the file has another temperature, as in transformers.
         """
         bounds = {
             "temperature": (0.0, 2.0),
@@ -62,7 +62,7 @@ class SamplingDefaults:
 
 
 def check_request(body: GenerationBody, num_token_ids: int) -> None:
-    """400 for fields that contradict each other, and for token ids that the model doesn't have."""
+    """Raise a 400 if fields contradict each other, or if a token id is beyond the model's vocabulary."""
     if body.stream_options is not None and not body.stream:
         raise bad_request("stream_options needs stream to be true", "stream_options")
     if body.prompt_logprobs is not None and body.stream:
@@ -81,7 +81,7 @@ def check_request(body: GenerationBody, num_token_ids: int) -> None:
 
 
 def num_tokens_kept(body: GenerationBody | TokenizeBody, max_model_len: int) -> int | None:
-    """How many of a prompt's last tokens are kept, by truncate_prompt_tokens; None: all of them."""
+    """How many of a prompt's last tokens truncate_prompt_tokens keeps; None: all."""
     if body.truncate_prompt_tokens != -1:
         return body.truncate_prompt_tokens
     answer = DEFAULT_COMPLETION_TOKENS if body.token_limit is None else body.token_limit
@@ -89,9 +89,8 @@ def num_tokens_kept(body: GenerationBody | TokenizeBody, max_model_len: int) -> 
 
 
 def check_scored_size(body: GenerationBody, num_tokens: int, echoed: int | None = None) -> None:
-    """400 where the answer would hold too many log-probabilities of the prompts: each takes memory until it is sent.
-
-    num_tokens: of all prompts. echoed: alternatives of each token of a prompt that is echoed; None: none are shown."""
+    """Raise a 400 if the answer would hold too many log-probabilities of the prompts, which take memory until they are
+    sent. num_tokens: of all prompts together. echoed: alternatives per token of an echoed prompt; None: none."""
     for name, num_top in (("prompt_logprobs", body.prompt_logprobs), ("logprobs", echoed)):
         if num_top is not None and num_tokens * (num_top + 1) * body.num_drawn > MAX_PROMPT_LOGPROBS:
             most = f"at most {MAX_PROMPT_LOGPROBS} log-probabilities of prompts in one answer"
@@ -114,10 +113,10 @@ def sampling_params(
     more_stops: tuple[str, ...] = (),
     default_limit: int | None = None,
 ) -> SamplingParams:
-    """The engine's parameters for one prompt. 400 where prompt and `limit` tokens don't fit into the context.
+    """The engine's parameters for one prompt. Raises a 400 if the prompt and `limit` tokens exceed the context.
 
-    Without a limit, `default_limit` tokens are generated, or as many as there is room for; None: as there is room for.
-    `limit_name` and `prompt_name` are the fields that errors name; `more_stops` are stop strings besides the client's.
+    limit: the client's; without it, the most tokens are `default_limit` (None: no limit) and the room in the context.
+    limit_name, prompt_name: the fields that errors name. more_stops: stop strings besides the client's.
     """
     stops = Stops.of((*body.stop, *more_stops), tokenizer)
     room = max_model_len - num_prompt_tokens
@@ -151,7 +150,7 @@ def sampling_params(
         logit_bias=body.logit_bias,
         allowed=None if body.allowed_token_ids is None else AllowedTokens.of(body.allowed_token_ids),
         bad_words=bad_word_ids(body.bad_words, tokenizer),
-        logprobs=0 if num_logprobs is None and body.num_drawn > body.n else num_logprobs,  # the best by them
+        logprobs=0 if num_logprobs is None and body.num_drawn > body.n else num_logprobs,  # to compare the choices
         prompt_logprobs=prompt_logprobs,
         stop_token_ids=stops.token_ids.union(body.stop_token_ids),
         stop_token_texts=stops.tokens,
@@ -165,8 +164,8 @@ def sampling_params(
 
 
 def bad_word_ids(words: Iterable[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
-    """The token sequences of words that must not come, as vLLM finds them: each word as it is, and with a space in
-    front of it where that is another word of as many tokens."""
+    """The token sequences that `bad_words` forbid, as in vLLM: each word as it is, and with a space in front if that
+    gives another sequence with as many tokens."""
     found: list[tuple[int, ...]] = []
     for word in words:
         bare, spaced = (
@@ -181,7 +180,7 @@ def bad_word_ids(words: Iterable[str], tokenizer: Tokenizer) -> tuple[tuple[int,
 
 
 def for_choice(params: SamplingParams, index: int) -> SamplingParams:
-    """The parameters of choice `index` of n: the same, but for a seed of its own (seed + index, wrapped to int64)."""
+    """The parameters of choice `index`: they differ only in the seed, which is seed + index, wrapped to int64."""
     if params.seed is None or index == 0:
         return params
     return dataclasses.replace(params, seed=(params.seed + index + _SEEDS) % (2 * _SEEDS) - _SEEDS)

@@ -1,7 +1,7 @@
-"""The way of a generating request through the API, shared by chat and text completions.
+"""Serves generating requests; shared by all routes that generate.
 
-read → parse, validate and tokenise on a worker thread → submit → answer, streamed or whole. The routes bring the two
-ends: how a body becomes engine requests, and what an answer looks like.
+Read the body → parse, validate and tokenise it on a worker thread → submit it → answer, streamed or whole. Each route
+gives the first and the last part: how a body becomes engine requests, and what its answer looks like.
 """
 
 import asyncio
@@ -39,8 +39,8 @@ from guanaco.server.grammars.requested import FIELDS as STRUCTURE_FIELDS
 from guanaco.server.grammars.requested import requested
 from guanaco.server.grammars.spec import Grammar
 
-# No vocabulary of ours has a longer common token: a text of more bytes than this times the context can't fit into it,
-# and is refused before it is tokenised.
+# Common tokens of all known vocabularies are shorter. A text with more bytes than this times the context's tokens can't
+# fit, so it is refused before it is tokenised.
 MAX_BYTES_PER_TOKEN = 64
 SMALL_BODY_BYTES = 16 << 10  # an ordinary chat
 SPLIT_KEY_HEADER = "X-Split-Key"
@@ -49,7 +49,7 @@ MAX_SPLIT_KEY_CHARS = 256
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt as the engine gets it, and as the client wrote it (for echo)."""
+    """One prompt: token ids for the engine, and the client's text (for echo)."""
 
     token_ids: tuple[int, ...]
     params: SamplingParams
@@ -65,16 +65,16 @@ class Prepared:
     prompts: tuple[Prompt, ...]
     cache_salt: str
     ignored: Ignored
-    grammar: Grammar | None = None  # that every choice's text must follow
+    grammar: Grammar | None = None  # the grammar that every choice's text must follow
     tools: ToolPlan = field(default_factory=ToolPlan)
-    names: Mapping[str, str] = field(default_factory=dict)  # of chat's fields → of the client's, where they are others
+    names: Mapping[str, str] = field(default_factory=dict)  # chat's field name → the client's, if they differ
 
     @property
     def stream(self) -> bool:
         return bool(self.body.stream)
 
     def shortened(self, max_tokens: int) -> "Prepared":
-        """The same with at most so many tokens for each choice."""
+        """A copy with at most `max_tokens` for each choice."""
         params = [replace(p.params, max_tokens=min(p.params.max_tokens, max_tokens)) for p in self.prompts]
         prompts = [replace(prompt, params=its) for prompt, its in zip(self.prompts, params, strict=True)]
         return replace(self, prompts=tuple(prompts))
@@ -82,7 +82,8 @@ class Prepared:
     def engine_requests(
         self, answer_id: str, arrival_seconds: float, new_constraint: Callable[[SamplingParams], Constraint | None]
     ) -> list[Request]:
-        """n requests for each prompt, in the order of the choices' indexes. Each gets a constraint of its own."""
+        """The engine's requests, one for each choice of each prompt, in the order of the choices' indexes. Each gets a
+        constraint of its own."""
         choices = [(prompt, choice) for prompt in self.prompts for choice in range(self.body.num_drawn)]
         return [
             Request(
@@ -102,7 +103,7 @@ Prepare = Callable[[ApiState, Caller, dict[str, Any], Admission], tuple[Prepared
 
 
 async def serve(request: HttpRequest, prepare: Prepare) -> Response:
-    """Answer one request. Everything that fails before the first output is raised; `errors` has the table."""
+    """Answer one request. Failures before the first output are raised; `errors` turns them into HTTP errors."""
     state, record = state_of(request), record_of(request.scope)
     with state.intake.body(key_of(request)) as held:
         body = await read_body(request, state.settings.max_body_bytes, held)
@@ -158,7 +159,8 @@ async def _prepare(
 
 
 async def _constraints(request: HttpRequest, prepared: Prepared) -> Callable[[SamplingParams], Constraint | None]:
-    """What makes the constraint of each choice. Its grammar is compiled here, on a thread: it may take seconds."""
+    """A function that makes the constraint of each choice. The grammar is compiled here, on a thread, since that may
+    take seconds."""
     state, grammar = state_of(request), prepared.grammar
     if grammar is None:
         return lambda _params: None
@@ -181,8 +183,8 @@ async def _constraints(request: HttpRequest, prepared: Prepared) -> Callable[[Sa
 
 
 def grammar_of(body: GenerationBody) -> Grammar | None:
-    """What the body's fields demand of the answer's text; 400 where they are wrong, or two of them demand something.
-    Tools may demand more: see `ToolPlan.grammar`."""
+    """The grammar that the body's fields set for the answer's text; None if they set none. Raises a 400 if they are
+    wrong, or if two fields set one. Tools may add to it: see `ToolPlan.grammar`."""
     try:
         return requested({name: getattr(body, name) for name in STRUCTURE_FIELDS})
     except GrammarError as error:
@@ -199,8 +201,7 @@ Work = Callable[[ApiState, Caller, dict[str, Any]], tuple[dict[str, Any], Ignore
 
 
 async def serve_tokens(request: HttpRequest, work: Work) -> Response:
-    """Answer one request that only tokenises. It has a place before its body is read, and its turn comes by key and
-    model."""
+    """Answer one request that only tokenises. It gets a place before its body is read; keys and models take turns."""
     state, key = state_of(request), key_of(request)
     with state.intake.token_request(key), state.intake.body(key) as held:
         body = await read_body(request, state.settings.max_body_bytes, held)
@@ -220,7 +221,8 @@ def _encoded(work: Work, state: ApiState, caller: Caller, data: dict[str, Any]) 
 
 
 async def parse(pool: FairPool, lane: Lane, body: bytes) -> dict[str, Any]:
-    """The body as a JSON object. A small one is parsed on the loop: that is over before a thread had begun."""
+    """The body as a JSON object. A small body is parsed on the event loop, which is faster than starting on a
+    thread."""
     if len(body) <= SMALL_BODY_BYTES:
         return parse_object(body)
     return await pool.run(lane, parse_object, body)
@@ -232,7 +234,7 @@ def key_of(request: HttpRequest) -> ApiKey | None:
 
 
 def caller_of(request: HttpRequest) -> Caller:
-    """A weighted alias chooses by X-Split-Key; without one, by `user`, and without that by the request's id."""
+    """The sender of a request. A weighted alias chooses by X-Split-Key, else by `user`, else by the request's id."""
     split_key = request.headers.get(SPLIT_KEY_HEADER)
     if split_key is not None and not 1 <= len(split_key) <= MAX_SPLIT_KEY_CHARS:
         raise bad_request(f"{SPLIT_KEY_HEADER} must have 1 to {MAX_SPLIT_KEY_CHARS} characters", SPLIT_KEY_HEADER)
@@ -245,7 +247,7 @@ async def _collect(generation: Generation, answer: Answer) -> None:
 
 
 def _add_headers(response: Response, prepared: Prepared) -> None:
-    """Say which content of which adapters made the answer, and which fields of the request meant nothing."""
+    """Set the headers with the adapters' versions and with the request's ignored fields."""
     if prepared.model.versions is not None:
         response.headers["X-Adapter-Version"] = prepared.model.versions
     prepared.ignored.name_in(response)
@@ -254,7 +256,7 @@ def _add_headers(response: Response, prepared: Prepared) -> None:
 def acquire_model(
     state: ApiState, body: GenerationBody | TokenizeBody, caller: Caller, admission: Admission
 ) -> ServedModel:
-    """What the request asks for, held until its end. 404 for a name that nothing has."""
+    """The model or adapters that the request names, held until its end. Raises a 404 for an unknown name."""
     catalog, key = state.catalog, caller.key
     name = catalog.base.name if body.model is None else body.model
     behind = name.removeprefix(catalog.base.name + ":")
@@ -287,7 +289,7 @@ _PEERS_FIELDS = ("adapter_id", "lora_path", "lora")
 def _acquire_named(
     catalog: Catalog, model: str, field: str, name: str, caller: Caller, admission: Admission
 ) -> ServedModel:
-    """One adapter by the name in `field`, which must not contradict `model`."""
+    """The adapter named in `field`. Raises a 400 if `model` names another one."""
     if model not in (catalog.base.name, name):
         raise bad_request(f"model and {field} name two models: with {field}, model must be the base", field)
     if name == catalog.base.name:
@@ -304,7 +306,7 @@ def _acquire_named(
 def _numbered_adapters(
     catalog: Catalog, numbered: Sequence[NumberedAdapter], key: ApiKey | None
 ) -> list[tuple[str, float]]:
-    """llama.cpp's list as names and scales: a scale of 0 leaves an adapter out, as not naming it does."""
+    """llama.cpp's list of numbers as (name, scale). An adapter with scale 0 is left out."""
     names = catalog.numbered_adapters(key)
     if len({entry.id for entry in numbered}) != len(numbered):
         raise bad_request("lora has an id twice", "lora")
@@ -316,7 +318,7 @@ def _numbered_adapters(
 
 
 def model_to_look_at(state: ApiState, body: GenerationBody | TokenizeBody, caller: Caller) -> ServedModel:
-    """The model that chat would take for these fields. Nothing is generated, so nothing is held or counted."""
+    """The model that these fields name, for requests that generate nothing: it is neither held nor counted."""
     lease = Admission(Lifecycle())
     try:
         return acquire_model(state, body, replace(caller, counts=False), lease)
@@ -325,16 +327,15 @@ def model_to_look_at(state: ApiState, body: GenerationBody | TokenizeBody, calle
 
 
 def check_token_ids(state: ApiState, token_ids: Sequence[int], param: str) -> None:
-    """400 for a prompt with a token that the model has no embedding row for."""
+    """Raise a 400 for a prompt with a token id for which the model has no embedding row."""
     if max(token_ids, default=0) >= state.num_token_ids:
         text = f"a token of the prompt is beyond the model's vocabulary: token ids must be below {state.num_token_ids}"
         raise bad_request(text, param)
 
 
 def encode_raw(state: ApiState, text: str, add_special_tokens: bool | None, max_tokens: int) -> list[int]:
-    """The ids of a raw prompt. Its writer templates it, so control tokens in it count, unless --literal-prompts.
-
-    max_tokens: more ids than that mean that the text has at least so many; they are those of its beginning."""
+    """The token ids of a raw prompt. Control tokens in it are read as such, unless --literal-prompts is set.
+    max_tokens: a text with more tokens is cut; the result still has more than `max_tokens` ids."""
     return state.tokenizer.encode(
         text,
         add_bos=False if add_special_tokens is False else None,
@@ -344,6 +345,6 @@ def encode_raw(state: ApiState, text: str, add_special_tokens: bool | None, max_
 
 
 def check_text_size(num_bytes: int, max_model_len: int, param: str) -> None:
-    """400 for a text that has more tokens than the context, whatever they are."""
+    """Raise a 400 for a text so long that it must have more tokens than the context."""
     if num_bytes > max_model_len * MAX_BYTES_PER_TOKEN:
         raise context_exceeded(num_bytes // MAX_BYTES_PER_TOKEN, max_model_len, param)

@@ -1,7 +1,7 @@
-"""Answers as server-sent events: one JSON object an event, LF only, the last event once and only after success.
+"""Answers as server-sent events: one JSON object per event, LF only, the last event once and only after success.
 
-Doesn't know what the events say: an `Answer` of the route does. A stream that can't be completed ends with an error
-event and without the route's last event (`[DONE]`, say), so that a stream without that one is always incomplete.
+The route's `Answer` makes the events. A stream that can't be completed ends with an error event and without the route's
+last event (`[DONE]`, say), so a stream without that event is always incomplete.
 """
 
 import asyncio
@@ -22,12 +22,12 @@ from guanaco.server.api.http.errors import as_api_error, is_unforeseen
 from guanaco.server.api.http.middleware import log_unforeseen
 from guanaco.server.engine.request_stream import TextOutput
 
-# Comment lines keep proxies from closing a connection on which nothing comes: nginx's default patience is 60 s.
+# Comment lines keep proxies from closing a quiet connection. nginx closes it after 60 s by default.
 PING_SECONDS = 15.0
-# So long the status line waits for the first output, so that what fails before it is a plain JSON error.
+# The status line waits this long for the first output, so that a failure before it becomes a plain JSON error.
 FIRST_OUTPUT_PATIENCE_SECONDS = 15.0
-_LARGE_PIECE_BYTES = 1 << 20  # takes milliseconds to make
-_MAX_EVENTS_PER_WRITE = 256  # a slow reader's backlog is encoded in pieces of so many events
+_LARGE_PIECE_BYTES = 1 << 20  # after a piece of this size, which takes milliseconds, other streams may run
+_MAX_EVENTS_PER_WRITE = 256  # a slow reader's backlog is encoded in pieces of at most this many events
 
 # The library would end all streams at SIGTERM. `GuanacoServer` lets them finish, within --drain-timeout.
 AppStatus.enable_automatic_graceful_drain = False
@@ -36,16 +36,16 @@ logging.getLogger("sse_starlette").setLevel(logging.INFO)
 
 
 class EventStream(EventSourceResponse):
-    """The response, which owns the generation: it ends with it, even if the client left before the first event.
+    """The response. When it ends, its generation ends, even if the client left before the first event.
 
-    The events come as bytes, all events of one step in one write, so the library neither encodes nor copies them.
+    Events are bytes, and all events of a step are one write, so the library neither encodes nor copies them.
     """
 
     def __init__(self, answer: Answer, events: AsyncIterator[bytes]) -> None:
         super().__init__(
             events, sep="\n", ping=PING_SECONDS, ping_message_factory=_ping, headers={"Cache-Control": "no-store"}
         )
-        del self.headers["Connection"]  # uvicorn says whether the connection stays
+        del self.headers["Connection"]  # uvicorn sets it
         self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -64,7 +64,7 @@ def _ping() -> ServerSentEvent:
 
 
 async def stream_generation(request: Request, generation: Generation, answer: Answer) -> Response:
-    """The streamed answer. What fails before the first output is raised, for a plain error response."""
+    """The streamed answer. A failure before the first output is raised, for a plain error response."""
     try:
         await until_disconnect(request.receive, generation.peek(FIRST_OUTPUT_PATIENCE_SECONDS))
     except BaseException:
@@ -100,7 +100,7 @@ async def _events(
             if len(piece) > _LARGE_PIECE_BYTES:
                 yield b"".join(step)
                 step.clear()
-                await asyncio.sleep(0)  # other streams get their turn before the next piece is made
+                await asyncio.sleep(0)  # let other streams run before the next piece is made
         record.outcome = "ok"
     except Exception as error:
         known = as_api_error(error)

@@ -1,6 +1,4 @@
-"""What the routes work with: the engine, the tokenizer and the rest, built by the wiring and handed to `create_app`.
-
-Names no concrete tokenizer: the API may not import the models' package, so it says here what it needs of one.
+"""`ApiState`: the engine, the tokenizer and everything else that the routes use. `guanaco serve` builds it.
 """
 
 from collections.abc import Callable
@@ -29,8 +27,8 @@ from guanaco.server.grammars.compiler import GrammarCompiler, GrammarLimits
 from guanaco.server.grammars.vocabulary import Vocabulary
 from guanaco.server.metrics.server import Metrics
 
-# Parsing and tokenising run off the event loop: a body of megabytes must not delay everybody's next token. Each kind of
-# work has threads of its own, so that one kind can't hold up another.
+# Parsing and tokenising run on threads: a body of megabytes must not delay the tokens of all streams. Each kind of work
+# has threads of its own, so that it can't hold up another kind.
 _PREPARE_THREADS = 2
 _TOKEN_THREADS = 1
 _ANSWER_THREADS = 1
@@ -51,16 +49,16 @@ class ApiState:
     settings: Settings
     metrics: Metrics
     version: str
-    num_rows: int | None = None  # of the model's embeddings; None: as many as the tokenizer has ids
+    num_rows: int | None = None  # embedding rows of the model; None: as many as the tokenizer has ids
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     keys: KeyRing = field(default_factory=KeyRing)
     admin_keys: KeyRing = field(default_factory=KeyRing)
-    adapters: AdapterManager | None = None  # None: adapters stay as they were at the start
-    chat_template: ChatTemplate | None = None  # to be used instead of the tokenizer's own
+    adapters: AdapterManager | None = None  # None: adapters can't be changed while the server runs
+    chat_template: ChatTemplate | None = None  # used instead of the tokenizer's own
     named_template: Callable[[str], ChatTemplate] = field(default=_no_template)  # for profiles
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
-    eos_ids: frozenset[int] | None = None  # that end a text; None: the tokenizer's
-    # For requests that generate; for /tokenize and /detokenize; for writing large answers; for grammars.
+    eos_ids: frozenset[int] | None = None  # the token ids that end a text; None: the tokenizer's
+    # Threads for requests that generate, for /tokenize and /detokenize, for encoding large answers, and for grammars.
     preparation: FairPool = field(default_factory=lambda: FairPool(_PREPARE_THREADS, "guanaco-prepare"))
     token_work: FairPool = field(default_factory=lambda: FairPool(_TOKEN_THREADS, "guanaco-tokens"))
     answer_work: FairPool = field(default_factory=lambda: FairPool(_ANSWER_THREADS, "guanaco-answer"))
@@ -68,7 +66,7 @@ class ApiState:
 
     @property
     def num_token_ids(self) -> int:
-        """Token ids are below this: the model's embedding rows."""
+        """The number of the model's embedding rows. All token ids must be below it."""
         return self.tokenizer.vocab_size if self.num_rows is None else self.num_rows
 
     @cached_property
@@ -81,9 +79,11 @@ class ApiState:
         )
 
     def lane(self, key: ApiKey | None, model: object = None, *, is_large: bool = False) -> Lane:
-        """Where a request waits for a thread: by its key, and there by the model it names and by its size. All names
-        that nothing has are one, or a flood of made-up names would get a turn for each. A large body takes a thread
-        for long, even if it is refused in the end: small ones take turns with all large ones together."""
+        """The lane in which a request waits for a thread: by its key, and within that by its model and size.
+
+        All unknown names share one lane; otherwise a flood of made-up names would get a turn for each. All large bodies
+        share one, too, since they occupy a thread for long even if they are refused.
+        """
         tenant = None if key is None else key.id
         known = model if isinstance(model, str) and self.catalog.is_known(model, key) else None
         return Lane(tenant, (known, is_large))
@@ -94,7 +94,7 @@ class ApiState:
         self.grammars.close()
 
     def admit(self) -> Admission:
-        """A place for one request that is ready to be prepared; 503 where all are taken."""
+        """A place for one request that will be prepared. Raises a 503 if all places are taken."""
         if self.lifecycle.num_admitted >= self.max_admitted:
             raise overloaded()
         return Admission(self.lifecycle)
@@ -106,8 +106,8 @@ class ApiState:
         return self.chat_template or self.tokenizer.chat_template
 
     def stops_of(self, model: ServedModel, *, in_text: bool = True) -> tuple[str, ...]:
-        """What ends a chat answer besides the client's stop strings. in_text: False leaves control tokens alone, for a
-        text that ends by its grammar and may hold the others."""
+        """Stop strings of a chat answer besides the client's. in_text False: only those that are control tokens, for an
+        answer that follows a grammar, whose text may hold the others."""
         template = self.template_for(model)
         stops = () if template is None else template.stop_strings
         stops = stops if model.profile is None else (*model.profile.stop, *stops)
@@ -119,13 +119,13 @@ class ApiState:
         return frozenset(self.tokenizer.eos_ids) if self.eos_ids is None else self.eos_ids
 
     def ends_of(self, params: SamplingParams) -> frozenset[int]:
-        """The control tokens that may end a text that is whole by its grammar."""
+        """The control tokens that may end a text when its grammar is complete."""
         ends = params.stop_token_ids & self.tokenizer.special_ids
         return ends if params.ignore_eos else ends | self.all_eos_ids
 
     @cached_property
     def grammars(self) -> GrammarCompiler:
-        """Compiles what requests demand of their answers' texts."""
+        """The compiler of the grammars that requests set for their answers."""
         settings = self.settings
         limits = GrammarLimits(seconds=settings.grammar_timeout, grammar_bytes=settings.max_grammar_bytes)
         never = self.tokenizer.special_ids | self.all_eos_ids
@@ -136,7 +136,7 @@ class ApiState:
         )
 
     def defaults_for(self, model: ServedModel) -> SamplingDefaults:
-        """What a client of a model gets who doesn't say."""
+        """The sampling defaults of a model, from its profile if it has one."""
         if model.profile is None:
             return self.defaults
         changes: dict[str, Any] = dict(model.profile.sampling)
@@ -150,7 +150,7 @@ class ApiState:
 
     @property
     def max_admitted(self) -> int:
-        """More requests than this can't be running and waiting in the engine: it would refuse them."""
+        """The most requests that can run and wait in the engine. It would refuse more."""
         return self.settings.max_num_seqs + self.settings.max_queued_requests
 
 
