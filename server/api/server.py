@@ -1,9 +1,10 @@
 """The server process: one listening socket, uvicorn with our connection class, and an orderly end.
 
-SIGTERM, SIGINT or SIGHUP drains: readiness fails at once, new work is still taken for `drain_delay`, then refused; what
-runs may finish until `drain_timeout`; exit code 0. A second signal ends what runs, with an error event in each stream.
-A second SIGHUP counts for nothing: a terminal that closes sends several. An engine that died or is stuck ends the
-process with a code that isn't 0, after its requests got their errors. It is called by `guanaco serve`.
+SIGTERM, SIGINT or SIGHUP drains the server. Its readiness check fails at once. New work is still taken for
+`drain_delay`, then refused. Running requests may finish until `drain_timeout`. The exit code is 0. A second signal ends
+running requests, with an error event in each stream; only a second SIGHUP is ignored, since a closing terminal sends
+several. If the engine dies or is stuck, its requests get errors, and the process ends with another exit code. Called by
+`guanaco serve`.
 """
 
 import asyncio
@@ -30,9 +31,9 @@ logger = logging.getLogger("guanaco.server")
 EXIT_ENGINE_FAILED = 70  # sysexits.h: EX_SOFTWARE
 EXIT_BY_SIGNAL = 128  # plus the signal's number, as shells report it
 
-# After the engine has ended a request its last bytes still have to be written; after that the connections are cut.
+# How long the last bytes of ended requests may take to be written before the connections are cut.
 _FLUSH_SECONDS = 5.0
-_LAST_WORDS_SECONDS = 1.0  # after a second signal: for error events, twice at most
+_LAST_WORDS_SECONDS = 1.0  # how long error events may take after a second signal; used at most twice
 _BACKLOG = 2048
 _STDERR = 2
 _OTHER_FILES = 256  # besides connections: models, adapters, logs, spare connections
@@ -42,7 +43,7 @@ _DISCARD_FACTOR = 8
 
 
 def bind(settings: Settings) -> socket.socket:
-    """The listening socket, taken before anything slow happens. SettingsError (one line) where it can't be had."""
+    """Bind the listening socket, before anything slow happens. Raises SettingsError (one line) if that fails."""
     where = f"{settings.host}:{settings.port}"
     sock = None
     try:
@@ -52,7 +53,7 @@ def bind(settings: Settings) -> socket.socket:
         sock = socket.socket(family, kind, protocol)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
-        # Nobody else may bind it now, not even before `listen`. With the option two servers could, on Linux.
+        # Without the option no other server can bind this port before `listen`. With it, on Linux, two could.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     except OSError as error:
         if sock is not None:
@@ -62,8 +63,8 @@ def bind(settings: Settings) -> socket.socket:
 
 
 def listen(sock: socket.socket) -> None:
-    """Take connections from now on. SettingsError where another server took the same port in the same moment."""
-    # Connections have the option from their listener; without it a restart would wait for the last of them.
+    """Take connections from now on. Raises SettingsError if another server took the port at the same moment."""
+    # Connections inherit the option from the listener. Without it a restart would have to wait for their end.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.listen(_BACKLOG)
@@ -77,11 +78,11 @@ def _cannot_listen(where: str, error: OSError) -> SettingsError:
 
 
 def serve(state: ApiState, sock: socket.socket, on_started: Callable[[], None] = lambda: None) -> int:
-    """Serve until a signal or the engine's death; returns the exit code. `on_started` runs once requests are taken."""
+    """Serve until a signal or the engine's death. Returns the exit code. on_started: called when requests are taken."""
     server = make_server(state, on_started)
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
-        signal.signal(signal.SIGHUP, server.handle_exit)  # a closed terminal; under nohup it stays ignored
-    # uvicorn ends so where the application's start fails; it has logged why
+        signal.signal(signal.SIGHUP, server.handle_exit)  # sent by a closing terminal; under nohup it stays ignored
+    # uvicorn raises it if the application's start fails, and has logged why
     with contextlib.suppress(SystemExit):
         server.run(sockets=[sock])
     return server.exit_code if server.started else 1
@@ -113,8 +114,8 @@ def make_server(state: ApiState, on_started: Callable[[], None] = lambda: None) 
 
 
 def _affordable_connections(wanted: int) -> int:
-    """As many connections as this process may have files for, after asking for more. Without a file for the next
-    connection nobody could be refused."""
+    """How many connections this process may have open files for, after raising its limit. Without a free file a further
+    connection could not even be refused."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     need = wanted + _OTHER_FILES
     if soft != resource.RLIM_INFINITY and soft < need:
@@ -141,14 +142,15 @@ class GuanacoServer(uvicorn.Server):
         for sock in sockets or ():
             listen(sock)
         await super().startup(sockets=sockets)
-        # What the start has made stays (torch alone: 200,000 objects, 0.1 s for each full collection, on the loop too).
+        # Objects made so far stay forever (torch alone: 200,000). Without this each full collection takes 0.1 s, on the
+        # event loop, too.
         gc.collect()
         gc.freeze()
         self._on_started()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 (a signal handler's arguments)
-        """Runs as a signal handler: sets flags only; `on_tick` acts on them within a tenth of a second. uvicorn's own
-        would close the listener at once, and raise the signal again at the end."""
+        """A signal handler. It only sets flags; `on_tick` acts on them within a tenth of a second. uvicorn's own
+        handler would close the listener at once and raise the signal again at the end."""
         if sig == signal.SIGHUP and self._num_signals:
             return
         self._num_signals += 1
@@ -180,7 +182,7 @@ class GuanacoServer(uvicorn.Server):
         await asyncio.sleep(settings.drain_delay)
         lifecycle.refusing = True
         try:
-            # The engine ends by itself what is left at its deadline; this only guards against one that doesn't.
+            # The engine itself ends requests at its deadline. This limit is for an engine that doesn't.
             await asyncio.wait_for(
                 self._state.engine.drain(settings.drain_timeout), settings.drain_timeout + _FLUSH_SECONDS
             )
@@ -189,7 +191,7 @@ class GuanacoServer(uvicorn.Server):
         await self._end_after_requests()
 
     async def _end_streams(self) -> None:
-        """Every running request gets its error event; an engine that is stuck is not waited for."""
+        """End every running request with an error event, without waiting for an engine that is stuck."""
         if self._ending is not None:
             self._ending.cancel()
             await asyncio.gather(self._ending, return_exceptions=True)
@@ -213,5 +215,5 @@ class GuanacoServer(uvicorn.Server):
         for connection in list(self.server_state.connections):
             if connection.transport is not None:
                 connection.transport.abort()
-        with contextlib.suppress(TimeoutError):  # else the application's end is cancelled, with a traceback in the log
+        with contextlib.suppress(TimeoutError):  # otherwise the log would get a traceback of the cancelled shutdown
             await asyncio.wait_for(self.lifespan.shutdown(), _LAST_WORDS_SECONDS)

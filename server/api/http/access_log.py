@@ -29,10 +29,10 @@ _TALKATIVE = ("asyncio", "httpcore", "httpx")
 
 @dataclass
 class RequestRecord:
-    """What is known of one HTTP request. Filled in on its way; times in seconds since `started`."""
+    """The data of one HTTP request for the log, filled in while it is served. Times are in seconds since `started`."""
 
     request_id: str
-    started: float = field(default_factory=awake_seconds)  # generating requests: when their body was there
+    started: float = field(default_factory=awake_seconds)  # of a generating request: when its body had arrived
     route: str | None = None  # the route's pattern, not the client's path
     status: int | None = None
     outcome: str | None = None  # ok, rejected, cancelled, failed
@@ -49,7 +49,7 @@ class RequestRecord:
     ttft_seconds: float | None = None
 
     def line(self, method: str) -> dict[str, Any]:
-        """The fields of the log line; what isn't known is left out."""
+        """The fields of the log line. Unknown ones are left out."""
         fields: dict[str, Any] = {
             "request_id": self.request_id,
             "method": method if method.isalpha() and len(method) <= 10 else None,
@@ -84,7 +84,7 @@ def new_record(scope: Scope, request_id: str) -> RequestRecord:
 
 
 def frames(error: BaseException) -> list[str]:
-    """Where an exception was raised, innermost last, without its message: messages quote what they choke on."""
+    """Where an exception was raised, innermost last. Its message is left out, as it may quote a client's text."""
     return [f"{f.filename}:{f.lineno} in {f.name}" for f in traceback.extract_tb(error.__traceback__)]
 
 
@@ -106,14 +106,14 @@ class JsonFormatter(logging.Formatter):
 
 
 class _QueueHandler(logging.Handler):
-    """Hands records to the writing thread. Where that is behind by a full queue, a record is lost and counted."""
+    """Passes records to the writing thread. If its queue is full, a record is lost and counted."""
 
     def __init__(self, records: queue.Queue[logging.LogRecord | None]) -> None:
         super().__init__()
         self.records = records
 
     def emit(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(queue.Full):  # a reader that hangs must not stop who writes
+        with contextlib.suppress(queue.Full):  # a log reader that hangs must not stop the server
             self.records.put_nowait(record)
 
 

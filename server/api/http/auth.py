@@ -1,6 +1,6 @@
 """API keys: everything is closed unless it is listed here as open, and keys are only ever kept and compared as digests.
 
-Doesn't know routes: it sees paths, before any of them is looked up. A pure ASGI middleware; `app` puts it in the chain.
+Doesn't know routes: it reads the path before a route is looked up. A pure ASGI middleware; `app` puts it in the chain.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from guanaco.server.api.http.errors import ApiError
 from guanaco.server.config import Settings, SettingsError, read_named_file
 
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
-# What changes which adapters there are, or ends the server: for the admin key alone; without one for nobody.
+# Routes that change adapters or end the server: they need an admin key, and are closed if the server has none.
 ADMIN_PATHS = ("/v1/adapters", "/v1/aliases", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/drain")
 
 
@@ -29,14 +29,14 @@ def is_admin_path(path: str) -> bool:
 
 @dataclass(frozen=True)
 class ApiKey:
-    """One key that clients may send. `id` is what logs may show; it says nothing about the key."""
+    """One key that clients may send. `id` may be shown in logs; it says nothing about the key."""
 
     id: str
     digest: bytes  # SHA-256 of the key's bytes
 
 
 class KeyRing:
-    """The keys of this server; none: everybody may come in."""
+    """The keys of this server. An empty ring lets everybody in."""
 
     def __init__(self, keys: Iterable[str] = ()) -> None:
         texts = [key.strip() for key in keys]
@@ -48,13 +48,14 @@ class KeyRing:
 
     @classmethod
     def admin(cls, settings: Settings) -> Self:
-        """The keys of --admin-key and --admin-key-file. SettingsError where the file can't be read or holds no key."""
+        """The keys of --admin-key and --admin-key-file. Raises SettingsError if the file can't be read or has no
+        key."""
         keys = [] if settings.admin_key is None else [settings.admin_key.get_secret_value()]
         return cls(keys + _keys_in_file("--admin-key-file", settings.admin_key_file))
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
-        """The keys of --api-key and --api-key-file. SettingsError where the file can't be read or holds no key."""
+        """The keys of --api-key and --api-key-file. Raises SettingsError if the file can't be read or has no key."""
         keys = [key.get_secret_value() for key in settings.api_key]
         return cls(keys + _keys_in_file("--api-key-file", settings.api_key_file))
 
@@ -62,7 +63,7 @@ class KeyRing:
         return bool(self._keys)
 
     def find(self, presented: bytes) -> ApiKey | None:
-        """The key that was presented. Every key is compared, in constant time, whether or not one has matched."""
+        """The key of the ring that was sent; None if it isn't one. All keys are always compared, in constant time."""
         digest = _digest(presented)
         found = None
         for key in self._keys:
@@ -71,10 +72,11 @@ class KeyRing:
         return found
 
     def cache_salt(self, key: ApiKey | None, client_salt: str | None) -> str:
-        """The prefix-cache tenant of a request: different for each key, and again for each salt a client chooses.
+        """The prefix-cache tenant of a request: different for each key, and for each salt that its client chooses.
 
-        Without keys and without a client's salt all requests share one cache (empty salt). Not guessable: HMAC with a
-        secret of this process, since a tenant who could name another's salt could probe its prompts by their latency.
+        Without keys and salts all requests share one cache (empty salt). The salt can't be guessed: it is an HMAC with
+        a secret of this process. A tenant who could name another's salt could find out its prompts by measuring
+        latency.
         """
         if key is None and client_salt is None:
             return ""
@@ -84,7 +86,7 @@ class KeyRing:
 
 
 def _keys_in_file(flag: str, path: Path | None) -> list[str]:
-    """The keys in a file, one a line; lines that are blank or begin with # hold none."""
+    """The keys in a file, one per line. Blank lines and lines that begin with # are skipped."""
     if path is None:
         return []
     try:
@@ -103,7 +105,7 @@ def _digest(data: bytes) -> bytes:
 
 
 def presented_key(headers: Sequence[tuple[bytes, bytes]]) -> bytes | None:
-    """The key in `Authorization: Bearer …` or `X-Api-Key`; None where there is none, or several to choose from."""
+    """The key in `Authorization: Bearer …` or `X-Api-Key`; None if there is none, or more than one."""
     found = []
     for name, value in headers:
         if name == b"authorization":
@@ -119,9 +121,11 @@ def presented_key(headers: Sequence[tuple[bytes, bytes]]) -> bytes | None:
 
 
 class AuthMiddleware:
-    """Refuses what comes without a key of the ring, unless the path is open; inert where the ring is empty. Admin
-    paths have a ring of their own, and are closed where that one is empty. An admin key is good on all other paths
-    too, where it is a key like any other: controllers have one key for both."""
+    """Refuses requests without a key of the ring, unless the path is open or the ring is empty.
+
+    Admin paths have a ring of their own, and are closed if that is empty. An admin key is also valid on all other
+    paths, as an ordinary key: controllers have one key for both.
+    """
 
     def __init__(self, app: ASGIApp, keys: KeyRing, admin_keys: KeyRing) -> None:
         self.app = app
@@ -146,8 +150,8 @@ class AuthMiddleware:
         await self.app(scope, receive, send)
 
     def _find(self, presented: bytes | None, admin: bool) -> ApiKey | None:
-        """The key that was presented, among those that the path takes. Both rings are asked, so that the time doesn't
-        tell in which one a key is."""
+        """The key that was sent, if the path accepts it. Both rings are always searched, so that the time doesn't tell
+        which one has the key."""
         if presented is None:
             return None
         of_client, of_admin = self.keys.find(presented), self.admin_keys.find(presented)

@@ -1,7 +1,7 @@
-"""Which web pages may read this server's answers: those of `--allow-origin`, on the clients' routes alone.
+"""Lets web pages of the origins in `--allow-origin` read this server's answers, on the clients' routes only.
 
-Doesn't decide who may ask: keys do (`auth`), but for the browser's own question beforehand, which carries none. Pure
-ASGI around Starlette's middleware; `app` puts it in the chain, outside of keys, so that a page can read a refusal.
+Keys decide who may send requests (`auth`). Only the browser's preflight request needs none. Pure ASGI around
+Starlette's middleware. `app` puts it in the chain outside the key check, so that a page can read a refusal.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from guanaco.server.api.http.auth import OPEN_PATHS
 
-# All others are closed to pages: a new route is until it is listed here. Admin, files and jobs routes never are.
+# Pages may use only these paths. A new route is closed until it is listed here; never list admin, files or jobs routes.
 CORS_PATHS = OPEN_PATHS | {
     *("/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/messages/count_tokens"),
     "/v1/responses",
@@ -21,7 +21,7 @@ _BELOW = ("/v1/models/", "/v1/responses/")
 _METHODS = ("GET", "HEAD", "POST", "DELETE")
 _STAINLESS: tuple[str, ...] = ("Arch", "Async", "Helper-Method", "Lang", "OS", "Package-Version", "Poll-Helper")
 _STAINLESS += ("Retry-Count", "Runtime", "Runtime-Version", "Timeout")
-# Ours, and what OpenAI's and Anthropic's clients add in a browser.
+# Our headers, and those that OpenAI's and Anthropic's clients add in a browser.
 _HEADERS = (
     *("Authorization", "X-Api-Key", "X-Request-Id", "X-Split-Key"),
     *("Cache-Control", "Idempotency-Key", "Last-Event-ID", "User-Agent", "X-Requested-With"),
@@ -30,14 +30,14 @@ _HEADERS = (
     *(f"X-Stainless-{name}" for name in _STAINLESS),
 )
 _EXPOSED = ("Retry-After", "X-Adapter-Version", "X-Ignored-Fields", "X-Request-Id", "Request-Id")
-_PREFLIGHT_SECONDS = 600  # for which a browser remembers the answer
+_PREFLIGHT_SECONDS = 600  # how long a browser remembers the answer to a preflight
 
 
 class ClientCors:
     """Answers preflights and names the allowed origin, on CORS_PATHS and the paths of each model and response."""
 
     def __init__(self, app: ASGIApp, origins: Sequence[str]) -> None:
-        """origins: exact ones, or `*` alone."""
+        """origins: exact origins, or only `*`."""
         self.app = app
         self._cors = CORSMiddleware(
             app,
@@ -45,7 +45,7 @@ class ClientCors:
             allow_methods=_METHODS,
             allow_headers=_HEADERS,
             expose_headers=_EXPOSED,
-            allow_private_network=True,  # an origin that is allowed may be a public site
+            allow_private_network=True,  # an allowed origin may be a public site, and this server in a private network
             max_age=_PREFLIGHT_SECONDS,
         )
 

@@ -1,9 +1,8 @@
-"""Answers that are given before the request's body is there, such as 401, 413 and 429.
+"""Answers that are sent before the request's body has arrived, such as 401, 413 and 429.
 
-The rest of the body has to be read and thrown away: it would be taken for the next request, and closing at once would
-reset the connection before the client has read the answer. So the connection is closed once the rest has come, within
-the guard's bounds of time and bytes. It is kept only where little is left that the client will surely send. Used by
-`guard`.
+The rest of the body must be read and thrown away: it would be read as the next request, and closing at once would reset
+the connection before the client has read the answer. So the connection is closed when the rest has come, within the
+guard's limits of time and bytes. It stays open only if the client announced a small body. Used by `guard`.
 """
 
 from collections.abc import Callable
@@ -11,14 +10,14 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-# A body that was announced with so many bytes at most is waited for, and the connection goes on. httpx and others send
-# head and body apart, and a refused chat must not cost its client the connection.
+# After an early answer, a body announced with at most this many bytes is read to its end, and the connection stays
+# open. httpx and others send head and body separately, and a refused chat should not cost them the connection.
 SMALL_BODY_BYTES = 64 << 10
 
 
 def closing_where_early(app: Any, cycle: RequestResponseCycle, close_after_body: Callable[[], None]) -> Any:
-    """`app` for the one request of `cycle`. Where its answer comes early and much of the body is missing, the answer
-    says `Connection: close`, and `close_after_body` is called in place of uvicorn's closing at once."""
+    """Wrap `app` for the one request of `cycle`. If its answer comes before much of the body, the answer has
+    `Connection: close`, and `close_after_body` is called; uvicorn itself would close at once."""
 
     async def closing(scope: Any, receive: Any, send: Any) -> None:
         async def send_early(message: Any) -> None:
@@ -38,6 +37,6 @@ def closing_where_early(app: Any, cycle: RequestResponseCycle, close_after_body:
 
 
 def _length(scope: Any) -> float:
-    """The announced length of the body; without end where it comes in chunks."""
+    """The announced length of the body; infinity for a chunked one."""
     found = [value for name, value in scope["headers"] if name == b"content-length"]
     return int(found[0]) if found else float("inf")

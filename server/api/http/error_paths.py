@@ -1,7 +1,8 @@
-"""What a path decides about its errors: the shape of their body, and what is said where there is no route.
+"""Error bodies by path: Anthropic's shape on Anthropic's routes, OpenAI's on all others; and the text for a missing
+route.
 
-The shape is Anthropic's on Anthropic's routes and OpenAI's on all others. Errors come before there is a route, too:
-from keys, limits and the parser. Pure functions over plain values; `errors` calls them.
+The path decides because keys, limits and the parser can fail before a route is known. Pure functions over plain values;
+`errors` calls them.
 """
 
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from guanaco.models.error_codes import ErrorCode
 
 ANTHROPIC_PATH = "/v1/messages"
 
-_OVERLOADED_STATUS = 529  # Anthropic's number for 503 where the server has too much to do
+_OVERLOADED_STATUS = 529  # Anthropic's status for an overloaded server, in place of 503
 OVERLOADED_STATUSES = frozenset((503, _OVERLOADED_STATUS))
 _OVERLOADED_CODES = frozenset((ErrorCode.SERVER_OVERLOADED, ErrorCode.QUEUE_TIMEOUT, ErrorCode.TOO_MANY_CONNECTIONS))
 _ANTHROPIC_TYPES = {
@@ -25,7 +26,7 @@ _ANTHROPIC_TYPES = {
 }  # besides these: 4xx invalid_request_error, 5xx api_error
 
 SERVED = "POST /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages, /tokenize and GET /v1/models"
-# The beginning of a path, without `/v1` → what it would be for.
+# The first part of a path, without `/v1` → the start of the sentence that says that it is not served.
 NOT_SERVED: Mapping[str, str] = {
     "assistants": "assistants are",
     "audio": "audio is",
@@ -55,7 +56,7 @@ def is_anthropic(path: str) -> bool:
 
 
 def anthropic_status(status: int, code: ErrorCode) -> int:
-    """The status that Anthropic's clients know for an error of ours."""
+    """Anthropic's status for one of our errors."""
     return _OVERLOADED_STATUS if status == 503 and code in _OVERLOADED_CODES else status
 
 
@@ -64,7 +65,7 @@ def anthropic_envelope(
 ) -> dict[str, Any]:
     """Anthropic's shape: {"type": "error", "error": {type, message, details}, "request_id"}.
 
-    Their clients read our code as `error_code`. A message that doesn't name its field is given the field's name."""
+    `details` has our code as `error_code`. If the message doesn't name the field, the field's name is added."""
     kind = _ANTHROPIC_TYPES.get(
         anthropic_status(status, code), "invalid_request_error" if status < 500 else "api_error"
     )
@@ -74,7 +75,7 @@ def anthropic_envelope(
 
 
 def not_served(path: str) -> str | None:
-    """What the client is told; None for a path that is none of OpenAI's."""
+    """The message for one of OpenAI's paths that this server doesn't have; None for any other path."""
     family = path.removeprefix("/v1").removeprefix("/").partition("/")[0]
     if (what := NOT_SERVED.get(family)) is None:
         return None

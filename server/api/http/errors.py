@@ -1,7 +1,7 @@
-"""What a caller is told when something fails: one exception, one table from exception types to HTTP, one envelope.
+"""HTTP errors: one exception, one table from exception types to HTTP answers, one JSON shape.
 
-Messages are fixed texts of ours. They never hold what the client sent, a path, or the text of an unforeseen exception.
-Used by every route, by the middleware, and by the protocol class for what fails before there is a request.
+Messages are fixed texts of ours. They never hold the client's text, a path, or the text of an unforeseen exception.
+Used by every route, by the middleware, and by the protocol class for failures before there is a request.
 """
 
 import math
@@ -25,7 +25,7 @@ CLIENT_CLOSED_REQUEST = 499  # nginx's number, for the log only: nobody is there
 
 
 class ApiError(GuanacoError):
-    """A failure in the words and numbers that the client gets."""
+    """An error as the client gets it: status, code and message."""
 
     def __init__(
         self, status: int, code: ErrorCode, message: str, *, param: str | None = None, retry_after: float | None = None
@@ -46,7 +46,7 @@ class ApiError(GuanacoError):
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def on_path(self, path: str, request_id: str | None) -> tuple[int, bytes]:
-        """Status and body for a request to `path`: its clients know one envelope."""
+        """Status and body for a request to `path`, in the shape that the path's clients expect."""
         if not is_anthropic(path):
             return self.status, orjson.dumps(self.envelope())
         envelope = anthropic_envelope(self.status, self.code, self.message, self.param, request_id)
@@ -61,23 +61,23 @@ class ApiError(GuanacoError):
         return headers
 
     def response(self, scope: Scope) -> Response:
-        """The answer to the request of `scope`, whose record gets the code."""
+        """The answer to the request of `scope`. Also writes the code into the request's record."""
         record = record_of(scope)
         record.error_code = self.code
         status, body = self.on_path(scope["path"], record.request_id)
         return Response(body, status, self.headers(), "application/json")
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it, from within the chain of ASGI applications."""
+        """Send the answer from within the chain of ASGI applications."""
         await self.response(scope)(scope, receive, send)
 
 
 class ClientGone(GuanacoError):
-    """The client left before its answer was complete: there is nobody to tell."""
+    """The client left before its answer was complete, so nobody gets an error."""
 
 
 class GenerationFailed(GuanacoError):
-    """The engine ended a request without finishing it. `reason` is the engine's word for why."""
+    """The engine ended a request without finishing it. `reason` is the engine's error code."""
 
     def __init__(self, reason: ErrorCode) -> None:
         super().__init__(reason)
@@ -85,7 +85,7 @@ class GenerationFailed(GuanacoError):
 
 
 class DeadlineExceeded(GuanacoError):
-    """A request took longer than `request_timeout` altogether."""
+    """A request took longer than `request_timeout`."""
 
 
 def bad_request(message: str, param: str | None = None, code: ErrorCode = ErrorCode.INVALID_VALUE) -> ApiError:
@@ -130,7 +130,7 @@ def _http(error: HTTPException) -> ApiError:
     return ApiError(error.status_code, ErrorCode.HTTP_ERROR, "the request could not be served")
 
 
-# The engine's words for an end without a finish, and what the client is told.
+# The engine's error code → the client's error.
 _FAILURES = {
     ErrorCode.QUEUE_TIMEOUT: ApiError(
         503, ErrorCode.QUEUE_TIMEOUT, "the request waited too long for its turn; try again later", retry_after=5
@@ -182,7 +182,7 @@ _INTERNAL = ApiError(
 
 
 def as_api_error(error: BaseException) -> ApiError:
-    """The one table from exception types to HTTP. What is not in it is our bug: 500."""
+    """The HTTP error for an exception. Any other exception is our bug, and becomes a 500."""
     match error:
         case ApiError():
             return error
@@ -204,7 +204,7 @@ def as_api_error(error: BaseException) -> ApiError:
             return _INTERNAL
 
 
-# The types in the table: `app` has `handle_error` called for each.
+# The exceptions of that table. `app` registers `handle_error` for each.
 HANDLED: tuple[type[Exception], ...] = (
     ApiError,
     EngineOverloaded,
@@ -217,12 +217,12 @@ HANDLED: tuple[type[Exception], ...] = (
 
 
 def is_unforeseen(error: BaseException) -> bool:
-    """Whether the log should get the stack of this error."""
+    """Whether the stack of this error goes into the log."""
     return as_api_error(error) in (_INTERNAL, _OUT_OF_MEMORY)
 
 
 async def handle_error(request: Request, error: Exception) -> Response:
-    """Starlette's exception handler for everything in the table."""
+    """Starlette's exception handler for the exceptions in HANDLED."""
     known = as_api_error(error)
     if known.code is ErrorCode.NOT_FOUND and (text := not_served(request.scope["path"])) is not None:
         known = ApiError(404, ErrorCode.ROUTE_NOT_SERVED, text)

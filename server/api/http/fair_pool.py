@@ -1,7 +1,7 @@
-"""Worker threads that take turns between those who wait: one tenant's flood delays itself, and hardly anybody else.
+"""Worker threads that tenants use in turns: a tenant's flood of work delays mostly that tenant.
 
-Work waits in lanes, one for each tenant and topic. A free thread goes to the next tenant, and there to the next topic.
-Knows no requests. Lives on the event loop; the routes hand it work that must not run there.
+Work waits in lanes, one for each tenant and topic. A free thread takes work of the next tenant, and of its next topic.
+Knows no requests. Lives on the event loop; the routes give it work that must not run there.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Lane:
-    """Where work waits: whose it is, and what it is about."""
+    """A queue of waiting work: its tenant (API key), and its topic (model)."""
 
     tenant: Hashable
     topic: Hashable = None
@@ -34,12 +34,12 @@ class FairPool:
     def __init__(self, num_threads: int, name: str) -> None:
         self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
         self._num_idle = num_threads
-        self._waiting: dict[Hashable, _Tenant] = {}  # in the order of their turns
+        self._waiting: dict[Hashable, _Tenant] = {}  # tenants with waiting work, in the order of their turns
 
     async def run(self, lane: Lane, function: Callable[..., T], *args: object) -> T:
-        """The result of `function(*args)`, which runs on a thread once it is the lane's turn.
+        """Run `function(*args)` on a thread when it is the lane's turn, and return its result.
 
-        If the caller is cancelled, what already runs goes on, and its thread counts as busy until it ends.
+        If the caller is cancelled, a function that already runs goes on, and its thread is busy until it ends.
         """
         await self._wait_for_turn(lane)
         loop = asyncio.get_running_loop()
@@ -57,7 +57,7 @@ class FairPool:
         return await asyncio.wrap_future(work)
 
     def shutdown(self) -> None:
-        """Take no more work. What runs goes on; nobody waits for it."""
+        """Start no more work. Functions that run go on, but are not waited for."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     async def _wait_for_turn(self, lane: Lane) -> None:
@@ -75,7 +75,7 @@ class FairPool:
             raise
 
     def _pass_on(self) -> None:
-        """A thread has become free: it goes to whoever is next."""
+        """Give a thread that has become free to the next waiting work."""
         while self._waiting:
             turn = self._take_next()
             if not turn.done():
@@ -84,7 +84,8 @@ class FairPool:
         self._num_idle += 1
 
     def _take_next(self) -> asyncio.Future[None]:
-        """The first of the first topic of the first tenant. Both go to the end of their queues if more waits there."""
+        """Take the next work: the first of the first tenant's first topic. If more waits there, both go to the end of
+        their queues."""
         tenant = next(iter(self._waiting))
         topics = self._waiting.pop(tenant).topics
         topic = next(iter(topics))

@@ -1,7 +1,8 @@
-"""One HTTP connection, with the bounds that uvicorn lacks: time for the head, the body and the client's reading, sizes
-of head and body. What breaks a bound is refused and the connection closed, before the application sees it.
+"""One HTTP connection, with limits that uvicorn lacks: seconds for head, body and a slow reader, bytes of head and
+body.
 
-Doesn't know routes or the engine. `http_server` gives the class to uvicorn. One instance per connection.
+A request that exceeds a limit is refused and its connection closed, before the application sees it. Doesn't know routes
+or the engine. `server.py` gives the class to uvicorn. One instance per connection.
 """
 
 import asyncio
@@ -28,21 +29,21 @@ _SPARE_URLS = frozenset(path.encode() for path in OPEN_PATHS)
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """Seconds, bytes and counts; the sizes are those of reliability.md 2.3."""
+    """The limits of connections, in seconds, bytes and counts."""
 
     header_seconds: float = 10.0
     body_seconds: float = 30.0
     keep_alive_seconds: float = 30.0
-    write_seconds: float = 30.0  # a client that reads nothing for so long, with more to read, is gone
+    write_seconds: float = 30.0  # a client that reads nothing for this long, while data wait, counts as gone
     max_head_bytes: int = 32 << 10
     max_url_bytes: int = 8 << 10
     max_fields: int = 100
-    max_body_bytes: int = 32 << 20  # read and thrown away; what the application reads has its own, smaller limit
-    max_chunks: int = 16_384  # a body in a million chunks of one byte costs seconds
-    # What a chunked body may have besides its data: sizes of chunks, their extensions, and trailers.
+    max_body_bytes: int = 32 << 20  # read at most, also to throw away; the application's own limit is smaller
+    max_chunks: int = 16_384  # a body in a million chunks of one byte would take seconds
+    # Bytes of a chunked body besides its data: sizes of chunks, their extensions, and trailers.
     max_chunk_overhead_bytes: int = 512 << 10
     max_connections: int = 1024
-    # So many more may ask for the open paths: whoever watches the server must not take a full one for a dead one.
+    # Further connections that may only use the open paths: a probe must not take a full server for a dead one.
     max_spare_connections: int = 32
     spare_header_seconds: float = 1.0
 
@@ -54,11 +55,11 @@ class _Phase(Enum):
 
 
 class _Refused(GuanacoError):
-    """Stops the parser from within its callbacks; `GuardedHttpProtocol._refusal` says what the client gets."""
+    """Stops the parser from within its callbacks. `GuardedHttpProtocol._refusal` is the client's error."""
 
 
 class GuardedHttpProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with `limits`. Make a subclass with limits of its own through `guarded`."""
+    """uvicorn's HTTP protocol with `limits`. `guarded` makes a subclass with other limits."""
 
     limits = ConnectionLimits()
     parser: HttpOnlyParser  # type: ignore[assignment]
@@ -73,15 +74,15 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         self._read_timer: AwakeTimer | None = None
         self._write_timer: AwakeTimer | None = None
         self._head_bytes = 0  # parsed: names, values, URL
-        self._unparsed_head_bytes = 0  # received since the head began; a field without end is never parsed
+        self._unparsed_head_bytes = 0  # received since the head began; the parser never reports an endless field
         self._num_fields = 0
         self._body_bytes = 0
-        self._received_body_bytes = 0  # as they came, in chunks or not; what came together with the head is left out
+        self._received_body_bytes = 0  # as received, with chunk sizes; bytes that came with the head are left out
         self._num_chunks = 0
-        self._running: RequestResponseCycle | None = None  # `cycle` is the latest one, which may still have to wait
+        self._running: RequestResponseCycle | None = None  # `cycle` is the latest request, which may still wait
         self._half_closed: HalfClosedWatch | None = None
         self._refusal: ApiError | None = None
-        self._is_spare = False  # beyond the most connections: for the open paths alone
+        self._is_spare = False  # above `max_connections`: may only use the open paths
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -101,7 +102,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """The client has ended its side: it still gets the answers to what it has asked completely."""
+        """The client has ended its side. It still gets the answers to its complete requests."""
         asked = bool(self.pipeline) or (not self._is_idle and self._phase is not _Phase.BODY)
         if asked and self._half_closed is None:
             self._half_closed = HalfClosedWatch(self.loop, self.transport, self._may_send_interim)
@@ -109,7 +110,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
 
     @property
     def _is_cut_short(self) -> bool:
-        """Whether the request that runs is the last one received and its body is incomplete."""
+        """Whether the running request is the last one received, and its body is incomplete."""
         return self._phase is _Phase.BODY and self._running is self.cycle
 
     def _may_send_interim(self) -> bool:
@@ -122,7 +123,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         elif self._phase is _Phase.BODY:
             self._received_body_bytes += len(data)
         elif self._phase is _Phase.BETWEEN and self._read_timer is None and self._is_idle:
-            # uvicorn ends its keep-alive timer at any byte, and an empty line begins no request
+            # uvicorn stops its keep-alive timer at any byte, but an empty line does not begin a request
             self._expect_bytes(self.limits.header_seconds)
         super().data_received(data)
         if self._phase is _Phase.HEAD and self._unparsed_head_bytes > self.limits.max_head_bytes:
@@ -137,7 +138,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
 
     @property
     def _is_answered(self) -> bool:
-        """Whether the request whose body is being read has its answer already."""
+        """Whether the request whose body is being read was answered already."""
         return self._phase is _Phase.BODY and self._is_idle
 
     # Parser callbacks
@@ -148,7 +149,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         self._phase = _Phase.HEAD
         self._head_bytes = self._unparsed_head_bytes = self._num_fields = 0
         self._body_bytes = self._received_body_bytes = self._num_chunks = 0
-        if self._is_idle:  # else the client is waiting for us as well, and its time begins with our answer's end
+        if self._is_idle:  # otherwise the client also waits for an answer, and its time starts when that ends
             self._expect_bytes(self.limits.header_seconds)
         super().on_message_begin()
 
@@ -161,7 +162,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
             )
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._phase is _Phase.HEAD:  # else a trailer: what came after the body must not change what was checked
+        if self._phase is _Phase.HEAD:  # otherwise a trailer, which must not change headers that were checked
             super().on_header(name, value)
         self._num_fields += 1
         self._head_bytes += len(name) + len(value) + 4  # ": " and CRLF
@@ -178,7 +179,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         if fault := head_fault(self.parser.get_method(), version, self.headers):
             self._stop(ApiError(400, ErrorCode.MALFORMED_REQUEST, fault))
         if version == OLD_VERSION:
-            self.expect_100_continue = False  # such a client would take the line for its answer
+            self.expect_100_continue = False  # an HTTP/1.0 client would take the line for its answer
         runs_now = self._is_idle
         super().on_headers_complete()
         self._phase = _Phase.BODY
@@ -186,7 +187,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
             self.cycle.keep_alive = False
         if runs_now:
             self._expect_bytes(self.limits.body_seconds)
-        else:  # pipelined: nothing is read until its turn comes
+        else:  # pipelined: nothing is read until the requests before it are answered
             self._stop_read_timer()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
@@ -216,7 +217,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
             return
         if self._closes_after_body:
             self._close()
-        else:  # answered before it was read: uvicorn has armed, and lost, its own timer
+        else:  # answered before the body was read: uvicorn has started its own timer and lost it
             self._expect_bytes(self.limits.keep_alive_seconds)
 
     def on_response_complete(self) -> None:
@@ -224,7 +225,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             self._abort_later()
         elif self._half_closed is not None and (self._is_idle or self._is_cut_short):
-            self._close()  # no further request can come, nor the rest of this one
+            self._close()  # neither a further request nor the rest of this one can come
         elif self._closes_after_body and self._phase is not _Phase.BODY:
             self._close()
         elif self._phase is _Phase.BODY and not self._is_idle:
@@ -238,7 +239,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
     # Refusals
 
     def _stop(self, refusal: ApiError) -> None:
-        """Refuse from within a parser callback."""
+        """Refuse the request from within a parser callback. Raises `_Refused`."""
         self._refusal = refusal
         raise _Refused
 
@@ -247,14 +248,14 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         self.send_400_response("")
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 (uvicorn's words; ours are in `_refusal`)
-        """uvicorn calls this for whatever the parser stops at. Nothing is written into a response that has begun."""
+        """Called by uvicorn for every error of the parser. Writes nothing if a response has begun."""
         if self.transport.is_closing():
             return
         if self._is_answered:
             self._close()
             return
         if self._closes_after_body and not self.cycle.response_complete:
-            return  # what came behind its body; the answer is still being written
+            return  # the error is behind the body of a request whose answer is still being written
         refusal = self._refusal or ApiError(400, ErrorCode.MALFORMED_REQUEST, "this is not a valid HTTP request")
         self._stop_read_timer()
         self.count_refused(refusal.code)
@@ -279,7 +280,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
     def _waited_enough(self) -> None:
         self._read_timer = None
         if self._phase is _Phase.BETWEEN:
-            self._close()  # an idle connection: nobody waits for an answer
+            self._close()  # an idle connection: no request waits for an answer
         else:
             self._refuse(
                 ApiError(408, ErrorCode.REQUEST_TIMEOUT, f"the {self._phase.value} of the request took too long")
@@ -308,7 +309,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         self._abort_later()
 
     def _abort_later(self) -> None:
-        """Give the client time to read what is written; a closed transport waits for that without end."""
+        """Abort the connection unless the client reads in time; a closed transport would wait for it forever."""
         if self._write_timer is None:
             self._write_timer = AwakeTimer(self.loop, self.limits.write_seconds, self._abort)
 
@@ -331,7 +332,11 @@ def _head_too_large() -> ApiError:
 def guarded(
     limits: ConnectionLimits, count_slow_client: Callable[[], None], count_refused: Callable[[str], None]
 ) -> type[GuardedHttpProtocol]:
-    """The protocol class for one server: uvicorn makes the instances. `count_refused` gets the error's code."""
+    """The protocol class for one server; uvicorn makes the instances.
+
+    count_slow_client: called for each connection that is aborted because its client does not read. count_refused:
+    called with the error code of each refusal.
+    """
     members = {
         "limits": limits,
         "count_slow_client": staticmethod(count_slow_client),

@@ -1,9 +1,9 @@
-"""Tells a client that has only ended its side of the connection from a client that has left altogether.
+"""Tells a client that has only ended its side of the connection from a client that has left.
 
-Both look the same at first: the end of what they send. A client that has left answers whatever we write with a reset,
-and the socket then has an error. So we write something harmless from time to time: `100 Continue`, which HTTP/1.1
-allows any number of times before an answer. Where the answer has begun, its own bytes do the same. HTTP/1.0 knows no
-such line, so there a client that has left is noticed when its answer is written. Used by `guard`.
+Both look the same at first, since nothing more arrives. A client that has left answers any data with a reset, and then
+the socket has an error. So we write `100 Continue` from time to time, which HTTP/1.1 allows any number of times before
+an answer. If the answer has begun, its own bytes do the same. HTTP/1.0 has no such line, so there a client that has
+left is noticed only when its answer is written. Used by `guard`.
 """
 
 import asyncio
@@ -12,13 +12,13 @@ from collections.abc import Callable
 
 from guanaco.server.engine.awake_clock import AwakeTimer
 
-_FIRST_SECONDS = 0.05  # most answers of no generation are out by then
+_FIRST_SECONDS = 0.05  # most answers without a generation are sent by then
 _MOST_SECONDS = 60.0
 _PROBE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class HalfClosedWatch:
-    """Looks at one half-closed connection again and again, ever more rarely, and cuts it once the client has left."""
+    """Checks one half-closed connection at growing intervals, and aborts it when the client has left."""
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, transport: asyncio.Transport, may_probe: Callable[[], bool]

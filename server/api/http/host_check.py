@@ -1,8 +1,9 @@
-"""Which names of this server a client may use in `Host`, as long as no API key keeps strangers out.
+"""Refuses requests with an unknown name in `Host`, on a server without API keys.
 
 A web page can make its own name resolve to 127.0.0.1 (DNS rebinding) and then call a server on the reader's machine.
-The browser still sends the page's name in `Host`, so a name that nobody has allowed is refused. An IP address is no
-name, and a client that knows an API key is no stranger. A pure ASGI middleware; `app` puts it in the chain.
+The browser still sends the page's name in `Host`, so names that were not allowed are refused. IP addresses are allowed.
+With API keys the check is not needed, as the page doesn't know a key. A pure ASGI middleware; `app` puts it in the
+chain.
 """
 
 import ipaddress
@@ -20,7 +21,7 @@ _ALWAYS = "localhost"
 
 
 class HostCheck:
-    """Refuses requests under names that aren't in `allowed`; inert where `has_keys`."""
+    """Refuses requests whose Host is not in `allowed`. Does nothing if `has_keys`."""
 
     def __init__(self, app: ASGIApp, allowed: Iterable[str], has_keys: bool) -> None:
         self.app = app
@@ -34,7 +35,7 @@ class HostCheck:
         await self.app(scope, receive, send)
 
     def _is_allowed(self, scope: Scope) -> bool:
-        # `guard` lets no request through with two of them, and only those of HTTP/1.0 without one.
+        # `guard` refuses requests with two Host headers, and those of HTTP/1.1 without one.
         hosts = [value for name, value in scope["headers"] if name == b"host"]
         return all(self._may_be_used(host.strip()) for host in hosts)
 

@@ -1,7 +1,7 @@
-"""What is let in before a body is read: how many token requests at once, and how many bytes of bodies in memory.
+"""Limits that apply before a body is read: token requests at the same time, and bytes of bodies in memory.
 
-Counts by API key, since the key is known before the body; the model's name is in the body. Lives on the event loop and
-knows no routes. Used by every route that reads a body.
+Counts by API key, because the key is known before the body. Lives on the event loop and knows no routes. Used by every
+route that reads a body.
 """
 
 from collections import Counter
@@ -14,13 +14,15 @@ from guanaco.models.error_codes import ErrorCode
 from guanaco.server.api.http.auth import ApiKey
 from guanaco.server.api.http.errors import ApiError
 
-# An ordinary chat. The last eighth of the memory is for such bodies alone, so that large ones can't shut them out.
+# The size of an ordinary chat. The last eighth of the memory is kept for bodies up to it, so that large bodies can't
+# shut them out.
 _SMALL_BODY_BYTES = 64 << 10
 _RETRY_SECONDS = 1.0
 
 
 class Intake:
-    """The counts of one server. `has_keys`: one key gets at most half of everything; without keys all are one."""
+    """The counts of one server. has_keys: one key gets at most half of each limit. Without keys there is no such
+    share."""
 
     def __init__(self, *, max_token_requests: int, max_body_memory: int, has_keys: bool) -> None:
         self.max_token_requests = max_token_requests
@@ -36,8 +38,8 @@ class Intake:
 
     @contextmanager
     def token_request(self, key: ApiKey | None) -> Iterator[None]:
-        """A place for one request that only counts or converts tokens, from before its body is read until its answer is
-        made. 429 where all are taken, or the key's half of them."""
+        """Hold a place for one request that only counts or converts tokens, from before its body is read until its
+        answer is made. Raises a 429 if all places, or the key's half of them, are taken."""
         owner = _id_of(key)
         most = self.max_token_requests
         if self.num_token_requests >= most or self._token_requests[owner] >= self._share(most):
@@ -48,7 +50,7 @@ class Intake:
             yield
         finally:
             self._token_requests[owner] -= 1
-            self._token_requests += Counter()  # without the zeros
+            self._token_requests += Counter()  # drops entries with zero
 
     def body(self, key: ApiKey | None) -> "HeldBody":
         """The account of one body: `with intake.body(key) as held`, for as long as the body is in memory."""
@@ -58,7 +60,7 @@ class Intake:
         return max(1, most // 2) if self._has_keys else most
 
     def _check_room(self, owner: str, held: int, more: int) -> None:
-        """Raise where a body that holds `held` bytes can't have `more`."""
+        """Raise a 503 or 429 if a body that has `held` bytes in memory can't get `more`."""
         most = self.max_body_memory
         if held + more > _SMALL_BODY_BYTES:
             most -= most // 8
@@ -77,7 +79,7 @@ class Intake:
 
 
 class HeldBody:
-    """The bytes of one body that are in memory. Bytes count as they come: a client that only announces holds none."""
+    """Counts the bytes of one body in memory. Only received bytes count, not announced ones."""
 
     def __init__(self, intake: Intake, owner: str) -> None:
         self._intake = intake
@@ -85,11 +87,11 @@ class HeldBody:
         self._num_bytes = 0
 
     def expect(self, num_bytes: int) -> None:
-        """Refuse a body that doesn't fit now, before any of it is read. 503 or 429."""
+        """Raise a 503 or 429 if a body of `num_bytes` doesn't fit now. Called before any of it is read."""
         self._intake._check_room(self._owner, self._num_bytes, num_bytes)
 
     def add(self, num_bytes: int) -> None:
-        """Count bytes that have come. 503 or 429 where they don't fit."""
+        """Count bytes that have arrived. Raises a 503 or 429 if they don't fit."""
         self._intake._check_room(self._owner, self._num_bytes, num_bytes)
         self._intake._change(self._owner, num_bytes)
         self._num_bytes += num_bytes

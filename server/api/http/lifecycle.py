@@ -1,6 +1,6 @@
-"""Where this server is in its life, and how much it is doing: flags and counters that the HTTP side shares.
+"""Whether the server is draining, and how many requests it has open: flags and counters that the HTTP side shares.
 
-Knows no HTTP and no engine. The process (`http_server`) moves it; the gate, the health routes and the routes read it.
+Knows no HTTP and no engine. The process (`server.py`) sets the flags; the gate, the health routes and others read them.
 """
 
 import asyncio
@@ -13,11 +13,11 @@ class Lifecycle:
     """Lives on the event loop; only `draining` may be set from elsewhere (a signal handler)."""
 
     def __init__(self) -> None:
-        self.draining = False  # readiness fails: routers look elsewhere
-        self.end_wanted = False  # an operator asked over HTTP for what SIGTERM does
+        self.draining = False  # the readiness check fails, so that routers choose another server
+        self.end_wanted = False  # an operator has asked over HTTP for a drain, as SIGTERM does
         self.refusing = False  # new work is refused
         self.num_open = 0  # HTTP requests that are being answered
-        self.num_admitted = 0  # of these, the ones being prepared or in the engine
+        self.num_admitted = 0  # those of them that are being prepared or in the engine
         self._all_closed = asyncio.Event()
         self._all_closed.set()
 
@@ -42,8 +42,8 @@ class Lifecycle:
 
 
 class Admission:
-    """One request's place among those that are being prepared or are in the engine, and what it holds meanwhile.
-    `release` once or more often, on the event loop."""
+    """One request's place among those that are being prepared or in the engine, and the things that it holds meanwhile.
+    `release` may be called more than once, on the event loop."""
 
     def __init__(self, lifecycle: Lifecycle) -> None:
         self._lifecycle: Lifecycle | None = lifecycle
@@ -52,8 +52,8 @@ class Admission:
         lifecycle.num_admitted += 1
 
     def on_release(self, give_back: Callable[[], None]) -> None:
-        """Have something given back at the end; from any thread. At once, where the end has come already: a worker
-        goes on preparing a request whose client has left."""
+        """Call `give_back` when the place is released. Any thread may call this. After the release it is called at
+        once: a worker may still prepare a request whose client has left."""
         with self._lock:
             if self._held is not None:
                 self._held.append(give_back)

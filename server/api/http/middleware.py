@@ -1,4 +1,4 @@
-"""What surrounds every request, outermost first: its id, record and log line; then the gate for new work.
+"""The layers around every request, outermost first: its id, record and log line; then the gate for new work.
 
 Pure ASGI throughout: Starlette's BaseHTTPMiddleware hides a client's leaving from the routes inside it.
 """
@@ -27,16 +27,16 @@ from guanaco.server.metrics.server import Metrics
 
 logger = logging.getLogger("guanaco.api")
 
-# What a client's X-Request-Id may look like to be taken over into logs and the response; anything else is replaced.
+# A client's X-Request-Id of this form is used in logs and in the response. Any other one is replaced.
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._:/+=@-]{0,127}")
-PAGE_ROUTE = "/page"  # how the log names all files of the bundled page
-# Asked for every few seconds, or by the dozen: logged at debug level.
+PAGE_ROUTE = "/page"  # the name of all files of the bundled page in the log
+# Called every few seconds, or a dozen at a time, so logged at debug level.
 _QUIET_ROUTES = frozenset({*OPEN_PATHS, "/metrics", PAGE_ROUTE})
 
 
 class RequestScope:
-    """The outermost layer of a request: gives it an id and a record, answers what nothing inside has answered, and
-    writes its one log line."""
+    """The outermost layer of a request: gives it an id and a record, answers if no inner layer has answered, and writes
+    its log line."""
 
     def __init__(self, app: ASGIApp, lifecycle: Lifecycle, metrics: Metrics) -> None:
         self.app = app
@@ -100,7 +100,7 @@ async def _answer_failure(error: Exception, record: RequestRecord, scope: Scope,
 
 
 def log_unforeseen(error: BaseException, request_id: str) -> None:
-    """Our own bug: the stack goes to the log, the exception's message doesn't (it may quote a prompt)."""
+    """Log the stack of an exception that is our bug, without its message, which may quote a prompt."""
     details = {"fields": {"request_id": request_id}}
     logger.error("unforeseen error", exc_info=(type(error), error, error.__traceback__), extra=details)
 
@@ -113,7 +113,7 @@ def _request_id(scope: Scope) -> str:
 
 
 class Gate:
-    """Refuses new work before anything is read: while the server drains, and when more is open than could be queued."""
+    """Refuses new work before a body is read, while the server drains or when more is open than could be queued."""
 
     def __init__(self, app: ASGIApp, lifecycle: Lifecycle, max_admitted: int) -> None:
         self.app = app

@@ -1,7 +1,7 @@
-"""Answers that an HTTP/1.0 client can read: never in chunks.
+"""Answers for HTTP/1.0 clients: never in chunks.
 
-An answer with a Content-Length goes out as it is. One without (a stream) goes out as plain bytes, and the end of the
-connection is its end. Without this uvicorn sends chunks, and a client of HTTP/1.0 takes their sizes for text. Called by
+An answer with a Content-Length is sent as it is. An answer without one (a stream) is sent as plain bytes and ends with
+the connection. Otherwise uvicorn would send chunks, and an HTTP/1.0 client would read their sizes as text. Called by
 `guard`, for one request at a time.
 """
 
@@ -11,7 +11,8 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 
 def without_chunks(app: Any, cycle: RequestResponseCycle) -> Any:
-    """`app` for the one request of `cycle`, whose answer has no chunks. uvicorn closes after each HTTP/1.0 answer."""
+    """Wrap `app` for the one request of `cycle`, so that its answer has no chunks. uvicorn closes the connection after
+    it."""
 
     async def unchunked(scope: Any, receive: Any, send: Any) -> None:
         has_length = False

@@ -1,7 +1,7 @@
-"""What is wrong with a request's head although its syntax is right: `CONNECT`, `Host`, version, transfer coding.
+"""Checks a request's head beyond its syntax: `CONNECT`, `Host`, version, transfer coding.
 
-Two servers on a request's way that read it differently can be played off against each other, so whatever could be
-read in two ways is refused. Called by `guard` once per request.
+If a proxy and this server read a request differently, an attacker can smuggle a second request past the proxy. So a
+head that could be read in two ways is refused. Called by `guard` once per request.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ _VERSIONS = (OLD_VERSION, "1.1")
 
 
 def head_fault(method: bytes, version: str, headers: Sequence[tuple[bytes, bytes]]) -> str | None:
-    """One sentence for the client, or None where nothing is wrong. `headers` have lower-case names."""
+    """The client's error message; None if the head is good. headers: with names in lower case."""
     if version not in _VERSIONS:
         return "this server speaks HTTP/1.1 and HTTP/1.0 only"
     if method == b"CONNECT":

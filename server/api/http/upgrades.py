@@ -1,8 +1,8 @@
-"""Requests that offer another protocol are read as HTTP/1.1, body and all. RFC 9110 lets a server ignore `Upgrade`.
+"""Reads requests that offer another protocol as HTTP/1.1, with their body. RFC 9110 lets a server ignore `Upgrade`.
 
-Java's default client offers `h2c` with every request. httptools takes all that follows such a head for the other
-protocol, so the head is given to it a second time, without the offer, as httptools itself has read it: no second reader
-of bytes that could see another request. Used by `guard`.
+Java's default client offers `h2c` with every request. httptools treats all bytes after such a head as the other
+protocol. So it gets the head a second time, without the offer, built from the fields that httptools itself has parsed:
+a second parser might see another request in the bytes. Used by `guard`.
 """
 
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ class HttpOnlyParser:
 
     @property
     def offers_upgrade(self) -> bool:
-        """Whether the head that has just been read offers another protocol: it comes once more, without the offer."""
+        """Whether the head just parsed offers another protocol. If so, it is parsed once more without the offer."""
         return bool(self._parser.should_upgrade())
 
     def feed_data(self, data: bytes) -> None:
@@ -48,7 +48,7 @@ class HttpOnlyParser:
         return bool(self._parser.should_keep_alive())
 
     def should_upgrade(self) -> bool:
-        """What uvicorn asks before it leaves HTTP."""
+        """Called by uvicorn; False, so that it stays with HTTP/1.1."""
         return False
 
     def _new(self) -> Any:

@@ -27,8 +27,8 @@ Block = dict[str, Any]
 
 
 class MessagesAnswer(Answer):
-    """One message. reader: finds calls of tools; None: there are none. `request_id`: of the HTTP request, for errors in
-    the middle of a stream."""
+    """One message. reader: finds tool calls in the text; None: the text has none. request_id: the HTTP request's, for
+    errors in the middle of a stream."""
 
     id_prefix = "msg_"
 
@@ -40,9 +40,9 @@ class MessagesAnswer(Answer):
         self._request_id = request_id
         self._reader = reader
         self._blocks: list[Block] = []
-        self._pieces: list[str] = []  # of the last block: text, or the JSON of a call's input
-        self._is_open = False  # whether the last block goes on
-        self._last: TextOutput | None = None  # the one with a finish reason
+        self._pieces: list[str] = []  # the last block's text, or the JSON of its call's input, in pieces
+        self._is_open = False  # whether the last block is still unfinished
+        self._last: TextOutput | None = None  # the output with a finish reason
 
     def first_events(self) -> bytes:
         return named_event({"type": "message_start", "message": self._message([], None, None)})
@@ -70,7 +70,7 @@ class MessagesAnswer(Answer):
         self._close()
         return orjson.dumps(self._message(self._blocks, *self._stop()))
 
-    # Blocks. Each step gives the events that tell of it.
+    # Blocks. Each method returns the events of its change.
 
     def _take(self, output: TextOutput) -> list[bytes]:
         if output.finish_reason is not None:
@@ -91,7 +91,7 @@ class MessagesAnswer(Answer):
         return events
 
     def _open_text(self) -> list[bytes]:
-        """A block for text, where the last one is none. A message without anything has an empty one."""
+        """Begin a text block, unless the last block is one. An empty message has an empty text block."""
         if self._is_open and self._blocks[-1]["type"] == "text":
             return []
         return self._open({"type": "text", "text": ""})
@@ -111,7 +111,7 @@ class MessagesAnswer(Answer):
         return named_event({"type": "content_block_delta", "index": len(self._blocks) - 1, "delta": delta})
 
     def _close(self) -> list[bytes]:
-        """End the open block. The input of a call that was cut off is what had come of it."""
+        """End the open block. A call that was cut off keeps the input that it has so far."""
         if not self._is_open:
             return []
         whole, block = "".join(self._pieces), self._blocks[-1]
@@ -136,19 +136,19 @@ class MessagesAnswer(Answer):
         }
 
     def _stop(self) -> tuple[str, str | None]:
-        """The stop reason, and which of the client's sequences it was."""
+        """(stop reason, the client's stop sequence that matched or None)."""
         last = self._last
         assert last is not None, "a message ends with an output that has a finish reason"
         if last.finish_reason is FinishReason.LENGTH:
             in_full = last.num_output_tokens >= self._max_tokens
             return "max_tokens" if in_full else "model_context_window_exceeded", None
-        # The chat template and the adapter's profile have stop strings, too: those end a turn.
+        # The chat template and the adapter's profile have stop strings, too. Those count as the end of the turn.
         if isinstance(last.stop_reason, str) and last.stop_reason in self._stop_sequences:
             return "stop_sequence", last.stop_reason
         return "tool_use" if self._reader is not None and self._reader.num_calls else "end_turn", None
 
     def _usage(self) -> dict[str, int]:
-        """Anthropic counts tokens that came from the cache apart from the others of the prompt."""
+        """Anthropic's `usage`, which counts the prompt's cached tokens apart from its other tokens."""
         usage = self.generation.usage()
         cached = usage["prompt_tokens_details"]["cached_tokens"]
         return {
@@ -159,15 +159,15 @@ class MessagesAnswer(Answer):
         }
 
 
-# A surrogate pair as two escapes, half of one, any other escape.
+# A surrogate pair as two escapes, half of a pair (group 1), or any other escape.
 _ESCAPE = re.compile(r"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(\\u[dD][89a-fA-F]..)|\\.", re.DOTALL)
 
 
 def _input(written: str) -> str:
-    """A call's input as JSON: what the model wrote of it, closed where it was cut off.
+    """A call's input as JSON: the text that the model wrote, closed if it was cut off.
 
-    Integers may have more than 64 bits, which orjson refuses to write. Half a surrogate pair is no character: clients
-    could not read it. What is beyond a float64 comes to no input at all.
+    Integers of more than 64 bits, which orjson can't write, are kept. Half a surrogate pair, which clients can't read,
+    becomes U+FFFD. A number beyond float64 makes the input empty.
     """
     text = _ESCAPE.sub(lambda match: r"\ufffd" if match[1] else match[0], written)
     try:

@@ -1,6 +1,6 @@
 """The bodies of Anthropic's Messages API: fields, types and limits.
 
-Says what a request may hold; `translate` reads the messages. Nothing here is echoed: errors name limits, never values.
+`translate` reads the messages. Error messages name limits, never the client's values.
 """
 
 from collections.abc import Mapping
@@ -63,7 +63,7 @@ class JsonFormat(Body):
 
 
 class OutputConfig(Body):
-    """effort is a wish that the LLaMA family has no setting for."""
+    """effort is accepted and ignored: the LLaMA family has no such setting."""
 
     format: JsonFormat | None = None
     effort: Any = None
@@ -115,7 +115,7 @@ _REFUSED: Mapping[str, Neutral] = {
     "thinking": ({"type": "disabled"},),
     "thread": (),
 }
-# Anthropic's client sends a tool runner's turns in a thread. At this code it sends the whole conversation instead.
+# Anthropic's client may send only the new turns of a thread. At this code it sends the whole conversation instead.
 _CODES = {"thread": ErrorCode.THREAD_UNSUPPORTED_REQUEST}
 _INSTEAD: Mapping[str, str] = {
     "output_format": "use output_config.format",
@@ -155,5 +155,5 @@ MESSAGES_FIELDS = RouteFields(
     in_message=_IN_MESSAGE,
     in_part=_IN_BLOCK,
 )
-# A whole request may be sent to be counted: it has the same fields.
+# Clients may also send a whole request to count its tokens, so the fields are the same.
 COUNT_FIELDS = MESSAGES_FIELDS

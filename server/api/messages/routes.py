@@ -44,8 +44,8 @@ def prepare_message(
 ) -> tuple[Prepared, MessagesAnswer]:
     """Validate and tokenise. Runs on a worker thread. is_beta: the client asks for features under development.
 
-    max_tokens is compulsory and says no more than "at most", so one that is beyond the context means all that is
-    left of it."""
+    max_tokens is compulsory and means "at most", so a value beyond the context is lowered to the room in it.
+    """
     fields = take_fields(data, MESSAGES_FIELDS)
     body = fields.validate(MessagesBody)
     chat = conversation(body, data)
@@ -76,5 +76,5 @@ def _count(is_beta: bool, state: ApiState, caller: Caller, data: dict[str, Any])
 
 
 def _with_beta(ignored: Ignored, is_beta: bool) -> Ignored:
-    """No feature under development is here, so the header that asks for some is named among what was ignored."""
+    """Add the header that asks for features under development to the ignored fields: this server has none of them."""
     return ignored.and_also(_BETA_HEADER) if is_beta else ignored

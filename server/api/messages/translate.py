@@ -1,6 +1,6 @@
 """From a Messages body to a conversation in chat's shape.
 
-Knows the blocks that messages may hold; what a conversation becomes is `conversation`'s. Called by `routes`.
+Knows the blocks that messages may hold. `generation.conversation` then makes the prompt. Called by `routes`.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ NAMES: Mapping[str, str] = {
 }
 _ROLES = ("user", "assistant", "system")
 _SAME = ("model", "temperature", "top_p", "top_k", "min_p", "seed", "repetition_penalty", "adapters", "cache_salt")
-# An assistant's thoughts before an answer are no part of the conversation that goes on.
+# An assistant's thoughts before an answer are left out of the conversation.
 _LEFT_OUT = ("thinking", "redacted_thinking")
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
@@ -31,9 +31,10 @@ Message = dict[str, Any]
 
 
 def conversation(body: CountBody, data: Mapping[str, Any]) -> ChatBody:
-    """The body as chat's. data: the same as the client sent it. 400 for blocks that aren't supported.
+    """The body in chat's shape. data: the body as the client sent it. Raises a 400 for unsupported blocks.
 
-    The answer goes on with a last message that comes from the assistant."""
+    If the last message comes from the assistant, the answer continues it.
+    """
     fields: dict[str, Any] = {name: data[name] for name in _SAME if name in data}
     fields["messages"] = _messages(body)
     fields["continue_final_message"] = fields["messages"][-1]["role"] == "assistant"
@@ -53,7 +54,7 @@ def conversation(body: CountBody, data: Mapping[str, Any]) -> ChatBody:
 
 def _messages(body: CountBody) -> list[Message]:
     messages: list[Message] = []
-    calls: set[str] = set()  # ids of calls without a result so far
+    calls: set[str] = set()  # ids of calls that have no result yet
     if body.system is not None and (system := _text(body.system, "system")):
         messages.append({"role": "system", "content": system})
     for index, message in enumerate(body.messages):
@@ -72,7 +73,7 @@ def _messages(body: CountBody) -> list[Message]:
 
 
 def _append(messages: list[Message], message: Message) -> None:
-    """Two turns of one side in a row are one turn."""
+    """Append a message. It is merged with the last one if both have the same role."""
     last = messages[-1] if messages else None
     if last is None or last["role"] != message["role"] or message["role"] in ("system", "tool"):
         messages.append(message)
@@ -83,7 +84,7 @@ def _append(messages: list[Message], message: Message) -> None:
 
 
 def _pieces(role: str, content: object, at: str, calls: set[str]) -> list[Message]:
-    """One message as chat's: results of tools are messages of their own, before the text."""
+    """One message in chat's shape. Results of tools become messages of their own, before the text."""
     if not isinstance(content, list):
         return [{"role": role, "content": _text(content, at)}]
     texts: list[str] = []
@@ -118,7 +119,7 @@ def _call(block: Mapping[str, Any], at: str) -> Message:
 
 
 def _result(block: Mapping[str, Any], at: str, calls: set[str]) -> Message:
-    """A tool's result. Models learn of an error by its text alone."""
+    """A tool's result as a message. Whether it is an error is left out: the model sees that from its text."""
     call_id = block.get("tool_use_id")
     if not isinstance(call_id, str) or call_id not in calls:
         text = f"{at}.tool_use_id must be the id of a tool_use block of an earlier message, and each has one result"
@@ -130,7 +131,7 @@ def _result(block: Mapping[str, Any], at: str, calls: set[str]) -> Message:
 
 
 def _text(content: object, at: str) -> str:
-    """The text of a content: a string, or blocks of text, which become one text with a line for each."""
+    """The text of a content: a string, or text blocks, which are joined with a new line between them."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):

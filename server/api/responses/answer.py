@@ -1,7 +1,7 @@
 """A response of OpenAI's Responses API, whole or as its sequence of numbered events.
 
-Doesn't know HTTP; `serving` and `sse` call it. It shows itself to the store while it is made, and leaves what it has
-become there, so that its client can ask for it again and go on from it.
+Doesn't know HTTP; `serving` and `sse` call it. The store knows it while it is made, and gets its last state, so that
+its client can read it again and continue from it.
 """
 
 import time
@@ -27,7 +27,7 @@ Event = dict[str, Any]
 
 
 class ResponsesAnswer(Answer):
-    """One response. `head`: the fields that are known beforehand. `input_items`: of the whole conversation."""
+    """One response. head: the fields that are known before the output. input_items: of the whole conversation."""
 
     id_prefix = "resp_"
 
@@ -40,8 +40,8 @@ class ResponsesAnswer(Answer):
         tokenizer: Tokenizer | None,
         reader: ToolCallReader | None,
     ) -> None:
-        """store: None where nothing is kept. tokenizer: None where log-probabilities aren't shown. reader: finds calls
-        of tools; None: there are none."""
+        """store: None if the response is not kept. tokenizer: None if log-probabilities aren't shown. reader: finds
+        tool calls in the text; None: the text has none."""
         super().__init__()
         self.owner = owner
         self._head = {**head, "created_at": int(time.time())}
@@ -50,9 +50,9 @@ class ResponsesAnswer(Answer):
         self._tokenizer = tokenizer
         self._reader = reader
         self._output: list[Item] = []
-        self._open_item: Item | None = None  # the last of them, while it goes on
-        self._pieces: list[str] = []  # of the open item: text, or the JSON of a call's arguments
-        self._logprobs: list[TokenLogprob] = []  # of tokens that have not been shown
+        self._open_item: Item | None = None  # the last item, while it is unfinished
+        self._pieces: list[str] = []  # the open item's text, or the JSON of its call's arguments, in pieces
+        self._logprobs: list[TokenLogprob] = []  # log-probabilities that no event has shown yet
         self._status = "in_progress"
         self._incomplete: str | None = None
         self._error: dict[str, str] | None = None
@@ -106,10 +106,10 @@ class ResponsesAnswer(Answer):
             self._end()
         return orjson.dumps(self._finished())
 
-    # What comes from the model. Each step gives the events that tell of it.
+    # The model's output. Each method returns the events of its change.
 
     def _take(self, output: TextOutput) -> list[Event]:
-        """What an output adds, as events."""
+        """Add an output. Returns its events."""
         if self._tokenizer is not None:
             self._logprobs += output.logprobs
         if output.finish_reason is FinishReason.LENGTH:
@@ -137,7 +137,7 @@ class ResponsesAnswer(Answer):
         return events
 
     def _open_message(self) -> list[Event]:
-        """A message that text goes into, where the last item is none that goes on."""
+        """Begin a message for text, unless one is open."""
         if self._open_item is not None and self._open_item["type"] == "message":
             return []
         item: dict[str, Any] = {
@@ -153,12 +153,12 @@ class ResponsesAnswer(Answer):
         return [*events, {"type": "response.content_part.added", **self._place(), "part": part}]
 
     def _open_call(self, name: str) -> list[Event]:
-        self._logprobs.clear()  # a call has no place for them
+        self._logprobs.clear()  # a call can't show them
         call = {"call_id": new_call_id(), "name": name, "arguments": ""}
         return self._open({"id": new_id("fc_"), "type": "function_call", "status": "in_progress", **call})
 
     def _open(self, item: Item) -> list[Event]:
-        """Begin an item; what was open before it is complete."""
+        """Begin an item. An item that was open is complete."""
         events = self._close_item("completed")
         self._output.append(item)
         self._open_item = item
@@ -166,7 +166,7 @@ class ResponsesAnswer(Answer):
         return [*events, added]
 
     def _close_item(self, status: str) -> list[Event]:
-        """End the open item."""
+        """End the open item with a status. Returns the events; none if no item is open."""
         item = self._open_item
         if item is None:
             return []
@@ -192,16 +192,16 @@ class ResponsesAnswer(Answer):
         return events
 
     def _place(self, *, in_part: bool = True) -> dict[str, Any]:
-        """Where in the output the open item is, and its text within it."""
+        """The fields that say where the open item is in the output, and its text in the item."""
         assert self._open_item is not None
         place = {"item_id": self._open_item["id"], "output_index": len(self._output) - 1}
         return {**place, "content_index": 0} if in_part else place
 
     def _shown_logprobs(self) -> list[orjson.Fragment]:
-        """The log-probabilities that have not been shown, one entry a token, each as JSON.
+        """The log-probabilities that no event has shown yet, one JSON entry per token.
 
         A stream repeats all of them in its last events, which are written on the event loop: 8,192 tokens with 20
-        alternatives are 10 MB. Encoded once, when they come, they are only copied then.
+        alternatives take 10 MB. Each is encoded once, when it comes, and only copied later.
         """
         if self._tokenizer is None:
             return []
@@ -210,20 +210,19 @@ class ResponsesAnswer(Answer):
         return [orjson.Fragment(orjson.dumps(entry)) for entry in shown]
 
     def _end(self) -> list[Event]:
-        """The end of the model's output. An answer without anything is an empty message."""
+        """End the output. Returns the events. An empty output becomes an empty message."""
         self._status = "completed" if self._incomplete is None else "incomplete"
         events = [] if self._output else self._open_message()
         return events + self._close_item(self._status)
 
-    # What the store and its clients see
+    # For the store and its clients
 
     def snapshot(self) -> bytes:
         return orjson.dumps(self._object())
 
     async def cancel(self) -> bytes:
-        """End the generation. What has come stays; the request that waits for it gets it, too.
-
-        A response that has ended, and whose last events are being written, stays as it is.
+        """End the generation. Returns the response as JSON. Output so far stays, and the request that waits for the
+        response gets it, too. A response that has ended already stays as it is.
         """
         if self._status != "in_progress":
             return self.snapshot()
@@ -234,7 +233,8 @@ class ResponsesAnswer(Answer):
         return content
 
     def close(self) -> None:
-        """A client that has left a stream knows the response's id; one that waited for the whole doesn't."""
+        """Keep a stream's response even if its client left early, since the client knows its id. A client that waited
+        for the whole answer doesn't, so that response is dropped."""
         try:
             if self._status == "in_progress" and self._is_streamed:
                 self._close_item("incomplete")
@@ -245,7 +245,7 @@ class ResponsesAnswer(Answer):
                 self._store.end(self.id, None)
 
     def _finished(self) -> dict[str, Any]:
-        """The response in its last state, which is kept. The store keeps the first one that it gets."""
+        """The response in its last state. Puts it into the store, which keeps the first that it gets."""
         final = self._object()
         if self._store is not None:
             output = tuple(orjson.dumps(_without_logprobs(item)) for item in self._output)
@@ -287,7 +287,7 @@ class ResponsesAnswer(Answer):
 
 
 def _without_logprobs(item: Item) -> Item:
-    """An item as a later response takes it up: that parses all items, and needs no log-probabilities."""
+    """An item without its log-probabilities: later responses parse all items and don't need them."""
     if item["type"] != "message":
         return item
     return {**item, "content": [{**part, "logprobs": []} for part in item["content"]]}

@@ -1,6 +1,6 @@
 """The items of a response's input: read, kept in OpenAI's shape, and turned into messages in chat's shape.
 
-Knows the kinds of items; what a conversation becomes is `conversation`'s. Called by `routes` on worker threads.
+Knows the kinds of items. `generation.conversation` then makes the prompt. Called by `routes` on worker threads.
 """
 
 import re
@@ -27,9 +27,10 @@ def new_id(prefix: str) -> str:
 
 
 def read_input(value: object, kept: Callable[[], Mapping[str, bytes]]) -> list[Item]:
-    """The input as items, each complete and with an id. 400 for kinds of items and parts that aren't supported.
+    """The input as items, each complete and with an id. Raises a 400 for unsupported kinds of items and parts.
 
-    kept: gives the items, by id, that references may name."""
+    kept: returns the kept items by id, which references may name.
+    """
     if isinstance(value, str):
         return [_message("user", value, {})]
     if not isinstance(value, list) or not value:
@@ -37,7 +38,7 @@ def read_input(value: object, kept: Callable[[], Mapping[str, bytes]]) -> list[I
     if len(value) > MAX_MESSAGES:
         raise bad_request(f"input may have at most {MAX_MESSAGES} items", "input")
     items = []
-    by_id: Mapping[str, bytes] | None = None  # asked for once, and only for references
+    by_id: Mapping[str, bytes] | None = None  # read once, when the first reference needs it
     for index, item in enumerate(value):
         at = f"input[{index}]"
         if not isinstance(item, dict):
@@ -64,7 +65,7 @@ def _referenced(item: Mapping[str, Any], at: str, by_id: Mapping[str, bytes]) ->
 def _read_item(item: Mapping[str, Any], at: str) -> Item | None:
     kind = item.get("type") or "message"
     if kind == "reasoning":
-        return None  # a model's thoughts before an earlier answer are no part of what goes on
+        return None  # a model's thoughts before an earlier answer are left out of the conversation
     if kind == "function_call":
         return _call(item, at)
     if kind == "function_call_output":
@@ -101,7 +102,7 @@ def _output(item: Mapping[str, Any], at: str) -> Item:
 
 
 def _id(item: Mapping[str, Any], prefix: str) -> str:
-    """The item's own id, where it is one that we could have given."""
+    """The item's own id if it is well formed, otherwise a new one."""
     given = item.get("id")
     return given if isinstance(given, str) and _ID.fullmatch(given) else new_id(prefix)
 
@@ -120,7 +121,7 @@ def _message(role: str, text: str, item: Mapping[str, Any]) -> Item:
 
 
 def _text(content: object, at: str) -> str:
-    """The text of a content: a string, or parts, which become one text with a line for each."""
+    """The text of a content: a string, or parts, which are joined with a new line between them."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -141,10 +142,11 @@ def _unsupported_part(at: str) -> ApiError:
 
 
 def chat_messages(instructions: str | None, items: Iterable[Item]) -> list[Message]:
-    """Items as messages of a chat, behind the instructions. 400 for an output that belongs to no call.
+    """Items as chat messages, after the instructions. Raises a 400 for an output without a call before it.
 
-    A system message that follows the instructions goes on with them: templates take one. Calls become part of the
-    assistant's message before them."""
+    A system message directly after the instructions is joined to them, since templates take only one. Calls become part
+    of the assistant's message before them.
+    """
     messages: list[Message] = []
     if instructions:
         messages.append({"role": "system", "content": instructions})
@@ -179,7 +181,7 @@ def _chat_call(item: Item) -> Message:
 
 
 def chat_tools(value: object) -> list[Message]:
-    """`tools` in chat's shape. 400 for tools that the server would have to run."""
+    """`tools` in chat's shape. Raises a 400 for tools that the server would have to run."""
     if value is None:
         return []
     if not isinstance(value, list):
@@ -195,7 +197,7 @@ def chat_tools(value: object) -> list[Message]:
 
 
 def chat_format(text_format: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """`text.format` as chat's response_format, which has a schema one level deeper."""
+    """`text.format` as chat's response_format, in which the schema is one level deeper."""
     if text_format is None or text_format.get("type") != "json_schema":
         return text_format
     return {"type": "json_schema", "json_schema": {name: text_format[name] for name in text_format if name != "type"}}

@@ -1,6 +1,6 @@
 """The body of POST /v1/responses: fields, types and limits.
 
-Says what a request may hold; `items` reads the input. Nothing here is echoed: errors name limits, never values.
+`items` reads the input. Error messages name limits, never the client's values.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,8 @@ MAX_METADATA_KEY_CHARS = 64
 MAX_METADATA_VALUE_CHARS = 512
 MAX_ID_CHARS = 64
 LOGPROBS = "message.output_text.logprobs"
-# What else OpenAI lets a client ask for belongs to images, reasoning and built-in tools, so that there is none of it.
+# The other names that OpenAI accepts here. They belong to images, reasoning and built-in tools, of which there are
+# none.
 _INCLUDABLE = frozenset(
     (
         *(LOGPROBS, "message.input_image.image_url", "reasoning.encrypted_content", "file_search_call.results"),
@@ -99,7 +100,7 @@ TextFormat = Annotated[
 
 
 class TextConfig(Body):
-    """verbosity is a wish that the LLaMA family has no setting for."""
+    """verbosity is accepted and ignored: the LLaMA family has no such setting."""
 
     format: TextFormat = None
     verbosity: Literal["low", "medium", "high"] | None = None
@@ -135,7 +136,7 @@ class ResponseBody(Body):
 
     @property
     def num_logprobs(self) -> int | None:
-        """Alternatives of each token that the answer shows; None: no log-probabilities at all."""
+        """How many alternatives of each token the answer shows; None: no log-probabilities at all."""
         return (self.top_logprobs or 0) if LOGPROBS in (self.include or ()) else None
 
 

@@ -1,4 +1,4 @@
-"""POST /v1/responses: an answer that the server keeps for a while. GET, DELETE and cancel: what it keeps."""
+"""POST /v1/responses: an answer that the server keeps for a while. GET, DELETE and cancel act on kept responses."""
 
 from dataclasses import replace
 from functools import partial
@@ -82,7 +82,7 @@ async def delete(request: Request, response_id: str) -> Response:
 
 @router.post("/v1/responses/{response_id}/cancel", summary="End a response that is being made")
 async def cancel(request: Request, response_id: str) -> Response:
-    """One that has ended is given as it is, so that cancelling twice does no harm."""
+    """A response that has ended is returned as it is, so that cancelling twice does no harm."""
     store, owner = _store(request), _owner(key_of(request))
     if (running := store.running(response_id, owner)) is not None:
         return encoded_response(await running.cancel())
@@ -153,7 +153,7 @@ def _count(
 def _conversation(
     store: ResponseStore, body: ResponseBody, data: dict[str, Any], caller: Caller
 ) -> tuple[list[Item], ChatBody]:
-    """All items that are answered, those of the previous responses first, and the conversation in chat's shape."""
+    """(all input items, those of the previous responses first; the conversation in chat's shape)."""
     items = read_input(body.input, lambda: store.items(_owner(caller.key)))
     if body.previous_response_id is not None:
         previous = _previous(store, body.previous_response_id, _owner(caller.key))
@@ -181,7 +181,7 @@ def _previous(store: ResponseStore, response_id: str, owner: str) -> StoredRespo
 
 
 def _head(body: ResponseBody, data: dict[str, Any], prepared: Prepared, *, is_kept: bool) -> dict[str, Any]:
-    """The fields of the response that are known before there is any output."""
+    """The fields of the response that are known before any output."""
     params = prepared.prompts[0].params
     text = body.text
     max_tool_calls = data.get("max_tool_calls")
@@ -213,7 +213,8 @@ def _head(body: ResponseBody, data: dict[str, Any], prepared: Prepared, *, is_ke
 
 
 def _repeated(value: object, param: str) -> bytes:
-    """A field that the answer repeats, as JSON: written once, on this thread. 400 for what orjson can't write."""
+    """The JSON of a field that the answer repeats, encoded once on a worker thread. Raises a 400 if orjson can't encode
+    it."""
     try:
         return orjson.dumps(value)
     except TypeError:

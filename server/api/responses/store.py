@@ -1,7 +1,7 @@
 """The responses that clients may ask for again: bounded in number, bytes and time, each for its own key alone.
 
-Kept in memory: a restart forgets them. Doesn't know what a response says. Safe from any thread: the routes read it on
-the event loop and on worker threads.
+Kept in memory, so a restart forgets them. Doesn't look into responses. Any thread may use it: the routes read it on the
+event loop and on worker threads.
 """
 
 import threading
@@ -18,17 +18,18 @@ from guanaco.server.config import Settings
 
 @dataclass(frozen=True)
 class StoredResponse:
-    """One response that has ended. The items are JSON, and shared with the responses that go on from it."""
+    """One response that has ended. Its items are JSON, and responses that continue from it share them."""
 
     id: str
     owner: str  # id of the API key; empty where the server has no keys
     content: bytes  # the response as JSON
-    input_items: tuple[bytes, ...]  # of the whole conversation before the answer
+    input_items: tuple[bytes, ...]  # the whole conversation before the answer
     output_items: tuple[bytes, ...]
 
     @property
     def num_bytes(self) -> int:
-        """What it takes of the store. Shared items count in each response: that is what it takes at most."""
+        """Its bytes in the store. Items that several responses share count in each, so this is the most that it
+        takes."""
         return len(self.content) + sum(map(len, self.input_items)) + sum(map(len, self.output_items))
 
 
@@ -39,10 +40,10 @@ class RunningResponse(Protocol):
     owner: str
 
     def snapshot(self) -> bytes:
-        """The response as JSON, as far as it has come."""
+        """The response so far, as JSON."""
 
     async def cancel(self) -> bytes:
-        """End it, and give it as JSON."""
+        """End it. Returns it as JSON."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,14 @@ class StoreLimits:
 
 
 class ResponseStore:
-    """What ended last stays longest: the oldest of a key goes first, and then the oldest of all."""
+    """Keeps the responses that ended last. A key above its limit loses its oldest one; above the common limit, the
+    oldest of all goes."""
 
     def __init__(self, limits: StoreLimits, clock: Callable[[], float] = time.monotonic) -> None:
         self.limits = limits
         self._clock = clock
         self._lock = threading.Lock()
-        self._ended: OrderedDict[str, tuple[float, StoredResponse]] = OrderedDict()  # id → (end of its time, it)
+        self._ended: OrderedDict[str, tuple[float, StoredResponse]] = OrderedDict()  # id → (expiry, response)
         self._by_owner: dict[str, OrderedDict[str, int]] = {}  # owner → id → bytes, oldest first
         self._running: dict[str, RunningResponse] = {}
         self.num_bytes = 0
@@ -82,26 +84,26 @@ class ResponseStore:
         return len(self._ended)
 
     def begin(self, response: RunningResponse) -> None:
-        """A response that is being made can be seen and cancelled."""
+        """Add a response that is being made, so that it can be read and cancelled."""
         with self._lock:
             self._running[response.id] = response
 
     def end(self, response_id: str, stored: StoredResponse | None) -> None:
-        """It is made; None: nothing of it is kept. Nor is it if it was deleted meanwhile, or is larger than a key's
-        share."""
+        """Enter that a response has ended, and keep it as `stored`. It is not kept if that is None, if it was deleted
+        meanwhile, or if it is larger than a key's share."""
         with self._lock:
             if self._running.pop(response_id, None) is not None and stored is not None:
                 self._put(stored)
 
     def get(self, response_id: str, owner: str) -> StoredResponse | None:
-        """The response that has ended, for its owner."""
+        """A response that has ended; None if its owner has none with this id."""
         with self._lock:
             self._forget_expired()
             _, stored = self._ended.get(response_id, (0.0, None))
             return stored if stored is not None and stored.owner == owner else None
 
     def items(self, owner: str) -> dict[str, bytes]:
-        """The items of all responses of an owner that have ended, by their ids."""
+        """Item id → item, of all ended responses of an owner."""
         with self._lock:
             self._forget_expired()
             ended = [self._ended[response_id][1] for response_id in self._by_owner.get(owner, ())]
@@ -109,13 +111,14 @@ class ResponseStore:
         return {str(orjson.loads(item)["id"]): item for item in found}
 
     def running(self, response_id: str, owner: str) -> RunningResponse | None:
-        """The response that is being made, for its owner."""
+        """A response that is being made; None if its owner has none with this id."""
         with self._lock:
             running = self._running.get(response_id)
             return running if running is not None and running.owner == owner else None
 
     def delete(self, response_id: str, owner: str) -> bool:
-        """Forget a response; one that is being made goes on, and is not kept. False where its owner has none."""
+        """Forget a response. One that is being made goes on, but is not kept. Returns False if its owner has none with
+        this id."""
         with self._lock:
             self._forget_expired()
             running = self._running.get(response_id)
@@ -129,7 +132,7 @@ class ResponseStore:
             return True
 
     def forget_expired(self) -> None:
-        """Free what is past its time. Called now and then, so that an idle server keeps nothing."""
+        """Forget expired responses. Called regularly, so that an idle server keeps none."""
         with self._lock:
             self._forget_expired()
 

@@ -1,7 +1,7 @@
 """Adapters while the server runs: list, load, replace, roll back, check, remove; and vLLM's two routes.
 
-Behind the admin key (`auth`). Turns requests into calls of the adapter manager, and its refusals into the envelope: an
-AdapterError's code is the client's, and its message is for the operator, who is the client here.
+Behind the admin key (`auth`). Turns requests into calls of the adapter manager, and its refusals into HTTP errors. Here
+the client is the operator, so it gets the AdapterError's code and message.
 """
 
 import re
@@ -96,7 +96,8 @@ def _view(manager: AdapterManager, name: str) -> AdapterView:
 
 
 def _vllm_refusal(error: AdapterError, is_there: bool = False) -> ApiError:
-    """As `refusal`, with the field's name on vLLM's routes, and with vLLM's status for a name that can't be had."""
+    """As `refusal`, with the field names of vLLM's routes, and with vLLM's status for a name that is taken or
+    unknown."""
     known = refusal(error)
     param = _VLLM_FIELDS.get(error.field or "", error.field)
     if error.code != ErrorCode.NAME_TAKEN:
@@ -113,7 +114,7 @@ async def load_lora_adapter(request: Request) -> Response:
         try:
             await manager.load(LoadRequest(body.lora_name, body.lora_path, replace=body.load_inplace))
         except AdapterError as error:
-            # Controllers repeat a load whose answer they have not seen, and take nothing but 200 for its success.
+            # Controllers repeat a load if they missed the answer, and accept only a 200 as success.
             is_there = error.code == ErrorCode.NAME_TAKEN and manager.view(body.lora_name) is not None
             if not is_there or not await manager.is_same(body.lora_name, body.lora_path):
                 raise

@@ -1,7 +1,6 @@
-"""What the admin routes share: the adapter manager, bodies, and its refusals in the envelope.
+"""Shared parts of the admin routes: access to the adapter manager, reading bodies, refusals as HTTP errors.
 
-Doesn't know the routes. An AdapterError's code is the client's, and its message is for the operator, who is the client
-here; docs/adapters.md lists the codes.
+Here the client is the operator, so it gets an AdapterError's code and message. docs/adapter-codes.md lists the codes.
 """
 
 import asyncio
@@ -35,7 +34,7 @@ STATUS = {
 
 
 def manager_of(request: Request) -> AdapterManager:
-    """What changes adapters; a 403 where nothing does."""
+    """The adapter manager. Raises a 403 if adapters can't be changed while this server runs."""
     manager = state_of(request).adapters
     if manager is None:
         raise ApiError(403, ErrorCode.ADMIN_DISABLED, "adapters can't be changed while this server runs")
@@ -43,7 +42,7 @@ def manager_of(request: Request) -> AdapterManager:
 
 
 async def admin_body(request: Request, model: type[Any]) -> Any:
-    """The request's body as `model`."""
+    """Read the request's body and validate it as `model`."""
     state = state_of(request)
     with state.intake.body(request.scope.get("guanaco.key")) as held:
         raw = await read_body(request, state.settings.max_body_bytes, held)
@@ -52,7 +51,8 @@ async def admin_body(request: Request, model: type[Any]) -> Any:
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """What the adapter manager refuses, as the client gets it. Only here: elsewhere its message is not the client's."""
+    """Turn an AdapterError in the `with` block into an HTTP error. For admin routes only: its message may hold
+    paths."""
     try:
         yield
     except AdapterError as error:
@@ -60,5 +60,5 @@ def refusals() -> Iterator[None]:
 
 
 def refusal(error: AdapterError) -> ApiError:
-    """A refusal as the client gets it."""
+    """The HTTP error for a refusal of the adapter manager."""
     return ApiError(STATUS[error.kind], error.code, str(error), param=error.field)

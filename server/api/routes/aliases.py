@@ -18,7 +18,7 @@ from guanaco.server.api.values.base import Body
 
 router = APIRouter(tags=["aliases"])
 
-_MAX_SPLIT = 64  # entries that are looked at; how many an alias may have is the table's to say
+_MAX_SPLIT = 64  # the most entries that are read; the alias table has its own, lower limit
 
 
 def _split(value: object) -> dict[str, int]:
@@ -29,7 +29,7 @@ def _split(value: object) -> dict[str, int]:
 
 
 class AliasBody(Body):
-    """One of `target` and `split`."""
+    """Exactly one of `target` and `split` must be given."""
 
     target: Annotated[str, Field(min_length=1, max_length=130)] | None = None
     split: (

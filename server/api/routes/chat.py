@@ -47,17 +47,17 @@ class _Choice:
     calls: ChoiceCalls = field(default_factory=ChoiceCalls)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
-    is_shown: bool = False  # a chunk of it is
+    is_shown: bool = False  # a chunk of it was sent
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     started: bool = False
 
     def read(self, output: TextOutput) -> list[Event]:
-        """What an output says: content, calls."""
+        """The content and calls in an output."""
         return read_events(self.reader, output.text, is_last=output.finish_reason is not None)
 
     def finish_reason_of(self, output: TextOutput) -> str | None:
-        """An answer with calls that ended by itself ended for them."""
+        """The finish reason for clients. An answer with calls that ended by itself has "tool_calls"."""
         has_calls = self.reader is not None and self.reader.num_calls > 0
         return TOOL_CALLS if has_calls and output.finish_reason is FinishReason.STOP else output.finish_reason
 

@@ -61,7 +61,7 @@ def prepare_completion(
 def _prompt(
     state: ApiState, body: CompletionBody, prompt: protocol.Prompt, model: ServedModel, *, follows_grammar: bool
 ) -> Prompt:
-    """One prompt as token ids. Text gets a BOS as the tokenizer's own rule says; token ids are taken as they are."""
+    """One prompt as token ids. Text gets a BOS by the tokenizer's own rule; token ids are used as they are."""
     keep = num_tokens_kept(body, model.max_model_len)
     if isinstance(prompt, str):
         check_text_size(len(prompt.encode()), model.max_model_len, "prompt")
@@ -99,7 +99,8 @@ def _prompt(
 
 
 def _num_scored(body: CompletionBody) -> int | None:
-    """How many alternatives of each token of a prompt are wanted, by either way to ask for them; None: none at all."""
+    """How many alternatives of each prompt token the client wants, by `prompt_logprobs` or by `logprobs` with `echo`;
+    None: the prompt isn't scored."""
     asked = [num for num in (body.prompt_logprobs, body.logprobs if body.echo else None) if num is not None]
     return max(asked, default=None)
 
@@ -108,7 +109,7 @@ def _num_scored(body: CompletionBody) -> int | None:
 class _Choice:
     prompt: Prompt
     logprob_maker: CompletionLogprobs
-    pending_text: str = ""  # the prompt's, until it is echoed; then what was collected
+    pending_text: str = ""  # text that no chunk has shown yet; at first the echoed prompt
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
@@ -170,7 +171,7 @@ class CompletionAnswer(ChoicesAnswer):
         return self._take(index)
 
     def _take(self, index: int) -> dict[str, Any]:
-        """What has gathered of a choice, as an entry of `choices`; nothing of it is shown again."""
+        """An entry of `choices` with all that was collected since the last call."""
         choice = self._choices[index]
         text, choice.pending_text = choice.pending_text, ""
         return {
@@ -183,7 +184,7 @@ class CompletionAnswer(ChoicesAnswer):
         }
 
     def _more_of(self, choice: _Choice) -> dict[str, Any]:
-        """What vLLM's fields ask for. Of a stream the prompt's ids come with the first chunk."""
+        """The fields that vLLM's extensions ask for. In a stream, the prompt's ids come with the first chunk."""
         more: dict[str, Any] = {}
         if self._shows_ids:
             more["token_ids"], choice.token_ids = choice.token_ids, []

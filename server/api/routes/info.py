@@ -1,4 +1,4 @@
-"""What this server is and how it is: models, health, metrics, version. Cheap to answer; none of it asks the model."""
+"""Information about this server: models, health, metrics, version. All are cheap; none of them uses the model."""
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -27,7 +27,7 @@ async def list_models(request: Request) -> Response:
 
 @router.get("/lora-adapters", tags=["models"], summary="The adapters by number, as llama.cpp's clients name them")
 async def lora_adapters(request: Request) -> Response:
-    """`path` is the served name, never a path. No adapter is on by itself, so each scale is 0."""
+    """The field `path` has the served name, never a path. No adapter applies by default, so each scale is 0."""
     state, key = state_of(request), _key(request)
 
     def entries() -> bytes:

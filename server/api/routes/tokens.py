@@ -1,6 +1,6 @@
 """POST /tokenize, POST /detokenize, GET /tokenizer_info: the tokenizer over HTTP, in vLLM's shapes.
 
-Asked for by lm-eval (so that it needs no copy of the tokenizer) and by vllm-router's cache-aware policy.
+Used by lm-eval, which then needs no copy of the tokenizer, and by vllm-router's cache-aware policy.
 """
 
 from typing import Any
@@ -47,7 +47,7 @@ async def detokenize(request: Request) -> Response:
 
 @router.get("/tokenizer_info", summary="Special tokens, sizes and chat template of the tokenizer")
 async def tokenizer_info(request: Request) -> Response:
-    """The template is the one that chats with the base get: --chat-template's, or the model's own."""
+    """The chat template is the one for chats with the base: that of --chat-template, or the model's own."""
     state = state_of(request)
     tokenizer, base = state.tokenizer, state.catalog.base
     template = state.template_for(base)
@@ -65,7 +65,8 @@ async def tokenizer_info(request: Request) -> Response:
 
 
 def _tokenize(state: ApiState, caller: Caller, data: dict[str, Any]) -> tuple[dict[str, Any], Ignored]:
-    """Fields that chat or completions refuse are refused here, too: the ids are those that they would use."""
+    """The ids that chat or completions would use for the same body. Fields that these routes refuse are refused here,
+    too."""
     if (data.get("prompt") is None) == (data.get("messages") is None):
         raise bad_request("give either prompt or messages", "prompt")
     fields = take_fields(data, TOKENIZE_PROMPT_FIELDS if data.get("messages") is None else TOKENIZE_CHAT_FIELDS)
@@ -106,7 +107,7 @@ def _detokenize(state: ApiState, caller: Caller, data: dict[str, Any]) -> tuple[
     body = fields.validate(DetokenizeBody)
     if body.model is not None:
         state.catalog.get(body.model, caller.key)  # all models share one tokenizer, but an unknown name is an error
-    # A model may draw ids that its tokenizer lacks (rows that only pad its embeddings): they are no text.
+    # A model may sample ids that its tokenizer lacks (rows that pad its embeddings). They have no text.
     known = max(state.tokenizer.vocab_size, state.num_token_ids)
     if any(token >= known for token in body.tokens):
         raise bad_request(f"a token id is beyond the vocabulary: token ids must be below {known}", "tokens")

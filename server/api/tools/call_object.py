@@ -1,7 +1,7 @@
 """One call as a model writes it, `{"name": …, "arguments": {…}}`, read character by character as it comes.
 
-Strict JSON: an object that could not become a call is told from one that still could at its first wrong character, so
-that text is held back no longer than needed. Doesn't know what stands around the object. Used by the formats.
+Strict JSON: an object that can't become a call is recognised at its first wrong character, so that text is held back no
+longer than needed. Doesn't know the text around the object. Used by the formats.
 """
 
 import json
@@ -11,7 +11,7 @@ from collections.abc import Collection
 from guanaco.models.errors import GuanacoError
 
 ARGUMENT_KEYS = ("arguments", "parameters")
-MAX_DEPTH = 128  # lists and objects inside each other; deeper ones are no call
+MAX_DEPTH = 128  # nested lists and objects; a deeper object is not a call
 MAX_ATOM_CHARS = 512  # of a number
 _KEYS = ("name", *ARGUMENT_KEYS, "id", "type")
 _SPACE = " \t\n\r"
@@ -21,26 +21,26 @@ _LITERALS = ("true", "false", "null")
 
 
 class NoCall(GuanacoError):
-    """What was read can't become a call."""
+    """The text so far can't become a call."""
 
 
 class CallObject:
-    """Takes the characters of one object, the opening brace first. `done` after the closing one."""
+    """Reads one object, character by character, from the opening brace on. `done` after the closing brace."""
 
     def __init__(self, names: Collection[str]) -> None:
-        """names: of the functions that may be called."""
+        """names: the functions that may be called."""
         self._names = names
         self._text: list[str] = []
-        self._closers: list[str] = []  # what ends each open list and object
+        self._closers: list[str] = []  # the closing bracket of each open list and object
         self._state = "value"
         self._key = ""
         self._seen: set[str] = set()  # keys of the object itself
-        self._token_start = 0  # of the string, number or literal that is being read
+        self._token_start = 0  # where the string, number or literal that is being read begins in `_text`
         self._is_key = False
         self._hex_left = 0
         self.name: str | None = None
         self.done = False
-        self.arguments_start: int | None = None  # in `text`
+        self.arguments_start: int | None = None  # where the arguments begin in `_text`
         self._arguments_end: int | None = None
 
     @property
@@ -49,19 +49,19 @@ class CallObject:
 
     @property
     def arguments(self) -> str:
-        """The arguments of a call that is done, as JSON of an object: the model's own text."""
+        """The arguments of a complete call as a JSON object, in the model's own text."""
         if self.arguments_start is None:
             return "{}"
         written = "".join(self._text[self.arguments_start : self._arguments_end])
         return str(json.loads(written)) if written.startswith('"') else "{}" if written == "null" else written
 
     def arguments_from(self, offset: int) -> str:
-        """The arguments as far as they were written, without their first `offset` characters."""
+        """The arguments so far, from character `offset` on."""
         assert self.arguments_start is not None, "the arguments have begun"
         return "".join(self._text[self.arguments_start + offset : self._arguments_end])
 
     def push(self, char: str) -> None:
-        """Take the next character. Raises NoCall where it can't belong to a call."""
+        """Read the next character. Raises NoCall if it can't belong to a call."""
         self._text.append(char)
         match self._state:
             case "string":
@@ -118,7 +118,7 @@ class CallObject:
             self._check_atom()
 
     def _begin_member(self, char: str, position: int) -> None:
-        """A value of the call itself begins."""
+        """Begin the value of one of the call's own keys."""
         if self._key in ARGUMENT_KEYS:
             if char not in '{"n':
                 raise NoCall
@@ -166,7 +166,7 @@ class CallObject:
             self._check_plain()
 
     def _check_plain(self) -> None:
-        """The call's own keys, and its name and type, are known: what can't become one of them is no call."""
+        """Raise NoCall if a key, the name or the type can't become one of the known ones."""
         if self._is_key:
             known: Collection[str] = _KEYS
         elif self._key in ("name", "type"):
@@ -223,7 +223,7 @@ class CallObject:
 
 
 def is_object(text: str) -> bool:
-    """Whether a text is one JSON object, strictly."""
+    """Whether a text is exactly one JSON object."""
     try:
         text.encode()  # half a surrogate pair is no character
         return isinstance(json.loads(text, parse_constant=_refuse_constant), dict)

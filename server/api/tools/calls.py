@@ -29,7 +29,7 @@ class _Call:
 
 @dataclass
 class ChoiceCalls:
-    """The content and the calls of one choice, whole."""
+    """Collects the content and the calls of one choice."""
 
     contents: list[str] = field(default_factory=list)
     calls: list[_Call] = field(default_factory=list)
@@ -46,7 +46,7 @@ class ChoiceCalls:
 
     @property
     def content(self) -> str | None:
-        """The text; None where there is none beside calls."""
+        """The text; None if there are only calls."""
         text = "".join(self.contents)
         return None if self.calls and not text else text
 

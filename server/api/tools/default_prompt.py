@@ -1,8 +1,7 @@
-"""Tools in the messages themselves, for chat templates that leave them out: the documented default.
+"""Writes tools into the messages, for chat templates that leave them out.
 
-The system message gets Hermes' `<tools>` text, calls of the history are written as the format has them, and answers of
-tools become a user message of `<tool_response>` blocks. All of it is text: control tokens in it stay text. Called by
-`plan`.
+The system message gets Hermes' `<tools>` text, earlier calls are written in the format, and answers of tools become a
+user message with `<tool_response>` blocks. All of it is text: control tokens in it stay text. Called by `plan`.
 """
 
 import json
@@ -23,7 +22,7 @@ You are provided with function signatures within <tools></tools> XML tags:
 
 
 def tools_text(tools: Sequence[Mapping[str, Any]], call_format: CallFormat) -> str:
-    """What the model is told of its tools."""
+    """The text that describes the tools to the model."""
     signatures = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
     example = call_format.written([("<function-name>", "<args-json-object>")])
     example = example.replace('"<function-name>"', "<function-name>")
@@ -31,7 +30,8 @@ def tools_text(tools: Sequence[Mapping[str, Any]], call_format: CallFormat) -> s
 
 
 def with_tools_text(messages: Sequence[Message], text: str, *, takes_system: bool) -> list[Message]:
-    """The messages with the text behind the system message's own, in one of its own, or before the first question."""
+    """The messages with `text` added: to the system message, in a new system message, or before the first question if
+    the template takes no system message."""
     first = messages[0]
     if first["role"] == "system":
         content = f"{first['content']}\n\n{text}" if first["content"] else text
@@ -46,12 +46,12 @@ def with_tools_text(messages: Sequence[Message], text: str, *, takes_system: boo
 
 
 def with_calls_as_text(messages: Sequence[Message], call_format: CallFormat) -> list[Message]:
-    """The messages without calls and answers of their own kind: roles stay those that every template knows.
+    """The messages with calls and answers of tools as plain text, so that they have only roles that all templates know.
 
-    Answers in a row become one user message, which takes in the user message behind it: so roles still alternate.
+    Answers in a row become one user message, joined with a user message behind them, so that roles still alternate.
     """
     result: list[Message] = []
-    joins = False  # the last message of the result is one of answers
+    joins = False  # the last message of the result holds answers
     for message in messages:
         role, content = message["role"], message["content"]
         if role == "assistant" and (calls := message.get("tool_calls")):

@@ -1,7 +1,7 @@
-"""Tools and the choice between them, as OpenAI's chat API has them: checked, and bounded.
+"""Checks and limits tools and the choice between them, in the shape of OpenAI's chat API.
 
-The functions raise PydanticCustomError with a text that names the field below the tool. Nothing a client sent is in
-it. Called by the bodies' validators and by other routes.
+The functions raise PydanticCustomError; its text names the field below the tool and holds nothing that the client sent.
+Called by the bodies' validators and by other routes.
 """
 
 import json
@@ -31,12 +31,12 @@ class Tool:
     name: str
     parameters: Mapping[str, Any]  # a JSON schema
     strict: bool
-    shown: Mapping[str, Any]  # what a chat template sees: as it was given, without nulls and `strict`
+    shown: Mapping[str, Any]  # for the chat template: as the client sent it, without nulls and `strict`
 
 
 @dataclass(frozen=True)
 class ToolChoice:
-    """Whether the model may, must or must not call, and which functions; names None: all."""
+    """Whether the model may, must or must not call, and which functions. names None: all."""
 
     mode: Mode
     names: tuple[str, ...] | None = None
@@ -48,7 +48,7 @@ def fail(message: str) -> PydanticCustomError:
 
 
 def parse_tools(value: object) -> tuple[Tool, ...]:
-    """`tools`. An empty list and null are none."""
+    """The tools in the field `tools`. An empty list and null mean none."""
     tools = [] if value is None else value
     if not isinstance(tools, list):
         raise fail("give a list of tools of type function")
@@ -84,7 +84,8 @@ def _tool(value: object, index: int) -> Tool:
 
 
 def _parameters(value: object, index: int) -> Mapping[str, Any]:
-    """A function without parameters takes none, as OpenAI has it; templates get that in words."""
+    """The JSON schema of a function's parameters. If it is missing or empty, the function takes none, as in OpenAI's
+    API; templates then get a schema that says so."""
     if value is None or value == {}:
         return NO_PARAMETERS
     if not isinstance(value, dict):
@@ -103,7 +104,7 @@ def _parameters(value: object, index: int) -> Mapping[str, Any]:
 
 
 def parse_tool_choice(value: object) -> ToolChoice | None:
-    """`tool_choice`; None where it isn't given. Whether its names are tools is checked by `plan`."""
+    """The field `tool_choice`; None if it isn't given. `plan` checks whether its names are tools."""
     if value is None:
         return None
     if value in ("none", "auto", "required") and isinstance(value, str):
@@ -143,7 +144,7 @@ def _allowed(value: Mapping[str, Any]) -> ToolChoice:
 
 @dataclass(frozen=True)
 class MessageCall:
-    """A call in an assistant message of the history."""
+    """A call in an earlier assistant message."""
 
     id: str
     name: str
@@ -154,5 +155,5 @@ class MessageCall:
         return len(self.name.encode()) + len(json.dumps(self.arguments))
 
     def shown(self) -> dict[str, Any]:
-        """As chat templates see it: the arguments are an object, as transformers wants them."""
+        """The call for chat templates, with the arguments as an object, as in transformers."""
         return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}

@@ -1,4 +1,5 @@
-"""Tools, choices and calls as types of pydantic fields: checked by `definitions` and `history`, described for OpenAPI.
+"""Pydantic field types for tools, choices and calls, with their OpenAPI schemas. `definitions` and `history` check
+them.
 
 Used by the bodies in `generation.protocol`.
 """

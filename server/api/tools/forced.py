@@ -1,7 +1,7 @@
-"""The grammars of answers that have to be calls (`tool_choice` "required", or a named function), and of strict tools.
+"""The grammars of answers that must be calls (`tool_choice` "required", or a named function), and of strict tools.
 
-Each call's arguments follow its tool's schema, in the words of the format that the model writes calls in, so that the
-reader always finds them. Called by `plan`.
+The arguments of each call follow its tool's schema. Calls are written in the model's format, so that the reader always
+finds them. Called by `plan`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,10 +19,10 @@ _COMBINING = ("$ref", "allOf", "anyOf", "oneOf", "patternProperties", "additiona
 
 
 def forced_calls(tools: Sequence[tuple[int, Tool]], call_format: CallFormat, *, many: bool, marker: bool) -> Part:
-    """One call or, with `many`, up to MAX_CALLS calls of these tools, each with its index in the request's `tools`.
+    """The grammar of one call or, with `many`, of up to MAX_CALLS calls. tools: (index in the request's `tools`, tool).
 
-    marker: whether the answer begins with the format's marker; it may stand at the end of the prompt. 400 for a schema
-    that can't be enforced.
+    marker: whether the answer begins with the format's marker; otherwise the prompt ends with it. Raises a 400 for a
+    schema that can't be enforced.
     """
     calls = one_of(*(_call(tool, index, call_format.argument_key, must=True) for index, tool in tools))
     most = MAX_CALLS if many and call_format.many else 1
@@ -30,14 +30,14 @@ def forced_calls(tools: Sequence[tuple[int, Tool]], call_format: CallFormat, *, 
 
 
 def strict_calls(tools: Sequence[tuple[int, Tool]], call_format: CallFormat, *, many: bool) -> Part:
-    """Any text in which whatever begins as a call becomes one, of a tool that is not strict, too. 400 for the schema of
-    a strict tool that can't be enforced."""
+    """The grammar of any text in which everything that begins as a call becomes a call, of a strict tool or of another.
+    Raises a 400 if the schema of a strict tool can't be enforced."""
     calls = one_of(*(_call(tool, index, call_format.argument_key, must=tool.strict) for index, tool in tools))
     return call_format.within_text(calls, many=many)
 
 
 def _call(tool: Tool, index: int, key: str, *, must: bool) -> Part:
-    """must: whether the schema has to be enforced; else arguments are any object where it can't be."""
+    """The grammar of one call. must False: if the schema can't be enforced, arguments may be any object."""
     try:
         arguments = schema(closed(tool.parameters))
     except GrammarError as error:
@@ -50,9 +50,9 @@ def _call(tool: Tool, index: int, key: str, *, must: bool) -> Part:
 
 
 def closed(parameters: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A tool's schema without arguments that it doesn't name: a function would not take them.
+    """A tool's schema that forbids arguments which it doesn't name, since the function would not take them.
 
-    A schema that says something else about them, or is made of several, stays as it is.
+    A schema that says something about other arguments, or that combines several schemas, stays as it is.
     """
     if parameters is NO_PARAMETERS or not any(keyword in parameters for keyword in _COMBINING):
         return {**parameters, "type": "object", "additionalProperties": False}

@@ -1,7 +1,7 @@
 """The messages about calls: an assistant's `tool_calls` and the `tool` messages that answer them.
 
-Checks them, and brings them into the shape that a template wants. Messages are dicts as chat templates see them. Called
-by the bodies' validators (`parse_calls`) and by `plan`.
+Checks them and brings them into the shape that a template needs. Messages are dicts in the form for chat templates.
+Called by the bodies' validators (`parse_calls`) and by `plan`.
 """
 
 import hashlib
@@ -17,8 +17,8 @@ from guanaco.server.api.tools.definitions import MessageCall, fail
 
 MAX_CALLS = 128  # of one message
 MAX_ID_CHARS = 256
-MAX_ARGUMENT_PARTS = 65536  # commas, colons and brackets: a parser holds the interpreter's lock for all of them
-_MAX_FUNCTION_NAME_CHARS = 256  # of a call of the past: its tool may have been another server's
+MAX_ARGUMENT_PARTS = 65536  # commas, colons and brackets: a parser holds the interpreter's lock while it reads them
+_MAX_FUNCTION_NAME_CHARS = 256  # of an earlier call, whose tool may come from another server
 _MISTRAL_ID_CHARS = 9
 _ALPHANUMERIC = string.ascii_letters + string.digits
 
@@ -26,7 +26,7 @@ Message = dict[str, Any]
 
 
 def parse_calls(value: object) -> tuple[MessageCall, ...]:
-    """A message's `tool_calls`; raises PydanticCustomError. The arguments' JSON must be an object."""
+    """A message's `tool_calls`. Raises PydanticCustomError. The arguments must be a JSON object."""
     calls = [] if value is None else value
     if not isinstance(calls, list):
         raise fail("tool_calls must be a list of calls of type function")
@@ -60,7 +60,7 @@ def parse_id(value: object, place: str) -> str | None:
 
 
 def _arguments(value: object, place: str) -> Mapping[str, Any]:
-    """JSON text of an object; none and an object itself are understood, too."""
+    """The arguments of a call: the JSON text of an object, an object itself, or none."""
     arguments = {} if value is None or value == "" else value
     if isinstance(arguments, str):
         if sum(map(arguments.count, ",:[{")) > MAX_ARGUMENT_PARTS:
@@ -75,10 +75,10 @@ def _arguments(value: object, place: str) -> Mapping[str, Any]:
 
 
 def check_history(messages: Sequence[Message]) -> list[Message]:
-    """The messages, each `tool` message with the name and id of the call that it answers.
+    """The messages; each `tool` message gets the name and id of the call that it answers.
 
-    400 for one that answers no call of an earlier assistant message, or one that was answered before: a model would
-    take it for something else. Without `tool_call_id` it answers the only call that is open. Calls may stay unanswered.
+    Raises a 400 for a `tool` message that answers no call of an earlier assistant message, or a call that was answered
+    before. Without `tool_call_id` it answers the only open call. Calls may stay unanswered.
     """
     open_calls: dict[str, str] = {}  # id → name
     checked = []
@@ -105,7 +105,7 @@ def check_history(messages: Sequence[Message]) -> list[Message]:
 
 
 def one_call_a_message(messages: Sequence[Message]) -> list[Message]:
-    """Messages with several calls as several messages, each with its answer behind it: some templates take no more."""
+    """The messages with at most one call each, followed by its answer: some templates take only one call."""
     result: list[Message] = []
     position = 0
     while position < len(messages):
@@ -142,7 +142,7 @@ def with_mistral_ids(messages: Sequence[Message]) -> list[Message]:
 
 
 def mistral_id(call_id: str) -> str:
-    """The id itself where it is nine letters and digits, else nine that depend on it alone."""
+    """An id of nine letters and digits: the given one if it has that form, otherwise one that depends only on it."""
     if len(call_id) == _MISTRAL_ID_CHARS and call_id.isascii() and call_id.isalnum():
         return call_id
     digest = hashlib.sha256(call_id.encode("utf-8", "replace")).digest()

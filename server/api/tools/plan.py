@@ -26,37 +26,38 @@ from guanaco.server.grammars.spec import Grammar, grammar_of_parts, one_of, part
 
 @dataclass(frozen=True)
 class ToolPlan:
-    """What a request's tools come to. One without tools only brings the history into shape."""
+    """A request's tools and how they are used. Without tools, it only brings earlier calls into shape."""
 
     tools: tuple[Tool, ...] = ()
     mode: Mode = "none"
-    names: tuple[str, ...] = ()  # of the functions that may be called
+    names: tuple[str, ...] = ()  # the functions that may be called
     parallel: bool = True  # whether an answer may have several calls
     setting: str = "auto"  # --tool-format
-    template: ChatTemplate | None = None  # that the prompt is made with
+    template: ChatTemplate | None = None  # the template of the prompt
     tokenizer: Tokenizer | None = None
-    is_sure: bool = False  # answers follow a grammar by which whatever begins as a call becomes one
-    is_named: bool = False  # tool_choice names the one function to call
+    is_sure: bool = False  # answers follow a grammar in which everything that begins as a call becomes one
+    is_named: bool = False  # tool_choice names the function that must be called
 
     @property
     def num_bytes(self) -> int:
-        """Of the tools' text in a prompt, roughly."""
+        """Roughly, the bytes of the tools' text in the prompt."""
         return sum(len(orjson.dumps(tool.shown)) for tool in self.shown)
 
     @property
     def shown(self) -> tuple[Tool, ...]:
-        """What the model is told of. Of tools that it must not call it isn't: it would call them."""
+        """The tools that the prompt describes. None if the model must not call: it would call tools that it sees."""
         return () if self.mode == "none" else self.tools
 
     @property
     def call_format(self) -> CallFormat:
-        """How calls are written; the format `none` only says that answers are not searched."""
+        """The format of calls. The setting `none` only means that answers are not searched for calls."""
         if self.setting in FORMATS:
             return FORMATS[self.setting]
         return DEFAULT if self.setting == "none" or self.template is None else format_of_template(self.template.source)
 
     def prompt(self, messages: Sequence[Message]) -> tuple[list[Message], list[dict[str, Any]] | None]:
-        """Messages and tools for the template. 400 for a history that doesn't fit together; the template's errors."""
+        """(messages, tools) for the template. Raises a 400 if earlier calls and answers don't match, and
+        TemplateError."""
         messages = check_history(messages)
         has_calls = any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
         if self.template is None or not (self.shown or has_calls):
@@ -75,11 +76,11 @@ class ToolPlan:
         return with_tools_text(messages, tools_text(tools, call_format), takes_system=support.system), None
 
     def grammar(self, content: Grammar | None) -> Grammar | None:
-        """What an answer must look like; None for any text. content: what the request's other fields demand of it.
+        """The grammar of the answer; None for any text. content: the grammar that the request's other fields set.
 
-        Where calls have to come, `response_format` has no effect. Where they may come, the answer is either calls or
-        content by `response_format`. Any other demand is followed as it is, and the answer holds no calls. 400 for
-        calls that have to come together with another demand, and for a schema that can't be enforced.
+        If calls are required, `response_format` has no effect. If they are allowed, the answer is either calls or
+        content by `response_format`. With any other grammar in `content`, the answer follows that and has no calls.
+        Raises a 400 if calls are required together with such a grammar, or if a schema can't be enforced.
         """
         tools = [(index, tool) for index, tool in enumerate(self.tools) if tool.name in self.names]
         many = self.parallel and not self.is_named
@@ -98,8 +99,8 @@ class ToolPlan:
 
     @property
     def guides_text(self) -> bool:
-        """Whether calls in a free text can follow a grammar, and have to: a tool is strict, and the format's marker is
-        no control token, which no grammar can ask for."""
+        """Whether calls within a free text follow a grammar: if a tool is strict and the format's marker is not a
+        control token, for which no grammar can ask."""
         call_format, tokenizer = self.call_format, self.tokenizer
         if tokenizer is None or self.mode != "auto" or not self.reads_calls or not call_format.guides_text:
             return False
@@ -108,8 +109,8 @@ class ToolPlan:
 
     @property
     def begun(self) -> int | None:
-        """The control token that calls begin with, where the answer has to be calls. It stands at the end of the
-        prompt, because no grammar can ask for a control token."""
+        """The control token with which calls begin, if the answer must be calls; otherwise None. The prompt ends with
+        it, because no grammar can ask for a control token."""
         call_format = self.call_format
         if self.tokenizer is None or not self.is_forced or call_format.bare is not None:
             return None
@@ -117,7 +118,7 @@ class ToolPlan:
 
     @property
     def visible_ids(self) -> frozenset[int]:
-        """The control tokens that begin calls; empty where answers are not searched for calls."""
+        """The control tokens that begin calls; empty if answers are not searched for calls."""
         if self.tokenizer is None or not self.reads_calls:
             return frozenset()
         ids = (self.tokenizer.control_id(text) for text in self.call_format.control_texts)
@@ -125,7 +126,7 @@ class ToolPlan:
 
     @property
     def is_forced(self) -> bool:
-        """Whether the answer has to be calls."""
+        """Whether the answer must be calls."""
         return self.mode == "required"
 
     @property
@@ -134,7 +135,7 @@ class ToolPlan:
         return self.mode != "none" and bool(self.names) and (self.setting != "none" or self.is_forced)
 
     def reader(self) -> ToolCallReader | None:
-        """A reader for one choice; None where its text is content whatever it says."""
+        """A reader for one choice; None if answers are not searched for calls."""
         if not self.reads_calls:
             return None
         max_calls = None if self.parallel else 1
@@ -153,7 +154,7 @@ def plan_tools(
     tokenizer: Tokenizer | None,
     setting: str = "auto",
 ) -> ToolPlan:
-    """The plan for a request's fields, which `definitions` parsed. 400 where they contradict each other."""
+    """The plan for a request's fields, which `definitions` has parsed. Raises a 400 if they contradict each other."""
     names = [tool.name for tool in tools]
     if not tools:
         if choice is not None and choice.mode == "required":

@@ -1,7 +1,7 @@
-"""What a model writes, taken apart into content and calls while it comes.
+"""Splits a model's output into content and calls, while it is generated.
 
-What is no well-formed call stays content, and nothing is lost but the white space around calls. The events of a text
-are the same however it is cut into pieces. Doesn't know the formats' own rules. Made by `plan`, used by answers.
+Text that is not a well-formed call stays content. Only the white space around calls is lost. However a text is cut into
+pieces, its events are the same. Doesn't know the formats' own rules. Made by `plan`, used by answers.
 """
 
 from collections.abc import Collection
@@ -18,7 +18,7 @@ class Content:
 
 @dataclass(frozen=True)
 class CallBegins:
-    index: int  # of the call in the answer
+    index: int  # the call's number in the answer, from 0
     name: str
 
 
@@ -32,33 +32,33 @@ Event = Content | CallBegins | CallArguments
 
 
 class ToolCallReader:
-    """One answer's reader. `feed` its text as it comes, and `finish` once.
+    """The reader of one answer. Call `feed` with its text as it comes, and `finish` once.
 
-    A call is given when it is complete. With `sure`, the text follows a grammar, so that each beginning becomes a call:
-    arguments are given as they come, and stay unfinished where the answer ends early.
+    A call is returned when it is complete. With `sure`, the text follows a grammar, so every beginning becomes a call:
+    its arguments are returned as they come, and stay incomplete if the answer ends early.
     """
 
     def __init__(
         self, call_format: CallFormat, names: Collection[str], *, sure: bool = False, max_calls: int | None = None
     ) -> None:
-        """names: of the functions that may be called. max_calls: what comes behind so many calls is content."""
+        """names: the functions that may be called. max_calls: text behind this many calls is content."""
         self._format = call_format
         self._names = names
         self._sure = sure
         self._max_calls = max_calls
-        self._text = ""  # not given yet: white space, or what may become a marker
-        self._raw: list[str] = []  # of the candidate, with the white space before it
-        self._marker_chars = 0  # of `_raw`: white space and marker
+        self._text = ""  # held back: white space, or the possible beginning of a marker
+        self._raw: list[str] = []  # the candidate's text, with the white space before it
+        self._marker_chars = 0  # how many characters of `_raw` are white space and marker
         self._candidate: Candidate | None = None
         self._at_start = True  # a bare call may begin here
         self._after_call = False  # nothing but white space has come since the last call
-        self._num_given = 0  # of the candidate's calls
-        self._live_chars: int | None = None  # of the current call's arguments that were given; None: it has not begun
+        self._num_given = 0  # how many of the candidate's calls were returned
+        self._live_chars: int | None = None  # how much of the current call's arguments was returned; None: no such call
         self._events: list[Event] = []
         self.num_calls = 0
 
     def feed(self, text: str) -> list[Event]:
-        """The events that new text brings."""
+        """The events of new text."""
         self._read(text, final=False)
         return self._take()
 
@@ -89,7 +89,7 @@ class ToolCallReader:
     # --- text ---------------------------------------------------------------------------------------------------------
 
     def _search(self, new: str, *, final: bool) -> str:
-        """Give text up to the next beginning of a call, and start its candidate; returns what is behind it."""
+        """Return text up to the next beginning of a call as content, and start its candidate. Returns the rest."""
         text, self._text = self._text + new, ""
         start, marker = self._find(text)
         if start is not None:
@@ -110,7 +110,7 @@ class ToolCallReader:
         return ""
 
     def _find(self, text: str) -> tuple[int | None, str]:
-        """Where the first beginning of a call stands, and its marker ("" for a bare one)."""
+        """(position of the first beginning of a call or None, its marker or "")."""
         if self._max_calls is not None and self.num_calls >= self._max_calls:
             return None, ""
         if self._at_start and self._format.bare is not None and (match := self._format.bare.match(text)):
@@ -119,7 +119,7 @@ class ToolCallReader:
         return min(found) if found else (None, "")
 
     def _num_held(self, text: str) -> int:
-        """How much of the end of the text may belong to the beginning of a call: white space, a part of a marker."""
+        """How many characters at the text's end may belong to a call's beginning: white space, or part of a marker."""
         longest = 0
         for marker in self._format.markers:
             for length in range(min(len(marker) - 1, len(text)), longest, -1):
@@ -140,7 +140,7 @@ class ToolCallReader:
     # --- candidates ---------------------------------------------------------------------------------------------------
 
     def _read_candidate(self, text: str) -> str:
-        """Take text until the candidate ends or turns out to be no call; returns what is to be read again or next."""
+        """Read text until the candidate ends or can't be a call. Returns the text that is to be read next."""
         candidate = self._candidate
         assert candidate is not None, "there is a candidate"
         for position, char in enumerate(text):
@@ -161,10 +161,10 @@ class ToolCallReader:
         return ""
 
     def _end_candidate(self) -> str:
-        """The text ended within the candidate."""
+        """Handle a text that ended within the candidate. Returns the text that is to be read again."""
         candidate = self._candidate
         assert candidate is not None, "there is a candidate"
-        if self._live_chars is not None:  # cut off, as everybody's arguments are at max_tokens
+        if self._live_chars is not None:  # cut off, for example at max_tokens
             self._give_calls(candidate.pending)
             self._candidate = None
             return ""
@@ -177,7 +177,7 @@ class ToolCallReader:
         return ""
 
     def _drop_candidate(self, rest: str) -> str:
-        """It was no call: its beginning is content, and what is behind that is read again."""
+        """Drop a candidate that is not a call. Its beginning becomes content, and the text behind it is read again."""
         raw, self._raw, self._candidate = "".join(self._raw), [], None
         begin = max(self._marker_chars, 1)
         text = raw + rest
@@ -199,7 +199,7 @@ class ToolCallReader:
         self._at_start = self._after_call = True
 
     def _give_live(self) -> None:
-        """Where it is sure that this becomes a call: what there is of it."""
+        """Return the new part of the current call's arguments, if it is certain to become a call."""
         current = self._candidate.current if self._candidate is not None else None
         if not self._sure or current is None or current.name is None or current.arguments_start is None:
             return

@@ -1,6 +1,5 @@
-"""Values of a body's fields that take more than a type to check: what each may hold, and its limits.
+"""Checks of values in a body's fields for which a type is not enough, with their limits. One module per kind of value.
 
-One module for one kind of value. They read what a client sent and say what is wrong with it; what is done with a value
-is not known here. Nothing is echoed: messages name limits, never values. May import the base exception and each other;
+Error messages name limits, never the client's values. The modules may import the base exception and each other.
 `generation.protocol` builds the bodies from them. Start with `base`, then `tokens`.
 """

@@ -11,9 +11,8 @@ MAX_ADAPTER_SCALE = 16.0  # of one adapter in a mixture, either sign
 
 
 class AdapterChoice(Body):
-    """One adapter of a mixture: delta = scale · its own. Negative scales take away, zero switches off.
-
-    A field besides the two (`weight`, `path`) is refused: it could only change the mixture."""
+    """One of several adapters of a request; its delta is multiplied by `scale`. A negative scale subtracts it, zero
+    switches it off. Any further field (`weight`, `path`) is refused, since it would ask for another result."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -37,8 +36,8 @@ AdapterChoices = Annotated[
 
 
 def number_of(name: str) -> int:
-    """The number by which llama.cpp's clients name an adapter. It is made from the name, so it stays the same while
-    other adapters come and go."""
+    """The number by which llama.cpp's clients name an adapter. It is a hash of the name, so it stays the same when
+    other adapters are loaded or removed."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") >> 1
 
 

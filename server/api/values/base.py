@@ -1,4 +1,4 @@
-"""What all bodies and their values share: strict types, finite numbers, and errors in plain words."""
+"""The base class of all bodies: strict types and finite numbers; and helpers for errors and schemas."""
 
 from typing import Any
 
@@ -15,6 +15,7 @@ def schema(**schema: Any) -> WithJsonSchema:
 
 
 class Body(BaseModel):
-    """What all bodies share: strict types and finite numbers. `fields` says what happens to fields that aren't here."""
+    """The base class of all bodies: strict types and finite numbers. `generation.fields` treats fields that a body
+    doesn't have."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)

@@ -1,4 +1,4 @@
-"""Variables that a client gives to the chat template, beside those that the server gives it."""
+"""Variables that a client sends for the chat template, besides the server's own."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from guanaco.server.api.values.base import fail, schema
 MAX_VARIABLES = 32
 MAX_VARIABLES_BYTES = 16 << 10  # of all of them as JSON
 _NAME = re.compile("[A-Za-z][A-Za-z0-9_]{0,63}")
-# What a template gets from the server, or calls: a client's value in such a place would be another prompt.
+# Names that a template gets from the server, or calls. A client's value for one of them would change the prompt.
 RESERVED = frozenset(
     (
         *("messages", "message", "conversation", "tools", "documents", "add_generation_prompt"),

@@ -1,4 +1,4 @@
-"""Token ids and texts that say which tokens may come, which are favoured and which end an answer."""
+"""Token ids and texts that allow, forbid or favour tokens, and those that end an answer."""
 
 import re
 from typing import Annotated

@@ -1,12 +1,12 @@
-"""Fields of other servers' bodies that a route refuses, unless it takes them, with the values that ask for nothing.
+"""Fields of other servers' bodies that are refused, with the values that change nothing and so may pass.
 
-Names and values only: `generation.fields` says which route takes which.
+`generation.fields` decides which route accepts which of them.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-Neutral = tuple[Any, ...]  # the values of a refused field that ask for nothing, and pass; null always does
+Neutral = tuple[Any, ...]  # the values of a refused field that change nothing and pass; null always passes
 
 ADAPTERS: Mapping[str, Neutral] = {
     "adapter": (),

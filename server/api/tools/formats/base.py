@@ -1,4 +1,4 @@
-"""What the reader of a model's text needs of a format, and the candidate that all of our formats share."""
+"""The base classes of formats and of their candidates, and the reader of call objects that all formats share."""
 
 import re
 from abc import ABC, abstractmethod
@@ -14,11 +14,11 @@ SPACE = " \t\n\r"
 
 
 class Status(Enum):
-    """What a candidate is after a character."""
+    """The state of a candidate after a character."""
 
     MORE = auto()  # it may become a call
     CALLS = auto()  # `calls` has new ones, and more may come
-    END = auto()  # the last character was its last; `calls` may have new ones
+    END = auto()  # that character was its last; `calls` may have new ones
 
 
 class Call(NamedTuple):
@@ -27,67 +27,67 @@ class Call(NamedTuple):
 
 
 class Candidate(ABC):
-    """Text that began as calls begin. `calls` grows by those that are complete."""
+    """A text that began as calls begin. Complete calls are added to `calls`."""
 
     def __init__(self, names: Collection[str]) -> None:
         self.names = names
         self.calls: list[Call] = []
-        self.pending: list[Call] = []  # complete calls that count when what belongs behind them has come
-        self.unread = 0  # of the last characters, those that belong to what follows
-        self.current: CallObject | None = None  # that is being read, for streams of arguments
+        self.pending: list[Call] = []  # complete calls that count only when the text that must follow them has come
+        self.unread = 0  # how many of the last characters belong to the text behind the candidate
+        self.current: CallObject | None = None  # the call that is being read, to stream its arguments
 
     @abstractmethod
     def push(self, char: str) -> Status:
-        """Take the next character. Raises NoCall where it can't belong to calls."""
+        """Read the next character. Raises NoCall if it can't belong to calls."""
 
     @abstractmethod
     def finish(self) -> None:
-        """The text is over. `calls` gets what may count without its end. Raises NoCall where that is nothing."""
+        """Handle the end of the text: add calls that count without their end to `calls`. Raises NoCall if none does."""
 
 
 @dataclass(frozen=True)
 class CallFormat(ABC):
     """A way of writing calls.
 
-    markers: texts that begin calls wherever they stand. Where a marker is a control token, the engine has to show it.
-    bare: how calls begin without a marker, where the answer or the text behind a call begins; None: never so.
+    markers: texts that begin calls anywhere. If a marker is a control token, the engine must show it. bare: how calls
+    begin without a marker, at the start of the answer or behind a call; None: they never do.
     """
 
     name: str
     markers: tuple[str, ...]
     bare: re.Pattern[str] | None = None
     argument_key: str = "arguments"
-    guides_text: bool = False  # whether `within_text` is there
+    guides_text: bool = False  # whether `within_text` is implemented
     many: bool = True  # whether an answer may have several calls
     instruction: str = "To call a function, write its name and its arguments as JSON in this form, and nothing else:"
 
     @property
     def control_texts(self) -> tuple[str, ...]:
-        """Texts of calls that are control tokens in some vocabularies: the engine has to show them."""
+        """Texts of calls that are control tokens in some vocabularies. The engine must show them."""
         return self.markers
 
     @abstractmethod
     def candidate(self, names: Collection[str]) -> Candidate:
-        """A new candidate for what stands behind a marker; a bare one's first character is the opening brace."""
+        """A new candidate for the text behind a marker. Without a marker, its first character is the opening brace."""
 
     @abstractmethod
     def forced(self, call: Part, *, most: int, marker: bool) -> Part:
-        """1 to `most` calls as the reader finds them, for answers that have to be calls; `call` is one call's object.
+        """The grammar of 1 to `most` calls, for answers that must be calls. call: the grammar of one call's object.
 
-        marker: whether the first marker belongs to the answer; else it stands at the end of the prompt.
+        marker: whether the first marker belongs to the answer; otherwise the prompt ends with it.
         """
 
     def within_text(self, call: Part, *, many: bool) -> Part:
-        """Any text in which each marker is followed by a call; `call` as above."""
+        """The grammar of any text in which a call follows each marker. call: as in `forced`."""
         raise NotImplementedError(f"calls of the format {self.name} have no grammar in a free text")
 
     @abstractmethod
     def written(self, calls: list[tuple[str, str]]) -> str:
-        """Calls, as (name, arguments as JSON), as a model of this format writes them: for default prompts."""
+        """Calls in the text that a model of this format writes, for default prompts. calls: (name, JSON arguments)."""
 
 
 class Objects:
-    """One call object, or a list of them, read by characters: a part of candidates."""
+    """Reads one call object, or a list of them, character by character. A part of candidates."""
 
     def __init__(self, names: Collection[str], *, may_be_list: bool) -> None:
         self._names = names
@@ -98,7 +98,7 @@ class Objects:
         self.done = False
 
     def push(self, char: str) -> Call | None:
-        """Take a character; the call that it completes. `done` after the last character of object or list."""
+        """Read a character. Returns the call that it completes, if any. `done` after the object's or list's end."""
         if self.current is not None:
             self.current.push(char)
             if not self.current.done:

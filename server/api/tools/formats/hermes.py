@@ -28,7 +28,7 @@ class _Tagged(Candidate):
         if not self._tail and char in SPACE:
             return Status.MORE
         self._tail += char
-        if self._tail in (CLOSE, OPEN):  # the next call's, where the closing tag was forgotten
+        if self._tail in (CLOSE, OPEN):  # OPEN is the next call's, if the model forgot the closing tag
             self.calls += self.pending
             self.unread = len(OPEN) if self._tail == OPEN else 0
             return Status.END

@@ -52,7 +52,8 @@ class _Behind(Candidate):
         return Status.END if self._objects.done else Status.CALLS if call is not None else Status.MORE
 
     def _check_head(self) -> None:
-        """A name of a function, then nothing but the markers, an id, and white space."""
+        """Raise NoCall unless the head can become a function's name, followed only by markers, an id and white
+        space."""
         name, bracket, rest = self._head.partition("[")
         if len(self._head) > _MAX_HEAD_CHARS:
             raise NoCall
@@ -70,7 +71,7 @@ class _Behind(Candidate):
             raise NoCall
 
     def _begin_arguments(self) -> None:
-        """The arguments are read as those of a call object that has the name already."""
+        """Begin to read the arguments, with a call object that has the name already."""
         name, bracket, rest = self._head.partition("[")
         markers = bracket + rest
         if name.rstrip() not in self.names or not (

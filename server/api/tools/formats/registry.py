@@ -1,4 +1,4 @@
-"""The formats by name, and which one a chat template's text speaks for."""
+"""The formats by name, and the choice of a format from a chat template's text."""
 
 from guanaco.server.api.tools.formats.base import CallFormat
 from guanaco.server.api.tools.formats.hermes import HERMES
@@ -19,5 +19,5 @@ _SIGNS = (
 
 
 def format_of_template(source: str) -> CallFormat:
-    """The format that a template's text shows; the default, Hermes', where it shows none."""
+    """The format that appears in a template's text; Hermes' if none does."""
     return next((found for sign, found in _SIGNS if sign in source), DEFAULT)
