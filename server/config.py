@@ -1,7 +1,8 @@
-"""Every setting of the server, in one place, valid or refused: flag > GUANACO_* > YAML file > default.
+"""All settings of the server in one place, validated. A flag goes before GUANACO_*, that before the YAML file and
+defaults.
 
-The only reader of the environment. What is measured later (free memory, the number of KV blocks) is not a setting.
-Built by the command line; read by the wiring and the API.
+The only module that reads the environment. Values that are measured later (free memory, the number of KV blocks) are
+not settings. Built by the command line; read when the server starts, and by the API.
 """
 
 import os
@@ -24,7 +25,7 @@ from guanaco.models.formats.small_files import read_small
 from guanaco.server.service_links import is_service_link
 from guanaco.server.setting_types import EMPTY_KEY, Bytes, Count, HostNames, Key, Keys, Origins, Seconds, Texts
 
-MAX_NAMED_FILE_BYTES = 1 << 20  # of --config and of a file of keys
+MAX_NAMED_FILE_BYTES = 1 << 20  # limit of the --config file and of files with keys
 ENV_PREFIX = "GUANACO_"
 
 
@@ -214,7 +215,7 @@ class LogSettings(BaseModel):
     )
 
 
-# The panels of `guanaco serve --help`, in their order. A new setting goes into the class that it belongs to.
+# The panels of `guanaco serve --help`, in their order. A new setting goes into the class of its panel.
 SECTIONS: dict[str, type[BaseModel]] = {
     "Model": ModelSettings,
     "Adapters": AdapterSettings,
@@ -228,7 +229,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
 }
 
 
-# The bases stand in reverse: pydantic takes the fields of the last one first.
+# The base classes are in reverse order, because pydantic takes the fields of the last one first.
 class Settings(
     LogSettings,
     TimeSettings,
@@ -241,7 +242,8 @@ class Settings(
     ModelSettings,
     BaseSettings,
 ):
-    """Born valid, never changed. Each field is a flag (`--port`), a variable (`GUANACO_PORT`) and a YAML key."""
+    """All settings, validated when they are made and never changed. Each field is a flag (`--port`), a variable
+    (`GUANACO_PORT`) and a YAML key."""
 
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX, frozen=True, extra="forbid", env_ignore_empty=True, hide_input_in_errors=True
@@ -259,24 +261,26 @@ class Settings(
         assert isinstance(env_settings, EnvSettingsSource)
         links = {name for name in env_settings.env_vars if _is_link(name, env_settings.env_vars[name] or "")}
         env_settings.env_vars = {k: v for k, v in env_settings.env_vars.items() if k not in links}
-        # no .env file and no secrets directory: nothing is read that was not named
+        # no .env file and no secrets directory: only sources that the operator named are read
         return init_settings, env_settings
 
     @property
     def cache_dir(self) -> Path:
-        """Raises SettingsError where it lies below a home directory and this user has none."""
+        """The cache directory as an absolute path. Raises SettingsError if it is below the home directory of a user
+        without one."""
         return _below_home(self.cache, "cache")
 
     @property
     def adapter_store_dir(self) -> Path:
-        """Where versions of adapters are kept, all bases together. Raises SettingsError, as `cache_dir`."""
+        """The directory for copies of adapter versions, for all base models. Raises SettingsError as `cache_dir`
+        does."""
         if self.adapter_store is None:
             return self.cache_dir / "adapters"
         return _below_home(self.adapter_store, "adapter_store")
 
     @property
     def shared_hub_cache(self) -> Path:
-        """Where other tools keep what they downloaded from the hub, as its library finds it."""
+        """The directory in which other tools keep downloads from the hub, found as the hub's library does."""
         for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
             if path := os.environ.get(variable):
                 return _expanded(path)
@@ -289,13 +293,13 @@ class Settings(
         return self.admin_key is not None or self.admin_key_file is not None
 
     def public(self) -> dict[str, Any]:
-        """The settings as plain data, secrets masked: what --print-config shows."""
+        """The settings as plain data with secrets masked, for --print-config."""
         return self.model_dump(mode="json")
 
 
 def _below_home(path: Path, name: str) -> Path:
-    """An absolute path. Without HOME, and with a user id that no account has (OpenShift), `~` stands for nothing; a
-    directory of that name must not be made."""
+    """An absolute path with `~` expanded. Raises SettingsError if the user has no home directory (no HOME, and a user
+    id without an account, as on OpenShift); otherwise a directory called `~` would be made."""
     text = os.path.expanduser(path)
     if text.startswith("~"):
         flag, variable = "--" + name.replace("_", "-"), ENV_PREFIX + name.upper()
@@ -307,12 +311,12 @@ def _expanded(path: str) -> Path:
     return Path(os.path.abspath(os.path.expanduser(os.path.expandvars(path))))
 
 
-# An empty variable counts as unset, except where it was meant to keep others out.
+# An empty variable counts as unset, except for keys: those were meant to keep others out, so an empty one is an error.
 _KEYS = frozenset({"api_key", "api_key_file", "admin_key", "admin_key_file"})
 
 
 def chat_history_file() -> Path | None:
-    """Where `guanaco chat` keeps what was typed (the XDG specification's place for state); None without a home."""
+    """The file in which `guanaco chat` keeps typed messages (below XDG_STATE_HOME); None without a home directory."""
     state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
     try:
         return Path(state).expanduser() / "guanaco" / "chat_history"
@@ -332,7 +336,7 @@ def load_settings(flags: Mapping[str, Any], config_file: Path | None = None) -> 
     """
     variables = {name for name, text in os.environ.items() if name.startswith(ENV_PREFIX) and not _is_link(name, text)}
     known = {ENV_PREFIX + name.upper(): name for name in Settings.model_fields}
-    hint = "no setting is called so (guanaco serve --help lists them)"
+    hint = "there is no such setting (guanaco serve --help lists them)"
     set_here = {known[name] for name in variables & known.keys() if os.environ[name]}
     for variable in sorted(variables - known.keys()):
         raise SettingsError(f"unknown environment variable {variable}: {hint}")
@@ -366,8 +370,8 @@ def _where(name: str, flags: Mapping[str, Any], from_file: Mapping[str, Any], co
 
 
 def read_named_file(flag: str, path: Path) -> bytes:
-    """The whole of a file that `flag` names. SettingsError where it can't be read, is a pipe, a device or a directory,
-    or is larger than MAX_NAMED_FILE_BYTES."""
+    """The content of a file that `flag` names. Raises SettingsError if it can't be read, is a pipe, a device or a
+    directory, or is larger than MAX_NAMED_FILE_BYTES."""
     try:
         return read_small(path, MAX_NAMED_FILE_BYTES)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What a verb of the command line cannot do, and what to do about it. One line, exit code 2."""
+"""The error of a command that can't be carried out. Its message says what to do; exit code 2."""
 
 from guanaco.models.errors import OperatorError
 

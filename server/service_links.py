@@ -1,7 +1,7 @@
-"""Variables that Kubernetes and Docker put into a container for each service, by the service's name.
+"""Recognises the variables that Kubernetes and Docker set in a container for each service, named after the service.
 
-A service called `guanaco` or `guanaco-gpu` makes variables that start as our own do: `GUANACO_PORT=tcp://10.0.0.1:80`,
-`GUANACO_SERVICE_HOST`, `GUANACO_GPU_PORT_80_TCP_ADDR`. They say nothing about settings. Used by `config`.
+A service called `guanaco` or `guanaco-gpu` makes variables that start like our own: `GUANACO_PORT=tcp://10.0.0.1:80`,
+`GUANACO_SERVICE_HOST`, `GUANACO_GPU_PORT_80_TCP_ADDR`. They are not settings. Used by `config`.
 """
 
 import re
@@ -12,7 +12,7 @@ _BY_NAME = re.compile(
     rf"{_SERVICE}(?:SERVICE_HOST|SERVICE_PORT(?:_[A-Z0-9_]+)?|PORT_\d+_(?:TCP|UDP|SCTP)(?:_PROTO|_PORT|_ADDR)?)"
     rf"|{_SERVICE}ENV_\w+"
 )
-# `PORT` is a setting too and `NAME` may be a typing error: their values tell.
+# `PORT` is also a setting, and `NAME` may be a typing error. Their values decide.
 _BY_VALUE = (
     (re.compile(rf"{_SERVICE}PORT"), re.compile(r"(?:tcp|udp|sctp)://.*")),
     (re.compile(rf"{_SERVICE}NAME"), re.compile(r"/[^/]+/.+")),
@@ -20,7 +20,7 @@ _BY_VALUE = (
 
 
 def is_service_link(name: str, value: str) -> bool:
-    """Whether a variable was made for a service. name: without our prefix, in any case."""
+    """Whether a variable was set for a service. name: without our prefix, in upper or lower case."""
     upper = name.upper()
     if _BY_NAME.fullmatch(upper):
         return True

@@ -1,4 +1,4 @@
-"""The types that settings have: sizes, lists, keys, host names, origins, and how each is read from text.
+"""The types of settings: sizes, lists, keys, host names, origins. Each can be read from text.
 
 Imports nothing of ours. `server/config.py` declares the settings with them.
 """
@@ -27,7 +27,7 @@ def _parse_list(value: object) -> object:
 
 
 def _key(value: object) -> object:
-    """An empty key would let everybody in: an unset shell variable makes one."""
+    """Refuse an empty key: it would let everybody in. An unset shell variable makes one."""
     text = value.get_secret_value() if isinstance(value, SecretStr) else value
     if not isinstance(text, str):
         return value

@@ -1,6 +1,7 @@
-"""What can be known before a model is loaded is checked before: a typing error must not cost minutes.
+"""Checks that need no loaded model: a typing error must not cost the minutes of loading.
 
-Reads names, settings and small files only; the loaders check everything again, with the tensors. Called by the wiring.
+Reads names, settings and small files only; the loaders check everything again, with the tensors. Called by `runtime`
+and the commands.
 """
 
 import os
@@ -23,21 +24,22 @@ _HUB_FOLDER = re.compile(r"models--(?P<id>[A-Za-z0-9][\w.-]*)")
 
 
 def adapter_options(settings: Settings) -> list[tuple[str, Path]]:
-    """Name and path of each --adapter; the demo brings its own where none are given. AdapterError for a bad option."""
+    """Name and path of each --adapter. Without any, the demo model has its own two. Raises AdapterError for a bad
+    option."""
     options = [parse_adapter_option(text) for text in settings.adapter]
     return list(demo_adapters().items()) if settings.model is None and not options else options
 
 
 def adapter_profiles(settings: Settings) -> dict[str, Profile]:
-    """What each --adapter-profile says, by the adapter's name. AdapterError or CommandError for a bad option."""
+    """Adapter's name → the profile of --adapter-profile. Raises AdapterError or CommandError for a bad option."""
     texts = dict(parse_name_option(text, "PROFILE") for text in settings.adapter_profile)
     if unknown := sorted(texts.keys() - {name for name, _ in adapter_options(settings)}):
-        raise CommandError(f"--adapter-profile {unknown[0]}: no --adapter is called so")
+        raise CommandError(f"--adapter-profile {unknown[0]}: no --adapter has this name")
     return {name: named_profile(text, TEMPLATE_NAMES) for name, text in texts.items()}
 
 
 def chosen_template(settings: Settings) -> ChatTemplate | None:
-    """The template of --chat-template; None: the model's own. TemplateError for one that can't be used."""
+    """The template of --chat-template; None: the model's own. Raises TemplateError if it can't be used."""
     return None if settings.chat_template is None else load_template(settings.chat_template)
 
 
@@ -47,8 +49,8 @@ def base_name(settings: Settings) -> str:
 
 
 def base_root(settings: Settings) -> str:
-    """What the base is made from, as clients may see it: they must not learn where the operator keeps things, so that
-    a local model goes by its last path component."""
+    """The source of the base as clients may see it. A local model is named by the last part of its path: clients must
+    not learn where the operator keeps files."""
     if settings.model is None:
         return DEMO_NAME
     path = Path(os.path.expanduser(settings.model))
@@ -56,7 +58,7 @@ def base_root(settings: Settings) -> str:
 
 
 def _local_name(path: Path) -> str:
-    """What a local model is called. A snapshot in a hub cache is called as its repository: its own name is a commit."""
+    """The name of a local model. A snapshot in a hub cache gets its repository's name, since its own is a commit."""
     match = _HUB_FOLDER.fullmatch(path.parent.parent.name)
     if path.parent.name == "snapshots" and match is not None:
         return "/".join(match["id"].split("--", 1))
@@ -64,9 +66,9 @@ def _local_name(path: Path) -> str:
 
 
 def check_before_loading(settings: Settings, wanted: str | None = None) -> None:
-    """Raises the error that loading would raise later: AdapterError, CommandError, ModelError or TemplateError.
+    """Raise the error that loading would raise later: AdapterError, CommandError, ModelError or TemplateError.
 
-    wanted: a name that must be the base's or an adapter's.
+    wanted: a name that must belong to the base or to an adapter.
     """
     _check_sizes(settings)
     chosen_template(settings)

@@ -1,6 +1,6 @@
-"""In which form activations, keys and values are kept, by the settings and the provider that was found.
+"""The dtypes of activations, keys and values, chosen by the settings and the provider.
 
-Used by the wiring and `doctor`.
+Used by `runtime` and `doctor`.
 """
 
 import torch
@@ -15,7 +15,8 @@ _CACHE_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 def compute_dtype(settings: Settings, provider: str, gpu: Gpu | None) -> torch.dtype:
-    """The native kernels compute in float32 between their ends whatever this is: what they keep in it is K and V."""
+    """The dtype of activations. Raises CommandError if the provider doesn't have it. The native kernels compute in
+    float32 in any case, and only store K and V in this dtype."""
     if settings.dtype == "float16" and provider != "triton":
         raise CommandError(f"--dtype float16 is for the triton provider; {provider} has float32 and bfloat16")
     if settings.dtype != "auto":
@@ -26,7 +27,7 @@ def compute_dtype(settings: Settings, provider: str, gpu: Gpu | None) -> torch.d
 
 
 def cache_dtype(settings: Settings, ops: Ops) -> torch.dtype:
-    """What K and V are stored in. Raises CommandError where the provider, or the GPU, cannot."""
+    """The dtype in which K and V are stored. Raises CommandError if the provider or the GPU doesn't have it."""
     if settings.kv_cache_dtype == "auto":
         return ops.dtype
     wanted = _CACHE_DTYPES[settings.kv_cache_dtype]
@@ -39,12 +40,12 @@ def cache_dtype(settings: Settings, ops: Ops) -> torch.dtype:
 
 
 def expected_cache_dtype(settings: Settings) -> torch.dtype:
-    """The same before a provider was looked for."""
+    """The cache dtype to expect before a provider is chosen."""
     if settings.kv_cache_dtype != "auto":
         return _CACHE_DTYPES[settings.kv_cache_dtype]
     return _DTYPES.get(settings.dtype, torch.float32 if settings.provider == "reference" else torch.bfloat16)
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """`bfloat16`, `float8_e4m3fn`."""
+    """The dtype's name without `torch.`: `bfloat16`, `float8_e4m3fn`."""
     return str(dtype).removeprefix("torch.")

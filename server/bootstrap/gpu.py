@@ -1,7 +1,7 @@
 """The GPU that the `triton` provider would use, if there is one.
 
-One look through torch; knows nothing of kernels or models. Used by the wiring and `doctor`. What it says of a GPU has
-never been tried: nobody who wrote this had one.
+Asks torch; knows nothing of kernels or models. Used by `runtime` and `doctor`. It has never run on a machine with a
+GPU.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import torch
 
 @dataclass(frozen=True)
 class Gpu:
-    """Sizes in bytes."""
+    """A GPU as torch describes it. Sizes are in bytes."""
 
     name: str
     capability: tuple[int, int]
@@ -20,12 +20,12 @@ class Gpu:
 
     @property
     def target(self) -> str:
-        """`sm_80`."""
+        """The GPU's architecture in NVIDIA's spelling: `sm_80`."""
         return f"sm_{self.capability[0]}{self.capability[1]}"
 
 
 def find_gpu() -> Gpu | None:
-    """The first CUDA GPU, or None where torch sees none (no GPU, no driver, or a build of torch without CUDA)."""
+    """The first CUDA GPU; None if torch finds none (no GPU, no driver, or a build of torch without CUDA)."""
     if not torch.cuda.is_available():
         return None
     free, total = torch.cuda.mem_get_info(0)

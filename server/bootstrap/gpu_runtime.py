@@ -1,6 +1,6 @@
-"""What the wiring does for the `triton` provider alone: CUDA graphs, what a GPU must keep free, what has run where.
+"""Start-up work for the `triton` provider only: CUDA graphs, tuned tiles, memory to keep free, notes for the banner.
 
-Used by `wiring`. Triton is only imported where that provider was chosen.
+Used by `runtime`. Triton is imported only if that provider was chosen.
 """
 
 import re
@@ -16,14 +16,14 @@ from guanaco.server.config import Settings
 from guanaco.server.engine.model_runner import DecodePath
 from guanaco.server.errors import CommandError
 
-# Of the CUDA context, Triton's kernels and the library's workspaces: a guess, never measured.
+# Bytes of the CUDA context, Triton's kernels and cuBLAS's workspaces. A guess, never measured.
 _CONTEXT_BYTES = 512 << 20
 
 
 def make_decode_path(
     settings: Settings, model: DecoderModel, ops: Ops, kv: PagedKVCache, max_model_len: int
 ) -> DecodePath | None:
-    """CUDA graphs where they are asked for and possible."""
+    """The CUDA graphs for decode steps; None if they are switched off or not possible."""
     if ops.name != "triton":
         return None
     from guanaco.kernels.triton.ops import TritonOps
@@ -47,12 +47,12 @@ def make_decode_path(
 
 
 def tuned_path(settings: Settings, name: str) -> Path:
-    """Where the tiles that were timed on a card of this name are."""
+    """The path of the file with the tiles that were timed on a card of this name."""
     return settings.cache_dir / f"tuned-kernels-{re.sub('[^A-Za-z0-9]+', '-', name)}.json"
 
 
 def use_tuned_kernels(settings: Settings, ops: Ops) -> tuple[str, ...]:
-    """Take the tiles that were timed on this card, where they were and are wanted; what to say of it."""
+    """Use the tiles that were timed on this card, if there are any and the settings want them. Returns notes."""
     if ops.name != "triton" or not settings.tuned_kernels:
         return ()
     gpu = find_gpu()
@@ -67,7 +67,7 @@ def use_tuned_kernels(settings: Settings, ops: Ops) -> tuple[str, ...]:
 
 
 def gpu_notes(settings: Settings, ops: Ops, model: DecoderModel) -> list[str]:
-    """For the banner: what of this provider has run where, and what of it is not used."""
+    """Notes for the banner: which parts of this provider have run on which hardware, and which are not used."""
     if ops.name != "triton":
         return []
     from guanaco.kernels.triton.ops import HAS_RUN

@@ -1,4 +1,4 @@
-"""What this machine, or the container around us, allows: processors, memory, instruction sets.
+"""The limits of this machine or container: processors, memory, instruction sets.
 
 Reads /proc and the cgroup files only; knows nothing of models. Used for defaults, the start-up plan and `doctor`.
 """
@@ -16,12 +16,12 @@ _CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "a
 
 @dataclass(frozen=True)
 class Machine:
-    """One look at the machine. Sizes in bytes."""
+    """The machine as it is now. Sizes are in bytes."""
 
     cpu_name: str
     cpu_count: int  # processors that this process may use, cgroup quota included
     cpu_flags: tuple[str, ...]
-    memory_bytes: int  # memory that this process may use altogether
+    memory_bytes: int  # memory that this process may use in all
     memory_available_bytes: int
     has_nvidia_driver: bool
 
@@ -41,7 +41,8 @@ def look(cgroup: Path = _CGROUP, proc: Path = Path("/proc")) -> Machine:
 
 
 def _cpu_count(cgroup: Path) -> int:
-    """Processors by affinity, and by the cgroup's quota (v2 `cpu.max`, v1 `cpu.cfs_*`), rounded up."""
+    """How many processors this process may use: by affinity and by the cgroup's quota (v2 `cpu.max`, v1 `cpu.cfs_*`),
+    rounded up."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _words(cgroup / "cpu.max")
     if not quota:
@@ -85,7 +86,7 @@ def _words(path: Path) -> list[str]:
 
 
 def _text(path: Path) -> str:
-    """The file's text; empty where there is none, which is an answer here (another cgroup version, another system)."""
+    """The file's text; empty if there is no such file, as with another cgroup version or another system."""
     try:
         return path.read_text()
     except OSError:
@@ -93,6 +94,6 @@ def _text(path: Path) -> str:
 
 
 def resident_bytes(proc: Path = Path("/proc")) -> int:
-    """How much memory this process has in use now; 0 where the system does not say."""
+    """The bytes of memory that this process uses now; 0 if the system does not say."""
     pages = _words(proc / "self/statm")[1:2]
     return int(pages[0]) * resource.getpagesize() if pages else 0

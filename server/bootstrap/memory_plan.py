@@ -1,25 +1,25 @@
-"""How memory will be spent: decided once at start, after the weights are in place, and shown in the banner.
+"""Decides how memory is divided: once at start, after the weights are loaded. The banner shows it.
 
-Plain arithmetic on sizes; knows nothing of tensors. Used by the wiring and by `doctor`.
+Plain arithmetic on sizes; knows nothing of tensors. Used by `runtime` and by `doctor`.
 """
 
 from dataclasses import dataclass
 
 from guanaco.server.errors import CommandError
 
-# Share of the memory that is free once the weights are loaded which the KV cache may take unless a size is given.
-# A quarter: the operator's machine does other things too, and full caches stay full (the prefix cache uses them).
+# The share of free memory, after the weights are loaded, that the KV cache gets if no size is given. Only a quarter,
+# because the machine also has other work, and a cache that was filled stays full (the prefix cache keeps it).
 AUTO_KV_SHARE = 0.25
-# The same of a GPU, after what is set aside for adapters and for a step's own tensors: it is ours, but for a desktop.
+# The same share on a GPU, after room for adapters and for a step's tensors. A GPU seldom has other work than a desktop.
 GPU_KV_SHARE = 0.9
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Sizes in bytes."""
+    """How memory is divided. Sizes are in bytes."""
 
     weights_bytes: int
-    adapters_bytes: int  # that all adapters together may take, now or later
+    adapters_bytes: int  # the most that all adapters together may take, now or later
     kv_bytes: int
     num_blocks: int
     block_size: int
@@ -37,7 +37,7 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class KvRequest:
-    """What was asked of the KV cache: None where the default is to be chosen."""
+    """The request for a KV cache. None: choose the default."""
 
     block_bytes: int
     block_size: int
@@ -56,12 +56,12 @@ def plan_memory(
     coming_bytes: int = 0,
     share: float = AUTO_KV_SHARE,
 ) -> MemoryPlan:
-    """Fit the KV cache into `share` of `free_bytes` (what is free after the weights were loaded), or the size given.
+    """Fit the KV cache into the size given, or into `share` of `free_bytes` (free after the weights were loaded).
 
-    coming_bytes: what adapters that are not loaded yet may take of those. A cache whose size is not given leaves it to
-    them, as far as that is at most a half.
+    coming_bytes: the bytes of these that adapters not loaded yet may take. If no size is given, they are left free, up
+    to a half.
 
-    Raises CommandError where what was asked for cannot be: each message names the flags that would help.
+    Raises CommandError if the request can't be met; the message names the flags that would help.
     """
     length = request.max_model_len or request.model_positions
     if length > request.model_positions:
@@ -81,12 +81,12 @@ def plan_memory(
     if tokens < length and request.max_model_len is not None:
         needed = -(-length // request.block_size) * request.block_bytes
         raise CommandError(
-            f"--max-model-len {length} needs a KV cache of {needed} bytes and {budget} are to be had: "
+            f"--max-model-len {length} needs a KV cache of {needed} bytes, and {budget} are available: "
             "raise --kv-cache-memory or lower --max-model-len"
         )
     if coming_bytes + num_blocks * request.block_bytes > free_bytes:
         notes.append(
-            f"adapters may come to take {human_bytes(coming_bytes)} more, and {human_bytes(free_bytes)} are free for "
+            f"adapters may later take {human_bytes(coming_bytes)} more, and {human_bytes(free_bytes)} are free for "
             "them and the KV cache: lower --adapter-host-memory"
         )
     if tokens < length:
@@ -104,7 +104,7 @@ def plan_memory(
 
 
 def human_bytes(count: int) -> str:
-    """`1.5 GiB`, `12.0 MiB`, `7 B`."""
+    """A size for people: `1.5 GiB`, `12.0 MiB`, `7 B`."""
     for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if count >= size:
             return f"{count / size:.1f} {unit}"

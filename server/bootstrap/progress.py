@@ -1,6 +1,6 @@
-"""Progress of what takes a while at start: a bar on a terminal, a line now and then anywhere else.
+"""Progress of slow work at start: a bar on a terminal, otherwise a line every few seconds.
 
-Called by the wiring and by `quantize`.
+Called by `runtime` and by `quantize`.
 """
 
 import time
@@ -17,7 +17,8 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 @contextmanager
 def reporting(console: Console, title: str) -> Iterator[Report]:
-    """A function to call with (what, done, in all), as often as one likes; nothing is shown before the first call."""
+    """Yield a function to call with (what, done, in all), any number of times. Nothing is shown before the first
+    call."""
     if not console.is_terminal:
         yield _Lines(console, title)
         return
@@ -40,13 +41,13 @@ def reporting(console: Console, title: str) -> Iterator[Report]:
 
 
 class _Lines:
-    """One line every few seconds, and one at the end."""
+    """Writes one line every few seconds, and one at the end."""
 
     def __init__(self, console: Console, title: str) -> None:
         self._console = console
         self._title = title
         self._next = 0.0
-        self._ended = ""  # what has been reported as complete: said once
+        self._ended = ""  # the work that was last reported as complete, so that it is reported once
 
     def __call__(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()

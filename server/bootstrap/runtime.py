@@ -1,6 +1,6 @@
-"""From settings to a running program: the one place where models, adapters, kernels and engine are introduced.
+"""Builds a running program from the settings: the one place that connects models, adapters, kernels and engine.
 
-Everything is loaded and checked here, before the first request; what is wrong leaves as one typed error. Used by
+Everything is loaded and checked here, before the first request. A problem is raised as one typed error. Used by
 `serve`, `generate` and `bench`.
 """
 
@@ -53,26 +53,28 @@ from guanaco.server.engine.request import Limits
 from guanaco.server.engine.scheduler import Scheduler
 from guanaco.server.errors import CommandError
 
-# Of a flood, in each step of a CPU: about as many as a short prompt has, so that who comes waits about twice as long.
+# Tokens per step that flooding adapters may use on a CPU. 32 is about one short prompt, so a new request waits for at
+# most about two steps' time.
 CPU_FLOOD_STEP_TOKENS = 32
 
 
 @dataclass(frozen=True)
 class Base:
-    """The base model and what belongs to it."""
+    """The base model with its tokenizer, template and defaults."""
 
     name: str  # in the API
-    root: str  # what it was made from, as clients may see it
+    root: str  # its source as clients may see it
     loaded: LoadedModel
     tokenizer: Tokenizer
-    template: ChatTemplate | None  # instead of the tokenizer's own
+    template: ChatTemplate | None  # used instead of the tokenizer's own
     eos_ids: frozenset[int]
     generation_config: Mapping[str, Any]
     notes: tuple[str, ...]
-    path: Path  # where its files are
+    path: Path  # the directory or file that was loaded
 
     def table(self, name: str) -> torch.Tensor | None:
-        """Its embedding or output layer as stored, for adapters that have saved one; None where it can't be read."""
+        """Its embedding or output layer as stored, to compare with one that an adapter saved. None if it can't be
+        read."""
         return stored_table(self.path, name)
 
 
@@ -82,7 +84,7 @@ class Runtime:
 
     base: Base
     ops: Ops
-    provider_reason: str  # why this provider
+    provider_reason: str  # why this provider was chosen
     registry: AdapterRegistry
     slots: SlotStore
     plan: MemoryPlan
@@ -92,7 +94,7 @@ class Runtime:
     notes: tuple[str, ...]
 
     def adapter(self, name: str | None) -> AdapterEntry | None:
-        """What a served name stands for; None for the base. CommandError for an unknown one."""
+        """The adapter with a served name; None for the base. Raises CommandError for an unknown name."""
         if name is None or name == self.base.name:
             return None
         entry = self.registry.resolve(name)
@@ -114,7 +116,7 @@ def build_runtime(settings: Settings, console: Console, wanted: str | None = Non
     ops, reason = _load_provider(settings, num_threads)
     tuned = use_tuned_kernels(settings, ops)
     kv_dtype = cache_dtype(settings, ops)
-    # The native kernels have threads of their own; torch's would spin beside them after every little op.
+    # The native kernels have threads of their own. torch's would compete with them after every small op.
     torch.set_num_threads(num_threads if ops.name == "reference" else 1)
     base = _load_base(settings, ops, console)
     registry = _load_adapters(settings, base, console)
@@ -141,8 +143,7 @@ def build_runtime(settings: Settings, console: Console, wanted: str | None = Non
 
 
 def _load_provider(settings: Settings, num_threads: int) -> tuple[Ops, str]:
-    """The kernels, and why these: a GPU's where there is one. Where the native ones cannot be used, that is the reason
-    for the reference."""
+    """(the kernels, why these were chosen). A GPU's if there is one, else the native ones, else the reference."""
     gpu = find_gpu() if settings.provider in ("auto", "triton") else None
 
     def load(name: str) -> Ops:
@@ -236,7 +237,7 @@ def _load_base(settings: Settings, ops: Ops, console: Console) -> Base:
 
 
 def _generation_config(path: Path) -> dict[str, Any]:
-    """The model's own sampling defaults; a GGUF file and many directories have none."""
+    """The model's own sampling defaults. A GGUF file and many directories have none."""
     file = path / "generation_config.json"
     if not path.is_dir() or not file.exists():
         return {}
@@ -244,7 +245,7 @@ def _generation_config(path: Path) -> dict[str, Any]:
 
 
 def _load_adapters(settings: Settings, base: Base, console: Console) -> AdapterRegistry:
-    """The adapters of --adapter; the demo brings its own where none are given."""
+    """Load the adapters of --adapter. Without any, the demo model has its own two."""
     registry = AdapterRegistry(
         base.loaded.model.lora_targets,
         base_names=(base.name,),
@@ -275,7 +276,7 @@ def _plan(settings: Settings, base: Base, registry: AdapterRegistry, ops: Ops, k
     loaded, most = registry.num_bytes, settings.adapter_host_memory
     if loaded > most:
         raise CommandError(f"the adapters take {loaded} bytes and may take {most}: raise --adapter-host-memory")
-    adapters_bytes = most if settings.has_admin else loaded  # without the key none can be added
+    adapters_bytes = most if settings.has_admin else loaded  # without an admin key no adapter can be added
     if ops.device.type == "cuda":
         return _gpu_plan(settings, base, request)
     return plan_memory(
@@ -288,7 +289,7 @@ def _plan(settings: Settings, base: Base, registry: AdapterRegistry, ops: Ops, k
 
 
 def _gpu_plan(settings: Settings, base: Base, request: KvRequest) -> MemoryPlan:
-    """On a GPU the adapters' arena is taken at once, and a step's own tensors are left room."""
+    """The memory plan for a GPU: the adapters' arena is allocated at once, and a step's tensors need free memory."""
     gpu, arena = find_gpu(), settings.adapter_device_memory
     assert gpu is not None
     reserve = arena + gpu_reserve_bytes(settings, base.loaded.config)
@@ -302,7 +303,7 @@ def _gpu_plan(settings: Settings, base: Base, request: KvRequest) -> MemoryPlan:
 
 
 def _adapter_places(settings: Settings, base: Base, registry: AdapterRegistry, ops: Ops) -> tuple[SlotTable, SlotStore]:
-    """The ledger of the places on the device, and the places. A device of its own gets an arena for them, at once."""
+    """(the ledger of adapter slots, their tensors). On a GPU they get an arena, which is allocated at once."""
     arena_bytes = 0 if ops.device.type == "cpu" else settings.adapter_device_memory
     table = SlotTable(settings.adapter_slots, arena_bytes)
     targets = base.loaded.model.lora_targets
@@ -313,7 +314,7 @@ def _adapter_places(settings: Settings, base: Base, registry: AdapterRegistry, o
         ops.place_adapter,
         arena_bytes=arena_bytes,
         offset_of=table.offset_of,
-        element_bytes=2 if ops.name == "triton" else None,  # it keeps float16, whatever the file has
+        element_bytes=2 if ops.name == "triton" else None,  # it stores adapters in float16, whatever the file has
     )
     for entry in registry.entries():
         num_bytes = store.bytes_of(registry.host_copy(entry.version))
@@ -353,8 +354,8 @@ def _build_engine(
 
 
 def _flood_step_tokens(settings: Settings, registry: AdapterRegistry, ops: Ops) -> int:
-    """A step of many rows takes a CPU long, and whoever comes waits for it; a GPU's takes hardly longer than a small
-    one. Where the base is alone, all wait for the same."""
+    """Tokens per step for flooding adapters; 0: no limit. On a CPU a step with many rows takes long, and new requests
+    wait for it; on a GPU it takes hardly longer than a small step. Without adapters no limit is needed."""
     if settings.flood_step_tokens is not None:
         return settings.flood_step_tokens
     has_others = bool(registry.entries()) or settings.has_admin

@@ -1,4 +1,4 @@
-"""The command line: one file for each verb. `main.py` puts them together.
+"""The command line: one file for each command. `main.py` puts them together.
 
 May import everything. Start with `main.py`.
 """

@@ -1,7 +1,7 @@
-"""`guanaco adapters`: look at an adapter on this machine, and change those of a running server.
+"""`guanaco adapters`: inspect an adapter on this machine, and change those of a running server.
 
-`inspect` and `check` of a path need no server. Talks to the admin routes with httpx2, which the hub's client
-uses as well. Called by the command line.
+`inspect` needs no server. The others call the admin routes with httpx2, which the hub's client uses, too. Called by the
+command line.
 """
 
 import json
@@ -25,11 +25,11 @@ from guanaco.server.commands.common import bearer, server_root
 from guanaco.server.config import Settings
 from guanaco.server.errors import CommandError
 
-_TIMEOUT_SECONDS = 600.0  # a large adapter on a slow disk takes a while to be read and tried out
+_TIMEOUT_SECONDS = 600.0  # reading and probing a large adapter from a slow disk takes long
 
 
 class AdminClient:
-    """The admin routes of one running server. CommandError for whatever goes wrong, with the server's own words."""
+    """The admin routes of one running server. Every failure is a CommandError, with the server's own message."""
 
     def __init__(self, url: str, admin_key: str | None) -> None:
         if not admin_key:
@@ -47,17 +47,17 @@ class AdminClient:
         try:
             answer = response.json()
         except ValueError:
-            raise CommandError(f"{self._url} answered {response.status_code}, and not as guanaco does") from None
+            raise CommandError(f"{self._url} answered {response.status_code}: it is not a guanaco server") from None
         if response.is_error:
             told = answer.get("error") if isinstance(answer, dict) else None
             if not isinstance(told, dict):
-                raise CommandError(f"{self._url} answered {response.status_code}, and not as guanaco does")
+                raise CommandError(f"{self._url} answered {response.status_code}: it is not a guanaco server")
             raise CommandError(f"{told.get('code')}: {told.get('message')}")
         return answer
 
 
 def show(answer: Any, *, as_json: bool) -> None:
-    """What the server said of one adapter or of all: a table for people, or JSON."""
+    """Print the server's answer about one adapter or all, as a table or as JSON."""
     console = Console(highlight=False)
     if as_json:
         console.print_json(json.dumps(answer))
@@ -88,7 +88,7 @@ def _shown(key: str, value: Any) -> str:
 
 
 def parse_split(targets: list[str]) -> dict[str, int]:
-    """`TARGET=WEIGHT …`, or one target alone, as the alias routes take them. Raises CommandError."""
+    """Target → weight, from `TARGET=WEIGHT …` or from one target alone. Raises CommandError."""
     split = {}
     for text in targets:
         target, separator, weight = text.partition("=")
@@ -148,7 +148,7 @@ def _list(adapters: list[dict[str, Any]]) -> Table:
 
 
 def show_conversion(report: ConvertReport, target: Path) -> None:
-    """What `convert` did, a line each."""
+    """Print what `convert` did, one line each."""
     console = Console(highlight=False)
     dtypes = ", ".join(f"{count} in {dtype}" for dtype, count in report.dtypes.items())
     sizes = f"{human_bytes(report.source_bytes)} → {human_bytes(report.target_bytes)}"
@@ -160,7 +160,7 @@ def show_conversion(report: ConvertReport, target: Path) -> None:
 
 
 def pull_adapter(settings: Settings, source: str, directory: Path | None) -> None:
-    """Download an adapter of the hub, and say which commit it is of. Raises AdapterError or CommandError."""
+    """Download an adapter from the hub, and print its commit. Raises AdapterError or CommandError."""
     address = HubAddress.parse(source if "@" in source else f"{source}@main")
     if address is None:
         raise CommandError(f"{source} is no adapter of the hub: write ORG/NAME or ORG/NAME@REVISION")
@@ -173,7 +173,7 @@ def pull_adapter(settings: Settings, source: str, directory: Path | None) -> Non
 
 
 def inspect_path(path: Path) -> dict[str, Any]:
-    """What the files of an adapter say of themselves, without a base model. Raises AdapterError."""
+    """The contents of an adapter's files, for JSON. Needs no base model. Raises AdapterError."""
     files = AdapterFiles.find(path, "default", CONFIG_NAME)
     config = parse_config(files.read(CONFIG_NAME, MAX_CONFIG_BYTES))
     check_weights_exist(files)

@@ -1,6 +1,6 @@
-"""The command line's verbs about adapters and aliases: `guanaco adapters …`, `guanaco aliases …`. Used by `main`.
+"""The commands about adapters and aliases: `guanaco adapters …`, `guanaco aliases …`. Used by `main`.
 
-The work is in `adapter_actions.py`; heavy imports happen inside a verb.
+The work is in `adapter_actions.py`; heavy imports happen inside a command.
 """
 
 from pathlib import Path
@@ -32,7 +32,8 @@ def _admin(
 
 
 def _of(collection: str, name: str, rest: str = "") -> str:
-    """The address of one adapter or alias. The name becomes a part of it: one that is none ends the program."""
+    """The path of one adapter or alias on the server. Raises AdapterError for an invalid name, since it becomes a part
+    of the path."""
     from guanaco.adapters.versions.names import check_name
 
     check_name(name)
@@ -49,7 +50,7 @@ def adapters_list(url: _Url = _URL, admin_key: _AdminKey = None, as_json: _AsJso
 def adapters_inspect(
     path: Annotated[Path, typer.Argument(help="directory of the adapter")], as_json: _AsJson = False
 ) -> None:
-    """Say what an adapter's files hold; no server and no model is needed."""
+    """Show what an adapter's files hold. Needs no server and no model."""
     from guanaco.server.commands.adapter_actions import inspect_path, show
 
     show(inspect_path(path), as_json=as_json)
@@ -61,7 +62,7 @@ def adapters_convert(
     dst: Annotated[Path, typer.Argument(help="directory to write; must not exist")],
     dtype: Annotated[str, typer.Option(help="keep, float32, float16 or bfloat16")] = "keep",
 ) -> None:
-    """Make an adapter of 2023 into what the server reads; a pickle is taken apart in a restricted process."""
+    """Convert an old adapter to the format that the server reads. A pickle is read in a restricted process."""
     from guanaco.adapters.convert.conversion import convert_adapter
     from guanaco.server.commands.adapter_actions import show_conversion
 
@@ -94,7 +95,7 @@ def adapters_check(
     admin_key: _AdminKey = None,
     as_json: _AsJson = False,
 ) -> None:
-    """Ask a running server whether it would load an adapter, and what that would take."""
+    """Ask a running server whether it would load an adapter, and how much memory that needs."""
     _admin(url, admin_key, as_json, "POST", _of("adapters", name, "/check"), {"source": source})
 
 
@@ -120,7 +121,7 @@ def adapters_load(
 
 @adapters_app.command("unload", cls=Command)
 def adapters_unload(
-    name: Annotated[str, typer.Argument(help="which")],
+    name: Annotated[str, typer.Argument(help="name of the adapter")],
     force: Annotated[bool, typer.Option("--force", help="end the requests that use it")] = False,
     timeout: Annotated[float, typer.Option(min=0, max=300, help="seconds to wait for those requests")] = 10.0,
     url: _Url = _URL,
@@ -134,20 +135,20 @@ def adapters_unload(
 
 @adapters_app.command("rollback", cls=Command)
 def adapters_rollback(
-    name: Annotated[str, typer.Argument(help="which")],
+    name: Annotated[str, typer.Argument(help="name of the adapter")],
     to: Annotated[str | None, typer.Option("--to", help="a version of its history (none: the one before)")] = None,
     url: _Url = _URL,
     admin_key: _AdminKey = None,
     as_json: _AsJson = False,
 ) -> None:
-    """Make a name what it was before its last change."""
+    """Let a name stand for its version before the last change, or for an earlier one."""
     _admin(url, admin_key, as_json, "POST", _of("adapters", name, "/rollback"), {"version": to} if to else {})
 
 
 @adapters_app.command("pin", cls=Command)
 def adapters_pin(
-    name: Annotated[str, typer.Argument(help="which")],
-    off: Annotated[bool, typer.Option("--off", help="no longer")] = False,
+    name: Annotated[str, typer.Argument(help="name of the adapter")],
+    off: Annotated[bool, typer.Option("--off", help="do so no longer")] = False,
     url: _Url = _URL,
     admin_key: _AdminKey = None,
     as_json: _AsJson = False,
@@ -164,7 +165,7 @@ def aliases_list(url: _Url = _URL, admin_key: _AdminKey = None, as_json: _AsJson
 
 @aliases_app.command("show", cls=Command)
 def aliases_show(
-    name: Annotated[str, typer.Argument(help="which")],
+    name: Annotated[str, typer.Argument(help="name of the alias")],
     url: _Url = _URL,
     admin_key: _AdminKey = None,
     as_json: _AsJson = False,
@@ -195,7 +196,7 @@ def aliases_set(
 
 @aliases_app.command("rename", cls=Command)
 def aliases_rename(
-    name: Annotated[str, typer.Argument(help="which")],
+    name: Annotated[str, typer.Argument(help="name of the alias")],
     new: Annotated[str, typer.Argument(help="its new name")],
     url: _Url = _URL,
     admin_key: _AdminKey = None,
@@ -207,7 +208,7 @@ def aliases_rename(
 
 @aliases_app.command("rollback", cls=Command)
 def aliases_rollback(
-    name: Annotated[str, typer.Argument(help="which")],
+    name: Annotated[str, typer.Argument(help="name of the alias")],
     to: Annotated[
         int | None, typer.Option("--to", min=1, help="a revision of its history (none: the one before)")
     ] = None,
@@ -215,16 +216,16 @@ def aliases_rollback(
     admin_key: _AdminKey = None,
     as_json: _AsJson = False,
 ) -> None:
-    """Make an alias lead where it led before its last change."""
+    """Give an alias the targets that it had before its last change, or at an earlier revision."""
     _admin(url, admin_key, as_json, "POST", _of("aliases", name, "/rollback"), {"revision": to} if to else {})
 
 
 @aliases_app.command("remove", cls=Command)
 def aliases_remove(
-    name: Annotated[str, typer.Argument(help="which")],
+    name: Annotated[str, typer.Argument(help="name of the alias")],
     url: _Url = _URL,
     admin_key: _AdminKey = None,
     as_json: _AsJson = False,
 ) -> None:
-    """Remove an alias; what it leads to stays."""
+    """Remove an alias. The adapters to which it leads stay."""
     _admin(url, admin_key, as_json, "DELETE", _of("aliases", name))

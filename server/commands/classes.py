@@ -1,4 +1,4 @@
-"""The classes that commands are made of: how their help looks, which settings they take, how they end.
+"""The base classes of commands: their help, their settings, and how they end.
 
 Imports settings only when a command that takes them runs, so that `guanaco --help` answers at once.
 """
@@ -23,7 +23,7 @@ class Command(TyperCommand):
 
 
 class SettingsCommand(Command):
-    """A command that takes every setting as an option beside its own ones."""
+    """A command that has every setting as an option, besides its own options."""
 
     shown: ClassVar[frozenset[str] | None] = None  # panels of settings in its help; None: all
 
@@ -41,7 +41,7 @@ class SettingsCommand(Command):
         return super().invoke(ctx) if read_settings(ctx) else None
 
     def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002  (as above)
-        """Print the help without the panels that do not matter to this command."""
+        """Print the help without the panels of settings that do not matter to this command."""
         parameters = [p for p in self.get_params(ctx) if not p.rich_help_panel or self._shows(p.rich_help_panel)]
         print_help(self, ctx, parameters=parameters)
 
@@ -50,7 +50,8 @@ class SettingsCommand(Command):
 
 
 class OfflineCommand(SettingsCommand):
-    """A command that needs a model and serves nobody. It takes a server's settings, so that both can share a file."""
+    """A command that needs a model but serves no requests. It accepts all of a server's settings, so that both can use
+    one file."""
 
     shown = frozenset({"Model", "Adapters", "CPU and GPU", "Batches and context"})
 
@@ -69,11 +70,11 @@ class Group(TyperGroup):
 
 
 class Program(Group):
-    """`guanaco` itself. Every command ends with one line where the operator has something to put right, for Ctrl-C,
-    and for a full disk."""
+    """`guanaco` itself. Every command ends with one line for an error of the operator, for Ctrl-C and for a full
+    disk."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command that was named. Raises SystemExit in these cases."""
+        """Run the named command. Raises SystemExit in these cases."""
         try:
             with one_line_errors():
                 return super().invoke(ctx)
@@ -87,6 +88,6 @@ class BenchGroup(Group):
     """`guanaco bench --json` is short for `guanaco bench engine --json`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put the missing word in."""
+        """Insert `engine` if no sub-command is named."""
         is_short = not args or (args[0].startswith("-") and args[0] not in HELP_FLAGS)
         return super().parse_args(ctx, ["engine", *args] if is_short else args)

@@ -1,4 +1,4 @@
-"""What the verbs of the command line share: how they end when the operator has to put something right."""
+"""Shared parts of the commands: one-line errors, typed text, addresses and keys."""
 
 import sys
 from collections.abc import Iterator
@@ -8,12 +8,12 @@ from urllib.parse import urlsplit
 from guanaco.models.errors import OperatorError
 from guanaco.server.errors import CommandError
 
-EXIT_USAGE = 2  # something the operator can put right; the last line on stderr says what
+EXIT_USAGE = 2  # an error of the operator; the last line on stderr says what to do
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Errors that the operator can put right end the program with one line and exit code 2, without a traceback."""
+    """End the program with one line and exit code 2, without a traceback, if the `with` block raises OperatorError."""
     try:
         yield
     except OperatorError as error:
@@ -22,9 +22,10 @@ def one_line_errors() -> Iterator[None]:
 
 
 def typed_text(text: str, what: str) -> str:
-    """Text of the command line as it was typed, whatever the locale says. CommandError where it is not UTF-8.
+    """Text of the command line as UTF-8, even if the locale has another encoding. Raises CommandError if it isn't
+    UTF-8.
 
-    Python keeps bytes that the locale's encoding does not have as lone surrogates, which no request can carry.
+    Python turns bytes that the locale's encoding does not have into lone surrogates, which no request can carry.
     """
     try:
         return text.encode("utf-8", "surrogateescape").decode("utf-8")
@@ -33,7 +34,7 @@ def typed_text(text: str, what: str) -> str:
 
 
 def server_root(url: str) -> str:
-    """The address of a server without a final `/v1`, however it was typed. CommandError where it is no address."""
+    """The address of a server without a final `/v1`. Raises CommandError if it is not an address."""
     problem = f"--url {url}: expected an address such as http://127.0.0.1:8000 (with or without /v1)"
     try:
         parts = urlsplit(url.strip())
@@ -47,7 +48,7 @@ def server_root(url: str) -> str:
 
 
 def bearer(key: str, flag: str) -> bytes:
-    """The `Authorization` header of a key. CommandError where the key holds what no header can carry."""
+    """The `Authorization` header for a key. Raises CommandError for characters that a header can't carry."""
     if not key.isprintable():
         raise CommandError(f"{flag}: the key holds a control character, such as the end of a line: remove it")
     return f"Bearer {key.strip()}".encode()

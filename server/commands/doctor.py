@@ -1,6 +1,6 @@
 """`guanaco doctor`: what this machine has, what would run here, and which models, adapters and contexts would fit.
 
-Loads no model and downloads nothing: `doctor_fit.py` works out what fits. Exit code 1 if something would not work.
+Loads no model and downloads nothing: `doctor_fit.py` computes what fits. Exit code 1 if something would not work.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ class Finding:
 
 
 def run_doctor(settings: Settings, *, as_json: bool) -> int:
-    """Print what was found and what would fit; the exit code."""
+    """Print the findings and what would fit. Returns the exit code."""
     machine, gpu = look(), find_gpu()
     model, own = _model(settings, machine, gpu)
     findings = [*_machine(machine, gpu), *_software(), _disk(settings), _hub(settings), model]
@@ -117,7 +117,7 @@ def _software() -> list[Finding]:
 
 
 def _triton() -> Finding:
-    """Its version, and what of our kernels has run where."""
+    """Triton's version, and on which hardware our kernels have run."""
     try:
         found = version("triton")
     except PackageNotFoundError:
@@ -140,7 +140,7 @@ def _providers() -> Finding:
 
 
 def _disk(settings: Settings) -> Finding:
-    """Room below the nearest directory that exists."""
+    """Free space at the cache directory, or at its nearest parent that exists."""
     try:
         place = cache_dir = settings.cache_dir
     except SettingsError as error:
@@ -153,7 +153,7 @@ def _disk(settings: Settings) -> Finding:
 
 
 def _hub(settings: Settings) -> Finding:
-    """Whether the hub answers. It must only where the settings need it."""
+    """Whether the hub answers. That is only an error if the settings need the hub."""
     if settings.offline or constants.is_offline_mode():
         return Finding("hub", "not asked: offline")
     is_needed = settings.hub_adapters or settings.hub_adapters_unpinned or _is_hub_id(settings.model)
@@ -172,7 +172,7 @@ def _is_hub_id(model: str | None) -> bool:
 
 
 def _model(settings: Settings, machine: Machine, gpu: Gpu | None) -> tuple[Finding, list[Fit]]:
-    """Whether the chosen model would fit, with its adapters; a hub id is not downloaded for it."""
+    """Whether the chosen model would fit, with its adapters. A hub id is not downloaded to find out."""
     if settings.model is None:
         return Finding("model", "the demo (SmolLM2-135M-Instruct)"), []
     path = Path(os.path.expanduser(settings.model))

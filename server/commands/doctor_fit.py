@@ -1,4 +1,4 @@
-"""What fits into the memory that is free: models × adapters × context, worked out from shapes as the server plans it.
+"""Computes from shapes what fits into free memory, by the server's own plan: models × adapters × context.
 
 Loads no model. Called by `doctor.py`, for the chosen model and for well-known LLaMA shapes.
 """
@@ -18,8 +18,8 @@ from guanaco.server.config import Settings
 from guanaco.server.errors import CommandError
 
 ADAPTER_COUNTS = (1, 16, 128)
-ADAPTER_RANK = 16  # on all seven projections of every layer: what most fine-tunes have
-# Bits of one NF4 weight with double quantisation: 4, 8 per 64 for its scale, 32 per 16384 for the scale's scale.
+ADAPTER_RANK = 16  # on all seven projections of every layer, as most fine-tunes have
+# Bits of one NF4 weight with double quantisation: 4, plus 8 per 64 weights (scale) and 32 per 16,384 (scale of scales).
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 
 # Name → hidden size, inner size, layers, heads, key-value heads, vocabulary, positions, whether the head is tied.
@@ -37,11 +37,11 @@ _SHAPES = {
 
 @dataclass(frozen=True)
 class Room:
-    """What a server has left beside the weights and some adapters."""
+    """The room that a server has besides the weights and `adapters` adapters."""
 
     adapters: int
     context: int  # tokens of the longest request
-    requests: int  # of this length, at once
+    requests: int  # requests of this length at the same time
     kv_tokens: int  # of all requests together
 
 
@@ -56,19 +56,20 @@ class Fit:
 
 
 def predict(model: str, config: ModelConfig, settings: Settings, machine: Machine, gpu: Gpu | None) -> Fit:
-    """What a server with these settings would have room for, without adapters and with each of ADAPTER_COUNTS."""
+    """The room of a server with these settings, without adapters and with each number in ADAPTER_COUNTS."""
     adapter = adapter_bytes(config, element_bytes=4 if gpu is None else 2)
     rooms = (_room(count, adapter, config, settings, machine, gpu) for count in (0, *ADAPTER_COUNTS))
     return Fit(model, weights_bytes(config), adapter, tuple(room for room in rooms if room is not None))
 
 
 def predict_known(settings: Settings, machine: Machine, gpu: Gpu | None) -> list[Fit]:
-    """The same for well-known models."""
+    """As `predict`, for well-known models."""
     return [predict(name, _known(name), settings, machine, gpu) for name in _SHAPES]
 
 
 def weights_bytes(config: ModelConfig) -> int:
-    """Bytes of the NF4 projections with double quantisation, and of everything else in 16 bit; no decoded copies."""
+    """Bytes of a model with NF4 projections (double quantisation) and everything else in 16 bits, without decoded
+    copies."""
     projections = config.num_layers * sum(n * k for n, k in projection_shapes(config).values())
     heads = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     return int(projections * NF4_BITS / 8) + heads * 2
@@ -83,7 +84,8 @@ def adapter_bytes(config: ModelConfig, *, element_bytes: int) -> int:
 def _room(
     count: int, adapter: int, config: ModelConfig, settings: Settings, machine: Machine, gpu: Gpu | None
 ) -> Room | None:
-    """What is left; None where it does not fit. Adapters beyond --adapter-host-memory wait on disk and take nothing."""
+    """The room with `count` adapters; None if they don't fit. Adapters above --adapter-host-memory stay on disk and
+    take no memory."""
     in_memory = min(count * adapter, settings.adapter_host_memory)
     if gpu is None:
         free, share = machine.memory_available_bytes - in_memory, AUTO_KV_SHARE
@@ -109,7 +111,7 @@ def _room(
         plan = plan_memory(
             request, weights_bytes=weights_bytes(config), adapters_bytes=in_memory, free_bytes=free, share=share
         )
-    except CommandError:  # the cache would be too small for what the settings ask for
+    except CommandError:  # the KV cache would be too small for the settings
         return None
     return Room(count, plan.max_model_len, plan.kv_tokens // plan.max_model_len, plan.kv_tokens)
 

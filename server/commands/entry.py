@@ -1,4 +1,4 @@
-"""The `guanaco` program: everything else is imported here, so that Ctrl-C while it is imported or loaded is one line.
+"""The `guanaco` program. It imports everything else itself, so that Ctrl-C during an import also ends with one line.
 
 Imports nothing at the top but the standard library. Called by the console script.
 """
@@ -10,7 +10,7 @@ from guanaco.server.commands.streams import end_interrupted, prepare_streams
 
 
 def main() -> None:
-    """Run the command line. Text that the terminal's encoding does not have is replaced, never an error."""
+    """Run the command line. Characters that the terminal's encoding lacks are replaced, and never an error."""
     try:
         prepare_streams()
         from guanaco.server.commands.main import main as run
@@ -19,5 +19,5 @@ def main() -> None:
     except KeyboardInterrupt:
         end_interrupted()
     finally:
-        with contextlib.suppress(ValueError):  # not in the main thread
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # from here on another Ctrl-C would only give a traceback
+        with contextlib.suppress(ValueError):  # raised outside of the main thread
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # another Ctrl-C would only print a traceback

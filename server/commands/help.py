@@ -1,4 +1,4 @@
-"""How `--help` looks: panels of two columns; in a narrow terminal each option's text stands below its name.
+"""The layout of `--help`: panels of two columns; in a narrow terminal each option's text is below its name.
 
 Typer's own panels give a column to types and cut names off: at 40 columns `--served-model-name` is `--se…`. Imports
 nothing of ours. Called by the classes of `classes.py`.
@@ -22,7 +22,7 @@ Row = tuple[Text, Text]
 def print_help(command: Any, ctx: Any, *, below: Sequence[Any] = (), parameters: Iterable[Any]) -> None:
     """Print usage, description, a panel of commands and one panel for each group of options.
 
-    below: the commands of a group. parameters: what is shown of a command's parameters.
+    below: the commands of a group. parameters: the parameters to show.
     """
     console = Console(highlight=False)
     console.width = min(console.width, _WIDEST)
@@ -75,7 +75,7 @@ def _print_rows(console: Console, rows: list[Row], longest: int) -> None:
 
 
 def _name(parameter: Any) -> Text:
-    """`-n, --name TEXT`; `--[no-]offline` for a switch that can be turned off too."""
+    """An option's name in the help: `-n, --name TEXT`, or `--[no-]offline` for a switch that can be turned off."""
     if parameter.param_type_name == "argument":
         many = "" if parameter.nargs == 1 else " …"
         return Text((parameter.metavar or parameter.name.upper()) + many, style="bold cyan")
@@ -94,7 +94,7 @@ def _metavar(parameter: Any) -> str:
 
 
 def _told(parameter: Any) -> Text:
-    """An option's help, and behind it whether it is required, its default, bounds and variable."""
+    """An option's help, followed by whether it is required, its default, its limits and its variable."""
     notes = ["required"] if parameter.required else []
     if isinstance(parameter.show_default, str):
         notes.append(f"default: {parameter.show_default}")

@@ -1,6 +1,6 @@
-"""The command line: verbs, options, and one line for what the caller got wrong. The work is in the modules beside it.
+"""The command line: its commands and options. The work is in the modules beside it.
 
-Heavy imports (torch, the settings and all that follows) happen inside a verb, so that `--help` answers at once.
+Heavy imports (torch, the settings and what they import) happen inside a command, so that `--help` answers at once.
 """
 
 from pathlib import Path
@@ -226,5 +226,5 @@ def _of_every_command(
 
 
 def main() -> None:
-    """Parse the command line, and run what it says."""
+    """Parse the command line, and run the command."""
     app()

@@ -1,4 +1,4 @@
-"""`guanaco models list | prune`: what the cache holds, and making room."""
+"""`guanaco models list | prune`: list the cached models, and delete some."""
 
 import time
 from pathlib import Path
@@ -7,11 +7,11 @@ from guanaco.models.loading.model_cache import list_cached_models, prune_cached_
 from guanaco.server.bootstrap.memory_plan import human_bytes
 from guanaco.server.errors import CommandError
 
-_KEY_LENGTH = 12  # of a key's 64 hex digits, as `list` shows and `prune` takes them
+_KEY_LENGTH = 12  # how many of a key's 64 hex digits `list` shows and `prune` accepts
 
 
 def list_models(cache_dir: Path) -> None:
-    """A table of the cached models, and their sum."""
+    """Print a table of the cached models with their total size."""
     entries = list_cached_models(cache_dir)
     if not entries:
         print(f"{cache_dir}: nothing is cached")
@@ -24,7 +24,7 @@ def list_models(cache_dir: Path) -> None:
 
 
 def prune_models(cache_dir: Path, names: list[str], *, yes: bool) -> None:
-    """Delete the named models, or all; asks first unless told not to."""
+    """Delete the named models, or all. Asks first unless `yes`."""
     entries = list_cached_models(cache_dir)
     chosen = [e for e in entries if not names or any(e.key.startswith(name) for name in names)]
     for name in names:
@@ -44,7 +44,7 @@ def prune_models(cache_dir: Path, names: list[str], *, yes: bool) -> None:
 
 
 def _agrees(question: str) -> bool:
-    """Whether the operator says yes; nobody who could answer is a no."""
+    """Whether the operator says yes. Without a terminal the answer is no."""
     try:
         return input(question).strip().lower() in ("y", "yes")
     except (EOFError, UnicodeDecodeError):

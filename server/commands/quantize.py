@@ -1,4 +1,4 @@
-"""`guanaco quantize`: a checkpoint directory in, a bitsandbytes-format NF4 checkpoint out."""
+"""`guanaco quantize`: converts a checkpoint to a bitsandbytes-format NF4 checkpoint."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from guanaco.server.bootstrap.progress import reporting
 
 
 def run_quantize(src: Path, dst: Path, *, double_quant: bool) -> None:
-    """Quantise with progress shown, and say what came out. ModelError for what is wrong with either directory."""
+    """Quantise, show the progress and print the result. Raises ModelError if either directory can't be used."""
     console = Console(stderr=True, highlight=False)
     with reporting(console, "quantise") as report:
         done = quantize_checkpoint(src, dst, double_quant=double_quant, progress=report)

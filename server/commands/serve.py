@@ -1,6 +1,6 @@
-"""`guanaco serve`: load, show what was built, listen until told to stop.
+"""`guanaco serve`: loads the model, prints the banner, and serves until it is stopped.
 
-Wires the runtime to the HTTP side and writes the banner. Called by the command line.
+Connects the runtime with the HTTP side. Called by the command line.
 """
 
 import faulthandler
@@ -44,17 +44,17 @@ from guanaco.server.metrics.server import Metrics
 
 logger = logging.getLogger("guanaco.serve")
 
-# What an adapter is tried out on when it is loaded. Any text that a fine-tune would answer differently will do.
+# The prompt with which an adapter is probed when it is loaded. Any text will do that a fine-tune answers differently.
 _PROBE_TEXT = "### Human: Who are you, and what can you do for me?### Assistant:"
-_LOG_WIDTH = 160  # of the banner where it goes to a file or a container's log
+_LOG_WIDTH = 160  # columns of the banner in a file or a container's log
 
 
 def run_server(settings: Settings) -> int:
-    """Serve until a signal; the exit code. What is wrong with the settings is found before anything slow happens."""
+    """Serve until a signal. Returns the exit code. Errors in the settings are found before anything slow happens."""
     keys, admin_keys = KeyRing.from_settings(settings), KeyRing.admin(settings)
     _check_exposure(settings, keys)
     check_origins(settings, keys)
-    faulthandler.enable()  # a crash in native code leaves its stacks in the log, which would be empty otherwise
+    faulthandler.enable()  # writes the stacks to the log if native code crashes
     sock = bind(settings)
     console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
     runtime = build_runtime(settings, console)
@@ -69,12 +69,13 @@ def run_server(settings: Settings) -> int:
     try:
         return serve(state, sock, on_started=started)
     finally:
-        shared_renderer().close()  # a template that is being rendered would delay the end
+        shared_renderer().close()  # a template that is still being rendered would delay the end
         stop_logging()
 
 
 def _check_exposure(settings: Settings, keys: KeyRing) -> None:
-    """Beyond loopback everybody who reaches the port can use the machine: only with a key, or if told to."""
+    """Raise CommandError if the server would be reachable from other machines without an API key, unless the operator
+    allows it."""
     if keys or settings.allow_unauthenticated or _is_loopback(settings.host):
         return
     raise CommandError(
@@ -84,7 +85,7 @@ def _check_exposure(settings: Settings, keys: KeyRing) -> None:
 
 
 def check_origins(settings: Settings, keys: KeyRing) -> None:
-    """Raises CommandError where every web page could try keys."""
+    """Raise CommandError if every web page could try keys."""
     if keys and "*" in settings.allow_origin:
         raise CommandError(
             "--allow-origin * is for servers without API keys: name the origins, e.g. https://chat.example"
@@ -101,7 +102,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _probe_token_ids(base: Base, most: int) -> tuple[int, ...]:
-    """What adapters are tried out with: at most so many ids, and only such as the model has."""
+    """The token ids with which adapters are probed: at most `most`, and only ids that the model has."""
     num_rows = base.loaded.config.vocab_size
     return tuple(index for index in base.tokenizer.encode(_PROBE_TEXT) if index < num_rows)[:most]
 
@@ -148,7 +149,7 @@ def _api_state(settings: Settings, runtime: Runtime, keys: KeyRing, admin_keys: 
 def _adapter_manager(
     settings: Settings, runtime: Runtime, engine: AsyncEngine, metrics: Metrics
 ) -> AdapterManager | None:
-    """What changes adapters while the server runs, with what was loaded before a restart; None without an admin key."""
+    """The adapter manager, with the adapters loaded before a restart; None without an admin key."""
 
     manager = None
     if settings.has_admin:
@@ -186,7 +187,7 @@ def _adapter_manager(
 
 
 def _open_store(settings: Settings, base: Base, holds: HoldLedger) -> VersionStore:
-    """Each base model has a store of its own: what is an adapter of one is nothing to another."""
+    """Open the adapter store. Each base model has its own, since an adapter of one is useless for another."""
     return VersionStore(
         settings.adapter_store_dir / base.loaded.fingerprint[:16],
         base.loaded.model.lora_targets,
@@ -197,7 +198,7 @@ def _open_store(settings: Settings, base: Base, holds: HoldLedger) -> VersionSto
 
 
 def _show_banner(console: Console, settings: Settings, runtime: Runtime, port: int, has_keys: bool) -> None:
-    """What runs, on what, how memory is spent, and a line to copy."""
+    """Print what is served, on which hardware, how memory is divided, and a curl line to copy."""
     base, plan, config = runtime.base, runtime.plan, runtime.base.loaded.config
     url = f"http://{f'[{settings.host}]' if ':' in settings.host else settings.host}:{port}"
     table = Table.grid(padding=(0, 2))

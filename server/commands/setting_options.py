@@ -1,6 +1,6 @@
-"""From settings to options of the command line and back: one option for each setting of `server/config.py`.
+"""Settings as options of the command line: one option for each setting of `server/config.py`.
 
-Commands of the class `SettingsCommand` take these options beside their own ones; their functions call `settings_of`.
+Commands of the class `SettingsCommand` have these options besides their own. Their functions call `settings_of`.
 """
 
 import json
@@ -58,7 +58,7 @@ def setting_options() -> tuple[Any, ...]:
 
 
 def _annotation(name: str, hint: Any, section: Any, panel: str) -> Any:
-    """The type of one option, as typer reads it. hint: the type of the setting."""
+    """The type annotation of one option, for typer. hint: the type of the setting."""
     field = section.model_fields[name]
     flag = "--" + name.replace("_", "-")
     told: dict[str, Any] = {"help": field.description, "rich_help_panel": panel}
@@ -74,7 +74,7 @@ def _annotation(name: str, hint: Any, section: Any, panel: str) -> Any:
 
 
 def _metavar(name: str, hint: Any) -> str:
-    """What stands for the value in the help."""
+    """The word for the value in the help."""
     if name in _METAVARS:
         return _METAVARS[name]
     kinds = _parts(hint)
@@ -95,12 +95,12 @@ def _metavar(name: str, hint: Any) -> str:
 
 
 def _parts(hint: Any) -> list[Any]:
-    """A type and what it is made of: of `Annotated[int, …] | None` also the parts."""
+    """A type and all types inside it, for example those in `Annotated[int, …] | None`."""
     return [hint, *(part for argument in get_args(hint) for part in _parts(argument))]
 
 
 def _shown(default: Any, metavar: str) -> str | None:
-    """A default as one would type it; None where there is none and the help says what happens."""
+    """A default as one would type it; None if there is none (then the help says what happens)."""
     if default is None or default == ():
         return None
     if isinstance(default, bool):
@@ -111,7 +111,8 @@ def _shown(default: Any, metavar: str) -> str | None:
 
 
 def read_settings(ctx: typer.Context) -> bool:
-    """Take the settings out of what was parsed and keep them for `settings_of`. False where they were only printed.
+    """Read the settings from the parsed options and keep them for `settings_of`. Returns False if they were only
+    printed.
 
     Raises SettingsError.
     """
@@ -133,7 +134,7 @@ def settings_of(ctx: typer.Context) -> Settings:
 
 
 def settings_with(**given: Any) -> Settings:
-    """The settings of the environment with some of them given, for commands that take few. None: not given.
+    """The settings of the environment with some replaced, for commands with few options. None: not given.
 
     Raises SettingsError.
     """

@@ -1,6 +1,7 @@
-"""Streams that take every text, and the one line with which Ctrl-C or a full disk ends the program.
+"""Standard streams that accept every text, and one-line ends for Ctrl-C and a full disk.
 
-Imports the standard library only: the program can be interrupted while it imports the rest. Used by `entry` and `main`.
+Imports the standard library only, since the program can be interrupted while it imports the rest. Used by `entry` and
+`main`.
 """
 
 import codecs
@@ -13,7 +14,8 @@ from typing import NoReturn
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT  # as shells report it
 
-# What our own messages hold beyond ASCII. Anything else that a terminal cannot show becomes a question mark.
+# Replacements for the characters in our messages that are not ASCII. Others that a terminal lacks become a question
+# mark.
 _PLAIN = {
     "→": "->", "…": "...", "·": "-", "›": ">", "×": "x", "–": "-", "—": "-", "’": "'", "‘": "'", "“": '"', "”": '"',
     "\u00a0": " ", "─": "-", "━": "-", "│": "|", "•": "*", "≥": ">=", "≤": "<=",
@@ -29,16 +31,16 @@ def end_interrupted() -> NoReturn:
 
 
 def end_unwritable(error: OSError) -> NoReturn:
-    """End the program with one line where a disk is full or a terminal is gone. Any other OSError is raised again."""
+    """End the program with one line if the disk is full or the terminal is gone. Any other OSError is raised again."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
         raise error
-    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (what is still in its buffer cannot be written)
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (the rest of its buffer cannot be written)
     print(f"guanaco: nothing more can be written ({error.strerror}): make room, or write elsewhere", file=sys.stderr)
     raise SystemExit(1) from None
 
 
 def prepare_streams() -> None:
-    """Make the standard streams take every text, whatever the locale says, and be there even where they are closed."""
+    """Let the standard streams accept every text in any locale, and open those that are closed."""
     codecs.register_error(_HANDLER, _plain)
     for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
         if getattr(sys, name) is None:  # closed by the caller (`>&-`): the number must not go to a socket
@@ -48,7 +50,7 @@ def prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=_HANDLER)
-    # ASCII is a part of UTF-8. Another encoding is what the terminal sends. A byte that is no text is refused.
+    # ASCII input is read as UTF-8, which includes it. Any other encoding is the terminal's. Invalid bytes are refused.
     if hasattr(sys.stdin, "reconfigure"):
         is_ascii = codecs.lookup(sys.stdin.encoding).name == "ascii"
         sys.stdin.reconfigure(encoding="utf-8" if is_ascii else sys.stdin.encoding, errors="strict")

@@ -11,7 +11,7 @@ from guanaco.server.errors import CommandError
 
 
 def write_text(text: str) -> None:
-    """To standard output as it is, at once: no markup, no line breaks of our own."""
+    """Write to standard output at once, without markup or added line breaks."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
@@ -26,8 +26,8 @@ def generate_once(
     seed: int | None,
     raw: bool,
 ) -> None:
-    """Answer `prompt` with the offline engine and write the text to standard output as it comes, as the server would:
-    by the adapter's profile. temperature: None: the profile's, or 0."""
+    """Answer `prompt` with the offline engine, by the adapter's profile as the server would, and write the text to
+    standard output as it comes. temperature None: the profile's, or 0."""
     from guanaco.adapters.versions.profile import Profile
     from guanaco.models.text.chat_template import load_template
     from guanaco.server.bootstrap.runtime import build_runtime
@@ -65,7 +65,7 @@ def generate_once(
     try:
         request = Request("generate", tuple(ids), params, loras, arrival_seconds=awake_seconds())
         runtime.engine.handle(Submit(request))
-    except ValueError as error:  # a token that the model has no embedding row for
+    except ValueError as error:  # the prompt has a token without an embedding row in the model
         raise CommandError(str(error)) from None
     while runtime.engine.has_work and detokenizer.stop_reason is None:
         for output in runtime.engine.step().outputs:

@@ -1,4 +1,4 @@
-"""Structured output: what a request demands of its answer's text, and which tokens may follow at each place.
+"""Structured output: the grammar that a request sets for its answer, and which tokens may follow at each place.
 
 May import nothing of ours but `models.formats.restricted_process`; the only room that imports llguidance, and only
 when the first request needs it. Start with `spec.py`: it makes a `Grammar` of JSON schemas, regular expressions,

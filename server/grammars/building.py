@@ -1,6 +1,6 @@
-"""From a `Grammar` to a matcher of llguidance's in its first state: the same code in the compiler's process and here.
+"""A `Grammar` → a matcher of llguidance in its first state. Runs in the compiler's process and in this one.
 
-The limits are llguidance's own. Raises GrammarError, whose message names what the client can change.
+The limits are llguidance's own. Raises GrammarError; its message names what the client can change.
 """
 
 import random
@@ -14,14 +14,14 @@ from guanaco.server.grammars.schemas import FORMATS
 from guanaco.server.grammars.spec import Grammar
 from guanaco.server.grammars.vocabulary import Vocabulary
 
-# Without it, llguidance would ask the tokenizer for the usual spelling of each text that a grammar forces.
+# Without this line, llguidance would call the tokenizer for each text that a grammar forces.
 HEADER = '%llguidance {"no_forcing": true}\n'
 _TRIED_TOKENS = 16
-_MAX_LEXER_STATES = 50_000  # half a kB each, of each grammar, shared by all its matchers
+_MAX_LEXER_STATES = 50_000  # per grammar, shared by all its matchers; a state takes half a kB
 
 
 def lark_of(grammar: Grammar) -> str:
-    """The grammar in llguidance's Lark. Raises GrammarError for a GBNF that is damaged."""
+    """The grammar in llguidance's Lark. Raises GrammarError for an invalid GBNF grammar."""
     import llguidance
     from llguidance.gbnf_to_lark import any_to_lark
 
@@ -31,7 +31,7 @@ def lark_of(grammar: Grammar) -> str:
         case "grammar":
             try:
                 return HEADER + str(any_to_lark(grammar.text))
-            except Exception:  # the library raises nothing more specific; its words would quote the grammar
+            except Exception:  # the library raises nothing more specific, and its message would quote the grammar
                 raise GrammarError("the grammar is neither Lark nor GBNF that can be read") from None
     return HEADER + grammar.text
 
@@ -40,7 +40,7 @@ def build(lark: str, vocabulary: Vocabulary, kind: str) -> Any:
     """An LLMatcher in its first state. Releases the interpreter's lock. Raises GrammarError."""
     import llguidance
 
-    # Its verbose errors would quote the grammar.
+    # llguidance's verbose errors would quote the grammar.
     limits = llguidance.LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
     matcher = llguidance.LLMatcher(vocabulary.tokenizer, lark, log_level=0, limits=limits)
     if matcher.is_error():
@@ -49,7 +49,7 @@ def build(lark: str, vocabulary: Vocabulary, kind: str) -> Any:
 
 
 def try_out(prototype: Any, vocabulary: Vocabulary, kind: str) -> None:
-    """Draw some tokens at random: most grammars that are too much show it here. Raises GrammarError."""
+    """Sample some tokens at random: most grammars that are too complex fail here. Raises GrammarError."""
     matcher, draw = prototype.deep_copy(), random.Random(0)  # noqa: S311 - no secret
     mask = np.zeros(vocabulary.num_words, dtype=np.int32)
     for number in range(_TRIED_TOKENS):
@@ -96,7 +96,7 @@ _LIMIT = re.compile(r"too (big|large|deep|complex|many)|fuel|recursion limit|max
 
 
 def explain(error: str, kind: str) -> str:
-    """llguidance's error in words of ours, with nothing of the client's: its own text quotes the grammar."""
+    """Our message for an error of llguidance. It holds no client text, whereas llguidance's own quotes the grammar."""
     first = error.split("\n   1 | ", 1)[0]
     if _LIMIT.search(first.split('regex "')[0]) or "exceed the maximum" in first:
         return _TOO_LARGE

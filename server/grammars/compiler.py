@@ -1,8 +1,9 @@
-"""Grammars compiled, and kept: first in a process that can be replaced, so that none of them stops the server.
+"""Compiles grammars and keeps them. Each is compiled first in a process that can be replaced, so that no grammar can
+stop the server.
 
-A grammar gets at most GrammarLimits of time and memory there. What has passed is compiled again in this process, with
-the interpreter's lock released. What has failed is remembered, so that a client who repeats it costs nothing. All
-methods but `ready` block: they are for worker threads. Called by `serving` in the API.
+There a grammar's time and memory are limited (`GrammarLimits`). One that passes is compiled again in this process, with
+the interpreter's lock released. One that fails is remembered, so that repeating it costs nothing. All methods except
+`ready` block: they are for worker threads. Called by `serving` in the API.
 """
 
 import contextlib
@@ -34,26 +35,26 @@ _MISSING = "this server has no structured output: the package llguidance is not 
 
 
 class _TooSlow(GrammarError):
-    """Compiling took too long, on this machine and at this time."""
+    """Compiling took too long, perhaps only because the machine was busy."""
 
 
 @dataclass(frozen=True)
 class GrammarLimits:
-    """What compiling may take, and what is kept."""
+    """The limits of compiling, and of the kept grammars."""
 
     seconds: float = 2.0  # of one grammar
     grammar_bytes: int = 256 << 10  # of one grammar's text
     memory_bytes: int = 1 << 30  # address space of the process, with its interpreter and the vocabulary
-    start_seconds: float = 60.0  # of the process, which is our own code: a busy machine takes its time
-    kept: int = 128  # compiled grammars
-    kept_bytes: int = 2 << 20  # … and the text of all of them
-    slow_seconds: float = 60.0  # for which one that took too long is refused at once: the machine may have been busy
+    start_seconds: float = 60.0  # for the start of the process; that is our own code, so only a busy machine is slow
+    kept: int = 128  # how many compiled grammars are kept
+    kept_bytes: int = 2 << 20  # … and the size of all their texts
+    slow_seconds: float = 60.0  # how long a grammar that took too long is refused at once, before it is tried again
 
 
 class CompiledGrammar:
-    """A grammar that is ready: each choice of an answer gets a matcher of its own.
+    """A compiled grammar. Each choice of an answer gets a matcher of its own.
 
-    All matchers share one automaton, which grows as they find new states, up to a limit: so it is renewed in time.
+    All matchers share one automaton, which grows with each new state up to a limit. Before that, it is renewed.
     """
 
     def __init__(self, grammar: Grammar, vocabulary: Vocabulary, lark: str) -> None:
@@ -70,11 +71,11 @@ class CompiledGrammar:
         return self._has_reached_limit or self._num_matchers >= _RENEWED_AFTER
 
     def renewed(self) -> "CompiledGrammar":
-        """The same grammar compiled again, with a new automaton: the old one has (nearly) grown to its limit."""
+        """The same grammar, compiled again with a new automaton."""
         return CompiledGrammar(self.grammar, self.vocabulary, self._lark)
 
     def matcher(self, ends: Collection[int]) -> GrammarMatcher:
-        """For one sequence. ends: the ids that may end its answer once the grammar is complete."""
+        """A matcher for one sequence. ends: the token ids that may end its answer when the grammar is complete."""
         self._num_matchers += 1
         return GrammarMatcher(self._prototype, self.vocabulary, ends, self._reach_limit)
 
@@ -83,7 +84,7 @@ class CompiledGrammar:
 
 
 class GrammarCompiler:
-    """The grammars of one model. Safe to use from several threads; nothing happens before the first grammar."""
+    """The grammars of one model. Safe to use from several threads. Does nothing before the first grammar."""
 
     def __init__(
         self,
@@ -91,22 +92,22 @@ class GrammarCompiler:
         limits: GrammarLimits | None = None,
         observe: Callable[[float, bool], None] = lambda _seconds, _hit: None,
     ) -> None:
-        """vocabulary: makes the model's, once. observe: told the seconds of each compilation, and whether it was kept
-        from before."""
+        """vocabulary: makes the model's vocabulary; called once. observe: called with the seconds of each compilation,
+        and with whether the grammar was kept from before."""
         self.limits = limits or GrammarLimits()
         self._make_vocabulary = vocabulary
         self._observe = observe
         self._vocabulary: Vocabulary | None = None
         self._kept: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
-        self._refused: OrderedDict[bytes, tuple[str, float]] = OrderedDict()  # by digest: why, and until when
+        self._refused: OrderedDict[bytes, tuple[str, float]] = OrderedDict()  # digest → (why, until when)
         self._process: RestrictedProcess | None = None
         self._turn = threading.Lock()  # one grammar is compiled at a time
         self._books = threading.Lock()
         self._closed = False
 
     def warm_up(self) -> None:
-        """Give llguidance the vocabulary, which holds the interpreter's lock for tenths of a second: done at the start,
-        it delays no tokens. Where the library is missing, the first grammar tells."""
+        """Give llguidance the vocabulary. That holds the interpreter's lock for tenths of a second, so it is done at
+        the start, when it delays no tokens. If the library is missing, the first grammar reports it."""
         with self._turn, contextlib.suppress(GrammarUnavailable):
             _ = self._its_vocabulary().tokenizer
 
@@ -126,7 +127,8 @@ class GrammarCompiler:
         return found
 
     def ready(self, grammar: Grammar) -> CompiledGrammar | None:
-        """The grammar, where it is kept; for the event loop: such a request need not wait for those that compile."""
+        """The compiled grammar if it is kept, otherwise None. For the event loop: such a request need not wait for
+        others that are compiled."""
         with self._books:
             found = self._kept.get(grammar)
             if found is None or found.is_worn:
@@ -136,7 +138,7 @@ class GrammarCompiler:
         return found
 
     def close(self) -> None:
-        """End the process; what it compiles ends with an error."""
+        """End the process. A grammar that it is compiling ends with an error."""
         self._closed = True
         process = self._process
         if process is not None:
@@ -144,7 +146,7 @@ class GrammarCompiler:
 
     @property
     def pid(self) -> int | None:
-        """Of the process, where there is one."""
+        """The id of the compiling process; None if none runs."""
         process = self._process
         return None if process is None else process.pid
 
@@ -196,7 +198,7 @@ class GrammarCompiler:
         return self._vocabulary
 
     def _checked(self, grammar: Grammar, vocabulary: Vocabulary) -> str:
-        """The grammar in Lark, once the process has compiled it. Raises GrammarError or GrammarUnavailable."""
+        """The grammar in Lark, after the process has compiled it. Raises GrammarError or GrammarUnavailable."""
         message = json.dumps({"kind": grammar.kind, "text": grammar.text}).encode()
         seconds = self.limits.seconds
         for is_last in (False, True):
@@ -213,7 +215,7 @@ class GrammarCompiler:
                 logger.warning("the process that compiled a grammar (%s) ended (%s)", grammar.kind, error)
                 if not error.was_killed:
                     raise GrammarError("it is too large or too deeply nested for this server: simplify it") from None
-                if is_last:  # that somebody else ends the process says nothing of the grammar
+                if is_last:  # the process was killed from outside, which is not the grammar's fault
                     raise GrammarUnavailable(_KILLED, is_here=True) from None
         if (problem := answer.get("problem")) is not None:
             raise GrammarError(problem)
@@ -240,5 +242,5 @@ class GrammarCompiler:
 
 
 def _digest(grammar: Grammar) -> bytes:
-    """For what is only remembered as refused: its text may be large."""
+    """The key of a refused grammar, whose text may be large."""
     return hashlib.sha256(f"{grammar.kind}\0{grammar.text}".encode()).digest()

@@ -1,12 +1,12 @@
-"""What is told to a client whose demand on the answer cannot be met."""
+"""The errors for grammars that can't be enforced."""
 
 from guanaco.models.errors import GuanacoError
 
 
 class GrammarError(GuanacoError):
-    """A demand that this server cannot meet. The message says why, holds nothing of the client's, and may be shown.
+    """A grammar that this server can't enforce. The message says why and holds no client text, so it may be shown.
 
-    param: the request's field at fault, where it is known.
+    param: the request's field at fault, if it is known.
     """
 
     def __init__(self, message: str, param: str | None = None) -> None:
@@ -15,9 +15,9 @@ class GrammarError(GuanacoError):
 
 
 class GrammarUnavailable(GuanacoError):
-    """Grammars cannot be compiled now, or not here. The message says why, and may be shown.
+    """Grammars can't be compiled now, or not on this server. The message says why, and may be shown.
 
-    is_here: whether trying again helps; False where the library is missing.
+    is_here: whether trying again helps; False if the library is missing.
     """
 
     def __init__(self, message: str, *, is_here: bool) -> None:

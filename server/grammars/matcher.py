@@ -1,7 +1,7 @@
-"""One sequence's place in its grammar: which tokens may come next, and what came.
+"""One sequence's place in its grammar: which tokens may come next.
 
-The engine's `Constraint`. Masks may be filled on another thread, one at a time and never while a token is taken in.
-No method raises: a matcher that cannot go on has an `error`.
+Implements the engine's `Constraint`. Masks may be filled on another thread, one at a time and never during `accept`. No
+method raises: a matcher that can't go on has an `error`.
 """
 
 import logging
@@ -17,7 +17,7 @@ logger = logging.getLogger("guanaco.grammars")
 
 
 class GrammarMatcher:
-    """A matcher of llguidance's, with the request's own ends of text."""
+    """A matcher of llguidance, with the request's own end tokens."""
 
     def __init__(
         self,
@@ -26,10 +26,10 @@ class GrammarMatcher:
         ends: Collection[int],
         on_limit: Callable[[], None] = lambda: None,
     ) -> None:
-        """prototype: an LLMatcher in its first state, which stays as it is. ends: ids that may end the answer.
-        on_limit: told when llguidance has reached a limit; the prototype may be of no use any more."""
+        """prototype: an LLMatcher in its first state, which is copied. ends: the token ids that may end the answer.
+        on_limit: called when llguidance reaches a limit; then the prototype may be useless, too."""
         self.error: ErrorCode | None = None
-        self.is_complete = False  # the text is whole, and nothing can be added to it
+        self.is_complete = False  # the text is complete, and nothing can be added to it
         self._matcher = prototype.deep_copy()
         self._vocabulary = vocabulary
         self._on_limit = on_limit
@@ -41,7 +41,7 @@ class GrammarMatcher:
         return token_id in self._ends
 
     def fill(self, row: Bits) -> None:
-        """Set the bits of `row`, [(vocabulary + 31) // 32] words, to those ids that may come next."""
+        """Set `row`, [(vocabulary + 31) // 32] words, to the mask of the ids that may come next."""
         mask, num_ids = self._mask, self._vocabulary.num_ids
         try:
             if self.error is None:
@@ -61,7 +61,7 @@ class GrammarMatcher:
             self._fail("nothing may follow", ErrorCode.GRAMMAR_STUCK)
 
     def accept(self, token_id: int) -> None:
-        """Take in the token that was drawn, which is no end."""
+        """Move on by the token that was sampled. It must not be an end token."""
         try:
             if self.error is None and not self._matcher.consume_token(token_id):
                 self._look()
@@ -75,7 +75,7 @@ class GrammarMatcher:
         """Find out whether llguidance has given up."""
         if self.error is None and self._matcher.is_error():
             reason = self._matcher.stop_reason()
-            # Not every limit is a reason of its own.
+            # Not every limit has a stop reason of its own.
             text = self._matcher.get_error()
             is_limit = reason in ("ParserTooComplex", "LexerTooComplex") or "too many" in text or "max is" in text
             if is_limit:
@@ -83,7 +83,7 @@ class GrammarMatcher:
             self._fail(reason, ErrorCode.GRAMMAR_TOO_COMPLEX if is_limit else ErrorCode.GRAMMAR_STUCK)
 
     def _fail(self, why: str, error: ErrorCode, raised: BaseException | None = None) -> None:
-        """End the request with `error`. The log gets the stack of what was raised."""
+        """End the request with `error`. The log gets the stack of the exception `raised`."""
         if self.error is None:
             logger.warning("a grammar ends its request: %s", why, exc_info=raised)
             self.error = error

@@ -1,4 +1,4 @@
-"""From the fields of a request to the `Grammar` that its answer must follow: OpenAI's field, vLLM's new and old ones.
+"""The fields of a request → the `Grammar` that its answer must follow: OpenAI's field, and vLLM's new and old ones.
 
 Knows the fields' values, not HTTP. Raises GrammarError with the field at fault. Called by `serving` in the API.
 """
@@ -14,7 +14,7 @@ from guanaco.server.grammars.spec import Grammar, choice, json_object, json_sche
 
 FIELDS = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-# Of structured_outputs: the fields that make a grammar, those that say how, and those that may only ask for nothing.
+# The fields of structured_outputs: those that make a grammar, those that change it, and those that must be neutral.
 _KINDS = ("json", "regex", "choice", "grammar", "json_object")
 _COMPACT = "disable_any_whitespace"
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -28,7 +28,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 
 def requested(fields: Mapping[str, Any]) -> Grammar | None:
-    """The grammar of a request; None where its fields ask for none. fields: values by the names of FIELDS."""
+    """The grammar of a request; None if its fields set none. fields: name in FIELDS → value."""
     found: dict[str, Grammar] = {}
     for name in FIELDS:
         value = fields.get(name)
@@ -41,7 +41,7 @@ def requested(fields: Mapping[str, Any]) -> Grammar | None:
 
 
 def _within(param: str, read: Callable[[Any], Grammar | None], value: object) -> Grammar | None:
-    """What `read` makes of the value; its error names the field."""
+    """The result of `read` for the value. Its GrammarError gets the field's name."""
     try:
         return read(value)
     except GrammarError as error:
@@ -112,7 +112,7 @@ def _structured_outputs(value: object) -> Grammar | None:
 
 
 def _json(value: object, *, compact: bool = False) -> Grammar:
-    """A schema as an object, or as the text of one."""
+    """The grammar of a JSON schema that is given as an object or as JSON text."""
     if isinstance(value, str):
         try:
             value = json.loads(value, parse_constant=_refuse_constant)

@@ -1,7 +1,7 @@
-"""JSON schemas before they are compiled: what this server cannot enforce is named, what only describes is left out.
+"""Prepares JSON schemas for compiling: refuses keywords that can't be enforced, and drops those that only describe.
 
-Whatever passes is enforced. The white space of the JSON is ours to say: none but one space after a comma or a colon, or
-a model could write blanks for ever. Called by `spec`.
+Every keyword that passes is enforced. The answer's JSON has no white space but one space after a comma or colon;
+otherwise a model could write blanks forever. Called by `spec`.
 """
 
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 from guanaco.server.grammars.errors import GrammarError
 
-MAX_DEPTH = 64  # of schemas in schemas
+MAX_DEPTH = 64  # levels of nested schemas
 MAX_SCHEMAS = 20_000  # subschemas of one schema
 
 _ONE_SPACE = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
@@ -28,7 +28,7 @@ _ENFORCED = frozenset(
         *("$ref", "$id", "id", "$schema", "$anchor"),
     )
 )
-# JSON Schema's own keywords that limit values and that are not enforced: a request with one is refused.
+# JSON Schema's own keywords that limit values but can't be enforced here. A request with one is refused.
 _UNSUPPORTED = frozenset(
     (
         *("not", "if", "then", "else", "contains", "minContains", "maxContains", "uniqueItems", "propertyNames"),
@@ -38,7 +38,7 @@ _UNSUPPORTED = frozenset(
 )
 _DESCRIBING = frozenset(("default", "example", "examples", "discriminator", "xml", "externalDocs", "x-guidance"))
 FORMATS = ("date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid")
-# OpenAPI's formats, and those that say what a text is for: they limit no text.
+# OpenAPI's formats, and formats that only describe a text's purpose: they limit no text.
 _DESCRIBING_FORMATS = frozenset(("int32", "int64", "float", "double", "decimal", "byte", "binary", "password", "path"))
 
 
@@ -57,10 +57,11 @@ def lark_json(schema: Mapping[str, Any] | bool, *, compact: bool = False) -> str
 
 
 def _close(schema: object) -> None:
-    """Allow no properties but the named ones where a schema does not speak of others, in the schema and below it.
+    """Forbid properties that a schema doesn't name, unless it says something about other ones; in the schema and below.
 
-    What is then written is valid by the schema as it was. A small model would otherwise add properties without end;
-    llama.cpp and xgrammar close objects too. An object stays open where it needs more properties than it names.
+    The JSON written by the closed schema is valid by the original one. Otherwise a small model would add properties
+    without end; llama.cpp and xgrammar close objects, too. An object stays open if it requires more properties than it
+    names.
     """
     if isinstance(schema, list):
         for item in schema:
@@ -85,11 +86,11 @@ def _close(schema: object) -> None:
 
 
 class _Cleaner:
-    """One schema's way through here; counts what it has seen."""
+    """Prepares one schema, and counts its subschemas."""
 
     def __init__(self) -> None:
         self._num_schemas = 0
-        self.combines = False  # an object somewhere is described by several schemas together
+        self.combines = False  # whether several schemas together describe one object somewhere
 
     def clean(self, schema: object, depth: int) -> dict[str, Any] | bool:
         if isinstance(schema, bool):
@@ -112,10 +113,10 @@ class _Cleaner:
             elif keyword in _MAPS:
                 cleaned[keyword] = self._map(keyword, value, depth)
             elif keyword in _ENFORCED or (isinstance(value, Mapping) and keyword not in _DESCRIBING):
-                cleaned[keyword] = value  # a $ref may lead into objects of any name
+                cleaned[keyword] = value  # a $ref may point into objects of any name
         self._settle_format(cleaned)
         if "discriminator" in schema and "oneOf" in cleaned and "anyOf" not in cleaned:
-            cleaned["anyOf"] = cleaned.pop("oneOf")  # the discriminator tells the branches apart: no two can match
+            cleaned["anyOf"] = cleaned.pop("oneOf")  # with the discriminator no two branches can match
         several = "oneOf" in cleaned or len(cleaned.get("allOf", ())) > 1
         self.combines |= several or ("properties" in cleaned and any(keyword in cleaned for keyword in _COMBINING))
         return cleaned

@@ -1,7 +1,7 @@
-"""What an answer must look like, as plain data: a `Grammar` is hashable, and equal demands are equal.
+"""The required form of an answer as plain data: a `Grammar` is hashable, and equal requests make equal grammars.
 
-All kinds become one language, llguidance's dialect of Lark. Nothing is compiled here. Raises GrammarError for what is
-wrong at first sight; its message may be shown to a client. Called by the routes.
+All kinds are written in one language, llguidance's dialect of Lark. Nothing is compiled here. Raises GrammarError for
+errors that are visible without compiling; its message may be shown to a client. Called by the routes.
 """
 
 import hashlib
@@ -20,10 +20,10 @@ _ANY_TEXT = r"ANY_TEXT: /(.|\n)*/"
 
 @dataclass(frozen=True)
 class Grammar:
-    """One demand.
+    """One grammar.
 
-    kind: json_object, json_schema, regex, choice, grammar or tools. text: Lark; of a regex, the pattern; of a grammar
-    that a client wrote, Lark or GBNF. param: the request's field that it comes from, for errors.
+    kind: json_object, json_schema, regex, choice, grammar or tools. text: Lark; for a regex the pattern; for a client's
+    own grammar Lark or GBNF. param: the request's field that set it, for errors.
     """
 
     kind: str
@@ -33,7 +33,8 @@ class Grammar:
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a grammar: a Lark expression, and the rules that it needs (their names are by content)."""
+    """A piece of a grammar: a Lark expression, and the rules that it needs. Rules are named by a hash of their
+    content."""
 
     expression: str
     rules: tuple[str, ...] = ()
@@ -45,7 +46,7 @@ def json_object() -> Grammar:
 
 
 def json_schema(value: Mapping[str, Any] | bool, *, compact: bool = False) -> Grammar:
-    """JSON that is valid by a schema. compact: without any space; else at most one follows each comma and colon."""
+    """JSON that is valid by a schema. compact: without spaces; otherwise one may follow each comma and colon."""
     return grammar_of_parts(schema(value, compact=compact), kind="json_schema")
 
 
@@ -62,13 +63,13 @@ def choice(options: Sequence[str]) -> Grammar:
         raise GrammarError("give a list of at least one text, none of them empty")
     if len(options) > MAX_CHOICES:
         raise GrammarError(f"at most {MAX_CHOICES} choices")
-    # One terminal: as alternatives of a rule, each would be a place of the parser's, which has 2000.
+    # One terminal. As alternatives of a rule, each would take one of the parser's 2,000 items.
     texts = " | ".join(literal(option).expression for option in dict.fromkeys(options))
     return grammar_of_parts(Part("CHOICE", (f"CHOICE: {texts}",)), kind="choice")
 
 
 def written(text: str) -> Grammar:
-    """A grammar as a client wrote it: Lark in llguidance's dialect, or GBNF as llama.cpp and xgrammar have it."""
+    """A client's own grammar: Lark in llguidance's dialect, or GBNF as in llama.cpp and xgrammar."""
     if not text.strip():
         raise GrammarError("the grammar is empty: write Lark or GBNF")
     if "%llguidance" in text:
@@ -77,7 +78,7 @@ def written(text: str) -> Grammar:
 
 
 def literal(text: str) -> Part:
-    """Exactly this text. It never becomes a control token, whatever it says."""
+    """Exactly this text. It never becomes a control token."""
     return Part(json.dumps(text))
 
 
@@ -108,19 +109,19 @@ def repeated(part: Part, *, separator: str, least: int = 1, most: int = MAX_REPE
 
 
 def followed(part: Part, more: Part, *, most: int) -> Part:
-    """The part, and up to `most` times another one behind it; most is 1 or more."""
+    """The part, followed by up to `most` times another part; most is 1 or more."""
     assert 1 <= most <= MAX_REPEATS, most
     name = f"more_{_digest(more.expression)}"
     return Part(f"({part.expression} {name}{{0,{most}}})", (*_rules((part, more)), f"{name}: {more.expression}"))
 
 
 def any_text() -> Part:
-    """Any text, also none."""
+    """Any text, which may be empty."""
     return Part("ANY_TEXT", (_ANY_TEXT,))
 
 
 def text_until(end: str) -> Part:
-    """Any text up to the first `end`, with it. What follows this part has to follow there."""
+    """Any text up to and including the first `end`. The next part must follow there."""
     name = f"until_{_digest(end)}"
     return Part(name, (_ANY_TEXT, f"{name}[lazy]: ANY_TEXT {literal(end).expression}"))
 
@@ -131,12 +132,12 @@ def at_will(part: Part, *, many: bool) -> Part:
 
 
 def grammar_of_parts(part: Part, *, kind: str = "tools", param: str | None = None) -> Grammar:
-    """A part as a whole grammar. param: the request's field that it comes from, for errors."""
+    """A part as a whole grammar. param: the request's field that set it, for errors."""
     return Grammar(kind, "\n".join((f"start: {part.expression}", *dict.fromkeys(part.rules), "")), param)
 
 
 def part_of(grammar: Grammar) -> Part:
-    """A grammar that was made of parts, as a part of another one."""
+    """A grammar that was made of parts, as a part of another grammar."""
     start, *rules = grammar.text.splitlines()
     assert start.startswith("start: "), "a grammar that a client wrote is no part"
     return Part(start.removeprefix("start: "), tuple(rules))

@@ -1,7 +1,7 @@
-"""What llguidance knows of a model's tokens: the bytes of each, and that control tokens are none of a grammar's.
+"""A model's tokens for llguidance: the bytes of each. Control tokens have none, so that no grammar produces them.
 
-One made-up token stands behind the model's own: llguidance's end of text. `matcher` replaces it with the ends that a
-request has. Used on both sides of the compiler's process; imports llguidance when it is first needed.
+An extra token follows the model's own: llguidance's end of text. `matcher` replaces it with the request's end tokens.
+Used in this process and in the compiler's; imports llguidance when it is first needed.
 """
 
 import struct
@@ -22,13 +22,14 @@ _MAX_TOKEN_BYTES = 0xFFFF
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """tokens: the bytes of each of the model's ids; of control tokens, and of rows without a token, none."""
+    """tokens: the bytes of each token id of the model; empty for control tokens and for rows without a token."""
 
     tokens: tuple[bytes, ...]
 
     @classmethod
     def of(cls, token_bytes: Callable[[int], bytes], num_ids: int, never: Collection[int]) -> "Vocabulary":
-        """The ids below num_ids (the model's embedding rows). never: control tokens, and ends of text."""
+        """The vocabulary of the ids below num_ids (the model's embedding rows). never: ids that no grammar may produce,
+        that is control tokens and ends of text."""
         return cls(tuple(b"" if index in never else token_bytes(index)[:_MAX_TOKEN_BYTES] for index in range(num_ids)))
 
     @property
@@ -37,24 +38,24 @@ class Vocabulary:
 
     @property
     def num_words(self) -> int:
-        """Of a mask of llguidance's, with the made-up end."""
+        """The words of a mask of llguidance, which has one bit more for the extra end token."""
         return (self.num_ids + 1 + 31) // 32
 
     @cached_property
     def text_bits(self) -> Bits:
-        """The ids that stand for text."""
+        """The mask of the ids that have text."""
         return bits_of([index for index, token in enumerate(self.tokens) if token], self.num_words)
 
     @cached_property
     def tokenizer(self) -> Any:
-        """llguidance's own form of it; takes tenths of a second."""
+        """The vocabulary in llguidance's own form. Making it takes tenths of a second."""
         import llguidance
 
         wrapper: Any = _Wrapper(self.tokens)
         return llguidance.LLTokenizer(wrapper, slices=llguidance.LLTokenizer.json_slices())
 
     def packed(self) -> bytes:
-        """For another process."""
+        """The vocabulary as bytes, for another process."""
         return b"".join(part for token in self.tokens for part in (_LENGTH.pack(len(token)), token))
 
     @classmethod
@@ -69,14 +70,15 @@ class Vocabulary:
 
 
 def bits_of(ids: Sequence[int], num_words: int) -> Bits:
-    """A mask of these ids."""
+    """A mask of these ids, int32 [num_words]."""
     flags = np.zeros(num_words * 32, dtype=np.bool_)
     flags[list(ids)] = True
     return np.packbits(flags, bitorder="little").view(np.int32)
 
 
 class _Wrapper:
-    """A tokenizer as llguidance takes it. It calls it for what a grammar forces, which the grammars switch off."""
+    """A tokenizer in the form that llguidance expects. It would be called only for forced texts, which all our grammars
+    switch off."""
 
     is_tokenizer_wrapper = True
 

@@ -1,6 +1,6 @@
-"""The restricted process in which a grammar is compiled first: one after the other, until its parent ends.
+"""The restricted process in which grammars are compiled first, one after another, until its parent ends.
 
-llguidance overflows its stack on some grammars, which would end the server; here it ends this process alone. Runs as
+llguidance overflows its stack on some grammars, which would end the server. Here it ends only this process. Runs as
 `python -I -m guanaco.server.grammars.worker LIFELINE MEMORY_BYTES SECONDS`, started by `compiler`. The first message is
 the vocabulary, packed; each further one a JSON object {"kind", "text"}. An answer is a JSON object: {"lark"}, the
 grammar in llguidance's own language, or {"problem"}, what is wrong with it.
@@ -26,12 +26,12 @@ from guanaco.server.grammars.errors import GrammarError
 from guanaco.server.grammars.spec import Grammar, json_object
 from guanaco.server.grammars.vocabulary import Vocabulary
 
-# Less than any thread of the server's has: what fits here fits there.
+# Less than any thread of the server has, so that a grammar that compiles here also compiles there.
 _STACK_BYTES = 1 << 20
 
 
 def answer(vocabulary: Vocabulary, message: bytes) -> dict[str, str]:
-    """The grammar in Lark, or what is wrong with it."""
+    """The answer to a request: {"lark": …} or {"problem": …}."""
     request = json.loads(message)
     grammar = Grammar(request["kind"], request["text"])
     try:

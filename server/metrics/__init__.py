@@ -1,4 +1,4 @@
-"""What the server counts, as Prometheus series.
+"""The server's metrics, as Prometheus series.
 
 Imports nothing of the server but the engine's messages. Start with `server.py`.
 """

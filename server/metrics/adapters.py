@@ -1,8 +1,9 @@
-"""What the server counts of its adapters, as Prometheus series whose number no client and no operator can drive up.
+"""Metrics of adapters, as Prometheus series of limited number.
 
-So many served names have series of their own: who comes first, for as long as it has traffic. One that is gone, or had
-none for an hour, gives its series up to a name that has; all others share one label. Whose rank is the highest would
-change all the time, and each change would take a series away and begin another at zero.
+Only `max_labels` names have series of their own: the first ones that get traffic. A name that was removed, or had no
+traffic for an hour, loses its series to another name. All others share one label. Choosing the busiest names instead
+would change often, and each change would end one series and begin another at zero.
+
 Doesn't know adapters, only their names and versions. A part of `metrics`.
 """
 
@@ -16,12 +17,12 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 DEFAULT_ADAPTER_LABELS = 64  # adapters with series of their own
-IDLE_SECONDS = 3600.0  # without traffic: then another one may have the series
+IDLE_SECONDS = 3600.0  # after this time without traffic, another name may take the series
 LOAD_RESULTS = ("ok", "refused", "failed")  # failed: not the adapter's fault
-# fetch: from the hub. read: the source, into a copy. ingest: check, hash and keep the copy. probe: try it out in the
-# engine. publish: make the name stand for it and write that down.
+# fetch: download from the hub. read: copy the source. ingest: check, hash and keep the copy. probe: run probe requests
+# in the engine. publish: let the name stand for the version, and save that.
 LOAD_STAGES = ("fetch", "read", "ingest", "probe", "publish")
-# No adapter can be called so: the brackets are outside what a served name may hold.
+# No adapter can have these names: served names hold no brackets.
 BASE_LABEL = "(base)"
 MIXTURE_LABEL = "(mixture)"
 OTHER_LABEL = "(other)"
@@ -59,7 +60,7 @@ class AdapterMetrics:
         self._num_slots = num_slots
         self._max_labels = max_labels
         self._clock = clock
-        self._labels: dict[str, float] = {}  # names that have series of their own → when they were counted last
+        self._labels: dict[str, float] = {}  # name with series of its own → when it was last counted
         self._served: frozenset[str] = frozenset()
         self._name_of: dict[str, str] = {}  # version → name
         self._names_on_device: Callable[[], Iterable[str]] = tuple
@@ -123,29 +124,29 @@ class AdapterMetrics:
         self._stages = {stage: stages.labels(stage) for stage in LOAD_STAGES}
 
     def set_tiers(self, sizes: dict[str, Callable[[], float]], evictions: dict[str, Callable[[], float]]) -> None:
-        """Read at every scrape: bytes by tier, and evictions by the tier that was left. Call once. On the CPU the
-        device holds the host's copies themselves: no byte is there twice."""
+        """Set the functions that are called at every scrape: tier → bytes, and tier → evictions from it. Call once. On
+        a CPU the device uses the host's copies, so no byte counts twice."""
         self._registry.register(_Tiers(sizes, evictions))
 
     def observe_load(self, result: str, seconds: float) -> None:
-        """result: one of LOAD_RESULTS."""
+        """Count a load that has ended. result: one of LOAD_RESULTS."""
         assert result in LOAD_RESULTS, result
         self._loads.labels(result).inc()
         if result == "ok":
             self._load_seconds.observe(seconds)
 
     def observe_stage(self, stage: str, seconds: float) -> None:
-        """stage: one of LOAD_STAGES."""
+        """Enter the seconds of one part of a load. stage: one of LOAD_STAGES."""
         self._stages[stage].observe(seconds)
 
     def set_names(self, name_of: dict[str, str]) -> None:
-        """Adapter version → served name: what may have a label. Names that are gone lose theirs, for others to have."""
+        """Set the served names (version → name), which may have labels. Removed names lose theirs to others."""
         self._name_of, self._served = dict(name_of), frozenset(name_of.values())
         for gone in self._labels.keys() - self._served:
             self._give_up(gone)
 
     def count_request(self, adapter: str | None, mixed: Sequence[str]) -> None:
-        """A request ended. mixed: the adapters of a mixture."""
+        """Count a request that ended. mixed: the names of its adapters, if it combined several."""
         self._requests.labels(self._label(adapter)).inc()
         for name in mixed:
             self._mixed.labels(self._label(name)).inc()
@@ -160,11 +161,11 @@ class AdapterMetrics:
         self._ttft.labels(self._label(adapter)).observe(seconds)
 
     def set_device(self, names: Callable[[], Iterable[str]]) -> None:
-        """Read at every scrape: the names whose present version is on the device."""
+        """Set the function that is called at every scrape: the names whose current version is on the device."""
         self._names_on_device = names
 
     def observe_step(self, running: Sequence[str], waiting: Sequence[str]) -> None:
-        """The versions of the requests that run and wait after the latest step."""
+        """Enter the versions of the requests that run and wait after the latest step."""
         self._slots_running.set(len(set(running)))
         self._waiting = waiting
         self._has_stepped = True
@@ -181,11 +182,12 @@ class AdapterMetrics:
             self._sequences.labels(label).set(count)
 
     def show(self, now: float) -> None:
-        """Publish what is on the device and what waits. One series only: a label set per past combination would grow
-        without end. The new one is there before the old one goes, so that no scrape sees neither.
+        """Publish the adapters on the device and those of waiting requests, in the labels of one series.
 
-        Routers send a request where its adapter is among the running ones. So these are all that are on the device:
-        with those of running requests alone, a router would forget them whenever traffic pauses."""
+        A series for each past combination would grow without end, so the old one is removed, after the new one is
+        there. Routers send a request to a server whose running adapters include the request's. So all adapters on the
+        device count as running: otherwise routers would forget them whenever traffic pauses.
+        """
         waiting = {self._name_of.get(version, OTHER_LABEL) for version in self._waiting}
         on_device = ",".join(sorted(set(self._names_on_device())))
         labels = (str(self._num_slots), on_device, ",".join(sorted(waiting)))
@@ -206,12 +208,12 @@ class AdapterMetrics:
         is_new = adapter not in self._labels
         self._labels[adapter] = now
         if is_new:
-            for series in self._by_adapter:  # all at once: they are removed together
+            for series in self._by_adapter:  # all at once, since they are also removed together
                 series.labels(adapter)
         return adapter
 
     def _has_room(self, now: float) -> bool:
-        """Whether one more name may have series; one that has had no traffic for long gives its up."""
+        """Whether one more name may have series. If all are taken, a name without traffic for long loses its own."""
         if len(self._labels) < self._max_labels:
             return True
         idle = min(self._labels, key=self._labels.__getitem__)

@@ -1,6 +1,6 @@
-"""Histograms that every step or token feeds: plain numbers, put into Prometheus' form when somebody asks for them.
+"""Histograms for numbers of every step or token: plain counts, which are put into Prometheus' form at a scrape.
 
-prometheus_client's own take a lock and several calls for each number. Fed on one thread. A part of `metrics`.
+prometheus_client's own need a lock and several calls for each number. For one thread. A part of `metrics`.
 """
 
 from bisect import bisect_left
@@ -19,11 +19,11 @@ class HotHistogram(Collector):
     def __init__(
         self, registry: CollectorRegistry, names: Mapping[str, str], edges: Sequence[float], labels: Mapping[str, str]
     ) -> None:
-        """names: each name that it has → the help text there."""
+        """names: each name under which it is published → the help text there."""
         self._names = names
         self._edges = list(edges)
         self._labels = labels
-        self._counts = [0] * (len(edges) + 1)  # the last one: beyond all edges
+        self._counts = [0] * (len(edges) + 1)  # the last one counts values beyond all edges
         self._sum = 0.0
         registry.register(self)
 

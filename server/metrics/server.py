@@ -1,6 +1,8 @@
-"""What the server counts, as Prometheus series in a registry of its own: vLLM's names and buckets where dashboards and
-routers read them, `guanaco_*` for what only we have. Doesn't know engines or HTTP; the API and the engine feed it
-plain numbers. Label values come from the catalog of served models or a fixed list, never from a client.
+"""The server's metrics, as Prometheus series in a registry of its own.
+
+Series that dashboards and routers read have vLLM's names and buckets; our own are called `guanaco_*`. Doesn't know
+engines or HTTP: the API and the engine pass plain numbers. Label values come from the catalog of served models or from
+a fixed list, never from a client.
 """
 
 import time
@@ -48,7 +50,7 @@ _LAG_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
 
 @dataclass(frozen=True)
 class RequestStats:
-    """One finished engine request. Seconds; None where it never got so far."""
+    """One finished engine request. Times are in seconds; None: it never got so far."""
 
     adapter: str | None  # its name, or MIXTURE_LABEL; None: the base model
     finish_reason: str  # one of FINISH_REASONS
@@ -60,7 +62,7 @@ class RequestStats:
     queue_seconds: float | None = None
     first_token_seconds: float | None = None
     last_token_seconds: float | None = None
-    mixed_adapters: tuple[str, ...] = ()  # the names of a mixture's
+    mixed_adapters: tuple[str, ...] = ()  # the names of its adapters, if it combined several
 
 
 def count_buckets(largest: int) -> tuple[int, ...]:
@@ -76,8 +78,8 @@ def count_buckets(largest: int) -> tuple[int, ...]:
 
 
 class Metrics:
-    """All series of one server. `observe_step` and `observe_tokens`, called for every step and token, and reading are
-    for one thread; the other methods may be called from any."""
+    """All series of one server. `observe_step`, `observe_tokens` and `render` are for one thread; all other methods may
+    be called from any thread."""
 
     def __init__(
         self,
@@ -89,15 +91,15 @@ class Metrics:
         old_names: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """old_names: three series have the names that vLLM gave them earlier too."""
+        """old_names: three series also get vLLM's earlier names."""
         disable_created_metrics()  # type: ignore[no-untyped-call]  # one more line per series, which nothing reads
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self._clock = clock
-        self._step: StepStats | None = None  # the last one that is not in the series yet
+        self._step: StepStats | None = None  # the latest step, if the series don't have it yet
         self._num_preempted = self._prefix_queries_tokens = self._prefix_hits_tokens = 0  # not in the series yet
         self._new_tokens: dict[str | None, int] = {}  # adapter → tokens, too
-        self._labels = {"model_name": model_name, "engine": _ENGINE}  # of vLLM's series
+        self._labels = {"model_name": model_name, "engine": _ENGINE}  # the labels of vLLM's series
         self._old_names = old_names
         self.registry.register(_First(self._catch_up))
         self.adapters = AdapterMetrics(
@@ -210,7 +212,7 @@ class Metrics:
         )
 
     def set_cache_config(self, *, block_size: int, num_blocks: int, **other: str | int | float | bool) -> None:
-        """Publish the size of the KV cache as vLLM does: labels of a gauge that is always 1. Call once."""
+        """Publish the size of the KV cache as vLLM does, in the labels of a gauge that is always 1. Call once."""
         labels = {"block_size": str(block_size), "num_gpu_blocks": str(num_blocks), "engine": _ENGINE}
         labels |= {name: str(value) for name, value in other.items()}
         info = Gauge("vllm:cache_config_info", "The KV cache, in its labels.", list(labels), registry=self.registry)
@@ -230,13 +232,13 @@ class Metrics:
             self._step_seconds.observe(step.step_seconds)
 
     def observe_tokens(self, adapter: str | None, count: int, gap_seconds: float | None) -> None:
-        """`count` tokens of one request came out, `gap_seconds` after its last ones (None: the first)."""
+        """Count new tokens of one request. gap_seconds: since its previous tokens; None: these are the first."""
         self._new_tokens[adapter] = self._new_tokens.get(adapter, 0) + count
         if gap_seconds is not None:
             self._itl.observe(gap_seconds)
 
     def _catch_up(self) -> None:
-        """Put what steps and tokens have left behind into the series."""
+        """Bring the series up to date with the latest steps and tokens."""
         for adapter, count in self._new_tokens.items():
             self._generation_tokens.inc(count)
             self.adapters.count_generation(adapter, count)
@@ -253,13 +255,13 @@ class Metrics:
             for counter in self._prefix_hits:
                 counter.inc(self._prefix_hits_tokens)
             self._num_preempted = self._prefix_queries_tokens = self._prefix_hits_tokens = 0
-            running = step.running_adapters if step.num_running else ()  # a last step's adapters run no more
+            running = step.running_adapters if step.num_running else ()  # after the last step no adapter runs
             self.adapters.observe_step(running, step.waiting_adapters)
             self.adapters.observe_sequences(step.sequence_versions)
         self.adapters.show(self._clock())  # an adapter can leave the device without a step
 
     def observe_prompt(self, adapter: str | None, count: int) -> None:
-        """A request was admitted with `count` prompt tokens."""
+        """Count the prompt tokens of a request that was admitted."""
         self._prompt_tokens.inc(count)
         self.adapters.count_prompt(adapter, count)
 
@@ -268,7 +270,7 @@ class Metrics:
         self.adapters.observe_first_token(adapter, seconds)
 
     def observe_request(self, stats: RequestStats) -> None:
-        """Count one engine request that ended, whatever its end."""
+        """Count one engine request that has ended in any way."""
         self._finished[stats.finish_reason].inc()
         self.adapters.count_request(stats.adapter, stats.mixed_adapters)
         self._e2e.observe(stats.e2e_seconds)
@@ -289,15 +291,16 @@ class Metrics:
             self._inference.observe(max(0.0, last - queue))
 
     def observe_longest(self, num_tokens: int) -> None:
-        """All choices of one prompt ended, and the longest of them has so many tokens."""
+        """Enter the tokens of the longest choice of a prompt, when all its choices have ended."""
         self._request_longest.observe(num_tokens)
 
     def count_rejected(self, reason: str) -> None:
-        """`reason` is one of our error codes: a fixed list."""
+        """Count a request that was answered with an error. reason: one of our error codes, a fixed list."""
         self._rejected.labels(reason).inc()
 
     def count_ignored_fields(self, count: int) -> None:
-        """Their names are the clients' own, and so no label: the answers' X-Ignored-Fields has them."""
+        """Count ignored fields of requests. Their names come from clients, so they are no labels; the header
+        X-Ignored-Fields has them."""
         if count:
             self._ignored_fields.inc(count)
 
@@ -305,7 +308,7 @@ class Metrics:
         self._slow_clients.inc()
 
     def observe_grammar(self, seconds: float, is_hit: bool) -> None:
-        """A request's grammar was compiled in so many seconds, or was there from before."""
+        """Count a request's grammar: compiled in `seconds`, or kept from before (`is_hit`)."""
         if is_hit:
             self._grammar_hits.inc()
         else:
@@ -315,14 +318,16 @@ class Metrics:
         self._lag.observe(seconds)
 
     def render(self, accept: str = "", hidden: frozenset[str] = frozenset()) -> tuple[bytes, str]:
-        """The exposition and its content type, in the format that the Accept header prefers.
-        hidden: names of adapters that the answer does not show."""
+        """(the metrics as bytes, their content type), in the format that the Accept header prefers.
+
+        hidden: names of adapters to leave out.
+        """
         encode, content_type = choose_encoder(accept)
         return encode(_Shown(self.registry, hidden) if hidden else self.registry), content_type
 
 
 class _Shown(Collector):
-    """A registry as a key may see it."""
+    """A registry without the series that an API key may not see."""
 
     def __init__(self, registry: CollectorRegistry, hidden: frozenset[str]) -> None:
         self._registry = registry
@@ -333,7 +338,7 @@ class _Shown(Collector):
 
 
 class _First(Collector):
-    """Registered before all others, and so asked before them: a moment to do something before a scrape."""
+    """Calls a function before each scrape: it is registered before all other collectors, so it is read first."""
 
     def __init__(self, work: Callable[[], None]) -> None:
         self._work = work

@@ -64,7 +64,7 @@ def _counts(batches: str) -> list[int]:
 
 
 def _roomy(settings: Settings, counts: list[int], adapters: str | None) -> dict[str, object]:
-    """Settings that the streams need: all of them at once, with all their adapters."""
+    """The settings, changed so that all streams can run at once with all their adapters."""
     update: dict[str, object] = {"max_num_seqs": max([settings.max_num_seqs, *counts])}
     update["max_num_batched_tokens"] = max(settings.max_num_batched_tokens, max(counts))
     if adapters is not None:
@@ -77,13 +77,13 @@ def _roomy(settings: Settings, counts: list[int], adapters: str | None) -> dict[
 
 
 def _bench_loras(runtime: Runtime) -> list[tuple[LoraRef, ...]]:
-    """What stream i uses: adapter i mod N of those that --adapters named, else the base."""
+    """The adapters of stream i: adapter i mod N of those that --adapters named, or none (the base)."""
     named = [e for e in runtime.registry.entries() if e.name[:1] == "a" and e.name[1:].isdigit()]
     return [(LoraRef(entry.version),) for entry in named] or [()]
 
 
 class _Bench:
-    """Random prompts through one engine. No two are alike, so the prefix cache has nothing."""
+    """Runs random prompts through one engine. No two are equal, so the prefix cache never helps."""
 
     def __init__(self, runtime: Runtime, loras: list[tuple[LoraRef, ...]]) -> None:
         self._engine: Engine = runtime.engine
@@ -104,7 +104,7 @@ class _Bench:
         waiting = {self._add(i, context, max_tokens=_DECODE_STEPS + 1) for i in range(count)}
         while waiting:
             waiting -= {output.request_id for output in self._step()}
-        # Streams that came first are a few tokens ahead: only steps in which all of them run are timed.
+        # The first streams are a few tokens ahead, so only steps in which all streams run are timed.
         tokens, started = 0, time.perf_counter()
         while True:
             outputs = self._step()

@@ -1,7 +1,7 @@
-"""`guanaco bench kernels`: what the machine code of every Triton kernel costs on every target, on any machine.
+"""`guanaco bench kernels`: counts the machine code of every Triton kernel for every target, on any machine.
 
-Has what the provider launches (kernels/analysis/launches.py) compiled and counted, and prints one list. Counts of a
-shipped bitsandbytes library come from the same counter. Times only exist with a GPU: kernels_gpu.py.
+Compiles all kernels that the provider launches (kernels/analysis/launches.py), counts their code and prints one list. A
+bitsandbytes library can be counted in the same way. Times need a GPU: kernels_gpu.py.
 """
 
 import json
@@ -22,7 +22,7 @@ from guanaco.server.bootstrap.gpu_runtime import tuned_path
 from guanaco.server.config import Settings
 from guanaco.server.errors import CommandError
 
-_SIDE = 4096  # of the square matrix that bitsandbytes' bytes and bounds are stated for
+_SIDE = 4096  # rows and columns of the matrix for which bitsandbytes' bytes and bounds are stated
 
 
 def collect_cases(target: str) -> list[CompileCase]:
@@ -57,7 +57,8 @@ def entry(case: CompileCase, target: str, analysis: Analysis) -> dict[str, Any]:
 
 
 def compiled_entries(targets: Collection[str], kernels: Collection[str]) -> Iterator[dict[str, Any]]:
-    """Compile and count; `kernels` empty: all of them. A case that can't be counted is told on standard error."""
+    """Compile and count the kernels; `kernels` empty: all. A case that can't be counted is reported on standard
+    error."""
     for target in targets:
         for case in collect_cases(target):
             if kernels and case.kernel not in kernels:
@@ -68,14 +69,15 @@ def compiled_entries(targets: Collection[str], kernels: Collection[str]) -> Iter
                 print(f"guanaco: {target}: {error}", file=sys.stderr)
 
 
-# ---- somebody else's binary
+# ---- bitsandbytes' library
 
 
 def _bitsandbytes_cases() -> Iterator[tuple[str, CompileCase]]:
-    """Mangled name's beginning → case. 32 weights a lane and turn: each is looked up by one SHFL (or LDS) per lane.
+    """(beginning of the mangled name, case) of each kernel. A lane handles 32 weights per iteration, each with one SHFL
+    or LDS for its look-up.
 
-    The first two kernels give each warp one output column; the template arguments of the last name a tile of
-    32 rows, 64 columns and 128 weights of each, over 256 threads.
+    The first two kernels compute one output column per warp. The template arguments of the last one name a tile of 32
+    rows, 64 columns and 128 weights each, for 256 threads.
     """
     weights = _SIDE * _SIDE
 
@@ -95,7 +97,7 @@ def _bitsandbytes_cases() -> Iterator[tuple[str, CompileCase]]:
 
 
 def bitsandbytes_entries(library: Path, targets: Collection[str]) -> Iterator[dict[str, Any]]:
-    """The same counts of the kernels in `libbitsandbytes_cuda*.so`, for those targets that it has code for."""
+    """The counts of the kernels in `libbitsandbytes_cuda*.so`, for the targets for which it has code."""
     for target in targets:
         try:
             functions, resources = sass.disassemble(sass.extract(library, target, tools()), tools())
@@ -106,8 +108,8 @@ def bitsandbytes_entries(library: Path, targets: Collection[str]) -> Iterator[di
                 try:
                     found = entry(case, target, count(case, target, functions[name], resources[name], 0))
                 except CountError:
-                    continue  # a kernel that this target has only a stub of
-                # How many threads it is launched with is not in the binary.
+                    continue  # for this target the library has only a stub of the kernel
+                # The binary doesn't say with how many threads the kernel is launched.
                 found["occupancy"] = None
                 yield found
 
@@ -116,7 +118,7 @@ def bitsandbytes_entries(library: Path, targets: Collection[str]) -> Iterator[di
 
 
 def count_kernels(*, targets: str | None, kernels: str | None, bitsandbytes: Path | None, as_json: bool) -> None:
-    """Print the list, or a table. CommandError without Triton, for unknown targets, or if nothing is left."""
+    """Print a table, or JSON. Raises CommandError without Triton, for unknown targets, or if no kernel is selected."""
     if find_spec("triton") is None:
         raise CommandError("the kernels are compiled by Triton, which is not installed (pip install triton)")
     import triton
@@ -142,7 +144,8 @@ def count_kernels(*, targets: str | None, kernels: str | None, bitsandbytes: Pat
 
 
 def tune_kernels(settings: Settings) -> None:
-    """Time the tiles of `nf4_dot` on the GPU that is here and keep the best. CommandError without one. NEVER RUN."""
+    """Time the tiles of `nf4_dot` on this machine's GPU and keep the best. Raises CommandError without a GPU. NEVER RUN
+    on a GPU so far."""
     gpu = find_gpu()
     if gpu is None:
         raise CommandError("--tune times kernels on an NVIDIA GPU, and torch finds none")

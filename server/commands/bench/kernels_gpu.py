@@ -1,6 +1,6 @@
 """The part of `guanaco bench kernels` that needs an NVIDIA GPU: times beside bitsandbytes and a torch product.
 
-NEVER RUN so far: nobody who wrote this had a GPU. It is kept to launching, timing with events, and dividing.
+NEVER RUN on a GPU so far. So it is kept simple: it launches, times with events, and divides.
 """
 
 import importlib
@@ -18,7 +18,7 @@ _PRODUCTS = ("nf4_simt", "nf4_dot")
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 _WARM_UPS = 10
 _ROUNDS = 50
-_FLUSH_BYTES = 256 << 20  # more than any L2: every launch finds its weights in memory
+_FLUSH_BYTES = 256 << 20  # more than any L2 cache, so that every launch reads its weights from memory
 
 
 def add_times(entries: list[dict[str, Any]]) -> None:
@@ -32,8 +32,8 @@ def add_times(entries: list[dict[str, Any]]) -> None:
 
 
 def product_times(rows: Sequence[int] = _ROWS) -> list[dict[str, Any]]:
-    """For each number of rows: one square matrix multiplied by our kernel, by bitsandbytes, and by torch in 16
-    bits; microseconds, and our share of the roofline."""
+    """For each number of rows: the microseconds of a product with one square matrix by our kernel, by bitsandbytes and
+    by torch in 16 bits, and our share of the roofline."""
     device = torch.device("cuda")
     dtype = torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
     torch.manual_seed(0)
@@ -47,14 +47,14 @@ def product_times(rows: Sequence[int] = _ROWS) -> list[dict[str, Any]]:
 
 
 def roofline_share(num_bytes: float, seconds: float) -> float | None:
-    """Of the memory's bandwidth; None where nobody says what that is."""
+    """The share of the memory's bandwidth that was used, 0 to 1; None if the bandwidth is not known."""
     known = bandwidth(torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0))
     return None if known is None else round(num_bytes / seconds / known, 3)
 
 
 def bandwidth(name: str, properties: Any) -> float | None:
-    """Bytes/s as the driver states the memory's clock (kHz) and width, which tells a card's variants apart; else by the
-    data sheet, where a card of this very name is listed."""
+    """The memory's bandwidth in bytes/s. From the clock (kHz) and width that the driver states, which tell a card's
+    variants apart; otherwise from the data sheet of a card with exactly this name. None if it is not known."""
     clock, width = (getattr(properties, key, 0) for key in ("memory_clock_rate", "memory_bus_width"))
     if clock and width:
         return float(2 * clock * 1e3 * width / 8)
@@ -78,10 +78,11 @@ def _times(rows: int, weight: nf4.Nf4Weight, device: torch.device, dtype: torch.
 
 
 def _bitsandbytes(x: torch.Tensor, dense: torch.Tensor) -> float | None:
-    """Its fused product of the same matrix, double-quantised; None where it is not installed."""
+    """Microseconds of bitsandbytes' fused product with the same matrix, double-quantised; None if it is not
+    installed."""
     if find_spec("bitsandbytes") is None:
         return None
-    # Not a dependency: only this comparison loads it, by name.
+    # It is not a dependency; only this comparison imports it.
     functional = importlib.import_module("bitsandbytes.functional")
     autograd = importlib.import_module("bitsandbytes.autograd._functions")
     packed, state = functional.quantize_4bit(dense, quant_type="nf4", compress_statistics=True)
@@ -89,7 +90,8 @@ def _bitsandbytes(x: torch.Tensor, dense: torch.Tensor) -> float | None:
 
 
 def microseconds(launch: Callable[[], Any]) -> float:
-    """Median of launches replayed from a CUDA graph, each after the L2 cache was overwritten."""
+    """The median time of launches in microseconds. They are replayed from a CUDA graph, each after the L2 cache was
+    overwritten."""
     for _ in range(_WARM_UPS):
         launch()
     torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""The HTTP side of `guanaco chat`: the models of a server, and streamed answers with what they cost."""
+"""The HTTP side of `guanaco chat`: the models of a server, and streamed answers with their token counts and times."""
 
 import json
 import time
@@ -16,7 +16,7 @@ _TIMEOUT_SECONDS = 600.0
 
 @dataclass
 class AnswerFigures:
-    """What is known of one answer. Times in seconds; complete after the last piece of its text."""
+    """The figures of one answer, complete after the last piece of its text. Times are in seconds."""
 
     started: float
     first_piece: float | None = None
@@ -45,7 +45,7 @@ class AnswerFigures:
 
 
 class ChatClient:
-    """Requests to one server. Every failure is a CommandError with the server's words, or the network's."""
+    """Requests to one server. Every failure is a CommandError with the server's or the network's message."""
 
     def __init__(self, url: str, *, api_key: str | None, options: Mapping[str, Any]) -> None:
         self.url = f"{server_root(url)}/v1"
@@ -102,7 +102,7 @@ class ChatClient:
 
 
 def _error_message(error: urllib.error.HTTPError) -> str:
-    """The server's own words where it sent the OpenAI error envelope, else the status."""
+    """The message in the server's error body, if it has OpenAI's shape, otherwise the status."""
     try:
         return str(json.load(error)["error"]["message"])
     except (ValueError, KeyError, TypeError):

@@ -27,18 +27,18 @@ _MAX_FILE_BYTES = 16 << 20
 
 @dataclass
 class Conversation:
-    """The turns so far. `model` answers the next one."""
+    """The turns so far. `model` will answer the next message."""
 
     model: str
     system: str | None = None
     turns: list[dict[str, str]] = field(default_factory=list)
 
     def messages(self) -> list[dict[str, str]]:
-        """What is sent: the system message, if there is one, and all turns."""
+        """The messages to send: the system message, if there is one, and all turns."""
         return ([{"role": "system", "content": self.system}] if self.system else []) + self.turns
 
     def take_back(self) -> str:
-        """Forget the last message of the user and its answer; the message. CommandError where there is none."""
+        """Forget the user's last message and its answer. Returns the message. Raises CommandError if there is none."""
         for index in range(len(self.turns) - 1, -1, -1):
             if self.turns[index]["role"] == "user":
                 text = self.turns[index]["content"]
@@ -58,7 +58,8 @@ class Conversation:
             raise CommandError(f"{path} can't be written: {error.strerror}") from None
 
     def load(self, path: Path) -> None:
-        """Replace the conversation by a saved one. CommandError names the line that is none; nothing changes then."""
+        """Replace the conversation by a saved one. Raises CommandError, which names the invalid line, and then changes
+        nothing."""
         messages = [_message(path, number, line) for number, line in enumerate(_lines_of(path), 1) if line.strip()]
         system = messages.pop(0)["content"] if messages and messages[0]["role"] == "system" else None
         self.system, self.turns = system, messages
@@ -93,7 +94,7 @@ def _message(path: Path, number: int, line: str) -> dict[str, str]:
 def run_command(
     line: str, conversation: Conversation, models: Callable[[], Sequence[str]], say: Callable[[str], None]
 ) -> str | None:
-    """Carry out one line that begins with `/`. Returns a message to send again, or None. EOFError for /quit."""
+    """Carry out one line that begins with `/`. Returns a message to send again, or None. Raises EOFError for /quit."""
     command, _, rest = line.partition(" ")
     rest = rest.strip()
     match command:
@@ -131,7 +132,7 @@ def run_command(
 
 
 def choose(name: str | None, names: Sequence[str]) -> str:
-    """`name` if the server has it, the first one for None. CommandError lists what there is."""
+    """`name` if the server has it; for None, the first name. Otherwise raises CommandError, which lists the names."""
     if name is None:
         return names[0]
     if name not in names:

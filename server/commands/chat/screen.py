@@ -1,4 +1,4 @@
-"""Markdown on the screen while it arrives: finished blocks are printed once, the last one is drawn again and again."""
+"""Shows Markdown while it arrives: finished blocks are printed once, and the last block is redrawn."""
 
 import re
 from types import TracebackType
@@ -13,10 +13,10 @@ _DRAWS_PER_SECOND = 12
 
 
 class MarkdownStream:
-    """A context manager: `write` takes pieces of Markdown, and leaving it prints what is left.
+    """A context manager: `write` takes pieces of Markdown, and leaving the context prints the rest.
 
-    A terminal can't redraw what has scrolled away. So a block that is complete, which a blank line outside of a code
-    fence shows, is printed for good, and only the block in the making is drawn again, at most its last screenful.
+    A terminal can't redraw lines that have scrolled away. So a complete block (followed by a blank line outside of code
+    fences) is printed once, and only the unfinished block is redrawn, at most its last screenful.
     """
 
     def __init__(self, console: Console) -> None:
@@ -46,9 +46,9 @@ class MarkdownStream:
 
 
 def finished_blocks(text: str) -> tuple[str, str]:
-    """Split Markdown before its last block: the part that nothing after it can change, and the rest.
+    """Split Markdown into (finished blocks, rest). Later text can't change the finished blocks.
 
-    A list may go on after a blank line, so a block that is followed by an indented or a list line is not finished.
+    A list may go on after a blank line, so a block that is followed by an indented line or a list item is not finished.
     """
     for match in reversed(list(re.finditer(r"\n[ \t]*\n", text))):
         before, after = text[: match.end()], text[match.end() :]

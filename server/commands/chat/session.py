@@ -1,7 +1,7 @@
 """The loop of `guanaco chat`: reads what the user types, sends it, shows the answer.
 
 With a terminal: an editable prompt with history, several lines, completion, and Markdown. Without one: each line of the
-input is a turn, nothing but the answers is written to standard output, and the first refusal ends the program.
+input is a message, only the answers are written to standard output, and the first error ends the program.
 """
 
 import sys
@@ -20,7 +20,7 @@ from guanaco.server.commands.terminal import write_text
 from guanaco.server.errors import CommandError
 
 _NOT_TEXT = "the input is not valid UTF-8: send UTF-8"
-# A model may write what a terminal takes as commands: escape sequences, carriage returns, bells.
+# Characters that a terminal would carry out as commands (escape sequences, carriage returns, bells) are replaced.
 _CONTROL = {code: "\ufffd" for code in (*range(32), 127, *range(128, 160)) if chr(code) not in "\n\t"}
 # Shows a prompt and reads one message. EOFError at the end of the input; KeyboardInterrupt for Ctrl-C.
 Reader = Callable[[str], str]
@@ -38,7 +38,7 @@ class ChatSession:
         self._history = history
 
     def run(self, name: str | None) -> None:
-        """Talk until the end of the input. CommandError where the server can't be reached or has no such model."""
+        """Talk until the end of the input. Raises CommandError if the server can't be reached or has no such model."""
         conversation = Conversation(choose(name, self._client.models()), self._system)
         if sys.stdin.isatty() and sys.stdout.isatty():
             self._talk(conversation, Console(highlight=False), _line_editor(self._client, self._history))
@@ -64,7 +64,8 @@ class ChatSession:
                 console.print(f"[red]{escape(str(error))}[/]")
 
     def _answer(self, conversation: Conversation, text: str, console: Console) -> None:
-        """Send one message and show the answer. A stopped answer is kept as far as it came; a refusal keeps nothing."""
+        """Send one message and show the answer. An answer that is stopped is kept so far; after an error nothing is
+        kept."""
         message = {"role": "user", "content": text}
         figures, answer, stopped = AnswerFigures(time.perf_counter()), "", False
         raw = self._client.stream(conversation.model, [*conversation.messages(), message], figures)
@@ -87,7 +88,8 @@ class ChatSession:
         _dim(console, "stopped" if stopped else figures.line())
 
     def _answer_all(self, conversation: Conversation) -> None:
-        """What a command says goes to standard error, so that standard output holds the answers alone."""
+        """Answer each line of the input. Output of commands goes to standard error, so that standard output has only
+        the answers."""
         console = Console(highlight=False, stderr=True)
         try:
             for raw in _lines(sys.stdin):
@@ -146,7 +148,7 @@ def _line_editor(client: ChatClient, history: Path | None) -> Reader:
             history.touch(mode=0o600)
             past = FileHistory(history)
         except OSError:
-            pass  # a home directory that can't be written: this conversation's history works all the same
+            pass  # the home directory can't be written: the history then lasts only for this conversation
     completer = WordCompleter(lambda: [*COMMANDS, *_names(client)], sentence=False, WORD=True)
     session: PromptSession[str] = PromptSession(
         history=past,
