@@ -65,9 +65,9 @@ class AdapterError(OperatorError):
 
 def adapter_not_found() -> AdapterError:
     """The error for a name that no adapter has."""
-    return AdapterError(ErrorCode.ADAPTER_NOT_FOUND, "no adapter is called so; GET /v1/adapters lists them", "name")
+    return AdapterError(ErrorCode.ADAPTER_NOT_FOUND, "no adapter has this name; GET /v1/adapters lists them", "name")
 
 
 def alias_not_found() -> AdapterError:
     """The error for a name that no alias has."""
-    return AdapterError(ErrorCode.ALIAS_NOT_FOUND, "no alias is called so; GET /v1/aliases lists them", "name")
+    return AdapterError(ErrorCode.ALIAS_NOT_FOUND, "no alias has this name; GET /v1/aliases lists them", "name")

@@ -1,4 +1,5 @@
-// The C interface that kernels/cpu/library.py loads. Every function that can fail returns 0, or -1 when memory runs out.
+// The C interface that kernels/cpu/library.py loads. Every function that can fail returns 0, or -1 when memory runs
+// out.
 #include <stdint.h>
 
 #include <exception>
@@ -15,7 +16,7 @@ using namespace guanaco;
 
 namespace {
 
-// One call at a time per context, its memory free before and after.
+// Runs one call on a context: one at a time, with all of its memory free before and after.
 template <class F>
 int32_t guarded(Context* context, F&& f) {
     try {
@@ -28,7 +29,7 @@ int32_t guarded(Context* context, F&& f) {
     }
 }
 
-// Rows of activations as float32: the very rows, or converted.
+// Rows of activations as float32: the rows themselves, or a converted copy.
 const float* floats(Context& context, const void* x, int32_t dtype, int64_t rows, int64_t columns) {
     if (dtype == kFloat32) return static_cast<const float*>(x);
     float* out = context.arena.take<float>(rows * columns);
@@ -38,7 +39,7 @@ const float* floats(Context& context, const void* x, int32_t dtype, int64_t rows
     return out;
 }
 
-// Where an op may put its float32 results: the output itself, or memory that deliver() rounds from.
+// Memory for an op's float32 results: the output itself, or memory from which deliver() rounds them.
 float* results(Context& context, void* y, int32_t dtype, int64_t rows, int64_t columns) {
     return dtype == kFloat32 ? static_cast<float*>(y) : context.arena.take<float>(rows * columns);
 }
@@ -54,13 +55,13 @@ void deliver(Context& context, const float* from, void* y, int32_t dtype, int64_
 
 extern "C" {
 
-// The ISA's name, or null where this processor does not have it.
+// The ISA's name; null if this processor does not have it.
 const char* guanaco_isa_name(int32_t isa) {
     const Kernels* k = kernels_of(isa);
     return k == nullptr ? nullptr : k->name;
 }
 
-// Sizes of the structs, for the mirror in Python to compare.
+// Sizes of the structs in bytes, which the mirror in Python compares with its own.
 void guanaco_struct_bytes(int32_t* out) {
     const size_t sizes[] = {sizeof(Linear), sizeof(LoraPair), sizeof(Lora),  sizeof(Layer),
                             sizeof(Model),  sizeof(Cache),    sizeof(Batch), sizeof(Draw)};
@@ -73,7 +74,7 @@ Context* guanaco_create(int32_t isa, int32_t num_threads, ThreadPool::Team team)
     if (k == nullptr) return nullptr;
     try {
         return new Context(k, num_threads, team);
-    } catch (const std::exception&) {  // no memory, or no more threads
+    } catch (const std::exception&) {  // out of memory or threads
         return nullptr;
     }
 }
@@ -142,7 +143,7 @@ int32_t guanaco_silu_mul(Context* context, const void* gate, const void* up, int
     });
 }
 
-// q, k, v in `dtype`; the rotated q goes to q_out in the same.
+// q, k, v and the rotated q in q_out are in `dtype`.
 int32_t guanaco_rope_and_cache(Context* context, const Batch* batch, const Cache* cache, int64_t heads,
                                int64_t kv_heads, int64_t head_dim, const void* q, const void* k, const void* v,
                                int32_t dtype, void* q_out) {
@@ -166,7 +167,7 @@ int32_t guanaco_attention(Context* context, const Batch* batch, const Cache* cac
     });
 }
 
-// out[r]: the token of row r of float32 logits [rows, vocab].
+// out[r] = the sampled token of row r of float32 logits [rows, vocab].
 int32_t guanaco_draw(Context* context, const float* logits, int64_t rows, int64_t vocab, const Draw* draws,
                      int64_t* out) {
     return guarded(context, [&](Context& c) { draw(c, logits, rows, vocab, draws, out); });

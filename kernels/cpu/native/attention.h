@@ -1,7 +1,7 @@
 // Attention of a few query rows over a run of cached positions, with the running softmax of "Online normalizer
 // calculation for softmax" (Milakov & Gimelshein 2018), in float32.
-// The result for a query does not depend on which queries are computed with it: positions are taken in blocks counted
-// from position 0, and runs of kSplit positions are finished one by one and merged in order.
+// The result for a query does not depend on which queries are computed with it: blocks of positions are counted from
+// position 0, and runs of kSplit positions are computed one by one and merged in order.
 #pragma once
 #include "kernels.h"
 #include "simd.h"
@@ -10,11 +10,12 @@ namespace guanaco {
 namespace GUANACO_ISA {
 namespace {
 
-// Rows that one pass over a block of positions takes together: enough that the latencies of one are hidden behind the
+// Rows that one pass over a block of positions computes together: enough to hide the latencies of one behind the
 // others.
 constexpr int64_t kTogether = 8;
 
-// Dot products of R (1 or 2) rows of q with 8 / R rows of `keys`, all n (a multiple of 8) apart: first row's, then second's.
+// Dot products of R (1 or 2) rows of q with 8 / R rows of `keys`, all n (a multiple of 8) apart: first row's, then
+// second's.
 template <int R>
 inline vf dot_eight(const float* q, const float* keys, int64_t n) {
     constexpr int K = 8 / R;
@@ -61,12 +62,12 @@ inline void add_value_rows(const float (*weights)[kPositions], int64_t positions
     for (; i < n; i += W) add_values<R, 1>(weights, positions, values + i, n, corrections, out + i);
 }
 
-// Walks over the cached rows of a run's heads, position by position, with one division for all of them.
+// Iterates over the cached rows of a run's heads, position by position, with one division in all.
 class Positions {
   public:
     Positions(const AttentionRun& run, int64_t first)
         : run_(run), block_(first / run.block_size), offset_(first % run.block_size) {}
-    // Index of the present position's row, in elements; then go on to the next.
+    // The index of the current position's row, in elements. Moves on to the next position.
     int64_t next() {
         int64_t slot = int64_t(run_.block_table[block_]) * run_.block_size + offset_;
         if (++offset_ == run_.block_size) {
@@ -115,7 +116,7 @@ void load_positions(const AttentionRun& run, int64_t first, int64_t count, float
 }
 
 // One block of positions, for `rows` (at most kTogether) query rows that see the first `seen` of them (1 … kPositions).
-// In stages over all rows, since a stage of one row waits for the stage before.
+// Each stage is done for all rows before the next, since a row's stage waits for its stage before.
 inline void attend_block(const float* q, int64_t rows, const float* keys, const float* values, int64_t n, int64_t seen,
                          SoftmaxState* states, float* out) {
     float scores[kTogether][kPositions];
@@ -137,7 +138,7 @@ inline void attend_block(const float* q, int64_t rows, const float* keys, const 
         for (int64_t j = 0; j < kPositions; j += W) largest = vmax(largest, load(scores[r] + j));  // NaN stays NaN
         float top = max_of(largest), old_max = states[r].max;
         float new_max = top > old_max ? top : old_max;
-        // Mostly the largest score is an old one, and e^0 is 1.
+        // Mostly the largest score does not change, and e^0 is 1.
         corrections[r] = new_max == old_max ? 1.0f : vexp(splat(old_max - new_max))[0];
         vf total = zero();
         for (int64_t j = 0; j < kPositions; j += W) {
@@ -154,7 +155,7 @@ inline void attend_block(const float* q, int64_t rows, const float* keys, const 
 }
 
 // Rows r = (key-value head * queries + query) * share + head; q, out: [rows][padded_dim]; states: [rows].
-// Query i sees positions below run.first_limit + i; positions run.begin … run.end − 1 are taken here.
+// Query i sees positions below run.first_limit + i; this call computes positions run.begin … run.end − 1.
 // scratch: 2 * num_heads * kPositions * padded_dim floats.
 void attend_run(const AttentionRun& run, const float* q, SoftmaxState* states, float* out, float* scratch) {
     int64_t n = run.padded_dim, rows = run.queries * run.share;
@@ -174,7 +175,7 @@ void attend_run(const AttentionRun& run, const float* q, SoftmaxState* states, f
         for (int64_t h = 0; h < run.num_heads; h++) {
             for (int64_t r = 0; r < rows;) {
                 int64_t seen = run.first_limit + r / run.share - first;
-                // Rows of one query see the same, and so do all rows of the queries that see the whole block.
+                // Rows of one query see the same positions. So do all rows of queries that see the whole block.
                 int64_t alike = seen >= count ? rows - r : run.share - r % run.share;
                 int64_t together = alike < kTogether ? alike : kTogether, at = h * rows + r;
                 if (seen > 0) {
@@ -187,7 +188,7 @@ void attend_run(const AttentionRun& run, const float* q, SoftmaxState* states, f
     }
 }
 
-// Take the state and sums of a later run into those of the earlier ones.
+// Merge the states and sums of a later run into those of the earlier runs.
 void merge_runs(int64_t rows, int64_t n, const SoftmaxState* later, const float* later_out, SoftmaxState* states,
                 float* out) {
     for (int64_t r = 0; r < rows; r++) {

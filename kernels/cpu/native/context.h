@@ -1,4 +1,5 @@
-// What one CpuOps owns: its threads, its ISA, and memory for intermediate results that grows to what a step needs.
+// The state of one CpuOps: its threads, its ISA, and memory for intermediate results, which grows to the need of a
+// step.
 #pragma once
 #include <stdlib.h>
 
@@ -12,7 +13,7 @@
 
 namespace guanaco {
 
-// Memory that is handed out piece by piece, and taken back from a mark on or all at once. Pieces never move.
+// Memory that is handed out in pieces, and freed from a mark on or all at once. Pieces never move.
 class Arena {
   public:
     struct Mark {
@@ -33,12 +34,12 @@ class Arena {
         return reinterpret_cast<T*>(p);
     }
     Mark mark() const { return {current_, used_}; }
-    // What was taken since the mark is free again.
+    // Free everything that was handed out since the mark.
     void rewind(Mark mark) {
         current_ = mark.chunk;
         used_ = mark.used;
     }
-    // Everything is free again. Several chunks become one, so that the next step of this size needs only that.
+    // Free everything. Several chunks are replaced by one large chunk, which is enough for the next step of this size.
     void reset() {
         if (chunks_.size() > 1) {
             size_t total = 0;
@@ -74,7 +75,7 @@ struct Context {
     Arena arena;
     std::mutex mutex;  // one call at a time
 
-    // `count` floats for each thread, side by side: thread i's begin at i * count rounded up to a cache line.
+    // `count` floats for each thread. Those of thread i begin at i * count, with count rounded up to a cache line.
     struct PerThread {
         float* memory;
         int64_t stride;

@@ -1,4 +1,5 @@
-// All decoder layers of a LLaMA in one call: what models/architectures/llama.py composes from small ops, without Python in between.
+// All decoder layers of a LLaMA in one call: what models/architectures/llama.py composes from small ops, without Python
+// in between.
 #include "decoder.h"
 
 #include "linear.h"

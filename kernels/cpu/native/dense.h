@@ -8,16 +8,17 @@ namespace guanaco {
 namespace GUANACO_ISA {
 namespace {
 
-// How much of k many rows take at a time: four rows of weights, as float32, and a few of activations stay in the
-// first-level cache.
+// Columns that are computed at a time for many rows: four rows of float32 weights and a few rows of activations then
+// stay in the first-level cache.
 constexpr int64_t kChunk = 512;
 
-// Where a block's weights come from: the matrix, in memory or near; or what an earlier block of the same chunk has kept
-// of them in float32.
+// Where a block's weights come from: the matrix (in memory, or in a cache), or the float32 copy that an earlier block
+// of the same chunk has kept.
 enum class From { kMatrix, kMatrixAndKeep, kNear, kKept };
 
-// From the ISA, by its registers: up to kDirectLanes rows are multiplied while the weights are converted, and of more
-// rows the first kKeepLanes; the others take what these kept, kMostLanes at most at a time.
+// The ISA's file sets these by its registers. Up to kDirectLanes rows are multiplied while the weights are converted.
+// Of more rows, the first kKeepLanes are, and keep the converted weights; the others use those, at most kMostLanes at a
+// time.
 
 // lanes[m][n] += x[m] · w[n], eight lanes along k, for columns 0 … k − 1 (a multiple of 8). kept: [N][kChunk].
 template <DType D, int M, int N, From F>
@@ -30,7 +31,7 @@ inline void dense_lanes(const typename Element<D>::type* w, int64_t w_stride, in
         for (int n = 0; n < N; n++) {
             wn[n] = F == From::kKept ? load(kept + n * kChunk + i) : Element<D>::load8(w + n * w_stride + i);
             if (F == From::kMatrixAndKeep) store(kept + n * kChunk + i, wn[n]);
-            // Rows are shorter than what a hardware prefetcher needs to get going.
+            // Rows are too short for a hardware prefetcher to start.
             if (kPrefetch && i % 32 == 0) __builtin_prefetch(w + (n + N) * w_stride + i, 0, 2);
         }
 #pragma GCC unroll 6
@@ -52,7 +53,7 @@ inline void dense_lanes_of(int64_t height, const typename Element<D>::type* w, i
     dense_lanes<D, M, N, F>(w, w_stride, k, x, first, kept, lanes);
 }
 
-// y[n] of one row from its lanes, and what is left of k beyond a multiple of eight.
+// y[n] of one row: the sums of its lanes, plus the columns beyond the last multiple of eight.
 template <DType D, int N>
 inline void dense_finish(const typename Element<D>::type* w, int64_t k, const float* x, const vf* lanes, float* y) {
     float total[N];
@@ -67,8 +68,8 @@ inline void dense_finish(const typename Element<D>::type* w, int64_t k, const fl
     }
 }
 
-// y[m][n] for M rows x[m] and N rows of w (stride k elements); y has `stride` columns. Not inlined: of several of these in
-// one function, GCC 12 keeps the sums in memory.
+// y[m][n] for M rows x[m] and N rows of w (stride k elements); y has `stride` columns. Not inlined: of several of these
+// in one function, GCC 12 keeps the sums in memory.
 template <DType D, int M, int N>
 __attribute__((noinline)) void dense_block(const typename Element<D>::type* w, int64_t k, const float* const* x,
                                            float* y, int64_t stride) {
@@ -93,8 +94,8 @@ void dense_many(const typename Element<D>::type* w, int64_t k, const float* cons
         for (int64_t m = 0; m < count; m++) {
             for (int n = 0; n < N; n++) lanes[m][n] = zero();
         }
-        // The blocks after the first have nearly the same height: a single row has too few sums under way at a time to
-        // keep the multipliers busy.
+        // The blocks after the first have nearly equal heights: a block of one row would have too few independent sums
+        // to keep the multipliers busy.
         int64_t direct = count < kKeepLanes ? count : kKeepLanes;
         int64_t blocks = (count - direct + kMostLanes - 1) / kMostLanes;
         for (int64_t first = 0; first < whole; first += kChunk) {

@@ -49,7 +49,7 @@ void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* 
     for (; i < n; i++) out[i] = x[i] * inverse * weight[i];
 }
 
-// gate · sigmoid(gate) · up, into `out`, which may be either.
+// out = gate · sigmoid(gate) · up. `out` may be `gate` or `up`.
 void silu_mul(const float* gate, const float* up, int64_t n, float* out) {
     int64_t i = 0;
     vf limit = splat(87.0f);

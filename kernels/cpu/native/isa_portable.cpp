@@ -1,4 +1,4 @@
-// Any processor: what the compiler's own baseline allows.
+// Any processor: only the compiler's baseline instructions.
 #define GUANACO_ISA portable
 #define GUANACO_ISA_NAME "portable"
 #include "simd.h"

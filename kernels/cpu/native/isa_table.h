@@ -1,5 +1,5 @@
-// Last include of an isa_*.cpp: everything that is made once per ISA, on top of the core that the file has chosen, and the
-// table of it.
+// The last include of each isa_*.cpp: compiles all code that exists once per ISA, on top of the core that the file has
+// chosen, and makes the ISA's table of functions.
 #include "attention.h"
 #include "dense.h"
 #include "elementwise.h"

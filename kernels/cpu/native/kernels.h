@@ -1,5 +1,5 @@
-// What every ISA provides: one table of functions, chosen once when a context is made. They know rows, tiles and runs
-// of positions, but no threads, layers or sequences.
+// The table of functions that every ISA provides; chosen once, when a context is made. The functions know rows, tiles
+// and runs of positions, but no threads, layers or sequences.
 #pragma once
 #include <stdint.h>
 
@@ -8,7 +8,7 @@
 
 namespace guanaco {
 
-constexpr int64_t kPositions = 32;  // cached positions taken together by attention: 16 KB of float32 at 64 dimensions
+constexpr int64_t kPositions = 32;  // cached positions that attention computes together: 16 KB of float32 at 64 dimensions
 constexpr int64_t kSplit = 512;  // positions after which a run of attention ends; a multiple of kPositions
 
 // One run of cached positions for some queries of one sequence and some neighbouring key-value heads.
@@ -58,7 +58,7 @@ struct Kernels {
 // CPU_ISAS in kernels/ops.py names them in this order.
 enum Isa : int32_t { kAvx512Vnni = 0, kAvx512 = 1, kAvx2 = 2, kPortable = 3 };
 
-// The table of an ISA, or null where this processor (or this build) does not have it.
+// The table of an ISA; null if this processor or this build does not have it.
 const Kernels* kernels_of(int32_t isa);
 
 }  // namespace guanaco

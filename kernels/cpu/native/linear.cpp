@@ -7,12 +7,12 @@
 namespace guanaco {
 namespace {
 
-// Rows taken against one decoded tile at a time: enough that decoding is 2 % of the work, few enough that their sums
-// stay in the first-level cache.
+// Rows that are multiplied with one decoded tile at a time: enough that decoding is 2 % of the work, few enough that
+// their sums stay in the first-level cache.
 constexpr int64_t kBlockRows = 128;
 // Bytes of weights in a task, for one row. 64 and 128 KiB were as fast.
 constexpr int64_t kTaskBytes = 256 << 10;
-// One or two rows take several tiles side by side, so many that there are eight products.
+// With one or two rows, several tiles are computed side by side, so that there are eight products.
 constexpr int64_t kSideBySide = 8;
 constexpr int64_t kShrinkRows = 32, kShrinkRanks = 16;
 
@@ -24,8 +24,8 @@ int64_t bytes_of_tile(const Linear& w) {
     return kTileRows * w.k * (w.kind == kDense ? element_bytes(w.dtype) : 4);
 }
 
-// Tasks 0 … count − 1 in as many ranges as there are threads. A thread takes those of its own range in order, so that
-// what it prefetches beyond a task is its next one's, and then helps with the others'.
+// Tasks 0 … count − 1 in one range per thread. A thread runs its own range in order, so that it prefetches its own next
+// task, and then helps with the other ranges.
 class Ranges {
   public:
     Ranges(Arena& arena, int threads, int64_t count) : ranges_(arena.take<Range>(threads)), threads_(threads) {
@@ -53,7 +53,7 @@ class Ranges {
     int threads_;
 };
 
-// Everything that a thread needs to compute blocks of a product.
+// A thread's memory to compute blocks of a product.
 struct Scratch {
     float* y;  // [kBlockRows][16]
     float* other;  // the same, for SwiGLU's second product
@@ -84,7 +84,7 @@ void tile_products(const Kernels& k, const Linear& w, const Activations& x, int6
     }
 }
 
-// Add scale · B t to the rows of this block that have adapters; all others are left alone, bit for bit.
+// Add scale · B t to the rows of this block that have adapters. No bit of the other rows changes.
 void expand(const Kernels& k, const LoraDelta& delta, const Linear& w, int64_t tile, int64_t first, int64_t rows,
             const Scratch& s, float* y) {
     int64_t n0 = tile * kTileRows, n = std::min<int64_t>(kTileRows, w.n - n0);
@@ -116,9 +116,9 @@ void expand(const Kernels& k, const LoraDelta& delta, const Linear& w, int64_t t
     }
 }
 
-// Fetches a tile's rows of every B before the product, which takes long enough for them to come: there are many short
-// runs, one for each adapter, too many for the hardware to guess. Loads, not prefetches: those came to nothing (eight
-// adapters of rank 16 on Zen 4: 120 and 131 tokens/s).
+// Read a tile's rows of every B before the product, so that they arrive during it: there are many short runs, one per
+// adapter, which hardware prefetchers do not find. These are loads, because prefetch instructions did not help (eight
+// adapters of rank 16 on Zen 4: 120 tokens/s with prefetches, 131 with loads).
 void fetch_expand(const LoraDelta& delta, const Linear& w, int64_t tile) {
     int64_t n0 = tile * kTileRows, n = std::min<int64_t>(kTileRows, w.n - n0);
     for (const LoraDelta::Segment& segment : delta.segments) {
@@ -128,7 +128,7 @@ void fetch_expand(const LoraDelta& delta, const Linear& w, int64_t tile) {
     }
 }
 
-// Bias and LoRA of one tile's block.
+// Add bias and LoRA to one tile's block.
 void complete(const Kernels& k, const Linear& w, const LoraDelta* delta, int64_t tile, int64_t first, int64_t rows,
               const Scratch& s, float* y) {
     int64_t n0 = tile * kTileRows, n = std::min<int64_t>(kTileRows, w.n - n0);
@@ -140,7 +140,7 @@ void complete(const Kernels& k, const Linear& w, const LoraDelta* delta, int64_t
     if (delta != nullptr) expand(k, *delta, w, tile, first, rows, s, y);
 }
 
-// What one tile's block becomes in the result.
+// Write one tile's block to the result: stored, added, or combined to SwiGLU.
 void put(const Kernels& k, const Product& p, int64_t tile, int64_t first, int64_t rows, const float* y,
          const float* up) {
     int64_t n0 = tile * kTileRows, n = std::min<int64_t>(kTileRows, p.weight->n - n0);
@@ -154,7 +154,7 @@ void put(const Kernels& k, const Product& p, int64_t tile, int64_t first, int64_
     }
 }
 
-// `count` neighbouring tiles (count · rows at most kBlockRows), from product to result.
+// Compute `count` neighbouring tiles, from product to result; count · rows is at most kBlockRows.
 void finish_tiles(const Kernels& k, const Product& p, const Activations& x, int64_t tile, int64_t count, int64_t first,
                   int64_t rows, const Scratch& s) {
     struct Side {
@@ -245,7 +245,7 @@ void shrink(Context& context, const Lora* lora, const int* modules, int count, c
 }
 
 void multiply(Context& context, const Activations& x, const Product* products, int count) {
-    struct Share {  // of one product
+    struct Share {  // the tasks of one product
         int64_t tiles, tiles_per_task, first_task;
     };
     int64_t blocks = (x.rows + kBlockRows - 1) / kBlockRows, num_tasks = 0, decoded = 0;
@@ -258,7 +258,7 @@ void multiply(Context& context, const Activations& x, const Product* products, i
         int64_t work = bytes_of_tile(w) * std::max<int64_t>(1, block_rows / 4);
         if (products[i].up != nullptr) work *= 2;
         Share share{tiles_of(w.n), std::max<int64_t>(1, kTaskBytes / work), num_tasks};
-        // No thread is to be idle because a matrix is small.
+        // A small matrix still has tasks for every thread.
         int64_t fair = (share.tiles + context.pool.num_threads() - 1) / context.pool.num_threads();
         share.tiles_per_task = (std::min(share.tiles_per_task, fair) + run - 1) / run * run;
         num_tasks += blocks * ((share.tiles + share.tiles_per_task - 1) / share.tiles_per_task);

@@ -6,7 +6,7 @@
 
 namespace guanaco {
 
-// Rows of float32 activations, and their integers once quantize() has run.
+// Rows of float32 activations; after quantize() also as integers.
 struct Activations {
     const float* x;  // [rows, k]
     int64_t rows, k;
@@ -15,9 +15,9 @@ struct Activations {
 };
 
 Activations activations(Context& context, const float* x, int64_t rows, int64_t k);
-// The integers of one row.
+// Compute the integers of one row.
 void quantize_row(const Context& context, const Activations& a, int64_t row);
-// Those of all rows, on all threads.
+// Compute the integers of all rows, on all threads.
 void quantize(Context& context, const Activations& a);
 
 // The LoRA operand of one module, after its shrink.
@@ -47,7 +47,7 @@ struct Product {
     const LoraDelta* up_delta = nullptr;
 };
 
-// All products of the same activations, their tiles shared out among the threads.
+// Compute all products of the same activations. Their tiles are distributed over the threads.
 void multiply(Context& context, const Activations& x, const Product* products, int count);
 
 }  // namespace guanaco

@@ -59,15 +59,15 @@ class Decoder {
         w0 = _mm256_unpacklo_epi8(low, high);
         w1 = _mm256_unpackhi_epi8(low, high);
     }
-    // Brings the high nibbles down. A multiplication, since the ports that shift are busy with looking up.
+    // Moves the high nibbles down. By multiplication, since the ports for shifts are busy with look-ups.
     static __m256i high_nibbles(__m256i bytes) { return _mm256_mulhi_epu16(bytes, _mm256_set1_epi16(0x1000)); }
 
   private:
     __m256i low_, high_;
 };
 
-// low += w0 · x, high += w1 · x, for the pair of activations at x. In assembler since GCC keeps these sums in memory
-// and copies them about, which costs a third of the rate.
+// low += w0 · x, high += w1 · x, for the pair of activations at x. In assembler, because GCC would keep these sums in
+// memory and copy them around, which costs a third of the speed.
 inline void multiply_add(__m256i& low, __m256i& high, __m256i w0, __m256i w1, const int16_t* x) {
     __m256i t0, t1;
     asm("vpbroadcastd %[x], %[t1]\n\t"
@@ -108,7 +108,7 @@ class RowSums {
     __m256i h0_ = none(), h1_ = none(), h2_ = none(), h3_ = none(), h4_ = none(), h5_ = none();
 };
 
-// M rows against a group's codes, without a detour through memory.
+// Products of M rows with a group's codes, decoded in registers.
 template <int M>
 inline void dot_codes(const Decoder& decode, const uint8_t* codes, const int16_t* x, I16* out) {
     RowSums<M> sums;
@@ -123,8 +123,8 @@ inline void dot_codes(const Decoder& decode, const uint8_t* codes, const int16_t
     sums.get(out);
 }
 
-// The same, and a group's levels are kept for more rows, as int16 [32 pairs of inputs][16 rows][2]. One loop for both,
-// since looking up and multiplying use different ports.
+// The same, and the group's levels are stored for further rows, as int16 [32 pairs of inputs][16 rows][2]. One loop
+// does both, since look-ups and multiplications use different ports.
 template <int M>
 inline void dot_and_decode(const Decoder& decode, const uint8_t* codes, const int16_t* x, int16_t* levels, I16* out) {
     RowSums<M> sums;
@@ -143,7 +143,7 @@ inline void dot_and_decode(const Decoder& decode, const uint8_t* codes, const in
     sums.get(out);
 }
 
-// M rows against decoded levels.
+// Products of M rows with decoded levels.
 template <int M>
 inline void dot_levels(const int16_t* levels, const int16_t* x, I16* out) {
     RowSums<M> sums;

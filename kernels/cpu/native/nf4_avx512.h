@@ -1,5 +1,5 @@
-// The integer product of one group of a tile, AVX-512. vpermw looks 32 levels up at once: its table has the 16 levels
-// twice, so that of a word's bits only the lowest four matter; shifts bring the others down. Sixteen outputs are one
+// The integer product of one group of a tile, AVX-512. vpermw looks up 32 levels at once. Its table has the 16 levels
+// twice, so only the lowest four bits of a word count; shifts move the others down. Sixteen outputs are one
 // register, and with VNNI one instruction multiplies and adds.
 // With GUANACO_EMULATE_AVX512 the same source is made from plain vectors, for tests on processors without it.
 #pragma once
@@ -36,7 +36,7 @@ inline F16 load_scales(const int16_t* p) {
 #if defined(GUANACO_EMULATE_AVX512)
     return __builtin_convertvector(*(const scales_unaligned*)p, F16);
 #else
-    // GCC 12 would convert two halves and put them together.
+    // Written so because GCC 12 would otherwise convert two halves and join them.
     return (F16)_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)p)));
 #endif
 }
@@ -88,7 +88,7 @@ class Decoder {
     words table_;
 };
 
-// The sums of M rows. Few rows have several sums each, since one addition waits for the one before.
+// The sums of M rows. If there are few rows, each has several sums, since an addition waits for the one before it.
 template <int M>
 class RowSums {
   public:
@@ -109,8 +109,8 @@ class RowSums {
     I16 sums_[M][kParts] = {};
 };
 
-// M rows against a group's codes; with Keep, the levels are stored for more rows, as int16 [32 pairs of inputs][16
-// rows][2]. Decoding hides behind the products: on Zen 4 the look-ups may take ports that vpdpwssd does not.
+// Products of M rows with a group's codes. With Keep, the levels are stored for further rows, as int16 [32 pairs of
+// inputs][16 rows][2]. Decoding overlaps with the products: on Zen 4 look-ups can use ports that vpdpwssd does not.
 template <int M, bool Keep>
 inline void dot_group(const Decoder& decode, const uint8_t* codes, const int16_t* x, int16_t* levels, I16* out) {
     RowSums<M> sums;
@@ -138,7 +138,7 @@ inline void dot_tiles(const Decoder& decode, const uint8_t* codes, int64_t tile,
     for (int i = 0; i < 8; i++, x += 8, codes += 64) {
 #pragma GCC unroll 8
         for (int t = 0; t < T; t++) {
-            // Into the second-level cache: the first has too few requests under way for what memory can bring.
+            // Into the second-level cache: the first allows too few outstanding requests for the memory's bandwidth.
             __builtin_prefetch(codes + t * tile + kStreamPrefetchBytes, 0, 2);
             words packed = load_words(codes + t * tile);
 #pragma GCC unroll 4
@@ -173,7 +173,7 @@ inline void dot_and_decode(const Decoder& decode, const uint8_t* codes, const in
     dot_group<M, true>(decode, codes, x, levels, out);
 }
 
-// M rows against decoded levels.
+// Products of M rows with decoded levels.
 template <int M>
 inline void dot_levels(const int16_t* levels, const int16_t* x, I16* out) {
     RowSums<M> sums;

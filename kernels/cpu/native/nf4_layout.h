@@ -1,4 +1,4 @@
-// How NF4 weights lie in memory once they are repacked for the CPU, and the constants of the integer product.
+// The memory layout of NF4 weights that were repacked for the CPU, and the constants of the integer product.
 //
 // A tile is 16 consecutive rows (outputs), padded with zero rows at the end of the matrix. Per tile, in this order:
 //   codes    groups x 512 bytes: for every group of 64 inputs, 16 x 64 codes in the order that the ISA's look-up wants
@@ -6,8 +6,8 @@
 //   factors  16 x float32: largest scale of the row / 32767
 // so that one product of one row of activations reads its weights in one sequential stream.
 //
-// Scales are stored as 8-bit codes by double quantisation, or as float32 without it; int16 serves both. It is 3 % more
-// bytes than the codes, and an error of 1e-5; decoding the codes in the product took a sixth of its time.
+// Checkpoints store scales as 8-bit codes (double quantisation) or as float32; int16 replaces both. It takes 3 % more
+// bytes than the codes and adds an error of 1e-5; decoding the codes in the product took a sixth of its time.
 #pragma once
 #include <stdint.h>
 
@@ -23,11 +23,11 @@ constexpr int kLargestScale = 32767;
 // order: one 16-bit look-up (vpermw).
 enum Layout : int32_t { kByteOrder = 0, kWordOrder = 1 };
 
-// Levels times this gain, rounded, are the integer weights. Of the gains whose largest level is below 4096 it is the
-// one that rounds best: 9.6e-5 relative l2 over normal weights (1.28e-4 for 4095 itself).
+// The integer weights are the levels times this gain, rounded. Among gains with a largest integer below 4096, this one
+// has the smallest rounding error: 9.6e-5 relative l2 over normal weights (1.28e-4 for a gain of 4095).
 constexpr double kLevelGain = 3734.66;
 constexpr int kLargestLevel = 3735;
-// Activations are integers up to this in each group. 64 products then stay below 2^31, whatever the weights.
+// The largest integer activation of a group. With it, the sum of 64 products stays below 2^31 for any weights.
 constexpr int kLargestActivation = 8983;
 static_assert(64LL * kLargestLevel * kLargestActivation < (1LL << 31), "the integer sum of a group must not overflow");
 
@@ -57,7 +57,8 @@ inline int64_t tile_bytes(int64_t groups) {
     return (groups * (kTileGroupBytes + kTileGroupScaleBytes) + kTileRows * 4 + 63) / 64 * 64;
 }
 
-// Index into a tile group's 512 bytes, and whether it is the high nibble, of the code of row r (0..15), input k (0..63).
+// Index into a tile group's 512 bytes, and whether it is the high nibble, of the code of row r (0..15), input k
+// (0..63).
 struct CodePlace {
     int byte;
     bool high;

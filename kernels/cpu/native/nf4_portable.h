@@ -1,5 +1,5 @@
-// The integer product of one group of a tile without any look-up instruction: for processors older than AVX2, and as
-// the plain statement of what the other cores compute.
+// The integer product of one group of a tile without look-up instructions: for processors without AVX2, and as the
+// specification of the other cores.
 #pragma once
 #include "nf4_layout.h"
 #include "simd.h"
@@ -68,8 +68,8 @@ inline void decode_group(const Decoder& decode, const uint8_t* codes, int16_t* l
     }
 }
 
-// M rows against decoded levels. Sums wrap as unsigned numbers: with activations that are not finite the integers may
-// be anything, and the factor carries the news.
+// Products of M rows with decoded levels. Sums are unsigned, so that they may wrap: if activations are not finite, the
+// integers may have any value, and the factor is not finite.
 template <int M>
 inline void dot_levels(const int16_t* levels, const int16_t* x, I16* out) {
     for (int m = 0; m < M; m++) {
@@ -110,7 +110,7 @@ inline void dot_codes(const Decoder& decode, const uint8_t* codes, const int16_t
     dot_and_decode<M>(decode, codes, x, levels, out);
 }
 
-// A group of T neighbouring tiles with M rows; one at a time: nothing to gain.
+// A group of T neighbouring tiles with M rows. One tile at a time, since more would not be faster.
 constexpr int kTilesAtOnce = 1;
 template <int T, int M>
 inline void dot_tiles(const Decoder& decode, const uint8_t* codes, int64_t, const int16_t* x, I16* out) {

@@ -9,10 +9,10 @@ namespace guanaco {
 namespace GUANACO_ISA {
 namespace {
 
-// From the ISA: up to kFewRows rows are multiplied while a group is decoded, and of more rows the first kDirectRows;
-// the others take the decoded levels, kMaxRows at most at a time.
+// The ISA's file sets these. Up to kFewRows rows are multiplied while a group is decoded. Of more rows, the first
+// kDirectRows are; the others use the decoded levels, at most kMaxRows at a time.
 
-// Asks for codes kPrefetchBytes ahead. The next tile follows this one, so running ahead is never in vain.
+// Prefetch codes kPrefetchBytes ahead. The next tile follows in memory, so this is useful at the end of a tile, too.
 inline void prefetch_group(const uint8_t* codes) {
     for (int i = 0; i < kTileGroupBytes; i += 64) __builtin_prefetch(codes + i, 0, 3);
 }
@@ -86,7 +86,7 @@ inline void step_of(int64_t height, const int16_t* levels, const int16_t* x, con
     step<M>(levels, x, factors, scale, y);
 }
 
-// The first kDirectRows rows (there are more) are multiplied while a group is decoded, the others afterwards.
+// For more than kDirectRows rows: the first kDirectRows are multiplied while a group is decoded, the others afterwards.
 void multiply_many(const uint8_t* tile, int64_t groups, const int16_t* x, const float* factors, int64_t stride,
                    int64_t rows, float* y) {
     const int16_t* scales = (const int16_t*)(tile + groups * kTileGroupBytes);
@@ -166,9 +166,9 @@ void decode_tile(const uint8_t* tile, int64_t groups, int64_t first, int64_t row
     }
 }
 
-// Activations of one row as integers and one factor per group: x = integer * factor, with the gain of the levels
-// taken out of the factor as well. Groups are `stride` rows apart in both outputs. NaN and infinity give factors that
-// are not finite, so they are not lost.
+// Activations of one row as integers, with one factor per group: x = integer * factor. The factor is also divided by
+// the gain of the levels. In both outputs, groups are `stride` rows apart. NaN and infinity make the factor not finite,
+// so they are not lost.
 void quantize_row(const float* x, int64_t groups, int64_t stride, int16_t* integers, float* factors) {
     for (int64_t g = 0; g < groups; g++) {
         const float* xg = x + g * kGroup;

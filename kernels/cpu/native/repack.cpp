@@ -9,7 +9,7 @@
 namespace guanaco {
 namespace {
 
-// The code of weight 0.0: what rows beyond the matrix are made of.
+// Two codes of weight 0.0, with which rows beyond the matrix are filled.
 constexpr uint8_t kZeroPair = 0x77;
 
 void repack_codes(int32_t layout, const uint8_t* const* rows, int64_t group, uint8_t* out) {

@@ -8,8 +8,8 @@
 namespace guanaco {
 namespace {
 
-// Buckets of weights by their highest bits (exponent and three bits of the mantissa): a larger weight is never in a
-// lower bucket, so that only two buckets need to be sorted: the one where the filters end, and the one that is drawn.
+// Buckets of weights by their highest bits (exponent and three bits of the mantissa). A larger weight is never in a
+// lower bucket, so only two buckets need to be sorted: the one where the filters end, and the one of the sampled token.
 constexpr int kShift = 20, kBuckets = 1 << (31 - kShift);
 
 uint32_t bits_of(float weight) {  // of a number that is not negative: in the order of the numbers
@@ -20,7 +20,7 @@ uint32_t bits_of(float weight) {  // of a number that is not negative: in the or
 
 int bucket(float weight) { return int(bits_of(weight) >> kShift); }
 
-// The first of the largest, NaN left out; 0 where all are NaN.
+// The index of the largest number, the first if several are equal. NaN is skipped; 0 if all are NaN.
 int64_t argmax(const float* x, int64_t n) {
     int64_t best = 0;
     while (best < n - 1 && x[best] != x[best]) best++;
@@ -30,10 +30,10 @@ int64_t argmax(const float* x, int64_t n) {
     return x[best] != x[best] ? 0 : best;
 }
 
-// A weight that can be drawn. NaN compares as false: it counts as none.
+// Whether a weight can be sampled. NaN can't, since it compares as false.
 bool counts(float weight) { return weight > 0; }
 
-// The numbers of a Draw with a meaning for every value: NaN filters nothing, and what is beyond an end is that end.
+// The numbers of a Draw, made valid: NaN filters nothing, and values outside the range become its nearest end.
 struct Settings {
     explicit Settings(const Draw& d)
         : uniform(d.uniform >= 0 ? std::min(d.uniform, 1 - DBL_EPSILON / 2) : 0),
@@ -49,8 +49,8 @@ struct Settings {
     int32_t top_k;
 };
 
-// Inverse transform over weights in the order of their ids. Sums in double: 50,000 floats would blur the edges.
-// -1 where no weight counts.
+// Inverse transform sampling over weights in the order of their ids. Sums in double, since float would round over
+// 50,000 terms. -1 if no weight counts.
 int64_t pick(const float* weights, int64_t n, double uniform) {
     double total = 0, sum = 0;
     for (int64_t i = 0; i < n; i++) total += counts(weights[i]) ? weights[i] : 0;
@@ -78,8 +78,8 @@ class Filtered {
         for (int b = 0; b < kBuckets; b++) total_ += sums_[b];
     }
 
-    // From likeliest to least likely, equal ones by id, as far as the filters go; the token that crosses top_p included,
-    // and the likeliest one always. -1 where no weight counts.
+    // Sample from the tokens that pass the filters, ordered from the likeliest to the least likely, equal ones by id.
+    // The token that crosses top_p passes, and the likeliest one always does. -1 if no weight counts.
     int64_t pick(const Settings& d) {
         int highest = kBuckets - 1;
         while (highest >= 0 && counts_[highest] == 0) highest--;
@@ -114,7 +114,7 @@ class Filtered {
     }
 
   private:
-    // The members of a bucket, as sorted keys; how many there are.
+    // Sort the members of a bucket into keys. Returns how many there are.
     int64_t sort(int b) {
         int64_t count = 0;
         for (int64_t i = 0; i < n_; i++) {

@@ -10,7 +10,7 @@ namespace {
 // Query rows (queries times the heads that share a key-value head) for which a block of positions is read once.
 constexpr int64_t kQueryRows = 64;
 
-// Bytes of one position's keys that a decode reads in one go: heads are neighbours in the cache, and short reads far
+// Bytes of one position's keys that a decode reads at once. Heads are neighbours in the cache, and short reads far
 // apart took twice as long.
 constexpr int64_t kContiguousBytes = 512;
 
@@ -63,7 +63,7 @@ class Attention {
                     for (int64_t r = 0; r < runs; r++) tasks_.push_back({s, h, n, 0, 1, r, 1, num_partials_++, false});
                     continue;
                 }
-                // The last queries of a prompt see the most: they go first, so that no thread is left with them.
+                // The last queries of a prompt see the most positions. They go first, so that no long task comes last.
                 for (int64_t i = (queries - 1) / step * step; i >= 0 && queries > 0; i -= step) {
                     tasks_.push_back({s, h, n, i, std::min(step, queries - i), 0, runs, 0, true});
                 }

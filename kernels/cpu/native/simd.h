@@ -1,7 +1,7 @@
 // Eight float lanes, in the vector extension of GCC and Clang, for everything but the NF4 product: the same source
-// makes SSE2, NEON, AVX2 or AVX-512VL code. Included once per ISA, inside that ISA's namespace: nothing here may be
-// merged with another ISA's copy by the linker. Sums have one fixed order whatever the ISA, but products and sums are
-// fused where there is FMA.
+// makes SSE2, NEON, AVX2 or AVX-512VL code. Included once per ISA, inside that ISA's namespace, so that the linker does
+// not merge it with another ISA's copy. Sums have the same order on every ISA, but products and sums are fused if there
+// is FMA.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -109,7 +109,7 @@ inline void store_bf16(uint16_t* p, vf v) {
 #endif
 }
 
-// Elements of any stored type, eight at a time or one.
+// Reads elements of any stored type as float32, eight at a time or one.
 template <DType D>
 struct Element;
 template <>

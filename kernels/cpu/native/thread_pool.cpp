@@ -13,9 +13,9 @@
 namespace guanaco {
 namespace {
 
-// Longer than the gaps between the phases of a step, shorter than what a sleeping neighbour would mind.
+// How long an idle thread spins. Longer than the gaps between the phases of a step, short for other programs.
 constexpr int64_t kSpin = 150;  // microseconds
-// A caller looks this often whether the threads that it waits for have a core. Longer than waking up takes.
+// How often a waiting caller checks whether the threads with the last tasks have a core. Longer than waking up takes.
 constexpr int64_t kPatience = 100;  // microseconds
 constexpr int kPausesPerLook = 64;  // at the clock
 
@@ -67,12 +67,12 @@ bool ThreadPool::work(int thread) {
     for (;;) {
         uint64_t ticket = ticket_.load(std::memory_order_acquire);
         if (next_of(ticket) >= count_of(ticket)) return any;
-        // The word may be a newer call's by now. Then this draws one of its tasks, which is just as well.
+        // The word may belong to a newer call by now. Then this takes one of that call's tasks, which does no harm.
         ticket = ticket_.fetch_add(1, std::memory_order_acq_rel);
         if (next_of(ticket) >= count_of(ticket)) return any;
-        // run() cannot return, nor these fields change, before this task is counted as finished.
+        // run() can't return, and these fields can't change, before this task is counted as finished.
         task_(context_, int64_t(next_of(ticket)), thread);
-        // In one order with wait_for(): it sees this task finished, or its sleep is seen here.
+        // Sequentially consistent with wait_for(): either that sees this task finished, or its sleep is seen here.
         bool last = finished_.fetch_add(1, std::memory_order_seq_cst) + 1 == count_of(ticket);
         if (last && caller_sleeps_.load(std::memory_order_seq_cst)) {
             std::lock_guard<std::mutex> lock(mutex_);
@@ -88,7 +88,7 @@ void ThreadPool::run(Task task, void* context, int64_t num_tasks) {
         return;
     }
     if (team_ != nullptr) return run_in_team(task, context, num_tasks);
-    // More tasks than the word can count (nobody's batch is that large) run in several rounds.
+    // More tasks than the word can count run in several rounds. No real batch is that large.
     while (uint64_t(num_tasks) > kTaskMask / 2) {
         struct Shifted {
             Task task;
@@ -127,10 +127,10 @@ int64_t ThreadPool::threads_time() const {
 #endif
 }
 
-// Until the last tasks, which are others', are finished. A thread that is idle sleeps after kSpin: from then on the
-// processor time that the threads get is that of the unfinished tasks.
+// Wait until the last tasks, which other threads run, are finished. An idle thread sleeps after kSpin, so from then on
+// all processor time of the threads is spent on unfinished tasks.
 void ThreadPool::wait_for(uint64_t num_tasks) {
-    int64_t last = 0, had = -1;  // when it was last looked how much processor time they had; not yet
+    int64_t last = 0, had = -1;  // when the threads' processor time was last read, and its value; -1: not yet
     for (int i = 1; finished_.load(std::memory_order_acquire) < num_tasks; i++) {
         pause_cpu();
         if (i % kPausesPerLook != 0) continue;
@@ -139,7 +139,7 @@ void ThreadPool::wait_for(uint64_t num_tasks) {
         if (time - last < kPatience) continue;
         int64_t have = threads_time();
         if (had >= 0 && 2 * (have - had) < time - last) {
-            // The core that this frees may be the one that they need.
+            // Sleeping may free the core that they need.
             std::unique_lock<std::mutex> lock(mutex_);
             caller_sleeps_.store(true, std::memory_order_seq_cst);
             done_.wait(lock, [&] { return finished_.load(std::memory_order_seq_cst) >= num_tasks; });

@@ -1,7 +1,7 @@
-// A few persistent threads that share out numbered tasks. They spin for a moment between calls, since the next one
-// usually comes within microseconds, and then sleep. The caller spins for the last tasks as long as the threads that have
-// them run; where other programs have their cores, it sleeps, which leaves them its own. No OpenMP of its own:
-// torch has one, and two of them fight for the cores; a pool may work on the threads of torch's.
+// A few persistent threads that run numbered tasks together. Between calls they spin for a moment, since the next call
+// usually comes within microseconds, and then sleep. The caller spins for the last tasks as long as the threads with
+// these tasks run. If other programs occupy their cores, it sleeps, which frees its own core for them. It has no OpenMP
+// of its own: torch has one, and two would compete for the cores. A pool may also run on torch's threads.
 #pragma once
 #include <stdint.h>
 
@@ -27,7 +27,7 @@ class ThreadPool {
     int num_threads() const { return num_threads_; }
 
     // Run task(context, i, thread) for i = 0 ... num_tasks - 1 on all threads, the caller's among them (thread 0), and
-    // return when all are done. Which thread runs which task is left to chance: results must not depend on it.
+    // return when all are done. Any thread may run any task: results must not depend on which does.
     void run(Task task, void* context, int64_t num_tasks);
 
     // The same for any callable f(task, thread).
@@ -36,20 +36,20 @@ class ThreadPool {
         run([](void* c, int64_t i, int t) { (*static_cast<F*>(c))(i, t); }, &f, num_tasks);
     }
 
-    int64_t num_sleeps() const { return num_sleeps_; }  // of callers so far, until threads were done
+    int64_t num_sleeps() const { return num_sleeps_; }  // how often a caller has slept until the threads were done
 
   private:
-    // epoch | number of tasks | next task, in one word: whoever draws a task sees from the same word that it exists.
+    // epoch | number of tasks | next task, in one word: the same word that gives a thread its task says that it exists.
     static constexpr int kTaskBits = 20;
     static constexpr uint64_t kTaskMask = (uint64_t(1) << kTaskBits) - 1;
     static uint64_t next_of(uint64_t ticket) { return ticket & kTaskMask; }
     static uint64_t count_of(uint64_t ticket) { return (ticket >> kTaskBits) & kTaskMask; }
 
     void run_in_team(Task task, void* context, int64_t num_tasks) const;
-    bool work(int thread);  // draw and run tasks until there are none; whether there were any
+    bool work(int thread);  // take and run tasks until none are left; returns whether there were any
     void loop(int thread);
     void wait_for(uint64_t num_tasks);
-    int64_t threads_time() const;  // microseconds of processor time that the threads have had, all together
+    int64_t threads_time() const;  // microseconds of processor time that all threads together have used
 
     int num_threads_;
     Team team_;

@@ -1,5 +1,5 @@
 // The operands that cross the C interface: plain structs, mirrored field by field in kernels/cpu/library.py.
-// All pointers are borrowed for the length of a call; all sizes are in elements unless a name says bytes.
+// All pointers must be valid during a call only; all sizes are in elements unless a name says bytes.
 #pragma once
 #include <stdint.h>
 
@@ -9,7 +9,7 @@ enum DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 enum WeightKind : int32_t {
     kNf4Tiled = 0,  // repacked for this CPU: tiles of 16 rows, see nf4_layout.h
-    kNf4Flat = 1,   // bitsandbytes' own order: for rows that are no multiple of 64, where groups cross rows
+    kNf4Flat = 1,   // bitsandbytes' own order: for rows that are not a multiple of 64, so that groups cross rows
     kDense = 2,     // row-major [n, k] in `dtype`
 };
 
@@ -25,7 +25,7 @@ struct Linear {
 
 // One module of one adapter. a: [rank, in], b: [out, rank], both row-major in `dtype`.
 struct LoraPair {
-    const void* a;  // null: the adapter leaves this module alone
+    const void* a;  // null: the adapter does not change this module
     const void* b;
     int32_t rank;
     int32_t dtype;
@@ -38,7 +38,7 @@ struct Lora {
     const int32_t* rows;  // [entries]
     const int32_t* slots;  // [entries]
     const float* scales;  // [entries]
-    const LoraPair* pairs;  // [modules][num_slots], the first module being the one (or the layer's first) in question
+    const LoraPair* pairs;  // [modules][num_slots], from this product's module (or the layer's first one) on
     int32_t num_entries;
     int32_t num_slots;
 };
@@ -77,7 +77,8 @@ struct Batch {
     int32_t cache_dtype;
 };
 
-// How one token is picked: temperature 0 or less takes the largest logit; top_k 0, top_p 1 and min_p 0 filter nothing.
+// How one token is sampled. A temperature of 0 or less takes the largest logit; top_k 0, top_p 1, min_p 0 filter
+// nothing.
 struct Draw {
     double uniform;  // in [0, 1)
     float temperature, top_p, min_p;

@@ -248,7 +248,7 @@ def test_chat_says_how_to_start_a_server() -> None:
         (("--adapter", "x={adapters}"), "has no adapter_config.json"),
         (("--adapter", "tiny={adapters}/a0"), "the base model's name too"),
         (("--adapter", "x={adapters}/a0", "--adapter", "x={adapters}/a1"), "the name of two adapters"),
-        (("--adapter-profile", "x=guanaco"), "no --adapter is called so"),
+        (("--adapter-profile", "x=guanaco"), "no --adapter has this name"),
         (("--adapter", "x={adapters}/a0", "--adapter-profile", "x=/nope.json"), "neither a built-in profile"),
         (("--chat-template", "/nope.jinja"), "/nope.jinja"),
         (("--adapter-root", "/nope"), "--adapter-root /nope"),
