@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from support.kernels import fast_interpreter, ptx_interpreter
+from support.kernels import fast_interpreter, triton_patches
 
 # Triton reads this when it is first imported (bitsandbytes does that): the kernels run on the CPU in this process.
 # What compiles them, for targets that are not here, is started as its own process without it.
@@ -35,7 +35,7 @@ def _one_torch_thread() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _ptx_in_numpy() -> None:
     """Triton's interpreter runs inline asm, and doesn't compute on the raw bits of bfloat16."""
-    ptx_interpreter.install()
+    triton_patches.install()
     fast_interpreter.install()
 
 

@@ -35,9 +35,9 @@ else:
             f"THERE IS A GPU, but torch {torch.__version__} can't use it: make install with a CUDA build of torch first"
         )
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is first imported
-    from support.kernels import fast_interpreter, ptx_interpreter
+    from support.kernels import fast_interpreter, triton_patches
 
-    ptx_interpreter.install()
+    triton_patches.install()
     fast_interpreter.install()
 
 from gpu_kernels import RANKS, Check, attention_checks, layer_checks, product_checks  # noqa: E402

@@ -130,6 +130,7 @@ def prepare_conversation(
 @dataclass(frozen=True)
 class PromptEnding:
     """How a conversation's prompt ends, and the client's own variables for the template."""
+
     add_generation_prompt: bool = True  # with the beginning of an answer
     continue_final_message: bool = False  # within the last message, which the model goes on with
     variables: Mapping[str, Any] = field(default_factory=dict)

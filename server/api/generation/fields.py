@@ -150,6 +150,7 @@ HARMLESS_IN_STREAM_OPTIONS = frozenset(("include_obfuscation",))
 @dataclass(frozen=True)
 class RouteFields:
     """How one route treats each field of its body."""
+
     own: frozenset[str]  # the fields of its schema
     refused: Mapping[str, Neutral]
     aliases: Mapping[str, str]

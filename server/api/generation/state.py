@@ -1,5 +1,4 @@
-"""`ApiState`: the engine, the tokenizer and everything else that the routes use. `guanaco serve` builds it.
-"""
+"""`ApiState`: the engine, the tokenizer and everything else that the routes use. `guanaco serve` builds it."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.kernels.nf4_proof import prove_decode
-from support.kernels.ptx_interpreter import PtxError, evaluate, from_double, to_double
+from support.kernels.ptx_arithmetic import PtxError, from_double, to_double
+from support.kernels.ptx_interpreter import evaluate
 
 _WORD = st.integers(0, 2**32 - 1)
 _HALF = st.integers(0, 2**16 - 1)

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from guanaco.kernels import nf4
-from support.kernels.ptx_interpreter import evaluate, from_double, to_double
+from support.kernels.ptx_arithmetic import from_double, to_double
+from support.kernels.ptx_interpreter import evaluate
 
 _PATTERNS = np.arange(1 << 16, dtype=np.uint32)
 

@@ -1,12 +1,8 @@
 """Structured output over the whole server and a tiny random model: what ends with `stop` keeps what was demanded."""
 
-import gc
 import json
 import re
-import threading
-import weakref
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,37 +12,13 @@ import pytest
 from openai import OpenAI
 from pydantic import BaseModel, Field
 
-from guanaco.models.error_codes import ErrorCode
-from guanaco.server.grammars.compiler import CompiledGrammar
-from guanaco.server.grammars.matcher import GrammarMatcher
-from guanaco.server.grammars.spec import Grammar
 from support.adapters.tiny_adapters import make_adapter
 from support.grammars.random_schemas import RandomSchemas
+from support.grammars.requests import CHAT, COMPLETIONS, PERSON, answer, chat, content, error_of, json_schema
 from support.models.tiny_models import make_tiny_llama
 from support.models.tiny_tokenizers import sentencepiece_pieces, write_sentencepiece_like
-from support.server.api_server import WAIT, sse_data
+from support.server.api_server import sse_data
 from support.server.real_server import ADMIN, BASE, RealServer, make_real_server
-
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-PERSON = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "maxLength": 8},
-        "age": {"type": "integer", "minimum": 0, "maximum": 150},
-        "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 2},
-        "boss": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/boss"}]},
-    },
-    "required": ["name", "age", "tags", "boss"],
-    "additionalProperties": False,
-    "$defs": {
-        "boss": {
-            "type": "object",
-            "properties": {"id": {"type": ["integer", "null"], "minimum": 0, "maximum": 9}},
-            "required": ["id"],
-            "additionalProperties": False,
-        }
-    },
-}
 
 
 @pytest.fixture(scope="module")
@@ -60,34 +32,6 @@ def client(server: RealServer) -> Iterator[httpx.Client]:
     with server.client() as client:
         yield client
     server.assert_quiet()
-
-
-def chat(**fields: Any) -> dict[str, Any]:
-    messages = [{"role": "user", "content": "Hello"}]
-    return {"model": BASE, "messages": messages, "max_tokens": 200, "seed": 1, **fields}
-
-
-def json_schema(schema: Any, name: str = "x", **fields: Any) -> dict[str, Any]:
-    return {"type": "json_schema", "json_schema": {"name": name, "schema": schema, **fields}}
-
-
-def answer(client: httpx.Client, body: dict[str, Any], path: str = CHAT) -> list[dict[str, Any]]:
-    response = client.post(path, json=body)
-    assert response.status_code == 200, response.text
-    choices: list[dict[str, Any]] = response.json()["choices"]
-    return choices
-
-
-def content(choice: dict[str, Any]) -> str:
-    assert choice["finish_reason"] == "stop", choice
-    return str(choice["text"] if "text" in choice else choice["message"]["content"])
-
-
-def error_of(client: httpx.Client, body: dict[str, Any], status: int = 400) -> dict[str, Any]:
-    response = client.post(CHAT, json=body)
-    assert response.status_code == status, response.text
-    error: dict[str, Any] = response.json()["error"]
-    return error
 
 
 @pytest.mark.parametrize("strict", [True, False, None])
@@ -272,107 +216,6 @@ def test_official_client_parses_a_pydantic_model(client: httpx.Client, server: R
     assert isinstance(parsed.choices[0].message.parsed, Person)
 
 
-def test_neighbours_get_what_they_get_alone(client: httpx.Client, server: RealServer) -> None:
-    """Requests with and without a demand, at once: each has the same answer as alone."""
-    bodies = [
-        chat(max_tokens=60, temperature=0),
-        chat(max_tokens=60, seed=7),
-        chat(response_format=json_schema(PERSON)),
-        chat(response_format=json_schema(PERSON), seed=9, n=2),
-        chat(guided_regex="[a-z]{40}"),
-    ]
-    alone = [[c["message"] for c in answer(client, body)] for body in bodies]
-    with ThreadPoolExecutor(10) as pool:
-        together = pool.map(lambda body: [c["message"] for c in answer(client, body)], bodies * 2)
-    assert list(together) == alone * 2
-
-
-def test_hostile_demands_disturb_nobody(client: httpx.Client, server: RealServer) -> None:
-    """While the process chews on them, the loop answers and other demands are met."""
-    rules = "\n".join(["start: r0", *(f'r{i}: "a" r{i + 1} | "b" r{i + 1}' for i in range(5000)), 'r5000: "x"'])
-    hostile = [
-        {"guided_grammar": rules},
-        {"guided_json": {"enum": [f"value {i}" for i in range(30_000)]}},
-        {"guided_json": {"type": "integer", "multipleOf": 10**9 + 7}},
-        {"guided_regex": "(" * 1000 + "a" + ")" * 1000},
-    ]
-    expected = answer(client, chat(max_tokens=30, temperature=0))[0]["message"]
-    with ThreadPoolExecutor(8) as pool:
-        refused = [pool.submit(error_of, client, chat(**fields)) for fields in hostile * 2]
-        others = [pool.submit(answer, client, chat(max_tokens=30, temperature=0)) for _ in range(8)]
-        met = [pool.submit(answer, client, chat(guided_choice=[f"met {i}"])) for i in range(4)]
-        assert {future.result()["code"] for future in refused} == {"invalid_grammar"}
-        assert all(future.result()[0]["message"] == expected for future in others)
-        assert [content(future.result()[0]) for future in met] == [f"met {i}" for i in range(4)]
-
-
-def test_compiling_holds_no_thread_of_other_requests(
-    client: httpx.Client, server: RealServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A grammar that is being compiled: the loop, the health check and plain chats go on."""
-    begun, go_on = threading.Event(), threading.Event()
-    compile_it = server.state.grammars.compile
-
-    def slow(grammar: Grammar) -> CompiledGrammar:
-        begun.set()
-        assert go_on.wait(WAIT)
-        return compile_it(grammar)
-
-    monkeypatch.setattr(server.state.grammars, "compile", slow)
-    with ThreadPoolExecutor(2) as pool:
-        waiting = [pool.submit(answer, client, chat(guided_choice=["x"])) for _ in range(2)]
-        assert begun.wait(WAIT)
-        assert client.get("/health/live").status_code == 200
-        assert answer(client, chat(max_tokens=5))
-        go_on.set()
-        assert [content(future.result()[0]) for future in waiting] == ["x", "x"]
-
-
-def test_a_client_that_leaves_frees_its_matcher(
-    client: httpx.Client, server: RealServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    matchers: list[weakref.ref[GrammarMatcher]] = []
-    original = CompiledGrammar.matcher
-
-    def watched(self: CompiledGrammar, ends: Any) -> GrammarMatcher:
-        made = original(self, ends)
-        matchers.append(weakref.ref(made))
-        return made
-
-    monkeypatch.setattr(CompiledGrammar, "matcher", watched)
-    body = chat(guided_regex="[a-z]+", ignore_eos=True, max_tokens=400, stream=True)
-    with client.stream("POST", CHAT, json=body) as response:
-        assert next(response.iter_bytes())
-    server.assert_quiet()
-    assert len(matchers) == 1
-
-    def is_freed() -> bool:
-        gc.collect()
-        return matchers[0]() is None
-
-    server.wait(is_freed)
-
-
-def test_a_grammar_that_breaks_down_ends_its_request_alone(
-    client: httpx.Client, server: RealServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = GrammarMatcher.accept
-
-    def accept(self: GrammarMatcher, token_id: int) -> None:
-        original(self, token_id)
-        if getattr(self, "breaks", False):
-            self.error = ErrorCode.GRAMMAR_TOO_COMPLEX
-
-    monkeypatch.setattr(GrammarMatcher, "accept", accept)
-    monkeypatch.setattr(GrammarMatcher, "breaks", True, raising=False)
-    error = error_of(client, chat(guided_choice=["broken"]))
-    assert (error["code"], error["type"]) == ("grammar_too_complex", "invalid_request_error")
-    streamed = client.post(CHAT, json=chat(guided_choice=["broken"], stream=True))
-    assert "grammar_too_complex" in streamed.text
-    monkeypatch.setattr(GrammarMatcher, "breaks", False)
-    assert content(answer(client, chat(guided_choice=["whole"]))[0]) == "whole"
-
-
 def test_adapters_follow_grammars_too(tmp_path: Path) -> None:
     with make_real_server(tmp_path) as server, server.client() as client:
         make_adapter(server.root / "x", server.targets, rank=4, seed=1)
@@ -425,20 +268,3 @@ def test_a_sentencepiece_vocabulary_spells_the_same_text(tmp_path: Path) -> None
             jsonschema.validate(json.loads(content(choice)), schema)
         for choice in answer(client, chat(n=4, model=name, guided_regex="[a-z ]{10}")):
             assert re.fullmatch("[a-z ]{10}", content(choice))
-
-
-def test_waiting_for_the_compiler_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind a flood of demands a request is refused as it is behind a full queue."""
-    go_on = threading.Event()
-    with make_real_server(tmp_path, queue_timeout=0.2) as server, server.client() as client:
-        compile_it = server.state.grammars.compile
-
-        def slow(grammar: Grammar) -> CompiledGrammar:
-            assert go_on.wait(WAIT)
-            return compile_it(grammar)
-
-        monkeypatch.setattr(server.state.grammars, "compile", slow)
-        error = error_of(client, chat(guided_choice=["x"]), status=503)
-        assert error["code"] == "server_overloaded"
-        go_on.set()
-        server.assert_quiet()
