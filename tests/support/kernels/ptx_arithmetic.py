@@ -106,10 +106,8 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
 
 def float_op(name: str, kind: str, operands: list[Bits]) -> Bits:
     if kind.endswith("x2"):
-        halves = [halves(o) for o in operands]
-        return pack(
-            float_op(name, kind[:-2], [h[0] for h in halves]), float_op(name, kind[:-2], [h[1] for h in halves])
-        )
+        split = [halves(o) for o in operands]
+        return pack(float_op(name, kind[:-2], [h[0] for h in split]), float_op(name, kind[:-2], [h[1] for h in split]))
     if name == "fma":
         return fma_exact(operands[0], operands[1], operands[2], kind)
     width = 16 if kind == "bf16" else int(kind[1:])
