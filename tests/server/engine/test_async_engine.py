@@ -18,7 +18,7 @@ from guanaco.server.engine.awake_clock import AwakeClock
 from guanaco.server.engine.request import (
     FinishReason,
 )
-from support.server.engine_bench import WAIT, Letters, nothing, read, request, run, running, text_of
+from support.simulation.engine_bench import WAIT, Letters, nothing, read, request, run, running, text_of
 from support.simulation.fake_runner import expected_tokens
 
 

@@ -14,7 +14,7 @@ from guanaco.server.engine.async_engine import (
 from guanaco.server.engine.request import (
     FinishReason,
 )
-from support.server.engine_bench import WAIT, read, request, run, running, text_of
+from support.simulation.engine_bench import WAIT, read, request, run, running, text_of
 
 
 def test_draining_finishes_what_is_open_and_takes_nothing_new() -> None:
