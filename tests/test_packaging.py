@@ -113,7 +113,13 @@ def test_every_import_is_a_runtime_dependency() -> None:
     runtime, owners = runtime_distributions(), packages_distributions()
     # Tools that a developer names by a flag: the modules say what to install where they are missing.
     on_request = {("server/commands/bench/kernels_gpu.py", "bitsandbytes")}
-    training = {"accelerate", "bitsandbytes", "peft", "transformers"}  # of the extra, in the process of a training only
+    training = {
+        "accelerate",
+        "bitsandbytes",
+        "matplotlib",
+        "peft",
+        "transformers",
+    }  # of the extra, in a training's process
     for top in ("adapters", "kernels", "models", "server"):
         for path in (p for p in (ROOT / top).rglob("*.py") if (p.parent / "__init__.py").exists()):
             for name in _imported(path) - set(sys.stdlib_module_names) - {"guanaco"}:
