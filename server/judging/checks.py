@@ -104,31 +104,50 @@ def _share(part: int, whole: int) -> float | None:
     return round(part / whole, 4) if whole else None
 
 
+class _NotOffered(RequestRefused):
+    """An endpoint that does not return the log-probabilities of a prompt at all."""
+
+    def __init__(self, origin: str) -> None:
+        super().__init__(f"{origin} does not return the log-probabilities of a prompt")
+
+
 async def perplexities(
     contestants: Sequence[Contestant], prompts: Sequence[Prompt], records: Records
 ) -> dict[str, dict[str, Any]]:
     """Each contestant's perplexity of the reference answers: exp of the mean negative log-probability of their tokens.
 
-    Only endpoints that return the log-probabilities of a prompt (guanaco, vLLM) have it; the others get a `reason`.
+    Only endpoints that return the log-probabilities of a prompt (guanaco, vLLM) have it; the others get a `reason`. A
+    reference that one contestant refuses (it may be too long) counts for none, so that all are measured on the same.
     """
     known = [p for p in prompts if p.reference]
-    told: dict[str, dict[str, Any]] = {}
+    scored: dict[str, dict[str, dict[str, Any]]] = {c.name: {} for c in contestants}
+    reasons: dict[str, str] = {}
 
     async def of(contestant: Contestant) -> None:
-        total, count, scored = 0.0, 0, 0
         for prompt in known:
             try:
-                record = await _scored(contestant, prompt, records)
-            except RequestRefused as error:
-                told[contestant.name] = {"perplexity": None, "reason": str(error)}
+                scored[contestant.name][prompt.id] = await _scored(contestant, prompt, records)
+            except _NotOffered as error:
+                reasons[contestant.name] = str(error)
                 return
-            total, count, scored = total + record["sum"], count + record["tokens"], scored + (record["tokens"] > 0)
-        value = math.exp(-total / count) if count and -total / count < 700 else None
-        told[contestant.name] = {"perplexity": value and round(value, 4), "tokens": count, "answers": scored}
+            except RequestRefused as error:
+                reasons[contestant.name] = str(error)
 
-    if known:
-        await run_all([partial(of, c) for c in contestants], parallel=8)
-    return {c.name: told[c.name] for c in contestants if c.name in told}
+    if not known:
+        return {}
+    await run_all([partial(of, c) for c in contestants], parallel=8)
+    measured = [own for own in scored.values() if own]
+    common = set.intersection(*(set(own) for own in measured)) if measured else set()
+    return {name: _perplexity(own, common, reasons.get(name, "")) for name, own in scored.items()}
+
+
+def _perplexity(own: dict[str, dict[str, Any]], common: set[str], reason: str) -> dict[str, Any]:
+    kept = [own[prompt] for prompt in common if prompt in own]
+    total, count = sum(record["sum"] for record in kept), sum(record["tokens"] for record in kept)
+    if not count:
+        return {"perplexity": None, "reason": reason}
+    value = math.exp(min(700.0, -total / count))
+    return {"perplexity": round(value, 4), "tokens": count, "answers": len(kept)}
 
 
 async def _scored(contestant: Contestant, prompt: Prompt, records: Records) -> dict[str, Any]:
@@ -151,11 +170,11 @@ async def _scored(contestant: Contestant, prompt: Prompt, records: Records) -> d
         begin = next((i for i, (a, b) in enumerate(zip(own, ids, strict=False)) if a != b), min(len(own), len(ids)))
         values = [float(given[i][str(ids[i])]["logprob"]) for i in range(max(1, begin), len(ids))]
     except (KeyError, TypeError, IndexError, ValueError):
-        raise RequestRefused(f"{endpoint.origin} does not return the log-probabilities of a prompt") from None
+        raise _NotOffered(endpoint.origin) from None
     except RequestRefused:
         raise
     except CommandError:  # no such route
-        raise RequestRefused(f"{endpoint.origin} does not return the log-probabilities of a prompt") from None
+        raise _NotOffered(endpoint.origin) from None
     record = {"sum": sum(values), "tokens": len(values)}
     records.put(key, record)
     return record

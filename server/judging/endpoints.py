@@ -146,6 +146,9 @@ class Endpoint:
                     if not self._was_reached:
                         hint = "start it (guanaco serve), or correct the address"
                         raise CommandError(f"no server at {self.origin} ({error}): {hint}") from None
+                    if attempt == self.retries:  # what is there already is kept
+                        hint = "start it again, and run the same command to go on"
+                        raise CommandError(f"the server at {self.origin} is gone: {hint}") from None
                     why = type(error).__name__
                 except (httpx2.TransportError, httpx2.DecodingError) as error:
                     why = type(error).__name__

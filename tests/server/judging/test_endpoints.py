@@ -74,6 +74,21 @@ def test_nobody_there_is_said_at_once() -> None:
         ask("http://127.0.0.1:1/v1")
 
 
+def test_a_server_that_goes_away_ends_the_run() -> None:
+    async def no_sleep(_: float) -> None:
+        pass
+
+    async def run() -> None:
+        with ScriptedEndpoint(lambda *_: (200, {"Connection": "close"}, {"choices": []})) as scripted:
+            endpoint = Endpoint(scripted.url, sleep=no_sleep)
+            await endpoint.chat(BODY)
+        with pytest.raises(CommandError, match="is gone: start it again, and run the same command"):
+            await endpoint.chat(BODY)
+        assert endpoint.usage.retries == 5
+
+    asyncio.run(run())
+
+
 def test_a_pace_is_kept() -> None:
     slept = []
 

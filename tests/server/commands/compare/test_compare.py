@@ -136,6 +136,27 @@ def test_a_regex_judge_and_perplexity_need_no_model(prompts: Path, tmp_path: Pat
     assert told["perplexity"]["pirate"]["tokens"] == 40  # two tokens of each reference answer
 
 
+def test_a_reference_that_one_contestant_refuses_counts_for_none(prompts: Path, tmp_path: Path) -> None:
+    prompts.write_text("\n".join(json.dumps({**q, "reference": "Arr, matey"}) for q in QUESTIONS[:4]))
+    guanaco = Guanaco()
+
+    def answer(path: str, body: dict[str, Any]) -> Reply:
+        is_scored = body.get("prompt_logprobs") is not None
+        if is_scored and body["model"] == "pirate" and body["messages"][0]["content"] == "question 2":
+            return 400, {}, {"error": {"message": "too long"}}
+        return guanaco.answer(path, body)
+
+    def foreign(path: str, body: dict[str, Any]) -> Reply:
+        return (404, {}, {"error": {"message": "no such route"}}) if path == "/tokenize" else chat_answer("x")
+
+    with ScriptedEndpoint(answer, guanaco.card) as server, ScriptedEndpoint(foreign) as other:
+        done = run("pirate", "base", f"{other.url}#m", "--url", server.url, "--prompts", prompts, "--out",
+                   tmp_path / "out", "--json")  # fmt: skip
+    told = json.loads(done.stdout.splitlines()[-1])["perplexity"]
+    assert [told[name]["answers"] for name in ("pirate", "base")] == [3, 3]
+    assert "does not return the log-probabilities" in told[f"{other.url}#m"]["reason"]
+
+
 def test_without_a_judge_the_checks_are_told(prompts: Path, tmp_path: Path) -> None:
     guanaco = Guanaco()
     with ScriptedEndpoint(guanaco.answer, guanaco.card) as server:
