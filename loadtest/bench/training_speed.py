@@ -59,6 +59,7 @@ def nf4_checkpoint(source: Path, destination: Path) -> Path:
 
 def peer_base(path: Path, dtype: torch.dtype) -> Any:
     """The NF4 checkpoint with bitsandbytes' layers, as PEFT's users train on it."""
+    from bitsandbytes.nn import Linear4bit
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quantisation = BitsAndBytesConfig(
@@ -67,6 +68,13 @@ def peer_base(path: Path, dtype: torch.dtype) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, quantization_config=quantisation, device_map="cpu", attn_implementation="sdpa"
     )
+    # What it reads of a 16-bit checkpoint stays in 16 bits, and decoded weights become such: all in one dtype here.
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.weight.quant_state.dtype = dtype
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
     return model.requires_grad_(False)
 
 
