@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from guanaco.kernels import DecodesRows, LinearHandle
 
-# Weights that are decoded at a time (32 MiB of float32). A matrix of a 1B model is one product or two, and the head of a
-# large vocabulary several.
+# Weights that are decoded at a time (32 MiB of float32). A matrix of a 1B model is one product or two, and the head of
+# a large vocabulary several.
 MAX_DECODED_WEIGHTS = 8 << 20
 # Rows that lie together in a packed weight. Pieces start at a multiple of it.
 _TILE_ROWS = 16
