@@ -72,7 +72,7 @@ def test_load_refuse_replace_roll_back_pin_remove(adapters, visit) -> None:
     expect(row("gamma")).to_contain_text("ready")
     expect(tab.page.locator(".note", has_text="gamma is served")).to_be_visible()
     load(tab, "bad", "no/such/folder")
-    expect(tab.page.locator(".failure")).to_contain_text("source_not_found")
+    expect(tab.page.locator(".failure")).to_contain_text("status 404 · not_found")
     load(tab, "gamma", adapters.source("gamma", 4))
     button = row("gamma").get_by_role("button", name="Roll back gamma")
     expect(button).to_be_visible()

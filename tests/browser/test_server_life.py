@@ -31,7 +31,9 @@ def test_the_server_restarts(visit) -> None:
     expect(tab.page.get_by_role("alert")).to_contain_text("can't be reached")
     tab.say("Meanwhile")
     expect(tab.done(1)).to_contain_text("can't be reached")
-    with LiveServer(make_state(port=first.port)) as second:
+    state = make_state()
+    object.__setattr__(state, "settings", state.settings.model_copy(update={"port": first.port}))
+    with LiveServer(state) as second:
         assert second.port == first.port
         expect(tab.page.get_by_role("alert")).to_have_count(0)
         tab.done(1).get_by_role("button", name="Try again").click()

@@ -25,8 +25,13 @@ export function cell(value) {
 
 export function useValue(source) {
   const [, redraw] = useState(0);
-  useEffect(() => source.watch(() => redraw((n) => n + 1)), [source]);
-  return source.get();
+  const drawn = source.get();
+  useEffect(() => {
+    const again = () => redraw((n) => n + 1);
+    if (source.get() !== drawn) again(); // it changed between drawing and watching
+    return source.watch(again);
+  }, [source]);
+  return drawn;
 }
 
 // Runs `work` now and then every so many milliseconds, but only while the page can be seen.
