@@ -164,7 +164,11 @@ function endInWords(node) {
 export async function deleteConversations(ids) {
   for (const { controller, conversation } of running.values()) if (ids.includes(conversation.id)) controller.abort();
   await store.remove(ids);
-  if (ids.includes(current.get()?.conversation.id)) show(null);
+  const shown = current.get()?.conversation;
+  if (shown && ids.includes(shown.id)) {
+    show(null);
+    location.hash = `#/${shown.kind}`; // where a new one begins
+  }
   await refreshList();
 }
 

@@ -52,7 +52,7 @@ export function Results() {
   if (!list.length) return null;
   return html`<section class="panel" aria-labelledby="results">
     <h2 id="results">Your ${list.length} blind votes</h2>
-    <div class="scroll"><table>
+    <div class="scroll" tabindex="0" role="group" aria-label="A table that may scroll sideways"><table>
       <thead><tr><th>Pair</th><th class="number">Wins</th><th class="number">Ties</th><th class="number">Losses</th>
         <th class="number">Share of the first</th><th>95 % interval</th></tr></thead>
       <tbody>${tally(list).map((pair) => html`<tr key=${`${pair.a}/${pair.b}`}>

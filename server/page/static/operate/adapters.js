@@ -10,7 +10,7 @@ export function Adapters() {
   const [asking, setAsking] = useState(null);
   const [form, setForm] = useState({ name: "", source: "", profile: "" });
   return html`<section class="panel" aria-labelledby="adapters"><h2 id="adapters">Adapters</h2>
-    ${cards.length === 0 ? html`<p class="hint">None is loaded.</p>` : html`<div class="scroll"><table>
+    ${cards.length === 0 ? html`<p class="hint">None is loaded.</p>` : html`<div class="scroll" tabindex="0" role="group" aria-label="A table that may scroll sideways"><table>
       <thead><tr><th>Name</th><th>State</th><th>Where</th><th class="number">Rank</th><th class="number">Size</th><th class="number">Effect</th>
         <th class="number">Open</th><th>Version</th><th>Used</th><th>Change</th></tr></thead>
       <tbody>${cards.map((card) => html`<${Row} key=${card.name} card=${card} run=${run} ask=${setAsking} replace=${() => {

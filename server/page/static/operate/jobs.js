@@ -33,7 +33,7 @@ export function Jobs() {
   if (!found) return null;
   const cancel = (id) => run(() => send(`${PATH}/${id}/cancel`, { ...asWho(), method: "POST", body: {} }).then(look), () => "The job is cancelled.");
   return html`<section class="panel" aria-labelledby="jobs"><h2 id="jobs">Training jobs</h2>
-    ${found.length === 0 ? html`<p class="hint">None yet.</p>` : html`<div class="scroll"><table>
+    ${found.length === 0 ? html`<p class="hint">None yet.</p>` : html`<div class="scroll" tabindex="0" role="group" aria-label="A table that may scroll sideways"><table>
       <thead><tr><th>Job</th><th>State</th><th>Adapter</th><th class="number">Tokens</th><th>Begun</th><th>Change</th></tr></thead>
       <tbody>${found.map((job) => html`<tr key=${job.id}><th scope="row">${job.id}</th>
         <td class=${job.status === "failed" ? "bad" : ""}>${job.status}${job.error?.message && html`<br /><small>${job.error.message}</small>`}</td>

@@ -77,7 +77,7 @@ function ByAdapter({ series, rates }) {
   const firstCount = byLabel(series, "guanaco_adapter_time_to_first_token_seconds_count", "adapter");
   const names = [...new Set([...Object.keys(running), ...Object.keys(requests), ...Object.keys(tokens)])];
   if (!names.length) return html`<p class="hint">No request has come yet.</p>`;
-  return html`<div class="scroll"><table><caption class="unseen">Requests by adapter</caption>
+  return html`<div class="scroll" tabindex="0" role="group" aria-label="A table that may scroll sideways"><table><caption class="unseen">Requests by adapter</caption>
     <thead><tr><th>Adapter</th><th class="number">Running</th><th class="number">Tokens/s now</th><th class="number">Requests</th><th class="number">Tokens</th>
       <th class="number">First token, mean</th></tr></thead>
     <tbody>${names.map((name) => html`<tr key=${name}><th scope="row">${name}</th><td class="number">${count(running[name] ?? 0)}</td>
@@ -91,7 +91,7 @@ function Served() {
   const known = useValue(models);
   if (!known) return null;
   const rows = [...known.base, ...known.adapters, ...known.aliases];
-  return html`<div class="scroll"><table><caption class="unseen">Served names</caption><thead><tr><th>Name</th><th>Kind</th><th>Version</th><th>From</th></tr></thead>
+  return html`<div class="scroll" tabindex="0" role="group" aria-label="A table that may scroll sideways"><table><caption class="unseen">Served names</caption><thead><tr><th>Name</th><th>Kind</th><th>Version</th><th>From</th></tr></thead>
     <tbody>${rows.map((card) => html`<tr key=${card.id}><th scope="row">${card.id}</th>
       <td>${card.parent ? (card.version ? "adapter" : "alias") : "base"}</td>
       <td><code>${(card.version ?? "").slice(0, 12)}</code></td><td>${card.root}</td></tr>`)}</tbody></table></div>`;
