@@ -94,6 +94,18 @@ class ErrorCode(StrEnum):
     VERSION_CONFLICT = "version_conflict"
     VERSION_MISSING = "version_missing"
 
+    # Training over the API: files and fine-tuning jobs.
+    FILE_IN_USE = "file_in_use"
+    FILE_NOT_FOUND = "file_not_found"
+    INVALID_TRAINING_FILE = "invalid_training_file"
+    JOB_NOT_CANCELLABLE = "job_not_cancellable"
+    JOB_NOT_FOUND = "job_not_found"
+    PUBLISH_FAILED = "publish_failed"
+    TRAINING_FAILED = "training_failed"
+    TRAINING_NOT_ALLOWED = "training_not_allowed"
+    TRAINING_QUOTA_EXCEEDED = "training_quota_exceeded"
+    TRAINING_UNAVAILABLE = "training_unavailable"
+
     # The hub.
     HUB_DISABLED = "hub_disabled"
     HUB_FAILED = "hub_failed"

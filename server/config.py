@@ -23,7 +23,9 @@ from pydantic_settings import (
 from guanaco.models.errors import OperatorError
 from guanaco.models.formats.small_files import read_small
 from guanaco.server.service_links import is_service_link
-from guanaco.server.setting_types import EMPTY_KEY, Bytes, Count, HostNames, Key, Keys, Origins, Seconds, Texts
+from guanaco.server.setting_types import EMPTY_KEY, Bytes, Count, HostNames, Key, Keys, Origins, Texts
+from guanaco.server.time_settings import TimeSettings
+from guanaco.server.training_settings import TrainingSettings
 
 MAX_NAMED_FILE_BYTES = 1 << 20  # limit of the --config file and of files with keys
 ENV_PREFIX = "GUANACO_"
@@ -179,30 +181,6 @@ class LimitSettings(BaseModel):
     )
 
 
-class TimeSettings(BaseModel):
-    """How long everything may take, in seconds."""
-
-    queue_timeout: Seconds = Field(60.0, description="seconds a request may wait before it is refused with 503")
-    adapter_timeout: Seconds = Field(
-        20.0, description="seconds a request may wait for its adapter to be read before it is refused with 503"
-    )
-    request_timeout: Seconds = Field(600.0, description="seconds a request may take altogether")
-    step_timeout: Annotated[float, Field(gt=0)] = Field(
-        60.0, description="seconds without progress of a busy engine after which it counts as stuck"
-    )
-    grammar_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
-        2.0, description="seconds that a request's JSON schema, regex or grammar may take to compile; more gets 400"
-    )
-    header_timeout: Seconds = Field(10.0, description="seconds a client may take to send its request head")
-    body_timeout: Seconds = Field(30.0, description="seconds a client may take to send its request body")
-    response_ttl: Seconds = Field(
-        3600.0, description="seconds for which answers of /v1/responses are kept; 0: none is kept"
-    )
-    keep_alive_timeout: Seconds = Field(30.0, description="seconds an idle connection is kept")
-    drain_delay: Seconds = Field(0.0, description="seconds after SIGTERM in which new requests are still accepted")
-    drain_timeout: Seconds = Field(30.0, description="seconds that running requests get to finish after SIGTERM")
-
-
 class LogSettings(BaseModel):
     """What is told about the server."""
 
@@ -220,6 +198,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "Model": ModelSettings,
     "Adapters": AdapterSettings,
     "Adapters while the server runs": AdminSettings,
+    "Training over the API": TrainingSettings,
     "CPU and GPU": DeviceSettings,
     "Batches and context": BatchSettings,
     "Network and security": NetworkSettings,
@@ -237,6 +216,7 @@ class Settings(
     NetworkSettings,
     BatchSettings,
     DeviceSettings,
+    TrainingSettings,
     AdminSettings,
     AdapterSettings,
     ModelSettings,
@@ -313,6 +293,14 @@ def _expanded(path: str) -> Path:
 
 # An empty variable counts as unset, except for keys: those were meant to keep others out, so an empty one is an error.
 _KEYS = frozenset({"api_key", "api_key_file", "admin_key", "admin_key_file"})
+
+
+# What a trainer's process may see of the environment: no key, no token and no setting is among it.
+_HARMLESS = ("PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TMPDIR", "TZ", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
+
+
+def harmless_environment() -> dict[str, str]:
+    return {name: os.environ[name] for name in _HARMLESS if name in os.environ}
 
 
 def chat_history_file() -> Path | None:

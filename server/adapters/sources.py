@@ -6,6 +6,7 @@ publishes what it hands back.
 
 import asyncio
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ _LOAD_THREADS = 2
 _HUB_THREADS = 2
 _FETCH_SECONDS = 1800.0
 MAX_SOURCE_CHARS = 1024
+_OF_A_JOB = re.compile(r"job:(ftjob-[0-9a-f]{24})")
 ROLLED_BACK = "rolled back to "  # followed by a version: the recorded source after a roll-back
 
 
@@ -40,6 +42,7 @@ class AdapterPolicy:
     base_fingerprint: str
     strict_base: bool = False
     hub: AdapterHub | None = None  # the source of org/name@revision; None: the hub may not be used
+    trained: Path | None = None  # where fine-tuning jobs leave their adapters, each in a folder of the job's id
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,11 @@ class Located:
     path: Path
     root: Path | None  # the directory that no link may lead out of; None: the hub's cache, where files are links
     source: str  # the source to record; an address on the hub has its commit
+
+
+def job_source(job_id: str) -> str:
+    """The source of the adapter that a fine-tuning job made."""
+    return f"job:{job_id}"
 
 
 def shown_source(name: str, source: str) -> str:
@@ -94,6 +102,9 @@ class AdapterSources:
     async def locate(self, source: str) -> Located:
         """Find the files of a source: below the root, or else on the hub, from which they are downloaded."""
         self._check_text(source)
+        trained = self._policy.trained
+        if trained is not None and (match := _OF_A_JOB.fullmatch(source)) is not None:
+            return Located(trained / match[1], trained, source)
         hub, root = self._policy.hub, self._policy.root
         address = HubAddress.parse(source) if hub is None else hub.address(source)
         if address is None or (root is not None and await self.on_thread(os.path.lexists, root / source)):

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import functools
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 from fastapi import FastAPI
@@ -31,8 +31,12 @@ from guanaco.server.api.responses.store import ResponseStore, StoreLimits
 from guanaco.server.api.routes import adapters as adapters_admin
 from guanaco.server.api.routes import aliases as aliases_admin
 from guanaco.server.api.routes import chat, completions, drain, info, tokens
+from guanaco.server.api.training import files as training_files
+from guanaco.server.api.training import jobs as training_jobs
+from guanaco.server.api.training.protocol import JobBody
 from guanaco.server.metrics.server import Metrics
 from guanaco.server.page.files import read_page
+from guanaco.server.training.jobs.publisher import AdapterPublisher
 
 logger = logging.getLogger("guanaco.api")
 
@@ -78,10 +82,15 @@ def create_app(state: ApiState) -> FastAPI:
         drain.router,
     ):
         app.include_router(router)
+    if state.training is not None:
+        app.include_router(training_files.router)
+        app.include_router(training_jobs.router)
+        app.state.served_families = ("files", "fine_tuning")
     for error in HANDLED:
         app.add_exception_handler(error, handle_error)
     # The middleware that is added last is the outermost.
-    app.add_middleware(AuthMiddleware, keys=state.keys, admin_keys=state.admin_keys)
+    train_ids = None if state.training is None else frozenset(state.settings.train_key)
+    app.add_middleware(AuthMiddleware, keys=state.keys, admin_keys=state.admin_keys, train_key_ids=train_ids)
     if state.settings.page:
         app.add_middleware(PageFiles, files=read_page())
     app.add_middleware(Gate, lifecycle=state.lifecycle, max_admitted=state.max_admitted)
@@ -89,7 +98,8 @@ def create_app(state: ApiState) -> FastAPI:
     if state.settings.allow_origin:
         app.add_middleware(ClientCors, origins=state.settings.allow_origin)
     app.add_middleware(RequestScope, lifecycle=state.lifecycle, metrics=state.metrics)
-    _complete_document(app, has_keys=bool(state.keys))
+    bodies: tuple[type[BaseModel], ...] = _BODIES if state.training is None else (*_BODIES, JobBody)
+    _complete_document(app, bodies, has_keys=bool(state.keys))
     return app
 
 
@@ -97,6 +107,8 @@ def create_app(state: ApiState) -> FastAPI:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     state: ApiState = app.state.api
     state.engine.start()
+    if state.training is not None and state.adapters is not None:
+        state.training.start(AdapterPublisher(state.adapters, state.training.jobs))
     background = (
         asyncio.create_task(_measure_loop_lag(state.metrics)),
         asyncio.create_task(_forget_expired(app.state.responses)),
@@ -108,6 +120,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)
         state.shut_down_workers()
+        if state.training is not None:
+            await state.training.close()
         if state.adapters is not None:
             await state.adapters.close()
         try:
@@ -130,7 +144,7 @@ async def _forget_expired(responses: ResponseStore) -> None:
         responses.forget_expired()
 
 
-def _complete_document(app: FastAPI, *, has_keys: bool) -> None:
+def _complete_document(app: FastAPI, bodies: Iterable[type[BaseModel]], *, has_keys: bool) -> None:
     """Complete the OpenAPI document: FastAPI does not know the bodies, since the routes read them themselves."""
     generate = app.openapi
 
@@ -138,7 +152,7 @@ def _complete_document(app: FastAPI, *, has_keys: bool) -> None:
     def openapi() -> dict[str, Any]:
         document = generate()
         _, definitions = models_json_schema(
-            [(model, "validation") for model in _BODIES], ref_template="#/components/schemas/{model}"
+            [(model, "validation") for model in bodies], ref_template="#/components/schemas/{model}"
         )
         document.setdefault("components", {}).setdefault("schemas", {}).update(definitions.get("$defs", {}))
         describe(document, has_keys=has_keys)

@@ -24,6 +24,7 @@ import uvicorn
 from guanaco.server.api.app import create_app
 from guanaco.server.api.generation.state import ApiState
 from guanaco.server.api.http.guard import ConnectionLimits, guarded
+from guanaco.server.api.training.upload import MAX_FORM_BYTES, UPLOAD_PATH
 from guanaco.server.config import Settings, SettingsError
 
 logger = logging.getLogger("guanaco.server")
@@ -95,6 +96,9 @@ def make_server(state: ApiState, on_started: Callable[[], None] = lambda: None) 
         body_seconds=settings.body_timeout,
         keep_alive_seconds=settings.keep_alive_timeout,
         max_body_bytes=settings.max_body_bytes * _DISCARD_FACTOR,
+        upload_path=None if state.training is None else UPLOAD_PATH.encode(),
+        upload_seconds=settings.train_upload_timeout,
+        max_upload_bytes=settings.max_train_file_bytes + MAX_FORM_BYTES + settings.max_body_bytes * _DISCARD_FACTOR,
         max_connections=_affordable_connections(settings.max_connections),
     )
     config = uvicorn.Config(
@@ -179,6 +183,8 @@ class GuanacoServer(uvicorn.Server):
     async def _drain(self) -> None:
         settings, lifecycle = self._state.settings, self._state.lifecycle
         logger.info("draining: running requests may finish, new ones go elsewhere")
+        if self._state.training is not None:
+            self._state.training.drain()
         await asyncio.sleep(settings.drain_delay)
         lifecycle.refusing = True
         try:

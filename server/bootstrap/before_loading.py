@@ -85,6 +85,8 @@ def check_before_loading(settings: Settings, wanted: str | None = None) -> None:
             _check_adapter(name, path, has_profile=name in profiles)
         except AdapterError as error:
             raise CommandError(f"--adapter {name}: {error}") from None
+    if settings.train_key and not settings.has_admin:
+        raise CommandError("--train-key: training over the API needs an admin key; set --admin-key or --admin-key-file")
     root = settings.adapter_root
     if root is not None and not Path(os.path.expanduser(root)).is_dir():
         raise CommandError(f"--adapter-root {root}: there is no such directory")

@@ -37,10 +37,12 @@ from guanaco.server.bootstrap.dtypes import name_of
 from guanaco.server.bootstrap.machine import resident_bytes
 from guanaco.server.bootstrap.memory_plan import human_bytes
 from guanaco.server.bootstrap.runtime import Base, Runtime, build_runtime
+from guanaco.server.bootstrap.training import training_service
 from guanaco.server.config import Settings
 from guanaco.server.engine.async_engine import AsyncEngine, QueueCaps
 from guanaco.server.errors import CommandError
 from guanaco.server.metrics.server import Metrics
+from guanaco.server.training.jobs.service import TrainingService
 
 logger = logging.getLogger("guanaco.serve")
 
@@ -126,7 +128,10 @@ def _api_state(settings: Settings, runtime: Runtime, keys: KeyRing, admin_keys: 
         on_step=metrics.observe_step,
     )
     metrics.set_heartbeat(lambda: engine.heartbeat_age_seconds)
-    manager = _adapter_manager(settings, runtime, engine, metrics)
+    training = training_service(settings, base.loaded.fingerprint, runtime.num_threads, _num_parameters(base))
+    manager = _adapter_manager(settings, runtime, engine, metrics, training)
+    if training is not None:
+        metrics.set_training(training.numbers)
     served = ServedModel(base.name, plan.max_model_len, root=base.root, base_fingerprint=base.loaded.fingerprint)
     return ApiState(
         engine=engine,
@@ -140,14 +145,22 @@ def _api_state(settings: Settings, runtime: Runtime, keys: KeyRing, admin_keys: 
         keys=keys,
         admin_keys=admin_keys,
         adapters=manager,
+        training=training,
         chat_template=base.template,
         named_template=named_template,
         eos_ids=base.eos_ids,
     )
 
 
+def _num_parameters(base: Base) -> int:
+    """About how many weights the base has: those of its projections and of its embedding."""
+    config = base.loaded.config
+    projections = sum(rows * columns for rows, columns in base.loaded.model.lora_targets.values())
+    return projections + config.vocab_size * config.hidden_size
+
+
 def _adapter_manager(
-    settings: Settings, runtime: Runtime, engine: AsyncEngine, metrics: Metrics
+    settings: Settings, runtime: Runtime, engine: AsyncEngine, metrics: Metrics, training: TrainingService | None
 ) -> AdapterManager | None:
     """The adapter manager, with the adapters loaded before a restart; None without an admin key."""
 
@@ -161,6 +174,7 @@ def _adapter_manager(
             base_fingerprint=base.loaded.fingerprint,
             strict_base=settings.strict_base,
             hub=AdapterHub.of(settings) if settings.hub_adapters or settings.hub_adapters_unpinned else None,
+            trained=None if training is None else training.jobs.adapters,
         )
         manager = AdapterManager(
             runtime.registry,

@@ -24,6 +24,7 @@ from prometheus_client.registry import Collector
 from guanaco.server.engine.request import StepStats
 from guanaco.server.metrics.adapters import DEFAULT_ADAPTER_LABELS, AdapterMetrics, without_names
 from guanaco.server.metrics.histogram import HotHistogram
+from guanaco.server.metrics.training import Numbers, TrainingCollector
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
 
@@ -313,6 +314,10 @@ class Metrics:
             self._grammar_hits.inc()
         else:
             self._grammar_seconds.observe(seconds)
+
+    def set_training(self, numbers: Callable[[], Numbers]) -> None:
+        """Show training over the API, as `numbers` gives it at every scrape. Call once."""
+        TrainingCollector(self.registry, numbers)
 
     def observe_loop_lag(self, seconds: float) -> None:
         self._lag.observe(seconds)

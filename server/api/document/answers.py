@@ -3,39 +3,20 @@
 A schema lists the fields that an answer always has. An answer may have more: clients must ignore unknown fields.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
-Schema = dict[str, Any]
-
-_STRING: Schema = {"type": "string"}
-_INTEGER: Schema = {"type": "integer"}
-_COUNT: Schema = {"type": "integer", "minimum": 0}
-_NUMBER: Schema = {"type": "number"}
-_BOOLEAN: Schema = {"type": "boolean"}
-_OBJECT: Schema = {"type": "object"}
-
-
-def _or_null(schema: Schema) -> Schema:
-    return {"anyOf": [schema, {"type": "null"}]}
-
-
-def _const(value: object) -> Schema:
-    return {"const": value}
-
-
-def _array(items: Schema) -> Schema:
-    return {"type": "array", "items": items}
-
-
-def _ref(name: str) -> Schema:
-    return {"$ref": f"#/components/schemas/{name}"}
-
-
-def _object(optional: Iterable[str] = (), /, **properties: Schema) -> Schema:
-    """The schema of an object in which only the `optional` properties may be missing."""
-    return {"type": "object", "properties": properties, "required": sorted(set(properties) - set(optional))}
-
+from guanaco.server.api.document.schemas import BOOLEAN as _BOOLEAN
+from guanaco.server.api.document.schemas import COUNT as _COUNT
+from guanaco.server.api.document.schemas import INTEGER as _INTEGER
+from guanaco.server.api.document.schemas import NUMBER as _NUMBER
+from guanaco.server.api.document.schemas import OBJECT as _OBJECT
+from guanaco.server.api.document.schemas import STRING as _STRING
+from guanaco.server.api.document.schemas import Schema
+from guanaco.server.api.document.schemas import array as _array
+from guanaco.server.api.document.schemas import const as _const
+from guanaco.server.api.document.schemas import made_of as _object
+from guanaco.server.api.document.schemas import or_null as _or_null
+from guanaco.server.api.document.schemas import ref as _ref
 
 _STOP_REASON: Schema = {"type": ["integer", "string", "null"]}
 _TOKEN = {"token": _STRING, "logprob": _NUMBER, "bytes": _or_null(_array(_INTEGER))}

@@ -4,7 +4,8 @@ from typing import Any
 
 from guanaco.server.api.document.answers import ANSWER_OF, ANSWERS, STREAMS
 from guanaco.server.api.document.examples import EXAMPLES
-from guanaco.server.api.http.auth import OPEN_PATHS, is_admin_path
+from guanaco.server.api.document.training import TRAINING_ANSWER_OF, TRAINING_ANSWERS, TRAINING_EXAMPLES
+from guanaco.server.api.http.auth import OPEN_PATHS, TRAINING_PATHS, is_admin_path
 from guanaco.server.api.http.error_paths import is_anthropic
 
 _SECURITY = {
@@ -18,11 +19,28 @@ _HEADERS = {
 }
 
 
+_ANSWER_OF = {**ANSWER_OF, **TRAINING_ANSWER_OF}
+_EXAMPLES = {**EXAMPLES, **TRAINING_EXAMPLES}
+
+
 def _query(name: str, description: str, **schema: Any) -> dict[str, Any]:
     return {"name": name, "in": "query", "required": False, "description": description, "schema": schema}
 
 
+_JOB_PAGE = [
+    _query("limit", "items on a page", type="integer", minimum=1, maximum=100),
+    _query("after", "the id of the item before the page", type="string"),
+]
 _PARAMETERS = {
+    "/v1/files": [
+        _query("limit", "files on a page", type="integer", minimum=1, maximum=10_000, default=10_000),
+        _query("order", "desc: the latest first", type="string", enum=["asc", "desc"], default="desc"),
+        _query("after", "the id of the file before the page", type="string"),
+        _query("purpose", "files of this purpose alone", type="string"),
+    ],
+    "/v1/fine_tuning/jobs": _JOB_PAGE,
+    "/v1/fine_tuning/jobs/{job_id}/events": _JOB_PAGE,
+    "/v1/fine_tuning/jobs/{job_id}/checkpoints": _JOB_PAGE,
     "/v1/responses/{response_id}/input_items": [
         _query("limit", "items on a page", type="integer", minimum=1, maximum=100, default=20),
         _query("order", "desc: the latest first", type="string", enum=["asc", "desc"], default="desc"),
@@ -38,6 +56,8 @@ def describe(document: dict[str, Any], *, has_keys: bool) -> None:
     for name in ("HTTPValidationError", "ValidationError"):  # no route answers with FastAPI's own errors
         schemas.pop(name, None)
     schemas.update(ANSWERS)
+    if not document["paths"].keys().isdisjoint(TRAINING_PATHS):
+        schemas.update(TRAINING_ANSWERS)
     components["securitySchemes"] = _SECURITY
     for path, methods in document["paths"].items():
         for method, route in methods.items():
@@ -47,18 +67,18 @@ def describe(document: dict[str, Any], *, has_keys: bool) -> None:
 def _describe_route(method: str, path: str, route: dict[str, Any], *, has_keys: bool) -> None:
     if path in OPEN_PATHS:
         route["security"] = []
-    elif has_keys or is_admin_path(path):
+    elif has_keys or is_admin_path(path) or (method, path) in TRAINING_ANSWER_OF:
         route["security"] = _KEYS
     else:
         route["security"] = [{}, *_KEYS]
-    if path in EXAMPLES:
-        route["requestBody"]["content"]["application/json"]["example"] = EXAMPLES[path]
+    if path in _EXAMPLES and method == "post":
+        route["requestBody"]["content"]["application/json"]["example"] = _EXAMPLES[path]
     if method == "get":
         route.setdefault("parameters", []).extend(_PARAMETERS.get(path, []))
     responses = route["responses"]
     responses.pop("422", None)
-    if (method, path) in ANSWER_OF:
-        responses["200"] = _success(path, ANSWER_OF[method, path])
+    if (method, path) in _ANSWER_OF:
+        responses["200"] = _success(path, _ANSWER_OF[method, path])
         if path in OPEN_PATHS:
             responses["503"] = {**responses["200"], "description": "not now"}
     error = {"$ref": f"#/components/schemas/{'MessagesError' if is_anthropic(path) else 'Error'}"}
@@ -70,6 +90,8 @@ def _success(path: str, answer: str | None) -> dict[str, Any]:
     success: dict[str, Any] = {"description": "the answer", "headers": _HEADERS}
     if answer is not None:
         success["content"] = {"application/json": {"schema": {"$ref": f"#/components/schemas/{answer}"}}}
+    elif path.endswith("/content"):
+        success["content"] = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
     elif path == "/metrics":
         success["content"] = {"text/plain": {"schema": {"type": "string"}}}
     if path in STREAMS:

@@ -25,6 +25,7 @@ from guanaco.server.engine.request import SamplingParams
 from guanaco.server.grammars.compiler import GrammarCompiler, GrammarLimits
 from guanaco.server.grammars.vocabulary import Vocabulary
 from guanaco.server.metrics.server import Metrics
+from guanaco.server.training.jobs.service import TrainingService
 
 # Parsing and tokenising run on threads: a body of megabytes must not delay the tokens of all streams. Each kind of work
 # has threads of its own, so that it can't hold up another kind.
@@ -53,6 +54,7 @@ class ApiState:
     keys: KeyRing = field(default_factory=KeyRing)
     admin_keys: KeyRing = field(default_factory=KeyRing)
     adapters: AdapterManager | None = None  # None: adapters can't be changed while the server runs
+    training: TrainingService | None = None  # None: nobody may train
     chat_template: ChatTemplate | None = None  # used instead of the tokenizer's own
     named_template: Callable[[str], ChatTemplate] = field(default=_no_template)  # for profiles
     lifecycle: Lifecycle = field(default_factory=Lifecycle)

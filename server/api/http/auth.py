@@ -6,7 +6,7 @@ Doesn't know routes: it reads the path before a route is looked up. A pure ASGI 
 import hashlib
 import hmac
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -21,6 +21,14 @@ from guanaco.server.config import Settings, SettingsError, read_named_file
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
 # Routes that change adapters or end the server: they need an admin key, and are closed if the server has none.
 ADMIN_PATHS = ("/v1/adapters", "/v1/aliases", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/drain")
+
+
+# Training over the API: for the admin key, and for the API keys that --train-key names.
+TRAINING_PATHS = ("/v1/files", "/v1/fine_tuning")
+
+
+def is_training_path(path: str) -> bool:
+    return any(path == training or path.startswith(f"{training}/") for training in TRAINING_PATHS)
 
 
 def is_admin_path(path: str) -> bool:
@@ -70,6 +78,10 @@ class KeyRing:
             if hmac.compare_digest(digest, key.digest):
                 found = key
         return found
+
+    def has(self, key: ApiKey) -> bool:
+        """Whether a key that was found is one of this ring."""
+        return any(hmac.compare_digest(key.digest, other.digest) for other in self._keys)
 
     def cache_salt(self, key: ApiKey | None, client_salt: str | None) -> str:
         """The prefix-cache tenant of a request: different for each key, and for each salt that its client chooses.
@@ -127,19 +139,24 @@ class AuthMiddleware:
     paths, as an ordinary key: controllers have one key for both.
     """
 
-    def __init__(self, app: ASGIApp, keys: KeyRing, admin_keys: KeyRing) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: KeyRing, admin_keys: KeyRing, train_key_ids: Collection[str] | None = None
+    ) -> None:
+        """train_key_ids: of the API keys that may train; None: this server has no training paths."""
         self.app = app
         self.keys = keys
         self.admin_keys = admin_keys
+        self.train_key_ids = train_key_ids
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
             for_admins = is_admin_path(scope["path"])
+            trains = self.train_key_ids is not None and is_training_path(scope["path"])
             admin = for_admins and bool(self.admin_keys)
             presented = presented_key(scope["headers"])
             key = self._find(presented, admin)
-            if key is None and (admin or self.keys):
-                await _wrong_key(presented, admin).answer(scope, receive, send)
+            if key is None and (admin or trains or self.keys):
+                await _wrong_key(presented, admin or (trains and not self.keys)).answer(scope, receive, send)
                 return
             if key is not None:
                 record_of(scope).key_id = key.id
@@ -147,7 +164,14 @@ class AuthMiddleware:
             if for_admins and not admin:
                 await _ADMIN_DISABLED.answer(scope, receive, send)
                 return
+            if trains and key is not None and not self.may_train(key):
+                await _TRAINING_NOT_ALLOWED.answer(scope, receive, send)
+                return
         await self.app(scope, receive, send)
+
+    def may_train(self, key: ApiKey) -> bool:
+        """Whether a key that is valid here may use the training paths."""
+        return self.admin_keys.has(key) or key.id in (self.train_key_ids or ())
 
     def _find(self, presented: bytes | None, admin: bool) -> ApiKey | None:
         """The key that was sent, if the path accepts it. Both rings are always searched, so that the time doesn't tell
@@ -158,6 +182,11 @@ class AuthMiddleware:
         return of_admin if admin else of_client or of_admin
 
 
+_TRAINING_NOT_ALLOWED = ApiError(
+    403,
+    ErrorCode.TRAINING_NOT_ALLOWED,
+    "this API key may not upload files or train; the operator can allow it with --train-key and the key's id",
+)
 _ADMIN_DISABLED = ApiError(
     403,
     ErrorCode.ADMIN_DISABLED,

@@ -5,7 +5,7 @@ The path decides because keys, limits and the parser can fail before a route is 
 `errors` calls them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from guanaco.models.error_codes import ErrorCode
@@ -74,9 +74,11 @@ def anthropic_envelope(
     return {"type": "error", "error": {"type": kind, "message": text, "details": details}, "request_id": request_id}
 
 
-def not_served(path: str) -> str | None:
-    """The message for one of OpenAI's paths that this server doesn't have; None for any other path."""
+def not_served(path: str, served: Container[str] = ()) -> str | None:
+    """The message for one of OpenAI's paths that this server doesn't have; None for any other path, and for
+    those of the families `served`."""
     family = path.removeprefix("/v1").removeprefix("/").partition("/")[0]
-    if (what := NOT_SERVED.get(family)) is None:
+    what = NOT_SERVED.get(family)
+    if family in served or what is None:
         return None
     return f"{what} not served here: this server generates text with {SERVED}"

@@ -224,7 +224,8 @@ def is_unforeseen(error: BaseException) -> bool:
 async def handle_error(request: Request, error: Exception) -> Response:
     """Starlette's exception handler for the exceptions in HANDLED."""
     known = as_api_error(error)
-    if known.code is ErrorCode.NOT_FOUND and (text := not_served(request.scope["path"])) is not None:
+    served = getattr(request.app.state, "served_families", ())
+    if known.code is ErrorCode.NOT_FOUND and (text := not_served(request.scope["path"], served)) is not None:
         known = ApiError(404, ErrorCode.ROUTE_NOT_SERVED, text)
     response = known.response(request.scope)
     if isinstance(error, HTTPException):

@@ -43,6 +43,11 @@ class ConnectionLimits:
     # Bytes of a chunked body besides its data: sizes of chunks, their extensions, and trailers.
     max_chunk_overhead_bytes: int = 512 << 10
     max_connections: int = 1024
+    # Of the one path that takes files (None: there is none): they are larger, and take longer.
+    upload_path: bytes | None = None
+    upload_seconds: float = 600.0
+    max_upload_bytes: int = 512 << 20
+    max_upload_chunks: int = 1 << 20
     # Further connections that may only use the open paths: a probe must not take a full server for a dead one.
     max_spare_connections: int = 32
     spare_header_seconds: float = 1.0
@@ -141,6 +146,15 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         """Whether the request whose body is being read was answered already."""
         return self._phase is _Phase.BODY and self._is_idle
 
+    @property
+    def _is_upload(self) -> bool:
+        """Whether the request that is being read brings a file."""
+        return self.url == self.limits.upload_path and self.parser.get_method() == b"POST"
+
+    @property
+    def _body_seconds(self) -> float:
+        return self.limits.upload_seconds if self._is_upload else self.limits.body_seconds
+
     # Parser callbacks
 
     def on_message_begin(self) -> None:
@@ -186,7 +200,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         if self._is_spare:
             self.cycle.keep_alive = False
         if runs_now:
-            self._expect_bytes(self.limits.body_seconds)
+            self._expect_bytes(self._body_seconds)
         else:  # pipelined: nothing is read until the requests before it are answered
             self._stop_read_timer()
 
@@ -198,12 +212,13 @@ class GuardedHttpProtocol(HttpToolsProtocol):
 
     def on_chunk_header(self) -> None:
         self._num_chunks += 1
-        if self._num_chunks > self.limits.max_chunks:
+        most = self.limits.max_upload_chunks if self._is_upload else self.limits.max_chunks
+        if self._num_chunks > most:
             self._stop(ApiError(413, ErrorCode.REQUEST_TOO_LARGE, "the body comes in too many chunks"))
 
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)
-        if self._body_bytes > self.limits.max_body_bytes:
+        if self._body_bytes > (self.limits.max_upload_bytes if self._is_upload else self.limits.max_body_bytes):
             self._stop(ApiError(413, ErrorCode.REQUEST_TOO_LARGE, "the body is too large"))
         super().on_body(body)
 
@@ -229,6 +244,8 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         elif self._closes_after_body and self._phase is not _Phase.BODY:
             self._close()
         elif self._phase is _Phase.BODY and not self._is_idle:
+            self._expect_bytes(self._body_seconds)
+        elif self._phase is _Phase.BODY and self._is_upload:  # answered early: the long time is for files that are kept
             self._expect_bytes(self.limits.body_seconds)
         elif self._phase is _Phase.HEAD:
             self._expect_bytes(self.limits.header_seconds)

@@ -1,0 +1,1 @@
+"""Training over the API with a fake trainer."""

@@ -1,0 +1,94 @@
+"""Small files that survive a crash: JSON written whole or not at all, lists that grow line by line, and ids.
+
+Knows nothing of what is in them. Everything it makes can be read by the server's own user alone.
+"""
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+_MAX_JSON_BYTES = 4 << 20
+
+
+def new_id(prefix: str) -> str:
+    """An id that nobody can guess, as `file-0123…`."""
+    return f"{prefix}-{secrets.token_hex(12)}"
+
+
+def is_id(text: str, prefix: str) -> bool:
+    """Whether a text is an id of `new_id`. Only such a text may become part of a path."""
+    return re.fullmatch(rf"{prefix}-[0-9a-f]{{24}}", text) is not None
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and its parents, for this user alone."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replace a file by a JSON object, and have it on the disk. Raises OSError; then the old file is still there."""
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+    try:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object that `write_json` wrote; None where the file is absent, unreadable or holds anything else."""
+    try:
+        with path.open("rb") as file:
+            content = json.loads(file.read(_MAX_JSON_BYTES))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def append_line(path: Path, content: dict[str, Any]) -> None:
+    """Add one JSON object as a line. A line that a crash cut is ended first, so that the next one stays whole."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        size = os.fstat(handle).st_size
+        start = b"\n" if size and os.pread(handle, 1, size - 1) != b"\n" else b""
+        os.write(handle, start + json.dumps(content).encode() + b"\n")
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_lines(path: Path, offset: int = 0) -> Iterator[dict[str, Any]]:
+    """The objects of a list of lines from a position on; lines that are cut or damaged are left out."""
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            for line in file:
+                try:
+                    content = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(content, dict):
+                    yield content
+    except OSError:
+        return
+
+
+def sync_directory(path: Path) -> None:
+    """Have the names in a directory on the disk."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,53 @@
+"""What a client of the training API is refused: a stable code, a message that says what to do, the field at fault."""
+
+from enum import Enum
+
+from guanaco.models.error_codes import ErrorCode
+from guanaco.models.errors import GuanacoError
+
+
+class RefusalKind(Enum):
+    """The sort of a refusal. The HTTP status follows from it."""
+
+    CALLER = "caller"  # the request is wrong
+    MISSING = "missing"  # the key has no such file or job
+    CONFLICT = "conflict"  # the request contradicts the present state
+    QUOTA = "quota"  # the key has used what it may use
+    TOO_LARGE = "too large"  # of a body
+    STORAGE = "storage"  # the disk cannot take it
+
+
+class RequestRefused(GuanacoError):
+    """A refused request. It changed nothing."""
+
+    def __init__(
+        self, code: ErrorCode, message: str, param: str | None = None, kind: RefusalKind = RefusalKind.CALLER
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.param = param
+        self.kind = kind
+
+
+def file_not_found(param: str | None = None) -> RequestRefused:
+    """The error for a file that is not there, or that another key uploaded."""
+    text = "this API key has no file of that id; GET /v1/files lists its files"
+    return RequestRefused(ErrorCode.FILE_NOT_FOUND, text, param, RefusalKind.MISSING)
+
+
+def job_not_found() -> RequestRefused:
+    """The error for a job that is not there, or that another key created."""
+    text = "this API key has no fine-tuning job of that id; GET /v1/fine_tuning/jobs lists its jobs"
+    return RequestRefused(ErrorCode.JOB_NOT_FOUND, text, None, RefusalKind.MISSING)
+
+
+def quota(message: str, param: str | None = None) -> RequestRefused:
+    """The error for a key that has used up one of its limits."""
+    return RequestRefused(ErrorCode.TRAINING_QUOTA_EXCEEDED, message, param, RefusalKind.QUOTA)
+
+
+def storage_failed(error: OSError) -> RequestRefused:
+    """The error for a disk that cannot take what was sent. It shows no path."""
+    text = f"the server's disk could not take it ({error.strerror or 'unknown error'}); its operator must make room"
+    return RequestRefused(ErrorCode.STORE_FAILED, text, None, RefusalKind.STORAGE)

@@ -1,0 +1,18 @@
+"""The limits of training over the API, each with its setting: of one upload, of one key, and of the whole server."""
+
+from dataclasses import dataclass
+
+WINDOW_SECONDS = 24 * 3600.0  # in which the steps and hours of a key are counted
+MAX_KEPT_JOBS_PER_KEY = 200  # finished jobs; the oldest go first, with their events and adapter files
+
+
+@dataclass(frozen=True)
+class TrainLimits:
+    """Numbers, bytes, steps and hours. `key` is one API key."""
+
+    max_file_bytes: int = 512 << 20  # of one file
+    max_files_per_key: int = 100
+    max_bytes_per_key: int = 1 << 30  # of a key's uploaded files together
+    max_jobs_per_key: int = 4  # that are queued or run
+    max_steps_per_key: int = 20_000  # optimiser steps in WINDOW_SECONDS
+    max_hours_per_key: float = 24.0  # of training in WINDOW_SECONDS

@@ -1,0 +1,170 @@
+"""The trainer's process: how it is called, started and stopped, and what its last line says.
+
+The trainer is `guanaco train`. Its environment has no key and no setting of the server, and it is offline. A trainer
+that an earlier server left behind is ended before another one starts. Knows no states of jobs.
+"""
+
+import asyncio
+import fcntl
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from guanaco.server.training.jobs.progress import checkpoint_steps
+from guanaco.server.training.jobs.records import Job
+
+STOPPED = 130  # the exit code of a trainer that was told to stop and has written a checkpoint
+_GRACE_SECONDS = 30.0  # from SIGTERM to SIGKILL
+_MAX_ANSWER_BYTES = 64 << 10
+_CHILD = Path(__file__).with_name("child.py")  # run as a file, without any package: it starts in a moment
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "GUANACO_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+
+
+@dataclass(frozen=True)
+class TrainerCommand:
+    """How a trainer is started: everything that does not depend on the job."""
+
+    model: str | None = None  # as `--model` takes it; None: the demo
+    threads: int = 1
+    nice: int = 10
+    learning_rate: float = 2e-4  # that a multiplier of 1 stands for
+    program: Sequence[str] = (sys.executable, "-m", "guanaco.server.commands.entry", "train")
+    checker: Sequence[str] = (sys.executable, "-m", "guanaco.server.training.jobs.check")
+    variables: Mapping[str, str] = field(default_factory=dict)  # the environment; no secrets
+
+    def wrapped(self, lock: Path) -> list[str]:
+        """What stands before a command that must end with this server."""
+        return [sys.executable, "-I", "-S", str(_CHILD), str(lock), str(self.nice), str(os.getpid())]
+
+    def environment(self) -> dict[str, str]:
+        """The whole environment of the process."""
+        return {**self.variables, **_OFFLINE}
+
+    def arguments(self, job: Job, data: Path, validation: Path | None, out: Path, work: Path) -> list[str]:
+        """The command line for one job. Resumes where the work folder has a checkpoint."""
+        chosen: dict[str, object] = {
+            "--data": data,
+            "--validation-data": validation,
+            "--name": job.name,
+            "--out": out,
+            "--work": work,
+            "--model": self.model,
+            "--seed": job.seed,
+            "--epochs": job.hyperparameters.n_epochs,
+            "--batch-size": job.hyperparameters.batch_size,
+            "--threads": self.threads,
+        }
+        if (multiplier := job.hyperparameters.learning_rate_multiplier) is not None:
+            chosen["--learning-rate"] = f"{multiplier * self.learning_rate:.9g}"
+        options = [text for name, value in chosen.items() if value is not None for text in (name, str(value))]
+        return [*self.program, *options, "--json", *(["--resume"] if checkpoint_steps(work) else [])]
+
+
+@dataclass(frozen=True)
+class TrainerEnd:
+    """How a trainer ended. `answer`: the JSON object in the last line that it wrote; None where there is none."""
+
+    code: int  # negative: killed by that signal
+    answer: dict[str, Any] | None
+
+
+class TrainerProcess:
+    """One process in a job's folder. `start`, then `wait`; `stop` at any time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._process: asyncio.subprocess.Process | None = None
+        self._killing: asyncio.TimerHandle | None = None
+        self._is_told = False
+
+    async def start(self, arguments: Sequence[str], command: TrainerCommand) -> None:
+        """Raises OSError where it can't be started."""
+        await asyncio.to_thread(end_left_behind, self._folder)
+        with (self._folder / "stdout").open("wb") as out, (self._folder / "log.txt").open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *command.wrapped(self._folder / "lock"),
+                *arguments,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=out,
+                stderr=log,
+                cwd=self._folder,
+                env=command.environment(),
+                start_new_session=True,
+            )
+        if self._is_told:
+            self.stop()
+
+    async def wait(self, seconds: float | None = None) -> TrainerEnd | None:
+        """The end; None where it hasn't come within so many seconds."""
+        assert self._process is not None
+        try:
+            code = await asyncio.wait_for(self._process.wait(), seconds)
+        except TimeoutError:
+            return None
+        if self._killing is not None:
+            self._killing.cancel()
+        return TrainerEnd(code, last_answer(self._folder))
+
+    def stop(self, grace_seconds: float = _GRACE_SECONDS) -> None:
+        """Have it write a checkpoint and end; kill it where it doesn't in time."""
+        self._is_told = True
+        if self._process is None or self._process.returncode is not None:
+            return
+        with suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGTERM)
+        if self._killing is None:
+            self._killing = asyncio.get_running_loop().call_later(grace_seconds, self._kill)
+
+    def _kill(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def last_answer(folder: Path) -> dict[str, Any] | None:
+    """The JSON object in the last line of a trainer's standard output."""
+    try:
+        with (folder / "stdout").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _MAX_ANSWER_BYTES))
+            lines = file.read().split(b"\n")
+        content = json.loads(next(line for line in reversed(lines) if line.strip()))
+    except (OSError, ValueError, StopIteration):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def end_left_behind(folder: Path, grace_seconds: float = _GRACE_SECONDS) -> None:
+    """End the trainer that an earlier server started in this folder, if it still runs. Blocks until it is gone."""
+    try:
+        handle = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        since = time.monotonic()
+        told: set[int] = set()
+        while not _is_free(handle):
+            number = signal.SIGKILL if time.monotonic() - since > grace_seconds else signal.SIGTERM
+            text = os.pread(handle, 32, 0)
+            # As long as the lock is held, the number in it is that of the process that holds it.
+            if text.isdigit() and int(text) > 1 and number not in told:
+                told.add(number)
+                with suppress(ProcessLookupError, PermissionError):
+                    os.killpg(int(text), number)
+            time.sleep(0.02)
+    finally:
+        os.close(handle)
+
+
+def _is_free(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

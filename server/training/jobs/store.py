@@ -1,0 +1,146 @@
+"""The jobs of one server on disk: a record and a list of events for each, and the folders that its trainer works in.
+
+    jobs/ftjob-…/job.json, events.jsonl      the record, replaced as a whole; the events, line by line
+    jobs/ftjob-…/work, stdout, log.txt       the trainer's checkpoints and metrics, its answer, its messages
+    adapters/ftjob-…                         the adapter of a job that is trained
+
+Every change is on the disk before it counts. Knows no queue and no process; `runner` moves the jobs.
+"""
+
+import shutil
+import threading
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from time import time
+from typing import Any
+
+from guanaco.server.training.jobs.disk import append_line, is_id, make_directory, new_id, read_json, read_lines
+from guanaco.server.training.jobs.disk import write_json as write_record
+from guanaco.server.training.jobs.limits import MAX_KEPT_JOBS_PER_KEY
+from guanaco.server.training.jobs.records import EVENT, JOB, Job, Status, event
+
+
+class JobStore:
+    """The jobs below one directory. Methods may be called from any thread."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory / "jobs"
+        self.adapters = directory / "adapters"
+        self._lock = threading.RLock()
+        self._jobs: dict[str, Job] = {}
+
+    def open(self) -> tuple[str, ...]:
+        """Find the jobs of an earlier server; remarks for the operator. Raises OSError."""
+        make_directory(self._directory)
+        make_directory(self.adapters)
+        notes = []
+        for path in sorted(self._directory.iterdir()):
+            if not is_id(path.name, JOB):
+                continue
+            try:
+                job = Job.restored(read_json(path / "job.json") or {})
+            except (TypeError, ValueError, KeyError):
+                if (path / "job.json").exists():
+                    notes.append(f"fine-tuning job {path.name}: its record is damaged, so that it is left out")
+                else:
+                    shutil.rmtree(path, ignore_errors=True)  # a job that was never answered for
+                continue
+            self._jobs[job.id] = job
+            if job.status.is_final:
+                self.clear_work(job)
+        return tuple(notes)
+
+    def add(self, job: Job) -> None:
+        """Keep a new job. Raises OSError; then there is none."""
+        try:
+            make_directory(self.folder(job.id))
+            write_record(self.folder(job.id) / "job.json", job.saved())
+        except OSError:
+            shutil.rmtree(self.folder(job.id), ignore_errors=True)
+            raise
+        with self._lock:
+            self._jobs[job.id] = job
+        self._forget_old(job.owner)
+
+    def change(self, job_id: str, **changes: Any) -> Job:
+        """Change a job's record, unless it is final already. Raises OSError; then nothing changed."""
+        with self._lock:
+            job = self._jobs[job_id]
+            if job.status.is_final and "result_files" not in changes:
+                return job
+            changed = replace(job, **changes)
+            write_record(self.folder(job_id) / "job.json", changed.saved())
+            self._jobs[job_id] = changed
+            return changed
+
+    def cancel(self, job_id: str, now: int) -> Job | None:
+        """End a job as cancelled; None where it has ended already, or is being published. Raises OSError."""
+        with self._lock:
+            job = self._jobs[job_id]
+            if job.status.is_final or job.is_publishing:
+                return None
+            return self.change(job_id, status=Status.CANCELLED, finished_at=now)
+
+    def note(self, job_id: str, message: str, *, level: str = "info", data: dict[str, Any] | None = None) -> None:
+        """Add an event to a job's list. Raises OSError."""
+        line = event(new_id(EVENT), int(time()), message, level=level, data=data)
+        with self._lock:
+            append_line(self.folder(job_id) / "events.jsonl", line)
+
+    def events(self, job_id: str) -> list[dict[str, Any]]:
+        """A job's events, the latest first."""
+        return list(read_lines(self.folder(job_id) / "events.jsonl"))[::-1]
+
+    def get(self, job_id: str) -> Job | None:
+        """The job of that id; None where there is none."""
+        return self._jobs.get(job_id)
+
+    def all(self) -> list[Job]:
+        """All jobs, the oldest first."""
+        with self._lock:
+            return sorted(self._jobs.values(), key=lambda job: (job.created_at, job.id))
+
+    def of(self, owner: str) -> list[Job]:
+        """A key's jobs, the oldest first."""
+        return [job for job in self.all() if job.owner == owner]
+
+    def in_status(self, *statuses: Status) -> list[Job]:
+        """The jobs in one of these states, the oldest first."""
+        return [job for job in self.all() if job.status in statuses]
+
+    def folder(self, job_id: str) -> Path:
+        """The folder of a job."""
+        assert is_id(job_id, JOB)
+        return self._directory / job_id
+
+    def adapter(self, job_id: str) -> Path:
+        """Where a job's adapter comes to lie."""
+        assert is_id(job_id, JOB)
+        return self.adapters / job_id
+
+    def files_in_use(self) -> tuple[str, ...]:
+        """The ids of the files that unfinished jobs read."""
+        return tuple(name for job in self.all() if not job.status.is_final for name in job.files)
+
+    def clear_work(self, job: Job) -> None:
+        """Remove what the trainer of a finished job left, but for its messages and an adapter that was published."""
+        shutil.rmtree(self.folder(job.id) / "work", ignore_errors=True)
+        if job.status is Status.CANCELLED or (job.status is Status.FAILED and not job.is_publishing):
+            shutil.rmtree(self.adapter(job.id), ignore_errors=True)
+
+    def versions(self, owner: str, name: str) -> frozenset[str]:
+        """The versions that jobs of a key have made, or are about to make, of one adapter's name."""
+        return frozenset(
+            job.version for job in self.of(owner) if job.version and name in (job.fine_tuned_model, job.name)
+        )
+
+    def _forget_old(self, owner: str) -> None:
+        self._remove(job for job in [job for job in self.of(owner) if job.status.is_final][:-MAX_KEPT_JOBS_PER_KEY])
+
+    def _remove(self, jobs: Iterable[Job]) -> None:
+        for job in jobs:
+            with self._lock:
+                self._jobs.pop(job.id, None)
+            shutil.rmtree(self.adapter(job.id), ignore_errors=True)
+            shutil.rmtree(self.folder(job.id), ignore_errors=True)

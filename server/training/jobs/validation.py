@@ -1,0 +1,48 @@
+"""Has a job's files checked in a process of its own, which gives way to requests. Called by `runner`."""
+
+import asyncio
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from guanaco.models.error_codes import ErrorCode
+from guanaco.server.training.jobs.errors import RequestRefused
+from guanaco.server.training.jobs.process import TrainerCommand
+
+_SECONDS = 600.0  # for both files
+_MAX_MESSAGE = 2000
+
+
+async def check_files(command: TrainerCommand, paths: Sequence[Path], folder: Path) -> int:
+    """The number of rows of the first file. Raises RequestRefused ("invalid_training_file") that names lines and
+    reasons, OSError where the process can't be started."""
+    with (folder / "log.txt").open("ab") as log:
+        process = await asyncio.create_subprocess_exec(
+            *command.wrapped(folder / "check.lock"),
+            *command.checker,
+            *map(str, paths),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=log,
+            cwd=folder,
+            env=command.environment(),
+        )
+    try:
+        output, _ = await asyncio.wait_for(process.communicate(), _SECONDS)
+    except TimeoutError:
+        text = f"the files could not be read within {_SECONDS:.0f} s: train on smaller ones"
+        raise RequestRefused(ErrorCode.INVALID_TRAINING_FILE, text, "training_file") from None
+    finally:
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                process.kill()
+    try:
+        answer = json.loads(output)
+    except ValueError:
+        text = f"the check of the files ended with code {process.returncode}; the server's log of this job has why"
+        raise RequestRefused(ErrorCode.TRAINING_FAILED, text, "training_file") from None
+    if "error" in answer:
+        error = answer["error"]
+        raise RequestRefused(ErrorCode.INVALID_TRAINING_FILE, str(error["message"])[:_MAX_MESSAGE], error.get("param"))
+    return int(answer["rows"])

@@ -1,0 +1,147 @@
+"""Uploaded files: kept whole or not at all, each for one key, within its limits, under names that are never paths."""
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from guanaco.models.error_codes import ErrorCode
+from guanaco.server.training.jobs.errors import RequestRefused
+from guanaco.server.training.jobs.files import FileStore, label_of
+from guanaco.server.training.jobs.limits import TrainLimits
+from guanaco.server.training.jobs.records import StoredFile
+
+ALICE, BOB = "a" * 64, "b" * 64
+
+
+def make(directory: Path, **limits: Any) -> FileStore:
+    store = FileStore(directory, TrainLimits(**limits))
+    store.open()
+    return store
+
+
+def put(store: FileStore, content: bytes = b"{}\n", owner: str = ALICE, name: str = "chat.jsonl") -> StoredFile:
+    upload = store.begin(owner)
+    try:
+        upload.write(content)
+        return store.add(upload, name)
+    finally:
+        store.drop(upload)
+
+
+def temporary(directory: Path) -> list[str]:
+    return os.listdir(directory / "incoming")
+
+
+def test_a_file_comes_back_after_a_restart_for_its_key_alone(tmp_path: Path) -> None:
+    file = put(make(tmp_path), b"abc")
+    store = make(tmp_path)
+    assert store.get(ALICE, file.id) == file
+    assert store.path(file).read_bytes() == b"abc"
+    assert store.of(BOB) == []
+    for owner, name in ((BOB, file.id), (ALICE, "file-" + "0" * 24), (ALICE, "../" + file.id)):
+        with pytest.raises(RequestRefused) as refused:
+            store.get(owner, name)
+        assert refused.value.code == ErrorCode.FILE_NOT_FOUND
+    assert (store.path(file).stat().st_mode | (tmp_path / "files").stat().st_mode) & 0o077 == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("chat.jsonl", "chat.jsonl"),
+        ("../../etc/passwd", "passwd"),
+        ("..\\..\\boot.ini", "boot.ini"),
+        ("/abs/x.jsonl", "x.jsonl"),
+        ("..", "upload.jsonl"),
+        ("", "upload.jsonl"),
+        ("a\nb\x00c.jsonl", "abc.jsonl"),
+        ("x" * 999, "x" * 255),
+    ],
+)
+def test_a_file_name_is_a_label(name: str, shown: str, tmp_path: Path) -> None:
+    assert label_of(name) == shown
+    store = make(tmp_path / "in")
+    file = put(store, name=name)
+    assert file.filename == shown
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"], "nothing lies outside"
+    assert os.listdir(tmp_path / "in" / "files") == [file.id]
+
+
+def test_limits_of_a_key(tmp_path: Path) -> None:
+    store = make(tmp_path, max_file_bytes=10, max_files_per_key=3, max_bytes_per_key=15)
+    put(store, b"x" * 10)
+    with pytest.raises(RequestRefused, match="larger than 10 bytes") as refused:
+        put(store, b"x" * 11, owner=BOB)
+    assert refused.value.code == ErrorCode.REQUEST_TOO_LARGE
+    with pytest.raises(RequestRefused, match="15 bytes together") as refused:
+        put(store, b"x" * 6)
+    assert refused.value.code == ErrorCode.TRAINING_QUOTA_EXCEEDED
+    put(store, b"x" * 10, owner=BOB)
+    put(store, b"x")
+    running = store.begin(ALICE)  # an upload counts before it is whole
+    with pytest.raises(RequestRefused, match="3 files"):
+        store.begin(ALICE)
+    store.drop(running)
+    store.delete(ALICE, put(store, b"x").id, ())
+    put(store, b"x")
+    assert temporary(tmp_path) == []
+
+
+def test_two_uploads_at_once_share_the_bytes_of_their_key(tmp_path: Path) -> None:
+    store = make(tmp_path, max_bytes_per_key=10)
+    one, two = store.begin(ALICE), store.begin(ALICE)
+    one.write(b"x" * 6)
+    with pytest.raises(RequestRefused, match="10 bytes together"):
+        two.write(b"x" * 5)
+    two.write(b"x" * 4)
+
+
+@pytest.mark.parametrize("call", ["write", "fsync", "rename"])
+def test_a_full_disk_leaves_nothing(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make(tmp_path)
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path if call == "rename" else os, call, full)
+        with pytest.raises(RequestRefused, match="No space left on device") as refused:
+            put(store)
+    assert refused.value.code == ErrorCode.STORE_FAILED
+    assert str(tmp_path) not in str(refused.value)
+    assert (temporary(tmp_path), os.listdir(tmp_path / "files"), store.of(ALICE)) == ([], [], [])
+    put(store)
+
+
+def test_what_a_crash_left_is_removed_at_the_start(tmp_path: Path) -> None:
+    store = make(tmp_path)
+    store.begin(ALICE).write(b"half")
+    kept, cut = put(store), put(store)
+    (tmp_path / "files" / cut.id / "meta.json").unlink()
+    assert temporary(tmp_path)
+    again = make(tmp_path)
+    assert temporary(tmp_path) == []
+    assert [file.id for file in again.of(ALICE)] == [kept.id] == os.listdir(tmp_path / "files")
+
+
+def test_a_file_that_a_job_reads_stays(tmp_path: Path) -> None:
+    store = make(tmp_path)
+    file = put(store)
+    with pytest.raises(RequestRefused) as refused:
+        store.delete(ALICE, file.id, (file.id,))
+    assert refused.value.code == ErrorCode.FILE_IN_USE
+    with pytest.raises(RequestRefused):
+        store.delete(BOB, file.id, ())
+    store.delete(ALICE, file.id, ())
+    assert os.listdir(tmp_path / "files") == []
+
+
+def test_results_are_files_that_no_limit_counts(tmp_path: Path) -> None:
+    store = make(tmp_path, max_files_per_key=1, max_bytes_per_key=4)
+    result = store.add_result(ALICE, "step_metrics.csv", b"step\n1\n", "file-" + "1" * 24)
+    assert result.purpose == "fine-tune-results"
+    put(store, b"abcd")
+    assert make(tmp_path).get(ALICE, result.id) == result
