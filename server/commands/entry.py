@@ -1,6 +1,7 @@
 """The `guanaco` program. It imports everything else itself, so that Ctrl-C during an import also ends with one line.
 
-Imports nothing at the top but the standard library. Called by the console script.
+Imports nothing at the top but the standard library. Called by the console script, and run as a
+module by the server, which starts trainers.
 """
 
 import contextlib
@@ -21,3 +22,7 @@ def main() -> None:
     finally:
         with contextlib.suppress(ValueError):  # raised outside of the main thread
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # another Ctrl-C would only print a traceback
+
+
+if __name__ == "__main__":
+    main()

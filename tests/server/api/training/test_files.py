@@ -205,7 +205,7 @@ def test_multipart_is_read_here_alone(server: TrainingServer) -> None:
     posts = [path for path, methods in paths.items() if "post" in methods and path != "/v1/files"]
     with server.http(ADMIN) as client:
         for path in posts:
-            if path.endswith("/cancel"):
+            if path.endswith("/cancel") or path == "/v1/drain":  # they have no body
                 continue
             answer = client.post(re.sub(r"\{[^}]+\}", "x", path), files={"file": ("a", ROW)})
             assert answer.status_code == 415, path
