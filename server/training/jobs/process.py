@@ -23,7 +23,6 @@ from guanaco.server.training.jobs.records import Job
 STOPPED = 130  # the exit code of a trainer that was told to stop and has written a checkpoint
 _GRACE_SECONDS = 30.0  # from SIGTERM to SIGKILL
 _MAX_ANSWER_BYTES = 64 << 10
-_CHILD = Path(__file__).with_name("child.py")  # run as a file, without any package: it starts in a moment
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "GUANACO_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
 
@@ -38,10 +37,6 @@ class TrainerCommand:
     program: Sequence[str] = (sys.executable, "-m", "guanaco.server.commands.entry", "train")
     checker: Sequence[str] = (sys.executable, "-m", "guanaco.server.training.jobs.check")
     variables: Mapping[str, str] = field(default_factory=dict)  # the environment; no secrets
-
-    def wrapped(self, lock: Path) -> list[str]:
-        """What stands before a command that must end with this server."""
-        return [sys.executable, "-I", "-S", str(_CHILD), str(lock), str(self.nice), str(os.getpid())]
 
     def environment(self) -> dict[str, str]:
         """The whole environment of the process."""
@@ -87,9 +82,14 @@ class TrainerProcess:
     async def start(self, arguments: Sequence[str], command: TrainerCommand) -> None:
         """Raises OSError where it can't be started."""
         await asyncio.to_thread(end_left_behind, self._folder)
-        with (self._folder / "stdout").open("wb") as out, (self._folder / "log.txt").open("ab") as log:
+        with (
+            (self._folder / "stdout").open("wb") as out,
+            (self._folder / "log.txt").open("ab") as log,
+            (self._folder / "lock").open("wb", buffering=0) as lock,
+        ):
+            # The trainer inherits the lock, and holds it alone once this file is closed here.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._process = await asyncio.create_subprocess_exec(
-                *command.wrapped(self._folder / "lock"),
                 *arguments,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=out,
@@ -97,7 +97,11 @@ class TrainerProcess:
                 cwd=self._folder,
                 env=command.environment(),
                 start_new_session=True,
+                pass_fds=(lock.fileno(),),
             )
+            lock.write(str(self._process.pid).encode())
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, self._process.pid, command.nice)
         if self._is_told:
             self.stop()
 

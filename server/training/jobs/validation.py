@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +20,6 @@ async def check_files(command: TrainerCommand, paths: Sequence[Path], folder: Pa
     reasons, OSError where the process can't be started."""
     with (folder / "log.txt").open("ab") as log:
         process = await asyncio.create_subprocess_exec(
-            *command.wrapped(folder / "check.lock"),
             *command.checker,
             *map(str, paths),
             stdin=asyncio.subprocess.DEVNULL,
@@ -28,6 +28,8 @@ async def check_files(command: TrainerCommand, paths: Sequence[Path], folder: Pa
             cwd=folder,
             env=command.environment(),
         )
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, process.pid, command.nice)
     try:
         output, _ = await asyncio.wait_for(process.communicate(), _SECONDS)
     except TimeoutError:

@@ -130,7 +130,7 @@ def starts(room: Room, job_id: str) -> list[dict[str, Any]]:
 
 
 async def _hold(directory: Path, where: str) -> None:
-    slow = (sys.executable, "-c", "import time; print('at it', flush=True); time.sleep(60)")
+    slow = (sys.executable, "-c", "import time; print('at it', flush=True); time.sleep(10)")
     steps = {"FAKE_STEPS": "1000", "FAKE_SECONDS": "0.05"} if where == "running" else {}
     room = Room(directory, checker=slow if where == "validating" else CHECKER, **steps)
     if where == "publishing":

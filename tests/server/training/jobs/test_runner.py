@@ -15,7 +15,7 @@ import pytest
 from guanaco.models.error_codes import ErrorCode
 from guanaco.server.training.jobs.errors import RequestRefused
 from guanaco.server.training.jobs.limits import TrainLimits
-from guanaco.server.training.jobs.process import TrainerCommand, end_left_behind
+from guanaco.server.training.jobs.process import TrainerCommand, TrainerProcess, end_left_behind
 from guanaco.server.training.jobs.records import Hyperparameters
 from support.training import job_runner
 from support.training.job_runner import ALICE, BOB, ROWS, Room, is_running, starts
@@ -299,17 +299,21 @@ def test_a_training_that_ended_while_no_server_looked_is_published(tmp_path: Pat
 
 
 def test_a_trainer_that_was_left_behind_is_ended(tmp_path: Path) -> None:
-    """Where the kernel does not tell it that its server died."""
-    wrapped = TrainerCommand(nice=0).wrapped(tmp_path / "lock")
-    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
-    with subprocess.Popen(
-        [*wrapped, sys.executable, "-c", deaf], start_new_session=True, stdout=subprocess.PIPE
-    ) as left:
-        assert left.stdout is not None
-        left.stdout.readline()
-        end_left_behind(tmp_path, grace_seconds=0.05)
-        assert left.wait() == -signal.SIGKILL
-    end_left_behind(tmp_path)
+    """Also one that does not heed SIGTERM."""
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); open('deaf', 'w'); time.sleep(60)"
+
+    async def work() -> None:
+        process = TrainerProcess(tmp_path)
+        await process.start([sys.executable, "-S", "-c", deaf], TrainerCommand(nice=0))
+        while not (tmp_path / "deaf").exists():
+            await asyncio.sleep(0.005)
+        await asyncio.to_thread(end_left_behind, tmp_path, grace_seconds=0.05)
+        end = await process.wait()
+        assert end is not None
+        assert end.code == -signal.SIGKILL
+        end_left_behind(tmp_path)
+
+    run(work)
 
 
 def test_a_full_disk_fails_one_job_and_not_the_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
