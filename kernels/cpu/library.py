@@ -53,6 +53,8 @@ class Layer(Structure):
         *((name, Linear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
         ("input_norm", c_void_p),
         ("post_norm", c_void_p),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
     )
 
 

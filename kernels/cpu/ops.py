@@ -17,7 +17,10 @@ from guanaco.kernels.cpu.lora import DTYPES, LoraOperand, LoraOperands
 from guanaco.kernels.layer_cache import LayerCache, Sequences
 from guanaco.kernels.lora_batch import LoraBatch, LoraPair
 from guanaco.kernels.nf4 import GROUP_SIZE, Nf4Weight
-from guanaco.kernels.ops import NORMS, PROJECTIONS, Draw, LayerWeights, LinearHandle, PackedWeight
+from guanaco.kernels.ops import HEAD_NORMS, NORMS, PROJECTIONS, Draw, LayerWeights, LinearHandle, PackedWeight
+
+# The norms of `LayerWeights` → fields of the native layer. A norm that a layer lacks stays null there.
+_NORM_FIELDS = {"input": "input_norm", "post_attention": "post_norm", "q": "q_norm", "k": "k_norm"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,8 +192,9 @@ class CpuOps:
 
     def fuse(self, layers: Sequence[LayerWeights], *, head_dim: int, eps: float) -> "CpuLayers | None":
         """All decoder layers as one call into the library: no Python between their parts. None for layers that have
-        other parts than LLaMA's (norms of heads, say): the library doesn't know them."""
-        if not all(layer.has(PROJECTIONS, NORMS) for layer in layers):
+        other parts than LLaMA's and norms of heads: the library doesn't know them."""
+        known = [NORMS, (*NORMS, *HEAD_NORMS)]
+        if not all(any(layer.has(PROJECTIONS, norms) for norms in known) for layer in layers):
             return None
         return CpuLayers(self._context, self.dtype, layers, head_dim, eps)
 
@@ -213,8 +217,9 @@ class CpuLayers:
             for name, handle in layer.projections.items():
                 assert isinstance(handle, CpuLinear), "a handle of another provider"
                 setattr(struct, name, handle.struct)
-            norms = [norm.float().contiguous() for norm in (layer.norms[name] for name in NORMS)]
-            struct.input_norm, struct.post_norm = (norm.data_ptr() for norm in norms)
+            norms = {name: norm.float().contiguous() for name, norm in layer.norms.items()}
+            for name, norm in norms.items():
+                setattr(struct, _NORM_FIELDS[name], norm.data_ptr())
             self._keep += [layer, norms]
         self._modules = range(len(PROJECTIONS) * len(layers))
         self._hidden = structs[0].q.k

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from guanaco.kernels import nf4
 from guanaco.kernels.nf4 import Nf4Weight
-from guanaco.models.architectures.registry import projection_shapes
 from guanaco.models.errors import ModelError
 from guanaco.models.formats.safetensors import SafetensorsFile
 from guanaco.models.loading.gguf_checkpoint import GgufCheckpoint
-from guanaco.models.loading.quantize import Nf4CheckpointWriter, Progress
+from guanaco.models.loading.quantize import Nf4CheckpointWriter, Progress, is_projection, weight_shapes
 from guanaco.models.text.gguf_tokenizer import tokenizer_files
 
 # Part of the cache's key. Raise it whenever the conversion writes other bytes; the old directory stays in the cache.
@@ -50,15 +49,10 @@ def convert_demo(gguf_path: Path, license_text: str, dst: Path, progress: Progre
     """
     with closing(GgufCheckpoint(gguf_path)) as source, tempfile.TemporaryDirectory(dir=dst.parent) as scratch:
         config = source.config
-        names: list[tuple[str, tuple[int, ...]]] = [("embed_tokens.weight", (config.vocab_size, config.hidden_size))]
-        for layer in range(config.num_layers):
-            names += [(f"layers.{layer}.{name}.weight", shape) for name, shape in projection_shapes(config).items()]
-            norms = ("input_layernorm", "post_attention_layernorm")
-            names += [(f"layers.{layer}.{norm}.weight", (config.hidden_size,)) for norm in norms]
-        names.append(("norm.weight", (config.hidden_size,)))
+        names = list(weight_shapes(config))
         with Nf4CheckpointWriter(dst, config.to_json()) as writer:
             for number, (name, shape) in enumerate(names, start=1):
-                if name.startswith("layers.") and len(shape) == 2:
+                if is_projection(name, config):
                     writer.add(f"model.{name}", quantize_reproducibly(source.matrix(name, (shape[0], shape[1]))))
                 else:
                     writer.add(f"model.{name}", _as_float16(name, source.tensor(name, shape)))

@@ -5,9 +5,10 @@ rotates the two halves. That is undone here. Knows nothing of NF4 or of tokenize
 on. Called by `checkpoint` and by the demo's conversion.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gguf
@@ -44,25 +45,19 @@ _LAYER = {
     "mlp.down_proj": "ffn_down",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
-    **{
-        ours: theirs
-        for name in gguf_names()
-        if (found := find_gguf(name)) is not None and found.gguf is not None
-        for ours, theirs in found.gguf.tensors.items()
-    },
 }
 # A tensor of factors that the converter computes from LLaMA 3.1's rope scaling. No metadata names its parameters.
 _ROPE_FACTORS = "rope_freqs.weight"
 _LLAMA3_CONSTANTS = (1.0, 4.0, 8192)  # low and high frequency factor, original positions: every LLaMA 3.1 to 3.3
 
 
-def gguf_name(name: str) -> str:
-    """`layers.3.self_attn.q_proj.weight` → `blk.3.attn_q.weight`."""
+def gguf_name(name: str, tensors: Mapping[str, str] = MappingProxyType({})) -> str:
+    """`layers.3.self_attn.q_proj.weight` → `blk.3.attn_q.weight`. tensors: an architecture's names besides LLaMA's."""
     module, kind = name.rsplit(".", 1)
     if not module.startswith("layers."):
         return f"{_TOP[module]}.{kind}"
     _, index, part = module.split(".", 2)
-    return f"blk.{index}.{_LAYER[part]}.{kind}"
+    return f"blk.{index}.{tensors.get(part) or _LAYER[part]}.{kind}"
 
 
 class GgufCheckpoint:
@@ -108,7 +103,7 @@ class GgufCheckpoint:
         return [FileLayout(self.path, repr(table).encode(), tuple((e.offset, e.num_bytes) for _, e in entries))]
 
     def _read(self, name: str, shape: tuple[int, ...], *, full: bool) -> Tensor:
-        stored_name = gguf_name(name)
+        stored_name = gguf_name(name, self._form.tensors)
         entry = self._entries.get(stored_name)
         if entry is None:
             raise ModelError(f"{self.path}: the tensor {stored_name} is missing; the file is incomplete: get it again")
@@ -127,7 +122,8 @@ class GgufCheckpoint:
         (two halves). Does nothing for architectures that llama.cpp stores in halves."""
         if not self._form.rotates_neighbours:
             return stored
-        heads = {"q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads}.get(name.split(".")[-2])
+        part = gguf_name(name, self._form.tensors).split(".")[-2]
+        heads = {"attn_q": self.config.num_heads, "attn_k": self.config.num_kv_heads}.get(part)
         return stored if heads is None else stored.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(stored.shape)
 
     def _decode(self, name: str, entry: GgufTensor, data: Any, *, full: bool) -> Tensor:
@@ -190,7 +186,7 @@ def _config_fields(
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
     def has(name: str) -> bool:
-        return gguf_name(name) in entries
+        return gguf_name(name, form.tensors) in entries
 
     embedding = entries.get("token_embd.weight")
     heads = get("attention.head_count")

@@ -1,4 +1,4 @@
-"""Dense LLaMA weights → a bitsandbytes-format NF4 checkpoint, one tensor at a time.
+"""Dense weights → a bitsandbytes-format NF4 checkpoint, one tensor at a time.
 
 Knows the format on disk and which tensors become 4-bit, but not how they are served. Called by `guanaco quantize`, by
 the loader (which quantises by the same rule and caches the result) and by the demo's conversion.
@@ -25,7 +25,7 @@ from guanaco.kernels.cpu.quantize import quantize
 from guanaco.kernels.nf4 import SOURCE_DTYPES, Nf4Weight, dtype_name
 from guanaco.kernels.nf4_state import to_state
 from guanaco.models.architectures.config import ModelConfig
-from guanaco.models.architectures.registry import layer_of
+from guanaco.models.architectures.registry import layer_of, projection_shapes
 from guanaco.models.errors import ModelError
 from guanaco.models.formats.leftovers import PartialFolder
 from guanaco.models.formats.strict_json import read_json
@@ -33,14 +33,7 @@ from guanaco.models.loading.checkpoint import Checkpoint, open_checkpoint
 from guanaco.models.loading.gguf_checkpoint import GgufCheckpoint
 from guanaco.models.text.gguf_tokenizer import tokenizer_files
 
-# The seven projections of every layer are quantised, as in QLoRA. Embeddings, head, norms and biases stay in 16 bits.
-ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-PROJECTIONS = ATTENTION_PROJECTIONS + MLP_PROJECTIONS
-_PROJECTION_WEIGHT = re.compile(
-    rf"(?:.*\.)?layers\.\d+\.(?:self_attn\.(?:{'|'.join(ATTENTION_PROJECTIONS)})"
-    rf"|mlp\.(?:{'|'.join(MLP_PROJECTIONS)}))\.weight"
-)
+_WEIGHT_IN_LAYER = re.compile(r"(?:model\.)?layers\.\d+\.(.+)\.weight")
 
 # Files that are copied with the weights: the tokenizer, sampling defaults, and the licence, which binds derived works.
 COMPANION_FILES = (
@@ -78,9 +71,14 @@ class QuantizeReport:
     ignored: tuple[str, ...]  # names of stored tensors that the architecture does not have
 
 
-def is_projection(name: str) -> bool:
-    """Whether the tensor called `name` is stored in NF4."""
-    return _PROJECTION_WEIGHT.fullmatch(name) is not None
+def is_projection(name: str, config: ModelConfig) -> bool:
+    """Whether the tensor called `name`, with `model.` or without, is stored in NF4.
+
+    As in QLoRA these are the projections of every layer, which the architecture names. Everything else stays in 16
+    bit: embeddings and head, norms and biases.
+    """
+    match = _WEIGHT_IN_LAYER.fullmatch(name)
+    return match is not None and match[1] in projection_shapes(config)
 
 
 def quantize_tensor(name: str, tensor: Tensor, *, double_quant: bool = True) -> Nf4Weight:
@@ -262,7 +260,7 @@ def quantize_checkpoint(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> QuantizeReport:
-    """Convert a dense LLaMA (a Hugging Face directory of safetensors, or a GGUF file) to an NF4 directory.
+    """Convert a dense model (a Hugging Face directory of safetensors, or a GGUF file) to an NF4 directory.
 
     At most one source tensor and one output shard are in memory. Raises ModelError if `src` cannot be converted, or if
     `dst` exists or cannot be written. After an error nothing is left at `dst`.
@@ -286,7 +284,7 @@ def quantize_checkpoint(
             stored = source.matrix(name, shape) if len(shape) == 2 else source.tensor(name, shape)
             assert isinstance(stored, Tensor), name  # the source says that nothing in it is quantised
             try:
-                if is_projection(name):
+                if is_projection(name, source.config):
                     writer.add(full_name(name), quantize_tensor(name, stored, double_quant=double_quant))
                     num_quantized += 1
                 else:

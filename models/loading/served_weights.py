@@ -48,10 +48,10 @@ class Quantizer:
         weight = self._source.matrix(name, shape)
         if isinstance(weight, Nf4Weight):
             return weight
-        if not self._source.is_quantized and is_projection(name):
+        if not self._source.is_quantized and is_projection(name, self._source.config):
             with self._naming_source():
                 return quantize_tensor(name, weight)
-        self._num_dense_projections += is_projection(name)
+        self._num_dense_projections += is_projection(name, self._source.config)
         return self._dense(name, weight)
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -1,5 +1,5 @@
-// All decoder layers of a LLaMA in one call: what models/architectures/llama.py composes from small ops, without Python
-// in between.
+// All decoder layers in one call: what models/architectures/decoder.py composes from small ops, without Python in
+// between.
 #include "decoder.h"
 
 #include "linear.h"
@@ -8,7 +8,7 @@
 namespace guanaco {
 namespace {
 
-constexpr int kModules = 7;  // q, k, v, o, gate, up, down: the order in which models/architectures/llama.py numbers them
+constexpr int kModules = 7;  // q, k, v, o, gate, up, down: PROJECTIONS in kernels/ops.py, the order of LoRA modules
 
 class Decoder {
   public:
@@ -38,6 +38,7 @@ class Decoder {
                                   {&l.k, &deltas_[1], k_, kv_size},
                                   {&l.v, &deltas_[2], v_, kv_size}};
         multiply(context_, normed_activations_, inputs, 3);
+        if (l.q_norm != nullptr || l.k_norm != nullptr) norm_heads(l);
         rope_and_cache(context_, heads_, batch_, cache, q_, k_, v_);
         attention(context_, heads_, batch_, cache, model_.attention_scale, q_, q_);
         add_product(l.o, first + 3, mixed_activations_);
@@ -57,6 +58,21 @@ class Decoder {
             kernels_.rms_norm(x_ + t * model_.hidden, weight, model_.hidden, model_.eps, normed_ + t * model_.hidden);
             quantize_row(context_, normed_activations_, t);
         });
+    }
+
+    // Each head of q and k, in place, where the layer has a norm of it.
+    void norm_heads(const Layer& l) {
+        context_.pool.each(tokens_, [&](int64_t t, int) {
+            if (l.q_norm != nullptr) norm_row(q_ + t * heads_.heads * heads_.head_dim, heads_.heads, l.q_norm);
+            if (l.k_norm != nullptr) norm_row(k_ + t * heads_.kv_heads * heads_.head_dim, heads_.kv_heads, l.k_norm);
+        });
+    }
+
+    void norm_row(float* row, int64_t heads, const float* weight) {
+        for (int64_t h = 0; h < heads; h++) {
+            float* head = row + h * heads_.head_dim;
+            kernels_.rms_norm(head, weight, heads_.head_dim, model_.eps, head);
+        }
     }
 
     // x += W a, with LoRA.

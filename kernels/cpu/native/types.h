@@ -47,6 +47,8 @@ struct Layer {
     Linear q, k, v, o, gate, up, down;
     const float* input_norm;  // [hidden]
     const float* post_norm;  // [hidden]
+    const float* q_norm;  // [head_dim], of each head before the rotation; null: heads stay as they are
+    const float* k_norm;
 };
 
 struct Model {

@@ -1,7 +1,7 @@
 """What only the native kernels promise: the same bits however work is shared out, accuracy, and no lost NaN."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
@@ -10,15 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from guanaco.kernels import CPU_ISAS, NativeUnavailable, load_ops, nf4
 from guanaco.kernels.cpu import library as cpu_native
 from guanaco.kernels.layer_cache import Sequences
 from guanaco.kernels.lora_batch import LoraBatch, LoraPair, LoraTable
-from guanaco.kernels.ops import NORMS, PROJECTIONS, LayerWeights
+from guanaco.kernels.ops import HEAD_NORMS, NORMS, PROJECTIONS, LayerWeights
 from support.kernels.attention_cases import make_case, poisoned_cache
 from support.kernels.providers import CPU, PROVIDERS, provider_ops
-from support.kernels.tolerances import relative_l2
+from support.kernels.tolerances import assert_close, relative_l2
 
 NATIVE = [name for name in PROVIDERS if name.startswith("cpu")]
 THREADS = (1, 2, 5)
@@ -142,7 +143,8 @@ def test_tiny_and_huge_activations(name: str) -> None:
 class Layers:
     """Random decoder layers in a provider's form, and what one step of them needs."""
 
-    def __init__(self, ops: Any, sizes: dict[str, int], num_layers: int = 2) -> None:
+    def __init__(self, ops: Any, sizes: dict[str, int], num_layers: int = 2, normed_heads: Sequence[str] = ()) -> None:
+        """normed_heads: of HEAD_NORMS, which the layers have."""
         self.ops, self.sizes = ops, sizes
         hidden, heads, kv_heads = sizes["hidden"], sizes["heads"], sizes["kv_heads"]
         self.head_dim = sizes["head_dim"]
@@ -156,15 +158,20 @@ class Layers:
             (inner, hidden),
             (hidden, inner),
         )
+        self.stored = [
+            {
+                name: nf4.quantize(randn(*shape, seed=10 * layer + i) / shape[1] ** 0.5)
+                for i, (name, shape) in enumerate(zip(PROJECTIONS, shapes, strict=True))
+            }
+            for layer in range(num_layers)
+        ]
         self.layers = [
             LayerWeights(
-                {
-                    name: ops.prepare(nf4.quantize(randn(*shape, seed=10 * layer + i) / shape[1] ** 0.5), None)
-                    for i, (name, shape) in enumerate(zip(PROJECTIONS, shapes, strict=True))
-                },
-                {name: 1 + 0.1 * randn(hidden, seed=layer + 50 * i) for i, name in enumerate(NORMS)},
+                {name: ops.prepare(weight, None) for name, weight in weights.items()},
+                {name: 1 + 0.1 * randn(hidden, seed=layer + 50 * i) for i, name in enumerate(NORMS)}
+                | {name: 1 + 0.5 * randn(self.head_dim, seed=layer + 60 * i) for i, name in enumerate(normed_heads)},
             )
-            for layer in range(num_layers)
+            for layer, weights in enumerate(self.stored)
         ]
         self.table = LoraTable(
             {
@@ -208,6 +215,12 @@ class Layers:
             q, k, v = (
                 ops.linear(normed, projections[j], lora, first + j).unflatten(-1, (-1, self.head_dim)) for j in range(3)
             )
+            q, k = (
+                ops.rms_norm(heads.flatten(0, 1), layer.norms[name], 1e-5).view(heads.shape)
+                if name in layer.norms
+                else heads
+                for name, heads in (("q", q), ("k", k))
+            )
             q = ops.rope_and_cache(q, k, v, given["cos"], given["sin"], cache, given["slot_mapping"])
             mixed = ops.paged_attention(q, cache, given["sequences"], self.head_dim**-0.5).flatten(-2)
             x = x + ops.linear(mixed, projections[3], lora, first + 3)
@@ -216,18 +229,46 @@ class Layers:
             x = x + ops.linear(ops.silu_mul(gate, up), projections[6], lora, first + 6)
         return x
 
+    def exactly(self, x: Tensor, given: dict[str, Any]) -> Tensor:
+        """One sequence from its beginning, in float64 with the stored weights, without adapters."""
+
+        def normed(x: Tensor, weight: Tensor | None) -> Tensor:
+            return x if weight is None else F.rms_norm(x, x.shape[-1:], weight.double(), 1e-5)
+
+        def rotated(x: Tensor) -> Tensor:
+            cos, sin = (given[name].double()[:, None] for name in ("cos", "sin"))
+            low, high = x.chunk(2, -1)
+            return torch.cat((low * cos - high * sin, high * cos + low * sin), -1).transpose(0, 1)
+
+        x = x.double()
+        for stored, layer in zip(self.stored, self.layers, strict=True):
+            w, norms = {name: weight.dequantize().double() for name, weight in stored.items()}, layer.norms
+            y = normed(x, norms["input"])
+            q, k, v = ((y @ w[name].T).unflatten(-1, (-1, self.head_dim)) for name in "qkv")
+            q, k = rotated(normed(q, norms.get("q"))), rotated(normed(k, norms.get("k")))
+            mixed = F.scaled_dot_product_attention(q, k, v.transpose(0, 1), is_causal=True, enable_gqa=True)
+            x = x + mixed.transpose(0, 1).flatten(1) @ w["o"].T
+            y = normed(x, norms["post_attention"])
+            x = x + (F.silu(y @ w["gate"].T) * (y @ w["up"].T)) @ w["down"].T
+        return x
+
 
 SIZES = {"hidden": 128, "heads": 4, "kv_heads": 2, "head_dim": 32, "inner": 192}
 ODD = {"hidden": 80, "heads": 5, "kv_heads": 1, "head_dim": 16, "inner": 172}
+ODD_HEADS = {"hidden": 96, "heads": 3, "kv_heads": 3, "head_dim": 14, "inner": 100}
 
 
 @pytest.mark.parametrize("name", NATIVE)
-@pytest.mark.parametrize("sizes", [SIZES, ODD], ids=["whole", "odd"])
+@pytest.mark.parametrize(
+    ("sizes", "normed_heads"),
+    [(SIZES, ()), (ODD, ()), (SIZES, HEAD_NORMS), (ODD_HEADS, HEAD_NORMS)],
+    ids=["whole", "odd", "normed heads", "normed odd heads"],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_layers_as_one_op_equal_their_parts(
-    name: str, sizes: dict[str, int], dtype: torch.dtype, nan_poison: None
+    name: str, sizes: dict[str, int], normed_heads: Sequence[str], dtype: torch.dtype, nan_poison: None
 ) -> None:
-    layers = Layers(provider_ops(name, dtype), sizes)
+    layers = Layers(provider_ops(name, dtype), sizes, normed_heads=normed_heads)
     fused = layers.ops.fuse(layers.layers, head_dim=layers.head_dim, eps=1e-5)
     given = layers.inputs([5, 1, 20, 1])
     x = randn(27, sizes["hidden"], seed=3).to(dtype)
@@ -252,10 +293,29 @@ def test_layers_as_one_op_equal_their_parts(
 
 
 @pytest.mark.parametrize("name", NATIVE)
-def test_layers_do_not_depend_on_threads_or_neighbours(name: str) -> None:
+@pytest.mark.parametrize("normed_heads", [(), HEAD_NORMS], ids=["plain", "normed heads"])
+@pytest.mark.parametrize("sizes", [SIZES, ODD_HEADS], ids=["whole", "odd"])
+def test_layers_agree_with_float64(name: str, sizes: dict[str, int], normed_heads: Sequence[str]) -> None:
+    layers = Layers(provider_ops(name), sizes, num_layers=1, normed_heads=normed_heads)
+    fused = layers.ops.fuse(layers.layers, head_dim=layers.head_dim, eps=1e-5)
+    given = layers.inputs([30])
+    x = randn(30, sizes["hidden"], seed=8)
+    y = fused(x, caches=layers.caches, lora=None, **given)
+    assert_close(y, layers.exactly(x, given), torch.float32, integer_nf4=True)
+
+
+def test_layers_with_half_of_the_norms_of_heads_are_not_fused() -> None:
+    ops = provider_ops("cpu")
+    for normed in HEAD_NORMS:
+        assert ops.fuse(Layers(ops, SIZES, normed_heads=(normed,)).layers, head_dim=32, eps=1e-5) is None
+
+
+@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("normed_heads", [(), HEAD_NORMS], ids=["plain", "normed heads"])
+def test_layers_do_not_depend_on_threads_or_neighbours(name: str, normed_heads: Sequence[str]) -> None:
     results = []
     for threads in THREADS:
-        layers = Layers(provider_ops(name, threads=threads), SIZES)
+        layers = Layers(provider_ops(name, threads=threads), SIZES, normed_heads=normed_heads)
         fused = layers.ops.fuse(layers.layers, head_dim=layers.head_dim, eps=1e-5)
         x = randn(40, SIZES["hidden"], seed=4)
         results.append(fused(x, caches=layers.caches, lora=None, **layers.inputs([30, 10])))

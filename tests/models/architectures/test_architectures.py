@@ -56,10 +56,10 @@ def test_greedy_decoding_is_that_of_transformers(name: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_cpu_provider_fuses_what_it_knows_and_is_near_the_reference(name: str, tmp_path: Path) -> None:
+def test_the_cpu_provider_fuses_and_is_near_the_reference(name: str, tmp_path: Path) -> None:
     path = make_tiny_llama(tmp_path, **MODELS[name])
     native = load_model(path, load_ops("cpu", device=CPU, dtype=torch.float32)).model
-    assert native.is_fused == (name != "qwen3"), "the library doesn't know norms of heads"
+    assert native.is_fused
     expected = PagedRun(load_model(path, reference_ops()).model).step([(0, PROMPTS[3])], every_row=True)
     assert relative_error(PagedRun(native).step([(0, PROMPTS[3])], every_row=True), expected) < 5e-3
 

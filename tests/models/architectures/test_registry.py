@@ -1,7 +1,7 @@
 """A made-up architecture with biases and norms of its own is served by registering it, without an edit elsewhere."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from guanaco.kernels import load_ops
+from guanaco.kernels.lora_batch import LoraBatch, LoraPair, LoraTable
 from guanaco.models.architectures.architecture import Architecture
 from guanaco.models.architectures.config import ModelConfig
 from guanaco.models.architectures.config_json import parse_config
-from guanaco.models.architectures.decoder import MLP, Attention, LayerParts
+from guanaco.models.architectures.decoder import MLP, Attention, Layer, LayerParts, decoder_layer
 from guanaco.models.architectures.layer_spec import LayerSpec, Norm, llama_projections
 from guanaco.models.architectures.layers import RMSNorm, rope_frequencies
 from guanaco.models.architectures.llama import LLAMA
+from guanaco.models.architectures.qwen3 import QWEN3
 from guanaco.models.architectures.registry import registered
 from guanaco.models.loading.loader import load_model
-from guanaco.models.loading.quantize import weight_shapes
+from guanaco.models.loading.quantize import full_name, quantize_checkpoint, weight_shapes
 from support.models.oracles import PagedRun, reference_ops, relative_error, served_state
 
 FIELDS = {
@@ -103,6 +105,79 @@ def test_a_made_up_architecture_runs_on_reference_and_cpu(tmp_path: Path) -> Non
             model = load_model(tmp_path, ops).model
             assert not model.is_fused
             assert relative_error(PagedRun(model).step([(0, ids)], every_row=True), expected) < tolerance
+
+
+HERON_NAMES = {
+    "attn.query": "self_attn.q_proj", "attn.key": "self_attn.k_proj", "attn.value": "self_attn.v_proj",
+    "attn.out": "self_attn.o_proj", "ffn.gate": "mlp.gate_proj", "ffn.up": "mlp.up_proj", "ffn.down": "mlp.down_proj",
+    "attn.norm": "input_layernorm", "ffn.norm": "post_attention_layernorm",
+    "attn.query_norm": "self_attn.q_norm", "attn.key_norm": "self_attn.k_norm",
+}  # fmt: skip
+
+
+def heron_spec(config: ModelConfig) -> LayerSpec:
+    """Qwen3's layer with biases, under names of its own."""
+    ours = {theirs: ours for ours, theirs in HERON_NAMES.items()}
+    spec = QWEN3.layer(replace(config, attention_bias=True))
+    return LayerSpec(
+        tuple(replace(one, name=ours[one.name]) for one in spec.projections),
+        tuple(replace(one, name=ours[one.name]) for one in spec.norms),
+    )
+
+
+def heron_layer(parts: LayerParts) -> Layer:
+    linears = {HERON_NAMES[name]: linear for name, linear in parts.linears.items()}
+    norms = {HERON_NAMES[name]: norm for name, norm in parts.norms.items()}
+    return decoder_layer(replace(parts, linears=linears, norms=norms))
+
+
+HERON = Architecture("HeronForCausalLM", "heron", heron_spec, heron_layer)
+
+
+def as_qwen3(name: str) -> str:
+    """A tensor of Heron under Qwen3's name."""
+    for ours, theirs in HERON_NAMES.items():
+        name = name.replace(f".{ours}.", f".{theirs}.")
+    return name
+
+
+def write_model(path: Path, fields: dict[str, Any], state: dict[str, Tensor]) -> Path:
+    path.mkdir()
+    save_file({name: tensor.bfloat16() for name, tensor in state.items()}, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(fields))
+    return path
+
+
+def adapted_logits(path: Path, ops: Any) -> Tensor:
+    """With an adapter of every projection on half of the rows."""
+    model = load_model(path, ops).model
+    assert model.is_fused == (ops.name == "cpu")
+    pairs = {}
+    for module, (wide, out) in enumerate(model.lora_targets.values()):
+        generator = torch.Generator().manual_seed(module)
+        a, b = (torch.randn(shape, generator=generator) for shape in ((2, wide), (out, 2)))
+        pairs[module, 0] = LoraPair(a, b, 0.05)
+    lora = LoraBatch.build([((0, 1.0),)] * 15 + [()] * 15, LoraTable(pairs), torch.device("cpu"))
+    return PagedRun(model).step([(0, list(range(3, 33)))], every_row=True, lora=lora)
+
+
+@pytest.mark.parametrize("stored", ["dense", "nf4"])
+def test_projections_of_other_names_are_quantised_fused_and_adapted(stored: str, tmp_path: Path) -> None:
+    """By the names that the architecture gives: the same numbers as the same weights have under Qwen3's names."""
+    fields = {**FIELDS, "architectures": ["HeronForCausalLM"], "model_type": "heron", "head_dim": 16}
+    twin = {**fields, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": True}
+    with registered(HERON):
+        torch.manual_seed(0)
+        shapes = weight_shapes(parse_config(fields, "config.json"))
+        state = {full_name(name): torch.randn(shape) / shape[-1] ** 0.5 for name, shape in shapes}
+        heron = write_model(tmp_path / "heron", fields, state)
+        qwen3 = write_model(tmp_path / "qwen3", twin, {as_qwen3(name): tensor for name, tensor in state.items()})
+        if stored == "nf4":
+            report = quantize_checkpoint(heron, tmp_path / "quantised")
+            assert (report.num_quantized, report.ignored) == (14, ())
+            heron = tmp_path / "quantised"
+        for ops in (reference_ops(), load_ops("cpu", device=torch.device("cpu"), dtype=torch.float32)):
+            assert torch.equal(adapted_logits(heron, ops), adapted_logits(qwen3, ops))
 
 
 def test_a_model_type_that_is_taken_is_not_registered_again() -> None:

@@ -13,12 +13,11 @@ from torch import Tensor
 
 from guanaco.kernels.nf4 import Nf4Weight, dtype_name, quantize
 from guanaco.kernels.nf4_state import from_state, quantized_names
-from guanaco.models.architectures.config_json import read_config
+from guanaco.models.architectures.config_json import parse_config, read_config
 from guanaco.models.errors import ModelError
 from guanaco.models.loading import checkpoint
 from guanaco.models.loading.gguf_checkpoint import gguf_name
 from guanaco.models.loading.quantize import (
-    PROJECTIONS,
     dense_tensor,
     is_projection,
     quantize_checkpoint,
@@ -108,7 +107,7 @@ def test_same_bytes_as_transformers_and_bitsandbytes(tmp_path: Path, kind: str, 
     assert_same_tensors(ours, theirs)
     dense = read_tensors(tmp_path / "dense")
     names = quantized_names(theirs)
-    assert names == {name for name in dense if is_projection(name)}
+    assert names == {name for name in dense if is_projection(name, read_config(tmp_path / "dense"))}
     for name in names:
         weight = from_state(theirs, name)
         assert weight.is_double_quantized == double
@@ -157,7 +156,9 @@ def test_transformers_computes_the_same(tmp_path: Path, kind: str, dtype: torch.
             parameter.data = parameter.data.float()
     state = {}
     for name in read_tensors(src):
-        state[name] = from_state(stored, name).dequantize() if is_projection(name) else stored[name].float()
+        state[name] = (
+            from_state(stored, name).dequantize() if is_projection(name, read_config(src)) else stored[name].float()
+        )
     dense: Any = LlamaForCausalLM.from_pretrained(src, dtype=torch.float32)
     missing, unexpected = dense.load_state_dict(state, strict=False)
     assert (set(missing), unexpected) == ({"lm_head.weight"} if kind == "tied" else set(), [])
@@ -233,7 +234,7 @@ def test_one_source_tensor_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def watched(self: Any, name: str, shape: tuple[int, int]) -> Nf4Weight | Tensor:
         assert sum(ref() is not None for ref in alive) <= 1, name
         tensor = read(self, name, shape)
-        if is_projection(name):
+        if is_projection(name, self.config):
             alive.append(weakref.ref(tensor))
         return tensor
 
@@ -247,8 +248,8 @@ def test_which_tensors_are_quantised() -> None:
         *(f"model.layers.11.self_attn.{p}.weight" for p in ("q_proj", "k_proj", "v_proj", "o_proj")),
         *(f"layers.0.mlp.{p}.weight" for p in ("gate_proj", "up_proj", "down_proj")),
     ]
-    assert [name.split(".")[-2] for name in names] == list(PROJECTIONS)
-    assert all(map(is_projection, names))
+    config = parse_config({"model_type": "llama"}, "config.json")
+    assert all(is_projection(name, config) for name in names)
     others = (
         "lm_head.weight",
         "model.embed_tokens.weight",
@@ -260,7 +261,7 @@ def test_which_tensors_are_quantised() -> None:
         "model.layers.0.mlp.q_proj.weight",
         "model.layers.x.mlp.up_proj.weight",
     )
-    assert not any(map(is_projection, others))
+    assert not any(is_projection(name, config) for name in others)
 
 
 def test_unquantised_tensors_are_16_bit() -> None:

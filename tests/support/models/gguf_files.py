@@ -55,8 +55,9 @@ def write_gguf(
             add(key if "." in key and key.split(".")[0] in ("split", "general") else f"{architecture}.{key}", value)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+    own_names = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
     for name, tensor in load_file(source / "model.safetensors").items():
-        stored = gguf_name(name.removeprefix("model."))
+        stored = gguf_name(name.removeprefix("model."), own_names)
         heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}.get(stored.split(".")[-2])
         values = (
             (tensor if heads is None or architecture != "llama" else permuted(tensor, heads))
