@@ -102,3 +102,29 @@ def test_a_script_without_checks_or_without_an_end_fails(runner: SimpleNamespace
     endless = runner.run_script([sys.executable, "-S", "-c", "import time; time.sleep(60)"], "", tmp_path, 0.2)
     assert [(check["ok"], check["detail"]) for check in silent] == [(False, "no checks: ")]
     assert [(check["ok"], check["detail"]) for check in endless] == [(False, "not done after 0.2 s: ")]
+
+
+def test_a_server_that_does_not_start_keeps_no_other_client_back(
+    runner: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Server:
+        url = "http://127.0.0.1:1"
+
+        def __init__(self, flags: tuple[str, ...], _log: Path) -> None:
+            self.flags = flags
+
+        def __enter__(self) -> "Server":
+            if self.flags:
+                raise AssertionError("the server did not get ready:\nno such provider")
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+    used = runner.run_all.__globals__
+    monkeypatch.setitem(used, "BUILD", tmp_path)
+    monkeypatch.setitem(used, "LiveServer", Server)
+    monkeypatch.setitem(used, "run_client", lambda client, *_: one(client.name, True))
+    found = {result["client"]: result for result in runner.run_all(runner.CLIENTS, "", 1.0, "2026-01-01")}
+    assert found.keys() == {client.name for client in runner.CLIENTS}
+    broken = {name: result["not_run"] for name, result in found.items() if result["not_run"]}
+    assert broken == {"lm-eval-exact": "the server did not start: no such provider"}

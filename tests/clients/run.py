@@ -13,7 +13,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import environments
@@ -56,10 +56,16 @@ def run_script(command: Sequence[str], url: str, folder: Path, seconds: float) -
     return checks
 
 
+def did_not_run(client: Client, why: str, today: str) -> results.Result:
+    """The result of a client without any check."""
+    about = {"client": client.name, "title": client.title, "versions": {}, "date": today}
+    return {**about, "not_run": why, "checks": []}
+
+
 def run_client(client: Client, url: str, seconds: float, today: str) -> results.Result:
     """Install one client and run its script."""
     folder = BUILD / client.script
-    result = {"client": client.name, "title": client.title, "versions": {}, "date": today, "not_run": "", "checks": []}
+    result = did_not_run(client, "", today)
     try:
         command = environments.prepare(client, folder)
         result["versions"] = environments.versions(client, folder)
@@ -73,17 +79,22 @@ def run_client(client: Client, url: str, seconds: float, today: str) -> results.
     return result
 
 
-def run_all(clients: Sequence[Client], url: str, seconds: float, today: str) -> list[results.Result]:
-    """Run the clients, with one server for all that need the same flags."""
+def run_all(clients: Sequence[Client], url: str, seconds: float, today: str) -> Iterator[results.Result]:
+    """Run the clients, with one server for all that need the same flags. What fails keeps none of the others back."""
     if url:
-        return [run_client(client, url, seconds, today) for client in clients]
-    done = []
+        yield from (run_client(client, url, seconds, today) for client in clients)
+        return
     BUILD.mkdir(parents=True, exist_ok=True)
     by_flags = sorted(clients, key=lambda client: client.server_flags)
     for flags, group in itertools.groupby(by_flags, key=lambda client: client.server_flags):
-        with LiveServer(flags, BUILD / "server.log") as server:
-            done += [run_client(client, server.url, seconds, today) for client in group]
-    return done
+        left = list(group)
+        try:
+            with LiveServer(flags, BUILD / "server.log") as server:
+                while left:
+                    yield run_client(left.pop(0), server.url, seconds, today)
+        except AssertionError as error:
+            last = str(error).strip().splitlines()[-1]
+            yield from (did_not_run(client, f"the server did not start: {last}", today) for client in left)
 
 
 def main() -> int:
@@ -98,17 +109,26 @@ def main() -> int:
     if unknown := sorted(set(asked) - set(names)):
         parser.error(f"no such client: {', '.join(unknown)}; there are {', '.join(names)}")
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    found = run_all(
-        [client for client in CLIENTS if client.name in asked], options.url.rstrip("/"), options.seconds, today
-    )
-    if not options.no_results:
-        before = results.newest(RESULTS)
-        old = json.loads(before.read_text())["clients"] if before else []
-        clients = results.merged(old, found, names)
-        about = {"command": "make clients", "machine": f"{platform.machine()}, Python {platform.python_version()}"}
-        results.write(RESULTS / f"clients-{today}.json", about, clients)
-        PAGE.write_text(results.with_table(PAGE.read_text(), clients))
+    chosen = [client for client in CLIENTS if client.name in asked]
+    found: list[results.Result] = []
+    try:
+        for result in run_all(chosen, options.url.rstrip("/"), options.seconds, today):
+            found.append(result)
+    finally:  # what was found before an interrupt is kept, too
+        print(results.table(found), end="", flush=True)
+        if found and not options.no_results:
+            keep(found, names, today)
     return 0 if all(results.passed(result) for result in found) else 1
+
+
+def keep(found: Sequence[results.Result], names: Sequence[str], today: str) -> None:
+    """Write the file of the day and the table of the page; clients that did not run now keep their older results."""
+    before = results.newest(RESULTS)
+    old = json.loads(before.read_text())["clients"] if before else []
+    clients = results.merged(old, found, names)
+    about = {"command": "make clients", "machine": f"{platform.machine()}, Python {platform.python_version()}"}
+    results.write(RESULTS / f"clients-{today}.json", about, clients)
+    PAGE.write_text(results.with_table(PAGE.read_text(), clients))
 
 
 if __name__ == "__main__":
