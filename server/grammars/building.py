@@ -54,7 +54,7 @@ def try_out(prototype: Any, vocabulary: Vocabulary, kind: str) -> None:
     mask = np.zeros(vocabulary.num_words, dtype=np.int32)
     for number in range(_TRIED_TOKENS):
         matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        allowed = mask & vocabulary.text_bits
+        allowed = mask & vocabulary.bits_for(kind)
         ids = np.flatnonzero(np.unpackbits(allowed.view(np.uint8), bitorder="little"))
         if matcher.is_error() or matcher.stop_reason() in ("ParserTooComplex", "LexerTooComplex"):
             raise GrammarError(explain(matcher.get_error() or "too complex", kind))

@@ -77,7 +77,7 @@ class CompiledGrammar:
     def matcher(self, ends: Collection[int]) -> GrammarMatcher:
         """A matcher for one sequence. ends: the token ids that may end its answer when the grammar is complete."""
         self._num_matchers += 1
-        return GrammarMatcher(self._prototype, self.vocabulary, ends, self._reach_limit)
+        return GrammarMatcher(self._prototype, self.vocabulary, ends, self._reach_limit, kind=self.grammar.kind)
 
     def _reach_limit(self) -> None:
         self._has_reached_limit = True

@@ -25,9 +25,12 @@ class GrammarMatcher:
         vocabulary: Vocabulary,
         ends: Collection[int],
         on_limit: Callable[[], None] = lambda: None,
+        *,
+        kind: str = "",
     ) -> None:
         """prototype: an LLMatcher in its first state, which is copied. ends: the token ids that may end the answer.
-        on_limit: called when llguidance reaches a limit; then the prototype may be useless, too."""
+        on_limit: called when llguidance reaches a limit; then the prototype may be useless, too. kind: the grammar's
+        kind."""
         self.error: ErrorCode | None = None
         self.is_complete = False  # the text is complete, and nothing can be added to it
         self._matcher = prototype.deep_copy()
@@ -35,6 +38,7 @@ class GrammarMatcher:
         self._on_limit = on_limit
         self._ends = frozenset(index for index in ends if 0 <= index < vocabulary.num_ids)
         self._end_bits = bits_of(sorted(self._ends), vocabulary.num_words)
+        self._known_bits = vocabulary.bits_for(kind)
         self._mask = np.zeros(vocabulary.num_words, dtype=np.int32)
 
     def is_end(self, token_id: int) -> bool:
@@ -53,7 +57,7 @@ class GrammarMatcher:
             row[:] = 0
             return
         may_end = bool((int(mask[num_ids // 32]) >> (num_ids % 32)) & 1)
-        mask &= self._vocabulary.text_bits
+        mask &= self._known_bits
         if may_end:
             mask |= self._end_bits
         row[:] = mask[: len(row)]

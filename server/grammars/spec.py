@@ -12,6 +12,7 @@ from typing import Any
 
 from guanaco.server.grammars.errors import GrammarError
 from guanaco.server.grammars.schemas import lark_json
+from guanaco.server.grammars.vocabulary import CALLS
 
 MAX_CHOICES = 4096
 MAX_REPEATS = 128
@@ -115,15 +116,27 @@ def followed(part: Part, more: Part, *, most: int) -> Part:
     return Part(f"({part.expression} {name}{{0,{most}}})", (*_rules((part, more)), f"{name}: {more.expression}"))
 
 
+def control_token(token_id: int) -> Part:
+    """This control token itself, no text of it. It has to be a mark of the vocabulary (`vocabulary.Vocabulary`)."""
+    return Part(f"<[{token_id}]>")
+
+
+def matching(pattern: str) -> Part:
+    """A text that a regular expression matches, as far as it reaches; the pattern is ours, and has no slash."""
+    name = f"MATCH_{_digest(pattern).upper()}"
+    return Part(name, (f"{name}: /{pattern}/",))
+
+
 def any_text() -> Part:
     """Any text, which may be empty."""
     return Part("ANY_TEXT", (_ANY_TEXT,))
 
 
-def text_until(end: str) -> Part:
-    """Any text up to and including the first `end`. The next part must follow there."""
-    name = f"until_{_digest(end)}"
-    return Part(name, (_ANY_TEXT, f"{name}[lazy]: ANY_TEXT {literal(end).expression}"))
+def text_until(end: str, before: Part | None = None) -> Part:
+    """Any text, or one that `before` matches, up to and including the first `end`. The next part must follow there."""
+    text = any_text() if before is None else before
+    name = f"until_{_digest(text.expression + end)}"
+    return Part(name, (*text.rules, f"{name}[lazy]: {text.expression} {literal(end).expression}"))
 
 
 def at_will(part: Part, *, many: bool) -> Part:
@@ -131,7 +144,12 @@ def at_will(part: Part, *, many: bool) -> Part:
     return Part(f"({part.expression}){'*' if many else '?'}", part.rules)
 
 
-def grammar_of_parts(part: Part, *, kind: str = "tools", param: str | None = None) -> Grammar:
+def optional(part: Part) -> Part:
+    """The part or nothing."""
+    return at_will(part, many=False)
+
+
+def grammar_of_parts(part: Part, *, kind: str = CALLS, param: str | None = None) -> Grammar:
     """A part as a whole grammar. param: the request's field that set it, for errors."""
     return Grammar(kind, "\n".join((f"start: {part.expression}", *dict.fromkeys(part.rules), "")), param)
 

@@ -1,6 +1,7 @@
 """A model's tokens for llguidance: the bytes of each. Control tokens have none, so that no grammar produces them.
 
 An extra token follows the model's own: llguidance's end of text. `matcher` replaces it with the request's end tokens.
+A grammar of calls may ask for marks, some of the control tokens, by their ids. No other grammar gets a mark.
 Used in this process and in the compiler's; imports llguidance when it is first needed.
 """
 
@@ -15,22 +16,33 @@ from numpy.typing import NDArray
 
 Bits = NDArray[np.int32]  # bit i of the words: token id i
 
+CALLS = "tools"  # the kind of grammars that may ask for marks
 _END_NAME = b"<guanaco-end>"
 _LENGTH = struct.Struct(">H")
+_ID = struct.Struct(">I")
 _MAX_TOKEN_BYTES = 0xFFFF
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """tokens: the bytes of each token id of the model; empty for control tokens and for rows without a token."""
+    """tokens: the bytes of each token id of the model; empty for control tokens and for rows without a token.
+    marks: the control tokens that begin or end calls, ascending."""
 
     tokens: tuple[bytes, ...]
+    marks: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, token_bytes: Callable[[int], bytes], num_ids: int, never: Collection[int]) -> "Vocabulary":
-        """The vocabulary of the ids below num_ids (the model's embedding rows). never: ids that no grammar may produce,
-        that is control tokens and ends of text."""
-        return cls(tuple(b"" if index in never else token_bytes(index)[:_MAX_TOKEN_BYTES] for index in range(num_ids)))
+    def of(
+        cls,
+        token_bytes: Callable[[int], bytes],
+        num_ids: int,
+        never: Collection[int],
+        marks: Collection[int] = (),
+    ) -> "Vocabulary":
+        """The vocabulary of the ids below num_ids (the model's embedding rows). never: ids that have no text: control
+        tokens, also marks, and ends of text."""
+        tokens = (b"" if index in never else token_bytes(index)[:_MAX_TOKEN_BYTES] for index in range(num_ids))
+        return cls(tuple(tokens), tuple(sorted(mark for mark in marks if mark < num_ids)))
 
     @property
     def num_ids(self) -> int:
@@ -47,26 +59,38 @@ class Vocabulary:
         return bits_of([index for index, token in enumerate(self.tokens) if token], self.num_words)
 
     @cached_property
+    def _bits_with_marks(self) -> Bits:
+        bits: Bits = self.text_bits | bits_of(self.marks, self.num_words)
+        return bits
+
+    def bits_for(self, kind: str) -> Bits:
+        """The ids that a grammar of this kind may let through. A client's own grammar could name a mark by its id."""
+        return self._bits_with_marks if kind == CALLS else self.text_bits
+
+    @cached_property
     def tokenizer(self) -> Any:
         """The vocabulary in llguidance's own form. Making it takes tenths of a second."""
         import llguidance
 
-        wrapper: Any = _Wrapper(self.tokens)
+        wrapper: Any = _Wrapper(self.tokens, self.marks)
         return llguidance.LLTokenizer(wrapper, slices=llguidance.LLTokenizer.json_slices())
 
     def packed(self) -> bytes:
         """The vocabulary as bytes, for another process."""
-        return b"".join(part for token in self.tokens for part in (_LENGTH.pack(len(token)), token))
+        marks = b"".join(map(_ID.pack, (len(self.marks), *self.marks)))
+        return marks + b"".join(part for token in self.tokens for part in (_LENGTH.pack(len(token)), token))
 
     @classmethod
     def unpacked(cls, data: bytes) -> "Vocabulary":
-        tokens, position = [], 0
+        (num_marks,) = _ID.unpack_from(data)
+        marks = tuple(_ID.unpack_from(data, _ID.size * (1 + place))[0] for place in range(num_marks))
+        tokens, position = [], _ID.size * (1 + num_marks)
         while position < len(data):
             (length,) = _LENGTH.unpack_from(data, position)
             position += _LENGTH.size
             tokens.append(data[position : position + length])
             position += length
-        return cls(tuple(tokens))
+        return cls(tuple(tokens), marks)
 
 
 def bits_of(ids: Sequence[int], num_words: int) -> Bits:
@@ -82,11 +106,13 @@ class _Wrapper:
 
     is_tokenizer_wrapper = True
 
-    def __init__(self, tokens: Sequence[bytes]) -> None:
+    def __init__(self, tokens: Sequence[bytes], marks: Sequence[int]) -> None:
         self.tokens = [*tokens, _END_NAME]
+        for mark in marks:
+            self.tokens[mark] = b"<guanaco-mark-%d>" % mark
         self.eos_token_id = len(tokens)
         self.bos_token_id = None
-        self.special_token_ids = [len(tokens)]
+        self.special_token_ids = [*marks, len(tokens)]
 
     def __call__(self, _text: str | bytes) -> list[int]:
         return []

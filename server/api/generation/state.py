@@ -19,6 +19,7 @@ from guanaco.server.api.http.errors import overloaded
 from guanaco.server.api.http.fair_pool import FairPool, Lane
 from guanaco.server.api.http.intake import Intake
 from guanaco.server.api.http.lifecycle import Admission, Lifecycle
+from guanaco.server.api.tools.formats.registry import control_ids_of_calls
 from guanaco.server.config import Settings
 from guanaco.server.engine.async_engine import AsyncEngine
 from guanaco.server.engine.request import SamplingParams
@@ -77,6 +78,7 @@ class ApiState:
             # A key gets half of it, and one body must fit into that.
             max_body_memory=max(self.settings.max_body_memory, 2 * self.settings.max_body_bytes),
             has_keys=bool(self.keys),
+            max_queued_grammars=self.settings.max_queued_grammars,
         )
 
     def lane(self, key: ApiKey | None, model: object = None, *, is_large: bool = False) -> Lane:
@@ -130,8 +132,9 @@ class ApiState:
         settings = self.settings
         limits = GrammarLimits(seconds=settings.grammar_timeout, grammar_bytes=settings.max_grammar_bytes)
         never = self.tokenizer.special_ids | self.all_eos_ids
+        marks = control_ids_of_calls(self.tokenizer.control_id) - self.all_eos_ids
         return GrammarCompiler(
-            lambda: Vocabulary.of(self.tokenizer.token_bytes, self.num_token_ids, never),
+            lambda: Vocabulary.of(self.tokenizer.token_bytes, self.num_token_ids, never, marks),
             limits,
             self.metrics.observe_grammar,
         )

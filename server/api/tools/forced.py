@@ -10,43 +10,43 @@ from typing import Any
 from guanaco.models.error_codes import ErrorCode
 from guanaco.server.api.http.errors import bad_request
 from guanaco.server.api.tools.definitions import NO_PARAMETERS, Tool
-from guanaco.server.api.tools.formats.base import CallFormat
+from guanaco.server.api.tools.formats.base import CallFormat, GuidedCall, Marks
 from guanaco.server.grammars.errors import GrammarError
-from guanaco.server.grammars.spec import Part, in_order, literal, one_of, schema
+from guanaco.server.grammars.spec import Part, schema
 
 MAX_CALLS = 8  # of one answer
 _COMBINING = ("$ref", "allOf", "anyOf", "oneOf", "patternProperties", "additionalProperties", "unevaluatedProperties")
 
 
-def forced_calls(tools: Sequence[tuple[int, Tool]], call_format: CallFormat, *, many: bool, marker: bool) -> Part:
+def forced_calls(
+    tools: Sequence[tuple[int, Tool]], call_format: CallFormat, marks: Marks, *, many: bool, marker: bool
+) -> Part:
     """The grammar of one call or, with `many`, of up to MAX_CALLS calls. tools: (index in the request's `tools`, tool).
 
     marker: whether the answer begins with the format's marker; otherwise the prompt ends with it. Raises a 400 for a
     schema that can't be enforced.
     """
-    calls = one_of(*(_call(tool, index, call_format.argument_key, must=True) for index, tool in tools))
+    calls = [_call(tool, index, must=True) for index, tool in tools]
     most = MAX_CALLS if many and call_format.many else 1
-    return call_format.forced(calls, most=most, marker=marker)
+    return call_format.forced(calls, marks, most=most, marker=marker)
 
 
-def strict_calls(tools: Sequence[tuple[int, Tool]], call_format: CallFormat, *, many: bool) -> Part:
+def strict_calls(tools: Sequence[tuple[int, Tool]], call_format: CallFormat, marks: Marks, *, many: bool) -> Part:
     """The grammar of any text in which everything that begins as a call becomes a call, of a strict tool or of another.
     Raises a 400 if the schema of a strict tool can't be enforced."""
-    calls = one_of(*(_call(tool, index, call_format.argument_key, must=tool.strict) for index, tool in tools))
-    return call_format.within_text(calls, many=many)
+    calls = [_call(tool, index, must=tool.strict) for index, tool in tools]
+    return call_format.within_text(calls, marks, many=many)
 
 
-def _call(tool: Tool, index: int, key: str, *, must: bool) -> Part:
-    """The grammar of one call. must False: if the schema can't be enforced, arguments may be any object."""
+def _call(tool: Tool, index: int, *, must: bool) -> GuidedCall:
+    """One call's name and grammar. must False: if the schema can't be enforced, arguments may be any object."""
     try:
-        arguments = schema(closed(tool.parameters))
+        return GuidedCall(tool.name, schema(closed(tool.parameters)))
     except GrammarError as error:
         if not must:
-            any_object = schema({"type": "object"})
-            return in_order(literal(f'{{"name": "{tool.name}", "{key}": '), any_object, literal("}"))
+            return GuidedCall(tool.name, schema({"type": "object"}))
         param = f"tools[{index}].function.parameters"
         raise bad_request(f"{param}: {error}", param, ErrorCode.INVALID_GRAMMAR) from None
-    return in_order(literal(f'{{"name": "{tool.name}", "{key}": '), arguments, literal("}"))
 
 
 def closed(parameters: Mapping[str, Any]) -> Mapping[str, Any]:

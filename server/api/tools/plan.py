@@ -16,7 +16,7 @@ from guanaco.server.api.http.errors import bad_request
 from guanaco.server.api.tools.default_prompt import tools_text, with_calls_as_text, with_tools_text
 from guanaco.server.api.tools.definitions import Mode, Tool, ToolChoice
 from guanaco.server.api.tools.forced import forced_calls, strict_calls
-from guanaco.server.api.tools.formats.base import CallFormat
+from guanaco.server.api.tools.formats.base import CallFormat, Marks
 from guanaco.server.api.tools.formats.mistral import MISTRAL
 from guanaco.server.api.tools.formats.registry import DEFAULT, FORMATS, format_of_template
 from guanaco.server.api.tools.history import Message, check_history, one_call_a_message, with_mistral_ids
@@ -85,32 +85,35 @@ class ToolPlan:
         tools = [(index, tool) for index, tool in enumerate(self.tools) if tool.name in self.names]
         many = self.parallel and not self.is_named
         if content is None and self.guides_text:
-            return grammar_of_parts(strict_calls(tools, self.call_format, many=many), param="tools")
+            return grammar_of_parts(strict_calls(tools, self.call_format, self._marks, many=many), param="tools")
         is_format = content is not None and content.param == "response_format"
         if not self.is_forced and not (is_format and self.reads_calls):
             return content
         if content is not None and not is_format:
             text = f"{content.param} and tool_choice both say what the answer must look like: give one of them"
             raise bad_request(text, content.param, ErrorCode.INVALID_GRAMMAR)
-        calls = forced_calls(tools, self.call_format, many=many, marker=self.begun is None)
+        calls = forced_calls(tools, self.call_format, self._marks, many=many, marker=self.begun is None)
         if self.is_forced or content is None:
             return grammar_of_parts(calls, param="tools")
         return grammar_of_parts(one_of(part_of(content), calls), param="response_format")
 
     @property
     def guides_text(self) -> bool:
-        """Whether calls within a free text follow a grammar: if a tool is strict and the format's marker is not a
-        control token, for which no grammar can ask."""
-        call_format, tokenizer = self.call_format, self.tokenizer
-        if tokenizer is None or self.mode != "auto" or not self.reads_calls or not call_format.guides_text:
-            return False
-        is_strict = any(tool.strict for tool in self.tools if tool.name in self.names)
-        return is_strict and tokenizer.control_id(call_format.markers[0]) is None
+        """Whether calls within a free text follow a grammar: they do if a tool is strict."""
+        return (
+            self.mode == "auto"
+            and self.reads_calls
+            and any(tool.strict for tool in self.tools if tool.name in self.names)
+        )
+
+    @property
+    def _marks(self) -> Marks:
+        return Marks(lambda _text: None) if self.tokenizer is None else Marks(self.tokenizer.control_id)
 
     @property
     def begun(self) -> int | None:
         """The control token with which calls begin, if the answer must be calls; otherwise None. The prompt ends with
-        it, because no grammar can ask for a control token."""
+        it: the model need not compute a token that is known."""
         call_format = self.call_format
         if self.tokenizer is None or not self.is_forced or call_format.bare is not None:
             return None
@@ -139,7 +142,9 @@ class ToolPlan:
         if not self.reads_calls:
             return None
         max_calls = None if self.parallel else 1
-        reader = ToolCallReader(self.call_format, self.names, sure=self.is_forced or self.is_sure, max_calls=max_calls)
+        reader = ToolCallReader(
+            self.call_format, self.names, sure=self.is_sure, forced=self.is_forced, max_calls=max_calls
+        )
         if self.begun is not None:
             reader.feed(self.call_format.markers[0])
         return reader

@@ -35,16 +35,26 @@ class ToolCallReader:
     """The reader of one answer. Call `feed` with its text as it comes, and `finish` once.
 
     A call is returned when it is complete. With `sure`, the text follows a grammar, so every beginning becomes a call:
-    its arguments are returned as they come, and stay incomplete if the answer ends early.
+    its arguments are returned as they come, and stay incomplete if the answer ends early. If it ends before the call's
+    name is known, the beginning is left out: it is no content.
     """
 
     def __init__(
-        self, call_format: CallFormat, names: Collection[str], *, sure: bool = False, max_calls: int | None = None
+        self,
+        call_format: CallFormat,
+        names: Collection[str],
+        *,
+        sure: bool = False,
+        forced: bool = False,
+        max_calls: int | None = None,
     ) -> None:
-        """names: the functions that may be called. max_calls: text behind this many calls is content."""
+        """names: the functions that may be called. max_calls: text behind this many calls is content.
+        forced: the text is only calls. With a single name there is a call even if the text ends before it.
+        """
         self._format = call_format
         self._names = names
-        self._sure = sure
+        self._sure = sure or forced
+        self._forced = forced
         self._max_calls = max_calls
         self._text = ""  # held back: white space, or the possible beginning of a marker
         self._raw: list[str] = []  # the candidate's text, with the white space before it
@@ -65,7 +75,14 @@ class ToolCallReader:
     def finish(self) -> list[Event]:
         """The events that are left when the text has ended. Call it once, after the last `feed`."""
         self._read("", final=True)
+        if self._forced and not self.num_calls and (name := self._only_name) is not None:
+            self._begin_call(name)
         return self._take()
+
+    @property
+    def _only_name(self) -> str | None:
+        """The name of the function that any call must be of, where there is one alone."""
+        return next(iter(self._names)) if len(self._names) == 1 else None
 
     def _take(self) -> list[Event]:
         events, self._events = self._events, []
@@ -105,7 +122,7 @@ class ToolCallReader:
             kept = len(text) - self._num_held(text)
             self._give_content(text[:kept])
             self._text = text[kept:]
-        elif not (self._after_call and not text.strip(SPACE)):
+        elif not self._forced and not (self._after_call and not text.strip(SPACE)):
             self._give_content(text)
         return ""
 
@@ -171,7 +188,10 @@ class ToolCallReader:
         try:
             candidate.finish()
         except NoCall:
-            return self._drop_candidate("")
+            if not self._sure:
+                return self._drop_candidate("")
+            self._give_calls(candidate.pending)
+            self._begin_cut_call(candidate)
         self._give_calls(candidate.calls[self._num_given :])
         self._candidate = None
         return ""
@@ -197,6 +217,14 @@ class ToolCallReader:
         self._events.append(CallBegins(self.num_calls, name))
         self.num_calls += 1
         self._at_start = self._after_call = True
+
+    def _begin_cut_call(self, candidate: Candidate) -> None:
+        """The text ended before the arguments of the candidate's current call: only its name can be given."""
+        name = candidate.name
+        if name is None and candidate.current is not None:
+            name = self._only_name
+        if name is not None:
+            self._begin_call(name)
 
     def _give_live(self) -> None:
         """Return the new part of the current call's arguments, if it is certain to become a call."""

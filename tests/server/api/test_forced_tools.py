@@ -85,6 +85,48 @@ def test_a_call_that_is_cut_off_keeps_what_there_is(client: OpenAI) -> None:
     assert call.function.arguments not in ("", written)
 
 
+@pytest.mark.parametrize("most", [1, 6, 21])
+def test_a_call_that_is_cut_off_at_its_beginning_is_a_call_all_the_same(
+    server: RealServer, client: OpenAI, most: int
+) -> None:
+    """The model has written no more than `<tool_call>` and the like: none of it is content."""
+    fields: Any = {"tools": [LIGHT], "tool_choice": NAMED}
+    (given,) = client.chat.completions.create(model=BASE, messages=QUESTION, seed=2, max_tokens=most, **fields).choices
+    assert (given.finish_reason, given.message.content) == ("length", None)
+    (call,) = given.message.tool_calls
+    assert (call.function.name, call.function.arguments) == ("set_light", "")
+    chunks = list(
+        client.chat.completions.create(model=BASE, messages=QUESTION, seed=2, max_tokens=most, stream=True, **fields)
+    )
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    assert not any(delta.content for delta in deltas)
+    (name,) = [call.function.name for delta in deltas for call in delta.tool_calls or () if call.function.name]
+    assert (name, chunks[-1].choices[0].finish_reason) == ("set_light", "length")
+    flat = {"type": "function", "name": "set_light", "parameters": LIGHT["function"]["parameters"]}
+    asked: Any = {"input": "Dim it.", "tools": [flat], "tool_choice": {"type": "function", "name": "set_light"}}
+    response = client.responses.create(model=BASE, max_output_tokens=most, **asked)
+    events = list(client.responses.create(model=BASE, max_output_tokens=most, stream=True, **asked))
+    for made in (response, events[-1].response):
+        (item,) = made.output
+        assert (item.type, item.name, item.arguments, item.status) == ("function_call", "set_light", "", "incomplete")
+        assert made.incomplete_details.reason == "max_output_tokens"
+    body = {
+        "model": BASE,
+        "max_tokens": most,
+        "messages": QUESTION,
+        "tools": [{"name": "set_light", "input_schema": LIGHT["function"]["parameters"]}],
+        "tool_choice": {"type": "tool", "name": "set_light"},
+    }
+    with server.client() as http:
+        message = http.post("/v1/messages", json=body).json()
+        streamed = http.post("/v1/messages", json={**body, "stream": True}).text
+    (block,) = message["content"]
+    assert (block["type"], block["name"], block["input"]) == ("tool_use", "set_light", {})
+    assert message["stop_reason"] == "max_tokens"
+    assert '"type":"tool_use"' in streamed
+    assert "text_delta" not in streamed
+
+
 def test_the_clients_parse_helper_with_a_pydantic_tool(client: OpenAI) -> None:
     class SetLight(BaseModel):
         room: Literal["kitchen", "cellar"]

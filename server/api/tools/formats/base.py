@@ -2,13 +2,13 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NamedTuple
 
 from guanaco.server.api.tools.call_object import CallObject, NoCall
-from guanaco.server.grammars.spec import Part
+from guanaco.server.grammars.spec import Part, any_text, control_token, in_order, literal, one_of, text_until
 
 SPACE = " \t\n\r"
 
@@ -36,6 +36,11 @@ class Candidate(ABC):
         self.unread = 0  # how many of the last characters belong to the text behind the candidate
         self.current: CallObject | None = None  # the call that is being read, to stream its arguments
 
+    @property
+    def name(self) -> str | None:
+        """The name of the call that is being read, once it is known."""
+        return None if self.current is None else self.current.name
+
     @abstractmethod
     def push(self, char: str) -> Status:
         """Read the next character. Raises NoCall if it can't belong to calls."""
@@ -43,6 +48,33 @@ class Candidate(ABC):
     @abstractmethod
     def finish(self) -> None:
         """Handle the end of the text: add calls that count without their end to `calls`. Raises NoCall if none does."""
+
+
+class GuidedCall(NamedTuple):
+    """A function that a grammar lets the model call, and what its arguments have to be."""
+
+    name: str
+    arguments: Part
+
+
+@dataclass(frozen=True)
+class Marks:
+    """How a model writes the fixed texts of a format: as control tokens, where its vocabulary has them as such."""
+
+    control_id: Callable[[str], int | None]
+
+    def part(self, text: str) -> Part:
+        """The text, or its control token."""
+        token = self.control_id(text)
+        return literal(text) if token is None else control_token(token)
+
+    def behind_text(self, mark: str, before: Part | None = None) -> Part:
+        """Any text up to the first mark, with it. Where the mark is a control token, the same text counts too: the
+        reader finds both. before: what the text has to match, which may be nothing; None: anything."""
+        token, spelled = self.control_id(mark), text_until(mark, before)
+        if token is None:
+            return spelled
+        return one_of(in_order(any_text() if before is None else before, control_token(token)), spelled)
 
 
 @dataclass(frozen=True)
@@ -57,7 +89,6 @@ class CallFormat(ABC):
     markers: tuple[str, ...]
     bare: re.Pattern[str] | None = None
     argument_key: str = "arguments"
-    guides_text: bool = False  # whether `within_text` is implemented
     many: bool = True  # whether an answer may have several calls
     instruction: str = "To call a function, write its name and its arguments as JSON in this form, and nothing else:"
 
@@ -70,16 +101,27 @@ class CallFormat(ABC):
     def candidate(self, names: Collection[str]) -> Candidate:
         """A new candidate for the text behind a marker. Without a marker, its first character is the opening brace."""
 
+    def object_of(self, calls: Sequence[GuidedCall]) -> Part:
+        """One call of these, as an object."""
+        return one_of(
+            *(
+                in_order(literal(f'{{"name": "{call.name}", "{self.argument_key}": '), call.arguments, literal("}"))
+                for call in calls
+            )
+        )
+
     @abstractmethod
-    def forced(self, call: Part, *, most: int, marker: bool) -> Part:
-        """The grammar of 1 to `most` calls, for answers that must be calls. call: the grammar of one call's object.
+    def forced(self, calls: Sequence[GuidedCall], marks: Marks, *, most: int, marker: bool) -> Part:
+        """The grammar of 1 to `most` of these calls, for answers that must be calls.
 
         marker: whether the first marker belongs to the answer; otherwise the prompt ends with it.
         """
 
-    def within_text(self, call: Part, *, many: bool) -> Part:
-        """The grammar of any text in which a call follows each marker. call: as in `forced`."""
-        raise NotImplementedError(f"calls of the format {self.name} have no grammar in a free text")
+    @abstractmethod
+    def within_text(self, calls: Sequence[GuidedCall], marks: Marks, *, many: bool) -> Part:
+        """The grammar of any text in which every beginning of a call becomes one of these calls.
+
+        many: any number of calls; otherwise one, and the text behind it is free."""
 
     @abstractmethod
     def written(self, calls: list[tuple[str, str]]) -> str:

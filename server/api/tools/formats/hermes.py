@@ -4,11 +4,11 @@ A list of calls between the tags is understood as well (SmolLM2's cookbook). The
 of the answer and before the next opening one.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from guanaco.server.api.tools.call_object import NoCall
-from guanaco.server.api.tools.formats.base import SPACE, CallFormat, Candidate, Objects, Status
-from guanaco.server.grammars.spec import Part, any_text, at_will, followed, in_order, literal, text_until
+from guanaco.server.api.tools.formats.base import SPACE, CallFormat, Candidate, GuidedCall, Marks, Objects, Status
+from guanaco.server.grammars.spec import Part, any_text, at_will, followed, in_order, literal
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
@@ -52,15 +52,15 @@ class Hermes(CallFormat):
     def candidate(self, names: Collection[str]) -> Candidate:
         return _Tagged(names)
 
-    def forced(self, call: Part, *, most: int, marker: bool) -> Part:
-        rest = in_order(literal("\n"), call, literal(f"\n{CLOSE}"))
-        tagged = in_order(literal(OPEN), rest)
+    def forced(self, calls: Sequence[GuidedCall], marks: Marks, *, most: int, marker: bool) -> Part:
+        rest = in_order(literal("\n"), self.object_of(calls), literal("\n"), marks.part(CLOSE))
+        tagged = in_order(marks.part(OPEN), rest)
         first = tagged if marker else rest
         return first if most == 1 else followed(first, in_order(literal("\n"), tagged), most=most - 1)
 
-    def within_text(self, call: Part, *, many: bool) -> Part:
-        begun = in_order(text_until(OPEN), literal("\n"), call, literal(f"\n{CLOSE}"))
-        return in_order(at_will(begun, many=many), any_text())
+    def within_text(self, calls: Sequence[GuidedCall], marks: Marks, *, many: bool) -> Part:
+        call = in_order(literal("\n"), self.object_of(calls), literal("\n"), marks.part(CLOSE))
+        return in_order(at_will(in_order(marks.behind_text(OPEN), call), many=many), any_text())
 
     def written(self, calls: list[tuple[str, str]]) -> str:
         tagged = (f'{OPEN}\n{{"name": "{name}", "arguments": {arguments}}}\n{CLOSE}' for name, arguments in calls)
@@ -70,7 +70,6 @@ class Hermes(CallFormat):
 HERMES = Hermes(
     "hermes",
     (OPEN,),
-    guides_text=True,
     instruction="For each function call, return a json object with function name and arguments within "
     f"{OPEN}{CLOSE} XML tags:",
 )

@@ -5,13 +5,17 @@ More calls may follow, behind `;` or white space. `arguments` is understood for 
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from guanaco.server.api.tools.call_object import NoCall
-from guanaco.server.api.tools.formats.base import CallFormat, Candidate, Objects, Status
-from guanaco.server.grammars.spec import Part
+from guanaco.server.api.tools.formats.base import CallFormat, Candidate, GuidedCall, Marks, Objects, Status
+from guanaco.server.grammars.spec import Part, any_text, at_will, in_order, matching, one_of, optional
 
 PYTHON_TAG = "<|python_tag|>"
+# What `bare` allows before a call, at least one character of it; and texts in which no call begins.
+_SEPARATOR = matching(r"[ \t\n\r]*;[ \t\n\r]*|[ \t\n\r]+")
+_PLAIN = matching(r"[^ \t\n\r{;](.|\n)*")
+_PLAIN_BEHIND = matching(r"[^ \t\n\r{](.|\n)*")  # a separator, which takes one semicolon
 
 
 class _Bare(Candidate):
@@ -37,8 +41,22 @@ class Llama3(CallFormat):
     def candidate(self, names: Collection[str]) -> Candidate:
         return _Bare(names)
 
-    def forced(self, call: Part, *, most: int, marker: bool) -> Part:  # noqa: ARG002 (it has one call, and no marker)
-        return call
+    def forced(self, calls: Sequence[GuidedCall], marks: Marks, *, most: int, marker: bool) -> Part:  # noqa: ARG002
+        return self.object_of(calls)  # the format has one call, and no marker
+
+    def within_text(self, calls: Sequence[GuidedCall], marks: Marks, *, many: bool) -> Part:
+        """A call may begin at the answer's start, behind a call, and behind the tag; other text has to begin in a way
+        that is no call's."""
+        call = self.object_of(calls)
+        tagged = one_of(
+            marks.behind_text(PYTHON_TAG, optional(_PLAIN)),
+            in_order(_SEPARATOR, marks.behind_text(PYTHON_TAG, optional(_PLAIN_BEHIND))),
+        )
+        begun = in_order(one_of(call, in_order(_SEPARATOR, call), in_order(tagged, call)))
+        rest = optional(one_of(_PLAIN, in_order(_SEPARATOR, optional(_PLAIN_BEHIND))))
+        if not many:
+            return one_of(in_order(begun, any_text()), rest)
+        return in_order(at_will(begun, many=True), rest)
 
     def written(self, calls: list[tuple[str, str]]) -> str:
         return "; ".join(f'{{"name": "{name}", "parameters": {arguments}}}' for name, arguments in calls)

@@ -4,11 +4,21 @@ Newer models write `[TOOL_CALLS]name[ARGS]{…}` for each call, some with `[CALL
 these are understood, too.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from guanaco.server.api.tools.call_object import CallObject, NoCall
-from guanaco.server.api.tools.formats.base import SPACE, Call, CallFormat, Candidate, Objects, Status
-from guanaco.server.grammars.spec import Part, in_order, literal, repeated
+from guanaco.server.api.tools.formats.base import SPACE, Call, CallFormat, Candidate, GuidedCall, Marks, Objects, Status
+from guanaco.server.grammars.spec import (
+    MAX_REPEATS,
+    Part,
+    any_text,
+    at_will,
+    in_order,
+    literal,
+    one_of,
+    optional,
+    repeated,
+)
 
 MARKER = "[TOOL_CALLS]"
 _ARGS, _CALL_ID = "[ARGS]", "[CALL_ID]"
@@ -22,6 +32,13 @@ class _Behind(Candidate):
         super().__init__(names)
         self._objects: Objects | None = None
         self._head = ""  # name, perhaps an id, perhaps [ARGS]
+
+    @property
+    def name(self) -> str | None:
+        if self.current is not None or self._objects is not None:
+            return super().name
+        name, bracket, _ = self._head.partition("[")
+        return name.rstrip() if bracket else None
 
     def push(self, char: str) -> Status:
         if self._objects is not None:
@@ -102,9 +119,23 @@ class Mistral(CallFormat):
     def candidate(self, names: Collection[str]) -> Candidate:
         return _Behind(names)
 
-    def forced(self, call: Part, *, most: int, marker: bool) -> Part:
-        calls = repeated(call, separator=", ", most=most)
-        return in_order(*([literal(MARKER)] if marker else []), literal(" ["), calls, literal("]"))
+    def forced(self, calls: Sequence[GuidedCall], marks: Marks, *, most: int, marker: bool) -> Part:
+        listed = repeated(self.object_of(calls), separator=", ", most=most)
+        return in_order(*([marks.part(MARKER)] if marker else []), literal(" ["), listed, literal("]"))
+
+    def within_text(self, calls: Sequence[GuidedCall], marks: Marks, *, many: bool) -> Part:
+        """Both ways of writing calls, as the model was trained."""
+        most = MAX_REPEATS if many else 1
+        listed = in_order(
+            optional(literal(" ")),
+            literal("["),
+            repeated(self.object_of(calls), separator=", ", most=most),
+            literal("]"),
+        )
+        behind_name = one_of(literal(_ARGS), marks.part(_ARGS))  # a model may spell what it has a token for
+        named = (in_order(literal(call.name), behind_name, call.arguments) for call in calls)
+        begun = in_order(marks.behind_text(MARKER), one_of(listed, *named))
+        return in_order(at_will(begun, many=many), any_text())
 
     def written(self, calls: list[tuple[str, str]]) -> str:
         return f"{MARKER}[" + ", ".join(f'{{"name": "{n}", "arguments": {a}}}' for n, a in calls) + "]"

@@ -1,5 +1,7 @@
 """The formats by name, and the choice of a format from a chat template's text."""
 
+from collections.abc import Callable
+
 from guanaco.server.api.tools.formats.base import CallFormat
 from guanaco.server.api.tools.formats.hermes import HERMES
 from guanaco.server.api.tools.formats.llama3 import LLAMA3, PYTHON_TAG
@@ -21,3 +23,9 @@ _SIGNS = (
 def format_of_template(source: str) -> CallFormat:
     """The format that appears in a template's text; Hermes' if none does."""
     return next((found for sign, found in _SIGNS if sign in source), DEFAULT)
+
+
+def control_ids_of_calls(control_id: Callable[[str], int | None]) -> frozenset[int]:
+    """The control tokens of a vocabulary that are texts of any format's calls."""
+    ids = (control_id(text) for each in FORMATS.values() for text in each.control_texts)
+    return frozenset(token for token in ids if token is not None)

@@ -2,7 +2,9 @@
 
 import json
 import random
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from guanaco.server.api.tools.definitions import parse_tool_choice, parse_tools
 from guanaco.server.api.tools.forced import MAX_CALLS, closed
 from guanaco.server.api.tools.plan import ToolPlan, plan_tools
 from guanaco.server.grammars.compiler import GrammarCompiler
+from guanaco.server.grammars.errors import GrammarError
 from guanaco.server.grammars.spec import Grammar, json_schema
 from guanaco.server.grammars.vocabulary import Vocabulary
 from support.models.tiny_tokenizers import SMOLLM
@@ -43,6 +46,10 @@ TOOLS = [
 NAMED = {"type": "function", "function": {"name": "set_light"}}
 
 
+NO_TOKENS: Mapping[str, int] = {}
+CONTROLS = {"<tool_call>": 258, "</tool_call>": 259, "[TOOL_CALLS]": 258, "[ARGS]": 259, "<|python_tag|>": 258}
+
+
 class Tokenizer(FakeTokenizer):
     """With control tokens of the test's own choice."""
 
@@ -57,7 +64,9 @@ class Tokenizer(FakeTokenizer):
 @pytest.fixture(scope="module")
 def compiler() -> Iterator[GrammarCompiler]:
     tokenizer = FakeTokenizer()
-    made = GrammarCompiler(lambda: Vocabulary.of(tokenizer.token_bytes, VOCAB_SIZE, tokenizer.special_ids))
+    made = GrammarCompiler(
+        lambda: Vocabulary.of(tokenizer.token_bytes, VOCAB_SIZE, tokenizer.special_ids, set(CONTROLS.values()))
+    )
     yield made
     made.close()
 
@@ -68,8 +77,15 @@ def plan(name: str, choice: Any, tools: Any = TOOLS, **options: Any) -> ToolPlan
     return plan_tools(parse_tools(tools), parse_tool_choice(choice), parallel, **given)
 
 
-def draw(compiler: GrammarCompiler, grammar: Grammar, seed: int, most: int = 3000) -> str:
+def draw(
+    compiler: GrammarCompiler,
+    grammar: Grammar,
+    seed: int,
+    most: int = 3000,
+    controls: Mapping[str, int] = NO_TOKENS,
+) -> str:
     """A text of the grammar, token by token; the end is taken as soon as it may be, three times out of four."""
+    names = {token: name.encode() for name, token in controls.items()}
     matcher, rng = compiler.compile(grammar).matcher(frozenset({EOS})), random.Random(seed)
     tokens: list[int] = []
     row = np.zeros((VOCAB_SIZE + 31) // 32, dtype=np.int32)
@@ -82,7 +98,7 @@ def draw(compiler: GrammarCompiler, grammar: Grammar, seed: int, most: int = 300
         token = rng.choice([token for token in allowed if token != EOS])
         tokens.append(token)
         matcher.accept(token)
-    return bytes(tokens).decode()
+    return b"".join(names.get(token) or bytes([token]) for token in tokens).decode(errors="replace")
 
 
 def read(made: ToolPlan, text: str) -> ChoiceCalls:
@@ -93,6 +109,15 @@ def read(made: ToolPlan, text: str) -> ChoiceCalls:
         calls.take(reader.feed(character))
     calls.take(reader.finish())
     return calls
+
+
+def read_whole(made: ToolPlan, text: str) -> tuple[str | None, list[str]]:
+    """Content and names, read in one piece."""
+    reader = made.reader()
+    assert reader is not None
+    calls = ChoiceCalls()
+    calls.take([*reader.feed(text), *reader.finish()])
+    return calls.content, [call.name for call in calls.calls]
 
 
 def check(calls: ChoiceCalls) -> None:
@@ -152,7 +177,7 @@ def test_a_marker_that_is_a_control_token_stands_at_the_end_of_the_prompt(compil
     for name, token in (("mistral", 260), ("qwen", 259), ("llama3.1", None)):
         made = plan(name, "required", tokenizer=tokenizer)
         assert made.begun == token
-        text = draw(compiler, made.grammar(None), 3)
+        text = draw(compiler, made.grammar(None), 3, controls=tokenizer.controls)
         assert not text.startswith(("[TOOL_CALLS]", "<tool_call>"))
         calls = read(made, text)
         check(calls)
@@ -214,40 +239,160 @@ def test_arguments_stream_as_they_are_written(compiler: GrammarCompiler) -> None
     assert len(events) > 10
 
 
-def allowed_after(compiler: GrammarCompiler, grammar: Grammar, text: str) -> set[str]:
-    """The characters that may follow a text, "" for its end; the text itself must be allowed."""
+def spelled(text: str, controls: Mapping[str, int]) -> list[int]:
+    """The text's tokens, with these control tokens where they are written."""
+    names = "|".join(map(re.escape, controls)) or "$."
+    parts = re.split(f"({names})", text)
+    return [token for part in parts for token in ([controls[part]] if part in controls else part.encode())]
+
+
+def allowed_after(
+    compiler: GrammarCompiler,
+    grammar: Grammar,
+    text: str,
+    controls: Mapping[str, int] = NO_TOKENS,
+    *,
+    as_text: bool = False,
+    seed: int | None = None,
+) -> tuple[set[str], str]:
+    """What may follow a text, "" for its end; the text itself must be allowed. as_text: no control
+    tokens in it. seed: go on at random, to the end."""
     matcher = compiler.compile(grammar).matcher(frozenset({EOS}))
+    names = {token: name for name, token in controls.items()}
     row = np.zeros((VOCAB_SIZE + 31) // 32, dtype=np.int32)
-    for number, byte in enumerate([*text.encode(), None]):
+    todo, done, rng = spelled(text, NO_TOKENS if as_text else controls), b"", random.Random(seed)
+    while True:
         matcher.fill(row)
         assert matcher.error is None
         tokens = np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")).tolist()
-        if byte is None:
-            return {"" if token == EOS else chr(token) for token in tokens}
-        assert byte in tokens, f"not after {number} bytes"
-        matcher.accept(byte)
-    raise AssertionError
+        if todo:
+            token = todo.pop(0)
+            assert token in tokens, f"{names.get(token, token)} not after {done!r}"
+        elif seed is None or tokens == [EOS] or (EOS in tokens and rng.random() < 0.5):
+            return {"" if t == EOS else names.get(t) or chr(t) for t in tokens}, done.decode(errors="replace")
+        else:
+            token = rng.choice([token for token in tokens if token != EOS])
+        done += names[token].encode() if token in names else bytes([token])
+        matcher.accept(token)
+        if matcher.is_complete:
+            return {""}, done.decode(errors="replace")
+
+
+def following(
+    compiler: GrammarCompiler, grammar: Grammar | None, text: str, controls: Mapping[str, int] = NO_TOKENS
+) -> set[str]:
+    assert grammar is not None
+    return allowed_after(compiler, grammar, text, controls)[0]
 
 
 def test_strict_tools_in_a_free_text(compiler: GrammarCompiler) -> None:
     """Any text may come; where a call begins, it has to become one."""
     grammar = plan("default", "auto").grammar(None)
-    assert grammar is not None
-    assert len(allowed_after(compiler, grammar, "I see, <tool_cal <b>")) > 100
-    assert "" in allowed_after(compiler, grammar, "")
-    assert allowed_after(compiler, grammar, "Well. <tool_call>") == {"\n"}
+    assert len(following(compiler, grammar, "I see, <tool_cal <b>")) > 100
+    assert "" in following(compiler, grammar, "")
+    assert following(compiler, grammar, "Well. <tool_call>") == {"\n"}
     call = '<tool_call>\n{"name": "set_light", "arguments": {"room": "cellar", "level": 7}}\n</tool_call>'
-    assert allowed_after(compiler, grammar, call[: call.index("ellar")]) == {"e"}
-    assert len(allowed_after(compiler, grammar, call)) > 100
-    assert allowed_after(compiler, grammar, call + " and " + call + "\n<tool_call>") == {"\n"}
+    assert following(compiler, grammar, call[: call.index("ellar")]) == {"e"}
+    assert len(following(compiler, grammar, call)) > 100
+    assert following(compiler, grammar, call + " and " + call + "\n<tool_call>") == {"\n"}
     one = plan("default", "auto", parallel=False).grammar(None)
-    assert len(allowed_after(compiler, one, call + "<tool_call>")) > 100, "the second one is content"
+    assert len(following(compiler, one, call + "<tool_call>")) > 100, "the second one is content"
+
+
+def test_strict_tools_in_llama_3s_format(compiler: GrammarCompiler) -> None:
+    """There a call begins where the answer does, or behind another call."""
+    grammar = plan("llama3.1", "auto").grammar(None)
+    call = '{"name": "set_light", "parameters": {"room": "cellar", "level": 7}}'
+    for before in ("", " \n", " ;\n", "<|python_tag|>", "Well <|python_tag|>", "; ;<|python_tag|>", call + "; "):
+        assert following(compiler, grammar, before + '{"name": "') == {"s", "g"}, before
+        assert following(compiler, grammar, before + call[: call.index("ellar")]) == {"e"}, before
+    for before in ("Say ", "; ; ", ";;", call + " or ", call + ", "):
+        assert len(following(compiler, grammar, before + "{x")) > 100, "no call begins here"
+    assert following(compiler, grammar, "Well <|python_tag|>") == {"{"}
+    assert {"", "a", "{", ";"} <= following(compiler, grammar, "")
+    assert "" in following(compiler, grammar, call + " ; ")
+    one = plan("llama3.1", "auto", parallel=False).grammar(None)
+    assert len(following(compiler, one, call + "{x")) > 100, "the second one is content"
+
+
+def test_strict_tools_in_mistrals_format(compiler: GrammarCompiler) -> None:
+    grammar = plan("mistral", "auto").grammar(None)
+    call = '{"name": "set_light", "arguments": {"room": "cellar", "level": 7}}'
+    assert following(compiler, grammar, "Well. [TOOL_CALLS]") == {" ", "[", "s", "g"}
+    for begun in ("[TOOL_CALLS][", "[TOOL_CALLS] [", f"ok [TOOL_CALLS][{call}, "):
+        assert following(compiler, grammar, begun + call[: call.index("ellar")]) == {"e"}
+    assert following(compiler, grammar, '[TOOL_CALLS]set_light[ARGS]{"room": "c') == {"e"}
+    assert len(following(compiler, grammar, f"[TOOL_CALLS][{call}] [TOOL_CAL")) > 100
+    assert len(following(compiler, grammar, f"[TOOL_CALLS][{call}]")) > 100
+    one = plan("mistral", "auto", parallel=False).grammar(None)
+    assert following(compiler, one, f"[TOOL_CALLS][{call}") == {"]"}
+
+
+LURES = {
+    "default": ("<tool_call>", "Hm <tool_call>", '<tool_call>\n{"name": "set'),
+    "qwen": ("<tool_call>", "Hm <tool_call>"),
+    "mistral": ("[TOOL_CALLS]", "Hm [TOOL_CALLS] [", "[TOOL_CALLS]get_time[ARGS]", '[TOOL_CALLS][{"name": "g'),
+    "llama3.1": ("{", " ;\n{", "Hm <|python_tag|>", "<|python_tag|>", '{"name": "set_light"'),
+}
+
+
+@pytest.mark.parametrize("with_tokens", [False, True], ids=["text", "control tokens"])
+@pytest.mark.parametrize("name", LURES)
+def test_strict_calls_in_a_free_text_always_parse(compiler: GrammarCompiler, name: str, with_tokens: bool) -> None:
+    """What begins as a call, in the format's text or with its control token, is read as calls that fit."""
+    own = plan(name, "auto").call_format.control_texts
+    controls = {text: CONTROLS[text] for text in own if text in CONTROLS} if with_tokens else {}
+    made = plan(name, "auto", tokenizer=Tokenizer(**controls))
+    grammar = made.grammar(None)
+    assert grammar is not None
+    made = replace(made, is_sure=True)
+    for number, lure in enumerate(LURES[name]):
+        for as_text in {True, not controls}:  # a model may spell what it has a token for
+            for seed in range(3):
+                _, text = allowed_after(compiler, grammar, lure, controls, as_text=as_text, seed=seed + 10 * number)
+                calls = read(made, text)
+                assert calls.calls, text
+                check(replace(calls, contents=[]))
+                assert (calls.content or "").startswith("Hm") == lure.startswith("Hm")
+                assert read_whole(made, text) == (calls.content, [call.name for call in calls.calls])
+
+
+def test_a_control_token_that_begins_calls_is_asked_for(compiler: GrammarCompiler) -> None:
+    for name in ("qwen", "mistral", "llama3.1"):
+        own = plan(name, "auto").call_format.control_texts
+        controls = {text: CONTROLS[text] for text in own if text in CONTROLS}
+        made = plan(name, "auto", tokenizer=Tokenizer(**controls))
+        mark = made.call_format.markers[0]
+        assert mark in following(compiler, made.grammar(None), "", controls), name
+        assert mark in following(compiler, made.grammar(None), "Hm. ", controls), name
+        assert len(following(compiler, made.grammar(None), mark, controls)) < 5, name
+        free = plan(name, "auto", tokenizer=Tokenizer(**controls), tools=TOOLS[1:])
+        assert free.grammar(None) is None, "nothing is strict"
+    closed_by = following(
+        compiler,
+        plan("qwen", "auto", tokenizer=Tokenizer(**{"</tool_call>": 259})).grammar(None),
+        '<tool_call>\n{"name": "get_time", "arguments": {}}\n',
+        {"</tool_call>": 259},
+    )
+    assert closed_by == {"</tool_call>"}
+
+
+def test_no_other_grammar_gets_the_control_tokens_of_calls(compiler: GrammarCompiler) -> None:
+    for text in ("start: <[258]>\n", "start: <[*]>\n", "start: (<[258]> | /(.|\\n)*/)\n"):
+        try:
+            matcher = compiler.compile(Grammar("grammar", text)).matcher(frozenset({EOS}))
+        except GrammarError:
+            continue
+        row = np.zeros((VOCAB_SIZE + 31) // 32, dtype=np.int32)
+        matcher.fill(row)
+        tokens = np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")).tolist()
+        assert tokens, text
+        assert not {258, 259} & set(tokens), text
 
 
 def test_where_nothing_is_enforced_with_auto() -> None:
     assert plan("default", "auto", tools=TOOLS[1:]).grammar(None) is None, "no tool is strict"
-    assert plan("llama3.1", "auto").grammar(None) is None
-    assert plan("qwen", "auto", tokenizer=Tokenizer(**{"<tool_call>": 259})).grammar(None) is None
+    assert plan("default", "auto", setting="none").grammar(None) is None, "answers are not searched"
     regex = Grammar("regex", "a+", "guided_regex")
     assert plan("default", "auto").grammar(regex) == regex
     bad = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "not": {}}}}

@@ -31,8 +31,15 @@ def collect(events: Iterable[Event]) -> Result:
     return content, calls
 
 
-def read(call_format: CallFormat, pieces: Iterable[str], *, sure: bool = False) -> Result:
-    reader = ToolCallReader(call_format, NAMES, sure=sure)
+def read(
+    call_format: CallFormat,
+    pieces: Iterable[str],
+    *,
+    sure: bool = False,
+    forced: bool = False,
+    names: tuple[str, ...] = NAMES,
+) -> Result:
+    reader = ToolCallReader(call_format, names, sure=sure, forced=forced)
     events: list[Event] = []
     for piece in pieces:
         events += reader.feed(piece)
@@ -224,6 +231,39 @@ def test_where_calls_are_sure_arguments_come_as_they_are_written(call_format: Ca
         content, calls = read(call_format, text[:cut], sure=True)
         assert not (content and calls), "a call that was begun is no content as well"
         assert all('{"a": "b"}'.startswith(arguments) for _, arguments in calls)
+
+
+FORCED = [
+    (HERMES, '<tool_call>\n{"name": "f", "arguments": {"a": "b"}}\n</tool_call>'),
+    (LLAMA3, '{"name": "f", "parameters": {"a": "b"}}'),
+    (MISTRAL, '[TOOL_CALLS] [{"name": "f", "arguments": {"a": "b"}}]'),
+    (MISTRAL, '[TOOL_CALLS]f[ARGS]{"a": "b"}'),
+]
+
+
+@pytest.mark.parametrize(("call_format", "text"), FORCED)
+def test_a_forced_call_that_is_cut_off_leaves_no_content(call_format: CallFormat, text: str) -> None:
+    """What a format writes around a call is nothing that a client can read: it gets the name, and what came behind."""
+    named = text.index("f[" if "[ARGS]" in text else '"f"') + (2 if "[ARGS]" in text else 3)
+    for cut in range(len(text)):
+        for pieces in ([text[:cut]], list(text[:cut])):
+            content, calls = read(call_format, pieces, forced=True)
+            assert content == ""
+            assert [name for name, _ in calls] == (["f"] if cut >= named else []), text[:cut]
+            assert read(call_format, pieces, forced=True, names=("f",)) == ("", calls or [("f", "")])
+    if call_format is HERMES:
+        for cut in range(named):
+            assert read(call_format, [text + "\n" + text[:cut]], forced=True) == ("", [("f", '{"a": "b"}')])
+
+
+@pytest.mark.parametrize(("call_format", "text"), FORCED)
+def test_a_sure_call_that_is_cut_off_keeps_the_text_before_it(call_format: CallFormat, text: str) -> None:
+    marked = len(call_format.markers[0]) if call_format is not LLAMA3 else 1
+    for cut in range(marked, len(text)):
+        before = "" if call_format is LLAMA3 else "Well. "
+        content, calls = read(call_format, [before + text[:cut]], sure=True)
+        assert (content, len(calls) <= 1) == (before.strip(), True), text[:cut]
+    assert read(call_format, ["2 < 3 <tool_"], sure=True) == ("2 < 3 <tool_", []), "no call has begun"
 
 
 @pytest.mark.parametrize("depth", [100, 5000])
