@@ -58,6 +58,7 @@ class ErrorCode(StrEnum):
     SERVER_OVERLOADED = "server_overloaded"
     TOO_MANY_BODY_BYTES = "too_many_body_bytes"
     TOO_MANY_CONNECTIONS = "too_many_connections"
+    TOO_MANY_GRAMMARS = "too_many_grammars"
     TOO_MANY_TOKEN_REQUESTS = "too_many_token_requests"  # noqa: S105
 
     # Why the engine ended a request without finishing it (`TokenOutput.error`).

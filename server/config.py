@@ -173,6 +173,7 @@ class LimitSettings(BaseModel):
         1 << 18, description="most log-probabilities in one answer, those of alternatives and of the prompt included"
     )
     max_grammar_bytes: Bytes = Field(256 << 10, description="largest JSON schema, regex or grammar of a request")
+    max_queued_grammars: Count = Field(64, description="grammars of a key that may wait to be compiled; more get 429")
     max_responses: Count = Field(4096, description="most answers of /v1/responses that are kept; the oldest go first")
     max_responses_per_key: Count = Field(1024, description="most of them for one API key, or for all without keys")
     max_response_memory: Bytes = Field(256 << 20, description="most memory for the answers that are kept")

@@ -23,11 +23,6 @@ _FEW_CHOICES = 8
 _FEW_LOGPROBS = 64  # tokens whose log-probabilities are written on the loop
 
 
-def is_large_output(output: TextOutput) -> bool:
-    """Whether encoding the events of one output could block the event loop for too long."""
-    return len(output.prompt_logprobs) + len(output.logprobs) > _FEW_LOGPROBS  # a prompt's come all in one output
-
-
 class Answer(ABC):
     """One answer while it is made. It is either streamed (`events`) or collected (`add`, `encoded`). Events are bytes,
     ready to be sent, and end with a blank line."""
@@ -57,8 +52,12 @@ class Answer(ABC):
 
     @abstractmethod
     def last_events(self) -> Iterator[bytes]:
-        """The events at the end of a stream, after all outputs. Each piece is made when it is read, as it may be
-        large."""
+        """The events at the end of a stream, after all outputs. Each piece is made when it is read: a large event comes
+        in several pieces."""
+
+    def is_large_output(self, index: int, output: TextOutput) -> bool:  # noqa: ARG002 (of any choice)
+        """Whether encoding the events of one output could block the event loop for too long."""
+        return len(output.prompt_logprobs) + len(output.logprobs) > _FEW_LOGPROBS  # an echoed prompt's come at once
 
     def failure(self, error: ApiError) -> bytes:
         """The event that ends a stream which can't be completed."""
@@ -68,9 +67,12 @@ class Answer(ABC):
     def add(self, index: int, output: TextOutput) -> None:
         """Collect an output of choice `index`, for `encoded`."""
 
+    def end(self) -> None:  # noqa: B027 (most kinds of answer have nothing to do)
+        """All outputs were taken. Called on the event loop, before `encoded`."""
+
     @abstractmethod
     def encoded(self) -> bytes:
-        """The whole answer as JSON."""
+        """The whole answer as JSON. Called on a worker thread where `is_large`."""
 
     @property
     def is_large(self) -> bool:
@@ -152,6 +154,7 @@ class ChoicesAnswer(Answer):
     def events(self, index: int, output: TextOutput) -> bytes:
         """The chunks for one output, mostly one. An output without text (half a character, say) makes none: load
         testers count each chunk with choices as a token."""
+        is_large = self.is_large_output(index, output)
         chunks = [
             {**self._head, "object": self.chunk_name, "choices": [choice]}
             for choice in self.choice_chunks(index, output)
@@ -161,7 +164,7 @@ class ChoicesAnswer(Answer):
         if self._usage_at_end:
             for chunk in chunks:
                 chunk["usage"] = self.generation.usage() if self._usage_always else None
-        if is_large_output(output):
+        if is_large:
             return b"".join(b"data: " + encode(chunk) + b"\n\n" for chunk in chunks)
         return b"".join(map(event, chunks))
 

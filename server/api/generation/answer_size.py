@@ -13,13 +13,13 @@ from guanaco.server.engine.request import SamplingParams
 
 
 def most_tokens_a_choice(
-    body: GenerationBody, prompts: Sequence[tuple[int, SamplingParams]], settings: Settings
+    body: GenerationBody, prompts: Sequence[tuple[int, SamplingParams]], settings: Settings, *, keeps: bool
 ) -> int | None:
     """The most tokens of each choice if the client set no limit; None: the limit in its parameters.
 
-    prompts: (length in tokens, parameters) of each prompt. Raises a 400 if the client asks for more tokens or
-    log-probabilities than one answer may have. In a stream only the prompt's log-probabilities count: they come in one
-    event, and the others are not kept.
+    prompts: (length in tokens, parameters) of each prompt. keeps: whether the answer is kept until its end. Raises a
+    400 if the client asks for more tokens or log-probabilities than one answer may have. In a stream that is not kept
+    only the prompt's log-probabilities count: they come in one event.
     """
     num_choices = body.num_drawn * len(prompts)
     num_tokens = body.num_drawn * sum(params.max_tokens for _, params in prompts)
@@ -34,7 +34,7 @@ def most_tokens_a_choice(
             raise bad_request(text, "max_tokens")
     fixed = body.num_drawn * sum(length * _entries(params.prompt_logprobs) for length, params in prompts)
     a_token = _entries(prompts[0][1].logprobs)
-    if body.stream or not a_token:
+    if not keeps or not a_token:
         a_token = 0
     room = settings.max_answer_logprobs - fixed
     if most is not None:

@@ -68,6 +68,7 @@ class Prepared:
     grammar: Grammar | None = None  # the grammar that every choice's text must follow
     tools: ToolPlan = field(default_factory=ToolPlan)
     names: Mapping[str, str] = field(default_factory=dict)  # chat's field name → the client's, if they differ
+    keeps_stream: bool = False  # a stream's output is kept until its end, which repeats it
 
     @property
     def stream(self) -> bool:
@@ -133,6 +134,7 @@ async def serve(request: HttpRequest, prepare: Prepare) -> Response:
         return response
     try:
         await until_disconnect(request.receive, _collect(generation, answer))
+        answer.end()
         if answer.is_large:
             content = await state.answer_work.run(state.lane(key_of(request)), answer.encoded)
         else:
@@ -154,7 +156,8 @@ async def _prepare(
     prepared, answer = await state.preparation.run(lane, prepare, state, caller, data, admission)
     sizes = [(len(prompt.token_ids), prompt.params) for prompt in prepared.prompts]
     with renamed_errors(prepared.names):
-        most = most_tokens_a_choice(prepared.body, sizes, state.settings)
+        keeps = prepared.keeps_stream or not prepared.stream
+        most = most_tokens_a_choice(prepared.body, sizes, state.settings, keeps=keeps)
     return prepared if most is None else prepared.shortened(most), answer
 
 
@@ -167,11 +170,13 @@ async def _constraints(request: HttpRequest, prepared: Prepared) -> Callable[[Sa
     if prepared.body.allowed_token_ids is not None:
         text = "allowed_token_ids can't be with a demand on the answer's text: there could be no token left to draw"
         raise bad_request(text, "allowed_token_ids", ErrorCode.INVALID_GRAMMAR)
-    lane = state.lane(key_of(request), prepared.body.model)
+    key = key_of(request)
     try:
-        async with asyncio.timeout(state.settings.queue_timeout or None):
-            if (compiled := state.grammars.ready(grammar)) is None:
-                compiled = await state.grammar_work.run(lane, state.grammars.compile, grammar)
+        if (compiled := state.grammars.ready(grammar)) is None:
+            with state.intake.grammar(key):
+                async with asyncio.timeout(state.settings.queue_timeout or None):
+                    lane = state.lane(key, prepared.body.model)
+                    compiled = await state.grammar_work.run(lane, state.grammars.compile, grammar)
     except TimeoutError:
         raise overloaded() from None
     except GrammarError as error:

@@ -12,9 +12,9 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import AppStatus
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
-from guanaco.server.api.generation.answer import Answer, is_large_output
+from guanaco.server.api.generation.answer import Answer
 from guanaco.server.api.generation.choices import Generation, until_disconnect
 from guanaco.server.api.generation.state import state_of
 from guanaco.server.api.http.access_log import RequestRecord, record_of
@@ -47,6 +47,11 @@ class EventStream(EventSourceResponse):
         )
         del self.headers["Connection"]  # uvicorn sets it
         self._answer = answer
+
+    async def _send_with_timeout(self, send: Send, message: Message) -> None:
+        """The library's own puts a scope for a time-out around each event, which takes as long as writing its JSON.
+        Nothing here has one: a reader that is slow is waited for."""
+        await send(message)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -89,17 +94,20 @@ async def _events(
         if step and not answer.generation.has_more:
             yield step.pop()
         async for index, output in answer.generation:
-            large = is_large_output(output)
+            large = answer.is_large_output(index, output)
             if events := await off_loop(index, output) if large else answer.events(index, output):
                 step.append(events)
             if step and (len(step) == _MAX_EVENTS_PER_WRITE or not answer.generation.has_more):
                 yield b"".join(step)
                 step.clear()
+        num_bytes = 0
         for piece in answer.last_events():
             step.append(piece)
-            if len(piece) > _LARGE_PIECE_BYTES:
+            num_bytes += len(piece)
+            if num_bytes > _LARGE_PIECE_BYTES:
                 yield b"".join(step)
                 step.clear()
+                num_bytes = 0
                 await asyncio.sleep(0)  # let other streams run before the next piece is made
         record.outcome = "ok"
     except Exception as error:

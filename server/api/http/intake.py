@@ -1,4 +1,4 @@
-"""Limits that apply before a body is read: token requests at the same time, and bytes of bodies in memory.
+"""Limits on token requests at the same time, on bytes of bodies in memory, and on grammars that wait.
 
 Counts by API key, because the key is known before the body. Lives on the event loop and knows no routes. Used by every
 route that reads a body.
@@ -24,13 +24,17 @@ class Intake:
     """The counts of one server. has_keys: one key gets at most half of each limit. Without keys there is no such
     share."""
 
-    def __init__(self, *, max_token_requests: int, max_body_memory: int, has_keys: bool) -> None:
+    def __init__(
+        self, *, max_token_requests: int, max_body_memory: int, has_keys: bool, max_queued_grammars: int = 64
+    ) -> None:
         self.max_token_requests = max_token_requests
+        self.max_queued_grammars = max_queued_grammars
         self.max_body_memory = max_body_memory
         self.num_body_bytes = 0
         self._has_keys = has_keys
         self._token_requests: Counter[str] = Counter()  # by key
         self._body_bytes: Counter[str] = Counter()  # by key
+        self._grammars: Counter[str] = Counter()  # by key
 
     @property
     def num_token_requests(self) -> int:
@@ -51,6 +55,24 @@ class Intake:
         finally:
             self._token_requests[owner] -= 1
             self._token_requests += Counter()  # drops entries with zero
+
+    @contextmanager
+    def grammar(self, key: ApiKey | None) -> Iterator[None]:
+        """A place for one schema or grammar that has to be compiled, until it is. 429 where the key has too many: each
+        may take seconds, and its request holds a place that other keys' requests need."""
+        owner = _id_of(key)
+        if self._grammars[owner] >= self.max_queued_grammars:
+            text = (
+                f"{self.max_queued_grammars} schemas or grammars of this API key wait to be compiled already "
+                "(--max-queued-grammars); try again later, or use the same ones again: those are kept"
+            )
+            raise ApiError(429, ErrorCode.TOO_MANY_GRAMMARS, text, retry_after=_RETRY_SECONDS)
+        self._grammars[owner] += 1
+        try:
+            yield
+        finally:
+            self._grammars[owner] -= 1
+            self._grammars += Counter()  # without the zeros
 
     def body(self, key: ApiKey | None) -> "HeldBody":
         """The account of one body: `with intake.body(key) as held`, for as long as the body is in memory."""

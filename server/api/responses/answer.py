@@ -13,17 +13,19 @@ import orjson
 from guanaco.models.text.tokenizer import Tokenizer
 from guanaco.server.api.generation.answer import Answer
 from guanaco.server.api.generation.choices import Generation
-from guanaco.server.api.generation.encode import named_event
+from guanaco.server.api.generation.encode import encode, named_event, named_event_pieces, pieces
 from guanaco.server.api.generation.logprobs import chat_logprobs
 from guanaco.server.api.http.errors import ApiError
 from guanaco.server.api.responses.items import Item, new_id
-from guanaco.server.api.responses.store import ResponseStore, StoredResponse
+from guanaco.server.api.responses.store import ResponseStore, StoredItem, StoredResponse
 from guanaco.server.api.tools.calls import new_call_id
 from guanaco.server.api.tools.reader import CallArguments, CallBegins, Content, ToolCallReader, read_events
 from guanaco.server.engine.request import FinishReason, TokenLogprob
 from guanaco.server.engine.request_stream import TextOutput
 
 Event = dict[str, Any]
+# How deep the log-probabilities are: event, response, output, item, content, part, log-probabilities.
+_DEPTH = 7
 
 
 class ResponsesAnswer(Answer):
@@ -34,7 +36,7 @@ class ResponsesAnswer(Answer):
     def __init__(
         self,
         head: Mapping[str, Any],
-        input_items: Sequence[Item],
+        input_items: tuple[StoredItem, ...],
         owner: str,
         store: ResponseStore | None,
         tokenizer: Tokenizer | None,
@@ -58,6 +60,7 @@ class ResponsesAnswer(Answer):
         self._error: dict[str, str] | None = None
         self._sequence_number = 0
         self._is_streamed = False
+        self._is_kept = False  # or was offered to the store, which may keep none
         self._events_of_cancel: list[Event] = []
 
     def start(self, generation: Generation) -> None:
@@ -78,33 +81,47 @@ class ResponsesAnswer(Answer):
     def last_events(self) -> Iterator[bytes]:
         events = self._end() if self._status == "in_progress" else self._events_of_cancel
         for event in events:
-            yield self._encoded([event])
+            yield from named_event_pieces(self._numbered(event), _DEPTH)
         kind = "response.completed" if self._status == "completed" else "response.incomplete"
-        yield self._encoded([{"type": kind, "response": self._finished()}])
+        last = self._numbered({"type": kind, "response": None})
+        before, after = named_event(last).split(b"null", 1)
+        yield before
+        written = []
+        for piece in pieces(self._object(), _DEPTH):
+            written.append(piece)
+            yield piece
+        self._keep(b"".join(written))  # before the client knows that it has ended
+        yield after
 
     def failure(self, error: ApiError) -> bytes:
         self._close_item("incomplete")
         self._status = "failed"
         code = "rate_limit_exceeded" if error.status == 429 else "server_error"
         self._error = {"code": code, "message": error.message}
-        return self._encoded([{"type": "response.failed", "response": self._finished()}])
+        return self._encoded([{"type": "response.failed", "response": orjson.Fragment(self.last_state())}])
 
     def _encoded(self, events: Sequence[Event]) -> bytes:
-        encoded = []
-        for event in events:
-            encoded.append(named_event({**event, "sequence_number": self._sequence_number}))
-            self._sequence_number += 1
-        return b"".join(encoded)
+        return b"".join(named_event(self._numbered(event)) for event in events)
+
+    def _numbered(self, event: Event) -> Event:
+        self._sequence_number += 1
+        return {**event, "sequence_number": self._sequence_number - 1}
 
     # The whole answer
 
     def add(self, index: int, output: TextOutput) -> None:  # noqa: ARG002 (there is one choice)
         self._take(output)
 
-    def encoded(self) -> bytes:
+    def end(self) -> None:
         if self._status == "in_progress":
             self._end()
-        return orjson.dumps(self._finished())
+
+    def encoded(self) -> bytes:
+        return self.last_state()
+
+    @property
+    def is_large(self) -> bool:
+        return self._tokenizer is not None
 
     # The model's output. Each method returns the events of its change.
 
@@ -200,8 +217,8 @@ class ResponsesAnswer(Answer):
     def _shown_logprobs(self) -> list[orjson.Fragment]:
         """The log-probabilities that no event has shown yet, one JSON entry per token.
 
-        A stream repeats all of them in its last events, which are written on the event loop: 8,192 tokens with 20
-        alternatives take 10 MB. Each is encoded once, when it comes, and only copied later.
+        A stream repeats all of them in its last events: 8,192 tokens with 20 alternatives take 10 MB. Each is encoded
+        once, when it comes, and only copied later.
         """
         if self._tokenizer is None:
             return []
@@ -217,41 +234,44 @@ class ResponsesAnswer(Answer):
 
     # For the store and its clients
 
-    def snapshot(self) -> bytes:
-        return orjson.dumps(self._object())
+    def snapshot(self) -> Mapping[str, Any]:
+        return self._object()
 
-    async def cancel(self) -> bytes:
-        """End the generation. Returns the response as JSON. Output so far stays, and the request that waits for the
-        response gets it, too. A response that has ended already stays as it is.
+    async def cancel(self) -> None:
+        """End the generation. Output so far stays, and the request that waits for the response gets it, too.
+
+        A response that has ended already stays as it is, even while its last events are written.
         """
         if self._status != "in_progress":
-            return self.snapshot()
+            return
         self._events_of_cancel = self._close_item("incomplete")
         self._status = "cancelled"
-        content = orjson.dumps(self._finished())
         await self.generation.cancel()
+
+    def last_state(self) -> bytes:
+        content = encode_response(self._object())
+        self._keep(content)
         return content
 
     def close(self) -> None:
         """Keep a stream's response even if its client left early, since the client knows its id. A client that waited
         for the whole answer doesn't, so that response is dropped."""
         try:
-            if self._status == "in_progress" and self._is_streamed:
-                self._close_item("incomplete")
-                self._status = "cancelled"
-                self._finished()
+            if self._is_streamed and not self._is_kept:
+                if self._status == "in_progress":
+                    self._close_item("incomplete")
+                    self._status = "cancelled"
+                self.last_state()
         finally:
             if self._store is not None:
                 self._store.end(self.id, None)
 
-    def _finished(self) -> dict[str, Any]:
-        """The response in its last state. Puts it into the store, which keeps the first that it gets."""
-        final = self._object()
+    def _keep(self, content: bytes) -> None:
+        """Put the response in its last state into the store, which keeps the first that it gets."""
+        self._is_kept = True
         if self._store is not None:
-            output = tuple(orjson.dumps(_without_logprobs(item)) for item in self._output)
-            items = tuple(orjson.dumps(item) for item in self._input_items)
-            self._store.end(self.id, StoredResponse(self.id, self.owner, orjson.dumps(final), items, output))
-        return final
+            output = tuple(_stored(item) for item in self._output)
+            self._store.end(self.id, StoredResponse(self.id, self.owner, content, self._input_items, output))
 
     def _object(self) -> dict[str, Any]:
         is_ended = self._status != "in_progress"
@@ -286,8 +306,13 @@ class ResponsesAnswer(Answer):
         }
 
 
-def _without_logprobs(item: Item) -> Item:
+def encode_response(response: Mapping[str, Any]) -> bytes:
+    """A whole response as JSON, made piece by piece, so that a worker thread lets the event loop run in between."""
+    return encode(response, _DEPTH)
+
+
+def _stored(item: Item) -> StoredItem:
     """An item without its log-probabilities: later responses parse all items and don't need them."""
-    if item["type"] != "message":
-        return item
-    return {**item, "content": [{**part, "logprobs": []} for part in item["content"]]}
+    if item["type"] == "message":
+        item = {**item, "content": [{**part, "logprobs": []} for part in item["content"]]}
+    return StoredItem(item["id"], orjson.dumps(item))

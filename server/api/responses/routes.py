@@ -1,5 +1,6 @@
 """POST /v1/responses: an answer that the server keeps for a while. GET, DELETE and cancel act on kept responses."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,17 +19,18 @@ from guanaco.server.api.generation.conversation import (
     render_messages,
     tool_plan,
 )
+from guanaco.server.api.generation.encode import encode
 from guanaco.server.api.generation.ignored import Ignored
 from guanaco.server.api.generation.protocol import ChatBody
 from guanaco.server.api.generation.serving import Prepared, key_of, model_to_look_at, serve, serve_tokens
-from guanaco.server.api.generation.state import ApiState, encoded_response, json_response
+from guanaco.server.api.generation.state import ApiState, encoded_response, json_response, state_of
 from guanaco.server.api.http.auth import ApiKey
 from guanaco.server.api.http.errors import ApiError, bad_request
 from guanaco.server.api.http.lifecycle import Admission
-from guanaco.server.api.responses.answer import ResponsesAnswer
-from guanaco.server.api.responses.items import Item, chat_format, chat_messages, chat_tools, read_input
+from guanaco.server.api.responses.answer import ResponsesAnswer, encode_response
+from guanaco.server.api.responses.items import chat_format, chat_messages, chat_tools, read_input
 from guanaco.server.api.responses.protocol import RESPONSE_FIELDS, ResponseBody
-from guanaco.server.api.responses.store import ResponseStore, StoredResponse
+from guanaco.server.api.responses.store import ResponseStore, StoredItem, StoredResponse
 
 router = APIRouter(tags=["responses"])
 
@@ -69,7 +71,7 @@ async def retrieve(request: Request, response_id: str) -> Response:
         raise bad_request(text, "stream", ErrorCode.UNSUPPORTED_PARAMETER)
     store, owner = _store(request), _owner(key_of(request))
     if (running := store.running(response_id, owner)) is not None:
-        return encoded_response(running.snapshot())
+        return encoded_response(await _off_loop(request, encode_response, running.snapshot()))
     return encoded_response(_ended(store, response_id, owner).content)
 
 
@@ -85,7 +87,8 @@ async def cancel(request: Request, response_id: str) -> Response:
     """A response that has ended is returned as it is, so that cancelling twice does no harm."""
     store, owner = _store(request), _owner(key_of(request))
     if (running := store.running(response_id, owner)) is not None:
-        return encoded_response(await running.cancel())
+        await running.cancel()
+        return encoded_response(await _off_loop(request, running.last_state))
     return encoded_response(_ended(store, response_id, owner).content)
 
 
@@ -98,24 +101,33 @@ async def input_items(request: Request, response_id: str) -> Response:
     if order not in ("asc", "desc"):
         raise bad_request("order must be asc or desc", "order")
     stored = _ended(_store(request), response_id, _owner(key_of(request)))
-    items = [orjson.loads(item) for item in stored.input_items]
-    if order == "desc":
-        items.reverse()
+    items = stored.input_items if order == "asc" else stored.input_items[::-1]
     if (after := query.get("after")) is not None:
-        ids = [item["id"] for item in items]
+        ids = [item.id for item in items]
         if after not in ids:
             raise bad_request("after must be the id of one of the items", "after")
         items = items[ids.index(after) + 1 :]
     page = items[: int(limit)]
-    return json_response(
+    return encoded_response(await _off_loop(request, _page, page, len(items) > len(page)))
+
+
+def _page(items: Sequence[StoredItem], has_more: bool) -> bytes:
+    """A page of items as JSON: each item is copied as it was kept."""
+    return encode(
         {
             "object": "list",
-            "data": page,
-            "first_id": page[0]["id"] if page else None,
-            "last_id": page[-1]["id"] if page else None,
-            "has_more": len(items) > len(page),
+            "data": [orjson.Fragment(item.json) for item in items],
+            "first_id": items[0].id if items else None,
+            "last_id": items[-1].id if items else None,
+            "has_more": has_more,
         }
     )
+
+
+async def _off_loop(request: Request, function: Callable[..., bytes], *args: object) -> bytes:
+    """What may be large is written on a thread."""
+    state = state_of(request)
+    return await state.answer_work.run(state.lane(key_of(request)), function, *args)
 
 
 def prepare_response(
@@ -134,7 +146,7 @@ def prepare_response(
     head = _head(body, data, prepared, is_kept=is_kept)
     kept_in = store if is_kept else None
     answer = ResponsesAnswer(head, items, _owner(caller.key), kept_in, tokenizer, prepared.tools.reader())
-    return replace(prepared, names=_NAMES), answer
+    return replace(prepared, names=_NAMES, keeps_stream=True), answer
 
 
 def _count(
@@ -152,12 +164,15 @@ def _count(
 
 def _conversation(
     store: ResponseStore, body: ResponseBody, data: dict[str, Any], caller: Caller
-) -> tuple[list[Item], ChatBody]:
+) -> tuple[tuple[StoredItem, ...], ChatBody]:
     """(all input items, those of the previous responses first; the conversation in chat's shape)."""
     items = read_input(body.input, lambda: store.items(_owner(caller.key)))
+    kept = tuple(StoredItem(item["id"], orjson.dumps(item)) for item in items)
     if body.previous_response_id is not None:
         previous = _previous(store, body.previous_response_id, _owner(caller.key))
-        items = [orjson.loads(item) for item in (*previous.input_items, *previous.output_items)] + items
+        before = (*previous.input_items, *previous.output_items)
+        items = [orjson.loads(item.json) for item in before] + items
+        kept = (*before, *kept)
     chat: dict[str, Any] = {name: data[name] for name in _SAME if name in data}
     chat["messages"] = chat_messages(body.instructions, items)
     chat["max_tokens"] = body.max_output_tokens
@@ -167,7 +182,7 @@ def _conversation(
     chat["stream"], chat["user"] = body.stream, body.user
     if body.num_logprobs is not None:
         chat["logprobs"], chat["top_logprobs"] = True, body.num_logprobs
-    return items, chat_body(chat, _NAMES)
+    return kept, chat_body(chat, _NAMES)
 
 
 def _previous(store: ResponseStore, response_id: str, owner: str) -> StoredResponse:
@@ -175,7 +190,8 @@ def _previous(store: ResponseStore, response_id: str, owner: str) -> StoredRespo
         return stored
     text = (
         "there is no response with the id of previous_response_id: it has expired, was deleted, was not kept (store: "
-        "false), is still being made, or belongs to another API key; send the whole conversation as input instead"
+        "false), was made before the server's last start, is still being made, or belongs to another API key; send the "
+        "whole conversation as input instead"
     )
     raise bad_request(text, "previous_response_id", ErrorCode.PREVIOUS_RESPONSE_NOT_FOUND)
 
@@ -230,8 +246,8 @@ def _ended(store: ResponseStore, response_id: str, owner: str) -> StoredResponse
 
 def _not_found() -> ApiError:
     text = (
-        "there is no such response: it has expired, was deleted, was not kept (store: false), or belongs to another "
-        "API key"
+        "there is no such response: it has expired, was deleted, was not kept (store: false), was made before the "
+        "server's last start, or belongs to another API key"
     )
     return ApiError(404, ErrorCode.RESPONSE_NOT_FOUND, text, param="response_id")
 

@@ -7,30 +7,35 @@ event loop and on worker threads.
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
-
-import orjson
+from typing import Any, NamedTuple, Protocol
 
 from guanaco.server.config import Settings
 
 
+class StoredItem(NamedTuple):
+    """One item of a conversation, with its id apart: nobody has to parse it to find it."""
+
+    id: str
+    json: bytes
+
+
 @dataclass(frozen=True)
 class StoredResponse:
-    """One response that has ended. Its items are JSON, and responses that continue from it share them."""
+    """One response that has ended. Responses that continue from it share its items."""
 
     id: str
     owner: str  # id of the API key; empty where the server has no keys
     content: bytes  # the response as JSON
-    input_items: tuple[bytes, ...]  # the whole conversation before the answer
-    output_items: tuple[bytes, ...]
+    input_items: tuple[StoredItem, ...]  # the whole conversation before the answer
+    output_items: tuple[StoredItem, ...]
 
     @property
     def num_bytes(self) -> int:
         """Its bytes in the store. Items that several responses share count in each, so this is the most that it
         takes."""
-        return len(self.content) + sum(map(len, self.input_items)) + sum(map(len, self.output_items))
+        return len(self.content) + sum(len(item.json) for item in (*self.input_items, *self.output_items))
 
 
 class RunningResponse(Protocol):
@@ -39,11 +44,14 @@ class RunningResponse(Protocol):
     id: str
     owner: str
 
-    def snapshot(self) -> bytes:
-        """The response so far, as JSON."""
+    def snapshot(self) -> Mapping[str, Any]:
+        """The response so far. It may be large: `answer.encode_response` writes it, on any thread."""
 
-    async def cancel(self) -> bytes:
-        """End it. Returns it as JSON."""
+    async def cancel(self) -> None:
+        """End it, unless it has ended."""
+
+    def last_state(self) -> bytes:
+        """The response that has ended, as JSON. The store keeps it from now on. Any thread may call this."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +115,7 @@ class ResponseStore:
         with self._lock:
             self._forget_expired()
             ended = [self._ended[response_id][1] for response_id in self._by_owner.get(owner, ())]
-        found = {item: None for stored in ended for item in (*stored.input_items, *stored.output_items)}
-        return {str(orjson.loads(item)["id"]): item for item in found}
+        return {item.id: item.json for stored in ended for item in (*stored.input_items, *stored.output_items)}
 
     def running(self, response_id: str, owner: str) -> RunningResponse | None:
         """A response that is being made; None if its owner has none with this id."""

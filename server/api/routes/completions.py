@@ -33,6 +33,8 @@ from guanaco.server.engine.request_stream import TextOutput
 
 router = APIRouter(tags=["generation"])
 
+_FEW_ECHOED_CHARS = 64 << 10  # of prompts, that are written on the loop
+
 
 @router.post("/v1/completions", summary="Continue a text", openapi_extra=body_schema(CompletionBody))
 async def completions(request: Request) -> Response:
@@ -109,7 +111,7 @@ def _num_scored(body: CompletionBody) -> int | None:
 class _Choice:
     prompt: Prompt
     logprob_maker: CompletionLogprobs
-    pending_text: str = ""  # text that no chunk has shown yet; at first the echoed prompt
+    pending: list[str] = field(default_factory=list)  # text that no chunk has shown yet; at first the prompt
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
@@ -138,7 +140,7 @@ class CompletionAnswer(ChoicesAnswer):
             _Choice(
                 prompt,
                 CompletionLogprobs(tokenizer, skip_special_tokens=skip, as_token_ids=self._names_ids),
-                prompt.text or "",
+                [prompt.text] if prompt.text else [],
             )
             for prompt in prompts
             for _ in range(body.num_drawn)
@@ -153,7 +155,7 @@ class CompletionAnswer(ChoicesAnswer):
     def add(self, index: int, output: TextOutput) -> None:
         self.score(index, output)
         choice = self._choices[index]
-        choice.pending_text += output.text
+        choice.pending += [output.text] if output.text else []
         choice.prompt_logprobs += output.prompt_logprobs
         choice.logprobs += output.logprobs
         choice.token_ids += output.token_ids
@@ -167,13 +169,22 @@ class CompletionAnswer(ChoicesAnswer):
     def has_logprobs(self) -> bool:
         return self._with_logprobs
 
+    @property
+    def is_large(self) -> bool:
+        echoed = sum(len(choice.prompt.text or "") for choice in self._choices)
+        return super().is_large or echoed > _FEW_ECHOED_CHARS
+
+    def is_large_output(self, index: int, output: TextOutput) -> bool:
+        pending = self._choices[index].pending
+        return super().is_large_output(index, output) or (bool(pending) and len(pending[0]) > _FEW_ECHOED_CHARS)
+
     def choice(self, index: int) -> dict[str, Any]:
         return self._take(index)
 
     def _take(self, index: int) -> dict[str, Any]:
         """An entry of `choices` with all that was collected since the last call."""
         choice = self._choices[index]
-        text, choice.pending_text = choice.pending_text, ""
+        text, choice.pending = "".join(choice.pending), []  # the one copy of an echoed prompt, which may be megabytes
         return {
             "index": index,
             "text": text,

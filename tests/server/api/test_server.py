@@ -19,7 +19,7 @@ from guanaco.server.api import server as http_server
 from guanaco.server.api.server import EXIT_ENGINE_FAILED, bind, serve
 from guanaco.server.config import Settings, SettingsError
 from support.children import environment
-from support.server.api_server import WAIT, LiveServer, chat_body, http_post, make_state, read_all, sse_data
+from support.server.api_server import BASE, WAIT, LiveServer, chat_body, http_post, make_state, read_all, sse_data
 
 CHAT = "/v1/chat/completions"
 
@@ -87,6 +87,53 @@ class TestDrain:
             assert b"server_shutting_down" in answer
             server.join()
             assert server.server.exit_code == 0
+
+    def test_every_kind_of_stream_says_why_it_ended_and_what_was_kept_says_so_too(self) -> None:
+        """A response that the drain cut is kept as failed until the process ends; the next one says what became of
+        it."""
+        with LiveServer(make_state(drain_timeout=0.3)) as server:
+            server.script(step_seconds=0.05)
+            bodies = {
+                "/v1/responses": {"model": BASE, "input": "hello", "stream": True},
+                "/v1/messages": {**chat_body("hello", stream=True), "max_tokens": 900},
+                "/v1/completions": {"model": BASE, "prompt": "hello", "max_tokens": 900, "stream": True},
+            }
+            streams = {}
+            for path, body in bodies.items():
+                streams[path] = server.connect()
+                streams[path].sendall(http_post(path, body))
+            whole = server.connect()
+            whole.sendall(http_post("/v1/responses", {"model": BASE, "input": "hello"}))
+            server.until(lambda engine: len(engine.running) == 4)
+            server.server.handle_exit(signal.SIGTERM, None)
+            last = {
+                path: json.loads(read_all(sock).rpartition(b"data: ")[2].partition(b"\n")[0])
+                for path, sock in streams.items()
+            }
+            assert read_all(whole).startswith(b"HTTP/1.1 503")
+            for sock in (*streams.values(), whole):
+                sock.close()
+            server.join()
+            assert server.server.exit_code == 0
+            failed = last["/v1/responses"]
+            assert (failed["type"], failed["response"]["status"]) == ("response.failed", "failed")
+            assert "shut down" in failed["response"]["error"]["message"]
+            assert last["/v1/messages"]["type"] == "error"
+            assert "shut down" in last["/v1/messages"]["error"]["message"]
+            assert last["/v1/completions"]["error"]["code"] == "server_shutting_down"
+            store = server.server.config.app.state.responses
+            assert store._running == {}
+            response_id = failed["response"]["id"]
+            assert json.loads(store.get(response_id, "").content) == failed["response"]
+            assert len(store) == 1, "of the one that was not streamed nobody knows the id"
+        with LiveServer(make_state()) as server, server.client() as client:
+            gone = client.get(f"/v1/responses/{response_id}")
+            assert (gone.status_code, gone.json()["error"]["code"]) == (404, "response_not_found")
+            assert "before the server's last start" in gone.json()["error"]["message"]
+            body = {"model": BASE, "input": "and now?", "previous_response_id": response_id}
+            refused = client.post("/v1/responses", json=body).json()["error"]
+            assert refused["code"] == "previous_response_not_found"
+            assert "before the server's last start" in refused["message"]
 
     def test_idle_server_ends_at_once_kept_alive_connections_or_not(self) -> None:
         with LiveServer(make_state(drain_timeout=WAIT)) as server, server.client() as client:

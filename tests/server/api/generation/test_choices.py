@@ -10,7 +10,7 @@ import pytest
 from starlette.middleware.base import BaseHTTPMiddleware
 
 from guanaco.server.api.app import create_app
-from support.server.api_server import LiveServer, chat_body, http_post, make_state
+from support.server.api_server import BASE, LiveServer, chat_body, http_post, make_state
 from support.server.fake_engine import reply_of
 
 CHAT = "/v1/chat/completions"
@@ -46,6 +46,39 @@ def test_leaving_before_any_output(
     server.assert_quiet()
     assert server.engine.num_tokens == tokens, "nothing is computed for a client that is gone"
     sock.close()
+
+
+STREAMS = {
+    CHAT: chat_body("bye", stream=True, n=2),
+    "/v1/completions": {"model": BASE, "prompt": "bye", "stream": True},
+    "/v1/responses": {"model": BASE, "input": "bye", "stream": True},
+    "/v1/messages": {**chat_body("bye", stream=True), "max_tokens": 50},
+}
+
+
+def test_five_hundred_clients_that_open_streams_and_leave() -> None:
+    """Some before any output, some in the middle, some with a reset: nothing of any of them is left."""
+    with LiveServer(make_state(max_num_seqs=1024)) as server:
+        gate, sockets = server.gate(), []
+        for number in range(500):
+            path, body = list(STREAMS.items())[number % 4]
+            sockets.append(server.connect())
+            sockets[-1].sendall(http_post(path, body))
+        server.until(lambda engine: len(engine.running) == 625)  # chat asks for two choices
+        for number, sock in enumerate(sockets[:200]):
+            (leave if number % 3 else reset)(sock)
+        server.until(lambda engine: len(engine.running) == 375)
+        server.script(step_seconds=0.05)
+        server.open(gate)
+        for number, sock in enumerate(sockets[200:]):
+            assert b"200 OK" in sock.recv(65536)
+            (leave if number % 3 else reset)(sock)
+        server.assert_quiet()
+        assert server.call(lambda: server.server.config.app.state.responses._running) == {}
+        assert server.call(lambda: server.state.intake.num_body_bytes) == 0
+        with server.client() as client:
+            assert client.post(CHAT, json=chat_body("still there?")).status_code == 200
+            assert client.get("/health/ready").status_code == 200
 
 
 @ways_to_leave
@@ -131,6 +164,7 @@ def test_no_middleware_that_hides_a_disconnect(server: LiveServer) -> None:
         "RequestScope",
         "HostCheck",
         "Gate",
+        "PageFiles",
         "AuthMiddleware",
     ]
     assert not any(issubclass(m.cls, BaseHTTPMiddleware) for m in app.user_middleware)

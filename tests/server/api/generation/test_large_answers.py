@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from guanaco.server.api.generation import logprobs
 from guanaco.server.api.generation.encode import encode
+from guanaco.server.api.responses import routes as responses_routes
+from guanaco.server.api.routes.completions import CompletionAnswer
 from guanaco.server.commands import serve
 from guanaco.server.config import Settings, SettingsError
 from support.server.api_server import BASE, LiveServer, chat_body, make_state, sse_data
@@ -172,3 +174,103 @@ def test_a_crash_leaves_its_stacks_in_the_log(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(serve, "bind", stop)
     with pytest.raises(SettingsError):
         serve.run_server(Settings(port=0))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_large_echo_is_copied_once_and_off_the_loop(monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    """Each token that comes is put behind the prompt's text, which may be megabytes: not by copying it."""
+    whole: list[bool] = []
+    threads: list[threading.Thread] = []
+    take, add = CompletionAnswer._take, CompletionAnswer.add
+
+    def seen_add(answer: CompletionAnswer, index: int, output: Any) -> None:
+        add(answer, index, output)
+        choice = answer._choices[index]
+        whole.append(choice.pending[:1] == [] or choice.pending[0] is choice.prompt.text or len(choice.pending[0]) < 9)
+
+    def seen_take(answer: CompletionAnswer, index: int) -> dict[str, Any]:
+        if answer._choices[index].pending[:1] == [answer._choices[index].prompt.text]:
+            threads.append(threading.current_thread())
+        return take(answer, index)
+
+    monkeypatch.setattr(CompletionAnswer, "add", seen_add)
+    monkeypatch.setattr(CompletionAnswer, "_take", seen_take)
+    prompt = "long " * 20_000
+    body = completion(prompt=prompt, echo=True, max_tokens=20, n=2, stream=stream)
+    with LiveServer(make_state(max_model_len=200_000)) as server, server.client() as client:
+        answer = client.post("/v1/completions", json=body)
+        if stream:
+            assert answer.text.count(prompt) == 2
+        else:
+            assert all(choice["text"].startswith(prompt) for choice in answer.json()["choices"])
+        assert len(whole) >= 40
+        assert all(whole)
+        assert len(threads) == 2
+        assert server.call(threading.current_thread) not in threads
+
+
+def test_a_streamed_response_keeps_its_logprobs_and_so_has_a_limit() -> None:
+    body = {"model": BASE, "input": "x", "stream": True, "include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    with LiveServer(make_state(max_answer_logprobs=30)) as server, server.client() as client:
+        assert client.post("/v1/responses", json=body).status_code == 200
+        assert server.engine.requests[-1].params.max_tokens == 10
+        refused = client.post("/v1/responses", json={**body, "max_output_tokens": 11})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "top_logprobs")
+
+
+class Dumped:
+    """The largest texts that orjson writes at once on one thread."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sizes: dict[threading.Thread, int] = {}
+        dumps = orjson.dumps
+
+        def seen(value: object) -> bytes:
+            made = dumps(value)
+            thread = threading.current_thread()
+            self.sizes[thread] = max(len(made), self.sizes.get(thread, 0))
+            return made
+
+        monkeypatch.setattr("guanaco.server.api.generation.encode.orjson.dumps", seen)  # of all modules
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_response_with_many_logprobs_is_written_in_pieces(monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    """Its last events repeat all of them, and it is kept: no step of that may hold the event loop for all of it."""
+    dumped = Dumped(monkeypatch)
+    fields = {"include": ["message.output_text.logprobs"], "top_logprobs": 20, "max_output_tokens": 1000}
+    with LiveServer(make_state(max_model_len=200_000)) as server, server.client() as client:
+        server.script(reply="word " * 200)
+        made = client.post("/v1/responses", json={"model": BASE, "input": "x", "stream": stream, **fields})
+        size = len(made.content)
+        final = json.loads(made.text.rpartition("data: ")[2])["response"] if stream else made.json()
+        kept = client.get(f"/v1/responses/{final['id']}")
+        assert kept.json() == final
+        items = client.get(f"/v1/responses/{final['id']}/input_items").json()["data"]
+        assert [item["role"] for item in items] == ["user"]
+        assert len(final["output"][0]["content"][0]["logprobs"]) == 1000
+        assert size > 900_000
+        assert max(dumped.sizes.values()) < 600_000, "256 tokens with 20 alternatives at most"
+        if not stream:
+            assert dumped.sizes[server.call(threading.current_thread)] < 100_000, "whole answers: off the loop"
+
+
+def test_a_running_response_with_many_logprobs_is_read_off_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[threading.Thread] = []
+    encode_it = responses_routes.encode_response
+
+    def seen(response: Any) -> bytes:
+        threads.append(threading.current_thread())
+        return encode_it(response)
+
+    monkeypatch.setattr(responses_routes, "encode_response", seen)
+    body = {"model": BASE, "input": "x", "stream": True, "include": ["message.output_text.logprobs"], "top_logprobs": 5}
+    with LiveServer(make_state()) as server, server.client() as client:
+        server.script(step_seconds=0.02)
+        with client.stream("POST", "/v1/responses", json=body) as stream:
+            first = json.loads(next(line for line in stream.iter_lines() if line.startswith("data: "))[6:])
+            seen_now = client.get(f"/v1/responses/{first['response']['id']}").json()
+        assert seen_now["status"] == "in_progress"
+        assert threads
+        assert server.call(threading.current_thread) not in threads
+        server.assert_quiet()

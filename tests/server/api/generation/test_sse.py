@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import anyio
 import pytest
 
 from guanaco.server.api.generation import sse
@@ -64,6 +65,21 @@ def test_the_last_step_is_one_write(server: LiveServer) -> None:
     fields = {"max_tokens": 5, "stream_options": {"include_usage": True}}
     _, writes = writes_of(server.raw(http_post(CHAT, {**BODIES[CHAT], **fields})))
     assert [write.count(b"data: ") for write in writes] == [1, 1, 1, 1, 3]
+
+
+def test_no_event_gets_a_cancel_scope_of_its_own(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library would make one around each write, though no stream has a time-out for it."""
+    made = []
+    original = anyio.move_on_after
+
+    def seen(*arguments: Any, **options: Any) -> Any:
+        made.append(arguments)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(anyio, "move_on_after", seen)
+    with server.client() as client:
+        assert len(sse_data(client.post(CHAT, json={**BODIES[CHAT], "max_tokens": 50}).content)) == 51
+    assert len(made) < 5
 
 
 def test_all_choices_of_a_step_are_one_write(server: LiveServer) -> None:

@@ -8,11 +8,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import pytest
 
 from guanaco.server.api.http.auth import ApiKey
 from guanaco.server.api.http.errors import ApiError
 from guanaco.server.api.http.intake import Intake
+from guanaco.server.grammars.compiler import GrammarCompiler
+from guanaco.server.grammars.errors import GrammarError
+from guanaco.server.grammars.spec import Grammar
 from support.server.api_server import BASE, PIRATE, TERSE, WAIT, LiveServer, chat_body, http_post, make_state, read_all
 
 KEYS = ("key-one", "key-two")
@@ -279,3 +283,42 @@ def test_connections_beyond_the_spare_ones_are_cut() -> None:
 def test_connection_limit_comes_from_the_settings() -> None:
     with LiveServer(make_state(max_connections=7)) as server:
         assert server.server.config.http_protocol_class.limits.max_connections == 7
+
+
+def test_one_keys_flood_of_grammars_delays_another_by_one_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are compiled one at a time, the keys in turn, and a key has only so many in the queue: more get 429 at once,
+    and take no place that another key's request needs."""
+    go, order = threading.Semaphore(0), []
+
+    def compile_slowly(_: object, grammar: Grammar) -> None:
+        order.append(grammar.text)
+        go.acquire()
+        raise GrammarError("it is hostile")
+
+    monkeypatch.setattr(GrammarCompiler, "compile", compile_slowly)
+
+    def post(client: httpx.Client, key: str, pattern: str) -> tuple[int, str]:
+        body = chat_body("x", structured_outputs={"regex": pattern})
+        answer = client.post("/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {key}"})
+        return answer.status_code, answer.json()["error"]["code"]
+
+    def waiting() -> int:
+        return sum(server.state.intake._grammars.values())
+
+    with LiveServer(make_state(keys=KEYS, max_queued_grammars=4)) as server, server.client() as client:
+        with ThreadPoolExecutor(8) as pool:
+            flood = []
+            for number in range(4):
+                flood.append(pool.submit(post, client, KEYS[0], f"a{number}"))
+                while server.call(waiting) <= number:
+                    pass
+            assert post(client, KEYS[0], "a4") == (429, "too_many_grammars")
+            other = pool.submit(post, client, KEYS[1], "b")
+            while server.call(waiting) < 5:
+                pass
+            go.release(5)
+            assert other.result(WAIT) == (400, "invalid_grammar")
+            assert {future.result(WAIT) for future in flood} == {(400, "invalid_grammar")}
+        assert order.index("b") == 2, "behind the one that runs and the one whose turn had come"
+        assert server.call(waiting) == 0
+        server.assert_quiet()

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guanaco.server.api.responses.answer import ResponsesAnswer
-from guanaco.server.api.responses.store import ResponseStore, StoredResponse, StoreLimits
+from guanaco.server.api.responses.store import ResponseStore, StoredItem, StoredResponse, StoreLimits
 
 SIZE = 100  # bytes of each response in these tests
 
@@ -22,10 +22,12 @@ class Running:
     def __init__(self, name: str, owner: str) -> None:
         self.id, self.owner = name, owner
 
-    def snapshot(self) -> bytes:
-        return b""
+    def snapshot(self) -> dict[str, object]:
+        return {}
 
-    async def cancel(self) -> bytes:
+    async def cancel(self) -> None: ...
+
+    def last_state(self) -> bytes:
         return b""
 
 
@@ -36,7 +38,7 @@ def limits(**changes: float) -> StoreLimits:
 
 def keep(store: ResponseStore, name: str, owner: str = "a", size: int = SIZE) -> None:
     store.begin(Running(name, owner))
-    store.end(name, StoredResponse(name, owner, b"x" * (size - 2), (b"i",), (b"o",)))
+    store.end(name, StoredResponse(name, owner, b"x" * (size - 2), (StoredItem("i", b"i"),), (StoredItem("o", b"o"),)))
 
 
 def kept(store: ResponseStore, names: str, owner: str = "a") -> str:
