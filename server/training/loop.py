@@ -17,13 +17,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from guanaco.models.error_codes import ErrorCode
+from guanaco.server.training.checkpoints import COMPLETE, PREFIX, checkpoints, is_complete
 from guanaco.server.training.data.masks import Encoded
 from guanaco.server.training.errors import TrainingError
 from guanaco.server.training.recipes import Recipe
 
 IGNORED = -100  # the label of a token that is not learned
-COMPLETE = "complete"  # the file that is written last into a checkpoint
-_PREFIX = "checkpoint-"
 
 
 class SequenceList(torch.utils.data.Dataset[dict[str, list[int]]]):
@@ -107,7 +106,7 @@ class AdapterTrainer(transformers.Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint, and mark it as complete when all of it is there."""
-        folder = Path(self.args.output_dir or ".") / f"{_PREFIX}{self.state.global_step}"
+        folder = Path(self.args.output_dir or ".") / f"{PREFIX}{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
             (folder / COMPLETE).touch()
@@ -123,16 +122,12 @@ class AdapterTrainer(transformers.Trainer):
 
 def newest_checkpoint(work: Path) -> Path | None:
     """The newest complete checkpoint in a folder; None without one. Incomplete ones are removed."""
-    complete: list[tuple[int, Path]] = []
-    for path in work.glob(f"{_PREFIX}*"):
-        number = path.name.removeprefix(_PREFIX)
-        if not number.isdecimal():
-            continue
-        if (path / COMPLETE).exists():
-            complete.append((int(number), path))
-        else:
+    found = checkpoints(work)
+    for path in found.values():
+        if not is_complete(path):
             shutil.rmtree(path, ignore_errors=True)
-    return max(complete)[1] if complete else None
+    complete = [step for step, path in found.items() if is_complete(path)]
+    return found[max(complete)] if complete else None
 
 
 def make_adapter(model: Any, recipe: Recipe) -> Any:

@@ -7,11 +7,11 @@ may log steps again that it had logged before. Knows no job; `runner` asks every
 import csv
 import io
 import math
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from guanaco.server.training.checkpoints import checkpoints, is_complete
 from guanaco.server.training.jobs.disk import read_lines
 
 _METRICS = ("train_loss", "valid_loss", "learning_rate", "tokens", "tokens_per_second")
@@ -45,9 +45,5 @@ def as_csv(path: Path) -> bytes:
 
 
 def checkpoint_steps(work: Path) -> tuple[int, ...]:
-    """The steps of the checkpoints in the trainer's folder, in order."""
-    try:
-        names = [path.name for path in work.iterdir()]
-    except OSError:
-        return ()
-    return tuple(sorted(int(name[11:]) for name in names if re.fullmatch(r"checkpoint-\d{1,9}", name)))
+    """The steps of the complete checkpoints in the trainer's folder, in order."""
+    return tuple(sorted(step for step, path in checkpoints(work).items() if is_complete(path)))

@@ -52,7 +52,9 @@ def main() -> int:
         line = {"step": step, "steps": steps, "loss": 4.0 / step, "eval_loss": 5.0 / step, "learning_rate": 1e-4}
         with (work / "train.jsonl").open("a") as file:
             file.write(json.dumps({**line, "tokens": 10 * step, "tokens_per_second": 50.0, "time": time.time()}) + "\n")
-        (work / f"checkpoint-{step}").mkdir(exist_ok=True)
+        checkpoint = work / f"checkpoint-{step}"
+        checkpoint.mkdir(exist_ok=True)
+        (checkpoint / "complete").touch()
         if stopped:
             return 130
         if os.environ.get("FAKE_KILL") == str(step) and not asked.resume:
