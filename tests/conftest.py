@@ -26,6 +26,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--proofs", metavar="FILE", help="write how often each long proof was run, as JSON")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked `accept`, unless --accept asks for it."""
+    if config.getoption("--accept"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("accept") is not None]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item.get_closest_marker("accept") is None]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_torch_thread() -> None:
     """Tiny matrices on two threads only wait for each other, by a factor of thirty on a busy machine."""

@@ -83,7 +83,14 @@ ALLOWED = {
     # Rooms to come. Only training may import the `train` extra's libraries, in its job's own process.
     "server/training": {"server.training", "server.bootstrap", "server.errors", *_ENGINE},
     "server/training/data": {"server.training.data", "models.text", "models.formats", *_ERRORS},
-    "server/training/jobs": {"server.training.jobs", "server.training.extra", "adapters.errors", *_ERRORS},
+    "server/training/checkpoints.py": set(),
+    "server/training/jobs": {
+        "server.training.jobs",
+        "server.training.checkpoints",
+        "server.training.extra",
+        "adapters.errors",
+        *_ERRORS,
+    },
     "server/training/jobs/check.py": {"server.training.data"},
     "server/training/jobs/publisher.py": {"server.training.jobs", "server.adapters", "adapters.errors", *_ERRORS},
     "server/judging": {"server.judging", "server.errors", "server.config"},
@@ -113,6 +120,7 @@ BANNED = {
     "server/training": _NO_WEB,
     "server/training/data": {*_NO_TRAINING, *_NO_WEB, "torch"},  # a server checks uploaded files with it
     "server/training/jobs": {*_NO_TRAINING, *_NO_WEB, "torch"},
+    "server/training/checkpoints.py": {*_NO_TRAINING, *_NO_WEB, "torch"},
     "server": _NO_TRAINING,
 }
 # Development tools that a running server never imports, and the one command that does.
