@@ -13,10 +13,12 @@ from guanaco.adapters.peft.patterns import Budget, Matcher, PatternError
 from guanaco.models.error_codes import ErrorCode
 from guanaco.models.formats.shown import printable
 
-# Modules of LLaMA that this server never adapts: an adapter that excludes them gets what it asks for.
+# Modules that this server never adapts: an adapter that excludes them gets what it asks for. Every architecture's norms
+# are among them, since an author may use one list for several bases.
 _NEVER_ADAPTED = (
     *("lm_head", "model.embed_tokens", "model.norm", "model.layers.0.self_attn", "model.layers.0.mlp"),
     *("model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm"),
+    *("model.layers.0.self_attn.q_norm", "model.layers.0.self_attn.k_norm"),
 )
 _MAX_SHOWN = 5  # entries listed in one note
 _IN_LAYER = re.compile(r"(?P<list>.*?\.[^.]*)\.(?P<index>\d+)\.")

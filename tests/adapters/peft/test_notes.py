@@ -85,7 +85,7 @@ def test_what_has_its_effect_is_not_told(original: Path, tmp_path: Path) -> None
     """Excluding what is never adapted counts as an effect, since it stays as it is."""
     fields: dict[str, Any] = {
         "target_modules": [*QV, "layers.1.self_attn.q_proj"],
-        "exclude_modules": ["lm_head", "embed_tokens", "norm"],
+        "exclude_modules": ["lm_head", "embed_tokens", "norm", "q_norm", "self_attn.k_norm"],
         "layers_to_transform": [0, 1],
         "layers_pattern": "layers",
         "rank_pattern": {"layers.0.self_attn.q_proj": 2, "q_proj": 2},

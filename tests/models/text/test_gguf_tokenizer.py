@@ -179,7 +179,10 @@ CL100K = (
 
 @pytest.mark.parametrize(
     ("pre", "adds_bos"),
-    [("llama-bpe", True), ("pixtral", True), ("tekken", True), ("smaug-bpe", False), ("gpt-2", False), (None, False)],
+    [
+        *(("llama-bpe", True), ("pixtral", True), ("tekken", True)),
+        *(("smaug-bpe", False), ("qwen2", False), ("gpt-2", False), (None, False)),
+    ],
 )
 def test_without_a_word_bos_comes_by_the_pre_tokenizer(pre: str | None, adds_bos: bool, tmp_path: Path) -> None:
     metadata = byte_level_metadata(tmp_path, pre, add_bos_token=None)
@@ -221,6 +224,13 @@ def test_smaug_cuts_as_llama_3_and_merges_by_rank(tmp_path: Path) -> None:
         ({5: "</s>", 6: "[EOT]", 7: "[EOS]", 8: "<eos>"}, {}, [2, 5, 6, 7, 8]),
         ({5: "[PAD]", 6: "<｜end▁of▁sentence｜>"}, {}, [2, 5, 6]),
         ({2: "</s>", 6: "<|tool_response>"}, {}, [6]),  # Gemma's newest: a tool's answer comes, and </s> is no end
+        ({2: "<|im_end|>", 5: "<|endoftext|>", 6: "<|im_start|>"}, {}, [2, 5]),  # Qwen's chat models
+        ({2: "<|endoftext|>", 5: "<|im_end|>"}, {}, [2, 5]),  # and its base models
+        (
+            {2: "<|im_end|>", 5: "<|fim_pad|>", 6: "<|repo_name|>", 7: "<|file_sep|>", 8: "<|endoftext|>"},
+            {},
+            [2, 5, 6, 7, 8],
+        ),  # Qwen 2.5 and 3
         ({}, {"eos_token_id": 4294967295, "eot_token_id": 5}, [5]),  # old files have -1 for "there is none"
     ],
 )
@@ -278,6 +288,11 @@ def test_the_parts_of_a_fill_in_the_middle_prompt_are_control_tokens(tmp_path: P
         ("minicpm5", "a1234 b", ["a", "123", "4", " b"]),
         ("smaug-bpe", "it's 12345!", ["it", "'s", " ", "123", "45", "!"]),
         ("qwen2", "it's 123!", ["it", "'s", " ", "1", "2", "3", "!"]),
+        (
+            "qwen2",
+            "WE'LL go\n\n (ok)  \u00e9t\u00e9",
+            ["WE", "'LL", " go", "\n\n", " (", "ok", ")", " ", " \u00e9t\u00e9"],
+        ),
         ("tekken", "fooBar 12", ["foo", "Bar", " ", "1", "2"]),
         ("default", "a. b1234", ["a", ".", " b", "123", "4"]),
     ],
