@@ -95,7 +95,7 @@ class Run:
     ) -> None:  # fmt: skip
         kv = PagedKVCache(model.config, num_blocks, BLOCK_SIZE, cache, CPU)
         store = SlotStore(model.lora_targets, NUM_SLOTS, CPU, model.ops.place_adapter)
-        self.graphs, self.num_preempted = None, 0
+        self.graphs, self.num_preempted, self.num_cached = None, 0, 0
         if graphs:
             sizes = {"max_num_seqs": NUM_SEQS, "max_model_len": MAX_MODEL_LEN, "num_slots": NUM_SLOTS}
             self.graphs = DecodeGraphs(model, model.ops, kv, **sizes, capture=RunEagerly())  # type: ignore[arg-type]
@@ -116,6 +116,7 @@ class Run:
         while self.engine.has_work:
             step = self.engine.step()
             self.num_preempted += step.stats.num_preempted
+            self.num_cached += step.stats.prefix_hits_tokens
             add_outputs(answers, step.outputs)
         return answers
 
@@ -225,3 +226,32 @@ def test_fused_layers_write_and_read_8_bits(setting: Setting, monkeypatch: pytes
     expected = Run(setting, setting.triton, cache=cache).answers(requests)
     assert distance(found, expected).largest_error <= ONE_CODE[cache]
     assert tokens_of(found) == tokens_of(expected)
+
+
+@pytest.fixture(scope="module", params=["mistral", "qwen2", "qwen3"])
+def other(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    """Of an odd size, as `odd`: not fused, products in float32."""
+    fields = {"mistral": {"sliding_window": None}, "qwen2": {}, "qwen3": {"head_dim": 16}}[request.param]
+    sizes = {"kind": "odd", "num_hidden_layers": 1}
+    return make_setting(tmp_path_factory.mktemp("other"), model_type=request.param, **sizes, **fields)
+
+
+@EIGHT_BITS
+def test_other_architectures_have_the_references_tokens_in_8_bits(other: Setting, cache: torch.dtype) -> None:
+    requests = requests_of(other, num_tokens=2)[2:3]
+    expected = Run(other, other.reference, cache=cache).answers(requests)
+    plain = Run(other, other.reference).answers(requests)
+    assert distance(expected, plain).largest_error > ONE_CODE[cache], "the reference does round"
+    found = Run(other, other.triton, cache=cache).answers(requests)
+    assert distance(found, expected).largest_error <= ONE_CODE[cache]
+    assert tokens_of(found) == tokens_of(expected)
+
+
+@pytest.mark.parametrize("cache", [torch.float32, *CODE_LIMITS], ids=str)
+def test_other_architectures_give_the_same_tokens_from_the_prefix_cache(other: Setting, cache: torch.dtype) -> None:
+    requests = requests_of(other)
+    run = Run(other, other.reference, cache=cache)
+    first = run(requests)
+    before = run.num_cached
+    assert run(requests) == first
+    assert run.num_cached - before >= 2 * BLOCK_SIZE
