@@ -1,4 +1,4 @@
-"""Chat templates with tools, as models have them: Qwen 2.5 (Hermes' format), LLaMA 3.1 and Mistral 7B v0.3."""
+"""Chat templates with tools, as models have them: Qwen 2.5 and 3 (Hermes' format), LLaMA 3.1 and Mistral 7B v0.3."""
 
 QWEN = """\
 {%- if tools %}
@@ -54,6 +54,52 @@ QWEN = """\
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+# In Qwen 3's way: no system turn without a need, the thoughts of earlier turns are left out.
+QWEN3 = """\
+{%- set own = messages[0].content if messages[0].role == 'system' else '' %}
+{%- if tools %}
+    {{- '<|im_start|>system\\n' + (own + '\\n\\n' if own else '') + '# Tools\\n\\n<tools>' }}
+    {%- for tool in tools %}{{- '\\n' + (tool | tojson) }}{%- endfor %}
+    {{- '\\n</tools>\\n\\nA call: <tool_call>\\n{"name": <name>, "arguments": <object>}\\n</tool_call><|im_end|>\\n' }}
+{%- elif own %}
+    {{- '<|im_start|>system\\n' + own + '<|im_end|>\\n' }}
+{%- endif %}
+{%- set ns = namespace(last=messages|length - 1, found=false) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if not ns.found and message.role == 'user' %}
+        {%- set ns.found = true %}
+        {%- set ns.last = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- set content = message.content if message.content is string else '' %}
+    {%- if message.role == 'user' or (message.role == 'system' and not loop.first) %}
+        {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' }}
+    {%- elif message.role == 'assistant' %}
+        {%- if '</think>' in content %}
+            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {{- '<|im_start|>assistant\\n' + ('<think>\\n\\n</think>\\n\\n' if loop.index0 > ns.last else '') + content }}
+        {%- for tool_call in message.tool_calls or [] %}
+            {%- if (loop.first and content) or (not loop.first) %}{{- '\\n' }}{%- endif %}
+            {%- if tool_call.function %}{%- set tool_call = tool_call.function %}{%- endif %}
+            {{- '<tool_call>\\n{"name": "' + tool_call.name + '", "arguments": ' }}
+            {{- tool_call.arguments if tool_call.arguments is string else tool_call.arguments | tojson }}
+            {{- '}\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- elif message.role == 'tool' %}
+        {%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{- '<|im_start|>user' }}{%- endif %}
+        {{- '\\n<tool_response>\\n' + content + '\\n</tool_response>' }}
+        {%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{- '<|im_end|>\\n' }}{%- endif %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
 {%- endif %}
 """
 LLAMA31 = """\
@@ -246,4 +292,4 @@ TOOL_TOKENS = (
     {"content": "[INST]"}, {"content": "[/INST]"}, {"content": "<tool_call>", "special": False},
     {"content": "</tool_call>", "special": False}, {"content": "<s>"}, {"content": "</s>"},
 )  # fmt: skip
-TOOL_TEMPLATES = {"qwen": QWEN, "llama3.1": LLAMA31, "mistral": MISTRAL}
+TOOL_TEMPLATES = {"qwen": QWEN, "qwen3": QWEN3, "llama3.1": LLAMA31, "mistral": MISTRAL}

@@ -106,7 +106,7 @@ def test_each_template_supports_what_it_should() -> None:
     found = {name: ChatTemplate(source).tool_support for name, source in TOOL_TEMPLATES.items()}
     assert all(support.tools and support.calls and support.results for support in found.values())
     assert {name: support.many_calls for name, support in found.items()} == {
-        "qwen": True, "llama3.1": False, "mistral": True,
+        "qwen": True, "qwen3": True, "llama3.1": False, "mistral": True,
     }  # fmt: skip
     for source in (CHATML, SMOLLM, LLAMA2, named_template("guanaco").source):
         support = ChatTemplate(source).tool_support
@@ -115,7 +115,7 @@ def test_each_template_supports_what_it_should() -> None:
 
 def test_the_format_is_chosen_by_the_templates_text() -> None:
     assert {name: format_of_template(source).name for name, source in TOOL_TEMPLATES.items()} == {
-        "qwen": "hermes", "llama3.1": "llama3", "mistral": "mistral",
+        "qwen": "hermes", "qwen3": "hermes", "llama3.1": "llama3", "mistral": "mistral",
     }  # fmt: skip
     assert format_of_template(SMOLLM).name == "hermes"
     template = ChatTemplate(TOOL_TEMPLATES["qwen"])
