@@ -1,5 +1,4 @@
-"""The end of the process: drains, deadlines, a second signal, a dead engine. In a thread where that is enough, as a
-process of its own where signals and exit codes are the point."""
+"""The end of the process: drains, deadlines, a second signal, a dead engine. In a thread, or in its own process."""
 
 import asyncio
 import functools
