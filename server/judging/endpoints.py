@@ -5,6 +5,7 @@ sees it. Messages show an endpoint's origin and never its key.
 """
 
 import asyncio
+import json
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -100,7 +101,7 @@ class Endpoint:
     """
 
     url: str
-    key: str | None = None
+    key: str | None = field(default=None, repr=False)
     per_minute: float | None = None
     parallel: int = 8
     timeout: float = TIMEOUT_SECONDS
@@ -194,6 +195,8 @@ def _object(response: httpx2.Response) -> dict[str, Any] | None:
         return None
     try:
         answer = response.json()
+        # JSON may hold half of a surrogate pair, which no report, page or request can carry: it becomes "?".
+        answer = json.loads(json.dumps(answer, ensure_ascii=False).encode("utf-8", "replace"))
     except (ValueError, RecursionError):
         return None
     return answer if isinstance(answer, dict) else None

@@ -68,7 +68,7 @@ def page(
         known = ", ".join(("after", "limit", *more))
         raise bad_request(f"the query has a parameter that isn't known here; there are {known}", unknown[0][:64])
     text = query.get("limit", str(default))
-    if not (text.isascii() and text.isdecimal() and 1 <= int(text[:9]) <= most):
+    if not (text.isascii() and text.isdecimal() and len(text) <= 9 and 1 <= int(text) <= most):
         raise bad_request(f"limit must be a number from 1 to {most}", "limit")
     start = 0
     if after := query.get("after"):

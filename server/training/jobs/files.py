@@ -86,15 +86,18 @@ class FileStore:
             self._uploads[upload.id] = upload
         return upload
 
-    def check_size(self, upload: "Upload", num_bytes: int) -> None:
-        """Raises RequestRefused where an upload may not have so many bytes."""
-        if num_bytes > self._limits.max_file_bytes:
+    def reserve(self, upload: "Upload", num_more: int) -> None:
+        """Count further bytes as an upload's, before they are written. Raises RequestRefused where they are too many.
+
+        The check and the count are one step, so that uploads at the same time can't share what is left."""
+        if upload.num_bytes + num_more > self._limits.max_file_bytes:
             text = f"the file is larger than {self._limits.max_file_bytes} bytes, the most of one file: split it"
             raise RequestRefused(ErrorCode.REQUEST_TOO_LARGE, text, "file", RefusalKind.TOO_LARGE)
         with self._lock:
             _, used = self._used(upload.owner)
-            if used - upload.num_bytes + num_bytes > self._limits.max_bytes_per_key:
+            if used + num_more > self._limits.max_bytes_per_key:
                 raise self._too_many_bytes()
+            upload.num_bytes += num_more
 
     def add(self, upload: "Upload", filename: str, purpose: str = TRAINING) -> StoredFile:
         """Keep a whole upload. Raises RequestRefused where the disk fails; the upload is gone then."""
@@ -176,7 +179,7 @@ class Upload:
 
     def write(self, data: bytes) -> None:
         """Add bytes to the temporary file. Raises RequestRefused where they are too many, or the disk is full."""
-        self._store.check_size(self, self.num_bytes + len(data))
+        self._store.reserve(self, len(data))
         try:
             if self._handle is None:
                 flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -186,7 +189,6 @@ class Upload:
                 view = view[os.write(self._handle, view) :]
         except OSError as error:
             raise storage_failed(error) from None
-        self.num_bytes += len(data)
 
     def finish(self) -> None:
         """Have all bytes on the disk. Raises OSError."""

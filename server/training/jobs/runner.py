@@ -205,7 +205,12 @@ class JobRunner:
         if self._is_stopping or current is None or current.status.is_final:
             return False
         await process.start(arguments, self._command)
-        end = await self._watch(job, process, folder / "work")
+        try:
+            end = await self._watch(job, process, folder / "work")
+        except BaseException:  # the disk failed, say: no trainer may go on unwatched beside the next one
+            process.stop()
+            await process.wait()
+            raise
         return await self._ended(self._jobs.get(job.id) or job, end)
 
     async def _watch(self, job: Job, process: TrainerProcess, work: Path) -> TrainerEnd:

@@ -114,3 +114,15 @@ def test_tokens_are_counted() -> None:
     with ScriptedEndpoint(lambda *_: chat_answer("one two")) as scripted:
         usage = asyncio.run(run(scripted.url))
     assert (usage.requests, usage.prompt_tokens, usage.completion_tokens) == (2, 20, 4)
+
+
+def test_an_endpoint_does_not_show_its_key() -> None:
+    assert "sk-secret" not in repr(Endpoint("http://127.0.0.1:9", "sk-secret"))
+
+
+def test_half_a_surrogate_pair_in_an_answer_can_be_written() -> None:
+    with ScriptedEndpoint(lambda *_: chat_answer("a\ud800b \U0001f600")) as server:
+        answer, _ = ask(server.url)
+    text = answer["choices"][0]["message"]["content"]
+    assert text == "a?b \U0001f600"
+    text.encode()

@@ -62,7 +62,15 @@ def test_pages(server: TrainingServer) -> None:
         assert rest["has_more"] is False
         assert {each["id"] for each in (*first["data"], *rest["data"])} == set(ids)
         assert client.get("/v1/files", params={"purpose": "batch"}).json()["data"] == []
-        for query in ({"limit": 0}, {"limit": "x"}, {"after": "file-none"}, {"order": "up"}, {"nonsense": 1}):
+        for query in (
+            {"limit": 0},
+            {"limit": "x"},
+            {"limit": "1" * 5000},
+            {"limit": "0" * 8 + "19999999"},
+            {"after": "file-none"},
+            {"order": "up"},
+            {"nonsense": 1},
+        ):
             assert code(client.get("/v1/files", params=query)) == (400, "invalid_value")
 
 

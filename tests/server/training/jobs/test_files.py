@@ -99,6 +99,23 @@ def test_two_uploads_at_once_share_the_bytes_of_their_key(tmp_path: Path) -> Non
     two.write(b"x" * 4)
 
 
+def test_bytes_count_before_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make(tmp_path, max_bytes_per_key=10)
+    one, two = store.begin(ALICE), store.begin(ALICE)
+    refusals, write = [], os.write
+
+    def meanwhile(handle: int, data: Any) -> int:
+        monkeypatch.setattr(os, "write", write)
+        with pytest.raises(RequestRefused, match="10 bytes together") as refused:
+            two.write(b"x" * 5)
+        refusals.append(refused.value)
+        return write(handle, data)
+
+    monkeypatch.setattr(os, "write", meanwhile)
+    one.write(b"x" * 6)
+    assert (len(refusals), one.num_bytes, two.num_bytes) == (1, 6, 0)
+
+
 @pytest.mark.parametrize("call", ["write", "fsync", "rename"])
 def test_a_full_disk_leaves_nothing(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = make(tmp_path)

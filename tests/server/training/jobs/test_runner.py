@@ -336,6 +336,26 @@ def test_a_full_disk_fails_one_job_and_not_the_queue(tmp_path: Path, monkeypatch
     run(work)
 
 
+def test_a_trainer_does_not_outlive_the_watch_over_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        async with Room(tmp_path, **LONG) as room:
+            note = room.service.jobs.note
+
+            def full(job_id: str, message: str, **options: Any) -> None:
+                if message.startswith("Step"):
+                    raise OSError(28, "No space left on device")
+                note(job_id, message, **options)
+
+            monkeypatch.setattr(room.service.jobs, "note", full)
+            job = await room.create()
+            await room.until(job.id, "failed")
+            (started,) = starts(room, job.id)
+            assert not is_running(started["pid"])
+            monkeypatch.undo()
+
+    run(work)
+
+
 def test_names(tmp_path: Path) -> None:
     async def work() -> None:
         async with Room(tmp_path, **LONG) as room:
