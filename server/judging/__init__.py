@@ -2,5 +2,5 @@
 
 `guanaco compare` runs it. It talks to servers over HTTP only, so it imports nothing of the engine, the models or the
 adapters: numpy, the HTTP client, `server.errors` and `server.config`. Start with `replay.py`: stored verdicts in,
-statistics out. `study.py` holds the way of a whole comparison.
+statistics out. `study.py` runs a whole comparison.
 """

@@ -1,7 +1,8 @@
 """Judges: a model behind an OpenAI-compatible endpoint, or a regex. Each pair of answers is judged in both orders.
 
-The answers are data for the judge: they stand between markers that are drawn for each request, so no answer can hold
-them. The verdict is the judge's last line. A last line that is no verdict is an unreadable verdict, which is counted.
+The answers are data for the judge: they stand between random markers that are new in each request, so no answer can
+contain them. The verdict is the judge's last line. A last line without a verdict is counted as an
+unreadable verdict.
 """
 
 import re
@@ -53,7 +54,7 @@ class Ruling:
 
 
 class Judge(Protocol):
-    """Whoever compares two answers."""
+    """Compares two answers: a model or a regex."""
 
     @property
     def name(self) -> str:
@@ -113,7 +114,7 @@ class ModelJudge:
 
     @property
     def gives_scores(self) -> bool:
-        """In the mode of points."""
+        """Whether its rulings have scores: only in the mode of points."""
         return self.mode == SCORES
 
     @property

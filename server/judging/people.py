@@ -71,7 +71,7 @@ class Session:
         self.is_finished = False
 
     def vote_of(self, item: Item) -> int | None:
-        """1 for the left answer, 2 for the right one, 3 for a tie; None where nobody voted."""
+        """1 for the left answer, 2 for the right one, 3 for a tie; None without a vote."""
         record = self._records.get(item.key)
         if record is None or record["better"] is None:
             return None

@@ -36,7 +36,7 @@ class Plan:
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """Who is judged against whom."""
+        """The pairs of contestants that are judged against each other."""
         names = [c.name for c in self.contestants]
         if self.reference is not None:
             return [(name, self.reference) for name in names if name != self.reference]

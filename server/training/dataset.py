@@ -20,7 +20,7 @@ _SHOWN_REFUSALS = 10
 
 @dataclass
 class Sequences:
-    """The sequences of one file, and what did not become one."""
+    """The sequences of one file, and counts of the rows that were left out."""
 
     items: list[Encoded] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
@@ -86,7 +86,7 @@ def summary(data: DataFile, sequences: Sequences) -> tuple[str, ...]:
 
 
 def split(items: Sequence[Encoded], share: float, most: int | None, seed: int) -> tuple[list[Encoded], list[Encoded]]:
-    """(trained on, held out). Rows are drawn by the seed; a file of fewer than 10 rows is trained on whole.
+    """(trained on, held out). Rows are sampled with the seed; a file of fewer than 10 rows is trained on whole.
 
     Sequences of one row stay together, and so do the file's order and all sequences.
     """
@@ -98,7 +98,7 @@ def split(items: Sequence[Encoded], share: float, most: int | None, seed: int) -
 
 
 def training_order(lengths: Sequence[int], number: int, batch_size: int, seed: int, *, grouped: bool) -> list[int]:
-    """Which sequence comes when: `number` indices, epoch after epoch, each in another order.
+    """The order of the sequences in training: `number` indices, epoch after epoch, each in another order.
 
     grouped: sequences of a batch have nearly the same length, so that little is padded; batches come in random order.
     """

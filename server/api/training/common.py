@@ -1,4 +1,4 @@
-"""What all routes of training share: who asks, refusals in the client's shape, and pages of lists."""
+"""Shared by all routes of training: the key that asks, errors in the client's shape, and pages of lists."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ _QUOTA_RETRY_SECONDS = 3600.0
 
 
 def service_of(request: Request) -> TrainingService:
-    """What trains; a 403 where the `train` extra is missing."""
+    """The training service; a 403 where the `train` extra is missing."""
     service = state_of(request).training
     assert service is not None, "the routes are only there with it"
     if not service.is_available:
@@ -44,7 +44,7 @@ def owner_of(request: Request) -> Owner:
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """What training refuses, as the client gets it."""
+    """Turn refusals of training into the client's errors."""
     try:
         yield
     except RequestRefused as error:

@@ -75,7 +75,7 @@ class Options:
 
     @property
     def has_judge(self) -> bool:
-        """Whether anybody judges."""
+        """Whether a judge was chosen."""
         return self.judge_url is not None or self.judge_regex is not None or self.human
 
     @property

@@ -1,6 +1,6 @@
 """The one form that every format of training data is brought into: rows, and the refusals of lines that are none.
 
-Knows no format and no tokens. Used by the importers, the masks and whoever shows refusals.
+Knows no format and no tokens. Used by the importers, the masks and the code that shows refusals.
 """
 
 from collections.abc import Mapping

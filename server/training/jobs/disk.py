@@ -1,6 +1,6 @@
 """Small files that survive a crash: JSON written whole or not at all, lists that grow line by line, and ids.
 
-Knows nothing of what is in them. Everything it makes can be read by the server's own user alone.
+Knows nothing of their content. Only the server's own user can read what it writes.
 """
 
 import json

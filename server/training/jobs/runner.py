@@ -94,7 +94,7 @@ class JobRunner:
         )
 
     def wake(self) -> None:
-        """There may be something to do."""
+        """Look for work: a job was added or changed."""
         for event in self._woken.values():
             event.set()
 
@@ -122,7 +122,7 @@ class JobRunner:
             self._process.stop()
 
     async def _work(self, status: Status, move: Any) -> None:
-        """Bring one job after the other out of a state."""
+        """Process the jobs of one state, one after the other."""
         while not self._is_stopping:
             self._woken[status].clear()
             waiting = [Status.RUNNING, Status.QUEUED] if status is Status.QUEUED else [status]
@@ -140,7 +140,7 @@ class JobRunner:
                 await self._give_up(job, error)
 
     async def _give_up(self, job: Job, error: Exception) -> None:
-        """The server itself failed over a job: the others must get their turn."""
+        """Fail a job after an internal error of the server, so that the other jobs go on."""
         reason = f" ({error.strerror})" if isinstance(error, OSError) else ""
         try:
             await self._fail(job, ErrorCode.INTERNAL_ERROR, f"the server failed over this job{reason}; its log has why")

@@ -42,9 +42,8 @@ def load_base(
     `--dtype float32`), or the fingerprints differ.
 
     Projections, biases, norms, embedding and head are those that are served, bit for bit. `base_fingerprint` says which
-    base it is; `guanaco_notes` (a tuple of lines) on the model has the
-    loader's remarks. Nothing in it is trainable until PEFT
-    wraps it. One thread may run it at a time.
+    base it is; `guanaco_notes` (a tuple of lines) on the model has the loader's remarks. Nothing in it is trainable
+    until PEFT wraps it. One thread may run it at a time.
     Raises ModelError for what is wrong with `source`, ValueError for another dtype, and ImportError without the
     `train` extra.
     """
@@ -126,7 +125,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _check_complete(model: nn.Module, source: Path) -> None:
-    """Refuse a model with a part that the server's has not: its values would be nobody's."""
+    """Refuse a model with a part that the server's has not: nothing would fill its values."""
     empty = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if empty:
         raise ModelError(
