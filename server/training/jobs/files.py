@@ -176,19 +176,27 @@ class Upload:
         self.path = directory / file_id
         self._store = store
         self._handle: int | None = None
+        self._lock = threading.Lock()  # a request that is cancelled drops its upload while a thread may still write
+        self._is_dropped = False
 
     def write(self, data: bytes) -> None:
         """Add bytes to the temporary file. Raises RequestRefused where they are too many, or the disk is full."""
         self._store.reserve(self, len(data))
         try:
-            if self._handle is None:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-                self._handle = os.open(self.path, flags, 0o600)
-            view = memoryview(data)
-            while view:
-                view = view[os.write(self._handle, view) :]
+            with self._lock:
+                self._write(data)
         except OSError as error:
             raise storage_failed(error) from None
+
+    def _write(self, data: bytes) -> None:
+        if self._is_dropped:
+            return
+        if self._handle is None:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+            self._handle = os.open(self.path, flags, 0o600)
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._handle, view) :]
 
     def finish(self) -> None:
         """Have all bytes on the disk. Raises OSError."""
@@ -201,8 +209,9 @@ class Upload:
 
     def discard(self) -> None:
         """Close and remove the temporary file, if it is still there."""
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
-        with suppress(OSError):
+        with self._lock, suppress(OSError):
+            self._is_dropped = True
+            if self._handle is not None:
+                handle, self._handle = self._handle, None
+                os.close(handle)
             self.path.unlink(missing_ok=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 WINDOW_SECONDS = 24 * 3600.0  # in which the steps and hours of a key are counted
-MAX_KEPT_JOBS_PER_KEY = 200  # finished jobs; the oldest go first, with their events and adapter files
+MAX_KEPT_JOBS_PER_KEY = 200  # finished jobs; older ones go, unless they still count in the window
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 from guanaco.server.training.jobs.disk import append_line, is_id, make_directory, new_id, read_json, read_lines
 from guanaco.server.training.jobs.disk import write_json as write_record
-from guanaco.server.training.jobs.limits import MAX_KEPT_JOBS_PER_KEY
+from guanaco.server.training.jobs.limits import MAX_KEPT_JOBS_PER_KEY, WINDOW_SECONDS
 from guanaco.server.training.jobs.records import EVENT, JOB, Job, Status, event
 
 
@@ -136,7 +136,12 @@ class JobStore:
         )
 
     def _forget_old(self, owner: str) -> None:
-        self._remove(job for job in [job for job in self.of(owner) if job.status.is_final][:-MAX_KEPT_JOBS_PER_KEY])
+        """A job that still counts in its key's quota stays: many jobs that fail at once must not reset it."""
+        since = time() - WINDOW_SECONDS
+        old = [job for job in self.of(owner) if job.status.is_final][:-MAX_KEPT_JOBS_PER_KEY]
+        self._remove(
+            job for job in old if not (job.step or job.train_seconds) or (job.finished_at or job.created_at) < since
+        )
 
     def _remove(self, jobs: Iterable[Job]) -> None:
         for job in jobs:

@@ -99,6 +99,15 @@ def test_two_uploads_at_once_share_the_bytes_of_their_key(tmp_path: Path) -> Non
     two.write(b"x" * 4)
 
 
+def test_a_write_after_the_drop_leaves_nothing(tmp_path: Path) -> None:
+    store = make(tmp_path)
+    upload = store.begin(ALICE)
+    upload.write(b"{}")
+    store.drop(upload)
+    upload.write(b"{}")  # of a thread that was slower than the request's end
+    assert temporary(tmp_path) == []
+
+
 def test_bytes_count_before_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = make(tmp_path, max_bytes_per_key=10)
     one, two = store.begin(ALICE), store.begin(ALICE)

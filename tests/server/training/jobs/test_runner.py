@@ -7,16 +7,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from guanaco.models.error_codes import ErrorCode
+from guanaco.server.training.jobs.disk import new_id
 from guanaco.server.training.jobs.errors import RequestRefused
 from guanaco.server.training.jobs.limits import TrainLimits
 from guanaco.server.training.jobs.process import TrainerCommand, TrainerProcess, end_left_behind
-from guanaco.server.training.jobs.records import Hyperparameters
+from guanaco.server.training.jobs.records import JOB, Hyperparameters
 from support.training import job_runner
 from support.training.job_runner import ALICE, BOB, ROWS, Room, is_running, starts
 
@@ -332,6 +334,24 @@ def test_a_full_disk_fails_one_job_and_not_the_queue(tmp_path: Path, monkeypatch
             assert "No space left on device" in failed.error["message"]
             monkeypatch.undo()
             await room.until((await room.create()).id, "succeeded")
+
+    run(work)
+
+
+def test_jobs_that_fail_at_once_do_not_reset_a_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("guanaco.server.training.jobs.store.MAX_KEPT_JOBS_PER_KEY", 1)
+
+    async def work() -> None:
+        async with Room(tmp_path) as room:
+            trained = await room.until((await room.create()).id, "succeeded")
+            failed = [
+                replace(trained, id=new_id(JOB), created_at=trained.created_at + n, step=0, train_seconds=0.0)
+                for n in (1, 2)
+            ]
+            for job in failed:
+                room.service.jobs.add(job)
+            kept = {job.id for job in room.service.jobs.all()}
+            assert kept == {trained.id, failed[1].id}, "the other one counts in no quota"
 
     run(work)
 
