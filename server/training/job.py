@@ -82,9 +82,10 @@ class Prepared:
         sums = [0, *accumulate(len(self.train.items[index].ids) for index in self.order)]
         return [sums[min(step * size, len(self.order))] for step in range(self.num_steps + 1)]
 
-    def digest(self) -> str:
-        """What a checkpoint must agree with: the sequences, their order and the recipe."""
-        content = [self.file.sha256, self.order, [item.ids for item in self.held_out.items], self.recipe.public()]
+    def digest(self, base_fingerprint: str, train_dtype: str) -> str:
+        """What a checkpoint must agree with: the base and its dtype, the sequences, their order and the recipe."""
+        sequences = [[item.ids for item in part.items] for part in (self.train, self.held_out)]
+        content = [base_fingerprint, train_dtype, self.file.sha256, self.order, sequences, self.recipe.public()]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -150,11 +151,11 @@ def _train(
     settings: Settings, request: TrainingRequest, base: TrainingBase, prepared: Prepared, console: Console
 ) -> dict[str, Any]:
     recipe, work = prepared.recipe, request.work
-    checkpoint = _checkpoint(request, prepared)
     torch.set_num_threads(settings.threads or torch.get_num_threads())
     torch.use_deterministic_algorithms(True)
     dtype = torch.bfloat16 if request.train_dtype == "bfloat16" else torch.float32
     frozen, fingerprint = load_frozen(settings, base, dtype, console)
+    checkpoint = _checkpoint(request, prepared.digest(fingerprint, request.train_dtype))
     for note in _notes(recipe, prepared, getattr(frozen, "guanaco_notes", ())):
         console.print(f"note: {note}", markup=False)
     model = make_adapter(frozen, recipe)
@@ -196,12 +197,12 @@ def _train(
     return _answer(request.out, made.public())
 
 
-def _checkpoint(request: TrainingRequest, prepared: Prepared) -> Path | None:
+def _checkpoint(request: TrainingRequest, digest: str) -> Path | None:
     """The checkpoint to go on from. A training that begins anew removes those of an earlier one.
 
-    Raises TrainingError where the checkpoint is of other data or another recipe."""
+    digest: see `Prepared.digest`. Raises TrainingError where the checkpoint was written with another digest.
+    """
     state = request.work / "training.json"
-    digest = prepared.digest()
     checkpoint = newest_checkpoint(request.work) if request.resume else None
     if checkpoint is not None:
         try:
@@ -211,8 +212,8 @@ def _checkpoint(request: TrainingRequest, prepared: Prepared) -> Path | None:
         if before != digest:
             raise TrainingError(
                 ErrorCode.INVALID_TRAINING_DATA,
-                f"{request.work} has checkpoints of other data or another recipe: leave --resume out to begin anew, or "
-                "name another --work",
+                f"{request.work} has checkpoints of another base, other data or another recipe: leave --resume out to "
+                "begin anew, or name another --work",
             )
         return checkpoint
     for path in request.work.glob("checkpoint-*"):

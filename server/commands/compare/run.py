@@ -161,7 +161,16 @@ def _promote(options: Options, result: dict[str, Any]) -> dict[str, Any]:
         return {"alias": options.promote, "target": None, "why": why}
     if "://" in winner:
         return {"alias": options.promote, "target": None, "why": f"{winner} is not on {options.url}"}
-    AdminClient(options.url, options.admin_key).call("PUT", f"/aliases/{options.promote}", {"split": {winner: 1}})
+    if winner == options.promote:
+        return {"alias": options.promote, "target": None, "why": f"{winner} is this alias: it stays as it is"}
+    try:
+        AdminClient(options.url, options.admin_key).call("PUT", f"/aliases/{options.promote}", {"split": {winner: 1}})
+    except CommandError as error:  # the comparison took long: its reports are written all the same
+        return {
+            "alias": options.promote,
+            "target": None,
+            "why": f"{winner} is better, but the alias was refused: {error}",
+        }
     return {"alias": options.promote, "target": winner, "why": "it is better than every other contestant"}
 
 

@@ -167,6 +167,11 @@ def test_a_resume_comes_to_the_same_tensors(
     assert not stopped.out.exists()
     with pytest.raises(TrainingError, match="other data or another recipe"):
         run_training(settings, request_for("stopped", resume=True, rank=8), SILENT)
+    load = job.load_frozen
+    with monkeypatch.context() as patched:
+        patched.setattr(job, "load_frozen", lambda *given: (load(*given)[0], "the fingerprint of another base"))
+        with pytest.raises(TrainingError, match="another base"):
+            run_training(settings, request_for("stopped", resume=True), SILENT)
     run_training(settings, request_for("stopped", resume=True), SILENT)
     assert equal(tensors(whole), tensors(stopped))
 

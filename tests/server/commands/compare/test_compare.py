@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from guanaco.server.commands.common import CommandError
 from guanaco.server.commands.main import app
 from support.server.scripted_endpoint import Reply, ScriptedEndpoint, chat_answer, judged
 
@@ -195,6 +196,22 @@ def test_a_version_answers_through_an_alias_of_its_own_and_the_winner_is_promote
     assert guanaco.aliases.pop("prod") == {"split": {"pirate@3f2c9a": 1}}
     assert list(guanaco.aliases) == guanaco.deleted
     assert list(guanaco.aliases.values()) == [{"split": {"pirate@3f2c9a": 1}}]
+
+
+def test_a_refused_promotion_loses_no_report(prompts: Path, tmp_path: Path) -> None:
+    def refuse(*_: object) -> None:
+        raise CommandError("this key may not change adapters")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("guanaco.server.commands.adapter_actions.AdminClient.call", refuse)
+        with ScriptedEndpoint(Guanaco().answer, Guanaco().card) as server:
+            done = run("pirate", "terse", "--url", server.url, "--prompts", prompts, "--out", tmp_path / "out",
+                       "--judge-regex", "Arr", "--admin-key", "k", "--promote", "prod", "--json")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout.splitlines()[-1])["promoted"]
+    assert told["target"] is None
+    assert "this key may not change adapters" in told["why"]
+    assert (tmp_path / "out" / "report.html").exists()
 
 
 def test_a_person_judges_and_a_second_run_goes_on(
