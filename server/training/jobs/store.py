@@ -144,8 +144,10 @@ class JobStore:
         )
 
     def _remove(self, jobs: Iterable[Job]) -> None:
+        """Forget jobs. The adapter of a job that succeeded stays: its model may be served, and comes from there."""
         for job in jobs:
             with self._lock:
                 self._jobs.pop(job.id, None)
-            shutil.rmtree(self.adapter(job.id), ignore_errors=True)
+            if job.status is not Status.SUCCEEDED:
+                shutil.rmtree(self.adapter(job.id), ignore_errors=True)
             shutil.rmtree(self.folder(job.id), ignore_errors=True)

@@ -7,18 +7,15 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Coroutine
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from guanaco.models.error_codes import ErrorCode
-from guanaco.server.training.jobs.disk import new_id
 from guanaco.server.training.jobs.errors import RequestRefused
-from guanaco.server.training.jobs.limits import TrainLimits
 from guanaco.server.training.jobs.process import TrainerCommand, TrainerProcess, end_left_behind
-from guanaco.server.training.jobs.records import JOB, Hyperparameters
+from guanaco.server.training.jobs.records import Hyperparameters
 from support.training import job_runner
 from support.training.job_runner import ALICE, BOB, ROWS, Room, is_running, starts
 
@@ -191,40 +188,6 @@ def test_cancel_in_every_state(tmp_path: Path) -> None:
     run(work)
 
 
-def test_quotas_of_jobs_steps_and_hours(tmp_path: Path) -> None:
-    async def work() -> None:
-        async with Room(tmp_path / "jobs", limits=TrainLimits(max_jobs_per_key=1), **LONG) as room:
-            first = await room.create()
-            with pytest.raises(RequestRefused, match="1 jobs of this API key") as refused:
-                await room.create()
-            assert refused.value.code == ErrorCode.TRAINING_QUOTA_EXCEEDED
-            await room.create(BOB)
-            await room.service.cancel(ALICE, first.id)
-            await room.create()
-        async with Room(tmp_path / "steps", limits=TrainLimits(max_steps_per_key=10), FAKE_STEPS="6") as room:
-            planned = await room.create(hyperparameters=Hyperparameters(n_epochs=11, batch_size=3))
-            refused_job = await room.until(planned.id, "failed")
-            assert refused_job.error is not None
-            assert refused_job.error["code"] == "training_quota_exceeded"
-            assert not starts(room, planned.id)
-            await room.until((await room.create()).id, "succeeded")
-            # Six of ten are used; the trainer says that it needs six more.
-            stopped = await room.until((await room.create()).id, "failed", "succeeded")
-            assert stopped.error is not None
-            assert "has 6 steps, and this API key has 10" in stopped.error["message"]
-            await room.until((await room.create(BOB)).id, "succeeded")
-        limits = TrainLimits(max_hours_per_key=0.1 / 3600)
-        async with Room(tmp_path / "hours", limits=limits, **LONG) as room:
-            over = await room.until((await room.create()).id, "failed")
-            assert over.error is not None
-            assert "hours of training" in over.error["message"]
-            await room.idle()
-            with pytest.raises(RequestRefused, match="hours of 24"):
-                await room.create()
-
-    run(work)
-
-
 def test_an_orderly_end_writes_a_checkpoint_and_the_next_server_resumes(tmp_path: Path) -> None:
     async def work() -> None:
         async with Room(tmp_path, FAKE_STEPS="400", FAKE_SECONDS="0.01") as room:
@@ -334,24 +297,6 @@ def test_a_full_disk_fails_one_job_and_not_the_queue(tmp_path: Path, monkeypatch
             assert "No space left on device" in failed.error["message"]
             monkeypatch.undo()
             await room.until((await room.create()).id, "succeeded")
-
-    run(work)
-
-
-def test_jobs_that_fail_at_once_do_not_reset_a_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("guanaco.server.training.jobs.store.MAX_KEPT_JOBS_PER_KEY", 1)
-
-    async def work() -> None:
-        async with Room(tmp_path) as room:
-            trained = await room.until((await room.create()).id, "succeeded")
-            failed = [
-                replace(trained, id=new_id(JOB), created_at=trained.created_at + n, step=0, train_seconds=0.0)
-                for n in (1, 2)
-            ]
-            for job in failed:
-                room.service.jobs.add(job)
-            kept = {job.id for job in room.service.jobs.all()}
-            assert kept == {trained.id, failed[1].id}, "the other one counts in no quota"
 
     run(work)
 
