@@ -27,6 +27,9 @@ from guanaco.server.training.jobs.runner import JobRunner, Publisher
 from guanaco.server.training.jobs.store import JobStore
 from guanaco.server.training.jobs.usage import Usage
 
+# A process that a killed server was starting holds the server's lock until it runs its own program: milliseconds.
+_LOCK_TRIES, _LOCK_PAUSE_SECONDS = 20, 0.05
+
 
 def has_extra() -> bool:
     """Whether the libraries of the `train` extra are installed. Imports none of them."""
@@ -90,7 +93,7 @@ class TrainingService:
         make_directory(self.directory)
         handle = os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take_lock(handle)
             self.files.open()
             notes = self.jobs.open()
         except BaseException:
@@ -223,3 +226,15 @@ class TrainingService:
         if not free:
             text = "a model that no job of this API key made has this name already: choose another suffix"
             raise RequestRefused(ErrorCode.NAME_TAKEN, text, "suffix", RefusalKind.CONFLICT)
+
+
+def _take_lock(handle: int) -> None:
+    """Lock an open file for this server alone. Raises BlockingIOError where another server has it, after a second."""
+    for left in reversed(range(_LOCK_TRIES)):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if left == 0:
+                raise
+            time.sleep(_LOCK_PAUSE_SECONDS)

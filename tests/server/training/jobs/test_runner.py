@@ -1,6 +1,7 @@
 """Jobs through their states over a fake trainer: order, cancel, quotas, failures, and servers that are killed."""
 
 import asyncio
+import fcntl
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from guanaco.models.error_codes import ErrorCode
+from guanaco.server.training.jobs import service
 from guanaco.server.training.jobs.errors import RequestRefused
 from guanaco.server.training.jobs.process import TrainerCommand, TrainerProcess, end_left_behind
 from guanaco.server.training.jobs.records import Hyperparameters
@@ -332,6 +334,16 @@ def test_names(tmp_path: Path) -> None:
             assert job.name.startswith("ft-")
 
     run(work)
+
+
+def test_a_lock_that_is_let_go_in_a_moment_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that a killed server was starting has that server's lock until it runs its own program."""
+    held = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    monkeypatch.setattr(service.time, "sleep", lambda _: os.close(held))
+    handle = os.open(tmp_path / "lock", os.O_RDWR)
+    service._take_lock(handle)
+    os.close(handle)
 
 
 def test_a_second_server_does_not_get_the_directory(tmp_path: Path) -> None:
