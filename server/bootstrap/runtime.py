@@ -23,8 +23,6 @@ from guanaco.kernels import NativeUnavailable, Ops, load_ops
 from guanaco.models.architectures.kv_cache import PagedKVCache, block_bytes
 from guanaco.models.formats.strict_json import read_json
 from guanaco.models.loading.checkpoint import stored_table
-from guanaco.models.loading.demo import ensure_demo_model
-from guanaco.models.loading.hub import resolve_model
 from guanaco.models.loading.loader import LoadedModel, load_model
 from guanaco.models.loading.unread_fields import generation_notes
 from guanaco.models.text.chat_template import TEMPLATE_NAMES, ChatTemplate
@@ -44,6 +42,7 @@ from guanaco.server.bootstrap.gpu import find_gpu
 from guanaco.server.bootstrap.gpu_runtime import gpu_notes, gpu_reserve_bytes, make_decode_path, use_tuned_kernels
 from guanaco.server.bootstrap.machine import look
 from guanaco.server.bootstrap.memory_plan import GPU_KV_SHARE, KvRequest, MemoryPlan, plan_memory
+from guanaco.server.bootstrap.model_path import find_model
 from guanaco.server.bootstrap.progress import reporting
 from guanaco.server.config import Settings
 from guanaco.server.engine.block_manager import BlockManager
@@ -179,20 +178,7 @@ def _load_provider(settings: Settings, num_threads: int) -> tuple[Ops, str]:
 
 
 def _load_base(settings: Settings, ops: Ops, console: Console) -> Base:
-    token = settings.hub_token.get_secret_value() if settings.hub_token else None
-    if settings.model is None:
-        with reporting(console, "demo model") as report:
-            path = ensure_demo_model(settings.cache_dir, offline=settings.offline, progress=report)
-    else:
-        with reporting(console, "download") as report:
-            path = resolve_model(
-                settings.model,
-                cache_dir=settings.cache_dir / "hub",
-                shared_cache=settings.shared_hub_cache,
-                offline=settings.offline,
-                token=token,
-                progress=report,
-            )
+    path = find_model(settings, console)
     with reporting(console, "load") as report:
         cache = settings.cache_dir if settings.quantized_cache else None
         keep_float32 = settings.dtype == "float32"

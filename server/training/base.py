@@ -14,13 +14,12 @@ from guanaco.models.architectures.config import ModelConfig
 from guanaco.models.architectures.registry import projection_shapes
 from guanaco.models.formats.strict_json import read_json
 from guanaco.models.loading.checkpoint import open_checkpoint
-from guanaco.models.loading.demo import ensure_demo_model
-from guanaco.models.loading.hub import resolve_model
 from guanaco.models.text.chat_template import TEMPLATE_NAMES, ChatTemplate
 from guanaco.models.text.special_ids import reconcile_special_ids
 from guanaco.models.text.tokenizer import Tokenizer
 from guanaco.models.text.tokenizer_check import check_tokenizer
 from guanaco.server.bootstrap.before_loading import base_root, chosen_template
+from guanaco.server.bootstrap.model_path import find_model
 from guanaco.server.bootstrap.progress import reporting
 from guanaco.server.config import Settings
 
@@ -46,19 +45,7 @@ class TrainingBase:
 
 def find_base(settings: Settings, console: Console) -> TrainingBase:
     """Find the model as a server does, and read all but its weights. Raises ModelError or TemplateError."""
-    token = settings.hub_token.get_secret_value() if settings.hub_token else None
-    with reporting(console, "model") as report:
-        if settings.model is None:
-            path = ensure_demo_model(settings.cache_dir, offline=settings.offline, progress=report)
-        else:
-            path = resolve_model(
-                settings.model,
-                cache_dir=settings.cache_dir / "hub",
-                shared_cache=settings.shared_hub_cache,
-                offline=settings.offline,
-                token=token,
-                progress=report,
-            )
+    path = find_model(settings, console)
     with closing(open_checkpoint(path)) as source:
         config, generation = source.config, dict(source.sampling)
     file = path / "generation_config.json"

@@ -393,8 +393,7 @@ def test_no_other_grammar_gets_the_control_tokens_of_calls(compiler: GrammarComp
 def test_where_nothing_is_enforced_with_auto() -> None:
     assert plan("default", "auto", tools=TOOLS[1:]).grammar(None) is None, "no tool is strict"
     assert plan("default", "auto", setting="none").grammar(None) is None, "answers are not searched"
-    regex = Grammar("regex", "a+", "guided_regex")
-    assert plan("default", "auto").grammar(regex) == regex
+    assert plan("default", "auto").grammar(regex := Grammar("regex", "a+", "guided_regex")) == regex
     bad = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "not": {}}}}
     assert plan("default", "auto", tools=[TOOLS[0], bad]).grammar(None), "it is not strict: any object will do"
     with pytest.raises(ApiError):

@@ -1,0 +1,29 @@
+"""Where the model that the settings name lies on this disk. Called before serving and before training."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from guanaco.models.loading.demo import ensure_demo_model
+from guanaco.models.loading.hub import resolve_model
+from guanaco.server.bootstrap.progress import reporting
+from guanaco.server.config import Settings
+
+
+def find_model(settings: Settings, console: Console) -> Path:
+    """The path of the settings' model, fetched first where it is on the hub; the demo's where none is named.
+
+    Raises ModelError where it can't be had.
+    """
+    if settings.model is None:
+        with reporting(console, "demo model") as report:
+            return ensure_demo_model(settings.cache_dir, offline=settings.offline, progress=report)
+    with reporting(console, "download") as report:
+        return resolve_model(
+            settings.model,
+            cache_dir=settings.cache_dir / "hub",
+            shared_cache=settings.shared_hub_cache,
+            offline=settings.offline,
+            token=settings.hub_token.get_secret_value() if settings.hub_token else None,
+            progress=report,
+        )
