@@ -2,8 +2,8 @@
 import { announce } from "../app/announce.js";
 import { percent } from "../app/format.js";
 import { addVote, clearVotes, downloadQuestions, downloadVotes, tally, undoVote, votes } from "./votes.js";
-import { Confirm, html, useEffect, useRef, useState, useValue } from "../app/ui.js";
-import { Column } from "./compare.js";
+import { Confirm, html, useEffect, useLayoutEffect, useRef, useState, useValue } from "../app/ui.js";
+import { Column } from "./column.js";
 
 const CHOICES = [[1, "Left is better"], [2, "Right is better"], [3, "Tie"]];
 
@@ -18,7 +18,7 @@ export function Ballot({ shown, hasNext, onNext, onAgain }) {
     setVerdict(choice);
     announce(`Vote counted. Left was ${left.model}, right was ${right.model}.`);
   };
-  useEffect(() => {
+  useLayoutEffect(() => { // a key pressed right after the verdict is drawn must find the new handler
     const onKey = (event) => {
       if (event.target.closest?.("input, textarea, select, dialog") || event.ctrlKey || event.altKey || event.metaKey) return;
       if (["1", "2", "3"].includes(event.key)) vote(Number(event.key));

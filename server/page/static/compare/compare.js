@@ -1,13 +1,10 @@
 // Compare: one prompt to two to four names at once, side by side or blind.
 import { LEAST, MOST, round, startRound, stopRound } from "./columns.js";
-import { marked } from "./diff.js";
-import { shortVersion } from "../app/format.js";
 import { models } from "../app/models.js";
 import { FIELDS } from "../app/sampling.js";
-import { cell, html, useEffect, useMemo, useState, useValue } from "../app/ui.js";
+import { cell, html, useEffect, useState, useValue } from "../app/ui.js";
 import { Ballot, Results } from "./ballot.js";
-import { Failure } from "../app/failure.js";
-import { Numbers, Rendered } from "../chat/message.js";
+import { Columns } from "./column.js";
 import { Picker } from "../app/picker.js";
 import { NumberField } from "../chat/settings.js";
 
@@ -99,26 +96,6 @@ function Options({ chosen, change, isBusy }) {
         <div><label for="compare-system">System prompt</label><textarea id="compare-system" rows="1" value=${chosen.system}
           onInput=${(e) => change({ system: e.currentTarget.value })} /></div></div>
     </details></div>`;
-}
-
-function Columns({ shown, showsDifferences }) {
-  const first = shown.answers[0].answer;
-  return html`<div class="columns">${shown.answers.map(({ model, answer }, index) => html`
-    <${Column} key=${index} title=${model} answer=${answer}
-      other=${showsDifferences && index > 0 && !shown.isBusy ? first.text : null} />`)}</div>`;
-}
-
-export function Column({ title, answer, other = null, isNamed = true }) {
-  const words = useMemo(() => (other === null ? null : marked(answer.text, other)), [answer.text, other]);
-  const isBusy = ["waiting", "streaming"].includes(answer.state);
-  return html`<article class="column" aria-label=${`Answer of ${title}`} aria-busy=${isBusy}>
-    <header><strong>${title}</strong>${isNamed && answer.versions && html` <span class="version">${shortVersion(answer.versions)}</span>`}</header>
-    ${words ? html`<p class="text plain">${words.map(({ word, isNew }, i) => (isNew ? html`<mark key=${i}>${word}</mark>` : word))}</p>`
-      : html`<${Rendered} text=${answer.text} isGrowing=${isBusy} />`}
-    ${answer.state === "waiting" && html`<p class="waiting">Waiting<span class="dots"></span></p>`}
-    ${answer.error && html`<${Failure} error=${answer.error} />`}
-    ${isNamed && html`<${Numbers} node=${answer} />`}
-  </article>`;
 }
 
 function firstNames({ base, adapters, aliases }) {
