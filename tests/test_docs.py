@@ -104,7 +104,7 @@ def test_fields_of_profiles() -> None:
 
 def test_series() -> None:
     metrics = Metrics("base", max_model_len=64)
-    metrics.adapters.set_tiers({"host": float}, {"host": float})
+    metrics.adapters.set_tiers(sizes={"host": float}, evictions={"host": float}, counts={"host": float})
     names = {family.name for family in metrics.registry.collect() if "adapter" in family.name or "lora" in family.name}
     assert first_column(section("Metrics")) == names
     assert {*LOAD_STAGES, *LOAD_RESULTS} <= quoted(section("Metrics"))

@@ -329,6 +329,11 @@ class AdapterRegistry:
         """Bytes of all copies in memory, each version counted once."""
         return sum(adapter.num_bytes for adapter in self._snapshot.copies.values())
 
+    @property
+    def num_copies(self) -> int:
+        """The number of versions in memory. Any thread may ask."""
+        return len(self._snapshot.copies)
+
     def check_free(self, name: str, *, replace: bool = False) -> None:
         """Raises AdapterError for an invalid name, for the base's, and for a taken one unless `replace`."""
         check_name(name)

@@ -29,7 +29,7 @@ class Machine:
 def look(cgroup: Path = _CGROUP, proc: Path = Path("/proc")) -> Machine:
     """Read the machine's limits now."""
     name, flags = _cpu_info(proc)
-    total, available = _memory(cgroup, proc)
+    total, available = memory(cgroup, proc)
     return Machine(
         cpu_name=name,
         cpu_count=_cpu_count(cgroup),
@@ -52,21 +52,32 @@ def _cpu_count(cgroup: Path) -> int:
     return max(1, allowed)
 
 
-def _memory(cgroup: Path, proc: Path) -> tuple[int, int]:
+def memory(cgroup: Path = _CGROUP, proc: Path = Path("/proc")) -> tuple[int, int]:
+    """(memory that this process may use in all, what is left of it), in bytes, now: of the container where it has a
+    limit, else of the machine."""
     sizes = {}
     for line in _text(proc / "meminfo").splitlines():
         key, _, value = line.partition(":")
         sizes[key] = int(value.split()[0]) * 1024 if value.split() else 0
     total, available = sizes.get("MemTotal", 0), sizes.get("MemAvailable", 0)
-    for limit, usage in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    for limit, usage, stat in (
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
     ):
         words = _words(cgroup / limit)
         if words and words[0] != "max" and int(words[0]) < total:
             total = int(words[0])
-            available = min(available, total - int((_words(cgroup / usage) or ["0"])[0]))
+            used = int((_words(cgroup / usage) or ["0"])[0])
+            available = min(available, total - max(0, used - _cached_file_bytes(cgroup / stat)))
     return total, max(0, available)
+
+
+def _cached_file_bytes(stat: Path) -> int:
+    """Bytes of files that a container's kernel keeps in memory and gives up first. `memory.current` counts them as
+    used, MemAvailable of a machine does not."""
+    pairs = (line.split() for line in _text(stat).splitlines())
+    sizes = {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2}
+    return sizes.get("total_inactive_file", sizes.get("inactive_file", 0))  # v1 has both, and the first has all groups
 
 
 def _cpu_info(proc: Path) -> tuple[str, set[str]]:

@@ -34,13 +34,14 @@ from guanaco.server.api.http.access_log import start_logging
 from guanaco.server.api.http.auth import KeyRing
 from guanaco.server.api.server import bind, serve
 from guanaco.server.bootstrap.dtypes import name_of
-from guanaco.server.bootstrap.machine import resident_bytes
+from guanaco.server.bootstrap.machine import memory, resident_bytes
 from guanaco.server.bootstrap.memory_plan import human_bytes
 from guanaco.server.bootstrap.runtime import Base, Runtime, build_runtime
 from guanaco.server.bootstrap.training import training_service
 from guanaco.server.config import Settings
 from guanaco.server.engine.async_engine import AsyncEngine, QueueCaps
 from guanaco.server.errors import CommandError
+from guanaco.server.metrics.limits import publish_limits
 from guanaco.server.metrics.server import Metrics
 from guanaco.server.training.jobs.service import TrainingService
 
@@ -119,6 +120,7 @@ def _api_state(settings: Settings, runtime: Runtime, keys: KeyRing, admin_keys: 
         old_names=settings.metrics_compat,
     )
     cache_dtype = name_of(runtime.kv_dtype)
+    publish_limits(metrics.registry, max_queued_requests=settings.max_queued_requests, memory=memory)
     metrics.set_cache_config(block_size=plan.block_size, num_blocks=plan.num_blocks, cache_dtype=cache_dtype)
     engine = AsyncEngine(
         runtime.engine,
@@ -196,6 +198,11 @@ def _adapter_manager(
     metrics.adapters.set_tiers(
         sizes={"host": lambda: runtime.registry.num_bytes, "device": lambda: runtime.slots.num_bytes},
         evictions={"host": lambda: residency.host.num_evictions, "device": lambda: residency.slots.num_evictions},
+        counts={
+            "stored": lambda: len(runtime.registry.versions()),
+            "host": lambda: runtime.registry.num_copies,
+            "device": lambda: len(residency.slots.resident),
+        },
     )
     return manager
 

@@ -29,6 +29,8 @@ OTHER_LABEL = "(other)"
 
 _NAME_LISTS = frozenset({"running_lora_adapters", "waiting_lora_adapters"})  # labels
 
+ByTier = dict[str, Callable[[], float]]
+
 _TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _LOAD_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 600.0)
 
@@ -123,10 +125,11 @@ class AdapterMetrics:
         )
         self._stages = {stage: stages.labels(stage) for stage in LOAD_STAGES}
 
-    def set_tiers(self, sizes: dict[str, Callable[[], float]], evictions: dict[str, Callable[[], float]]) -> None:
-        """Set the functions that are called at every scrape: tier → bytes, and tier → evictions from it. Call once. On
-        a CPU the device uses the host's copies, so no byte counts twice."""
-        self._registry.register(_Tiers(sizes, evictions))
+    def set_tiers(self, *, sizes: ByTier, evictions: ByTier, counts: ByTier) -> None:
+        """Set the functions that are called at every scrape. `sizes`: tier → bytes. `evictions`: tier → evictions from
+        it. `counts`: tier → adapter versions there. Call once. On a CPU the device uses the host's copies, so no byte
+        counts twice."""
+        self._registry.register(_Tiers(sizes, evictions, counts))
 
     def observe_load(self, result: str, seconds: float) -> None:
         """Count a load that has ended. result: one of LOAD_RESULTS."""
@@ -229,18 +232,18 @@ class AdapterMetrics:
 
 
 class _Tiers(Collector):
-    def __init__(self, sizes: dict[str, Callable[[], float]], evictions: dict[str, Callable[[], float]]) -> None:
-        self._sizes = sizes
-        self._evictions = evictions
+    def __init__(self, sizes: ByTier, evictions: ByTier, counts: ByTier) -> None:
+        self._sizes, self._evictions, self._counts = sizes, evictions, counts
 
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
         sizes = GaugeMetricFamily("guanaco_adapter_bytes", "Bytes of adapters, by where they are.", labels=["tier"])
-        for tier, size in self._sizes.items():
-            sizes.add_metric([tier], size())
+        counts = GaugeMetricFamily(
+            "guanaco_adapter_versions", "Adapter versions, by where they are; stored: known at all.", labels=["tier"]
+        )
         evictions = CounterMetricFamily(
             "guanaco_adapter_evictions", "Adapters that lost their place, by where it was.", labels=["tier"]
         )
-        for tier, count in self._evictions.items():
-            evictions.add_metric([tier], count())
-        yield sizes
-        yield evictions
+        for family, by_tier in ((sizes, self._sizes), (counts, self._counts), (evictions, self._evictions)):
+            for tier, value in by_tier.items():
+                family.add_metric([tier], value())
+            yield family

@@ -24,6 +24,7 @@ from prometheus_client.registry import Collector
 from guanaco.server.engine.request import StepStats
 from guanaco.server.metrics.adapters import DEFAULT_ADAPTER_LABELS, AdapterMetrics, without_names
 from guanaco.server.metrics.histogram import HotHistogram
+from guanaco.server.metrics.http import HttpMetrics
 from guanaco.server.metrics.training import Numbers, TrainingCollector
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
@@ -106,6 +107,7 @@ class Metrics:
         self.adapters = AdapterMetrics(
             self.registry, num_slots=adapter_slots, max_labels=max_adapter_labels, clock=clock
         )
+        self.http = HttpMetrics(self.registry)
         self._make_engine_series()
         self._make_request_series(max_model_len)
         self._make_own_series()
@@ -153,6 +155,15 @@ class Metrics:
 
         tokens = count_buckets(max_model_len)
         self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens of admitted requests.")
+        self._cached_tokens = self._counter("vllm:prompt_tokens_cached", "Of these, found in the prefix cache.")
+        sources = Counter(
+            "vllm:prompt_tokens_by_source",
+            "Prompt tokens of admitted requests: computed, or found in the prefix cache.",
+            [*self._labels, "source"],
+            registry=self.registry,
+        )
+        self._computed_prompt = sources.labels(**self._labels, source="local_compute")
+        self._found_prompt = sources.labels(**self._labels, source="local_cache_hit")
         self._generation_tokens = self._counter("vllm:generation_tokens", "Tokens generated.")
         label_names = [*self._labels, "finished_reason"]
         success = Counter("vllm:request_success", "Requests that ended.", label_names, registry=self.registry)
@@ -208,7 +219,7 @@ class Metrics:
         self._grammar_hits = counter("guanaco_grammar_cache_hits", "Such demands that were kept from before.")
         self._heartbeat = Gauge(
             "guanaco_engine_heartbeat_age_seconds",
-            "Seconds since the engine moved.",
+            "How long the present step has run; 0 between steps.",
             registry=self.registry,
         )
 
@@ -261,9 +272,12 @@ class Metrics:
             self.adapters.observe_sequences(step.sequence_versions)
         self.adapters.show(self._clock())  # an adapter can leave the device without a step
 
-    def observe_prompt(self, adapter: str | None, count: int) -> None:
-        """Count the prompt tokens of a request that was admitted."""
+    def observe_prompt(self, adapter: str | None, count: int, num_cached: int = 0) -> None:
+        """Count the prompt tokens of a request that was admitted. num_cached: found in the prefix cache."""
         self._prompt_tokens.inc(count)
+        self._cached_tokens.inc(num_cached)
+        self._computed_prompt.inc(count - num_cached)
+        self._found_prompt.inc(num_cached)
         self.adapters.count_prompt(adapter, count)
 
     def observe_first_token(self, adapter: str | None, seconds: float) -> None:

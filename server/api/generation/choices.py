@@ -150,7 +150,7 @@ class Generation:
             if choice.first_token_seconds is None:
                 choice.first_token_seconds = now
                 metrics.observe_first_token(adapter, now)
-                metrics.observe_prompt(adapter, choice.num_prompt_tokens)
+                metrics.observe_prompt(adapter, choice.num_prompt_tokens, output.num_cached_tokens)
                 if self._record.ttft_seconds is None:
                     self._record.ttft_seconds = now
             gap = None if choice.last_token_seconds is None else now - choice.last_token_seconds
@@ -162,7 +162,9 @@ class Generation:
             choice.queue_seconds = output.queue_seconds
         if output.finish_reason is not None:
             if choice.request.params.max_tokens == 0 and output.finish_reason is FinishReason.LENGTH:
-                metrics.observe_prompt(adapter, choice.num_prompt_tokens)  # otherwise its first token did
+                metrics.observe_prompt(
+                    adapter, choice.num_prompt_tokens, output.num_cached_tokens
+                )  # otherwise its first token did
             self._finish(index, output.finish_reason)
 
     def _finish(self, index: int, reason: FinishReason) -> None:

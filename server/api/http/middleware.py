@@ -23,6 +23,7 @@ from guanaco.server.api.http.errors import (
     overloaded,
 )
 from guanaco.server.api.http.lifecycle import Lifecycle
+from guanaco.server.engine.awake_clock import awake_seconds
 from guanaco.server.metrics.server import Metrics
 
 logger = logging.getLogger("guanaco.api")
@@ -50,7 +51,7 @@ class RequestScope:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        record = new_record(scope, _request_id(scope))
+        record, began = new_record(scope, _request_id(scope)), awake_seconds()
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -71,9 +72,9 @@ class RequestScope:
             except Exception as error:
                 await _answer_failure(error, record, scope, receive, send_with_id)
             finally:
-                self._finish(record, scope)
+                self._finish(record, scope, began)
 
-    def _finish(self, record: RequestRecord, scope: Scope) -> None:
+    def _finish(self, record: RequestRecord, scope: Scope, began: float) -> None:
         if record.outcome is None:
             if record.status is None:  # the server was told to stop at once
                 record.outcome = "cancelled"
@@ -84,7 +85,10 @@ class RequestScope:
             self.metrics.count_rejected(record.error_code)
         if (route := scope.get("route")) is not None:
             record.route = route.path
-        level = logging.DEBUG if record.route in _QUIET_ROUTES else logging.INFO
+        is_quiet = record.route in _QUIET_ROUTES
+        if not is_quiet and record.status is not None:
+            self.metrics.http.observe(record.route, scope["method"], record.status, awake_seconds() - began)
+        level = logging.DEBUG if is_quiet else logging.INFO
         access_logger.log(level, "request", extra={"fields": record.line(scope["method"])})
 
 

@@ -51,6 +51,16 @@ def test_processors_follow_the_quota(tmp_path: Path, proc: Path, files: dict[str
         ({"memory.max": "max"}, 16000000 * 1024, 8000000 * 1024),
         ({"memory.max": "1000", "memory.current": "400"}, 1000, 600),
         ({"memory.max": "1000", "memory.current": "4000"}, 1000, 0),
+        ({"memory.max": "1000", "memory.current": "700", "memory.stat": "anon 400\ninactive_file 300\n"}, 1000, 600),
+        (
+            {
+                "memory/memory.limit_in_bytes": "2000",
+                "memory/memory.usage_in_bytes": "1500",
+                "memory/memory.stat": "inactive_file 1\ntotal_inactive_file 1000\n",
+            },
+            2000,
+            1500,
+        ),
         ({"memory/memory.limit_in_bytes": "2000", "memory/memory.usage_in_bytes": "500"}, 2000, 1500),
         ({"memory/memory.limit_in_bytes": str(1 << 62)}, 16000000 * 1024, 8000000 * 1024),
     ],

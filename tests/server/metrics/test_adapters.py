@@ -89,7 +89,9 @@ def test_who_is_idle_for_long_gives_its_series_to_who_has_traffic() -> None:
 def test_loads_and_tiers() -> None:
     metrics = Metrics("base", max_model_len=128)
     metrics.adapters.set_tiers(
-        {"host": lambda: 7.0, "device": lambda: 5.0}, {"host": lambda: 3.0, "device": lambda: 4.0}
+        sizes={"host": lambda: 7.0, "device": lambda: 5.0},
+        evictions={"host": lambda: 3.0, "device": lambda: 4.0},
+        counts={"stored": lambda: 9.0, "host": lambda: 2.0},
     )
     for result, seconds in (("ok", 0.5), ("refused", 9.0), ("refused", 9.0)):
         metrics.adapters.observe_load(result, seconds)
@@ -98,6 +100,7 @@ def test_loads_and_tiers() -> None:
     assert read(metrics, "guanaco_adapter_load_seconds_sum") == 0.5
     assert [read(metrics, "guanaco_adapter_bytes", tier=tier) for tier in ("host", "device")] == [7, 5]
     assert [read(metrics, "guanaco_adapter_evictions_total", tier=tier) for tier in ("host", "device")] == [3, 4]
+    assert [read(metrics, "guanaco_adapter_versions", tier=tier) for tier in ("stored", "host")] == [9, 2]
 
 
 class TestThroughTheServer:

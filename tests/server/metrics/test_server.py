@@ -26,7 +26,7 @@ from support.server.api_server import (
 # endpoint picker ask for.
 GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 COUNTERS = ("prompt_tokens", "generation_tokens", "request_success", "num_preemptions", "prefix_cache_queries")
-COUNTERS += ("prefix_cache_hits",)
+COUNTERS += ("prefix_cache_hits", "prompt_tokens_cached", "prompt_tokens_by_source")
 HISTOGRAMS = ("time_to_first_token_seconds", "inter_token_latency_seconds", "time_per_output_token_seconds")
 HISTOGRAMS += ("request_time_per_output_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds")
 HISTOGRAMS += ("request_prefill_time_seconds", "request_decode_time_seconds", "request_inference_time_seconds")
@@ -211,6 +211,15 @@ def test_old_names_are_there_if_they_are_wanted(metrics: Metrics) -> None:
             assert value(made, f"vllm:{new}") in (0.25, 64, 100)
     found = [value(compat, f"vllm:{name}") for name in sorted(old)]
     assert found == [0.25, 64, 100]
+
+
+def test_prompt_tokens_by_source(metrics: Metrics) -> None:
+    metrics.observe_prompt(PIRATE, 40, 32)
+    metrics.observe_prompt(None, 5)
+    assert value(metrics, "vllm:prompt_tokens_total") == 45
+    assert value(metrics, "vllm:prompt_tokens_cached_total") == 32
+    assert value(metrics, "vllm:prompt_tokens_by_source_total", source="local_compute") == 13
+    assert value(metrics, "vllm:prompt_tokens_by_source_total", source="local_cache_hit") == 32
 
 
 def test_request_times(metrics: Metrics) -> None:
