@@ -26,6 +26,7 @@ from guanaco.server.config import Settings
 from guanaco.server.errors import CommandError
 
 _TIMEOUT_SECONDS = 600.0  # reading and probing a large adapter from a slow disk takes long
+_MOST_ANSWER_BYTES = 64 << 20  # a list of many thousand adapters is far smaller
 
 
 class AdminClient:
@@ -41,12 +42,18 @@ class AdminClient:
     def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """The JSON answer to one request."""
         try:
-            response = self._http.request(method, f"{self._url}/v1{path}", json=body)
+            with self._http.stream(method, f"{self._url}/v1{path}", json=body) as response:
+                content = bytearray()
+                for piece in response.iter_bytes():
+                    content += piece
+                    if len(content) > _MOST_ANSWER_BYTES:
+                        most = _MOST_ANSWER_BYTES >> 20
+                        raise CommandError(f"{self._url} answered with more than {most} MiB: it is no guanaco server")
         except httpx2.HTTPError as error:
             raise CommandError(f"no answer from {self._url} ({error}): is the server running there?") from None
         try:
-            answer = response.json()
-        except ValueError:
+            answer = json.loads(content)
+        except (ValueError, RecursionError):
             raise CommandError(f"{self._url} answered {response.status_code}: it is not a guanaco server") from None
         if response.is_error:
             told = answer.get("error") if isinstance(answer, dict) else None

@@ -20,6 +20,7 @@ from guanaco.server.commands.classes import (
 )
 from guanaco.server.commands.common import typed_text
 from guanaco.server.commands.compare.command import compare
+from guanaco.server.commands.train.command import TrainCommand
 from guanaco.server.commands.train.options import train
 
 app = typer.Typer(
@@ -122,7 +123,7 @@ def quantize(
     run_quantize(src, dst, double_quant=double_quant)
 
 
-app.command(cls=OfflineCommand)(train)
+app.command(cls=TrainCommand)(train)
 
 
 @app.command(cls=OfflineCommand)

@@ -20,6 +20,7 @@ _METAVARS = {
     "adapter_profile": "NAME=PROFILE",
     "chat_template": "NAME|FILE",
     "host": "ADDRESS",
+    "max_train_hours_per_key": "HOURS",
     "model": "PATH|ID",
     "served_model_name": "NAME",
 }

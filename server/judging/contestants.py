@@ -36,13 +36,14 @@ class Sampling:
 @dataclass(frozen=True)
 class Contestant:
     """One that answers. name: as reports show it; model: as the endpoint knows it; version: of its adapter, if that is
-    known; family: names of what it is made of, which are compared with a judge's name."""
+    known; family: names of what it is made of, which are compared with a judge's name; is_base: no adapter answers."""
 
     name: str
     endpoint: Endpoint = field(compare=False, repr=False)
     model: str
     version: str | None = None
     family: tuple[str, ...] = ()
+    is_base: bool = False
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ class Endpoint:
                 await self._keep_pace()
                 wait = min(_LONGEST_WAIT, 0.5 * 2**attempt) * random.uniform(0.75, 1.25)  # noqa: S311 (spreads retries)
                 try:
-                    response = await self._http.request(method, self._root + path, json=body)
+                    response, content = await self._exchange(method, path, body)
                 except (httpx2.ConnectError, httpx2.UnsupportedProtocol) as error:
                     if not self._was_reached:
                         hint = "start it (guanaco serve), or correct the address"
@@ -155,20 +155,31 @@ class Endpoint:
                     why = type(error).__name__
                 else:
                     self._was_reached = True
-                    if response.status_code < 300 and (answer := _object(response)) is not None:
+                    if response.status_code < 300 and (answer := _object(content)) is not None:
                         self.usage.add(answer)
                         return answer, dict(response.headers)
-                    why = self._problem(response)
+                    why = self._problem(response, content)
                     wait = max(wait, _retry_after(response.headers.get("retry-after")))
                 if attempt < self.retries:
                     await self.sleep(min(wait, _LONGEST_WAIT))
             self.usage.failures += 1
             raise RequestRefused(f"{self.origin}: no usable answer after {self.retries + 1} attempts ({why})")
 
-    def _problem(self, response: httpx2.Response) -> str:
+    async def _exchange(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[httpx2.Response, bytes]:
+        """A response and its body. RequestRefused as soon as more has come than an answer may have."""
+        async with self._http.stream(method, self._root + path, json=body) as response:
+            content = bytearray()
+            async for piece in response.aiter_bytes():
+                content += piece
+                if len(content) > _MOST_BYTES:
+                    self.usage.failures += 1
+                    raise RequestRefused(f"{self.origin} answered with more than {_MOST_BYTES >> 20} MiB")
+        return response, bytes(content)
+
+    def _problem(self, response: httpx2.Response, content: bytes) -> str:
         """Why a response is worth another attempt. RequestRefused or CommandError where it is not."""
         status = response.status_code
-        told = _object(response) or {}
+        told = _object(content) or {}
         error = told.get("error")
         words = str(error.get("message", "")) if isinstance(error, dict) else ""
         words = (words.replace(self.key, "(key)") if self.key else words)[:300]
@@ -190,11 +201,9 @@ class Endpoint:
                 await self.sleep(start - now)
 
 
-def _object(response: httpx2.Response) -> dict[str, Any] | None:
-    if len(response.content) > _MOST_BYTES:
-        return None
+def _object(content: bytes) -> dict[str, Any] | None:
     try:
-        answer = response.json()
+        answer = json.loads(content)
         # JSON may hold half of a surrogate pair, which no report, page or request can carry: it becomes "?".
         answer = json.loads(json.dumps(answer, ensure_ascii=False).encode("utf-8", "replace"))
     except (ValueError, RecursionError):

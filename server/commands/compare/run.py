@@ -44,7 +44,7 @@ def run_compare(options: Options) -> None:
             add_judgements(result, plan, judged, judge="people", answers=answers)
             store(result, judged, folder)
         if options.promote is not None:
-            result["promoted"] = _promote(options, result)
+            result["promoted"] = _promote(options, result, plan)
         paths = [
             folder.write("report.json", json.dumps(result, indent=1) + "\n"),
             folder.write("report.md", markdown(result)),
@@ -132,7 +132,8 @@ async def _contestant(name: str, endpoint: Endpoint, model: str) -> Contestant:
         version = await _probed_version(endpoint, model)
     parts = [str(part) for part in (version, card.get("base_fingerprint")) if part]
     family = tuple(str(card[field]) for field in ("root", "parent") if card.get(field))
-    return Contestant(name, endpoint, model, "/".join(parts) or None, family)
+    is_base = bool(card.get("id")) and not (card.get("parent") or version)
+    return Contestant(name, endpoint, model, "/".join(parts) or None, family, is_base)
 
 
 async def _probed_version(endpoint: Endpoint, model: str) -> str | None:
@@ -145,7 +146,7 @@ async def _probed_version(endpoint: Endpoint, model: str) -> str | None:
     return headers.get("x-adapter-version")
 
 
-def _promote(options: Options, result: dict[str, Any]) -> dict[str, Any]:
+def _promote(options: Options, result: dict[str, Any], plan: Plan) -> dict[str, Any]:
     """Point the alias at the contestant that is better than every other one, if there is one."""
     names = [card["name"] for card in result["contestants"]]
     beaten: dict[str, set[str]] = {name: set() for name in names}
@@ -161,6 +162,9 @@ def _promote(options: Options, result: dict[str, Any]) -> dict[str, Any]:
         return {"alias": options.promote, "target": None, "why": why}
     if "://" in winner:
         return {"alias": options.promote, "target": None, "why": f"{winner} is not on {options.url}"}
+    if (base := next((c for c in plan.contestants if c.name == winner and c.is_base), None)) is not None:
+        why = f"{winner} is better than every other contestant, and an alias leads to adapters only: it stays as it is"
+        return {"alias": options.promote, "target": None, "why": f"{why}; clients reach the base as {base.model}"}
     if winner == options.promote:
         return {"alias": options.promote, "target": None, "why": f"{winner} is this alias: it stays as it is"}
     try:

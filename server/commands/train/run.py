@@ -1,9 +1,8 @@
 """`guanaco train`: a data file in, an adapter out, and published if that was asked for.
 
 The work is in `server/training`. With --json the last line on standard output is one JSON object: on success adapter,
-train_loss, eval_loss, tokens_per_second, seconds, steps, trained_tokens; on failure `error` with code, message and
-param, and the exit code is 1. Everything else goes to standard error. A training that was stopped ends with exit code
-130.
+train_loss, eval_loss, tokens_per_second, seconds, steps, trained_tokens; on failure that of `command.py`. Everything
+else goes to standard error. A training that was stopped ends with exit code 130.
 """
 
 import json
@@ -20,12 +19,12 @@ from rich.console import Console
 
 from guanaco.adapters.versions.names import check_name
 from guanaco.models.error_codes import ErrorCode
-from guanaco.models.errors import OperatorError
 from guanaco.server.commands.adapter_actions import AdminClient
 from guanaco.server.commands.streams import EXIT_INTERRUPTED
 from guanaco.server.config import Settings
 from guanaco.server.errors import CommandError
-from guanaco.server.training.errors import TrainingStopped
+from guanaco.server.training.data.rows import DataError
+from guanaco.server.training.errors import TrainingError, TrainingStopped
 from guanaco.server.training.extra import check_extra, quiet_and_offline
 from guanaco.server.training.recipes import ALL_LINEAR, RECIPES, SCHEDULES, Recipe
 
@@ -76,7 +75,7 @@ def options_of(params: Mapping[str, Any]) -> TrainOptions:
 
 
 def run_train(settings: Settings, options: TrainOptions) -> int:
-    """Train, publish, and return the exit code. Raises OperatorError, unless --json was asked for."""
+    """Train, publish, and return the exit code. Raises OperatorError, which `TrainCommand` tells."""
     console = Console(stderr=True, highlight=False)
     try:
         with _signals():
@@ -84,12 +83,8 @@ def run_train(settings: Settings, options: TrainOptions) -> int:
     except TrainingStopped as stopped:
         print(f"guanaco: {stopped}", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except OperatorError as error:
-        if not options.as_json:
-            raise
-        code = getattr(error, "code", ErrorCode.INVALID_TRAINING_DATA)
-        print(json.dumps({"error": {"code": str(code), "message": str(error), "param": None}}), flush=True)
-        return 1
+    except DataError as error:
+        raise TrainingError(ErrorCode.INVALID_TRAINING_DATA, str(error)) from None
     if options.as_json:
         print(json.dumps(answer), flush=True)
     else:

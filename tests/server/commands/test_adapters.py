@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from guanaco.server.commands.main import app
 from support.adapters.tiny_adapters import make_adapter
 from support.server.adapter_server import TARGETS, AdapterServer, make_adapter_server
+from support.server.scripted_endpoint import endless_endpoint
 
 
 @pytest.fixture
@@ -54,6 +55,10 @@ def test_what_goes_wrong_is_one_line(server: AdapterServer) -> None:
     ):
         code, text = run(server, *arguments, key=key)
         assert (code, said in text, text.count("\n")) == (2, True, 1), text
+    with pytest.MonkeyPatch.context() as patch, endless_endpoint() as url:
+        patch.setattr("guanaco.server.commands.adapter_actions._MOST_ANSWER_BYTES", 1 << 16)
+        done = CliRunner().invoke(app, ["adapters", "list", "--url", url, "--admin-key", "x"])
+    assert (done.exit_code, "answered with more than" in done.output) == (2, True)
     done = CliRunner().invoke(app, ["adapters", "list", "--url", "http://127.0.0.1:9", "--admin-key", "x"])
     assert (done.exit_code, "is the server running there?" in done.output) == (2, True)
 

@@ -20,6 +20,7 @@ from guanaco.models.loading.checkpoint import open_checkpoint
 from guanaco.server.bootstrap.runtime import _load_provider
 from guanaco.server.commands.doctor_fit import weights_bytes
 from guanaco.server.commands.main import app
+from guanaco.server.commands.setting_options import setting_options
 from guanaco.server.config import ENV_PREFIX, load_settings
 from support.adapters.tiny_adapters import make_adapter
 from support.models.tiny_models import make_tiny_llama
@@ -318,3 +319,9 @@ def test_a_piped_chat_prints_the_answer_alone_and_has_an_end(end: str) -> None:
 def test_what_is_no_address_is_refused_by_every_command(command: list[str], url: str) -> None:
     done = _guanaco(*command, "--url", url, *(["--admin-key", "k"] if command != ["chat"] else []))
     assert (done.exit_code, "expected an address" in done.stderr) == (2, True), done.output
+
+
+def test_a_setting_that_says_seconds_has_seconds() -> None:
+    timed = {o.name: o.help or "" for o in setting_options() if getattr(o, "metavar", None) == "SECONDS"}
+    assert len(timed) > 5
+    assert [name for name, told in timed.items() if "seconds" not in told] == []

@@ -12,6 +12,7 @@ from guanaco.server.commands.main import app
 from guanaco.server.commands.train import run
 from guanaco.server.errors import CommandError
 from guanaco.server.training import extra, job
+from guanaco.server.training.data.rows import DataError
 from guanaco.server.training.errors import TrainingError, TrainingStopped
 
 ANSWER = {"adapter": "/a", "train_loss": 1.0, "eval_loss": None, "tokens_per_second": 2.0, "seconds": 3.0, "steps": 4}
@@ -101,6 +102,34 @@ def test_the_end_of_a_training_that_fails_or_is_stopped(data: Path, monkeypatch:
     run_with(monkeypatch, TrainingStopped("stopped at step 3"))
     done = call(data, "--json")
     assert (done.exit_code, done.stdout, done.stderr) == (130, "", "guanaco: stopped at step 3\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--recipe", "secret"], "bad_option", "--recipe secret: write one of default, guanaco-2023"),
+        (["--rank", "many"], "bad_option", "--rank"),
+        (["--no-such-option"], "bad_option", "--no-such-option"),
+        (["--threads", "-3"], "bad_option", "--threads"),
+        (["--publish", "http://127.0.0.1:9"], "bad_option", "--adapter-root is not given"),
+    ],
+)
+def test_with_json_a_wrong_option_is_an_object_too(
+    data: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: str, words: str
+) -> None:
+    asked = run_with(monkeypatch, ANSWER)
+    done = call(data, *arguments, "--json")
+    error = json.loads(done.stdout)["error"]
+    assert (done.exit_code, error["code"], asked) == (1, code, [])
+    assert words in error["message"]
+    plain = call(data, *arguments)
+    assert (plain.exit_code, plain.stdout) == (2, "")
+
+
+def test_data_that_can_not_be_trained_on_have_a_code(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_with(monkeypatch, DataError("line 1: mend it"))
+    done = call(data, "--json")
+    assert json.loads(done.stdout)["error"]["code"] == "invalid_training_data"
 
 
 class FakeClient:

@@ -8,7 +8,7 @@ import pytest
 
 from guanaco.server.errors import CommandError
 from guanaco.server.judging.endpoints import Endpoint, RequestRefused, origin_of, read_keys
-from support.server.scripted_endpoint import Reply, ScriptedEndpoint, chat_answer
+from support.server.scripted_endpoint import Reply, ScriptedEndpoint, chat_answer, endless_endpoint
 
 BODY = {"model": "m", "messages": []}
 
@@ -126,3 +126,10 @@ def test_half_a_surrogate_pair_in_an_answer_can_be_written() -> None:
     text = answer["choices"][0]["message"]["content"]
     assert text == "a?b \U0001f600"
     text.encode()
+
+
+def test_an_answer_that_is_too_large_is_not_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server never ends it: whoever waits for all of it waits for ever."""
+    monkeypatch.setattr("guanaco.server.judging.endpoints._MOST_BYTES", 1 << 16)
+    with endless_endpoint() as url, pytest.raises(RequestRefused, match="answered with more than"):
+        ask(url)

@@ -4,7 +4,8 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Self
@@ -96,3 +97,32 @@ def slow(seconds: float, reply: Reply) -> Reply:
     """A reply that comes late."""
     time.sleep(seconds)
     return reply
+
+
+@contextmanager
+def endless_endpoint() -> Iterator[str]:
+    """The address of a server whose answers have no end."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def _go_on(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            with suppress(OSError):  # the client leaves
+                while True:
+                    self.wfile.write(b" " * (1 << 16))
+
+        do_GET = do_POST = do_PUT = _go_on
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(10)

@@ -31,6 +31,8 @@ class Guanaco:
         base = {"id": "org/Base-1B", "version": None, "base_fingerprint": "f" * 8}
         if not name:
             return 200, {}, {"data": [base]}
+        if name == base["id"]:
+            return 200, {}, base
         if name in ("pirate", "terse"):
             return 200, {}, base | {"id": name, "version": self.version, "root": name, "parent": "org/Base-1B"}
         return (
@@ -196,6 +198,20 @@ def test_a_version_answers_through_an_alias_of_its_own_and_the_winner_is_promote
     assert guanaco.aliases.pop("prod") == {"split": {"pirate@3f2c9a": 1}}
     assert list(guanaco.aliases) == guanaco.deleted
     assert list(guanaco.aliases.values()) == [{"split": {"pirate@3f2c9a": 1}}]
+
+
+def test_the_base_is_never_promoted(prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    guanaco, called = Guanaco(), []
+    monkeypatch.setattr("guanaco.server.commands.adapter_actions.AdminClient.call", lambda *a: called.append(a))
+    with ScriptedEndpoint(guanaco.answer, guanaco.card) as server:
+        for number, name in enumerate(("base", "org/Base-1B")):
+            done = run("pirate", name, "--url", server.url, "--prompts", prompts, "--out", tmp_path / str(number),
+                       "--judge-regex", "Answer", "--admin-key", "k", "--promote", "prod", "--json")  # fmt: skip
+            told = json.loads(done.stdout.splitlines()[-1])["promoted"]
+            assert told["target"] is None
+            assert "an alias leads to adapters only" in told["why"]
+            assert told["why"].endswith("clients reach the base as org/Base-1B")
+    assert called == []
 
 
 def test_a_refused_promotion_loses_no_report(prompts: Path, tmp_path: Path) -> None:
