@@ -20,7 +20,7 @@ DEPS    := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard kernels/cpu/native/
 RUNTIME := $(VENV)/.installed
 TESTING := $(VENV)/.installed-test
 
-.PHONY: serve install links test lint typecheck accept clients browser bench asan clean
+.PHONY: serve install links test lint typecheck accept clients browser bench asan image image-gpu clean
 
 serve: $(RUNTIME)
 	exec $(BIN)/guanaco serve $(ARGS)
@@ -71,6 +71,13 @@ asan: $(TESTING)
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
 	  $(BIN)/pytest -s tests/kernels/cpu/test_cpu_ops.py tests/kernels/test_ops.py tests/kernels/test_attention.py \
 	    tests/kernels/test_draw.py tests/kernels/test_draw_edges.py
+
+# guanaco:cpu and guanaco:gpu, with docker, podman or buildah: whichever works here. docker/build.sh lists the variables.
+image:
+	sh docker/build.sh cpu
+
+image-gpu:
+	sh docker/build.sh gpu
 
 clean:
 	rm -rf $(VENV) kernels/cpu/_native*.so .typing build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

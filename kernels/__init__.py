@@ -16,6 +16,7 @@ from guanaco.kernels.ops import (
     LayerWeights,
     LinearHandle,
     NativeUnavailable,
+    NoGpu,
     Ops,
     PackedWeight,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "LayerWeights",
     "LinearHandle",
     "NativeUnavailable",
+    "NoGpu",
     "Ops",
     "PackedWeight",
     "load_ops",

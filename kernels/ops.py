@@ -26,6 +26,10 @@ class NativeUnavailable(RuntimeError):
     """A provider's own kernels cannot be used here; the message says why and what to do."""
 
 
+class NoGpu(NativeUnavailable):
+    """The kernels are for a GPU, and torch finds none."""
+
+
 class LinearHandle(Protocol):
     """A provider's own form of one linear layer's weight; other code only passes it on."""
 

@@ -26,6 +26,7 @@ from guanaco.kernels.ops import (
     LayerWeights,
     LinearHandle,
     NativeUnavailable,
+    NoGpu,
     PackedWeight,
 )
 from guanaco.kernels.triton import elementwise
@@ -342,9 +343,9 @@ def _half_product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _need_interpreter() -> None:
-    """Raise NativeUnavailable unless Triton's interpreter is on and has been taught inline PTX (there is no GPU)."""
+    """Raise NoGpu unless Triton's interpreter is on, and NativeUnavailable if it has not been taught inline PTX."""
     if not triton.knobs.runtime.interpret:
-        raise NativeUnavailable(
+        raise NoGpu(
             "the triton provider needs an NVIDIA GPU and torch built with CUDA, and torch finds none: "
             "use --provider cpu (or, to try the kernels in Triton's interpreter, loadtest/bench/gpu_check.py)"
         )

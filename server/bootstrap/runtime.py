@@ -19,7 +19,7 @@ from guanaco.adapters.residency.ledger import ResidencyLedger
 from guanaco.adapters.residency.slot_store import SlotStore
 from guanaco.adapters.residency.slot_table import SlotTable
 from guanaco.adapters.versions.registry import AdapterEntry, AdapterRegistry
-from guanaco.kernels import NativeUnavailable, Ops, load_ops
+from guanaco.kernels import NativeUnavailable, NoGpu, Ops, load_ops
 from guanaco.models.architectures.kv_cache import PagedKVCache, block_bytes
 from guanaco.models.formats.strict_json import read_json
 from guanaco.models.loading.checkpoint import stored_table
@@ -38,7 +38,7 @@ from guanaco.server.bootstrap.before_loading import (
     chosen_template,
 )
 from guanaco.server.bootstrap.dtypes import cache_dtype, compute_dtype
-from guanaco.server.bootstrap.gpu import find_gpu
+from guanaco.server.bootstrap.gpu import find_gpu, no_gpu_text
 from guanaco.server.bootstrap.gpu_runtime import gpu_notes, gpu_reserve_bytes, make_decode_path, use_tuned_kernels
 from guanaco.server.bootstrap.machine import look
 from guanaco.server.bootstrap.memory_plan import GPU_KV_SHARE, KvRequest, MemoryPlan, plan_memory
@@ -165,7 +165,7 @@ def _load_provider(settings: Settings, num_threads: int) -> tuple[Ops, str]:
             return load("triton"), where + ("; asked for with --provider" if settings.provider == "triton" else "")
         except NativeUnavailable as error:
             if settings.provider == "triton":
-                raise CommandError(str(error)) from None
+                raise CommandError(no_gpu_text() if isinstance(error, NoGpu) else str(error)) from None
             without = f"the GPU is not used: {error}"
     try:
         ops = load("cpu")

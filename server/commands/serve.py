@@ -34,6 +34,7 @@ from guanaco.server.api.http.access_log import start_logging
 from guanaco.server.api.http.auth import KeyRing
 from guanaco.server.api.server import bind, serve
 from guanaco.server.bootstrap.dtypes import name_of
+from guanaco.server.bootstrap.gpu import device_of
 from guanaco.server.bootstrap.machine import memory, resident_bytes
 from guanaco.server.bootstrap.memory_plan import human_bytes
 from guanaco.server.bootstrap.runtime import Base, Runtime, build_runtime
@@ -151,6 +152,7 @@ def _api_state(settings: Settings, runtime: Runtime, keys: KeyRing, admin_keys: 
         chat_template=base.template,
         named_template=named_template,
         eos_ids=base.eos_ids,
+        runs_on={"provider": runtime.ops.name, "device": device_of(runtime.ops)},
     )
 
 

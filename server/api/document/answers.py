@@ -144,6 +144,11 @@ ANSWERS: Mapping[str, Schema] = {
     "ModelList": _object(object=_const("list"), data=_array(_ref("Model"))),
     "NumberedAdapters": _array(_object(id=_COUNT, path=_STRING, scale=_NUMBER)),
     "Status": _object(status=_STRING),
+    "Readiness": {
+        "type": "object",
+        "required": ["status"],
+        "properties": {"status": _STRING, "provider": _STRING, "device": _STRING},
+    },
     "Version": _object(version=_STRING),
 }
 
@@ -167,7 +172,7 @@ ANSWER_OF: Mapping[tuple[str, str], str | None] = {
     ("get", "/lora-adapters"): "NumberedAdapters",
     ("get", "/version"): "Version",
     ("get", "/health/live"): "Status",
-    ("get", "/health/ready"): "Status",
+    ("get", "/health/ready"): "Readiness",
     ("get", "/health"): None,
     ("get", "/metrics"): None,
 }

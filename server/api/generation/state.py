@@ -1,6 +1,6 @@
 """`ApiState`: the engine, the tokenizer and everything else that the routes use. `guanaco serve` builds it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -59,6 +59,7 @@ class ApiState:
     chat_template: ChatTemplate | None = None  # used instead of the tokenizer's own
     named_template: Callable[[str], ChatTemplate] = field(default=_no_template)  # for profiles
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
+    runs_on: Mapping[str, str] = field(default_factory=dict)  # the provider and its device, for /health/ready
     eos_ids: frozenset[int] | None = None  # the token ids that end a text; None: the tokenizer's
     # Threads for requests that generate, for /tokenize and /detokenize, for encoding large answers, and for grammars.
     preparation: FairPool = field(default_factory=lambda: FairPool(_PREPARE_THREADS, "guanaco-prepare"))

@@ -53,8 +53,9 @@ async def live(request: Request) -> Response:
 @router.head("/health/ready", include_in_schema=False)
 @router.get("/health/ready", tags=["health"], summary="200 while new work is welcome")
 async def ready(request: Request) -> Response:
-    problem = _not_ready(request)
-    return json_response({"status": problem or "ready"}, 503 if problem else 200)
+    if problem := _not_ready(request):
+        return json_response({"status": problem}, 503)
+    return json_response({"status": "ready", **state_of(request).runs_on})
 
 
 @router.head("/health", include_in_schema=False)

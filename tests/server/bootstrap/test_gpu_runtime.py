@@ -14,9 +14,10 @@ pytest.importorskip("triton")
 
 import guanaco.kernels.triton.ops  # noqa: F401  while kernels are made for the interpreter: a test switches that off
 from guanaco.kernels import NativeUnavailable
+from guanaco.server.bootstrap import gpu
 from guanaco.server.bootstrap import gpu_runtime as gpu_wiring
 from guanaco.server.bootstrap import runtime as wiring
-from guanaco.server.bootstrap.gpu import Gpu
+from guanaco.server.bootstrap.gpu import Gpu, device_of, no_gpu_text
 from guanaco.server.bootstrap.runtime import _load_provider
 from guanaco.server.commands import doctor
 from guanaco.server.commands.main import app
@@ -76,6 +77,56 @@ def test_without_a_gpu_the_provider_is_refused_with_advice(tmp_path: Path, monke
     assert done.exit_code == 2
     assert "needs an NVIDIA GPU" in done.output
     assert "--provider cpu" in done.output
+    assert done.output.count("\n") == 1, "one line"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "error", "reason", "driver"),
+    [
+        (None, None, "is built without CUDA", "580"),
+        (
+            "13.0",
+            "Found no NVIDIA driver on your system. Please check",
+            "Found no NVIDIA driver",
+            "580",
+        ),
+        (
+            "12.8",
+            "The NVIDIA driver is too old (found version 11040). Please",
+            "too old (found",
+            "525.60",
+        ),
+        ("13.0", None, "the driver shows no device", "580"),
+    ],
+)
+def test_why_there_is_no_gpu(
+    cuda: str | None, error: str | None, reason: str, driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's own words where it has some; the driver's version and what a container needs in each case."""
+
+    def init() -> None:
+        if error is not None:
+            raise RuntimeError(error)
+
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    text = no_gpu_text()
+    assert reason in text
+    assert f"driver {driver} or newer" in text
+    assert "`--gpus all`" in text
+    assert "Please" not in text
+
+
+def test_what_the_kernels_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ops:
+        device = torch.device("cuda", 0)
+
+    class Native:
+        device, isa = torch.device("cpu"), "avx2"
+
+    monkeypatch.setattr(gpu, "find_gpu", lambda: L4)
+    assert device_of(Ops()) == "NVIDIA L4, sm_89"  # type: ignore[arg-type]
+    assert device_of(Native()) == "CPU, avx2"  # type: ignore[arg-type]
 
 
 def test_it_generates_and_says_that_it_never_ran_on_a_gpu(tmp_path: Path) -> None:

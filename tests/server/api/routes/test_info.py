@@ -1,6 +1,7 @@
 """Models, health, version, metrics and the OpenAPI document over HTTP."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -71,6 +72,14 @@ def test_health(server: LiveServer) -> None:
         assert client.get("/health/ready").status_code == 503
         assert client.get("/health/ready").json() == {"status": "draining"}
         assert client.get("/health").status_code == 503
+
+
+def test_readiness_says_what_computes() -> None:
+    state = replace(make_state(), runs_on={"provider": "triton", "device": "NVIDIA L4, sm_89"})
+    with LiveServer(state) as live, live.client() as client:
+        told = client.get("/health/ready").json()
+        assert told == {"status": "ready", "provider": "triton", "device": "NVIDIA L4, sm_89"}
+        assert client.get("/health/live").json() == {"status": "live"}
 
 
 def test_health_of_a_dead_engine(server: LiveServer) -> None:
