@@ -80,6 +80,10 @@ ALLOWED = {
     "server/api": {*_GENERATION, "server.api", "server.page", "server.training.jobs"},
     "server/api/training": {*_GENERATION, "server.api.training", "server.training.jobs"},
     "server/commands": {"server", "kernels", "models", "adapters"},
+    "server/commands/bench/serving": {
+        "server.commands.bench.serving", "server.commands.common", "server.judging.prompts", "server.reports",
+        "server.errors", "server.config",
+    },
     # Rooms to come. Only training may import the `train` extra's libraries, in its job's own process.
     "server/training": {"server.training", "server.bootstrap", "server.errors", *_ENGINE},
     "server/training/data": {"server.training.data", "models.text", "models.formats", *_ERRORS},
@@ -93,7 +97,8 @@ ALLOWED = {
     },
     "server/training/jobs/check.py": {"server.training.data"},
     "server/training/jobs/publisher.py": {"server.training.jobs", "server.adapters", "adapters.errors", *_ERRORS},
-    "server/judging": {"server.judging", "server.errors", "server.config"},
+    "server/judging": {"server.judging", "server.reports", "server.errors", "server.config"},
+    "server/reports": {"server.reports"},
     "server/page": {"server.page"},
     "server": set(),
 }  # fmt: skip

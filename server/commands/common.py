@@ -33,9 +33,9 @@ def typed_text(text: str, what: str) -> str:
         raise CommandError(f"{what} is not valid UTF-8: use a terminal or a file with UTF-8") from None
 
 
-def server_root(url: str) -> str:
+def server_root(url: str, flag: str = "--url") -> str:
     """The address of a server without a final `/v1`. Raises CommandError if it is not an address."""
-    problem = f"--url {url}: expected an address such as http://127.0.0.1:8000 (with or without /v1)"
+    problem = f"{flag} {url}: expected an address such as http://127.0.0.1:8000 (with or without /v1)"
     try:
         parts = urlsplit(url.strip())
         has_port = parts.port is None or parts.port > 0

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from guanaco.server.commands.adapters import adapters_app, aliases_app
+from guanaco.server.commands.bench.serving.options import bench_serve
 from guanaco.server.commands.classes import (
     HELP_FLAGS,
     BenchGroup,
@@ -32,13 +33,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": HELP_FLAGS},
 )
-bench_app = typer.Typer(help="Measure the engine on this machine, or count GPU kernels.", cls=BenchGroup)
+bench_app = typer.Typer(
+    help="Measure the engine on this machine, load a running server, or count GPU kernels.", cls=BenchGroup
+)
 models_app = typer.Typer(cls=Group, help="The cache of downloaded and quantised models.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 app.add_typer(models_app, name="models")
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(aliases_app, name="aliases")
 app.command("compare", cls=Command)(compare)
+bench_app.command("serve", cls=Command)(bench_serve)
 
 
 @app.command(cls=SettingsCommand)

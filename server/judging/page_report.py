@@ -4,73 +4,33 @@ Answers are hostile text: they are escaped, their direction is kept inside their
 load, run or be sent.
 """
 
-import base64
-import hashlib
 from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
 
 from guanaco.server.judging.contestants import Answers
-from guanaco.server.judging.pictures import bars, intervals
 from guanaco.server.judging.prompts import Prompt
 from guanaco.server.judging.replay import rank
 from guanaco.server.judging.report import conditions, headline, share, tables
+from guanaco.server.reports.page import page, table
+from guanaco.server.reports.pictures import bars, intervals
 
 SHOWN_PROMPTS = 200  # with their answers; the others are in answers.jsonl
 SHOWN_CHARACTERS = 8000  # of one text
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --soft: #59636e; --rule: #d4d9df; --accent: #0b62c4; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e9ed; --paper: #14171b; --soft: #9aa4af; --rule: #363d45; --accent: #6cb0ff; }
-}
-body { margin: 2rem auto; max-width: 60rem; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; color: var(--ink);
-  background: var(--paper); }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-.conditions { color: var(--soft); }
-.words { font-size: 1.15rem; font-weight: 600; }
-.warning { border-left: 4px solid #c77700; padding-left: .7rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
-th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
-svg { width: 100%; max-width: 47.5rem; height: auto; display: block; }
-svg text { font: 14px system-ui, sans-serif; fill: var(--ink); }
-svg .label { text-anchor: end; } svg .axis { fill: var(--soft); font-size: 12px; } svg .end { text-anchor: end; }
-svg .equal { stroke: var(--soft); stroke-dasharray: 4 4; } svg .bar { stroke: var(--accent); stroke-width: 4; }
-svg .dot, svg .fill { fill: var(--accent); }
-details { border: 1px solid var(--rule); border-radius: 6px; padding: .4rem .8rem; margin: .4rem 0; }
-summary { cursor: pointer; overflow-wrap: anywhere; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; font: .9rem/1.45 ui-monospace, monospace;
-  border-left: 3px solid var(--rule); padding-left: .8rem; margin: .3rem 0 1rem; }
-"""
-
-
-def policy_of(style: str) -> str:
-    """A Content-Security-Policy under which only this one style sheet applies."""
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    return f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
 
 
 def html_report(result: dict[str, Any], prompts: Sequence[Prompt], answers: Answers) -> str:
     """The report as one HTML file that opens without a network."""
     names = ", ".join(card["name"] for card in result["contestants"])
     parts = [
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{escape(policy_of(_STYLE))}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<meta name="referrer" content="no-referrer">',
-        f"<title>Comparison of {escape(names)}</title>",
-        f"<style>{_STYLE}</style></head><body><main>",
-        f"<h1>Comparison of {escape(names)}</h1>",
         f'<p class="conditions">{escape(conditions(result))}</p>',
         *(f'<p class="words">{escape(sentence)}</p>' for sentence in headline(result)),
         *(f'<p class="warning">{escape(warning)}</p>' for warning in result["warnings"]),
         *_pictures(result),
-        *(_table(*table) for table in tables(result)),
+        *(table(*of) for of in tables(result)),
         *_answers(prompts, answers, [card["name"] for card in result["contestants"]]),
-        "</main></body></html>",
     ]
-    return "\n".join(parts) + "\n"
+    return page(f"Comparison of {names}", parts)
 
 
 def _pictures(result: dict[str, Any]) -> Iterator[str]:
@@ -99,13 +59,6 @@ def _pictures(result: dict[str, Any]) -> Iterator[str]:
     ]
     if lengths:
         yield "<h2>Mean length of the answers in characters</h2>" + bars(lengths, title="Mean length of the answers")
-
-
-def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in heads)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<h2>{escape(title)}</h2><div class="scroll">{table}</div>'
 
 
 def _answers(prompts: Sequence[Prompt], answers: Answers, names: Sequence[str]) -> Iterator[str]:

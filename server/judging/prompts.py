@@ -150,7 +150,7 @@ def _prompt(line: str, number: int, where: str) -> Prompt:
         row = None
     if not isinstance(row, dict):
         raise CommandError(f"{where}: not a JSON object")
-    messages = _messages(row, where)
+    messages = messages_of(row, where)
     if messages[-1][0] != "user":
         raise CommandError(f"{where}: the last message must be the user's, because the contestants answer it")
     return Prompt(
@@ -162,7 +162,8 @@ def _prompt(line: str, number: int, where: str) -> Prompt:
     )
 
 
-def _messages(row: dict[str, Any], where: str) -> tuple[tuple[str, str], ...]:
+def messages_of(row: dict[str, Any], where: str) -> tuple[tuple[str, str], ...]:
+    """(role, content) of each message of a row with `messages`, `text` or `prompt`. A CommandError names `where`."""
     given = row.get("messages")
     if given is None:
         text = _text(row, ("text", "prompt"), where)

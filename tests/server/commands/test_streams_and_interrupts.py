@@ -69,6 +69,7 @@ def test_ctrl_c_while_importing_is_one_line() -> None:
         (("generate", "hi"), "guanaco.server.bootstrap.runtime.build_runtime"),
         (("serve", "--port", "0"), "guanaco.server.commands.serve.build_runtime"),
         (("bench",), "guanaco.server.commands.bench.engine.build_runtime"),
+        (("bench", "serve"), "guanaco.server.commands.bench.serving.run._wait_until_ready"),
         (("doctor",), "guanaco.server.commands.doctor.look"),
         (("quantize", "a", "b"), "guanaco.server.commands.quantize.quantize_checkpoint"),
         (("models", "list"), "guanaco.server.commands.models.list_cached_models"),
