@@ -1,1 +1,1 @@
-"""A load and its proofs: a server whose streams are right or wrong, and an oracle that says what each stream must be."""
+"""A load and its proofs: a server whose streams are right or wrong, and one that says what each stream must be."""
