@@ -36,6 +36,11 @@ class TrainingSettings(BaseModel):
     max_train_steps_per_key: Count = Field(
         20_000, description="most optimiser steps of one API key's fine-tuning jobs in 24 hours"
     )
+    max_kept_train_jobs_per_key: Count = Field(
+        200,
+        description="most finished fine-tuning jobs of one API key that are kept, with their events and results; older "
+        "ones are removed once they count in no quota",
+    )
     max_train_hours_per_key: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         24.0, description="most hours that one API key's fine-tuning jobs may train in 24 hours"
     )

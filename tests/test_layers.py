@@ -92,6 +92,7 @@ ALLOWED = {
         "server.training.jobs",
         "server.training.checkpoints",
         "server.training.extra",
+        "server.training.recipes",
         "adapters.errors",
         *_ERRORS,
     },

@@ -68,10 +68,12 @@ def peer_base(path: Path, dtype: torch.dtype) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, quantization_config=quantisation, device_map="cpu", attn_implementation="sdpa"
     )
-    # What it reads of a 16-bit checkpoint stays in 16 bits, and decoded weights become such: all in one dtype here.
+    # What it reads of a 16-bit checkpoint stays in 16 bits, and decoded weights become such: all in one dtype here. A
+    # checkpoint that is quantised already brings its own compute dtype, bfloat16, whatever the call above asks for.
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.weight.quant_state.dtype = dtype
+            module.compute_dtype, module.compute_type_is_set = dtype, True
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)

@@ -39,6 +39,7 @@ def training_service(
         max_jobs_per_key=settings.max_train_jobs_per_key,
         max_steps_per_key=settings.max_train_steps_per_key,
         max_hours_per_key=settings.max_train_hours_per_key,
+        max_kept_jobs_per_key=settings.max_kept_train_jobs_per_key,
     )
     directory = training_directory(settings, base_fingerprint)
     service = TrainingService(directory, limits, trainer_command(settings, num_threads, num_parameters))

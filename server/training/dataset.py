@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from guanaco.server.training.data.masks import Encoded, Encoder
 from guanaco.server.training.data.reading import MAX_LISTED_REFUSALS, DataFile
 from guanaco.server.training.data.rows import DataError, Refusal, RefusalKind, RowError, counted
+from guanaco.server.training.recipes import num_held_out
 
 TOO_LONG = ("skip", "cut", "refuse")
-_MIN_ROWS_FOR_SPLIT = 10
 _GROUPED_BATCHES = 50  # batches whose sequences are sorted by length together
 _SHOWN_REFUSALS = 10
 
@@ -91,9 +91,7 @@ def split(items: Sequence[Encoded], share: float, most: int | None, seed: int) -
     Sequences of one row stay together, and so do the file's order and all sequences.
     """
     lines = sorted({item.line for item in items})
-    number = int(len(lines) * share) if len(lines) >= _MIN_ROWS_FOR_SPLIT else 0
-    number = number if most is None else min(number, most)
-    drawn = set(random.Random(seed).sample(lines, number))  # noqa: S311 (a split, no secret)
+    drawn = set(random.Random(seed).sample(lines, num_held_out(len(lines), share, most)))  # noqa: S311 (a split, no secret)
     return [item for item in items if item.line not in drawn], [item for item in items if item.line in drawn]
 
 

@@ -1,4 +1,5 @@
-"""Recipes: every number of a training, as one frozen value. Knows no data and no libraries. Used by `job`."""
+"""Recipes: every number of a training, as one frozen value. Knows no data and no libraries. Used by `job`, and by the
+server's jobs to see how long a training will be."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -7,6 +8,7 @@ ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 RECIPES = ("default", "guanaco-2023")
 SCHEDULES = ("cosine", "constant")
 _BILLION = 10**9
+_MIN_ROWS_FOR_SPLIT = 10
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,12 @@ class Recipe:
     def accumulation(self) -> int:
         """Micro batches of one step."""
         return -(-self.batch_size // self.micro_batch)
+
+
+def num_held_out(num_rows: int, share: float, most: int | None) -> int:
+    """How many of so many rows are held out. A file of fewer than ten rows is trained on whole."""
+    number = int(num_rows * share) if num_rows >= _MIN_ROWS_FOR_SPLIT else 0
+    return number if most is None else min(number, most)
 
 
 def default_learning_rate(num_parameters: int) -> float:

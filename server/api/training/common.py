@@ -63,6 +63,23 @@ def page(
     """The part of a list that `after` and `limit` ask for, and whether more follows. Items are objects with an `id`.
 
     more: further query parameters of the route. 400 for others, and for an `after` that is not in the list."""
+    after, limit = asked_page(request, most=most, default=default, more=more)
+    start = 0
+    if after is not None:
+        ids = [_id(item) for item in items]
+        if after not in ids:
+            raise unknown_after()
+        start = ids.index(after) + 1
+    return items[start : start + limit], start + limit < len(items)
+
+
+def unknown_after() -> ApiError:
+    """The error for an `after` that is not in the list."""
+    return bad_request("after must be the id of an item of this list", "after")
+
+
+def asked_page(request: Request, *, most: int, default: int, more: Sequence[str] = ()) -> tuple[str | None, int]:
+    """(`after`, `limit`) of a request for a part of a list. 400 for other parameters than these and `more`."""
     query = request.query_params
     if unknown := sorted(set(query) - {"after", "limit", *more}):
         known = ", ".join(("after", "limit", *more))
@@ -70,14 +87,7 @@ def page(
     text = query.get("limit", str(default))
     if not (text.isascii() and text.isdecimal() and len(text) <= 9 and 1 <= int(text) <= most):
         raise bad_request(f"limit must be a number from 1 to {most}", "limit")
-    start = 0
-    if after := query.get("after"):
-        ids = [_id(item) for item in items]
-        if after not in ids:
-            raise bad_request("after must be the id of an item of this list", "after")
-        start = ids.index(after) + 1
-    end = start + int(text)
-    return items[start:end], end < len(items)
+    return query.get("after") or None, int(text)
 
 
 def listed(items: Sequence[Any], has_more: bool, shown: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:

@@ -9,7 +9,15 @@ from starlette.responses import Response
 from guanaco.server.api.generation.body import body_schema, parse_object, read_body
 from guanaco.server.api.generation.state import json_response, state_of
 from guanaco.server.api.http.errors import bad_request, model_not_found
-from guanaco.server.api.training.common import listed, owner_of, page, refusals, service_of
+from guanaco.server.api.training.common import (
+    asked_page,
+    listed,
+    owner_of,
+    page,
+    refusals,
+    service_of,
+    unknown_after,
+)
 from guanaco.server.api.training.protocol import JobBody, read_job
 
 router = APIRouter(tags=["training"])
@@ -55,10 +63,13 @@ async def cancel_job(request: Request, job_id: str) -> Response:
 
 @router.get(_PATH + "/{job_id}/events", summary="What has happened in a job, the latest first")
 async def list_events(request: Request, job_id: str) -> Response:
+    after, limit = asked_page(request, most=_MOST, default=_DEFAULT)
     with refusals():
-        events = await service_of(request).events(owner_of(request), job_id)
-    items, has_more = page(request, events, most=_MOST, default=_DEFAULT)
-    return json_response(listed(items, has_more, lambda event: event))
+        try:
+            events = await service_of(request).events(owner_of(request), job_id, after, limit + 1)
+        except LookupError:
+            raise unknown_after() from None
+    return json_response(listed(events[:limit], len(events) > limit, lambda event: event))
 
 
 @router.get(_PATH + "/{job_id}/checkpoints", summary="The checkpoints of a job, the latest first")

@@ -4,8 +4,10 @@ Knows no tokens. A file is JSON lines, one JSON array, or a `.txt` file with an 
 the training and by the check of uploaded files; needs no library of the `train` extra.
 """
 
+import codecs
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,8 +20,8 @@ from guanaco.server.training.data.rows import DataError, Refusal, RefusalKind, R
 
 __all__ = ["FORMATS", "DataFile", "read_conversations"]
 
-MAX_LINE_BYTES = 16 << 20  # of one row
-MAX_ARRAY_BYTES = 512 << 20  # of a JSON array, which is read whole
+MAX_LINE_BYTES = 16 << 20  # of one row, or of one element of a JSON array
+_READ_BYTES = 1 << 20  # of a JSON array at a time
 MAX_LISTED_REFUSALS = 1000  # more are counted, and not kept
 
 
@@ -33,12 +35,13 @@ class DataFile:
     rows: list[Row] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)  # the first MAX_LISTED_REFUSALS of them
     num_refused: Counter[RefusalKind] = field(default_factory=Counter)
+    num_good: int = 0  # rows that can be trained on, kept in `rows` or not
     num_duplicates: int = 0  # rows that say what an earlier one says; they are kept
 
     @property
     def num_rows(self) -> int:
         """All rows of the file, refused ones included."""
-        return len(self.rows) + self.num_refused.total()
+        return self.num_good + self.num_refused.total()
 
     def refuse(self, refusal: Refusal) -> None:
         """Count a refusal, and keep it while there is room."""
@@ -47,8 +50,12 @@ class DataFile:
             self.refusals.append(refusal)
 
 
-def read_conversations(path: Path, format: str | None = None, *, guanaco_as_text: bool = False) -> DataFile:
+def read_conversations(
+    path: Path, format: str | None = None, *, guanaco_as_text: bool = False, keeps_rows: bool = True
+) -> DataFile:
     """All rows of a file, in their order, and the refusals with line numbers and reasons.
+
+    keeps_rows: False only counts the rows, in memory that does not grow with the file; duplicates are not looked for.
 
     format: a name of FORMATS; None: found by the first row. guanaco_as_text: a text with `### Human:` headings stays a
     text that is learned as a whole, as the released recipe of 2023 has it.
@@ -62,7 +69,7 @@ def read_conversations(path: Path, format: str | None = None, *, guanaco_as_text
         with open(path, "rb") as file:
             kind = "text" if path.suffix == ".txt" else _first_byte(file)
             lines = {"text": _paragraphs, "array": _elements}.get(kind, _json_lines)(file, digest)
-            data = _import(path, lines, format, guanaco_as_text)
+            data = _import(path, lines, format, guanaco_as_text, keeps_rows)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): name a file of training data") from None
     data.sha256 = digest.hexdigest()
@@ -72,10 +79,13 @@ def read_conversations(path: Path, format: str | None = None, *, guanaco_as_text
 
 
 _EXAMPLE = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
+_WHITE = re.compile(r"[ \t\r\n]*")
 _Line = tuple[int, Mapping[str, Any] | RowError]  # number, and the row's fields or what is wrong with it
 
 
-def _import(path: Path, lines: Iterator[_Line], format_name: str | None, guanaco_as_text: bool) -> DataFile:
+def _import(
+    path: Path, lines: Iterator[_Line], format_name: str | None, guanaco_as_text: bool, keeps_rows: bool
+) -> DataFile:
     data = DataFile(path, format_name or "", "")
     seen: set[bytes] = set()
     for number, fields in lines:
@@ -87,6 +97,9 @@ def _import(path: Path, lines: Iterator[_Line], format_name: str | None, guanaco
             row = import_row("text" if as_text else data.format, fields, number)
         except RowError as error:
             data.refuse(error.at(number))
+            continue
+        data.num_good += 1
+        if not keeps_rows:
             continue
         content = hashlib.sha256(repr(row.content()).encode("utf-8", "surrogatepass")).digest()
         data.num_duplicates += content in seen
@@ -130,22 +143,81 @@ def _object(line: bytes) -> Mapping[str, Any] | RowError:
 
 
 def _elements(file: BinaryIO, digest: Any) -> Iterator[_Line]:
-    """The elements of a JSON array, numbered from 1."""
-    content = file.read(MAX_ARRAY_BYTES + 1)
-    digest.update(content)
-    if len(content) > MAX_ARRAY_BYTES:
-        raise DataError(f"{file.name} is a JSON array of more than {MAX_ARRAY_BYTES >> 20} MiB: write JSON lines")
+    """The elements of a JSON array, numbered from 1. One element and what was read behind it are held at a time."""
+    text = _ArrayText(file, digest)
     try:
-        elements = json.loads(content.decode("utf-8-sig"))
+        for number, element in enumerate(text.elements(), start=1):
+            if isinstance(element, dict):
+                yield number, element
+            else:
+                yield number, RowError(RefusalKind.BAD_FIELDS, "the element is no object: write objects")
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{file.name} begins as a JSON array and is none ({error}): mend it, or write JSON lines"
         ) from None
-    for number, element in enumerate(elements, start=1):
-        if isinstance(element, dict):
-            yield number, element
+
+
+class _ArrayText:
+    """The text of a JSON array, read piece by piece."""
+
+    def __init__(self, file: BinaryIO, digest: Any) -> None:
+        self._file, self._digest = file, digest
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self._text = ""
+        self._place = 0  # in the text; what is before it was used
+        self._is_whole = False  # nothing follows in the file
+
+    def elements(self) -> Iterator[Any]:
+        """Each element. Raises ValueError where the text is no array, or an element is longer than MAX_LINE_BYTES."""
+        self._sign("[")
+        if self._next() == "]":
+            self._sign("]")
         else:
-            yield number, RowError(RefusalKind.BAD_FIELDS, "the element is no object: write objects")
+            sign = ","
+            while sign == ",":
+                self._next()
+                yield self._element()
+                sign = self._sign(",]")
+        if self._next():
+            raise ValueError("something follows its end")
+
+    def _next(self) -> str:
+        """The next character that is no white space, which stays; "" at the end of the file."""
+        while True:
+            self._place = _WHITE.match(self._text, self._place).end()  # type: ignore[union-attr]
+            if self._place < len(self._text) or not self._more():
+                return self._text[self._place : self._place + 1]
+
+    def _sign(self, signs: str) -> str:
+        found = self._next()
+        if not found or found not in signs:
+            raise ValueError(f"expected {' or '.join(signs)}" + (f", not {found!r}" if found else " before its end"))
+        self._place += 1
+        return found
+
+    def _element(self) -> Any:
+        while True:
+            try:
+                value, end = json.JSONDecoder().raw_decode(self._text, self._place)
+                if end < len(self._text) or self._is_whole:  # a number may go on in what was not read yet
+                    self._place = end
+                    return value
+            except json.JSONDecodeError:
+                if self._is_whole:
+                    raise
+            if len(self._text) - self._place > MAX_LINE_BYTES:
+                raise ValueError(f"an element is wrong, or longer than {MAX_LINE_BYTES >> 20} MiB")
+            # An element that is cut is read from its beginning again: as much more each time as there is already.
+            self._more(len(self._text) - self._place)
+
+    def _more(self, num_bytes: int = 0) -> bool:
+        """Read on. False at the end of the file."""
+        piece = self._file.read(max(_READ_BYTES, num_bytes))
+        self._digest.update(piece)
+        self._is_whole = not piece
+        self._text = self._text[self._place :] + self._decoder.decode(piece, final=not piece)
+        self._place = 0
+        return bool(piece)
 
 
 def _paragraphs(file: BinaryIO, digest: Any) -> Iterator[_Line]:

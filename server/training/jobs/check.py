@@ -1,7 +1,8 @@
 """`python -m guanaco.server.training.jobs.check FILE…`: whether files can be trained on, as one line of JSON.
 
-Runs in a process of its own, because a large file takes memory and time that requests need. The line is
-`{"rows": N}` with the rows of the first file, or `{"error": {"message", "param"}}` with the first rows that are wrong.
+Runs in a process of its own, because a large file takes time that requests need. Its memory does not grow with the
+file. The line is `{"rows": N}` with the rows of the first file, or `{"error": {"message", "param"}}` with the first
+rows that are wrong.
 """
 
 import json
@@ -21,7 +22,7 @@ def check(paths: Sequence[Path]) -> dict[str, object]:
     num_rows = []
     for path, param in zip(paths, _PARAMS, strict=False):
         try:
-            data = read_conversations(path)
+            data = read_conversations(path, keeps_rows=False)
         except DataError as error:
             return _problem(str(error).replace(str(path), "the file"), param)
         if num_refused := data.num_refused.total():
@@ -30,7 +31,7 @@ def check(paths: Sequence[Path]) -> dict[str, object]:
             return _problem(
                 f"{num_refused} of {data.num_rows} rows can't be trained on: {'; '.join(shown)}{more}", param
             )
-        num_rows.append(len(data.rows))
+        num_rows.append(data.num_good)
     return {"rows": num_rows[0]}
 
 

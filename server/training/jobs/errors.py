@@ -1,9 +1,27 @@
 """What a client of the training API is refused: a stable code, a message that says what to do, the field at fault."""
 
+import re
+from collections.abc import Iterable
 from enum import Enum
 
 from guanaco.models.error_codes import ErrorCode
 from guanaco.models.errors import GuanacoError
+
+# Paths in words of a trainer or of a library. In quotes a path may have spaces; elsewhere it ends at one. What follows
+# a letter, a digit, a dot, a colon or a slash is a part of an address, of a fraction or of `and/or`.
+_PATHS = re.compile(
+    r"""(?P<quote>['"`])(?:file:)?~?/[^'"`\n]*(?P=quote)"""
+    r"""|\bfile:/+[^\s'"`,;)\]}>]*"""
+    r"""|(?<![\w.:/~])~?/[\w.@+~%-][^\s'"`,;:()\]}>]*"""
+)
+_HIDDEN = "(a file of the server)"
+
+
+def without_paths(text: str, known: Iterable[str] = ()) -> str:
+    """A text for a client, without the server's paths. known: paths that are hidden as they stand, spaces included."""
+    for path in sorted(filter(None, known), key=len, reverse=True):
+        text = re.sub(re.escape(path) + r"(?:/[^\s'\"`,;:()\]}>]*)?", _HIDDEN, text)
+    return _PATHS.sub(_HIDDEN, text)
 
 
 class RefusalKind(Enum):

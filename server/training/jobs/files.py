@@ -112,10 +112,12 @@ class FileStore:
         except OSError as error:
             shutil.rmtree(target, ignore_errors=True)
             raise storage_failed(error) from None
+        else:
+            with self._lock:  # it counts as an upload or as a file at every moment
+                self._files[made.id] = made
+                self._uploads.pop(upload.id, None)
         finally:
             self.drop(upload)
-        with self._lock:
-            self._files[made.id] = made
         return made
 
     def add_result(self, owner: str, filename: str, content: bytes, file_id: str) -> StoredFile:
@@ -144,6 +146,13 @@ class FileStore:
         with suppress(OSError):
             (self._directory / file.id / "meta.json").unlink()
         shutil.rmtree(self._directory / file.id, ignore_errors=True)
+
+    def remove_results(self, file_ids: Sequence[str]) -> None:
+        """Remove files of results, of jobs that are forgotten. Others, and ids of no file, are left alone."""
+        for file_id in file_ids:
+            file = self._files.get(file_id)
+            if file is not None and file.purpose == RESULTS:
+                self.delete(file.owner, file_id, ())
 
     def drop(self, upload: "Upload") -> None:
         """Forget an upload, and remove its temporary file."""

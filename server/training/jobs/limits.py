@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 WINDOW_SECONDS = 24 * 3600.0  # in which the steps and hours of a key are counted
-MAX_KEPT_JOBS_PER_KEY = 200  # finished jobs; older ones go, unless they still count in the window
+MAX_LOG_BYTES = 4 << 20  # of a job's log.txt; beyond it the last quarter is kept
 
 
 @dataclass(frozen=True)
@@ -16,3 +16,4 @@ class TrainLimits:
     max_jobs_per_key: int = 4  # that are queued or run
     max_steps_per_key: int = 20_000  # optimiser steps in WINDOW_SECONDS
     max_hours_per_key: float = 24.0  # of training in WINDOW_SECONDS
+    max_kept_jobs_per_key: int = 200  # finished jobs; older ones go, unless they still count in the window

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from guanaco.server.training.jobs.limits import MAX_LOG_BYTES
 from guanaco.server.training.jobs.progress import checkpoint_steps
 from guanaco.server.training.jobs.records import Job
 
@@ -130,6 +131,22 @@ class TrainerProcess:
         if self._process is not None and self._process.returncode is None:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def trim_log(folder: Path) -> None:
+    """Cut a log that has grown too long to its last quarter. The process that writes it appends, and goes on."""
+    path = folder / "log.txt"
+    try:
+        if path.stat().st_size <= MAX_LOG_BYTES:
+            return
+        with path.open("rb+") as file:
+            file.seek(-(MAX_LOG_BYTES // 4), os.SEEK_END)
+            kept = file.read(MAX_LOG_BYTES // 4)
+            os.truncate(path, 0)
+        with path.open("ab") as file:
+            file.write(b"(what was written before was removed)\n" + kept)
+    except OSError:
+        return  # the disk is full, say: the job matters more than its log
 
 
 def last_answer(folder: Path) -> dict[str, Any] | None:

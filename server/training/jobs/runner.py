@@ -9,7 +9,6 @@ event loop; disk work happens on threads. Knows no HTTP.
 
 import asyncio
 import logging
-import re
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -18,11 +17,18 @@ from typing import Any, Protocol
 from guanaco.models.error_codes import ErrorCode
 from guanaco.models.errors import GuanacoError
 from guanaco.server.training.jobs.disk import new_id
-from guanaco.server.training.jobs.errors import RequestRefused
+from guanaco.server.training.jobs.errors import RequestRefused, without_paths
 from guanaco.server.training.jobs.files import FileStore
 from guanaco.server.training.jobs.limits import TrainLimits
-from guanaco.server.training.jobs.process import STOPPED, TrainerCommand, TrainerEnd, TrainerProcess, last_answer
-from guanaco.server.training.jobs.progress import as_csv, checkpoint_steps, measured
+from guanaco.server.training.jobs.process import (
+    STOPPED,
+    TrainerCommand,
+    TrainerEnd,
+    TrainerProcess,
+    last_answer,
+    trim_log,
+)
+from guanaco.server.training.jobs.progress import Follower, as_csv, checkpoint_steps, tail
 from guanaco.server.training.jobs.records import CHECKPOINT, FILE, Checkpoint, Job, Status
 from guanaco.server.training.jobs.store import JobStore
 from guanaco.server.training.jobs.usage import Usage
@@ -33,7 +39,6 @@ logger = logging.getLogger("guanaco.training")
 _POLL_SECONDS = 0.5
 _SAVE_SECONDS = 5.0  # between two records of a running job's time
 _MAX_IDLE_STARTS = 3  # of a trainer that ends without a word and without a step
-_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])(/[\w.@+-]+){2,}")  # in the trainer's words: clients must not see any
 _RETRY_SECONDS = 5.0  # after the disk failed under a state
 
 
@@ -216,11 +221,12 @@ class JobRunner:
     async def _watch(self, job: Job, process: TrainerProcess, work: Path) -> TrainerEnd:
         """Note what the trainer measures until it ends."""
         begun, before = time.monotonic(), job.train_seconds
-        saved, end = begun, None
+        saved, end, follower = begun, None, Follower(work / "train.jsonl")
         while end is None:
             end = await process.wait(self._poll_seconds)
             seconds = before + time.monotonic() - begun
-            is_news = await self._note_progress(job.id, work)
+            await asyncio.to_thread(trim_log, work.parent)
+            is_news = await self._note_progress(job.id, work, follower)
             if is_news or end is not None or time.monotonic() - saved > _SAVE_SECONDS:
                 saved = time.monotonic()
                 current = await self._change(job.id, train_seconds=seconds)
@@ -229,12 +235,12 @@ class JobRunner:
                     process.stop()
         return end
 
-    async def _note_progress(self, job_id: str, work: Path) -> bool:
+    async def _note_progress(self, job_id: str, work: Path, follower: Follower) -> bool:
         """Make events and checkpoints of what is new. Returns whether there was anything."""
         job = self._jobs.get(job_id)
         if job is None or job.status.is_final:
             return False
-        news = await asyncio.to_thread(lambda: list(measured(work / "train.jsonl", job.step)))
+        news = await asyncio.to_thread(follower.news, job.step)
         steps = await asyncio.to_thread(checkpoint_steps, work)
         for line in news:
             step, total = line["step"], line["total_steps"]
@@ -251,7 +257,7 @@ class JobRunner:
             changes["estimated_finish"] = int(time.time() + left) if total else None
         known = {checkpoint.step for checkpoint in job.checkpoints}
         if new := [step for step in steps if step not in known]:
-            lines = await asyncio.to_thread(lambda: list(measured(work / "train.jsonl")))
+            lines = await asyncio.to_thread(tail, work / "train.jsonl")
             made = tuple(_checkpoint(step, lines) for step in new)
             changes["checkpoints"] = (*job.checkpoints, *made)
         if changes:
@@ -275,7 +281,10 @@ class JobRunner:
             await self._note(job.id, "The training is complete; the adapter is checked and tried out.")
             return True
         if isinstance(error := answer.get("error"), dict):
-            message = _ABSOLUTE_PATH.sub("(a file of the server)", str(error.get("message") or "the training failed"))
+            known = [
+                str(path) for path in (self._jobs.folder(job.id), self._jobs.adapters, self._command.model) if path
+            ]
+            message = without_paths(str(error.get("message") or "the training failed"), known)
             param = error.get("param")
             await self._fail(job, str(error.get("code") or ErrorCode.TRAINING_FAILED), message, param)
         elif self._is_stopping:  # it stays "running": the next server goes on

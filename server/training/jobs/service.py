@@ -78,7 +78,7 @@ class TrainingService:
         self.limits = limits
         self.is_available = has_extra() if is_available is None else is_available
         self.files = FileStore(directory, limits)
-        self.jobs = JobStore(directory)
+        self.jobs = JobStore(directory, limits, self.files.remove_results)
         self._command = command
         self._usage = Usage(self.jobs, limits)
         self._poll_seconds = poll_seconds
@@ -194,9 +194,10 @@ class TrainingService:
             raise storage_failed(error) from None
         return cancelled
 
-    async def events(self, owner: Owner, job_id: str) -> list[dict[str, Any]]:
-        """A job's events, the latest first."""
-        return await asyncio.to_thread(self.jobs.events, self.job(owner, job_id).id)
+    async def events(self, owner: Owner, job_id: str, after: str | None, limit: int) -> list[dict[str, Any]]:
+        """At most `limit` of a job's events, the latest first: all, or those behind the one with the id `after`. Raises
+        LookupError where the job has none of that id."""
+        return await asyncio.to_thread(self.jobs.events, self.job(owner, job_id).id, after, limit)
 
     async def delete_model(self, owner: Owner, name: str) -> bool:
         """Remove a model that a job of this key made. False where the key has none of that name."""

@@ -9,22 +9,31 @@ Every change is on the disk before it counts. Knows no queue and no process; `ru
 
 import shutil
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import time
 from typing import Any
 
-from guanaco.server.training.jobs.disk import append_line, is_id, make_directory, new_id, read_json, read_lines
+from guanaco.server.training.jobs.disk import is_id, make_directory, read_json
 from guanaco.server.training.jobs.disk import write_json as write_record
-from guanaco.server.training.jobs.limits import MAX_KEPT_JOBS_PER_KEY, WINDOW_SECONDS
-from guanaco.server.training.jobs.records import EVENT, JOB, Job, Status, event
+from guanaco.server.training.jobs.events import EventList
+from guanaco.server.training.jobs.limits import WINDOW_SECONDS, TrainLimits
+from guanaco.server.training.jobs.records import JOB, Job, Status
 
 
 class JobStore:
     """The jobs below one directory. Methods may be called from any thread."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        limits: TrainLimits,
+        forget_results: Callable[[Sequence[str]], None] = lambda _: None,
+    ) -> None:
+        """forget_results: removes the result files of a job that is forgotten, by their ids."""
+        self._limits = limits
+        self._forget_results = forget_results
         self._directory = directory / "jobs"
         self.adapters = directory / "adapters"
         self._lock = threading.RLock()
@@ -84,13 +93,16 @@ class JobStore:
 
     def note(self, job_id: str, message: str, *, level: str = "info", data: dict[str, Any] | None = None) -> None:
         """Add an event to a job's list. Raises OSError."""
-        line = event(new_id(EVENT), int(time()), message, level=level, data=data)
         with self._lock:
-            append_line(self.folder(job_id) / "events.jsonl", line)
+            self._events(job_id).add(message, level=level, data=data)
 
-    def events(self, job_id: str) -> list[dict[str, Any]]:
-        """A job's events, the latest first."""
-        return list(read_lines(self.folder(job_id) / "events.jsonl"))[::-1]
+    def events(self, job_id: str, after: str | None = None, limit: int = 1 << 30) -> list[dict[str, Any]]:
+        """A job's events, the latest first: at most `limit` of them, behind the one with the id `after`. Raises
+        LookupError where the job has no event of that id."""
+        return self._events(job_id).latest(after, limit)
+
+    def _events(self, job_id: str) -> EventList:
+        return EventList(self.folder(job_id) / "events.jsonl")
 
     def get(self, job_id: str) -> Job | None:
         """The job of that id; None where there is none."""
@@ -138,16 +150,18 @@ class JobStore:
     def _forget_old(self, owner: str) -> None:
         """A job that still counts in its key's quota stays: many jobs that fail at once must not reset it."""
         since = time() - WINDOW_SECONDS
-        old = [job for job in self.of(owner) if job.status.is_final][:-MAX_KEPT_JOBS_PER_KEY]
+        old = [job for job in self.of(owner) if job.status.is_final][: -self._limits.max_kept_jobs_per_key]
         self._remove(
             job for job in old if not (job.step or job.train_seconds) or (job.finished_at or job.created_at) < since
         )
 
     def _remove(self, jobs: Iterable[Job]) -> None:
-        """Forget jobs. The adapter of a job that succeeded stays: its model may be served, and comes from there."""
+        """Forget jobs with their files of results. The adapter of a job that succeeded stays: its model may be served,
+        and comes from there."""
         for job in jobs:
             with self._lock:
                 self._jobs.pop(job.id, None)
             if job.status is not Status.SUCCEEDED:
                 shutil.rmtree(self.adapter(job.id), ignore_errors=True)
+            self._forget_results(job.result_files)
             shutil.rmtree(self.folder(job.id), ignore_errors=True)

@@ -6,6 +6,7 @@ from guanaco.server.training.jobs.errors import quota
 from guanaco.server.training.jobs.limits import WINDOW_SECONDS, TrainLimits
 from guanaco.server.training.jobs.records import Job
 from guanaco.server.training.jobs.store import JobStore
+from guanaco.server.training.recipes import Recipe, num_held_out
 
 
 class Usage:
@@ -28,10 +29,10 @@ class Usage:
 
     def check_planned(self, job: Job, num_rows: int) -> None:
         """Raises RequestRefused where a job is known to need more steps than its key has left."""
-        chosen = job.hyperparameters
-        if chosen.batch_size is None:
-            return  # the trainer chooses; its first line says how many steps there are
-        steps = -(-num_rows // chosen.batch_size) * (chosen.n_epochs or 1)
+        chosen, recipe = job.hyperparameters, Recipe()
+        share = recipe.held_out if job.validation_file is None else 0.0
+        rows = num_rows - num_held_out(num_rows, share, recipe.max_held_out)
+        steps = -(-round((chosen.n_epochs or recipe.epochs) * rows) // (chosen.batch_size or recipe.batch_size))
         if self._steps_besides(job) + steps > self._limits.max_steps_per_key:
             raise quota(self._too_many_steps(steps), "training_file")
 

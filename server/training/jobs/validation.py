@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from guanaco.models.error_codes import ErrorCode
-from guanaco.server.training.jobs.errors import RequestRefused
+from guanaco.server.training.jobs.errors import RequestRefused, without_paths
 from guanaco.server.training.jobs.process import TrainerCommand
 
 _SECONDS = 600.0  # for both files
@@ -46,5 +46,6 @@ async def check_files(command: TrainerCommand, paths: Sequence[Path], folder: Pa
         raise RequestRefused(ErrorCode.TRAINING_FAILED, text, "training_file") from None
     if "error" in answer:
         error = answer["error"]
-        raise RequestRefused(ErrorCode.INVALID_TRAINING_FILE, str(error["message"])[:_MAX_MESSAGE], error.get("param"))
+        message = without_paths(str(error["message"]), map(str, paths))[:_MAX_MESSAGE]
+        raise RequestRefused(ErrorCode.INVALID_TRAINING_FILE, message, error.get("param"))
     return int(answer["rows"])

@@ -1,11 +1,14 @@
 """Files of training data: every format comes to the same rows, and a row that can't be trained on says why."""
 
+import hashlib
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from guanaco.server.training.data import reading
 from guanaco.server.training.data.reading import DataFile, read_conversations
 from guanaco.server.training.data.rows import DataError, Message, RefusalKind, Row
 
@@ -130,3 +133,53 @@ def test_a_file_that_is_none_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="JSON array"):
         read_conversations(broken)
     assert "instruction and output" in read(tmp_path, {"question": "a"}).refusals[0].reason
+
+
+@pytest.mark.parametrize("num_bytes", [1, 2, 7, 1000])
+def test_an_array_is_the_same_wherever_it_is_cut(
+    num_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "_READ_BYTES", num_bytes)
+    path = tmp_path / "data.json"
+    path.write_text(
+        ' [ {"text": "ä ] , \\" \U0001f600"} ,\n{"text":"b"}, 1234, "x", {"text": "c"}\n] \n', encoding="utf-8-sig"
+    )
+    data = read_conversations(path)
+    assert [(row.line, row.text) for row in data.rows] == [(1, 'ä ] , " \U0001f600'), (2, "b"), (5, "c")]
+    assert [refusal.line for refusal in data.refusals] == [3, 4]
+    assert data.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    for text in (
+        '[{"text": "a"}',
+        '[{"text": "a"} {"text": "b"}]',
+        '[{"text": "a"}] x',
+        "[,]",
+        '[{"text": "a"},]',
+        "[nan",
+    ):
+        path.write_text(text)
+        with pytest.raises(DataError, match="begins as a JSON array and is none"):
+            read_conversations(path)
+    path.write_text("[]")
+    with pytest.raises(DataError, match="has no rows"):
+        read_conversations(path)
+
+
+@pytest.mark.parametrize("kind", ["lines", "array", "text"])
+def test_counting_the_rows_of_a_large_file_takes_little_memory(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "_READ_BYTES", 1 << 14)
+    row, number = "word " * 200, 4000
+    path = tmp_path / ("data.txt" if kind == "text" else "data.json")
+    between = {"lines": "\n", "array": ",", "text": "\n\n"}[kind]
+    text = between.join([row if kind == "text" else json.dumps({"text": row})] * number)
+    path.write_text(f"[{text}]" if kind == "array" else text)
+    del text
+    tracemalloc.start()
+    try:
+        data = read_conversations(path, keeps_rows=False)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (data.num_good, data.num_rows, data.rows) == (number, number, [])
+    assert peak < path.stat().st_size / 10

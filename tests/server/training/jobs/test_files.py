@@ -99,6 +99,32 @@ def test_two_uploads_at_once_share_the_bytes_of_their_key(tmp_path: Path) -> Non
     two.write(b"x" * 4)
 
 
+def test_an_upload_that_is_kept_counts_at_every_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the end of an upload and its place among the files nothing gets past the limit."""
+    store = make(tmp_path, max_bytes_per_key=10)
+    upload, seen = store.begin(ALICE), []
+    upload.write(b"x" * 6)
+    real, drop = store._lock, store.drop
+
+    def dropped(one: Any) -> None:
+        drop(one)
+        seen.append(store._used(ALICE))
+
+    class Lock:
+        def __enter__(self) -> None:
+            real.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            seen.append(store._used(ALICE))
+            real.release()
+
+    monkeypatch.setattr(store, "_lock", Lock())
+    monkeypatch.setattr(store, "drop", dropped)
+    store.add(upload, "chat.jsonl")
+    assert len(seen) >= 2
+    assert set(seen) == {(1, 6)}
+
+
 def test_a_write_after_the_drop_leaves_nothing(tmp_path: Path) -> None:
     store = make(tmp_path)
     upload = store.begin(ALICE)
