@@ -73,7 +73,7 @@ def test_settings_are_sent_and_defaults_are_shown(server, visit) -> None:
     tab.page.get_by_role("button", name="Settings").click()
     expect(tab.page.get_by_label("Temperature")).to_have_attribute("placeholder", "default 1")
     tab.page.get_by_label("Temperature").fill("0.5")
-    tab.page.get_by_label("Most tokens").fill("7")
+    tab.page.get_by_label("Max tokens").fill("7")
     tab.page.get_by_label("System prompt").fill("Be brief.")
     tab.page.get_by_label("System prompt").press("Tab")
     with tab.page.expect_request("**/v1/chat/completions") as asked:

@@ -77,7 +77,7 @@ class Visit:
         return answer
 
     def choose(self, name: str) -> None:
-        self.page.get_by_label("Answers", exact=True).select_option(name)
+        self.page.get_by_label("Model", exact=True).select_option(name)
 
 
 @contextmanager

@@ -33,6 +33,12 @@ export function ago(epochSeconds) {
   return `${Math.floor(past / size)} ${unit} ago`;
 }
 
+export function until(epochSeconds) {
+  const left = Math.max(0, epochSeconds - Date.now() / 1000);
+  if (left < 60) return "less than a minute left";
+  return left < 5400 ? `about ${Math.round(left / 60)} min left` : `about ${Math.round(left / 3600)} h left`;
+}
+
 export function day(milliseconds) {
   const then = new Date(milliseconds);
   const today = new Date().toDateString() === then.toDateString();

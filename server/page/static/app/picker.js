@@ -1,7 +1,7 @@
 // Chooses who answers: the base, an adapter or an alias.
 import { models, modelsProblem, refreshModels } from "./models.js";
 import { html, useValue } from "./ui.js";
-import { shortVersion } from "./format.js";
+import { count, shortVersion } from "./format.js";
 
 const GROUPS = [["base", "Base"], ["adapters", "Adapters"], ["aliases", "Aliases"]];
 
@@ -28,7 +28,7 @@ export function Introduction({ chosen, onChoose }) {
   }
   return html`<div class="empty">
     <h2>Who should answer?</h2>
-    <p class="hint">One base model is loaded. Each adapter changes how it speaks, and costs next to nothing.</p>
+    <p class="hint">The base is the model itself. An adapter is a small change on top of it; an alias is another name for an adapter.</p>
     <ul class="cards">
       ${GROUPS.flatMap(([group, title]) => known[group].map((card) => html`<li key=${card.id}>
         <button type="button" aria-pressed=${card.id === chosen} onClick=${() => onChoose(card.id)}>
@@ -40,6 +40,6 @@ export function Introduction({ chosen, onChoose }) {
 }
 
 function describe(card, group, title) {
-  if (group === "base") return `base, context of ${card.max_model_len} tokens`;
+  if (group === "base") return `base, context of ${count(card.max_model_len)} tokens`;
   return card.version ? `adapter, version ${shortVersion(card.version)}` : `${title === "Aliases" ? "alias" : "adapter"}, leads to ${card.root}`;
 }

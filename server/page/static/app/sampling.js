@@ -1,13 +1,13 @@
-// How an answer is drawn: the fields of the form, and what a request sends of them. What is left empty is not sent, so the
+// How an answer is sampled: the fields of the form, and what a request sends of them. An empty field is not sent, so the
 // server's own defaults (the adapter's profile, then the model's) hold.
 export const FIELDS = [
-  { name: "temperature", label: "Temperature", min: 0, max: 2, step: 0.05, help: "0 takes the likeliest token each time" },
-  { name: "top_p", label: "Top p", min: 0.01, max: 1, step: 0.01, help: "draw from the likeliest tokens that sum up to p" },
-  { name: "top_k", label: "Top k", min: 0, max: 1000, step: 1, whole: true, help: "draw from the k likeliest; 0: from all" },
-  { name: "min_p", label: "Min p", min: 0, max: 1, step: 0.01, help: "leave out what is below p times the likeliest" },
-  { name: "repetition_penalty", label: "Repetition penalty", min: 0.5, max: 2, step: 0.05, help: "1 changes nothing" },
-  { name: "max_tokens", label: "Most tokens", min: 1, max: 262144, step: 1, whole: true, help: "empty: the room left" },
-  { name: "seed", label: "Seed", min: 0, max: 2 ** 53 - 1, step: 1, whole: true, help: "the same seed, the same answer" },
+  { name: "temperature", label: "Temperature", min: 0, max: 2, step: 0.05, help: "0: always the likeliest token" },
+  { name: "top_p", label: "Top p", min: 0.01, max: 1, step: 0.01, help: "sample from the likeliest tokens that add up to p" },
+  { name: "top_k", label: "Top k", min: 0, max: 1000, step: 1, whole: true, help: "sample from the k likeliest tokens; 0: from all" },
+  { name: "min_p", label: "Min p", min: 0, max: 1, step: 0.01, help: "leave out tokens below p times the likeliest one" },
+  { name: "repetition_penalty", label: "Repetition penalty", min: 0.5, max: 2, step: 0.05, help: "above 1: fewer repeated tokens; 1: off" },
+  { name: "max_tokens", label: "Max tokens", min: 1, max: 262144, step: 1, whole: true, help: "of the answer; empty: as many as fit" },
+  { name: "seed", label: "Seed", min: 0, max: 2 ** 53 - 1, step: 1, whole: true, help: "the same seed gives the same answer" },
 ];
 
 const ALTERNATIVES = 5;

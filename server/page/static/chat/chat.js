@@ -34,7 +34,7 @@ export function Chat({ rest }) {
       <div class="bar">
         <button type="button" class="only-narrow" aria-expanded=${isListOpen} aria-controls="conversations"
           onClick=${() => setListOpen(!isListOpen)}>☰<span class="unseen"> Conversations</span></button>
-        <${Picker} id="model" label="Answers" value=${shown.model} onChange=${(name) => choose(shown, name)} />
+        <${Picker} id="model" label="Model" value=${shown.model} onChange=${(name) => choose(shown, name)} />
         <${ContextMeter} conversation=${shown} />
         <button type="button" class="push" aria-expanded=${isTuning} aria-controls="settings"
           onClick=${() => setTuning(!isTuning)}>Settings</button>

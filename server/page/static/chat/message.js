@@ -56,7 +56,7 @@ function Answer({ conversation, node }) {
     ${node.error && html`<${Failure} error=${node.error} onRetry=${() => retry(conversation, node)} />`}
     <${Numbers} node=${node} />
     ${!isBusy && html`<footer><${Branches} conversation=${conversation} node=${node} />
-      <button type="button" class="quiet" onClick=${() => retry(conversation, node)}>Retry</button>
+      ${!node.error && html`<button type="button" class="quiet" onClick=${() => retry(conversation, node)}>Retry</button>`}
       ${node.text && html`<${Copy} text=${node.text} />`}
       ${node.tokens?.length > 0 && html`<button type="button" class="quiet" aria-pressed=${showsTokens}
         onClick=${() => setShowsTokens(!showsTokens)}>Probabilities</button>`}
@@ -87,7 +87,7 @@ export function Numbers({ node }) {
   if (node.state === "stopped") parts.push("stopped");
   if (node.finish && ENDS[node.finish]) parts.push(ENDS[node.finish]);
   if (node.usage) parts.push(`${count(node.usage.completion_tokens)} tokens`);
-  if (node.firstTokenMs !== null && node.firstTokenMs !== undefined) parts.push(`first after ${seconds(node.firstTokenMs / 1000)}`);
+  if (node.firstTokenMs !== null && node.firstTokenMs !== undefined) parts.push(`first token after ${seconds(node.firstTokenMs / 1000)}`);
   if (node.tokensPerSecond) parts.push(`${node.tokensPerSecond.toFixed(1)} tokens/s`);
   return parts.length > 0 && html`<p class="numbers">${parts.join(" · ")}</p>`;
 }

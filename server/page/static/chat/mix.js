@@ -38,7 +38,7 @@ export function Mix({ rest }) {
     <h1 class="unseen">Mix</h1>
     <section class="sliders" aria-label="Mixture">
       <h2>Mixture</h2>
-      <p class="hint">0 leaves an adapter out, 1 is the adapter as it is, below 0 takes away what it adds. The next answer is made so.</p>
+      <p class="hint">0 leaves an adapter out, 1 is the adapter as it is, and below 0 its effect is subtracted. The next answer uses these numbers.</p>
       ${known?.adapters.length === 0 && html`<p class="note">This server has no adapters to mix.</p>`}
       ${known?.adapters.map(({ id: name }) => html`<${Slider} key=${name} name=${name} value=${shown.mixture[name] ?? 0} onChange=${(scale) => set(name, scale)} />`)}
       ${gone(shown, known).map((name) => html`<p key=${name} class="note">${name} is not served any more.
@@ -47,10 +47,10 @@ export function Mix({ rest }) {
         <a class="button" href="#/mix" onClick=${() => { startConversation("mix", baseName() ?? "").mixture = { ...shown.mixture }; }}>New conversation</a></div>
     </section>
     <section class="talk" aria-label="Conversation">
-      <div class="bar"><span>Answers: <strong>${inWords}</strong></span><${ContextMeter} conversation=${shown} />
+      <div class="bar"><span>Mixture: <strong>${inWords}</strong></span><${ContextMeter} conversation=${shown} />
         <button type="button" class="push" aria-expanded=${isTuning} aria-controls="settings" onClick=${() => setTuning(!isTuning)}>Settings</button></div>
       ${isTuning && html`<${SamplingPanel} conversation=${shown} onClose=${() => setTuning(false)} />`}
-      <${Thread} conversation=${shown} empty=${html`<div class="empty"><h2>Move the sliders, then ask.</h2>
+      <${Thread} conversation=${shown} empty=${html`<div class="empty"><h2>Move the sliders, then ask</h2>
         <p class="hint">Ask, move them, and press Retry: both answers are kept as branches.</p></div>`} />
       <${Composer} conversation=${shown} />
     </section>

@@ -1,4 +1,4 @@
-// The system prompt and how answers are drawn, with the server's defaults where a field is left empty.
+// The system prompt and how answers are sampled, with the server's defaults where a field is left empty.
 import { changed } from "./conversations.js";
 import { defaultsOf } from "../app/models.js";
 import { FIELDS } from "../app/sampling.js";
@@ -24,7 +24,7 @@ export function SamplingPanel({ conversation, onClose }) {
     </div>
     <label class="check"><input type="checkbox" checked=${sampling.probabilities !== false}
       onChange=${(e) => set("probabilities", e.currentTarget.checked ? undefined : false)} />
-      Ask for the tokens' probabilities</label>
+      Ask for the probabilities of the tokens</label>
     <div class="buttons"><button type="button" onClick=${onClose}>Close</button>
       <button type="button" onClick=${() => { conversation.sampling = {}; changed(conversation); }}>Use the server's defaults</button></div>
   </aside>`;

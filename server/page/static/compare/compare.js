@@ -24,6 +24,7 @@ export function Compare() {
   }, [known, chosen.names]);
   const names = chosen.names ?? [];
   const isBusy = shown?.isBusy ?? false;
+  const isSame = chosen.isBlind && new Set(names).size < names.length;
 
   const ask = (prompt) => {
     const asked = chosen.isBlind ? drawPair(names) : names;
@@ -32,7 +33,7 @@ export function Compare() {
   };
   const submit = (event) => {
     event.preventDefault();
-    if (isBusy || !names.length) return;
+    if (isBusy || !names.length || isSame) return;
     // Blind: every line is a prompt of its own, asked one after the other as votes come.
     const lines = chosen.isBlind ? prompts.split("\n").map((line) => line.trim()).filter(Boolean) : [prompts.trim()];
     if (!lines[0]) return;
@@ -54,14 +55,23 @@ export function Compare() {
       <${Options} chosen=${chosen} change=${change} isBusy=${isBusy} />
       <div class="buttons">
         ${isBusy ? html`<button type="button" class="primary" onClick=${stopRound}>Stop</button>`
-          : html`<button type="submit" class="primary" disabled=${!prompts.trim() || !names.length}>${chosen.isBlind ? "Ask blind" : "Ask all"}</button>`}
+          : html`<button type="submit" class="primary" disabled=${!prompts.trim() || !names.length || isSame}>${chosen.isBlind ? "Ask blind" : "Ask all"}</button>`}
+        ${isSame && html`<span class="hint">A blind comparison needs columns with different names.</span>`}
         ${queue.length > 0 && html`<span class="hint">${queue.length} more prompts wait</span>`}
       </div>
     </form>
+    ${!shown && html`<${Explanation} isBlind=${chosen.isBlind} />`}
     ${shown && (chosen.isBlind ? html`<${Ballot} key=${shown.id} shown=${shown} hasNext=${queue.length > 0} onNext=${next} onAgain=${() => ask(shown.prompt)} />`
       : html`<${Columns} shown=${shown} showsDifferences=${chosen.showsDifferences} />`)}
     <${Results} />
   </div>`;
+}
+
+function Explanation({ isBlind }) {
+  return html`<div class="empty"><h2>${isBlind ? "Which answer is better?" : "One prompt, several answers"}</h2>
+    <p class="hint">${isBlind
+      ? "For each prompt two of the columns answer, without names. Vote with the keys 1, 2 and 3; the votes below are counted with an interval."
+      : "All columns answer the same prompt at the same time, with the same seed, so that differences come from the adapters."}</p></div>`;
 }
 
 function Names({ names, onChange, disabled }) {

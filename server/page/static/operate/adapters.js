@@ -10,9 +10,9 @@ export function Adapters() {
   const [asking, setAsking] = useState(null);
   const [form, setForm] = useState({ name: "", source: "", profile: "" });
   return html`<section class="panel" aria-labelledby="adapters"><h2 id="adapters">Adapters</h2>
-    ${cards.length === 0 ? html`<p class="hint">None is loaded.</p>` : html`<div class="scroll" tabindex="0" role="group" aria-label="A table that may scroll sideways"><table>
-      <thead><tr><th>Name</th><th>State</th><th>Where</th><th class="number">Rank</th><th class="number">Size</th><th class="number">Effect</th>
-        <th class="number">Open</th><th>Version</th><th>Used</th><th>Change</th></tr></thead>
+    ${cards.length === 0 ? html`<p class="hint">No adapter is loaded: the base alone answers. Load one below.</p>` : html`<div class="scroll" tabindex="0" role="group" aria-label="A table that may scroll sideways"><table>
+      <thead><tr><th>Name</th><th>State</th><th>Where</th><th class="number">Rank</th><th class="number">Size</th><th class="number" title="largest change of a logit on the probe prompt">Effect</th>
+        <th class="number" title="requests that use it now">In use</th><th>Version</th><th>Used</th><th>Actions</th></tr></thead>
       <tbody>${cards.map((card) => html`<${Row} key=${card.name} card=${card} run=${run} ask=${setAsking} replace=${() => {
         setForm({ name: card.name, source: "", profile: "" });
         document.getElementById("load-source").focus();
@@ -64,7 +64,7 @@ function LoadForm({ form, setForm, run, cards }) {
     <div class="grow"><label for="load-source">Folder below --adapter-root, or ORG/NAME@REVISION</label>
       <input id="load-source" required maxlength="1024" value=${form.source} onInput=${set("source")} /></div>
     <div><label for="load-profile">Profile</label><select id="load-profile" value=${form.profile} onChange=${set("profile")}>
-      <option value="">as it is beside the adapter</option><option value="guanaco">guanaco</option></select></div>
+      <option value="">the adapter's own</option><option value="guanaco">guanaco</option></select></div>
     <div class="buttons"><button type="submit" class="primary">${isThere ? "Replace" : "Load"}</button>
       <button type="button" disabled=${!name || !source} onClick=${check}>Check only</button></div></form>`;
 }

@@ -6,7 +6,6 @@ import { cell } from "../app/ui.js";
 
 export const adapters = cell(null); // cards of GET /v1/adapters
 export const aliases = cell(null);
-export const jobs = cell(null);
 // "unknown", "open", "needs a key", "off" (the server has no admin key) or "failed"
 export const access = cell("unknown");
 

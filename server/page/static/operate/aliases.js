@@ -15,7 +15,7 @@ export function Aliases() {
   const change = (card) => setForm({ name: card.name, targets: Object.entries(card.split), revision: card.revision });
   return html`<section class="panel" aria-labelledby="aliases"><h2 id="aliases">Aliases</h2>
     ${cards.length === 0 ? html`<p class="hint">None yet. An alias is a name that leads to an adapter, or to several by weight.</p>` : html`<div class="scroll" tabindex="0" role="group" aria-label="A table that may scroll sideways"><table>
-      <thead><tr><th>Name</th><th>State</th><th>Leads to</th><th class="number">Revision</th><th class="number">Uses</th><th>Change</th></tr></thead>
+      <thead><tr><th>Name</th><th>State</th><th>Leads to</th><th class="number">Revision</th><th class="number">Uses</th><th>Actions</th></tr></thead>
       <tbody>${cards.map((card) => html`<tr key=${card.name}><th scope="row">${card.name}</th><td class=${card.state === "ready" ? "" : "bad"}>${card.state}</td>
         <td><${Split} split=${card.split} /></td><td class="number">${card.revision}</td><td class="number">${count(card.num_uses)}</td>
         <td class="actions"><button type="button" class="quiet" aria-label=${`Change ${card.name}`} onClick=${() => change(card)}>Change</button>

@@ -3,6 +3,7 @@ import { html } from "../app/ui.js";
 
 const WIDTH = 240;
 const HEIGHT = 48;
+const MARGIN = 4;
 
 // values: numbers, or null where nothing was measured. A gap in the line is a gap in the measurements.
 export function Sparkline({ title, values, show, most = null }) {
@@ -10,27 +11,28 @@ export function Sparkline({ title, values, show, most = null }) {
   const top = most ?? Math.max(...known, Number.MIN_VALUE);
   const last = known.at(-1);
   const words = known.length ? `now ${show(last)}, highest ${show(Math.max(...known))}` : "nothing measured yet";
+  const x = (i) => MARGIN + (i * (WIDTH - 2 * MARGIN)) / Math.max(1, values.length - 1);
+  const { line, dots } = pathsOf(values, x, (v) => HEIGHT - MARGIN - (v / top) * (HEIGHT - 2 * MARGIN));
   return html`<figure class="spark">
     <figcaption><span>${title}</span> <strong>${known.length ? show(last) : "–"}</strong></figcaption>
     <svg viewBox=${`0 0 ${WIDTH} ${HEIGHT}`} preserveAspectRatio="none" role="img" aria-label=${`${title}: ${words}`}>
-      <path d=${pathOf(values, (i) => (i * WIDTH) / Math.max(1, values.length - 1), (v) => HEIGHT - 2 - (v / top) * (HEIGHT - 6))} /></svg>
-    <p class="small" aria-hidden="true">${words}</p>
+      <path d=${line} /><path class="dots" d=${dots} /></svg>
+    <p class="small" aria-hidden="true">${known.length ? `highest ${show(Math.max(...known))}` : words}</p>
   </figure>`;
 }
 
-function pathOf(values, x, y) {
-  let path = "";
-  let isPenDown = false;
+// A line through what was measured, and a dot for each value without neighbours, which no line shows.
+function pathsOf(values, x, y) {
+  let [line, dots] = ["", ""];
   values.forEach((value, index) => {
-    if (value === null) {
-      isPenDown = false;
-      return;
-    }
+    if (value === null) return;
     const point = `${x(index).toFixed(1)} ${y(value).toFixed(1)}`;
-    path += isPenDown ? `L${point}` : `M${point}h.01`;
-    isPenDown = true;
+    const [hasBefore, hasAfter] = [index - 1, index + 1].map((near) => (values[near] ?? null) !== null);
+    if (hasBefore) line += `L${point}`;
+    else if (hasAfter) line += `M${point}`;
+    else dots += `M${point}h.01`;
   });
-  return path;
+  return { line, dots };
 }
 
 const PLOT = { width: 560, height: 200, left: 46, right: 10, top: 10, bottom: 26 };

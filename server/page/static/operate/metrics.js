@@ -3,8 +3,9 @@ import { send } from "../app/api.js";
 import { cell } from "../app/ui.js";
 
 const KEPT = 120; // samples of the sparklines
+const PROMPT_TOKENS = "guanaco_adapter_prompt_tokens_total";
 
-// { now, history }: history is a list of { time, running, waiting, kv, step, first, gap, rate }; null before the first look.
+// { now, history }: history is a list of { time, running, waiting, kv, step, first, gap, prompt, rate }; null before the first look.
 export const metrics = cell(null);
 export const metricsProblem = cell(null);
 let before = null;
@@ -45,7 +46,7 @@ export async function lookAtMetrics() {
     const time = Date.now();
     const sample = {
       time, running: total(series, "vllm:num_requests_running"), waiting: total(series, "vllm:num_requests_waiting"),
-      kv: total(series, "vllm:kv_cache_usage_perc"), step: null, first: null, gap: null, rate: null, rates: {},
+      kv: total(series, "vllm:kv_cache_usage_perc"), step: null, first: null, gap: null, rate: null, prompt: null, rates: {},
     };
     if (before) {
       const passed = (time - before.time) / 1000;
@@ -54,6 +55,7 @@ export async function lookAtMetrics() {
       sample.gap = meanBetween(series, before.series, "vllm:inter_token_latency_seconds");
       const [now, then] = [series, before.series].map((at) => byLabel(at, "guanaco_adapter_generation_tokens_total", "adapter"));
       for (const [name, value] of Object.entries(now)) sample.rates[name] = Math.max(0, value - (then[name] ?? 0)) / passed;
+      sample.prompt = Math.max(0, total(series, PROMPT_TOKENS) - total(before.series, PROMPT_TOKENS)) / passed;
       sample.rate = Object.values(sample.rates).reduce((sum, value) => sum + value, 0);
     }
     before = { time, series };

@@ -18,9 +18,9 @@ const ADMIN_EVERY_MS = 5000;
 const WORDS = {
   unknown: "",
   open: "",
-  "needs a key": "Adapters, aliases and draining need the server's admin key.",
-  off: "This server was started without --admin-key: adapters can't be changed while it runs.",
-  failed: "The server did not answer; the page asks again.",
+  "needs a key": "Loading adapters, changing aliases and stopping the server need the server's admin key (--admin-key).",
+  off: "This server was started without --admin-key, so its adapters can't be changed while it runs.",
+  failed: "The server did not answer. The page asks again.",
 };
 
 export function Operate() {
@@ -47,14 +47,9 @@ function Load() {
   if (!found) return html`<section class="panel"><h2>Load</h2><p>${problem ? problem.message : "Asking …"}</p></section>`;
   const { now, history, series } = found;
   const line = (name) => history.map((sample) => sample[name]);
-  const number = (n) => n.toFixed(n < 10 ? 1 : 0);
-  return html`<section class="panel" aria-labelledby="load"><h2 id="load">Load</h2>
-    <dl class="facts">
-      <div><dt>State</dt><dd class=${state === "ready" ? "good" : "bad"}>${state}</dd></div>
-      <div><dt>Running</dt><dd>${count(now.running)}</dd></div>
-      <div><dt>Waiting</dt><dd>${count(now.waiting)}</dd></div>
-      <div><dt>KV cache in use</dt><dd>${percent(now.kv, 1)}</dd></div>
-    </dl>
+  const number = (n) => n.toFixed(n > 0 && n < 10 ? 1 : 0);
+  return html`<section class="panel" aria-labelledby="load"><div class="titled"><h2 id="load">Load</h2>
+      <span class=${`badge ${state === "ready" ? "good" : "bad"}`}>${state}</span></div>
     <div class="sparks">
       <${Sparkline} title="Running requests" values=${line("running")} show=${count} />
       <${Sparkline} title="Waiting requests" values=${line("waiting")} show=${count} />
@@ -62,9 +57,10 @@ function Load() {
       <${Sparkline} title="Step time" values=${line("step")} show=${seconds} />
       <${Sparkline} title="First token" values=${line("first")} show=${seconds} />
       <${Sparkline} title="Between tokens" values=${line("gap")} show=${seconds} />
-      <${Sparkline} title="Tokens per second" values=${line("rate")} show=${number} />
+      <${Sparkline} title="Prompt tokens per second" values=${line("prompt")} show=${number} />
+      <${Sparkline} title="Answer tokens per second" values=${line("rate")} show=${number} />
     </div>
-    <p class="hint">Means of each ${METRICS_EVERY_MS / 1000} seconds since this view was opened.</p>
+    <p class="hint">Each point is the mean of ${METRICS_EVERY_MS / 1000} seconds, since this view was opened.</p>
     <${ByAdapter} series=${series} rates=${now.rates} />
   </section>`;
 }
