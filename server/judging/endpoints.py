@@ -26,6 +26,7 @@ _TRY_AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _REFUSED = frozenset({400, 413, 422})  # this request; others may still work
 _MOST_BYTES = 64 << 20  # of one answer
 MAX_KEY_BYTES = 64 << 10
+_SHORTEST_SECRET = 8  # characters: a shorter key may be a part of any text, so answers keep it
 
 Sleep = Callable[[float], Awaitable[None]]
 
@@ -155,9 +156,9 @@ class Endpoint:
                     why = type(error).__name__
                 else:
                     self._was_reached = True
-                    if response.status_code < 300 and (answer := _object(content)) is not None:
+                    if response.status_code < 300 and (answer := self._object(content)) is not None:
                         self.usage.add(answer)
-                        return answer, dict(response.headers)
+                        return answer, {name: self._without_key(value) for name, value in response.headers.items()}
                     why = self._problem(response, content)
                     wait = max(wait, _retry_after(response.headers.get("retry-after")))
                 if attempt < self.retries:
@@ -179,7 +180,7 @@ class Endpoint:
     def _problem(self, response: httpx2.Response, content: bytes) -> str:
         """Why a response is worth another attempt. RequestRefused or CommandError where it is not."""
         status = response.status_code
-        told = _object(content) or {}
+        told = self._object(content) or {}
         error = told.get("error")
         words = str(error.get("message", "")) if isinstance(error, dict) else ""
         words = (words.replace(self.key, "(key)") if self.key else words)[:300]
@@ -192,6 +193,23 @@ class Endpoint:
             raise CommandError(f"{self.origin} answered {status}: name its key with --key {self.origin}=env:VARIABLE")
         raise CommandError(f"{self.origin} answered {status}: {words or 'check the address'}")
 
+    def _object(self, content: bytes) -> dict[str, Any] | None:
+        """The JSON object of a body; None for anything else. A key that the endpoint repeats in it is taken out,
+        because answers are kept and shown."""
+        try:
+            # JSON may hold half of a surrogate pair, which no report, page or request can carry: it becomes "?".
+            text = json.dumps(json.loads(content), ensure_ascii=False).encode("utf-8", "replace").decode()
+            answer = json.loads(self._without_key(text, json.dumps(self.key)[1:-1] if self.key else None))
+        except (ValueError, RecursionError):
+            return None
+        return answer if isinstance(answer, dict) else None
+
+    def _without_key(self, text: str, written: str | None = None) -> str:
+        """A text without this endpoint's key. written: the key as the text would hold it."""
+        if self.key is None or len(self.key) < _SHORTEST_SECRET:
+            return text
+        return text.replace(written or self.key, "(key)")
+
     async def _keep_pace(self) -> None:
         if self.per_minute:
             now = time.monotonic()
@@ -199,16 +217,6 @@ class Endpoint:
             self._next_start = start + 60 / self.per_minute
             if start > now:
                 await self.sleep(start - now)
-
-
-def _object(content: bytes) -> dict[str, Any] | None:
-    try:
-        answer = json.loads(content)
-        # JSON may hold half of a surrogate pair, which no report, page or request can carry: it becomes "?".
-        answer = json.loads(json.dumps(answer, ensure_ascii=False).encode("utf-8", "replace"))
-    except (ValueError, RecursionError):
-        return None
-    return answer if isinstance(answer, dict) else None
 
 
 def _retry_after(text: str | None) -> float:

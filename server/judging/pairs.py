@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from guanaco.server.judging.ratings import REPLICATES, resampled
 from guanaco.server.judging.stored import Verdict
@@ -19,6 +20,13 @@ MAX_UNREADABLE = 0.2  # of the verdicts; with more of them nothing is said about
 _POWER_SIGMAS = 1.96 + 0.84  # a difference of this many standard errors is found in four studies of five
 _MOST_ADVISED = 100_000
 _TAIL = 0.025
+_SHRINKAGE = 0.1  # prior precision of the length's coefficient: a few prompts cannot make it infinite
+_TIE_WEIGHT = 0.1  # of one tie at equal lengths: where one player wins everywhere, the rate stays below 1
+_NEWTON_STEPS = 30
+_MOST_CHANGE = 2.0  # of a coefficient in one step
+_CLOSE_ENOUGH = 1e-9
+
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -134,9 +142,7 @@ def pair_result(
     )
 
 
-def interval_of_mean(
-    scores: "np.ndarray[tuple[int], np.dtype[np.float64]]", *, replicates: int = REPLICATES, seed: int = 0
-) -> tuple[float, float]:
+def interval_of_mean(scores: Floats, *, replicates: int = REPLICATES, seed: int = 0) -> tuple[float, float]:
     """The 95 % interval of a mean of results (0 to 1) by bootstrap over prompts; (0, 1) without results.
 
     Where all results are wins or all are losses, no resampling varies: the exact bound of a share of 1 or 0 is used.
@@ -150,6 +156,46 @@ def interval_of_mean(
     means = np.concatenate([counts @ scores for counts in resampled(count, replicates, seed, cells=count)]) / count
     low, high = np.quantile(means, [_TAIL, 1 - _TAIL])
     return float(low), float(high)
+
+
+def length_controlled(
+    scores: Floats, differences: Floats, *, replicates: int = REPLICATES, seed: int = 0
+) -> tuple[float, tuple[float, float]]:
+    """The win rate that a player would have if both answers were equally long, and its 95 % interval by bootstrap.
+
+    scores: [prompts], results for the player (0 to 1). differences: [prompts], the length of its answer minus that of
+    the other's. A logistic regression with one coefficient for the length, as AlpacaEval's length-controlled rate has
+    it: the difference goes through tanh, in units of its standard deviation. (0.5, (0, 1)) without prompts.
+    """
+    count = len(scores)
+    if not count:
+        return 0.5, (0.0, 1.0)
+    spread = float(differences.std())
+    place = np.tanh(differences / spread) if spread else np.zeros(count)
+    rate = _rate_at_zero(np.ones((1, count)), scores, place)[0]
+    rates = [_rate_at_zero(weights, scores, place) for weights in resampled(count, replicates, seed, cells=6 * count)]
+    low, high = np.quantile(np.concatenate(rates), [_TAIL, 1 - _TAIL])
+    return float(rate), (float(low), float(high))
+
+
+def _rate_at_zero(weights: Floats, scores: Floats, place: Floats) -> Floats:
+    """The fitted rate at a length difference of zero for each row of weights [replicates, prompts], by Newton's method."""
+    at_zero, slope = np.zeros(len(weights)), np.zeros(len(weights))
+    for _ in range(_NEWTON_STEPS):
+        fitted = 1 / (1 + np.exp(-(at_zero[:, None] + slope[:, None] * place)))
+        tied = 1 / (1 + np.exp(-at_zero))
+        error, weight = weights * (scores - fitted), weights * fitted * (1 - fitted)
+        gradient = error.sum(axis=1) + _TIE_WEIGHT * (0.5 - tied), error @ place - _SHRINKAGE * slope
+        a = weight.sum(axis=1) + _TIE_WEIGHT * tied * (1 - tied)
+        b, c = weight @ place, weight @ np.square(place) + _SHRINKAGE
+        determinant = a * c - b * b
+        first = np.clip((c * gradient[0] - b * gradient[1]) / determinant, -_MOST_CHANGE, _MOST_CHANGE)
+        second = np.clip((a * gradient[1] - b * gradient[0]) / determinant, -_MOST_CHANGE, _MOST_CHANGE)
+        at_zero += first
+        slope += second
+        if max(np.abs(first).max(), np.abs(second).max()) < _CLOSE_ENOUGH:
+            break
+    return np.asarray(1 / (1 + np.exp(-at_zero)))
 
 
 def prompts_needed(result: PairResult) -> int | None:

@@ -17,6 +17,7 @@ def tables(result: dict[str, Any]) -> Iterator[Table]:
     """The tables of a report, whatever its form: titles, heads and rows of plain text."""
     for name, told in result["benchmarks"].items():
         yield _pairs(f"Win rates on {name}", told["pairs"])
+        yield from _at_equal_lengths(told["pairs"])
         yield _players(told["players"], result)
     for what, groups in result["breakdown"].items():
         rows = [
@@ -48,6 +49,17 @@ def _pairs(title: str, pairs: Sequence[dict[str, Any]]) -> Table:
         for p in pairs
     ]  # fmt: skip
     return title, heads, rows
+
+
+def _at_equal_lengths(pairs: Sequence[dict[str, Any]]) -> Iterator[Table]:
+    """The win rates that would be if both answers were equally long. Stored verdicts have no lengths."""
+    rows = [
+        [f"{p['player']} against {p['other']}", share(p["rate"]), share(of["rate"]), _between(of)]
+        for p in pairs
+        if (of := p.get("length_controlled"))
+    ]
+    if rows:
+        yield "Win rates at equal lengths", ["pair", "win rate", "at equal lengths", "95 % interval"], rows
 
 
 def _players(players: dict[str, dict[str, Any]], result: dict[str, Any]) -> Table:

@@ -7,11 +7,13 @@ from datetime import UTC, datetime
 from itertools import combinations
 from typing import Any
 
+import numpy as np
+
 from guanaco.server.judging.checks import Check, check_answers, perplexities
 from guanaco.server.judging.contestants import Answers, Contestant, Progress, Sampling, collect_answers
 from guanaco.server.judging.folder import WorkFolder
 from guanaco.server.judging.judges import Judge, Judged, judge_answers, same_family
-from guanaco.server.judging.pairs import in_words, pair_result
+from guanaco.server.judging.pairs import in_words, length_controlled, pair_result, prompt_results
 from guanaco.server.judging.prompts import Prompt, hash_of
 from guanaco.server.judging.replay import benchmark_statistics, percent_of_reference
 from guanaco.server.judging.stored import Verdict, scores_csv, verdicts_csv
@@ -96,6 +98,8 @@ def add_judgements(
         result["warnings"].append("nothing was judged: no prompt has two answers")
         return
     result["benchmarks"] = {plan.benchmark: told}
+    for pair in told["pairs"]:
+        pair["length_controlled"] = _length_controlled(pair["player"], pair["other"], verdicts, answers, plan.seed)
     result["warnings"] += told["warnings"]
     if any(s.first_score is not None for s in judged.scores):
         percent = percent_of_reference(judged.scores, plan.reference, seed=plan.seed)
@@ -175,6 +179,17 @@ def _by(plan: Plan, verdicts: Sequence[Verdict], group_of: Callable[[Prompt], st
             if r.prompts
         ]
     return told
+
+
+def _length_controlled(
+    player: str, other: str, verdicts: Sequence[Verdict], answers: Answers, seed: int
+) -> dict[str, Any]:
+    """The win rate of a pair at equal lengths, in characters."""
+    results, _, _ = prompt_results([v for v in verdicts if {v.first, v.second} == {player, other}], player)
+    lengths = [[float(len(answers[name, question].text)) for name in (player, other)] for _, question in results]
+    differences = np.array([mine - others for mine, others in lengths])
+    rate, interval = length_controlled(np.array(list(results.values())), differences, seed=seed)
+    return {"rate": round(rate, 4), "interval": [round(x, 4) for x in interval]}
 
 
 def _bias(verdicts: Sequence[Verdict], answers: Answers) -> dict[str, float | None]:

@@ -134,9 +134,12 @@ def watch(tab: Visit) -> None:
     """Some answers, so that the charts have something to show."""
     tab.page.locator(".spark").first.wait_for()
     for _ in range(2):
-        tab.page.evaluate("""(text) => { for (const model of ['pirate', 'terse']) fetch('v1/chat/completions', { method: 'POST',
+        tab.page.evaluate(
+            """(text) => { for (const model of ['pirate', 'terse']) fetch('v1/chat/completions', { method: 'POST',
           headers: { 'Content-Type': 'application/json' },
-          body: JSON.stringify({ model, max_tokens: 60, messages: [{ role: 'user', content: text }] }) }); }""", QUESTION)
+          body: JSON.stringify({ model, max_tokens: 60, messages: [{ role: 'user', content: text }] }) }); }""",
+            QUESTION,
+        )
         tab.page.wait_for_timeout(6000)
 
 

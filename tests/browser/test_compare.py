@@ -3,9 +3,13 @@
 import csv
 import json
 import math
+from pathlib import Path
 
 from playwright.sync_api import expect
+from typer.testing import CliRunner
 
+from guanaco.server.commands.main import app
+from guanaco.server.judging.prompts import read_prompts
 from support.server.api_server import BASE, PIRATE, TERSE
 
 
@@ -63,6 +67,23 @@ def interval(share: float, total: int) -> tuple[float, float]:
     return middle - half, middle + half
 
 
+def check_replay(tab, votes: Path, questions: Path, expected: list[tuple[str, str, int, int]]) -> None:
+    """`guanaco compare --replay` reads the votes, and `--prompts` the prompts, as they were downloaded."""
+    done = CliRunner().invoke(app, ["compare", "--replay", str(votes), "--json"])
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout.splitlines()[-1])["benchmarks"]["page"]
+    assert (told["verdicts"], told["unreadable"], set(told["players"])) == (40, 0, {PIRATE, TERSE})
+    (pair,) = told["pairs"]
+    winners = [None if v == 3 else first if v == 1 else second for first, second, _, v in expected]
+    assert [pair[name] for name in ("prompts", "wins", "ties", "losses")] == [
+        40, winners.count(pair["player"]), winners.count(None), winners.count(pair["other"]),
+    ]  # fmt: skip
+    with tab.page.expect_download() as downloading:
+        tab.page.get_by_role("button", name="Download the prompts").click()
+    downloading.value.save_as(questions)
+    assert [(p.id, p.shown) for p in read_prompts(questions)] == [(str(n), f"Question, number {n}") for n in range(40)]
+
+
 def test_forty_blind_votes_by_key(server, visit, tmp_path) -> None:
     tab = visit(server).go("compare")
     tab.page.get_by_role("button", name="Remove column 3").click()
@@ -90,6 +111,7 @@ def test_forty_blind_votes_by_key(server, visit, tmp_path) -> None:
     assert list(rows[0]) == ["benchmark", "first", "second", "question", "verdict"]
     assert [(r["first"], r["second"], int(r["question"]), int(r["verdict"])) for r in rows] == expected
     assert len({first for first, *_ in expected}) == 2, "the sides change"
+    check_replay(tab, path, tmp_path / "questions.jsonl", expected)
     points = [0.5 if v == 3 else float((first if v == 1 else second) == PIRATE) for first, second, _, v in expected]
     low, high = interval(sum(points) / 40, 40)
     row = tab.page.locator("section.panel tbody tr")
@@ -100,6 +122,19 @@ def test_forty_blind_votes_by_key(server, visit, tmp_path) -> None:
     tab.page.get_by_role("button", name="Delete the votes").click()
     tab.page.get_by_role("dialog").get_by_role("button", name="Delete").click()
     expect(row).to_have_count(0)
+
+
+def test_a_blind_comparison_needs_two_names(server, visit) -> None:
+    tab = visit(server).go("compare")
+    tab.page.get_by_role("button", name="Remove column 3").click()
+    tab.page.locator("#column-1").select_option(PIRATE)
+    tab.page.locator("#prompt").fill("Hello")
+    expect(tab.page.get_by_role("button", name="Ask all")).to_be_enabled()
+    tab.page.get_by_label("Blind").check()
+    expect(tab.page.get_by_role("button", name="Ask blind")).to_be_disabled()
+    expect(tab.page.locator("form")).to_contain_text("needs columns with different names")
+    tab.page.locator("#column-1").select_option(TERSE)
+    expect(tab.page.get_by_role("button", name="Ask blind")).to_be_enabled()
 
 
 def test_a_column_that_fails_leaves_the_others(server, visit) -> None:

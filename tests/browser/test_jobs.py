@@ -32,7 +32,9 @@ def create(server: TrainingServer, key: str, suffix: str) -> str:
 
 
 def with_keys(tab, *, api: str = "", admin: str = ""):
-    tab.page.add_init_script(f"sessionStorage['guanaco.apiKey'] ??= '{api}'; sessionStorage['guanaco.adminKey'] ??= '{admin}'")
+    tab.page.add_init_script(
+        f"sessionStorage['guanaco.apiKey'] ??= '{api}'; sessionStorage['guanaco.adminKey'] ??= '{admin}'"
+    )
     return tab.go("operate")
 
 
@@ -46,7 +48,9 @@ def test_a_job_from_its_curve_to_the_picker(training: TrainingServer, gate: Path
     expect(row(tab, job)).to_contain_text("running")
     row(tab, job).get_by_role("button", name=f"Loss of {job}").click()
     chart = tab.page.get_by_role("img", name=f"Loss of {job}")
-    expect(chart).to_have_attribute("aria-label", f"Loss of {job}: training loss from 4.000 to 4.000; validation loss from 5.000 to 5.000")
+    expect(chart).to_have_attribute(
+        "aria-label", f"Loss of {job}: training loss from 4.000 to 4.000; validation loss from 5.000 to 5.000"
+    )
     tab.page.get_by_role("link", name="Chat").click()
     expect(tab.page.locator("#model option", has_text="made")).to_have_count(0)
     tab.page.get_by_role("link", name="Operate").click()
@@ -54,7 +58,9 @@ def test_a_job_from_its_curve_to_the_picker(training: TrainingServer, gate: Path
     gate.touch()
     expect(row(tab, job)).to_contain_text("succeeded")
     row(tab, job).get_by_role("button", name=f"Loss of {job}").click()
-    expect(chart).to_have_attribute("aria-label", f"Loss of {job}: training loss from 4.000 to 1.000; validation loss from 5.000 to 1.250")
+    expect(chart).to_have_attribute(
+        "aria-label", f"Loss of {job}: training loss from 4.000 to 1.000; validation loss from 5.000 to 1.250"
+    )
     expect(tab.page.locator("section[aria-labelledby=jobs]")).to_contain_text("the model made answers now")
     tab.page.get_by_role("link", name="Chat").click()
     expect(tab.page.locator("#model option", has_text="made")).to_have_count(1)
@@ -80,4 +86,3 @@ def test_what_the_server_says_where_it_cannot_train(tmp_path: Path, visit) -> No
         tab = with_keys(visit(server), api=ALICE, admin=ADMIN)
         expect(tab.page.locator("main")).to_contain_text("`train` extra is not installed")
         assert tab.page.locator("section[aria-labelledby=jobs]").count() == 0
-

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from guanaco.server.judging.pairs import in_words, interval_of_mean, pair_result, prompts_needed
+from guanaco.server.judging.pairs import in_words, interval_of_mean, length_controlled, pair_result, prompts_needed
 from guanaco.server.judging.stored import Verdict
 
 
@@ -92,3 +92,46 @@ def test_the_advised_number_finds_the_difference() -> None:
     result = pair_result(verdicts, "a", "b")
     needed = prompts_needed(result)
     assert needed == 780  # (2.8 * 0.4975 / 0.05)^2 = 776.2, two digits, rounded up
+
+
+def judged_by_length(effect: float, better: float, prompts: int = 400) -> tuple[np.ndarray, np.ndarray]:
+    """Results of a judge who likes long answers (effect) and good ones (better, in log-odds); player a writes more."""
+    rng = np.random.default_rng(3)
+    differences = rng.normal(300, 400, prompts)
+    chance = 1 / (1 + np.exp(-(better + effect * np.tanh(differences / differences.std()))))
+    return (rng.random((prompts, 2)) < chance[:, None]).mean(axis=1), differences
+
+
+def test_a_judge_of_lengths_alone_finds_no_difference_at_equal_lengths() -> None:
+    scores, differences = judged_by_length(effect=3.0, better=0.0)
+    low, high = interval_of_mean(scores)
+    assert low > 0.6, "by its plain rate the longer one seems better"
+    rate, (low, high) = length_controlled(scores, differences)
+    assert low < rate < high
+    assert low < 0.5 < high
+    mirrored, _ = length_controlled(1 - scores, -differences)
+    assert mirrored == pytest.approx(1 - rate, abs=1e-6)
+
+
+def test_a_difference_that_is_there_stays_at_equal_lengths() -> None:
+    rate, (low, high) = length_controlled(*judged_by_length(effect=3.0, better=1.0))
+    assert low < 1 / (1 + math.exp(-1.0)) < high
+    assert low > 0.5
+    assert high - low < 0.2
+    assert low < rate < high
+
+
+def test_equal_lengths_change_no_rate() -> None:
+    scores = np.array([1.0] * 60 + [0.5] * 10 + [0.0] * 30)
+    rate, (low, high) = length_controlled(scores, np.zeros(100))
+    assert rate == pytest.approx(0.65, abs=1e-3)
+    plain = interval_of_mean(scores)
+    assert (low, high) == (pytest.approx(plain[0], abs=0.01), pytest.approx(plain[1], abs=0.01))
+
+
+@pytest.mark.parametrize("differences", [np.full(40, 900.0), np.linspace(-5, 5, 40), np.array([1e9] + [0.0] * 39)])
+def test_wins_everywhere_stay_finite(differences: np.ndarray) -> None:
+    rate, (low, high) = length_controlled(np.ones(40), differences)
+    assert 0.9 < rate < 1
+    assert 0.8 < low <= high < 1
+    assert length_controlled(np.array([]), np.array([])) == (0.5, (0.0, 1.0))
