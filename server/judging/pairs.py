@@ -179,7 +179,7 @@ def length_controlled(
 
 
 def _rate_at_zero(weights: Floats, scores: Floats, place: Floats) -> Floats:
-    """The fitted rate at a length difference of zero for each row of weights [replicates, prompts], by Newton's method."""
+    """The fitted rate at equal lengths for each row of weights [replicates, prompts], by Newton's method."""
     at_zero, slope = np.zeros(len(weights)), np.zeros(len(weights))
     for _ in range(_NEWTON_STEPS):
         fitted = 1 / (1 + np.exp(-(at_zero[:, None] + slope[:, None] * place)))
