@@ -1,4 +1,4 @@
-"""`guanaco compare` with endpoints that are not guanaco, each with a key of its own, and each of them careless with it."""
+"""`guanaco compare` with endpoints that are not guanaco: each has a key of its own, and each is careless with it."""
 
 import json
 import logging
