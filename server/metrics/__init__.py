@@ -1,4 +1,4 @@
 """The server's metrics, as Prometheus series.
 
-Imports nothing of the server but the engine's messages. Start with `server.py`.
+Imports nothing of the server but the engine's messages and the error codes. Start with `server.py`.
 """

@@ -21,6 +21,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from guanaco.models.error_codes import ErrorCode
 from guanaco.server.engine.request import StepStats
 from guanaco.server.metrics.adapters import DEFAULT_ADAPTER_LABELS, AdapterMetrics, without_names
 from guanaco.server.metrics.histogram import HotHistogram
@@ -48,6 +49,11 @@ _STEP_SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5
 _ENGINE = "0"  # vLLM numbers its engines; one process has one here
 _GRAMMAR_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 _LAG_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
+# Alerts ask whether these grow. Prometheus sees no growth in a series that begins at its first event.
+_COUNTED_FROM_ZERO = (
+    *(ErrorCode.SERVER_OVERLOADED, ErrorCode.QUEUE_TIMEOUT, ErrorCode.TOO_MANY_CONNECTIONS),
+    *(ErrorCode.INTERNAL_ERROR, ErrorCode.ENGINE_DEAD),
+)
 
 
 @dataclass(frozen=True)
@@ -200,6 +206,8 @@ class Metrics:
             return Counter(name, text, labels, registry=self.registry)
 
         self._rejected = counter("guanaco_rejected", "Requests answered with an error status, by code.", "reason")
+        for code in _COUNTED_FROM_ZERO:
+            self._rejected.labels(code)
         self._ignored_fields = counter("guanaco_ignored_fields", "Fields of requests that mean nothing here.")
         self._slow_clients = counter("guanaco_slow_clients", "Connections closed because the client did not read.")
         names = {"guanaco_step_seconds": "Duration of engine steps."}
