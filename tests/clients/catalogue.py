@@ -101,4 +101,12 @@ CLIENTS = (
         server_flags=EXACT,
         arguments=("--tolerance", "0.001"),
     ),
+    Client(
+        "guidellm",
+        "guidellm",
+        "guidellm_client.py",
+        ("guidellm==0.8.1",),
+        ("guidellm", "transformers"),
+        shares_repository_packages=True,
+    ),
 )

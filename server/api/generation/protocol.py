@@ -141,23 +141,12 @@ class StreamOptions(Body):
 User = Annotated[str | None, BeforeValidator(lambda value: value if isinstance(value, str) else None)]
 
 
-class GenerationBody(Body):
-    """The fields that chat and text completions share."""
+class SamplingExtensions(Body):
+    """The fields of sampling that all routes have, with these names: OpenAI's own in chat, and vLLM's."""
 
-    model: Annotated[str, Field(min_length=1, max_length=256)]
-    max_tokens: TokenCount | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=MAX_TOP_K)] | None = None  # 0 and -1: all
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    n: Annotated[int, BeforeValidator(_n), Field(ge=1, le=MAX_CHOICES)] = 1
-    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    return_token_ids: bool | None = None
-    return_tokens_as_token_ids: bool | None = None
-    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: StopStrings = ()
     stop_token_ids: StopTokenIds = ()
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
@@ -168,6 +157,23 @@ class GenerationBody(Body):
     logit_bias: LogitBias = ()
     allowed_token_ids: AllowedTokenIds = None
     bad_words: BadWords = ()
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
+
+
+class GenerationBody(SamplingExtensions):
+    """The fields that chat and text completions share."""
+
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+    max_tokens: TokenCount | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MAX_TOP_K)] | None = None  # 0 and -1: all
+    n: Annotated[int, BeforeValidator(_n), Field(ge=1, le=MAX_CHOICES)] = 1
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None = None
+    stop: StopStrings = ()
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     adapters: AdapterChoices = ()
@@ -175,7 +181,6 @@ class GenerationBody(Body):
     lora_path: AdapterName = None
     lora: NumberedAdapters = None
     truncate_prompt_tokens: TokensKept = None
-    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
     user: User = None
     response_format: _ResponseFormat = None
     structured_outputs: Annotated[Any, schema(type=["object", "null"])] = None

@@ -11,7 +11,7 @@ from pydantic import Field, WithJsonSchema
 from guanaco.models.error_codes import ErrorCode
 from guanaco.server.api.generation.conversation import refused_besides
 from guanaco.server.api.generation.fields import HARMLESS, RouteFields
-from guanaco.server.api.generation.protocol import MAX_MESSAGES, MAX_SALT_CHARS, MAX_TOP_K, TokenCount
+from guanaco.server.api.generation.protocol import MAX_MESSAGES, MAX_TOP_K, SamplingExtensions, TokenCount
 from guanaco.server.api.values.adapters import AdapterChoices
 from guanaco.server.api.values.base import Body
 from guanaco.server.api.values.tokens import StopStrings
@@ -85,8 +85,8 @@ class CountBody(Body):
     adapters: AdapterChoices = ()
 
 
-class MessagesBody(CountBody):
-    """POST /v1/messages. The fields after `stream` are extensions of this server, as in chat completions."""
+class MessagesBody(SamplingExtensions, CountBody):
+    """POST /v1/messages. Anthropic's fields, `adapters`, and the extensions that all routes have."""
 
     max_tokens: TokenCount
     metadata: Metadata | None = None
@@ -95,10 +95,6 @@ class MessagesBody(CountBody):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=MAX_TOP_K)] | None = None
     stream: bool | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
-    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
 
 
 _OWN = frozenset(MessagesBody.model_fields)

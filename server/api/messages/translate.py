@@ -8,7 +8,7 @@ from typing import Any
 
 from guanaco.models.error_codes import ErrorCode
 from guanaco.server.api.generation.conversation import chat_body
-from guanaco.server.api.generation.protocol import ChatBody
+from guanaco.server.api.generation.protocol import ChatBody, SamplingExtensions
 from guanaco.server.api.http.errors import ApiError, bad_request
 from guanaco.server.api.messages.protocol import CountBody, MessagesBody
 
@@ -22,7 +22,7 @@ NAMES: Mapping[str, str] = {
     "response_format": "output_config.format",
 }
 _ROLES = ("user", "assistant", "system")
-_SAME = ("model", "temperature", "top_p", "top_k", "min_p", "seed", "repetition_penalty", "adapters", "cache_salt")
+_SAME = ("model", "temperature", "top_p", "top_k", "adapters", *SamplingExtensions.model_fields)
 # An assistant's thoughts before an answer are left out of the conversation.
 _LEFT_OUT = ("thinking", "redacted_thinking")
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}

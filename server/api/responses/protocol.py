@@ -13,14 +13,15 @@ from guanaco.server.api.generation.conversation import refused_besides
 from guanaco.server.api.generation.fields import HARMLESS, RouteFields
 from guanaco.server.api.generation.protocol import (
     MAX_MESSAGES,
-    MAX_SALT_CHARS,
     MAX_TOP_K,
     MAX_TOP_LOGPROBS,
+    SamplingExtensions,
     TokenCount,
     User,
 )
 from guanaco.server.api.values.adapters import AdapterChoices
 from guanaco.server.api.values.base import Body
+from guanaco.server.api.values.tokens import StopStrings
 from guanaco.server.api.values.unsupported import Neutral
 
 MAX_METADATA = 16
@@ -106,7 +107,7 @@ class TextConfig(Body):
     verbosity: Literal["low", "medium", "high"] | None = None
 
 
-class ResponseBody(Body):
+class ResponseBody(SamplingExtensions):
     """POST /v1/responses. The fields after `user` are extensions of this server, as in chat completions."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
@@ -128,11 +129,8 @@ class ResponseBody(Body):
     truncation: Literal["disabled"] | None = None
     user: User = None
     top_k: Annotated[int, Field(ge=-1, le=MAX_TOP_K)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
+    stop: StopStrings = ()
     adapters: AdapterChoices = ()
-    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
 
     @property
     def num_logprobs(self) -> int | None:

@@ -21,7 +21,7 @@ from guanaco.server.api.generation.conversation import (
 )
 from guanaco.server.api.generation.encode import encode
 from guanaco.server.api.generation.ignored import Ignored
-from guanaco.server.api.generation.protocol import ChatBody
+from guanaco.server.api.generation.protocol import ChatBody, SamplingExtensions
 from guanaco.server.api.generation.serving import Prepared, key_of, model_to_look_at, serve, serve_tokens
 from guanaco.server.api.generation.state import ApiState, encoded_response, json_response, state_of
 from guanaco.server.api.http.auth import ApiKey
@@ -45,7 +45,7 @@ _NAMES = {
     "response_format": "text.format",
 }
 _ECHOED = {"text": "text.format"}  # field of the response → the client's
-_SAME = ("model", "temperature", "top_p", "top_k", "min_p", "seed", "repetition_penalty", "adapters", "cache_salt")
+_SAME = ("model", "temperature", "top_p", "top_k", "stop", "adapters", *SamplingExtensions.model_fields)
 
 
 @router.post(

@@ -125,6 +125,7 @@ def test_the_answer_goes_on_with_the_assistants_last_words(client: httpx.Client,
 
 def test_every_sampling_field_reaches_the_engine(client: httpx.Client, server: LiveServer) -> None:
     fields = {"temperature": 0.5, "top_p": 0.25, "top_k": 7, "seed": 3, "min_p": 0.125, "repetition_penalty": 1.5}
+    fields |= {"ignore_eos": True}
     assert client.post(ROUTE, json=body(**fields, stop_sequences=["zz"])).status_code == 200
     params = server.engine.requests[-1].params
     assert {name: getattr(params, name) for name in fields} == fields

@@ -53,6 +53,22 @@ def test_every_sampling_field_reaches_the_engine(client: httpx.Client, server: L
     assert params.max_tokens == 3
 
 
+def test_vllms_fields_of_sampling_reach_the_engine(client: httpx.Client, server: LiveServer) -> None:
+    """guidellm sends ignore_eos, and `stop` as null."""
+    same = {"ignore_eos": True, "min_tokens": 2, "skip_special_tokens": False, "presence_penalty": 0.5}
+    fields = {**same, "stop": ["zz"], "stop_token_ids": [5], "logit_bias": {"7": 1.5}, "bad_words": ["q"]}
+    assert client.post(ROUTE, json=body(**fields)).status_code == 200
+    params = server.engine.requests[-1].params
+    assert {name: getattr(params, name) for name in same} == same
+    assert params.stop_strings == ("zz",)
+    assert 5 in params.stop_token_ids
+    assert params.logit_bias == ((7, 1.5),)
+    assert params.bad_words
+    assert client.post(ROUTE, json=body(stop=None)).status_code == 200
+    refused = client.post(ROUTE, json=body(stop_token_ids=["x"]))
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "stop_token_ids")
+
+
 @pytest.mark.parametrize(
     ("change", "param"),
     [
