@@ -55,6 +55,7 @@ class ErrorCode(StrEnum):
     # The server's state.
     OUT_OF_MEMORY = "out_of_memory"
     SERVER_DRAINING = "server_draining"
+    SERVER_LOADING = "server_loading"
     SERVER_OVERLOADED = "server_overloaded"
     TOO_MANY_BODY_BYTES = "too_many_body_bytes"
     TOO_MANY_CONNECTIONS = "too_many_connections"

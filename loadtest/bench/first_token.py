@@ -56,7 +56,8 @@ def one_start(args: argparse.Namespace) -> dict[str, float]:
                 if httpx.get(f"{url}/health", timeout=5).status_code == 200:
                     break
             except httpx.HTTPError:
-                time.sleep(0.05)
+                pass  # the port is not open yet
+            time.sleep(0.05)
         ready = time.perf_counter() - started
         model = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
         short = asyncio.run(stream(url.removeprefix("http://"), model, 1, num_words=4, steps=2))

@@ -127,7 +127,8 @@ def through_http(args: argparse.Namespace) -> dict[str, float]:
                 if httpx.get(f"{url}/health", timeout=5).status_code == 200:
                     break
             except httpx.HTTPError:
-                time.sleep(0.1)
+                pass  # the port is not open yet
+            time.sleep(0.1)
         uvloop.run(http_rate(url, 1))  # what is only done once
         return {
             f"tg{n}": max(uvloop.run(http_rate(url, n)) for _ in range(3)) for n in map(int, args.streams.split(","))

@@ -61,7 +61,7 @@ class PageFiles:
         if scope["type"] != "http" or scope["method"] not in ("GET", "HEAD"):
             return None
         file = self.files.get(scope["path"])
-        return None if scope["path"] == START and not _accepts_html(scope) else file
+        return None if scope["path"] == START and not accepts_html(scope) else file
 
 
 def _response(scope: Scope, file: PageFile) -> Response:
@@ -77,7 +77,8 @@ def _response(scope: Scope, file: PageFile) -> Response:
     return Response(file.body, headers=headers, media_type=file.content_type)
 
 
-def _accepts_html(scope: Scope) -> bool:
+def accepts_html(scope: Scope) -> bool:
+    """Whether the client is a browser that asks for a page."""
     for accepted in ",".join(_values(scope, b"accept")).split(","):
         kind, *parameters = (part.strip().lower() for part in accepted.split(";"))
         if kind == "text/html":

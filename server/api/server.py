@@ -35,7 +35,7 @@ EXIT_BY_SIGNAL = 128  # plus the signal's number, as shells report it
 # How long the last bytes of ended requests may take to be written before the connections are cut.
 _FLUSH_SECONDS = 5.0
 _LAST_WORDS_SECONDS = 1.0  # how long error events may take after a second signal; used at most twice
-_BACKLOG = 2048
+BACKLOG = 2048
 _STDERR = 2
 _OTHER_FILES = 256  # besides connections: models, adapters, logs, spare connections
 # A body over the limit is answered with 413, and then read and thrown away up to this many times the limit: closing
@@ -68,7 +68,7 @@ def listen(sock: socket.socket) -> None:
     # Connections inherit the option from the listener. Without it a restart would have to wait for their end.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        sock.listen(_BACKLOG)
+        sock.listen(BACKLOG)
     except OSError as error:
         address = sock.getsockname()
         raise _cannot_listen(f"{address[0]}:{address[1]}", error) from None
@@ -106,7 +106,7 @@ def make_server(state: ApiState, on_started: Callable[[], None] = lambda: None) 
         http=guarded(limits, state.metrics.count_slow_client, state.metrics.count_rejected),
         ws="none",
         lifespan="on",
-        backlog=_BACKLOG,
+        backlog=BACKLOG,
         timeout_keep_alive=settings.keep_alive_timeout,  # type: ignore[arg-type]
         timeout_graceful_shutdown=int(_FLUSH_SECONDS),
         server_header=False,

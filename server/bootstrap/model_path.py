@@ -6,19 +6,21 @@ from rich.console import Console
 
 from guanaco.models.loading.demo import ensure_demo_model
 from guanaco.models.loading.hub import resolve_model
-from guanaco.server.bootstrap.progress import reporting
+from guanaco.server.bootstrap.progress import Report, reporting
 from guanaco.server.config import Settings
 
 
-def find_model(settings: Settings, console: Console) -> Path:
+def find_model(settings: Settings, console: Console, watch: Report | None = None) -> Path:
     """The path of the settings' model, fetched first where it is on the hub; the demo's where none is named.
+
+    watch: is told the progress too.
 
     Raises ModelError where it can't be had.
     """
     if settings.model is None:
-        with reporting(console, "demo model") as report:
+        with reporting(console, "demo model", watch) as report:
             return ensure_demo_model(settings.cache_dir, offline=settings.offline, progress=report)
-    with reporting(console, "download") as report:
+    with reporting(console, "download", watch) as report:
         return resolve_model(
             settings.model,
             cache_dir=settings.cache_dir / "hub",

@@ -16,9 +16,28 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 @contextmanager
-def reporting(console: Console, title: str) -> Iterator[Report]:
+def reporting(console: Console, title: str, watch: Report | None = None) -> Iterator[Report]:
     """Yield a function to call with (what, done, in all), any number of times. Nothing is shown before the first
-    call."""
+    call.
+
+    watch: gets (title, done, in all) of each call, and (title, 0, 0) at once.
+    """
+    if watch is not None:
+        watch(title, 0, 0)
+    with _shown(console, title) as show:
+        if watch is None:
+            yield show
+            return
+
+        def report(what: str, done: int, total: int) -> None:
+            show(what, done, total)
+            watch(title, done, total)
+
+        yield report
+
+
+@contextmanager
+def _shown(console: Console, title: str) -> Iterator[Report]:
     if not console.is_terminal:
         yield _Lines(console, title)
         return

@@ -43,7 +43,7 @@ from guanaco.server.bootstrap.gpu_runtime import gpu_notes, gpu_reserve_bytes, m
 from guanaco.server.bootstrap.machine import look
 from guanaco.server.bootstrap.memory_plan import GPU_KV_SHARE, KvRequest, MemoryPlan, plan_memory
 from guanaco.server.bootstrap.model_path import find_model
-from guanaco.server.bootstrap.progress import reporting
+from guanaco.server.bootstrap.progress import Report, reporting
 from guanaco.server.config import Settings
 from guanaco.server.engine.block_manager import BlockManager
 from guanaco.server.engine.engine import Engine
@@ -103,10 +103,12 @@ class Runtime:
         return entry
 
 
-def build_runtime(settings: Settings, console: Console, wanted: str | None = None) -> Runtime:
+def build_runtime(
+    settings: Settings, console: Console, wanted: str | None = None, *, watch: Report | None = None
+) -> Runtime:
     """Load and check everything that `settings` name. Progress goes to `console`.
 
-    wanted: a name that must be served.
+    wanted: a name that must be served. watch: is told the progress too, as (stage, done, in all).
 
     Raises ModelError, AdapterError, SettingsError or CommandError: one line that says what to do.
     """
@@ -117,8 +119,8 @@ def build_runtime(settings: Settings, console: Console, wanted: str | None = Non
     kv_dtype = cache_dtype(settings, ops)
     # The native kernels have threads of their own. torch's would compete with them after every small op.
     torch.set_num_threads(num_threads if ops.name == "reference" else 1)
-    base = _load_base(settings, ops, console)
-    registry = _load_adapters(settings, base, console)
+    base = _load_base(settings, ops, console, watch)
+    registry = _load_adapters(settings, base, console, watch)
     plan = _plan(settings, base, registry, ops, kv_dtype)
     table, slots = _adapter_places(settings, base, registry, ops)
     return Runtime(
@@ -177,9 +179,9 @@ def _load_provider(settings: Settings, num_threads: int) -> tuple[Ops, str]:
     return ops, f"{why}; {getattr(ops, 'isa', '')}"
 
 
-def _load_base(settings: Settings, ops: Ops, console: Console) -> Base:
-    path = find_model(settings, console)
-    with reporting(console, "load") as report:
+def _load_base(settings: Settings, ops: Ops, console: Console, watch: Report | None) -> Base:
+    path = find_model(settings, console, watch)
+    with reporting(console, "model", watch) as report:
         cache = settings.cache_dir if settings.quantized_cache else None
         keep_float32 = settings.dtype == "float32"
         loaded = load_model(
@@ -230,7 +232,7 @@ def _generation_config(path: Path) -> dict[str, Any]:
     return read_json(file)
 
 
-def _load_adapters(settings: Settings, base: Base, console: Console) -> AdapterRegistry:
+def _load_adapters(settings: Settings, base: Base, console: Console, watch: Report | None) -> AdapterRegistry:
     """Load the adapters of --adapter. Without any, the demo model has its own two."""
     registry = AdapterRegistry(
         base.loaded.model.lora_targets,
@@ -240,7 +242,7 @@ def _load_adapters(settings: Settings, base: Base, console: Console) -> AdapterR
         base_table=base.table,
     )
     options, profiles = adapter_options(settings), adapter_profiles(settings)
-    with reporting(console, "adapters") as report:
+    with reporting(console, "adapters", watch) as report:
         for number, (name, path) in enumerate(options, start=1):
             entry = registry.load(name, path, profiles.get(name))
             if settings.strict_base:

@@ -3,16 +3,21 @@
 Connects the runtime with the HTTP side. Called by the command line.
 """
 
+import contextlib
 import faulthandler
 import ipaddress
 import json
 import logging
 import os
 import shlex
+import signal
 import sys
 import threading
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from rich.console import Console
 from rich.markup import escape
@@ -32,7 +37,8 @@ from guanaco.server.api.generation.sampling import SamplingDefaults
 from guanaco.server.api.generation.state import ApiState
 from guanaco.server.api.http.access_log import start_logging
 from guanaco.server.api.http.auth import KeyRing
-from guanaco.server.api.server import bind, serve
+from guanaco.server.api.loading import answering_while_loading
+from guanaco.server.api.server import EXIT_BY_SIGNAL, bind, serve
 from guanaco.server.bootstrap.dtypes import name_of
 from guanaco.server.bootstrap.gpu import device_of
 from guanaco.server.bootstrap.machine import memory, resident_bytes
@@ -60,10 +66,11 @@ def run_server(settings: Settings) -> int:
     check_origins(settings, keys)
     faulthandler.enable()  # writes the stacks to the log if native code crashes
     sock = bind(settings)
-    console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
-    runtime = build_runtime(settings, console)
-    state = _api_state(settings, runtime, keys, admin_keys)
     port = sock.getsockname()[1]
+    console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
+    with _ending_at_sigterm(), answering_while_loading(settings, sock) as progress:
+        runtime = build_runtime(settings, console, watch=progress.report)
+        state = _api_state(settings, runtime, keys, admin_keys)
     stop_logging = start_logging(settings.log_level)
 
     def started() -> None:
@@ -75,6 +82,28 @@ def run_server(settings: Settings) -> int:
     finally:
         shared_renderer().close()  # a template that is still being rendered would delay the end
         stop_logging()
+
+
+@contextlib.contextmanager
+def _ending_at_sigterm() -> Iterator[None]:
+    """End the process with one line at a SIGTERM. Without a handler, a process that is the first of its container
+    would ignore the signal, and would be killed after a time-out."""
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    ):
+        yield
+        return
+
+    def end(number: int, _frame: FrameType | None) -> NoReturn:
+        print("guanaco: ended by SIGTERM while the model was loading", file=sys.stderr)
+        raise SystemExit(EXIT_BY_SIGNAL + number)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _check_exposure(settings: Settings, keys: KeyRing) -> None:

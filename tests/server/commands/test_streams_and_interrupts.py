@@ -62,6 +62,20 @@ def test_ctrl_c_while_importing_is_one_line() -> None:
     assert done.returncode == 128 + signal.SIGINT
 
 
+def test_sigterm_while_the_model_loads_is_one_line() -> None:
+    """The first process of a container ignores the signal unless it has a handler."""
+    slow = (
+        "import time\nfrom guanaco.server.commands import serve\n"
+        "def load(*_, **__): print('loading', flush=True); time.sleep(60)\n"
+        "serve.build_runtime = load"
+    )
+    process = start("serve", "--port", "0", code=slow)
+    assert process.stdout.readline() == "loading\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60) == ("", "guanaco: ended by SIGTERM while the model was loading\n")
+    assert process.returncode == 128 + signal.SIGTERM
+
+
 @pytest.mark.parametrize(
     ("arguments", "interrupted"),
     [

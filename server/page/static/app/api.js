@@ -2,7 +2,7 @@
 import { adminKey, apiKey, keyWanted } from "./session.js";
 import { cell } from "./ui.js";
 
-// "ready", "draining", "unavailable", or "unreachable".
+// "ready", "loading", "draining", "unavailable", or "unreachable".
 export const serverState = cell("ready");
 
 export class ApiFailure extends Error {
@@ -77,7 +77,7 @@ export async function checkHealth() {
   try {
     const response = await fetch(address("health/ready"), { cache: "no-store", credentials: "omit" });
     const { status } = await response.json();
-    serverState.set(response.ok ? "ready" : status === "draining" ? "draining" : "unavailable");
+    serverState.set(response.ok ? "ready" : ["loading", "draining"].includes(status) ? status : "unavailable");
   } catch {
     serverState.set("unreachable");
   }

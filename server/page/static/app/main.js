@@ -17,6 +17,7 @@ const VIEWS = [
   { name: "operate", label: "Operate", view: Operate },
 ];
 const WORDS = {
+  loading: "The server is starting: it loads its model. The page asks again every few seconds.",
   draining: "The server is about to stop: running answers may finish, new requests will be refused.",
   unavailable: "The server does not take requests at the moment.",
   unreachable: "The server can't be reached. The page asks again every few seconds.",
