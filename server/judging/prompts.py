@@ -57,13 +57,13 @@ BENCHMARKS = {
             "vicuna",
             "590c39157bc561eadd7f03cad4be18c2b597f93029780af65f86718f39eafa87",
             80,
-            "eval/prompts/vicuna_questions.jsonl of github.com/artidoro/qlora, or FastChat's table/question.jsonl",
+            "chatserver/eval/table/question.jsonl of github.com/lm-sys/FastChat at ab5cfcadd61921c08d8d4f8fbea96be6c1e90fc1",
         ),
         Benchmark(
             "openassistant",
             "6fb3b5d42975bd72c5a22612435d9daee2de29fdf1fe595d65754b18a4dc57f4",
             953,
-            "eval/prompts/oa_questions.jsonl of github.com/artidoro/qlora",
+            "eval/prompts/oa_questions.jsonl of github.com/artidoro/qlora at 05daee4ead5387636f6caf06a7941db789e75900",
         ),
     )
 }

@@ -87,3 +87,13 @@ def test_the_released_files_are_the_benchmarks() -> None:
     assert [turns.count(n) for n in (1, 2, 3)] == [517, 414, 22]
     assert all(p.messages[-1][0] == "user" and p.reference for p in openassistant)
     assert sum(p.language == "es" for p in openassistant) == 282
+
+
+def test_the_page_names_each_benchmarks_file() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "judging.md").read_text()
+    for benchmark in BENCHMARKS.values():
+        file, _, rest = benchmark.home.partition(" of ")
+        repository, _, commit = rest.partition(" at ")
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{benchmark.name}` |"))
+        assert f"`{file}` of `{repository}` at commit `{commit}`" in row
+        assert f"`{benchmark.sha256[:8]}…{benchmark.sha256[-6:]}`" in row

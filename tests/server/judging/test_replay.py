@@ -53,6 +53,19 @@ def test_the_released_verdicts_give_the_model_cards_elo(proof_count: Callable[[i
 
 
 @released
+def test_without_three_files_of_gpt_4_the_vicuna_ratings_are_the_cards() -> None:
+    """The files in which GPT-4 stands first against Guanaco 13B, Guanaco 7B and Bard: docs/judging.md says why."""
+    without = ("13b-guanaco", "7b-guanaco", "bard")
+    verdicts = [v for v in read_verdicts(DATA / "qlora_verdicts.csv.gz") if v.benchmark == "vicuna"]
+    left = [v for v in verdicts if not (v.first == "gpt4" and v.second in without)]
+    assert len(verdicts) - len(left) == 240
+    players = benchmark_statistics(left, orders=2000, replicates=2)["vicuna"]["players"]
+    card = CARD["vicuna"] | {"gpt4": 1348, "bard": 902}
+    assert players.keys() == card.keys()
+    assert {name: elo for name, elo in card.items() if abs(players[name]["elo"] - elo) > 6} == {}
+
+
+@released
 def test_the_released_scores_give_the_papers_percentages() -> None:
     told = percent_of_reference(read_scores(DATA / "qlora_scores.csv.gz"), replicates=200)
     assert told["reference"] == "gpt-3.5"
