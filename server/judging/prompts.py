@@ -57,7 +57,8 @@ BENCHMARKS = {
             "vicuna",
             "590c39157bc561eadd7f03cad4be18c2b597f93029780af65f86718f39eafa87",
             80,
-            "chatserver/eval/table/question.jsonl of github.com/lm-sys/FastChat at ab5cfcadd61921c08d8d4f8fbea96be6c1e90fc1",
+            "chatserver/eval/table/question.jsonl of github.com/lm-sys/FastChat at "
+            "ab5cfcadd61921c08d8d4f8fbea96be6c1e90fc1",
         ),
         Benchmark(
             "openassistant",

@@ -2,9 +2,11 @@
 
 import base64
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
+_NUMBER = re.compile(r"-?[\d.,]+( %)?( (to|of) -?[\d.,]+( %)?)?")
 STYLE = (
     """
 :root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --soft: #59636e; --rule: #d4d9df; --accent: #0b62c4;
@@ -22,11 +24,13 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 .words { font-size: 1.15rem; font-weight: 600; }
 .warning { border-left: 4px solid #c77700; padding-left: .7rem; }
 .scroll { overflow-x: auto; }
+.number { white-space: nowrap; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
 svg { width: 100%; max-width: 47.5rem; height: auto; display: block; }
 svg text { font: 14px system-ui, sans-serif; fill: var(--ink); }
 svg .label { text-anchor: end; } svg .axis { fill: var(--soft); font-size: 12px; } svg .end { text-anchor: end; }
+@media (max-width: 44rem) { .scroll svg { min-width: 32rem; } }
 svg .middle { text-anchor: middle; }
 svg .equal { stroke: var(--soft); stroke-dasharray: 4 4; } svg .bar { stroke: var(--accent); stroke-width: 4; }
 svg .dot, svg .fill { fill: var(--accent); }
@@ -68,6 +72,12 @@ def page(title: str, parts: Iterable[str]) -> str:
 def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table below its title. All cells are plain text."""
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in heads)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "".join("<tr>" + "".join(_cell(cell) for cell in row) + "</tr>" for row in rows)
     whole = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<h2>{escape(title)}</h2><div class="scroll">{whole}</div>'
+    return f'<h2>{escape(title)}</h2><div class="scroll" tabindex="0">{whole}</div>'
+
+
+def _cell(text: str) -> str:
+    """Numbers and intervals stay on one line."""
+    is_number = _NUMBER.fullmatch(text) is not None
+    return f'<td class="number">{escape(text)}</td>' if is_number else f"<td>{escape(text)}</td>"
