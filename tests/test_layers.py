@@ -59,6 +59,10 @@ ALLOWED = {
     "server/errors.py": {"models.errors"},
     "server/metrics": {"server.metrics", "server.engine.request", "models.error_codes"},
     "server/engine": _ENGINE,
+    "server/engine/speculation": {
+        "server.engine.speculation", "server.engine.request", "server.engine.block_manager", "server.engine.step_share",
+        *_ERRORS,
+    },
     "server/grammars": {"server.grammars", "models.formats.restricted_process", *_ERRORS},
     "server/adapters": {
         "server.adapters", "server.engine", "server.config", "adapters", "models.loading", "models.formats",

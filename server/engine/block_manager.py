@@ -116,6 +116,17 @@ class BlockManager:
             sequence.block_table.append(block)
         return True
 
+    def trim(self, sequence: Sequence, num_tokens: int) -> None:
+        """Take back the blocks beyond the sequence's first `num_tokens` positions: those of a rejected draft.
+
+        They hold no full block of its tokens, so none is findable and no other sequence holds one."""
+        while self.num_missing_blocks(sequence, num_tokens) < 0:
+            block = sequence.block_table.pop()
+            assert self._references[block] == 1, "a block of a draft is shared"
+            self._references[block] = 0
+            self._free[block] = None
+            self._free.move_to_end(block, last=False)
+
     def commit(self, sequence: Sequence) -> None:
         """Make the sequence's computed full blocks findable. If an equal block is findable already, that one stays."""
         num_full = sequence.num_computed_tokens // self.block_size

@@ -37,6 +37,20 @@ class Constraint(Protocol):
         """Set the bits of the ids that may come next. Called on any thread, but never by two at once. Calling it again
         is harmless."""
 
+    def fill_ahead(self, draft: Sequence[int], rows: Words) -> None:
+        """Fill a mask for each place in a draft: rows[i] gets the ids that may come after draft[:i].
+
+        rows: int32 [len(draft) + 1, words]. A row that follows a draft token that may not come there, or the end of the
+        text, gets all ids: its token is not used. Called as `fill` is; the constraint stays where it is.
+        """
+
+    def num_allowed(self, draft: Sequence[int]) -> int:
+        """How many of the draft's first tokens may come next, one after the other, before an end."""
+
+    def forced(self) -> Sequence[int]:
+        """The tokens that must come next: at each of their places the mask allows one id only. Empty if there is a
+        choice. Called between steps."""
+
     def accept(self, token_id: int) -> None:
         """Move on by the token that was sampled."""
 
@@ -84,6 +98,7 @@ class PendingMasks:
     """Masks that are being filled."""
 
     def __init__(self, rows: tuple[int, ...], constraints: list[Constraint], words: Words, work: list[Future[None]]):
+        """constraints: of each row."""
         self._rows, self._constraints, self._words, self._work = rows, constraints, words, work
 
     def join(self) -> StepMasks:
@@ -109,24 +124,41 @@ class MaskFiller:
         self._num_threads = num_threads or max(1, min(_MOST_THREADS, (os.cpu_count() or 2) // 2))
         self._pool: ThreadPoolExecutor | None = None
 
-    def start(self, constraints: Sequence[Constraint | None]) -> PendingMasks | None:
-        """Begin to fill the masks of one step's sampled rows. None if no row has a constraint."""
-        rows = tuple(index for index, constraint in enumerate(constraints) if constraint is not None)
-        if not rows:
+    def start(
+        self, constraints: Sequence[Constraint | None], drafts: Sequence[Sequence[int]] | None = None
+    ) -> PendingMasks | None:
+        """Begin to fill the masks of one step. None if no row has a constraint.
+
+        constraints, drafts: of each sampled sequence. A sequence has a row for its newest token, and one for each token
+        of its draft. drafts None: no sequence has one.
+        """
+        rows: list[int] = []
+        parts: list[tuple[Constraint, Sequence[int], int]] = []  # (constraint, draft, its first place in `rows`)
+        first = 0
+        for constraint, draft in zip(constraints, drafts or ((),) * len(constraints), strict=True):
+            if constraint is not None:
+                parts.append((constraint, draft, len(rows)))
+                rows += range(first, first + len(draft) + 1)
+            first += len(draft) + 1
+        if not parts:
             return None
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="guanaco-masks")
-        present = [constraint for constraint in constraints if constraint is not None]
         words = np.zeros((len(rows), self._num_words), dtype=np.int32)
-        parts = [range(first, len(rows), self._num_threads) for first in range(min(self._num_threads, len(rows)))]
-        work = [self._pool.submit(_fill, [present[i] for i in part], [words[i] for i in part]) for part in parts]
-        return PendingMasks(rows, present, words, work)
+        owners = [constraint for constraint, draft, _ in parts for _ in range(len(draft) + 1)]
+        shares = [parts[start :: self._num_threads] for start in range(min(self._num_threads, len(parts)))]
+        work = [self._pool.submit(_fill, share, words) for share in shares]
+        return PendingMasks(tuple(rows), owners, words, work)
 
 
-def _fill(constraints: list[Constraint], rows: list[Words]) -> None:
-    for constraint, row in zip(constraints, rows, strict=True):
+def _fill(parts: list[tuple[Constraint, Sequence[int], int]], words: Words) -> None:
+    for constraint, draft, first in parts:
+        rows = words[first : first + len(draft) + 1]
         try:
-            constraint.fill(row)
+            if draft:
+                constraint.fill_ahead(draft, rows)
+            else:
+                constraint.fill(rows[0])
         except Exception:
             logger.exception("a mask could not be filled")
-            row[:] = 0
+            rows[:] = 0

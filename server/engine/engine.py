@@ -159,6 +159,12 @@ class Engine:
         try:
             results.update(zip(indexes, self._runner.run(part, self.on_forward), strict=True))
         except Exception:
+            if len(indexes) == 1 and part.sequences[0].draft:
+                # A larger pass may need memory that is not there: the token itself does not need its draft.
+                plain = part.sequences[0]._replace(draft=())
+                sequences = tuple(plain if i == indexes[0] else item for i, item in enumerate(batch.sequences))
+                self._run_part(replace(batch, sequences=sequences), indexes, results)
+                return
             if len(indexes) == 1:
                 request_id = batch.sequences[indexes[0]].sequence.request.request_id
                 logger.exception("the forward pass failed for request %s", request_id)
@@ -193,6 +199,7 @@ class Engine:
             running_adapters=tuple(batch.adapter_slots),
             waiting_adapters=tuple(sorted({lora.version for s in waiting for lora in s.request.loras})),
             sequence_versions=tuple(s.versions for s in scheduler.running),
+            drafts=tuple(scheduler.counts.drafts),
         )
 
 

@@ -22,6 +22,7 @@ from guanaco.models.error_codes import ErrorCode
 from guanaco.server.engine.constraints import MaskFiller, StepMasks
 from guanaco.server.engine.request import SampledToken, ScheduledBatch, ScheduledSequence, TokenLogprob
 from guanaco.server.engine.sampler import SamplingRow, sample, token_logprobs
+from guanaco.server.engine.speculation.verify import verified
 
 # A prompt is scored in pieces whose float32 logits take at most this many bytes. In one piece, a step of 512 tokens
 # over a vocabulary of 128,000 would take 262 MB.
@@ -88,7 +89,8 @@ class ModelRunner:
         """
         scored = [_scored_positions(item) for item in batch.sequences]
         rows = self._step_rows(batch)
-        pending = self._masks.start([i.sequence.request.constraint for i in batch.sequences if i.needs_sample])
+        sampled = [item for item in batch.sequences if item.needs_sample]
+        pending = self._masks.start([i.sequence.request.constraint for i in sampled], [i.draft for i in sampled])
         try:
             logits, hidden = self._forward(batch, rows, begin, keep_hidden=any(scored))
         finally:
@@ -96,10 +98,10 @@ class ModelRunner:
         drawn = iter(self._draw(batch, logits, masks))
         results, index = [], 0
         for item, positions, first_row in zip(batch.sequences, scored, rows.ends, strict=False):
-            token = next(drawn) if item.needs_sample else SampledToken(None)
+            token = verified(item.draft, drawn) if item.needs_sample else SampledToken(None)
             if item.needs_sample and item.sequence.request.params.return_logits:
                 token = replace(token, logits=logits[index].float().cpu().numpy().tobytes())
-            index += item.needs_sample
+            index += item.needs_sample * (1 + len(item.draft))
             if positions and token.error is None:
                 assert hidden is not None
                 start = first_row + positions.start - item.sequence.num_computed_tokens
@@ -142,13 +144,16 @@ class ModelRunner:
         self._model.forward(batch, self._kv)
 
     def _draw(self, batch: ScheduledBatch, logits: Tensor, masks: StepMasks | None) -> list[SampledToken]:
-        """Sample the next token of each sequence that needs one, from its row of logits [rows, vocab]."""
+        """Sample the next token of each sequence that needs one, and one after each of its draft tokens, from its rows
+        of logits [rows, vocab]. The draft tokens before a row count as written."""
         rows = []
         for item in batch.sequences:
             if item.needs_sample:
                 request = item.sequence.request
                 output_ids = item.sequence.token_ids[item.sequence.num_prompt_tokens :]
-                rows.append(SamplingRow(request.params, request.prompt_token_ids, output_ids))
+                for length in range(len(item.draft) + 1):
+                    written = [*output_ids, *item.draft[:length]] if length else output_ids
+                    rows.append(SamplingRow(request.params, request.prompt_token_ids, written))
         return sample(logits, rows, self._eos_ids, self._model.ops, masks)
 
     def _forward(
@@ -157,7 +162,7 @@ class ModelRunner:
         """The logits [rows, vocab] to sample from. keep_hidden: also return the last layer's output [tokens, hidden
         size], to score prompts with; otherwise None."""
         path = self._decode_path
-        decodes = all(item.num_new_tokens == 1 and item.needs_sample for item in batch.sequences)
+        decodes = all(item.num_rows == 1 and item.needs_sample for item in batch.sequences)
         if path is not None and decodes and not keep_hidden and len(batch.sequences) <= path.max_rows:
             begin()
             return path.forward(rows, self._slots.table), None
@@ -173,17 +178,19 @@ class ModelRunner:
         rows = StepRows([], [], [], [], [], [0], [], [])
         for item in batch.sequences:
             sequence = item.sequence
-            start, stop = sequence.num_computed_tokens, sequence.num_computed_tokens + item.num_new_tokens
+            first_draft = sequence.num_computed_tokens + item.num_new_tokens
+            start, stop = sequence.num_computed_tokens, first_draft + len(item.draft)
             if item.needs_sample:
-                rows.logit_rows.append(rows.ends[-1] + item.num_new_tokens - 1)
-            rows.token_ids.extend(sequence.token_ids[start:stop])
+                rows.logit_rows.extend(range(rows.ends[-1] + item.num_new_tokens - 1, rows.ends[-1] + item.num_rows))
+            rows.token_ids.extend(sequence.token_ids[start:first_draft])
+            rows.token_ids.extend(item.draft)
             rows.positions.extend(range(start, stop))
             rows.slot_mapping.extend(sequence.block_table[p // size] * size + p % size for p in range(start, stop))
             rows.block_tables.append(sequence.block_table[: -(-stop // size)])
             rows.context_lens.append(stop)
-            rows.ends.append(rows.ends[-1] + item.num_new_tokens)
+            rows.ends.append(rows.ends[-1] + item.num_rows)
             entries = tuple((batch.adapter_slots[ref.version], ref.scale) for ref in sequence.request.loras)
-            rows.row_adapters.extend([entries] * item.num_new_tokens)
+            rows.row_adapters.extend([entries] * item.num_rows)
         return rows
 
     def _forward_batch(self, rows: StepRows) -> ForwardBatch:

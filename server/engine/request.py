@@ -49,6 +49,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     hidden_token_ids: frozenset[int] = frozenset()  # left out of the text even if control tokens are shown
     return_logits: bool = False  # return the raw logits of the first token; for the engine's own probes
+    speculation: bool = True  # its next tokens may be guessed and verified several at a time; the tokens stay the same
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,13 @@ class ScheduledSequence(NamedTuple):  # made for every sequence in every step; a
     sequence: Sequence
     num_new_tokens: int
     needs_sample: bool  # the last of these tokens is the sequence's newest, so the next one is sampled
+    # Guesses of the tokens after these. Each is computed as a further row, and stays only if it is what is sampled.
+    draft: tuple[int, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        """The rows of the forward pass: its own tokens and its draft."""
+        return self.num_new_tokens + len(self.draft)
 
 
 @dataclass(frozen=True)
@@ -181,7 +189,8 @@ class ScheduledBatch:
 
     @property
     def num_tokens(self) -> int:
-        return sum(s.num_new_tokens for s in self.sequences)
+        """The rows of the step, drafts included."""
+        return sum(s.num_rows for s in self.sequences)
 
 
 @dataclass(frozen=True)
@@ -203,6 +212,8 @@ class SampledToken:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     error: ErrorCode | None = None
     logits: bytes | None = None  # float32 [vocab], if they were asked for
+    # The tokens after this one, one for each draft token that was right. Only the last one may have an error.
+    more: tuple["SampledToken", ...] = ()
 
 
 class TokenOutput(NamedTuple):  # made for every sequence in every step, too
@@ -221,6 +232,14 @@ class TokenOutput(NamedTuple):  # made for every sequence in every step, too
     ends_in_text: bool = False  # ended by `stop`, but its last token is text: it completed a constraint
 
 
+class DraftOutcome(NamedTuple):
+    """What became of the draft of one sequence in one step."""
+
+    versions: tuple[str, ...]  # of its adapters
+    num_drafted: int
+    num_accepted: int
+
+
 @dataclass(frozen=True)
 class StepStats:
     """One step's numbers, for the metrics."""
@@ -236,6 +255,7 @@ class StepStats:
     running_adapters: tuple[str, ...]  # versions
     waiting_adapters: tuple[str, ...]
     sequence_versions: tuple[tuple[str, ...], ...] = ()  # of each running sequence: its adapters' versions
+    drafts: tuple[DraftOutcome, ...] = ()  # of the sequences that had a draft
 
 
 @dataclass(frozen=True)
@@ -265,3 +285,8 @@ class StepCounts:
     num_preempted: int = 0
     prefix_queries_tokens: int = 0
     prefix_hits_tokens: int = 0
+    drafts: list[DraftOutcome] = field(default_factory=list)
+
+    def add_draft(self, item: ScheduledSequence, num_accepted: int) -> None:
+        """Count a draft of which `num_accepted` tokens stayed."""
+        self.drafts.append(DraftOutcome(item.sequence.versions, len(item.draft), num_accepted))

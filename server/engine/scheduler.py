@@ -29,8 +29,9 @@ from guanaco.server.engine.request import (
     Submit,
     TokenOutput,
 )
+from guanaco.server.engine.speculation.step_drafts import Drafting, add_drafts
 from guanaco.server.engine.step_share import StepShare
-from guanaco.server.engine.stops import End, end_of
+from guanaco.server.engine.stops import End, end_of, output_of
 from guanaco.server.engine.turns import LAST, Turns
 
 # A request that finds no adapter slot lets younger ones start before it. After this many such steps, no other request
@@ -61,6 +62,7 @@ class Scheduler:
         self.num_waiting_tokens = 0  # of all waiting sequences; counted here, since other threads read it
         self.counts = StepCounts()
         self.turns = Turns()
+        self.drafting: Drafting | None = None  # None: no sequence has drafts
         self.was_for_newcomers = False  # the last step computed newcomers' prompts only, and decoding sequences waited
         self._eos_ids = eos_ids
         self._sequences: dict[str, Sequence] = {}  # by request id: all that load, wait or run
@@ -129,8 +131,7 @@ class Scheduler:
 
     def abort(self, request_id: str) -> None:
         """End a request now, wherever it is. An unknown id does nothing: the request may just have finished."""
-        sequence = self._sequences.get(request_id)
-        if sequence is not None:
+        if (sequence := self._sequences.get(request_id)) is not None:
             self._end(sequence, FinishReason.ABORT)
 
     def adapter_read(self, version: str, error: ErrorCode | None) -> None:
@@ -163,6 +164,8 @@ class Scheduler:
             self._schedule_prompts(turns, chosen, share, now)
             if floods and others_decode:
                 self._schedule_decoding(chosen, share, leave_room=False)
+        if self.drafting is not None and not self.was_for_newcomers:
+            add_drafts(self.drafting, chosen, share, self.blocks, len(self.running), self.limits.max_model_len)
         for item in chosen.values():
             self._num_turns += 1
             item.sequence.last_turn = self._num_turns
@@ -176,47 +179,45 @@ class Scheduler:
         assert len(batch.sequences) == len(sampled)
         outputs, self._outputs = self._outputs, []
         for item, token in zip(batch.sequences, sampled, strict=True):
-            sequence = item.sequence
-            if sequence.status is not Status.RUNNING:
-                continue  # the sequence ended between schedule and update
-            if token.error is not None:
-                self._end(sequence, FinishReason.ERROR, error=token.error)
-                continue
-            sequence.num_computed_tokens += item.num_new_tokens
-            self.blocks.commit(sequence)
-            sequence.num_prompt_logprobs += len(token.prompt_logprobs)
-            if item.needs_sample or token.prompt_logprobs or sequence.is_all_scored:
-                outputs.append(self._advance(sequence, token))
+            if item.sequence.status is Status.RUNNING:  # it did not end between schedule and update
+                outputs += self._enter(item, token)
         outputs += self._outputs
         self._outputs = []
         self.admit_loaded()  # the sequences that ended have left room for adapters
         return tuple(outputs), self._take_moves()
 
+    def _enter(self, item: ScheduledSequence, token: SampledToken) -> list[TokenOutput]:
+        """Enter one sequence's results: its outputs, one for each token that was sampled."""
+        sequence, outputs, num_new = item.sequence, [], item.num_new_tokens
+        for drawn in (token, *token.more):
+            if drawn.error is not None:
+                self._end(sequence, FinishReason.ERROR, error=drawn.error)
+                break
+            sequence.num_computed_tokens += num_new
+            num_new = 1  # the draft token before each further one was right: it is computed
+            self.blocks.commit(sequence)
+            sequence.num_prompt_logprobs += len(drawn.prompt_logprobs)
+            if item.needs_sample or drawn.prompt_logprobs or sequence.is_all_scored:
+                outputs.append(self._advance(sequence, drawn))
+            if sequence.status is Status.FINISHED:
+                break
+        if item.draft:
+            self.counts.add_draft(item, max(0, len(outputs) - 1))
+            if sequence.status is Status.RUNNING:
+                self.blocks.trim(sequence, sequence.num_tokens)
+        return outputs
+
     def _advance(self, sequence: Sequence, token: SampledToken) -> TokenOutput:
         """Append a sampled token, and finish the sequence if that was its last."""
         end: End | None = None
-        new_ids: tuple[int, ...] = ()
         if token.token_id is not None:
             sequence.token_ids.append(token.token_id)
-            new_ids = (token.token_id,)
             end = end_of(sequence, token.token_id, self._eos_ids, self.limits.max_model_len)
         elif sequence.is_all_scored:
             end = End(FinishReason.LENGTH)
         if end is not None:
             self._release(sequence, end.reason)
-        return TokenOutput(
-            sequence.request.request_id,
-            new_ids,
-            () if token.logprob is None else (token.logprob,),
-            token.prompt_logprobs,
-            None if end is None else end.reason,
-            None if end is None else end.stop_reason,
-            error=None if end is None else end.error,
-            num_cached_tokens=sequence.num_cached_tokens,
-            queue_seconds=sequence.queue_seconds,
-            logits=token.logits,
-            ends_in_text=end is not None and end.is_in_text,
-        )
+        return output_of(sequence, token, end)
 
     def admit_loaded(self, *, is_step: bool = False) -> None:
         """Let sequences whose adapters are in host memory wait for their turn, and start reads for which there is room.
@@ -384,6 +385,8 @@ class Scheduler:
         if sequence.versions:
             self._moves += self.residency.leave(sequence.versions, holds=sequence.holds_adapters)
         del self._sequences[sequence.request.request_id]
+        if self.drafting is not None:
+            self.drafting.forget(sequence)
         sequence.status = Status.FINISHED
         sequence.finish_reason = reason
 

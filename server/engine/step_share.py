@@ -56,6 +56,13 @@ class StepShare:
             return self._left > 0
         return self._flood_left > int(self._flood_size * PREFILL_SHARE_WHILE_DECODING * leave_room)
 
+    def for_draft(self, sequence: Sequence) -> int:
+        """How many draft tokens of a sequence may be computed in this step."""
+        return min(self._left, self._flood_left) if sequence.versions in self._floods else self._left
+
+    def take_draft(self, sequence: Sequence, num_tokens: int) -> None:
+        self._take(sequence, num_tokens)
+
     def take_decoding(self, sequence: Sequence) -> None:
         self._take(sequence, 1)
 

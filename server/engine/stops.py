@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from guanaco.models.error_codes import ErrorCode
 from guanaco.models.text.tokenizer import Tokenizer
-from guanaco.server.engine.request import FinishReason, Sequence
+from guanaco.server.engine.request import FinishReason, SampledToken, Sequence, TokenOutput
 
 
 @dataclass(frozen=True)
@@ -69,3 +69,20 @@ def end_of(sequence: Sequence, token_id: int, eos_ids: frozenset[int], max_model
     if num_output_tokens >= params.max_tokens or sequence.num_tokens >= max_model_len:
         return End(FinishReason.LENGTH)
     return None
+
+
+def output_of(sequence: Sequence, token: SampledToken, end: End | None) -> TokenOutput:
+    """What a request's client gets for a sampled token. end: the end that the token made."""
+    return TokenOutput(
+        sequence.request.request_id,
+        () if token.token_id is None else (token.token_id,),
+        () if token.logprob is None else (token.logprob,),
+        token.prompt_logprobs,
+        None if end is None else end.reason,
+        None if end is None else end.stop_reason,
+        error=None if end is None else end.error,
+        num_cached_tokens=sequence.num_cached_tokens,
+        queue_seconds=sequence.queue_seconds,
+        logits=token.logits,
+        ends_in_text=end is not None and end.is_in_text,
+    )

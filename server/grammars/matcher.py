@@ -5,7 +5,7 @@ method raises: a matcher that can't go on has an `error`.
 """
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,23 +46,67 @@ class GrammarMatcher:
 
     def fill(self, row: Bits) -> None:
         """Set `row`, [(vocabulary + 31) // 32] words, to the mask of the ids that may come next."""
-        mask, num_ids = self._mask, self._vocabulary.num_ids
         try:
             if self.error is None:
-                self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+                self._mask_of(self._matcher, row)
                 self._look()
         except BaseException as error:  # a panic of the library is no Exception
             self._fail("its mask failed", ErrorCode.GRAMMAR_STUCK, error)
         if self.error is not None:
             row[:] = 0
+        elif not row.any():
+            self._fail("nothing may follow", ErrorCode.GRAMMAR_STUCK)
+
+    def fill_ahead(self, draft: Sequence[int], rows: Bits) -> None:
+        """Fill rows[i] with the mask after draft[:i]; all ids after a token that may not come, or after the end. The
+        place in the text stays. A failure on the way makes an empty mask where it happens."""
+        self.fill(rows[0])
+        rows[1:] = -1
+        if self.error is not None:
             return
+        try:
+            ahead = self._matcher.deep_copy()
+            for place, token in enumerate(draft, start=1):
+                if token in self._ends or not ahead.consume_token(token) or ahead.is_stopped():
+                    return
+                self._mask_of(ahead, rows[place])
+                if ahead.is_error():
+                    rows[place] = 0
+                    return
+        except BaseException:  # a panic of the library is no Exception
+            logger.warning("a grammar failed within a draft", exc_info=True)
+            rows[1:] = 0
+
+    def num_allowed(self, draft: Sequence[int]) -> int:
+        """How many of the draft's first tokens may come next, one after the other, before an end."""
+        is_end = (place for place, token in enumerate(draft) if token in self._ends)
+        before_end = list(draft[: next(is_end, len(draft))])
+        try:
+            return 0 if self.error is not None else int(self._matcher.validate_tokens(before_end))
+        except BaseException:  # a panic of the library is no Exception
+            logger.warning("a grammar could not read a draft", exc_info=True)
+            return 0
+
+    def forced(self) -> Sequence[int]:
+        """The tokens that must come next, as far as each is the only one that its mask allows."""
+        try:
+            if self.error is not None or self.is_complete:
+                return ()
+            found = self._matcher.compute_ff_tokens()
+            return found[: self.num_allowed(found)]
+        except BaseException:  # a panic of the library is no Exception
+            logger.warning("a grammar could not say what it forces", exc_info=True)
+            return ()
+
+    def _mask_of(self, matcher: Any, row: Bits) -> None:
+        """The mask of a matcher's next ids. Does not look whether the library gave up."""
+        mask, num_ids = self._mask, self._vocabulary.num_ids
+        matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         may_end = bool((int(mask[num_ids // 32]) >> (num_ids % 32)) & 1)
         mask &= self._known_bits
         if may_end:
             mask |= self._end_bits
         row[:] = mask[: len(row)]
-        if not row.any():
-            self._fail("nothing may follow", ErrorCode.GRAMMAR_STUCK)
 
     def accept(self, token_id: int) -> None:
         """Move on by the token that was sampled. It must not be an end token."""

@@ -5,8 +5,9 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from itertools import repeat
 from multiprocessing import get_context
 
@@ -19,11 +20,20 @@ from guanaco.adapters.residency.slot_table import SlotTable
 from guanaco.server.engine import block_manager
 from guanaco.server.engine.block_manager import BlockManager
 from guanaco.server.engine.loading_queue import LoadingQueue
-from guanaco.server.engine.request import LoraRef, Request, SamplingParams, Sequence, Status
+from guanaco.server.engine.request import (
+    LoraRef,
+    Request,
+    SampledToken,
+    SamplingParams,
+    ScheduledSequence,
+    Sequence,
+    Status,
+)
 from guanaco.server.engine.scheduler import Scheduler
 from guanaco.server.engine.step_share import StepShare
 from guanaco.server.engine.turns import Turns
 from support.children import environment
+from support.simulation import fake_runner
 from support.simulation.simulator import Simulation, World, simulate, simulate_many
 
 STEPS_PER_WORLD = 400
@@ -66,6 +76,8 @@ def test_checked_steps_in_worlds_full_of_faults(proof_count: Callable[[int, int]
         "steps for newcomers",
         "a flood waited its turn",
         "prefix hits",
+        "draft tokens",
+        "draft tokens that stayed",
     ):
         assert counts[event] > wanted // 10_000, event
 
@@ -240,7 +252,47 @@ def _the_same_ones(self: StepShare, running, _original=StepShare.decoding_in_tur
     return sorted(_original(self, running), key=lambda sequence: sequence.arrival_number)
 
 
+def _rejected_tokens_stay(self: Scheduler, item: ScheduledSequence, token, _original=Scheduler._enter):
+    """The keys of a whole draft count as computed, whatever was right."""
+    outputs = _original(self, item, token)
+    if item.draft and item.sequence.status is Status.RUNNING:
+        item.sequence.num_computed_tokens = min(
+            item.sequence.num_computed_tokens + len(item.draft) - len(token.more), item.sequence.num_tokens - 1
+        ) + (len(token.more) < len(item.draft))
+    return outputs
+
+
+def _rejected_tokens_are_kept(draft: tuple[int, ...], drawn: Iterator[SampledToken]) -> SampledToken:
+    """Every draft token stays."""
+    rows = [next(drawn) for _ in range(len(draft) + 1)]
+    return replace(rows[0], more=tuple(rows[1:]))
+
+
+def _rejected_tokens_are_cached(self: Scheduler, item: ScheduledSequence, token, _original=Scheduler._enter):
+    """A block is findable when the draft has filled it."""
+    sequence = item.sequence
+    outputs = _original(self, item, token)
+    if item.draft and sequence.status is Status.RUNNING and len(sequence.block_table) * self.blocks.block_size:
+        kept, computed = sequence.token_ids, sequence.num_computed_tokens
+        sequence.token_ids = [*kept[: len(kept) - 1 - len(token.more)], token.token_id, *item.draft]
+        room = len(sequence.block_table) * self.blocks.block_size
+        sequence.num_computed_tokens = min(len(sequence.token_ids), room)
+        self.blocks.commit(sequence)
+        sequence.token_ids, sequence.num_computed_tokens = kept, computed
+    return outputs
+
+
+def _drafts_without_room(self: StepShare, sequence: Sequence) -> int:
+    return 99
+
+
 PLANTED = {
+    "a rejected token's keys stay": (Scheduler, "_enter", _rejected_tokens_stay),
+    "a rejected token is kept": (fake_runner, "verified", _rejected_tokens_are_kept),
+    "a rejected token is cached as prefix": (Scheduler, "_enter", _rejected_tokens_are_cached),
+    "the blocks of a draft are kept": (BlockManager, "trim", lambda self, sequence, num_tokens: None),
+    "drafts beyond the step's tokens": (StepShare, "for_draft", _drafts_without_room),
+    "drafts that no flood is charged for": (StepShare, "take_draft", lambda self, sequence, num_tokens: None),
     "adapter missing from the prefix key": (block_manager, "root_content", _root_without("adapter")),
     "scale missing from the prefix key": (block_manager, "root_content", _root_without("scale")),
     "salt missing from the prefix key": (block_manager, "root_content", _root_without("salt")),

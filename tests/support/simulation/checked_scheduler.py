@@ -75,7 +75,7 @@ class CheckedScheduler(Scheduler):
     def _check_floods(self, batch: ScheduledBatch, decoding: list[Sequence], starved: list[Sequence]) -> None:
         """They have their part of the step, all of it while they can use it, and each of them in turn."""
         of_floods = [item for item in batch.sequences if item.sequence.versions in self.floods_before]
-        num_tokens, limit = sum(item.num_new_tokens for item in of_floods), self.limits.flood_step_tokens
+        num_tokens, limit = sum(item.num_rows for item in of_floods), self.limits.flood_step_tokens
         assert num_tokens <= limit, "a flood takes more than its part"
         if not starved or self.counts.num_preempted or self._faults.num_fired:
             return
@@ -123,9 +123,15 @@ class CheckedScheduler(Scheduler):
             generates = sequence.request.params.max_tokens > 0
             assert item.needs_sample == (generates and item.num_new_tokens == missing)
             room = len(sequence.block_table) * self.blocks.block_size
-            assert sequence.num_computed_tokens + item.num_new_tokens <= room, "tokens without a block"
+            assert sequence.num_computed_tokens + item.num_rows <= room, "tokens without a block"
+            if item.draft:
+                assert (item.needs_sample, item.num_new_tokens) == (True, 1), "a draft for one that does not decode"
+                left = sequence.request.params.max_tokens - sequence.num_output_tokens
+                assert len(item.draft) < left, "a draft beyond max_tokens"
+                assert sequence.num_tokens + len(item.draft) < limits.max_model_len, "a draft beyond the context"
+        drafted = {item.sequence: len(item.draft) for item in items}
         for sequence in self.running:
-            most = min(sequence.num_tokens + 1, limits.max_model_len)
+            most = min(sequence.num_tokens + drafted.get(sequence, 0) + 1, limits.max_model_len)
             assert len(sequence.block_table) <= -(-most // self.blocks.block_size), "a sequence holds too many blocks"
             for lora in sequence.request.loras:
                 assert self.residency.slots.num_pins(lora.version) > 0, "a running sequence's adapter is not pinned"

@@ -7,7 +7,7 @@ Used by the simulator, the engine's tests and, behind the real server, by whoeve
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from guanaco.server.engine.request import (
@@ -18,6 +18,7 @@ from guanaco.server.engine.request import (
     Sequence,
     TokenLogprob,
 )
+from guanaco.server.engine.speculation.verify import verified
 
 _MASK = (1 << 61) - 1
 _UNWRITTEN = -1
@@ -157,13 +158,23 @@ class FakeRunner:
             state = next_state(state, namespace, tokens[position])
             memory[block][position % size] = state
         self._read_back(sequence, stop)
+        drawn = [next_token(state, request.params.seed or 0, self.vocab_size)]
+        for position, guess in enumerate(item.draft, start=stop):
+            if table[position // size] != block:
+                block = table[position // size]
+                self.write_allowed(block)
+            state = next_state(state, namespace, guess)
+            memory[block][position % size] = state
+            drawn.append(next_token(state, request.params.seed or 0, self.vocab_size))
         if request.request_id in self.faults.nan_ids:
             return SampledToken(None, error="numerical_error")
-        token = next_token(state, request.params.seed or 0, self.vocab_size) if item.needs_sample else None
+        token = (
+            verified(item.draft, iter([SampledToken(t) for t in drawn])) if item.needs_sample else SampledToken(None)
+        )
         if request.params.prompt_logprobs is None:
-            return SampledToken(token)
+            return token
         scored = range(max(start, sequence.num_prompt_logprobs), min(stop, sequence.num_prompt_tokens - 1))
-        return SampledToken(token, prompt_logprobs=tuple(TokenLogprob(tokens[i + 1], -1.0, ()) for i in scored))
+        return replace(token, prompt_logprobs=tuple(TokenLogprob(tokens[i + 1], -1.0, ()) for i in scored))
 
     def _read_back(self, sequence: Sequence, num_tokens: int) -> None:
         """Everything the sequence attends to must be its own prefix."""

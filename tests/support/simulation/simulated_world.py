@@ -36,6 +36,7 @@ class World:
     abort_chance: float = 0.03
     fault_chance: float = 0.03
     max_open: int = 12
+    draft_chance: float = 0.0  # that a decoding sequence gets a draft
 
     @staticmethod
     def of_seed(seed: int) -> "World":
@@ -63,6 +64,7 @@ class World:
             abort_chance=random.choice((0.0, 0.02, 0.08)),
             fault_chance=random.choice((0.0, 0.01, 0.05)),
             max_open=random.choice((4, 8, 12)),
+            draft_chance=random.choice((0.0, 0.3, 0.9)),
         )
 
 

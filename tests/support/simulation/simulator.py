@@ -32,6 +32,7 @@ from guanaco.server.engine.scheduler import MAX_PASSED_OVER_STEPS
 from support.simulation.checked_scheduler import CheckedScheduler
 from support.simulation.fake_runner import namespace_number, namespace_of_request, next_state, next_token
 from support.simulation.simulated_adapters import BROKEN, SimulatedAdapters
+from support.simulation.simulated_drafts import SimulatedDrafts
 from support.simulation.simulated_world import FaultyBlocks, LedgerRunner, SeededFaults, World
 
 EOS_ID, STOP_ID = 0, 1
@@ -88,6 +89,9 @@ class Simulation:
         )
         self.engine = Engine(self.scheduler, self.runner, clock=lambda: self.now)
         self.clients: dict[str, Client] = {}  # open ones
+        if world.draft_chance:
+            chances = Random(f"drafts {seed}")
+            self.scheduler.drafting = SimulatedDrafts(chances, world.draft_chance, world.vocab_size, self._will_come)
         self.adapters = SimulatedAdapters(
             self.random,
             self.scheduler,
@@ -130,6 +134,8 @@ class Simulation:
         assert not self.scheduler.waiting
         assert not self.scheduler.running
         assert not self.scheduler._sequences
+        if isinstance(self.scheduler.drafting, SimulatedDrafts):
+            self.scheduler.drafting.check_all_forgotten()
         assert not any(self.host.num_pins(version) for version in self.host._sizes)
         assert self.scheduler.num_waiting_tokens == 0
         assert all(self.slots.num_pins(version) == 0 for version in self.slots.resident)
@@ -246,6 +252,9 @@ class Simulation:
             report.counts["preempted"] += stats.num_preempted
         if stats.prefix_hits_tokens:
             report.counts["prefix hits"] += 1
+        for outcome in stats.drafts:
+            report.counts["draft tokens"] += outcome.num_drafted
+            report.counts["draft tokens that stayed"] += outcome.num_accepted
         for item in output.outputs:
             self._take(item)
         for sequence in finished:
@@ -259,6 +268,15 @@ class Simulation:
         self._check_loading()
         if report.num_steps % FULL_CHECK_EVERY == 0:
             self.check()
+
+    def _will_come(self, request_id: str, count: int) -> list[int]:
+        """The next tokens that a client will get, for drafts that are right."""
+        client = self.clients[request_id]
+        state, tokens = client.state, []
+        for _ in range(count):
+            tokens.append(next_token(state, client.request.params.seed or 0, self.world.vocab_size))
+            state = next_state(state, client.namespace, tokens[-1])
+        return tokens
 
     def _check_loading(self) -> None:
         """Whoever waits for adapters waits for something, and not for too long."""

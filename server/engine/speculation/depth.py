@@ -1,0 +1,45 @@
+"""How many draft tokens a step should compute: as many as make the most tokens in a second, by measured costs.
+
+A draft token is worth its chance to be right, and costs a row. The chance that all of a draft's first i tokens are
+right only falls with i, so taking the likeliest token next, among all sequences, finds the best division.
+"""
+
+import heapq
+from collections.abc import Sequence
+
+from guanaco.server.engine.speculation.costs import StepCosts
+
+# A step may take this much longer for a sequence that gains nothing from the drafts.
+MOST_SLOWDOWN = 1.05
+# A division must promise this much more tokens in a second than none, since costs and chances are estimates.
+_LEAST_GAIN = 1.03
+_LEAST_CHANCE = 0.05  # a token that is less likely to count is not tried
+
+
+def depths(chances: Sequence[Sequence[float]], num_rows: int, has_others: bool, costs: StepCosts) -> list[int]:
+    """How many draft tokens each sequence gets.
+
+    chances: for each sequence with a draft, each token's chance to be right if those before it are. num_rows: the
+    step's rows without drafts. has_others: the step also computes sequences that have no draft. All sequences count: a
+    step of many rows gains little by drafts and is lengthened by each of them, so it gets none.
+    """
+    depth, best = [0] * len(chances), [0] * len(chances)
+    gains = [1.0] * len(chances)  # the tokens that each sequence may expect
+    heap = [(-own[0], place) for place, own in enumerate(chances) if own]
+    heapq.heapify(heap)
+    alone = costs.seconds(num_rows)
+    expected, best_rate = float(num_rows), _LEAST_GAIN * num_rows / alone
+    for num_drafted in range(1, sum(map(len, chances)) + 1):
+        chance, place = heapq.heappop(heap)
+        if -chance < _LEAST_CHANCE:
+            break
+        expected -= chance
+        gains[place] -= chance
+        depth[place] += 1
+        seconds = costs.seconds(num_rows + num_drafted)
+        least = 1.0 if has_others else min(gains)
+        if expected / seconds > best_rate and least * MOST_SLOWDOWN * alone >= seconds:
+            best, best_rate = depth.copy(), expected / seconds
+        if depth[place] < len(chances[place]):
+            heapq.heappush(heap, (chance * chances[place][depth[place]], place))
+    return best
