@@ -92,7 +92,7 @@ class GrammarMatcher:
         try:
             if self.error is not None or self.is_complete:
                 return ()
-            found = self._matcher.compute_ff_tokens()
+            found: list[int] = self._matcher.compute_ff_tokens()
             return found[: self.num_allowed(found)]
         except BaseException:  # a panic of the library is no Exception
             logger.warning("a grammar could not say what it forces", exc_info=True)
