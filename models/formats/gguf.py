@@ -11,8 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-import gguf
-
 from guanaco.models.errors import ModelError
 from guanaco.models.formats.raw_file import RawFile
 
@@ -95,6 +93,8 @@ class _Reader:
             raise self._file.damaged(f"a tensor has {num_dims} dimensions")
         dims = struct.unpack(f"<{num_dims}Q", self._bytes(8 * num_dims))
         number, offset = self._scalar("I"), self._scalar("Q")
+        import gguf  # here, because a start from safetensors does without it
+
         try:
             kind = gguf.GGMLQuantizationType(number)
         except ValueError:

@@ -28,4 +28,6 @@ def joined(texts: Iterable[str]) -> str:
 def printable(text: str) -> str:
     """An untrusted string for a message: one line without control characters, at most 200 characters."""
     short = text if len(text) <= 200 else text[:200] + "..."
+    if short.isascii() and short.isprintable():  # nearly every name in a file with thousands
+        return short
     return "".join(c if " " <= c <= "~" else c.encode("unicode_escape").decode() for c in short)

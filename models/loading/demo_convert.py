@@ -20,11 +20,9 @@ from guanaco.kernels.nf4 import Nf4Weight
 from guanaco.models.errors import ModelError
 from guanaco.models.formats.safetensors import SafetensorsFile
 from guanaco.models.loading.gguf_checkpoint import GgufCheckpoint
-from guanaco.models.loading.quantize import Nf4CheckpointWriter, Progress, is_projection, weight_shapes
+from guanaco.models.loading.progress import Progress
+from guanaco.models.loading.quantize import Nf4CheckpointWriter, is_projection, weight_shapes
 from guanaco.models.text.gguf_tokenizer import tokenizer_files
-
-# Part of the cache's key. Raise it whenever the conversion writes other bytes; the old directory stays in the cache.
-RECIPE = 1
 
 # SHA-256 over names, dtypes, shapes and bytes of all tensors of the converted checkpoint, on which the demo adapters
 # were trained. `checkpoint_fingerprint` computes it.

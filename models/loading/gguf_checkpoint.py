@@ -11,7 +11,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import gguf
 import numpy as np
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ from guanaco.models.formats.shown import joined, shown
 from guanaco.models.loading.unread_fields import gguf_notes, gguf_sampling
 from guanaco.models.text.gguf_tokenizer import end_ids
 
-_TYPES = gguf.GGMLQuantizationType
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # types that need no decoding
 _TOP = {
     "embed_tokens": "token_embd",
     "norm": "output_norm",
@@ -127,9 +126,11 @@ class GgufCheckpoint:
         return stored if heads is None else stored.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(stored.shape)
 
     def _decode(self, name: str, entry: GgufTensor, data: Any, *, full: bool) -> Tensor:
-        plain = {_TYPES.F32: torch.float32, _TYPES.F16: torch.float16, _TYPES.BF16: torch.bfloat16}.get(entry.type)
+        plain = _PLAIN.get(entry.type.name)
         if plain is not None:
             return torch.from_numpy(data).view(plain).view(entry.shape)
+        import gguf  # here, because a start from safetensors does without it
+
         try:
             rows = data.reshape(gguf.quant_shape_to_byte_shape(entry.shape, entry.type))
             decoded = torch.from_numpy(gguf.dequantize(rows, entry.type))

@@ -18,7 +18,7 @@ from huggingface_hub.utils.tqdm import tqdm
 from guanaco.models.errors import ModelError
 from guanaco.models.formats.hub_errors import LIBRARY_ERRORS, OF_MODELS, explained
 from guanaco.models.loading.checkpoint import PICKLE_SUFFIXES, pickles_refused
-from guanaco.models.loading.quantize import Progress
+from guanaco.models.loading.progress import Progress
 
 # Weights, and what a tokenizer and its chat template need. Never a pickle, never code.
 ALLOWED_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja")

@@ -19,7 +19,7 @@ from guanaco.models.errors import ModelError
 from guanaco.models.loading.checkpoint import Checkpoint, open_checkpoint
 from guanaco.models.loading.model_cache import CachedModel, ModelCache, source_key
 from guanaco.models.loading.packed_cache import PackedWeights, PackedWriter, packed_key
-from guanaco.models.loading.quantize import Progress
+from guanaco.models.loading.progress import Progress
 from guanaco.models.loading.served_weights import MappedWeights, Packer, Recorder, ServedWeights
 
 # The text that `progress` gets while another process quantises the same model.

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from guanaco.models.formats.leftovers import PartialFolder
 from guanaco.models.formats.strict_json import read_json
 from guanaco.models.loading.checkpoint import Checkpoint, open_checkpoint
 from guanaco.models.loading.gguf_checkpoint import GgufCheckpoint
+from guanaco.models.loading.progress import Progress
 from guanaco.models.text.gguf_tokenizer import tokenizer_files
 
 _WEIGHT_IN_LAYER = re.compile(r"(?:model\.)?layers\.\d+\.(.+)\.weight")
@@ -56,8 +57,6 @@ COMPANION_FILES = (
 MAX_SHARD_BYTES = 1 << 30  # also the most memory that a conversion needs beside its largest tensor
 
 _DAMAGED = "the checkpoint seems damaged: fetch it again"
-
-Progress = Callable[[str, int, int], None]  # tensor name, bytes of the source done, bytes in all
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from guanaco.models.errors import ModelError
 from guanaco.models.formats.shown import listed
 from guanaco.models.loading.checkpoint import Checkpoint
 from guanaco.models.loading.packed_cache import PackedWeights, PackedWriter
+from guanaco.models.loading.progress import Progress
 from guanaco.models.loading.quantize import (
     Nf4CheckpointWriter,
-    Progress,
     dense_tensor,
     is_projection,
     quantize_tensor,

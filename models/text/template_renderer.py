@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -63,6 +63,12 @@ class TemplateRenderer:
         self._idle: list[_Worker] = []
         self._busy: dict[str, _Worker | None] = {}  # template's digest → its process; None while that starts
         self._slow_until: dict[str, float] = {}
+        self._first: threading.Thread | None = None  # starts a process ahead of the first template
+
+    def begin_start(self) -> None:
+        """Start a process on another thread. The first template then waits only for the rest of its start."""
+        self._first = threading.Thread(target=self._start_ahead, name="guanaco-template-process", daemon=True)
+        self._first.start()
 
     def compile(self, digest: str, source: str) -> None:
         """Compile a template in a process. Raises TemplateError if it is wrong or exceeds the limits."""
@@ -137,7 +143,16 @@ class TemplateRenderer:
         used_up = error.status == -signal.SIGXCPU
         return TemplateError(problem, ErrorCode.TEMPLATE_TIMEOUT if used_up else ErrorCode.TEMPLATE_CRASHED)
 
+    def _start_ahead(self) -> None:
+        with suppress(OSError, ProcessEnded, ProcessTimeout):  # the first template tries again, and says what is wrong
+            worker = self._start()
+            with self._changed:
+                self._idle.append(worker)
+
     def _worker_for(self, digest: str) -> _Worker:
+        if (first := self._first) is not None:
+            first.join(self.limits.start_seconds)
+            self._first = None
         with self._changed:
             while self._idle:
                 worker = self._idle.pop()

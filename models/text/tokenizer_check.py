@@ -4,8 +4,10 @@ A model brings its own patterns, and the library runs them on this process's thr
 check finds patterns that backtrack without end, and files that take all memory. Called before a model is loaded.
 """
 
+import contextlib
 import hashlib
 import json
+import threading
 from pathlib import Path
 
 from guanaco.models.errors import ModelError
@@ -17,6 +19,19 @@ PROBE_SECONDS = 1.0  # of processor time for a text of 4000 characters; a good t
 _WORKER = "guanaco.models.text.tokenizer_worker"
 _MAX_ANSWER_BYTES = 1 << 16
 _passed: set[str] = set()
+_under_way: dict[str, threading.Lock] = {}  # digest → held while a process tries this content
+
+
+def begin_check(path: Path) -> None:
+    """Begin the check of a directory on another thread. `check_tokenizer` then waits for its end, and says what is
+    wrong."""
+
+    def check() -> None:
+        with contextlib.suppress(Exception):  # `check_tokenizer` repeats a check that failed, and raises its error
+            check_tokenizer(path)
+
+    # A daemon: it may wait for two minutes, and the kernel ends its process when this one ends.
+    threading.Thread(target=check, name="guanaco-tokenizer-check", daemon=True).start()
 
 
 def check_tokenizer(path: Path, *, seconds: float = SECONDS, probe_seconds: float = PROBE_SECONDS) -> None:
@@ -33,8 +48,14 @@ def check_tokenizer(path: Path, *, seconds: float = SECONDS, probe_seconds: floa
     except OSError as error:
         raise ModelError(f"{file} cannot be read ({error.strerror}); download it again") from error
     digest = hashlib.sha256(data).hexdigest()
-    if digest in _passed:
-        return
+    with _under_way.setdefault(digest, threading.Lock()):
+        if digest not in _passed:
+            _try_out(file, data, seconds, probe_seconds)
+            _passed.add(digest)
+
+
+def _try_out(file: Path, data: bytes, seconds: float, probe_seconds: float) -> None:
+    """Try the content `data` of `file` in a process of its own. Raises ModelError as `check_tokenizer` does."""
     try:
         with RestrictedProcess(_WORKER, (str(probe_seconds),)) as process:
             answer = process.exchange(data, seconds=seconds, max_bytes=_MAX_ANSWER_BYTES)
@@ -48,7 +69,6 @@ def check_tokenizer(path: Path, *, seconds: float = SECONDS, probe_seconds: floa
         raise ModelError(f"no process to try {file} in could be started: {error.strerror}") from error
     if (problem := json.loads(answer)["problem"]) is not None:
         raise _refused(file, problem)
-    _passed.add(digest)
 
 
 def _refused(file: Path, problem: str) -> ModelError:

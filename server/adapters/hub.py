@@ -16,9 +16,7 @@ from guanaco.adapters.peft.config import CONFIG_NAME, MAX_CONFIG_BYTES
 from guanaco.adapters.peft.weights import WEIGHTS_NAME, AdapterLimits
 from guanaco.adapters.versions.profile import MAX_PROFILE_BYTES, PROFILE_NAME
 from guanaco.models.error_codes import ErrorCode
-from guanaco.models.formats.hub_errors import HubError
 from guanaco.models.formats.leftovers import PartialFolder
-from guanaco.models.loading.hub_files import Snapshot, fetch_files
 from guanaco.server.config import Settings
 
 _ADDRESS = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})@([A-Za-z0-9][\w./-]{0,127})")
@@ -71,8 +69,8 @@ class AdapterHub:
     def fetch(self, address: HubAddress) -> tuple[Path, HubAddress]:
         """Download an adapter, or find it in the cache. Returns the directory with its files, and the address with its
         commit. Raises AdapterError."""
-        snapshot = self._fetch(address)
-        return snapshot.path, HubAddress(address.repository, snapshot.commit)
+        path, commit = self._fetch(address)
+        return path, HubAddress(address.repository, commit)
 
     def pull(self, address: HubAddress, target: Path) -> HubAddress:
         """Copy an adapter's files into the new directory `target`, which appears whole or not at all. Returns the
@@ -92,9 +90,14 @@ class AdapterHub:
             raise AdapterError(ErrorCode.TARGET_UNWRITABLE, f"{target} cannot be written: {error.strerror}") from None
         return pinned
 
-    def _fetch(self, address: HubAddress) -> Snapshot:
+    def _fetch(self, address: HubAddress) -> tuple[Path, str]:
+        """The directory with the files, and their commit."""
+        # Here, because a server that asks no hub does without its library.
+        from guanaco.models.formats.hub_errors import HubError
+        from guanaco.models.loading.hub_files import fetch_files
+
         try:
-            return fetch_files(
+            snapshot = fetch_files(
                 address.repository,
                 address.revision,
                 {CONFIG_NAME: MAX_CONFIG_BYTES, WEIGHTS_NAME: self.max_weights_bytes, PROFILE_NAME: MAX_PROFILE_BYTES},
@@ -107,3 +110,4 @@ class AdapterHub:
             )
         except HubError as error:
             raise AdapterError(error.code, str(error), "source") from None
+        return snapshot.path, snapshot.commit

@@ -81,7 +81,7 @@ def _cached_file_bytes(stat: Path) -> int:
 
 
 def _cpu_info(proc: Path) -> tuple[str, set[str]]:
-    name, flags = platform.processor() or platform.machine(), set[str]()
+    name, flags = "", set[str]()
     for line in _text(proc / "cpuinfo").splitlines():
         key, _, value = line.partition(":")
         if key.strip() == "model name":
@@ -89,7 +89,7 @@ def _cpu_info(proc: Path) -> tuple[str, set[str]]:
         elif key.strip() in ("flags", "Features"):
             flags = set(value.split())
             break
-    return name, flags
+    return name or platform.processor() or platform.machine(), flags  # `processor` starts a process
 
 
 def _words(path: Path) -> list[str]:

@@ -1,11 +1,11 @@
 """Where the model that the settings name lies on this disk. Called before serving and before training."""
 
+import os
 from pathlib import Path
 
 from rich.console import Console
 
 from guanaco.models.loading.demo import ensure_demo_model
-from guanaco.models.loading.hub import resolve_model
 from guanaco.server.bootstrap.progress import Report, reporting
 from guanaco.server.config import Settings
 
@@ -20,6 +20,11 @@ def find_model(settings: Settings, console: Console, watch: Report | None = None
     if settings.model is None:
         with reporting(console, "demo model", watch) as report:
             return ensure_demo_model(settings.cache_dir, offline=settings.offline, progress=report)
+    path = Path(os.path.expanduser(settings.model))
+    if path.exists():
+        return path
+    from guanaco.models.loading.hub import resolve_model  # here, because a local model does without the hub's library
+
     with reporting(console, "download", watch) as report:
         return resolve_model(
             settings.model,

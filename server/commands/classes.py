@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from typer.core import TyperCommand, TyperGroup
 
+from guanaco.server.bootstrap.early import begin_loading_torch
 from guanaco.server.commands.common import one_line_errors
 from guanaco.server.commands.help import print_help
 from guanaco.server.commands.streams import end_interrupted, end_unwritable
@@ -26,6 +27,12 @@ class SettingsCommand(Command):
     """A command that has every setting as an option, besides its own options."""
 
     shown: ClassVar[frozenset[str] | None] = None  # panels of settings in its help; None: all
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the options. Unless they only ask for help, torch's library is opened meanwhile."""
+        if not any(flag in args for flag in HELP_FLAGS):
+            begin_loading_torch()
+        return super().parse_args(ctx, args)
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Its own parameters, then the settings, then `--help`."""

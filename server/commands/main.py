@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from guanaco.server.bootstrap.early import begin_checks, undisturbed_imports
 from guanaco.server.commands.adapters import adapters_app, aliases_app
 from guanaco.server.commands.bench.serving.options import bench_serve
 from guanaco.server.commands.classes import (
@@ -52,10 +53,13 @@ def serve(ctx: typer.Context) -> None:
     Without --model it serves the demo model with its two adapters. Each setting is also a variable (GUANACO_PORT for
     --port) and a key of the YAML file (port). A flag goes before a variable, a variable before the file.
     """
-    from guanaco.server.commands.serve import run_server
     from guanaco.server.commands.setting_options import settings_of
 
-    raise SystemExit(run_server(settings_of(ctx)))
+    settings = settings_of(ctx)
+    begin_checks(settings.model, settings.cache_dir)
+    with undisturbed_imports():
+        from guanaco.server.commands.serve import run_server
+    raise SystemExit(run_server(settings))
 
 
 @app.command(cls=OfflineCommand)
@@ -77,9 +81,11 @@ def generate(
 ) -> None:
     """Answer one message and stop: no server, the text goes to standard output as it comes."""
     from guanaco.server.commands.setting_options import settings_of
-    from guanaco.server.commands.terminal import generate_once
 
     prompt, settings = typed_text(prompt, "PROMPT"), settings_of(ctx)
+    begin_checks(settings.model, settings.cache_dir)
+    from guanaco.server.commands.terminal import generate_once
+
     generate_once(settings, prompt, name=name, max_tokens=max_tokens, temperature=temperature, seed=seed, raw=raw)
 
 
@@ -152,7 +158,8 @@ def bench_engine(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON line, with the keys of the peers' drivers")] = False,
 ) -> None:
     """Time the engine without HTTP (also: `guanaco bench` alone): tokens/s of a prompt, and of several streams."""
-    from guanaco.server.commands.bench.engine import measure_engine
+    with undisturbed_imports():
+        from guanaco.server.commands.bench.engine import measure_engine
     from guanaco.server.commands.setting_options import settings_of
 
     measure_engine(

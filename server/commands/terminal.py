@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
+from guanaco.server.bootstrap.early import undisturbed_imports
 from guanaco.server.config import Settings
 from guanaco.server.engine.awake_clock import awake_seconds
 from guanaco.server.errors import CommandError
@@ -28,12 +29,13 @@ def generate_once(
 ) -> None:
     """Answer `prompt` with the offline engine, by the adapter's profile as the server would, and write the text to
     standard output as it comes. temperature None: the profile's, or 0."""
-    from guanaco.adapters.versions.profile import Profile
-    from guanaco.models.text.chat_template import load_template
-    from guanaco.server.bootstrap.runtime import build_runtime
-    from guanaco.server.engine.detokenizer import Detokenizer
-    from guanaco.server.engine.request import FinishReason, LoraRef, Request, SamplingParams, Submit
-    from guanaco.server.engine.stops import Stops
+    with undisturbed_imports():
+        from guanaco.adapters.versions.profile import Profile
+        from guanaco.models.text.chat_template import load_template
+        from guanaco.server.bootstrap.runtime import build_runtime
+        from guanaco.server.engine.detokenizer import Detokenizer
+        from guanaco.server.engine.request import FinishReason, LoraRef, Request, SamplingParams, Submit
+        from guanaco.server.engine.stops import Stops
 
     runtime = build_runtime(settings, Console(stderr=True), name)
     adapter = runtime.adapter(name)

@@ -15,7 +15,7 @@ from guanaco.kernels import NativeUnavailable, load_ops
 from guanaco.models.architectures.config import ModelConfig
 from guanaco.models.errors import ModelError
 from guanaco.models.loading.loader import LoadedModel, load_model
-from guanaco.models.loading.quantize import Progress
+from guanaco.models.loading.progress import Progress
 from guanaco.server.training.quantized.linear import Decoder, ServedEmbedding, ServedLinear
 
 DTYPES = (torch.float32, torch.bfloat16)

