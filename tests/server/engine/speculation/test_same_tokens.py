@@ -175,7 +175,6 @@ def as_clients_see(run: Run) -> dict[str, Any]:
                 output.ends_in_text,
                 output.error,
                 [(p.token_id, [t for t, _ in p.top]) for p in output.logprobs],
-                [(p.token_id, p.rank) for p in output.prompt_logprobs],
             )
             for output in found
             if output.token_ids or output.finish_reason
@@ -185,7 +184,9 @@ def as_clients_see(run: Run) -> dict[str, Any]:
 
 
 def logprobs_of(run: Run) -> list[float]:
-    return [found.logprob for output in run.outputs["scored"] for found in output.logprobs]
+    """Those of the prompt, which comes in one piece or in several, and of the answer."""
+    outputs = run.outputs["scored"]
+    return [p.logprob for o in outputs for p in o.prompt_logprobs] + [p.logprob for o in outputs for p in o.logprobs]
 
 
 @pytest.fixture(scope="module")
@@ -215,11 +216,12 @@ def test_drafts_change_no_token_without_room(setting: Setting, plain: Run) -> No
     drafts = OracleDrafts(plain.answers(), SPOILS["right_at_first"], seed=4)
     run = Run(setting, drafts, num_blocks=32, budget=18)
     run(*everything(setting))
-    assert run.num_preempted > 0, run.num_preempted
+    assert run.num_preempted > 0
     assert run.num_accepted > 30
     assert as_clients_see(run) == as_clients_see(plain)
     run(*everything(setting))
     assert as_clients_see(run) == as_clients_see(plain)
+    assert logprobs_of(run) == pytest.approx(logprobs_of(plain), abs=1e-4)
 
 
 def test_right_drafts_save_steps(setting: Setting) -> None:
