@@ -48,6 +48,8 @@ _KINDS = {
     ErrorCode.HUB_FAILED: ErrorKind.UPSTREAM,
     ErrorCode.HUB_OFFLINE: ErrorKind.PASSING,
     ErrorCode.PROBE_FAILED: ErrorKind.PASSING,
+    ErrorCode.REGISTRY_BUSY: ErrorKind.PASSING,
+    ErrorCode.REGISTRY_FAILED: ErrorKind.STORAGE,
     ErrorCode.STORE_FAILED: ErrorKind.STORAGE,
     ErrorCode.VERSION_DAMAGED: ErrorKind.OURS,
 }

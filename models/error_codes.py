@@ -196,6 +196,8 @@ class ErrorCode(StrEnum):
     DEVICE_MEMORY_FULL = "device_memory_full"
     HOST_MEMORY_FULL = "host_memory_full"
     PROBE_FAILED = "probe_failed"
+    REGISTRY_BUSY = "registry_busy"
+    REGISTRY_FAILED = "registry_failed"
     STORE_FAILED = "store_failed"
     VERSION_DAMAGED = "version_damaged"
 

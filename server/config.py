@@ -94,6 +94,9 @@ class AdminSettings(BaseModel):
     adapter_store: Path | None = Field(
         None, description="directory for copies of such adapters; none: adapters/ in the cache"
     )
+    adapter_registry: Path | None = Field(
+        None, description="directory that several servers share: adapters and aliases changed on one are served by all"
+    )
 
 
 class DeviceSettings(BaseModel):
@@ -272,6 +275,11 @@ class Settings(
     def has_admin(self) -> bool:
         """Whether adapters can be changed while the server runs."""
         return self.admin_key is not None or self.admin_key_file is not None
+
+    @property
+    def adapters_change(self) -> bool:
+        """Whether adapters may come and go while the server runs, by its admin routes or by a shared registry."""
+        return self.has_admin or self.adapter_registry is not None
 
     def public(self) -> dict[str, Any]:
         """The settings as plain data with secrets masked, for --print-config."""

@@ -24,6 +24,13 @@ from guanaco.models.error_codes import ErrorCode
 MAX_HISTORY = 8  # versions that a name can be rolled back to
 
 
+def next_history(before: str, history: tuple[str, ...], version: str) -> tuple[str, ...]:
+    """The history of a name with this version and history, once it stands for `version`."""
+    if before == version:
+        return history
+    return (*(earlier for earlier in history if earlier not in (before, version)), before)[-MAX_HISTORY:]
+
+
 @dataclass(frozen=True)
 class AdapterEntry:
     """What a name stands for at one moment; replacing an adapter makes a new entry."""
@@ -126,10 +133,11 @@ class AdapterRegistry:
         profile_from: str = FROM_FILE,
         again: bool = False,
         in_memory: bool = False,
+        is_whole_history: bool = False,
     ) -> AdapterEntry:
         """Make `name` stand for `adapter`.
 
-        history: for a new name; a name that is replaced keeps its own history.
+        history: for a new name; a name that is replaced keeps its own history, unless `is_whole_history`.
         again: the version was published under this name before; it stays for the keys that it was published for.
         in_memory: also keep the copy. Otherwise it is read when it is wanted, and then given to `keep`.
 
@@ -138,10 +146,8 @@ class AdapterRegistry:
         with self._lock:
             self.check_free(name, replace=replace)
             before = self._snapshot.entries.get(name)
-            if before is not None:
-                history = before.history
-                if before.version != adapter.version:
-                    history = (*(v for v in history if v not in (before.version, adapter.version)), before.version)
+            if before is not None and not is_whole_history:
+                history = next_history(before.version, before.history, adapter.version)
             if not again:
                 self.version_keys.note(name, adapter.version, None if profile is None else profile.allowed_keys)
             entry = AdapterEntry(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.versions.aliases import Alias, Revision, Target
@@ -22,6 +22,7 @@ from guanaco.models.error_codes import ErrorCode
 from guanaco.models.formats.strict_json import JsonError, parse_object
 
 T = TypeVar("T")
+P = TypeVar("P")
 
 _FORMAT = 1
 _VERSION = re.compile(r"[0-9a-f]{64}")
@@ -41,11 +42,35 @@ class Saved:
     profile_from: str = FROM_FILE
 
 
+@dataclass(frozen=True)
+class SavedList:
+    """All names, aliases and restrictions that one file has, read at one moment."""
+
+    records: tuple[Saved, ...] = ()
+    aliases: tuple[Alias, ...] = ()
+    version_keys: tuple[tuple[str, str, tuple[str, ...]], ...] = ()  # (name, version, ids of its keys)
+    generation: int = 0  # how often a list that servers share was changed
+
+    @property
+    def versions(self) -> frozenset[str]:
+        """All versions that the list names, earlier ones included."""
+        named = [version for record in self.records for version in (record.version, *record.history)]
+        return frozenset(named).union(*(alias.versions for alias in self.aliases))
+
+    def record(self, name: str) -> Saved | None:
+        """The record of a name; None if it has none."""
+        return next((record for record in self.records if record.name == name), None)
+
+
 class RegistryFile:
     """The file `path`, which need not exist yet."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    def read_list(self, file: BinaryIO) -> SavedList:
+        """All that this file has, from a handle that was opened on it. Raises as `read`, and OSError."""
+        return self._parsed(file.read(_MAX_BYTES + 1), _list)
 
     def read(self) -> tuple[Saved, ...]:
         """The names written last; empty if there is no file. Raises AdapterError for a file of another format."""
@@ -72,18 +97,24 @@ class RegistryFile:
 
     def _read(self, parse: Callable[[dict[str, Any]], tuple[T, ...]]) -> tuple[T, ...]:
         try:
-            if self.path.stat().st_size > _MAX_BYTES:
-                raise AdapterError(ErrorCode.REGISTRY_DAMAGED, f"{self.path} is too large to be ours; move it away")
-            content = parse_object(self.path.read_bytes())
+            with self.path.open("rb") as file:
+                content = file.read(_MAX_BYTES + 1)
+        except FileNotFoundError:
+            return ()
+        except OSError as error:
+            raise AdapterError(ErrorCode.REGISTRY_UNREADABLE, f"{self.path} cannot be read: {error.strerror}") from None
+        return self._parsed(content, parse)
+
+    def _parsed(self, data: bytes, parse: Callable[[dict[str, Any]], P]) -> P:
+        if len(data) > _MAX_BYTES:
+            raise AdapterError(ErrorCode.REGISTRY_DAMAGED, f"{self.path} is too large to be ours; move it away")
+        try:
+            content = parse_object(data)
             if content["format"] != _FORMAT:
                 raise AdapterError(
                     ErrorCode.REGISTRY_DAMAGED, f"{self.path} was written by another version; move it away"
                 )
             return parse(content)
-        except FileNotFoundError:
-            return ()
-        except OSError as error:
-            raise AdapterError(ErrorCode.REGISTRY_UNREADABLE, f"{self.path} cannot be read: {error.strerror}") from None
         except (JsonError, KeyError, TypeError, ValueError, AttributeError):
             raise AdapterError(ErrorCode.REGISTRY_DAMAGED, f"{self.path} is damaged; move it away") from None
 
@@ -96,13 +127,17 @@ class RegistryFile:
     ) -> None:
         """Replace the file. names: further parts, each a list of names. Raises OSError; then the old file is still
         there."""
-        content = {
-            "format": _FORMAT,
-            "adapters": [asdict(record) for record in records],
-            "aliases": [asdict(alias) for alias in aliases],
-            "version_keys": list(version_keys),
-            **{part: sorted(listed) for part, listed in names.items()},
-        }
+        lists = {part: sorted(listed) for part, listed in names.items()}
+        self._replace({**_content(records, aliases), "version_keys": list(version_keys), **lists})
+
+    def write_list(self, listed: SavedList, **names: Iterable[str]) -> None:
+        """As `write`, from a whole list."""
+        keys = [{"name": name, "version": version, "keys": list(ids)} for name, version, ids in listed.version_keys]
+        lists = {part: sorted(named) for part, named in names.items()}
+        content = _content(listed.records, listed.aliases)
+        self._replace({**content, "generation": listed.generation, "version_keys": keys, **lists})
+
+    def _replace(self, content: dict[str, Any]) -> None:
         text = json.dumps(content, indent=1)
         handle, temporary = tempfile.mkstemp(prefix=f".{self.path.name}-", dir=self.path.parent)
         try:
@@ -115,6 +150,26 @@ class RegistryFile:
             Path(temporary).unlink(missing_ok=True)
             raise
         sync_directory(self.path.parent)
+
+
+def _content(records: Iterable[Saved], aliases: Iterable[Alias]) -> dict[str, Any]:
+    return {
+        "format": _FORMAT,
+        "adapters": [asdict(record) for record in records],
+        "aliases": [asdict(alias) for alias in aliases],
+    }
+
+
+def _list(content: dict[str, Any]) -> SavedList:
+    generation = content.get("generation", 0)
+    if type(generation) is not int:
+        raise TypeError("a generation is a number")
+    return SavedList(
+        records=tuple(_saved(record) for record in content["adapters"]),
+        aliases=tuple(_alias(record) for record in content.get("aliases", [])),
+        version_keys=tuple(_version_keys(record) for record in content.get("version_keys", [])),
+        generation=generation,
+    )
 
 
 def _saved(record: object) -> Saved:

@@ -75,11 +75,19 @@ class VersionStore:
             raise _storage_error(directory, error) from None
 
     def ingest(
-        self, path: Path, *, name: str, root: Path | None = None, keep: bool = True, on_stage: OnStage = _ignore
+        self,
+        path: Path,
+        *,
+        name: str,
+        root: Path | None = None,
+        keep: bool = True,
+        on_stage: OnStage = _ignore,
+        version: str | None = None,
     ) -> LoadedAdapter:
         """Copy the adapter at `path` (or in its sub-folder `name`), check the copy, and keep it under its version.
 
         root: no link may lead out of this directory; None: out of the adapter's own folder. keep: False only checks.
+        version: the content that must be there; None: any.
         on_stage: called with the seconds of "read" and of "ingest".
         Raises AdapterError for an adapter that can't be served, and for a full disk; then nothing is left on disk. A
         kept version is held as `Holder.LOAD`, and the caller ends that hold.
@@ -97,6 +105,9 @@ class VersionStore:
                 copied = time.monotonic()
                 on_stage("read", copied - started)
                 adapter = self._load(incoming)
+                if version is not None and adapter.version != version:
+                    problem = f"the copy of version {version[:12]} in the registry has other content; publish it again"
+                    raise AdapterError(ErrorCode.VERSION_DAMAGED, problem)
                 adapter = replace(adapter, notes=(*adapter.notes, *notes_beside(files)))
                 if keep:
                     self._publish(incoming, adapter.version)

@@ -17,6 +17,7 @@ from guanaco.adapters.versions.aliases import Alias, AliasTable, Target, parse_t
 from guanaco.adapters.versions.holds import Holder
 from guanaco.adapters.versions.registry import AdapterRegistry
 from guanaco.models.error_codes import ErrorCode
+from guanaco.server.adapters.sharing import Sharing
 from guanaco.server.adapters.sources import AdapterSources
 from guanaco.server.adapters.tiers import AdapterTiers
 
@@ -56,6 +57,7 @@ class AliasManager:
         registry: AdapterRegistry,
         sources: AdapterSources,
         tiers: AdapterTiers,
+        sharing: Sharing,
         *,
         save: Callable[[], Awaitable[None]],
     ) -> None:
@@ -64,6 +66,7 @@ class AliasManager:
         self._registry = registry
         self._sources = sources
         self._tiers = tiers
+        self._sharing = sharing
         self._save = save
         self._lock = asyncio.Lock()  # changes happen one after the other
 
@@ -75,6 +78,7 @@ class AliasManager:
     async def rollback(self, name: str, revision: int | None = None) -> Alias:
         """Give an alias the targets that it had before its last change, or at an earlier revision. This is a new
         revision, as any change is."""
+        await self._sharing.sync()
         alias = self._found(name)
         if not alias.history:
             raise AdapterError(ErrorCode.NO_HISTORY, f"{name} has led nowhere else before", "name")
@@ -114,11 +118,12 @@ class AliasManager:
 
     @asynccontextmanager
     async def _changing(self, targets: tuple[Target, ...] = ()) -> AsyncIterator[tuple[Target, ...]]:
-        """Run a change of the table, alone, and then save.
+        """Run a change of the table, alone, and then save. It is undone if a shared list can't be written.
 
         Yields the targets with their whole versions, which the registry knows and holds meanwhile.
         """
-        async with self._lock:
+        async with self._lock, self._sharing.changing() as change:
+            before = self.table.all()
             async with AsyncExitStack() as stack:
                 whole = []
                 for target in targets:
@@ -128,6 +133,11 @@ class AliasManager:
                         await stack.enter_async_context(self._held(version))
                     whole.append(target)
                 yield tuple(whole)
+                try:
+                    await change.set_aliases(self.table.all())
+                except AdapterError:
+                    self.table.restore(before)
+                    raise
             await self._save()
 
     def _whole_version(self, name: str, prefix: str) -> str:

@@ -5,7 +5,6 @@ background requests, so a load delays nobody but its caller. Knows no HTTP. Used
 """
 
 import asyncio
-import math
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -19,17 +18,21 @@ from guanaco.adapters.versions.holds import Holder
 from guanaco.adapters.versions.names import check_name
 from guanaco.adapters.versions.profile import FROM_FILE, KEPT, Profile
 from guanaco.adapters.versions.registry import AdapterEntry, AdapterRegistry, BrokenEntry
-from guanaco.adapters.versions.registry_file import RegistryFile
+from guanaco.adapters.versions.registry_file import RegistryFile, Saved
+from guanaco.adapters.versions.shared_registry import SharedRegistry
 from guanaco.adapters.versions.store import OnStage, VersionStore
 from guanaco.models.error_codes import ErrorCode
 from guanaco.server.adapters.aliases import AliasManager
+from guanaco.server.adapters.following import ListFollower
 from guanaco.server.adapters.pins import AdapterPins
+from guanaco.server.adapters.probe import EffectProbe
 from guanaco.server.adapters.records import AdapterRecords
 from guanaco.server.adapters.retirement import Retirement
+from guanaco.server.adapters.sharing import Sharing
 from guanaco.server.adapters.sources import ROLLED_BACK, AdapterPolicy, AdapterSources, LoadRequest
 from guanaco.server.adapters.tiers import AdapterTiers
 from guanaco.server.adapters.view import AdapterView, LoadingEntry
-from guanaco.server.engine.async_engine import AsyncEngine, EngineUnavailable, ProbeFailed
+from guanaco.server.engine.async_engine import AsyncEngine
 
 
 class AdapterManager:
@@ -49,20 +52,23 @@ class AdapterManager:
         on_load: Callable[[str, float], None] = lambda *_: None,
         on_stage: OnStage = lambda *_: None,
         device_bytes: Callable[[LoadedAdapter], int] = lambda _: 0,
+        shared: SharedRegistry | None = None,
     ) -> None:
-        """on_change: called when names have changed.
+        """shared: the list and versions of adapters that this server has in common with others.
+
+        on_change: called when names have changed.
 
         on_load: called when a load has ended, with "ok", "refused" or "failed" and its seconds. on_stage: called on any
         thread with the name and the seconds of each part of a load. device_bytes: as in `AdapterTiers`.
         """
         self.registry = registry
-        self._sources = AdapterSources(registry, store, policy, on_stage)
+        self._sources = AdapterSources(registry, store, policy, on_stage, shared)
         table = AliasTable(registry)
         self._records = AdapterRecords(registry, table, saved)
         self._engine = engine
         self.tiers = AdapterTiers(registry, store, engine, self._broke, device_bytes)
         self._pins = AdapterPins(registry, engine)
-        self._probe_token_ids = probe_token_ids
+        self._probe = EffectProbe(engine, probe_token_ids, on_stage)
         self._on_change = on_change
         self._on_load = on_load
         self._on_stage = on_stage
@@ -71,14 +77,29 @@ class AdapterManager:
         self._num_loads: Counter[str] = Counter()  # by name, since the start
         self._loads: dict[LoadRequest, asyncio.Task[AdapterEntry]] = {}
         self._retirement = Retirement(registry, self.tiers, self._sources, engine)
-        self.aliases = AliasManager(table, registry, self._sources, self.tiers, save=self._changed)
+        follower = ListFollower(
+            registry,
+            table,
+            self._sources,
+            self.tiers,
+            self._records,
+            on_publish=self._retirement.stays,
+            forget=self._forget,
+        )
+        self.sharing = Sharing(shared, follower, settle=self._settle)
+        self.aliases = AliasManager(table, registry, self._sources, self.tiers, self.sharing, save=self._changed)
+
+    def start(self) -> None:
+        """Follow the shared list, if there is one. Called once, when the engine runs."""
+        self.sharing.start()
 
     def restore(self) -> tuple[str, ...]:
         """Bring back the adapters that were loaded before a restart. Returns notes for the operator. Called once,
         before the engine runs."""
         for entry in self.registry.entries():  # adapters of --adapter, which are in no store
             self.tiers.adopt(self.registry.host_copy(entry.version), is_permanent=True)
-        notes = self._records.restore(self._sources.stored_now, self._sources.profile, self.tiers.adopt)
+        notes = self._records.adopt(self.sharing.read_now, self._pins.saved())
+        notes += self._records.restore(self._sources.stored_now, self._sources.profile, self.tiers.adopt)
         notes += self._pins.restore(self._records)
         self._sources.collect_now()
         self._retirement.start()
@@ -181,6 +202,7 @@ class AdapterManager:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.sharing.close()
         await self._retirement.close()
         self.tiers.close()
         self._sources.close()
@@ -204,6 +226,7 @@ class AdapterManager:
 
     async def _load_locked(self, wanted: LoadRequest) -> AdapterEntry:
         async with self._locked(wanted.name):
+            await self.sharing.sync()
             return await self._load(wanted)
 
     async def _load(self, wanted: LoadRequest) -> AdapterEntry:
@@ -241,58 +264,50 @@ class AdapterManager:
         self.registry.stage(adapter)
         try:
             await self.tiers.register(adapter)
-            effect = await self._prove(adapter.version)
+            effect = await self._probe.effect(adapter.version)
+            await self.sharing.offer(adapter.version, self._sources.folder)
             published = time.monotonic()
-            self._check_expected(name, expected)
-            history = tuple(earlier for earlier in history if earlier != adapter.version)
-            entry = self.registry.publish(
-                name,
-                adapter,
-                source=source,
-                replace=replace,
-                history=history,
-                effect=effect,
-                profile=profile,
-                profile_from=origin,
-                again=again,
-            )
+            async with self.sharing.changing() as change:
+                self._check_expected(name, expected)
+                self.registry.check_free(name, replace=replace)
+                history = tuple(earlier for earlier in history if earlier != adapter.version)
+                fields = None if profile is None else profile.public()
+                saved = Saved(name, adapter.version, source, history, effect, fields, origin)
+                listed = await change.publish(saved, again=again)
+                entry = self.registry.publish(
+                    name,
+                    adapter,
+                    source=source,
+                    replace=replace,
+                    history=history if listed is None else listed.history,
+                    is_whole_history=listed is not None,
+                    effect=effect,
+                    profile=profile,
+                    profile_from=origin,
+                    again=again,
+                )
+                self._records.keep(name)
         finally:
             self.registry.unstage(adapter.version)
         self._retirement.stays(adapter.version)
-        self._records.keep(name)
-        await self.aliases.refresh()
-        await self._changed()
+        await self._settle()
         self._on_stage("publish", time.monotonic() - published)
         self._num_loads[name] += 1
         return entry
 
-    async def _prove(self, version: str) -> float:
-        started = time.monotonic()
-        try:
-            effect = await self._engine.probe_adapter(version, self._probe_token_ids)
-        except (ProbeFailed, EngineUnavailable) as error:
-            if isinstance(error, ProbeFailed) and error.code == ErrorCode.NUMERICAL_ERROR:
-                raise _not_finite() from None
-            raise AdapterError(
-                ErrorCode.PROBE_FAILED, f"the adapter could not be tried out ({error}); try again"
-            ) from None
-        finally:
-            self._on_stage("probe", time.monotonic() - started)
-        if not math.isfinite(effect):
-            raise _not_finite()
-        if effect == 0:
-            raise AdapterError(ErrorCode.ZERO_EFFECT, "the adapter changes nothing: the logits are those of the base")
-        return effect
-
     async def _unload(self, name: str, force: bool, timeout_seconds: float) -> bool:
-        entry = self.registry.remove(name)
-        self._records.drop(name)
-        self._num_loads.pop(name, None)
-        self._pins.names.discard(name)
+        async with self.sharing.changing() as change:
+            entry = self._entry(name)
+            is_local = entry is not None and name not in self._records.kept()  # of --adapter
+            was_listed = not is_local and await change.remove(name)
+            if entry is None:
+                if was_listed:  # this server could not follow the list, and does not have it
+                    return True
+                raise adapter_not_found()
+            self._forget(name)
         # Aliases may have led to earlier versions of the name: they are let go, too.
         versions = {entry.version, *self.aliases.table.held}
-        await self.aliases.refresh()
-        await self._changed()
+        await self._settle()
         leaving = [version for version in versions if not self.registry.is_wanted(version)]
         if force:
             for version in leaving:
@@ -300,8 +315,8 @@ class AdapterManager:
         return await self._retirement.wait(leaving, timeout_seconds)
 
     async def _rollback(self, name: str, version: str | None) -> AdapterEntry:
-        broken = {entry.name: entry for entry in self.registry.broken()}
-        entry = self.registry.resolve(name) or broken.get(name)
+        await self.sharing.sync()
+        entry = self.sharing.behind(name) or self._entry(name)
         if entry is None:
             raise adapter_not_found()
         if not entry.history:
@@ -322,13 +337,24 @@ class AdapterManager:
         finally:
             self.registry.holds.give_back(matching[0], Holder.LOAD)
 
+    def _entry(self, name: str) -> AdapterEntry | BrokenEntry | None:
+        broken = {entry.name: entry for entry in self.registry.broken()}
+        return self.registry.resolve(name) or broken.get(name)
+
+    def _forget(self, name: str) -> None:
+        """Remove a name from this server."""
+        self.registry.remove(name)
+        self._records.drop(name)
+        self._num_loads.pop(name, None)
+        self._pins.names.discard(name)
+
     def _broke(self, version: str) -> None:
         """Handle a version whose stored copy is damaged or gone. Its names are listed as broken already."""
         self.aliases.table.lose(version)
         self._on_change()
 
     def _check_expected(self, name: str, expected: str | None) -> None:
-        entry = self.registry.resolve(name)
+        entry = self.sharing.behind(name) or self.registry.resolve(name)
         if expected is not None and (entry is None or entry.version != expected):
             now = "is not loaded" if entry is None else f"stands for version {entry.version}"
             raise AdapterError(
@@ -348,12 +374,13 @@ class AdapterManager:
             if not self._lock_users[name]:
                 del self._lock_users[name], self._locks[name]
 
+    async def _settle(self) -> None:
+        """As `_changed`, when aliases may lead elsewhere, too."""
+        await self.aliases.refresh()
+        await self._changed()
+
     async def _changed(self) -> None:
         """Follow a change of names: move pins, save, and call `on_change`."""
         await self._pins.refresh()
         await self._records.save(self._sources.on_thread, **self._pins.saved())
         self._on_change()
-
-
-def _not_finite() -> AdapterError:
-    return AdapterError(ErrorCode.EFFECT_NOT_FINITE, "with this adapter the model computes NaN or infinity")

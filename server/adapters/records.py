@@ -15,7 +15,7 @@ from guanaco.adapters.versions.aliases import Alias, AliasTable
 from guanaco.adapters.versions.holds import Holder
 from guanaco.adapters.versions.profile import Profile
 from guanaco.adapters.versions.registry import AdapterRegistry, BrokenEntry
-from guanaco.adapters.versions.registry_file import RegistryFile, Saved
+from guanaco.adapters.versions.registry_file import RegistryFile, Saved, SavedList
 from guanaco.models.error_codes import ErrorCode
 
 logger = logging.getLogger(__name__)
@@ -128,6 +128,30 @@ class AdapterRecords:
         """From now on, a restart does not bring `name` back."""
         self._persistent.discard(name)
         self._shadowed.pop(name, None)
+
+    def kept(self) -> frozenset[str]:
+        """The names that a restart brings back."""
+        return frozenset(self._persistent)
+
+    def adopt(self, read: Callable[[], SavedList | None], parts: Iterable[str]) -> tuple[str, ...]:
+        """Take the names and aliases of a shared list as those to restore. Returns notes for the operator.
+
+        read: reads the list; None: there is none. parts: the lists of names that stay this server's own. If the list
+        can't be read, the names that this server knew last are restored. Raises AdapterError if the file can't be
+        written.
+        """
+        try:
+            listed = read()
+        except AdapterError as error:
+            return (f"{error}; the adapters that this server knew last are served",)
+        if listed is None:
+            return ()
+        try:
+            self._saved.write_list(listed, **{part: self._saved.read_names(part) for part in parts})
+        except OSError as error:
+            problem = f"the adapter store cannot be written: {error.strerror or error}; free some space or mend it"
+            raise AdapterError(ErrorCode.STORE_FAILED, problem) from None
+        return ()
 
     def names(self, part: str) -> tuple[str, ...]:
         """The list of names that was last saved under `part`, before a restart."""

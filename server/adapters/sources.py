@@ -17,8 +17,10 @@ from typing import Any, ParamSpec, TypeVar
 
 from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.peft.weights import LoadedAdapter, check_base
+from guanaco.adapters.versions.holds import Holder
 from guanaco.adapters.versions.profile import FROM_FILE, GIVEN, KEPT, Profile, parse_profile, read_profile
 from guanaco.adapters.versions.registry import AdapterRegistry
+from guanaco.adapters.versions.shared_registry import SharedRegistry
 from guanaco.adapters.versions.store import OnStage, VersionStore
 from guanaco.models.error_codes import ErrorCode
 from guanaco.server.adapters.hub import AdapterHub, HubAddress
@@ -89,12 +91,19 @@ class AdapterSources:
     """Sources below the policy's root, and the versions of one store. Coroutines raise AdapterError."""
 
     def __init__(
-        self, registry: AdapterRegistry, store: VersionStore, policy: AdapterPolicy, on_stage: OnStage
+        self,
+        registry: AdapterRegistry,
+        store: VersionStore,
+        policy: AdapterPolicy,
+        on_stage: OnStage,
+        shared: SharedRegistry | None = None,
     ) -> None:
+        """shared: where versions are found that the store lacks."""
         self._registry = registry
         self._store = store
         self._policy = policy
         self._on_stage = on_stage
+        self._shared = shared
         self._threads = ThreadPoolExecutor(_LOAD_THREADS, thread_name_prefix="guanaco-adapters")
         # Threads of its own: a slow hub must not hold up loads from the disk.
         self._hub_threads = ThreadPoolExecutor(_HUB_THREADS, thread_name_prefix="guanaco-hub")
@@ -165,12 +174,27 @@ class AdapterSources:
         return parse_profile(fields, self._registry.templates)
 
     async def stored(self, version: str) -> LoadedAdapter:
-        """Read a version from the store. Raises AdapterError."""
-        return await self.on_thread(self._store.read, version)
+        """Read a version from the store, or else copy it there from the shared registry. The caller holds the version.
+        Raises AdapterError."""
+        return await self.on_thread(self.stored_now, version)
 
     def stored_now(self, version: str) -> LoadedAdapter:
         """As `stored`, on the caller's thread: for the start of the server."""
-        return self._store.read(version)
+        try:
+            return self._store.read(version)
+        except AdapterError:
+            if self._shared is None:
+                raise
+        if not self._shared.has_version(version):
+            problem = f"neither this server nor the registry has version {version[:12]}; load the adapter again"
+            raise AdapterError(ErrorCode.VERSION_MISSING, problem)
+        adapter = self._store.ingest(self._shared.folder(version), name=version, version=version)
+        self._registry.holds.give_back(version, Holder.LOAD)
+        return adapter
+
+    def folder(self, version: str) -> Path:
+        """Where the store keeps the files of a version."""
+        return self._store.directory / version
 
     def collect_now(self) -> None:
         """Remove the stored copies of versions that nobody holds."""

@@ -107,6 +107,8 @@ def create_app(state: ApiState) -> FastAPI:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     state: ApiState = app.state.api
     state.engine.start()
+    if state.adapters is not None:
+        state.adapters.start()
     if state.training is not None and state.adapters is not None:
         state.training.start(AdapterPublisher(state.adapters, state.training.jobs))
     background = (

@@ -87,9 +87,11 @@ def check_before_loading(settings: Settings, wanted: str | None = None) -> None:
             raise CommandError(f"--adapter {name}: {error}") from None
     if settings.train_key and not settings.has_admin:
         raise CommandError("--train-key: training over the API needs an admin key; set --admin-key or --admin-key-file")
-    root = settings.adapter_root
+    root, shared = settings.adapter_root, settings.adapter_registry
     if root is not None and not Path(os.path.expanduser(root)).is_dir():
         raise CommandError(f"--adapter-root {root}: there is no such directory")
+    if shared is not None and not Path(os.path.expanduser(shared)).is_dir():
+        raise CommandError(f"--adapter-registry {shared}: there is no such directory; create it, or mount it")
 
 
 def _check_adapter(name: str, path: Path, *, has_profile: bool) -> None:

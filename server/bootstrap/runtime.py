@@ -264,7 +264,7 @@ def _plan(settings: Settings, base: Base, registry: AdapterRegistry, ops: Ops, k
     loaded, most = registry.num_bytes, settings.adapter_host_memory
     if loaded > most:
         raise CommandError(f"the adapters take {loaded} bytes and may take {most}: raise --adapter-host-memory")
-    adapters_bytes = most if settings.has_admin else loaded  # without an admin key no adapter can be added
+    adapters_bytes = most if settings.adapters_change else loaded
     if ops.device.type == "cuda":
         return _gpu_plan(settings, base, request)
     return plan_memory(
@@ -346,7 +346,7 @@ def _flood_step_tokens(settings: Settings, registry: AdapterRegistry, ops: Ops) 
     wait for it; on a GPU it takes hardly longer than a small step. Without adapters no limit is needed."""
     if settings.flood_step_tokens is not None:
         return settings.flood_step_tokens
-    has_others = bool(registry.entries()) or settings.has_admin
+    has_others = bool(registry.entries()) or settings.adapters_change
     return CPU_FLOOD_STEP_TOKENS if has_others and ops.device.type == "cpu" else 0
 
 

@@ -26,6 +26,7 @@ from rich.table import Table
 from guanaco.adapters.peft.weights import AdapterLimits
 from guanaco.adapters.versions.holds import HoldLedger
 from guanaco.adapters.versions.registry_file import RegistryFile
+from guanaco.adapters.versions.shared_registry import SharedRegistry
 from guanaco.adapters.versions.store import VersionStore
 from guanaco.models.text.chat_template import named_template
 from guanaco.models.text.template_renderer import shared_renderer
@@ -195,15 +196,14 @@ def _num_parameters(base: Base) -> int:
 def _adapter_manager(
     settings: Settings, runtime: Runtime, engine: AsyncEngine, metrics: Metrics, training: TrainingService | None
 ) -> AdapterManager | None:
-    """The adapter manager, with the adapters loaded before a restart; None without an admin key."""
+    """The adapter manager, with the adapters loaded before a restart; None if adapters can't change."""
 
     manager = None
-    if settings.has_admin:
+    if settings.adapters_change:
         base = runtime.base
         store = _open_store(settings, base, runtime.registry.holds)
-        root = settings.adapter_root
         policy = AdapterPolicy(
-            root=None if root is None else Path(os.path.abspath(os.path.expanduser(root))),
+            root=_absolute(settings.adapter_root),
             base_fingerprint=base.loaded.fingerprint,
             strict_base=settings.strict_base,
             hub=AdapterHub.of(settings) if settings.hub_adapters or settings.hub_adapters_unpinned else None,
@@ -220,6 +220,7 @@ def _adapter_manager(
             on_load=metrics.adapters.observe_load,
             on_stage=metrics.adapters.observe_stage,
             device_bytes=runtime.slots.bytes_of,
+            shared=_shared_registry(settings, base),
         )
         for note in manager.restore():
             logger.warning(note)
@@ -239,14 +240,29 @@ def _adapter_manager(
 
 
 def _open_store(settings: Settings, base: Base, holds: HoldLedger) -> VersionStore:
-    """Open the adapter store. Each base model has its own, since an adapter of one is useless for another."""
+    """Open the adapter store. Each base model has its own, since an adapter of one is useless for another. So has a
+    server with a shared registry: what it had before stays for a start without one."""
     return VersionStore(
-        settings.adapter_store_dir / base.loaded.fingerprint[:16],
+        settings.adapter_store_dir / (_of_base(base) + ("-shared" if settings.adapter_registry is not None else "")),
         base.loaded.model.lora_targets,
         holds,
         limits=AdapterLimits(max_rank=settings.max_lora_rank),
         base_table=base.table,
     )
+
+
+def _shared_registry(settings: Settings, base: Base) -> SharedRegistry | None:
+    shared = _absolute(settings.adapter_registry)
+    return None if shared is None else SharedRegistry(shared / _of_base(base))
+
+
+def _of_base(base: Base) -> str:
+    """The folder of a base model in directories that several may use."""
+    return base.loaded.fingerprint[:16]
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return None if path is None else Path(os.path.abspath(os.path.expanduser(path)))
 
 
 def _show_banner(console: Console, settings: Settings, runtime: Runtime, port: int, has_keys: bool) -> None:

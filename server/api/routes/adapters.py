@@ -135,7 +135,11 @@ async def unload_lora_adapter(request: Request) -> Response:
 
 @router.get("/v1/adapters", summary="All adapters with their state")
 async def list_adapters(request: Request) -> Response:
-    return json_response({"object": "list", "data": [_card(view) for view in manager_of(request).views()]})
+    manager = manager_of(request)
+    answer = {"object": "list", "data": [_card(view) for view in manager.views()]}
+    if (registry := manager.sharing.public()) is not None:
+        answer["registry"] = registry
+    return json_response(answer)
 
 
 @router.get("/v1/adapters/{name}", summary="One adapter")

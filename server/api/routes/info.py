@@ -55,7 +55,10 @@ async def live(request: Request) -> Response:
 async def ready(request: Request) -> Response:
     if problem := _not_ready(request):
         return json_response({"status": problem}, 503)
-    return json_response({"status": "ready", **state_of(request).runs_on})
+    state = state_of(request)
+    registry = None if state.adapters is None else state.adapters.sharing.state
+    follows = {} if registry is None else {"adapter_registry": registry}
+    return json_response({"status": "ready", **state.runs_on, **follows})
 
 
 @router.head("/health", include_in_schema=False)

@@ -16,6 +16,7 @@ from guanaco.adapters.residency.ledger import ResidencyLedger
 from guanaco.adapters.residency.slot_table import SlotTable
 from guanaco.adapters.versions.registry import AdapterRegistry
 from guanaco.adapters.versions.registry_file import RegistryFile
+from guanaco.adapters.versions.shared_registry import SharedRegistry
 from guanaco.adapters.versions.store import VersionStore
 from guanaco.server.adapters.hub import AdapterHub
 from guanaco.server.adapters.manager import AdapterManager
@@ -110,10 +111,12 @@ def make_adapter_server(
     command_line: dict[str, Path] | None = None,
     keys: Sequence[str] = (),
     hub: AdapterHub | None = None,
+    shared: Path | None = None,
     **settings: Any,
 ) -> AdapterServer:
     """A server that is not started yet. Whatever `directory` holds of an earlier one comes back, after the adapters
-    of the `command_line`."""
+    of the `command_line`. shared: a registry that other servers follow, too."""
+    directory.mkdir(exist_ok=True)
     made = make_engine_server(**{"max_queued_requests": 512, "adapter_slots": num_slots, **settings})
     scheduler = made.scheduler
     scheduler.residency = ResidencyLedger(SlotTable(num_slots), HostTable(host_memory))
@@ -138,6 +141,7 @@ def make_adapter_server(
         on_change=lambda: made.state.metrics.adapters.set_names(registry.names_by_version()),
         on_load=made.state.metrics.adapters.observe_load,
         on_stage=made.state.metrics.adapters.observe_stage,
+        shared=None if shared is None else SharedRegistry(shared),
     )
     made.state.metrics.adapters.set_device(lambda: registry.names_of(scheduler.residency.slots.resident))
     for name, path in (command_line or {}).items():
