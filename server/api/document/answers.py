@@ -147,7 +147,7 @@ ANSWERS: Mapping[str, Schema] = {
     "Readiness": {
         "type": "object",
         "required": ["status"],
-        "properties": {"status": _STRING, "provider": _STRING, "device": _STRING},
+        "properties": {"status": _STRING, "provider": _STRING, "device": _STRING, "adapter_registry": _STRING},
     },
     "Version": _object(version=_STRING),
 }

@@ -111,7 +111,7 @@ def test_a_load_a_replacement_a_rollback_and_a_removal_reach_the_other(
     assert one.delete("/v1/adapters/a").json()["drained"] is True
     until_serves(two, "a", None)
     assert (names(two)[1:], fleet.listed()) == ([], {})
-    assert two.get("/health/ready").json() == {"status": "ready", "adapter_registry": "current"}
+    assert two.get("/health/ready").json()["adapter_registry"] == "current"
 
 
 def test_aliases_reach_the_other(fleet: Fleet, one: httpx.Client, two: httpx.Client) -> None:
