@@ -90,6 +90,6 @@ def test_a_refusal_says_its_kind_and_each_kind_has_a_status() -> None:
     assert kinds[ErrorCode.PROBE_FAILED] is ErrorKind.PASSING
     failures = {code for code, kind in kinds.items() if kind.is_failure}
     assert failures == {
-        ErrorCode.HUB_FAILED, ErrorCode.HUB_OFFLINE, ErrorCode.PROBE_FAILED, ErrorCode.STORE_FAILED,
-        ErrorCode.VERSION_DAMAGED,
+        ErrorCode.HUB_FAILED, ErrorCode.HUB_OFFLINE, ErrorCode.PROBE_FAILED, ErrorCode.REGISTRY_BUSY,
+        ErrorCode.REGISTRY_FAILED, ErrorCode.STORE_FAILED, ErrorCode.VERSION_DAMAGED,
     }  # fmt: skip

@@ -136,7 +136,7 @@ async def unload_lora_adapter(request: Request) -> Response:
 @router.get("/v1/adapters", summary="All adapters with their state")
 async def list_adapters(request: Request) -> Response:
     manager = manager_of(request)
-    answer = {"object": "list", "data": [_card(view) for view in manager.views()]}
+    answer: dict[str, Any] = {"object": "list", "data": [_card(view) for view in manager.views()]}
     if (registry := manager.sharing.public()) is not None:
         answer["registry"] = registry
     return json_response(answer)
