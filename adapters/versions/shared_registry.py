@@ -5,6 +5,7 @@ writer holds the directory's lock while it reads the list, changes it and writes
 is lost. Knows no tensors and no requests. All calls block; `server.adapters.sharing` makes them on a thread.
 """
 
+import errno
 import fcntl
 import filecmp
 import os
@@ -26,6 +27,7 @@ LIST_NAME = "list.json"
 # A version that the list no longer names stays so long: another server may just be copying it.
 UNNAMED_SECONDS = 600.0
 _INCOMING = ".incoming-"  # folders that are being filled, or removed
+_TRIES = 4
 _FILES = (CONFIG_NAME, WEIGHTS_NAME)
 _Stamp = tuple[int, ...]
 
@@ -93,10 +95,8 @@ class SharedRegistry:
         """Copy the files in `source` as a version, unless the same files are there. Raises AdapterError."""
         final = self.folder(version)
         try:
-            with suppress(FileNotFoundError):
-                os.utime(final)  # it counts as new, so `write` of another server leaves it alone
-                if _is_same(source, final):
-                    return
+            if _refreshed(source, final):
+                return
             self._versions.mkdir(parents=True, exist_ok=True)
             incoming = Path(tempfile.mkdtemp(prefix=_INCOMING, dir=self._versions))
             try:
@@ -104,13 +104,26 @@ class SharedRegistry:
                 for name in _FILES:
                     _copy(source / name, incoming / name)
                 sync_directory(incoming)
-                self._move_away(final)
-                incoming.rename(final)
+                self._put(incoming, final)
                 sync_directory(self._versions)
             finally:
                 shutil.rmtree(incoming, ignore_errors=True)
         except OSError as error:
             raise self._failed(error) from None
+
+    def _put(self, incoming: Path, final: Path) -> None:
+        """Give a folder its name. What has the name is replaced, unless another server has put the same files there."""
+        for _ in range(_TRIES):
+            try:
+                incoming.rename(final)
+                return
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+            if _refreshed(incoming, final):
+                return
+            self._move_away(final)
+        raise OSError(errno.EEXIST, f"{final.name} changes all the time")
 
     def has_version(self, version: str) -> bool:
         """Whether the folder of a version is there."""
@@ -157,10 +170,14 @@ def _stamp(file: BinaryIO) -> _Stamp:
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _is_same(source: Path, folder: Path) -> bool:
-    return all(
-        (folder / name).is_file() and filecmp.cmp(source / name, folder / name, shallow=False) for name in _FILES
-    )
+def _refreshed(source: Path, folder: Path) -> bool:
+    """Whether a folder has the same files. It counts as new from now on, so `write` of another server leaves it
+    alone."""
+    try:
+        os.utime(folder)
+        return all(filecmp.cmp(source / name, folder / name, shallow=False) for name in _FILES)
+    except FileNotFoundError:
+        return False
 
 
 def _copy(source: Path, target: Path) -> None:
