@@ -17,13 +17,13 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
 )
-from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from guanaco.models.error_codes import ErrorCode
 from guanaco.server.engine.request import StepStats
 from guanaco.server.metrics.adapters import DEFAULT_ADAPTER_LABELS, AdapterMetrics, without_names
+from guanaco.server.metrics.exposition import encoder
 from guanaco.server.metrics.histogram import HotHistogram
 from guanaco.server.metrics.http import HttpMetrics
 from guanaco.server.metrics.training import Numbers, TrainingCollector
@@ -349,7 +349,7 @@ class Metrics:
 
         hidden: names of adapters to leave out.
         """
-        encode, content_type = choose_encoder(accept)
+        encode, content_type = encoder(accept)
         return encode(_Shown(self.registry, hidden) if hidden else self.registry), content_type
 
 

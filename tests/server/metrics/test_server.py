@@ -103,6 +103,28 @@ def test_both_formats_parse(metrics: Metrics) -> None:
     assert len(list(parse_openmetrics(body.decode()))) > 30
 
 
+PROMETHEUS_2 = "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75"
+PROMETHEUS_2 += ",text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
+PROMETHEUS_3 = "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6"
+PROMETHEUS_3 += ",text/plain;version=1.0.0;escaping=allow-utf-8;q=0.5,text/plain;version=0.0.4;q=0.2,*/*;q=0.1"
+
+
+@pytest.mark.parametrize(
+    "accept",
+    [
+        *("", "text/plain", "text/plain; version=1.0.0", PROMETHEUS_2, PROMETHEUS_3, "application/openmetrics-text"),
+        "application/openmetrics-text; version=1.0.0; escaping=underscores",
+    ],
+)
+def test_every_scraper_gets_the_names_as_they_are(metrics: Metrics, accept: str) -> None:
+    body, content_type = metrics.render(accept)
+    parse = parse_openmetrics if "openmetrics" in content_type else text_string_to_metric_families
+    names = {sample.name for family in parse(body.decode()) for sample in family.samples}
+    assert {"vllm:num_requests_running", "vllm:time_to_first_token_seconds_bucket", "guanaco_step_seconds_sum"} <= names
+    assert not [name for name in names if name.startswith("vllm_")]
+    assert ("openmetrics" in accept) == ("openmetrics" in content_type)
+
+
 def test_buckets_are_vllms(metrics: Metrics) -> None:
     def edges(name: str) -> list[float]:
         text = metrics.render()[0].decode()
