@@ -19,7 +19,7 @@ CASES = yaml.safe_load((FOLDER / "alerts_test.yml").read_text())["tests"]
 def promtool() -> str:
     found = shutil.which("promtool", path=os.pathsep.join((os.environ.get("PATH", ""), str(UNPACKED))))
     if found is None:
-        pytest.skip("promtool is not here: apt install prometheus")
+        pytest.skip("promtool is not here: apt install prometheus, or python loadtest/watch_server.py fetch")
     return found
 
 
