@@ -57,7 +57,7 @@ ALLOWED = {
     "server/service_links.py": set(),
     "server/setting_types.py": set(),
     "server/errors.py": {"models.errors"},
-    "server/metrics": {"server.metrics", "server.engine.request", "models.error_codes"},
+    "server/metrics": {"server.metrics", "server.engine.request", "server.engine.speculation", "models.error_codes"},
     "server/engine": _ENGINE,
     "server/engine/speculation": {
         "server.engine.speculation", "server.engine.request", "server.engine.block_manager", "server.engine.step_share",

@@ -44,6 +44,7 @@ from guanaco.server.bootstrap.machine import look
 from guanaco.server.bootstrap.memory_plan import GPU_KV_SHARE, KvRequest, MemoryPlan, plan_memory
 from guanaco.server.bootstrap.model_path import find_model
 from guanaco.server.bootstrap.progress import Report, reporting
+from guanaco.server.bootstrap.speculation import make_drafting
 from guanaco.server.config import Settings
 from guanaco.server.engine.block_manager import BlockManager
 from guanaco.server.engine.engine import Engine
@@ -338,7 +339,9 @@ def _build_engine(
     runner = ModelRunner(model, kv, registry, slots, base.eos_ids, path)
     blocks = BlockManager(plan.num_blocks, plan.block_size)
     residency = ResidencyLedger(table, HostTable(settings.adapter_host_memory))
-    return Engine(Scheduler(limits, blocks, residency, base.eos_ids), runner)
+    scheduler = Scheduler(limits, blocks, residency, base.eos_ids)
+    scheduler.drafting = make_drafting(settings, ops, runner.probe, base.loaded.fingerprint)
+    return Engine(scheduler, runner)
 
 
 def _flood_step_tokens(settings: Settings, registry: AdapterRegistry, ops: Ops) -> int:

@@ -127,18 +127,19 @@ class ModelRunner:
         return replace(token, prompt_logprobs=tuple(found))
 
     @torch.inference_mode()
-    def probe(self) -> None:
-        """Raise if the device cannot compute: run one token that belongs to no request, without adapters.
+    def probe(self, num_rows: int = 1) -> None:
+        """Raise if the device cannot compute: run tokens that belong to no request, without adapters.
 
-        It writes nothing to the KV cache and reads whatever block 0 holds, so its numbers mean nothing.
+        It writes nothing to the KV cache and reads whatever block 0 holds, so its numbers mean nothing. num_rows: how
+        many tokens, of one sequence; each gets logits.
         """
-        zero = self._tensor([0], torch.int64)
+        rows = self._tensor(list(range(num_rows)), torch.int64)
         batch = ForwardBatch(
-            token_ids=zero,
-            positions=zero,
-            slot_mapping=zero - 1,
-            sequences=self._sequences([[0]], [1], [0, 1]),
-            logit_rows=zero,
+            token_ids=torch.zeros_like(rows),
+            positions=rows,
+            slot_mapping=torch.full_like(rows, -1),
+            sequences=self._sequences([[0] * -(-num_rows // self._kv.block_size)], [num_rows], [0, num_rows]),
+            logit_rows=rows,
             lora=None,
         )
         self._model.forward(batch, self._kv)

@@ -94,6 +94,8 @@ class AdapterMetrics:
         self._requests = counter("guanaco_adapter_requests", "Requests that ended, by adapter.")
         self._prompt = counter("guanaco_adapter_prompt_tokens", "Prompt tokens, by adapter.")
         self._generation = counter("guanaco_adapter_generation_tokens", "Tokens out, by adapter.")
+        self._drafted = counter("guanaco_adapter_draft_tokens", "Draft tokens that were verified, by adapter.")
+        self._accepted = counter("guanaco_adapter_accepted_draft_tokens", "Draft tokens that were right, by adapter.")
         self._mixed = counter("guanaco_adapter_mixture_requests", "Requests that ended and had it in a mixture.")
         self._ttft = Histogram(
             "guanaco_adapter_time_to_first_token_seconds",
@@ -160,6 +162,17 @@ class AdapterMetrics:
     def count_generation(self, adapter: str | None, num_tokens: int) -> None:
         self._generation.labels(self._label(adapter)).inc(num_tokens)
 
+    def count_draft(self, versions: tuple[str, ...], num_drafted: int, num_accepted: int) -> None:
+        """Count a draft of a sequence: its adapters' versions, none for the base, several for a mixture."""
+        label = self._label(self._name(versions))
+        self._drafted.labels(label).inc(num_drafted)
+        self._accepted.labels(label).inc(num_accepted)
+
+    def _name(self, versions: tuple[str, ...]) -> str | None:
+        if len(versions) > 1:
+            return MIXTURE_LABEL
+        return self._name_of.get(versions[0], OTHER_LABEL) if versions else None
+
     def observe_first_token(self, adapter: str | None, seconds: float) -> None:
         self._ttft.labels(self._label(adapter)).observe(seconds)
 
@@ -177,8 +190,7 @@ class AdapterMetrics:
         """The versions of each sequence that runs after the latest step: none, one, or those of a mixture."""
         counts: dict[str, int] = {}
         for own in versions:
-            name = MIXTURE_LABEL if len(own) > 1 else self._name_of.get(own[0], OTHER_LABEL) if own else None
-            label = self._label(name)
+            label = self._label(self._name(own))
             counts[label] = counts.get(label, 0) + 1
         self._sequences.clear()
         for label, count in counts.items():

@@ -26,6 +26,7 @@ from guanaco.server.metrics.adapters import DEFAULT_ADAPTER_LABELS, AdapterMetri
 from guanaco.server.metrics.exposition import encoder
 from guanaco.server.metrics.histogram import HotHistogram
 from guanaco.server.metrics.http import HttpMetrics
+from guanaco.server.metrics.speculation import SpeculationMetrics
 from guanaco.server.metrics.training import Numbers, TrainingCollector
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
@@ -114,6 +115,7 @@ class Metrics:
             self.registry, num_slots=adapter_slots, max_labels=max_adapter_labels, clock=clock
         )
         self.http = HttpMetrics(self.registry)
+        self._speculation = SpeculationMetrics(self.registry, self._labels)
         self._make_engine_series()
         self._make_request_series(max_model_len)
         self._make_own_series()
@@ -245,6 +247,9 @@ class Metrics:
     def observe_step(self, step: StepStats) -> None:
         self._step = step
         self._num_preempted += step.num_preempted
+        for draft in step.drafts:
+            self._speculation.observe(draft.num_drafted, draft.num_accepted)
+            self.adapters.count_draft(draft.versions, draft.num_drafted, draft.num_accepted)
         self._prefix_queries_tokens += step.prefix_queries_tokens
         self._prefix_hits_tokens += step.prefix_hits_tokens
         if step.num_scheduled_tokens:

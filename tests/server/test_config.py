@@ -39,6 +39,7 @@ OTHER_VALUE = {  # a text for each setting that is valid and not its default
     "hub_adapters_unpinned": "true",
     "allow_origin": "https://chat.example",
     "cuda_graphs": "false",
+    "speculation": "lookup",
     "tuned_kernels": "false",
 }
 NAMES = sorted(Settings.model_fields)

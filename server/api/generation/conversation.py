@@ -51,6 +51,7 @@ _NEUTRAL: Mapping[str, Neutral] = {
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "skip_special_tokens": (True,),
+    "speculation": (True,),
     "stop": ([],),
     "stop_token_ids": ([],),
     "tool_choice": ("none",),

@@ -150,6 +150,7 @@ class SamplingExtensions(Body):
     stop_token_ids: StopTokenIds = ()
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
+    speculation: bool | None = None
     skip_special_tokens: bool | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None

@@ -160,6 +160,7 @@ def sampling_params(
         min_tokens=body.min_tokens or 0,
         ignore_eos=bool(body.ignore_eos),
         skip_special_tokens=body.skip_special_tokens is not False,
+        speculation=body.speculation is not False,
     )
 
 

@@ -30,6 +30,8 @@ def measure_engine(
     """Measure and print: one JSON line, or a table. CommandError for options that don't parse or don't fit."""
     counts = _counts(batches)
     settings = settings.model_copy(update=_roomy(settings, counts, adapters))
+    # Random tokens soon repeat themselves, and drafts would then be timed in place of steps.
+    settings = settings.model_copy(update={"speculation": "off"})
     runtime = build_runtime(settings, Console(stderr=True))
     longest = max(prompt + 1, context + _DECODE_STEPS + 1)
     if longest > runtime.plan.max_model_len:

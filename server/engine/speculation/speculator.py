@@ -54,6 +54,11 @@ class Speculator:
         left = iter(lengths)
         return [tuple(tokens[: next(left)]) if chances else () for tokens, chances in found]
 
+    @property
+    def num_records(self) -> int:
+        """How many open sequences something is known of."""
+        return len(self._records)
+
     def forget(self, sequence: EngineSequence) -> None:
         """Drop what is known of a sequence that has ended."""
         self._records.pop(sequence.arrival_number, None)

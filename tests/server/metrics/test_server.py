@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from guanaco.server.engine.request import StepStats
+from guanaco.server.engine.request import DraftOutcome, StepStats
 from guanaco.server.metrics.histogram import HotHistogram
 from guanaco.server.metrics.server import Metrics, RequestStats, count_buckets
 from support.server.api_server import (
@@ -306,3 +306,28 @@ class TestThroughTheServer:
                 client.get(f"/{name}", headers={"X-Request-Id": name})
         assert count() == before
         assert value(server.state.metrics, "guanaco_rejected_total", reason="model_not_found") == 101
+
+
+def test_drafts_are_counted_by_place_and_by_adapter() -> None:
+    metrics = Metrics("base", max_model_len=100)
+    metrics.adapters.set_names({"v1": "pirate"})
+    metrics.observe_step(step(drafts=(DraftOutcome(("v1",), 3, 2), DraftOutcome((), 5, 0))))
+    metrics.observe_step(step(drafts=(DraftOutcome(("v1",), 1, 1), DraftOutcome(("v1", "v2"), 2, 1))))
+    text = metrics.render()[0].decode()
+
+    def value(series: str) -> float:
+        (line,) = [line for line in text.splitlines() if line.startswith(series + " ")]
+        return float(line.rpartition(" ")[2])
+
+    labels = 'engine="0",model_name="base"'
+    assert value(f"vllm:spec_decode_num_drafts_total{{{labels}}}") == 4
+    assert value(f"vllm:spec_decode_num_draft_tokens_total{{{labels}}}") == 11
+    assert value(f"vllm:spec_decode_num_accepted_tokens_total{{{labels}}}") == 4
+    by_place = [f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{{labels},position="{i}"}}' for i in range(3)]
+    assert [value(series) for series in by_place] == [3, 1, 0]
+    by_adapter = {
+        name: value(f'guanaco_adapter_draft_tokens_total{{adapter="{name}"}}') for name in ("pirate", "(base)")
+    }
+    assert by_adapter == {"pirate": 4, "(base)": 5}
+    assert value('guanaco_adapter_accepted_draft_tokens_total{adapter="pirate"}') == 3
+    assert value('guanaco_adapter_accepted_draft_tokens_total{adapter="(mixture)"}') == 1

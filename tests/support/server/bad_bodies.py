@@ -44,6 +44,7 @@ _FIELDS: dict[str, tuple[Any, ...]] = {
     ),
     "stream": _NOT_BOOLS,
     "ignore_eos": _NOT_BOOLS,
+    "speculation": _NOT_BOOLS,
     "skip_special_tokens": _NOT_BOOLS,
     "include_stop_str_in_output": _NOT_BOOLS,
     "stream_options": ({"include_usage": True}, {}, [], "x", 5, True),  # without stream, or not an object

@@ -104,6 +104,7 @@ def test_every_sampling_field_reaches_the_engine(server: LiveServer) -> None:
         "min_tokens": 2,
         "ignore_eos": True,
         "skip_special_tokens": False,
+        "speculation": False,
     }
     post(server, chat_body("x", **fields))
     assert server.engine.requests[-1].params == SamplingParams(
@@ -124,6 +125,7 @@ def test_every_sampling_field_reaches_the_engine(server: LiveServer) -> None:
         min_tokens=2,
         ignore_eos=True,
         skip_special_tokens=False,
+        speculation=False,
     )
 
 

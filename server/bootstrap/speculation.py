@@ -1,0 +1,93 @@
+"""The source of drafts that the settings name, with what a step takes on this machine.
+
+The step's costs are timed once for each machine, model and setting that change them, and kept in a file of the cache.
+Used by `runtime`.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from guanaco.kernels import Ops
+from guanaco.models.errors import GuanacoError
+from guanaco.models.formats.strict_json import read_json
+from guanaco.server.bootstrap.machine import look
+from guanaco.server.config import Settings
+from guanaco.server.engine.speculation.costs import TYPICAL, StepCosts
+from guanaco.server.engine.speculation.speculator import MAX_DRAFT_TOKENS, Speculator
+
+logger = logging.getLogger(__name__)
+
+# Row counts that are timed, in this order, and how often. Kernels change their form between them.
+_ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
+_ROUNDS = 3
+_MOST_SECONDS = 3.0  # after that, larger steps are judged by the line through the last two
+_FORMAT = 1  # of the file
+
+
+def make_drafting(settings: Settings, ops: Ops, run_rows: Callable[[int], None], fingerprint: str) -> Speculator | None:
+    """The source of drafts; None: there are none. run_rows: computes a step with so many rows.
+
+    `auto` is lookup on a CPU. On a GPU no step has been timed so far, so there are no drafts unless they are asked for.
+    """
+    method = settings.speculation
+    if method == "off" or (method == "auto" and ops.device.type != "cpu"):
+        return None
+    if ops.name == "triton":
+        return Speculator(TYPICAL)  # timing would compile a kernel for each row count: minutes, at each new version
+    key = _key(settings, ops, fingerprint)
+    path = settings.cache_dir / "step-costs" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    costs = _stored(path, key)
+    if costs is None:
+        costs = measure(run_rows)
+        _store(path, key, costs)
+    return Speculator(costs)
+
+
+def measure(run_rows: Callable[[int], None], clock: Callable[[], float] = time.perf_counter) -> StepCosts:
+    """Time steps by their rows: the shortest of a few rounds counts, since a step is only ever disturbed upwards."""
+    begun, found = clock(), []
+    for rows in _ROWS:
+        if len(found) > 1 and clock() - begun > _MOST_SECONDS:
+            break
+        run_rows(rows)  # memory is allocated, and caches are filled
+        best = float("inf")
+        for _ in range(_ROUNDS):
+            started = clock()
+            run_rows(rows)
+            best = min(best, clock() - started)
+        found.append((rows, best))
+    return StepCosts(found)
+
+
+def _key(settings: Settings, ops: Ops, fingerprint: str) -> str:
+    """Everything that a step's time depends on."""
+    machine = look()
+    threads = settings.threads or machine.cpu_count
+    parts = (_FORMAT, machine.cpu_name, machine.cpu_flags, threads, ops.name, getattr(ops, "isa", ""))
+    return json.dumps([*parts, settings.dtype, settings.block_size, fingerprint, MAX_DRAFT_TOKENS])
+
+
+def _stored(path: Path, key: str) -> StepCosts | None:
+    """The costs in a file that `_store` wrote; None if there is none that can be used."""
+    try:
+        content = read_json(path)
+        points = [(int(rows), float(seconds)) for rows, seconds in content["seconds"]]
+        return StepCosts(points) if content["key"] == key else None
+    except (OSError, GuanacoError, KeyError, TypeError, ValueError, AssertionError):
+        return None
+
+
+def _store(path: Path, key: str, costs: StepCosts) -> None:
+    """Keep the costs for the next start. A cache that cannot be written costs the time of measuring again, no more."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps({"key": key, "seconds": costs.points}))
+        part.replace(path)
+    except OSError as error:
+        logger.warning("step costs could not be kept (%s): the next start measures them again", error.strerror)

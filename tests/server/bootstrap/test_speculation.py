@@ -1,0 +1,84 @@
+"""What a step takes: timed once, kept, and timed again where anything that it depends on has changed."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from guanaco.server.bootstrap.speculation import make_drafting, measure
+from guanaco.server.config import Settings, load_settings
+
+OPS = SimpleNamespace(name="cpu", isa="avx2", device=SimpleNamespace(type="cpu"))
+GPU = SimpleNamespace(name="triton", device=SimpleNamespace(type="cuda"))
+
+
+class Timed:
+    """A clock on which a step takes 10 + 3 · rows, but for disturbances; counts the steps."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.runs = Counter[int]()
+
+    def run(self, rows: int) -> None:
+        self.runs[rows] += 1
+        self.now += (10 + 3 * rows) / 1000 + (0.5 if self.runs[rows] == 2 else 0.0)
+
+    def clock(self) -> float:
+        return self.now
+
+
+def settings_of(tmp_path: Path, **fields: object) -> Settings:
+    return load_settings({"cache": str(tmp_path), **fields})
+
+
+def test_the_shortest_round_counts_and_time_is_limited() -> None:
+    timed = Timed()
+    costs = measure(timed.run, timed.clock)
+    assert costs.points[:2] == [(1, pytest.approx(0.013)), (2, pytest.approx(0.016))]
+    assert timed.now < 4.5, "half a second of disturbance for each count ends the timing early"
+    assert costs.seconds(40) == pytest.approx(0.130), "by the line through the last two"
+
+
+def test_costs_are_kept_for_the_next_start(tmp_path: Path) -> None:
+    runs: list[int] = []
+    settings = settings_of(tmp_path, speculation="lookup")
+    first = make_drafting(settings, OPS, runs.append, "base")
+    assert first is not None
+    assert len(runs) > 20
+    num_runs = len(runs)
+    again = make_drafting(settings, OPS, runs.append, "base")
+    assert again is not None
+    assert again.costs.points == first.costs.points
+    assert len(runs) == num_runs
+    make_drafting(settings, OPS, runs.append, "another base")
+    make_drafting(settings_of(tmp_path, speculation="lookup", threads=77), OPS, runs.append, "base")
+    assert len(runs) == 3 * num_runs
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"key": 1, "seconds": [[1, 2]]}', '{"key": 1, "seconds": "x"}'])
+def test_a_damaged_file_is_measured_again(tmp_path: Path, content: str) -> None:
+    settings = settings_of(tmp_path, speculation="lookup")
+    runs: list[int] = []
+    make_drafting(settings, OPS, runs.append, "base")
+    (file,) = (tmp_path / "step-costs").iterdir()
+    file.write_text(content)
+    num_runs = len(runs)
+    assert make_drafting(settings, OPS, runs.append, "base") is not None
+    assert len(runs) == 2 * num_runs
+    assert json.loads(file.read_text())["seconds"]
+
+
+def test_off_is_off_and_auto_drafts_on_a_cpu(tmp_path: Path) -> None:
+    runs: list[int] = []
+    assert make_drafting(settings_of(tmp_path, speculation="off"), OPS, runs.append, "base") is None
+    assert make_drafting(settings_of(tmp_path, speculation="auto"), GPU, runs.append, "base") is None
+    assert make_drafting(settings_of(tmp_path, speculation="lookup"), GPU, runs.append, "base") is not None
+    assert runs == []
+    assert make_drafting(settings_of(tmp_path, speculation="auto"), OPS, runs.append, "base") is not None
+
+
+def test_a_cache_that_cannot_be_written_does_not_matter(tmp_path: Path) -> None:
+    (tmp_path / "step-costs").write_text("a file in the directory's place")
+    assert make_drafting(settings_of(tmp_path, speculation="lookup"), OPS, lambda rows: None, "base") is not None
