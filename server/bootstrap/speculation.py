@@ -50,7 +50,8 @@ def make_drafting(settings: Settings, ops: Ops, run_rows: Callable[[int], None],
 
 def measure(run_rows: Callable[[int], None], clock: Callable[[], float] = time.perf_counter) -> StepCosts:
     """Time steps by their rows: the shortest of a few rounds counts, since a step is only ever disturbed upwards."""
-    begun, found = clock(), []
+    begun = clock()
+    found: list[tuple[int, float]] = []
     for rows in _ROWS:
         if len(found) > 1 and clock() - begun > _MOST_SECONDS:
             break
