@@ -78,6 +78,22 @@ def test_the_wheel_holds_every_module_and_the_demo_adapters(wheel: Path) -> None
     assert "guanaco/__init__.py" not in names
 
 
+def test_the_wheel_holds_the_page_as_it_is_in_the_tree(wheel: Path) -> None:
+    page = ROOT / "server" / "page"
+    tree = {f"guanaco/{path.relative_to(ROOT).as_posix()}": path.read_bytes() for path in page.rglob("*")
+            if path.is_file() and path.suffix not in (".py", ".pyc")}  # fmt: skip
+    opened = zipfile.ZipFile(wheel)
+    found = {
+        name: opened.read(name)
+        for name in opened.namelist()
+        if name.startswith("guanaco/server/page/") and not name.endswith(".py")
+    }
+    assert found == tree
+    static = [content for name, content in found.items() if "/static/" in name]
+    assert len(static) > 40
+    assert sum(map(len, static)) < 250_000
+
+
 def _report(python: Path, cwd: Path, commands: list[list[str]], *, missing: str = "-") -> dict[str, Any]:
     """What tests/support/packaging/every_command.py found in an environment."""
     done = subprocess.run(

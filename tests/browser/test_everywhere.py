@@ -9,11 +9,11 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import expect
 
+from support.browser.access import assert_axe_is_content, reach
 from support.browser.visit import NARROW, WIDE
 from support.server.api_server import PIRATE
 
 VIEWS = ("chat", "compare", "mix", "operate")
-AXE = Path(__file__).parents[2] / "build" / "browser" / "axe.min.js"
 REPLY = "## A title\n\nSome *text* with `code`, a [link](https://example.org) and\n\n- a list\n- of two\n\n```\na block of code\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n"
 
 
@@ -38,15 +38,56 @@ def fill(tab, view: str) -> None:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("view", VIEWS)
 def test_axe_finds_nothing_serious(server, visit, view: str, scheme: str, size: dict[str, int]) -> None:
-    if not AXE.exists():
-        pytest.skip("axe-core is not here: `make browser` fetches it")
     server.script(reply=REPLY)
     tab = visit(server, color_scheme=scheme, viewport=size, bypass_csp=True, reduced_motion="reduce")
     fill(tab, view)
-    tab.page.add_script_tag(content=AXE.read_text())
-    found = tab.page.evaluate("axe.run(document, { resultTypes: ['violations'] })")
-    told = [(v["id"], v["impact"], [n["html"][:160] for n in v["nodes"]]) for v in found["violations"]]
-    assert [t for t in told if t[1] in ("serious", "critical")] == []
+    assert_axe_is_content(tab)
+
+
+def show_keys(tab) -> None:
+    tab.go().page.get_by_role("button", name="Keys").click()
+
+
+def show_failure(tab) -> None:
+    tab.page.route(
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(
+            status=429, headers={"Retry-After": "99"}, json={"error": {"message": "too many", "code": "rate_limited"}}
+        ),
+    )
+    tab.go().say("Hello")
+    expect(tab.page.locator(".failure button")).to_contain_text("asks to wait")
+
+
+def show_vote(tab) -> None:
+    tab.go("compare").page.get_by_label("Blind").check()
+    tab.page.locator("#prompt").fill("Hello")
+    tab.page.get_by_role("button", name="Ask blind").click()
+    expect(tab.page.get_by_role("button", name="Tie")).to_be_enabled()
+    tab.page.keyboard.press("3")
+    expect(tab.page.locator("#results")).to_be_visible()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("show", [show_keys, show_failure, show_vote], ids=lambda show: show.__name__)
+def test_axe_finds_nothing_serious_in_dialogs_errors_and_votes(server, visit, show, scheme: str) -> None:
+    tab = visit(server, color_scheme=scheme, bypass_csp=True, reduced_motion="reduce")
+    show(tab)
+    assert_axe_is_content(tab)
+
+
+MOVING = """() => [...document.querySelectorAll('*')].flatMap((node) => ['', '::after', '::before'].map((part) => getComputedStyle(node, part)))
+  .filter((style) => style.animationName !== 'none' || style.transitionDuration.split(',').some((time) => parseFloat(time) > 0)).length"""
+
+
+@pytest.mark.parametrize("motion", ["reduce", "no-preference"])
+def test_nothing_moves_with_reduced_motion(server, visit, motion: str) -> None:
+    server.script(reply="word " * 50, step_seconds=0.3)
+    tab = visit(server, reduced_motion=motion).go()
+    tab.say("Hello")
+    assert (tab.page.evaluate(MOVING) > 0) == (motion == "no-preference")
+    tab.page.keyboard.press("Escape")
+    tab.done()
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -104,22 +145,6 @@ def test_by_keyboard_alone(server, visit) -> None:
     for _ in range(4):
         keyboard.press("ArrowRight")
     expect(tab.page.locator(".bar")).to_contain_text(f"0.2 × {PIRATE}")
-
-
-def reach(tab, name: str = "", id: str = "") -> None:
-    """Tab, as a reader without a mouse, until something of this name has the focus."""
-    for _ in range(120):
-        tab.page.keyboard.press("Tab")
-        found = tab.page.evaluate(
-            "[document.activeElement.innerText || document.activeElement.ariaLabel || '', document.activeElement.ariaLabel || '', document.activeElement.id]"
-        )
-        if (id and found[2] == id) or (name and name in (found[0].strip(), found[1])):
-            visible = tab.page.evaluate(
-                "getComputedStyle(document.activeElement).outlineStyle !== 'none' || document.activeElement.matches('textarea,input')"
-            )
-            assert visible, "the focus can be seen"
-            return
-    raise AssertionError(f"the keyboard does not reach {name or id}")
 
 
 def test_sentences_are_announced_and_tokens_are_not(server, visit) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Locator, expect
 
+from support.browser.access import assert_axe_is_content
 from support.server.adapter_server import BASE
 from support.training.training_server import ADMIN, ALICE, TrainingServer, make_training_server
 
@@ -79,6 +80,24 @@ def test_a_job_is_cancelled_by_the_key_that_it_belongs_to(training: TrainingServ
         row(tab, job).get_by_role("button", name=f"Cancel {job}").click()
         expect(row(tab, job)).to_contain_text("cancelled")
     expect(tab.page.locator("section[aria-labelledby=jobs] .note")).to_have_text("The job is cancelled.")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious_with_all_keys(training: TrainingServer, gate: Path, visit, scheme: str) -> None:
+    """Adapters, aliases, a job that runs and its curve."""
+    job = create(training, ALICE, "mine")
+    training.source("other", seed=3)
+    with training.http(ADMIN) as client:
+        client.put("/v1/adapters/other", json={"source": "other"})
+        client.put("/v1/aliases/prod", json={"split": {"other": 1}})
+    tab = with_keys(
+        visit(training, color_scheme=scheme, bypass_csp=True, reduced_motion="reduce"), api=ALICE, admin=ADMIN
+    )
+    row(tab, job).get_by_role("button", name=f"Loss of {job}").click()
+    tab.page.locator(".plot").wait_for()
+    expect(tab.page.locator("section[aria-labelledby=aliases]")).to_contain_text("other 100 %")
+    assert_axe_is_content(tab)
+    gate.touch()
 
 
 def test_what_the_server_says_where_it_cannot_train(tmp_path: Path, visit) -> None:

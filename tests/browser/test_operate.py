@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect
 
+from support.browser.access import reach
 from support.server.adapter_client import put
 from support.server.adapter_server import ADMIN, AdapterServer, make_adapter_server
 
@@ -88,6 +89,37 @@ def test_load_refuse_replace_roll_back_pin_remove(adapters, visit) -> None:
     assert adapters.registry.resolve("gamma") is None
     tab.page.get_by_role("link", name="Chat").click()
     assert "gamma" not in tab.page.locator("#model").inner_text()
+
+
+def test_load_and_remove_by_keyboard_alone(adapters, visit) -> None:
+    source = adapters.source("gamma", 3)
+    tab = visit(adapters).go("operate")
+    keyboard = tab.page.keyboard
+    tab.page.get_by_role("button", name="Enter the admin key").wait_for()
+    reach(tab, "Enter the admin key")
+    keyboard.press("Enter")
+    expect(tab.page.get_by_label("Admin key")).to_be_focused()
+    keyboard.type("sesame")
+    keyboard.press("Enter")
+    tab.page.locator("#load-name").wait_for()
+    reach(tab, id="load-name")
+    keyboard.type("gamma")
+    keyboard.press("Tab")
+    keyboard.type(source)
+    keyboard.press("Enter")
+    expect(tab.page.locator(".note", has_text="gamma is served")).to_be_visible()
+    reach(tab, "Remove gamma")
+    keyboard.press("Enter")
+    expect(tab.page.get_by_role("dialog")).to_be_visible()
+    keyboard.press("Escape")
+    expect(tab.page.get_by_role("dialog")).to_have_count(0)
+    expect(tab.page.get_by_role("button", name="Remove gamma")).to_be_focused()
+    keyboard.press("Enter")
+    tab.page.get_by_role("dialog").wait_for()
+    reach(tab, "Remove")
+    keyboard.press("Enter")
+    expect(tab.page.locator(".note", has_text="gamma is removed")).to_be_visible()
+    assert adapters.registry.resolve("gamma") is None
 
 
 def test_an_alias_by_weight(adapters, visit) -> None:
