@@ -125,6 +125,26 @@ def test_every_secret_and_volume_is_declared() -> None:
         assert {volume for volume in named if volume[0] not in "./$"} <= COMPOSE["volumes"].keys()
 
 
+def test_what_is_cut_from_an_image_is_not_needed(tmp_path: Path) -> None:
+    """The server fetches the demo model with pip, and `import torch` looks for one of its programs."""
+    packages = tmp_path / "lib/python3.11/site-packages"
+    kept = ["pip/__init__.py", "torch/bin/torch_shm_manager", "torch/lib/libtorch.so", "torch/testing/__init__.py"]
+    kept += ["numpy/core.py", "sympy/core.py", "networkx/core.py", "mpmath/core.py", "guanaco/tests/__init__.py"]
+    gone = [
+        "torch/include/torch.h",
+        "torch/share/cmake/x",
+        "torch/bin/protoc",
+        "torch/lib/libx.a",
+        "sympy/a/tests/x.py",
+    ]
+    for name in (*kept, *gone):
+        (packages / name).parent.mkdir(parents=True, exist_ok=True)
+        (packages / name).write_text("")
+    subprocess.run(["sh", ROOT / "docker/cut.sh", tmp_path], check=True)
+    left = {str(path.relative_to(packages)) for path in packages.rglob("*") if path.is_file()}
+    assert left == set(kept)
+
+
 def _sbom() -> ModuleType:
     spec = importlib.util.spec_from_file_location("sbom", ROOT / "docker/sbom.py")
     assert spec is not None

@@ -119,7 +119,7 @@ def read_settings(ctx: typer.Context) -> bool:
     """
     given = {option.name: ctx.params.pop(option.name) for option in setting_options()}
     config, print_config = given.pop("config"), given.pop("print_config")
-    flags = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v not in (None, [])}
+    flags = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v not in (None, [], ())}
     settings = load_settings(flags, config)
     if print_config:
         print(json.dumps(settings.public(), indent=2))

@@ -5,7 +5,8 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, get_origin
 
 import pytest
 from typer.main import get_command
@@ -114,3 +115,31 @@ def test_help_imports_nothing_heavy(words: str) -> None:
     if words.startswith("-"):  # pydantic reads the options of a command, and some are made of the settings
         heavy |= {"pydantic", "yaml", "guanaco.server.config"}
     assert not loaded & heavy
+
+
+LISTS = {  # every setting that an option may give more than once, with a value that is not its default
+    "adapter": "a=/b",
+    "adapter_profile": "a=guanaco",
+    "allow_origin": "https://chat.example",
+    "allowed_host": "other.example",
+    "api_key": "secret",
+    "train_key": "0123abcd",
+}
+
+
+@pytest.mark.parametrize("source", ["variable", "file", "flag"])
+def test_a_command_line_without_a_list_leaves_the_other_sources_alone(source: str, tmp_path: Path) -> None:
+    """An option that was not given is an empty tuple to typer; taken for a flag, it hid GUANACO_API_KEY."""
+    assert set(LISTS) == {
+        name for name, field in Settings.model_fields.items() if get_origin(field.annotation) is tuple
+    }
+    config = tmp_path / "settings.yaml"
+    config.write_text(json.dumps(LISTS if source == "file" else {}))
+    variables = {f"GUANACO_{name.upper()}": value for name, value in LISTS.items() if source == "variable"}
+    flags = [part for name, value in LISTS.items() for part in (f"--{name.replace('_', '-')}", value)]
+    given = flags if source == "flag" else []
+    done = CliRunner().invoke(app, ["serve", "--config", str(config), "--print-config", *given], env=variables)
+    told = json.loads(done.stdout)
+    assert {name: told[name] for name in LISTS} == {
+        name: ["**********" if name == "api_key" else value] for name, value in LISTS.items()
+    }
