@@ -36,7 +36,7 @@ class ToolCallReader:
 
     A call is returned when it is complete. With `sure`, the text follows a grammar, so every beginning becomes a call:
     its arguments are returned as they come, and stay incomplete if the answer ends early. If it ends before the call's
-    name is known, the beginning is left out: it is no content.
+    name is known, or before the arguments of a further call, the beginning is left out: it is no content.
     """
 
     def __init__(
@@ -219,7 +219,12 @@ class ToolCallReader:
         self._at_start = self._after_call = True
 
     def _begin_cut_call(self, candidate: Candidate) -> None:
-        """The text ended before the arguments of the candidate's current call: only its name can be given."""
+        """The text ended before the arguments of the candidate's current call: only its name can be given.
+
+        Behind other calls it is left out: clients take no arguments for an empty object, and would run the function.
+        """
+        if self.num_calls:
+            return
         name = candidate.name
         if name is None and candidate.current is not None:
             name = self._only_name

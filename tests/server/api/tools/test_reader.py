@@ -243,7 +243,8 @@ FORCED = [
 
 @pytest.mark.parametrize(("call_format", "text"), FORCED)
 def test_a_forced_call_that_is_cut_off_leaves_no_content(call_format: CallFormat, text: str) -> None:
-    """What a format writes around a call is nothing that a client can read: it gets the name, and what came behind."""
+    """What a format writes around a call is nothing that a client can read: it gets the name, and what came behind.
+    A further call without arguments is left out: clients would run its function with an empty object."""
     named = text.index("f[" if "[ARGS]" in text else '"f"') + (2 if "[ARGS]" in text else 3)
     for cut in range(len(text)):
         for pieces in ([text[:cut]], list(text[:cut])):
@@ -251,9 +252,13 @@ def test_a_forced_call_that_is_cut_off_leaves_no_content(call_format: CallFormat
             assert content == ""
             assert [name for name, _ in calls] == (["f"] if cut >= named else []), text[:cut]
             assert read(call_format, pieces, forced=True, names=("f",)) == ("", calls or [("f", "")])
-    if call_format is HERMES:
-        for cut in range(named):
-            assert read(call_format, [text + "\n" + text[:cut]], forced=True) == ("", [("f", '{"a": "b"}')])
+    separator = {HERMES: "\n", LLAMA3: "; "}.get(call_format)
+    for cut in range(len(text)) if separator is not None else ():
+        content, calls = read(call_format, [text + separator + text[:cut]], forced=True)
+        assert content == ""
+        assert all(arguments for _, arguments in calls), text[:cut]
+        assert calls[0] == ("f", '{"a": "b"}')
+        assert len(calls) == 1 + (cut > text.index('{"a"')), text[:cut]
 
 
 @pytest.mark.parametrize(("call_format", "text"), FORCED)
