@@ -5,9 +5,12 @@
 
 MODEL is a directory of safetensors; the demo model by default. Both train on one NF4 checkpoint: MODEL itself, or what
 `guanaco quantize` makes of a dense one. Their steps alternate in one process, so that a slower minute of the machine is
-one for both; the first step of each is not counted. The floor is the time of the products alone: 4 FLOP for each weight
-and token (6 with checkpointing, which computes the forward pass twice) at the rate of torch's matrix product of that
-dtype, measured between the steps. One JSON line at the end.
+one for both; the first step of each is not counted. Each computes its loss as its users have it: ours by the training
+loop of `guanaco train`, theirs by the model of transformers.
+The floor is the time of the products alone: 4 FLOP for each weight and token (6 with checkpointing, which computes the
+forward pass twice) at the rate of torch's matrix product of that dtype, measured between the steps. --cpu-time counts
+the processor time of all threads instead of the clock's, for a machine that does other things too. One JSON line at the
+end.
 """
 
 import argparse
@@ -28,6 +31,7 @@ from guanaco.models.loading.checkpoint import open_checkpoint
 from guanaco.models.loading.demo import ensure_demo_model
 from guanaco.models.loading.quantize import quantize_checkpoint
 from guanaco.server.config import Settings
+from guanaco.server.training.loop import summed_loss
 from guanaco.server.training.quantized import load_base
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -44,6 +48,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--checkpointing", action="store_true")
     p.add_argument("--dtype", choices=DTYPES, default="float32")
+    p.add_argument("--cpu-time", action="store_true", help="for a busy machine")
     p.add_argument("--only", choices=("ours", "peer"), help="for a profile of one")
     return p.parse_args()
 
@@ -80,7 +85,23 @@ def peer_base(path: Path, dtype: torch.dtype) -> Any:
     return model.requires_grad_(False)
 
 
-def trainer(base: Any, args: argparse.Namespace, tokens: torch.Tensor) -> Callable[[], float]:
+def our_loss(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """The mean loss of next tokens, as `guanaco train` computes it."""
+    total, count = summed_loss(
+        model, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+    )
+    return total / count
+
+
+def their_loss(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """The same, as transformers computes it."""
+    loss: torch.Tensor = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+    return loss
+
+
+def trainer(
+    base: Any, args: argparse.Namespace, tokens: torch.Tensor, loss_of: Callable[[Any, torch.Tensor], torch.Tensor]
+) -> Callable[[], float]:
     """One optimiser step of one batch; it returns the loss."""
     config = peft.LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules=TARGETS, task_type="CAUSAL_LM")
     torch.manual_seed(0)
@@ -93,7 +114,7 @@ def trainer(base: Any, args: argparse.Namespace, tokens: torch.Tensor) -> Callab
 
     def step() -> float:
         optimizer.zero_grad()
-        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss = loss_of(model, tokens)
         loss.backward()
         optimizer.step()
         return float(loss)
@@ -101,16 +122,16 @@ def trainer(base: Any, args: argparse.Namespace, tokens: torch.Tensor) -> Callab
     return step
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    started = time.perf_counter()
+def seconds(work: Callable[[], Any], clock: Callable[[], float]) -> float:
+    started = clock()
     work()
-    return time.perf_counter() - started
+    return clock() - started
 
 
-def flop_rate(dtype: torch.dtype) -> float:
+def flop_rate(dtype: torch.dtype, clock: Callable[[], float]) -> float:
     """FLOP a second of one large matrix product, the best of three."""
     a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
-    return 2 * 2048**3 / min(seconds(lambda: torch.mm(a, b)) for _ in range(3))
+    return 2 * 2048**3 / min(seconds(lambda: torch.mm(a, b), clock) for _ in range(3))
 
 
 def main() -> None:
@@ -129,9 +150,9 @@ def main() -> None:
         tokens = torch.randint(3, base.config.vocab_size, (args.batch, args.length), generator=generator)
         steps = {}
         if args.only != "peer":
-            steps["ours"] = trainer(base, args, tokens)
+            steps["ours"] = trainer(base, args, tokens, our_loss)
         if args.only != "ours":
-            steps["peer"] = trainer(peer_base(nf4, dtype), args, tokens)
+            steps["peer"] = trainer(peer_base(nf4, dtype), args, tokens, their_loss)
         print(json.dumps(compare(steps, args, weights, tokens.numel(), dtype)))
 
 
@@ -139,17 +160,19 @@ def compare(
     steps: dict[str, Callable[[], float]], args: argparse.Namespace, weights: int, tokens: int, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Medians over the rounds; shares and the ratio are medians of those of each round."""
+    clock = time.process_time if args.cpu_time else time.perf_counter
     first = {name: step() for name, step in steps.items()}
     flop = (6 if args.checkpointing else 4) * weights * tokens
     floors: list[float] = []
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(args.rounds):
-        floors.append(flop / flop_rate(dtype))
+        floors.append(flop / flop_rate(dtype, clock))
         for name, step in steps.items():
-            times[name].append(seconds(step))
+            times[name].append(seconds(step, clock))
     result: dict[str, Any] = {
         "model": str(args.model or "demo"), "dtype": args.dtype, "batch": args.batch, "length": args.length,
         "threads": args.threads, "rank": args.rank, "checkpointing": args.checkpointing, "weights": weights,
+        "cpu_time": args.cpu_time,
         "gflops": round(flop / statistics.median(floors) / 1e9, 1),
         "floor_tokens_per_second": round(tokens / statistics.median(floors), 1),
     }  # fmt: skip

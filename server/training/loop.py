@@ -20,9 +20,11 @@ from guanaco.models.error_codes import ErrorCode
 from guanaco.server.training.checkpoints import COMPLETE, PREFIX, checkpoints, is_complete
 from guanaco.server.training.data.masks import Encoded
 from guanaco.server.training.errors import TrainingError
+from guanaco.server.training.quantized import HeadLoss, ServedLinear
 from guanaco.server.training.recipes import Recipe
 
 IGNORED = -100  # the label of a token that is not learned
+_HEAD_LOSS = HeadLoss()
 
 
 class SequenceList(torch.utils.data.Dataset[dict[str, list[int]]]):
@@ -53,13 +55,18 @@ def collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
 
 
 def summed_loss(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, int]:
-    """(sum of the cross-entropy of all learned tokens, their number). The head runs on their positions only."""
+    """(sum of the cross-entropy of all learned tokens, their number). The head runs on their positions only.
+
+    One thread at a time: all calls share the memory of the logits.
+    """
     base = model.get_base_model()
     hidden = base.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
     labels = inputs["labels"][:, 1:]
     learned = labels != IGNORED
-    logits = base.lm_head(hidden[:, :-1][learned]).float()
-    return F.cross_entropy(logits, labels[learned], reduction="sum"), int(learned.sum())
+    known, wanted = hidden[:, :-1][learned], labels[learned]
+    if isinstance(base.lm_head, ServedLinear):
+        return _HEAD_LOSS(known, wanted, base.lm_head), len(wanted)
+    return F.cross_entropy(base.lm_head(known).float(), wanted, reduction="sum"), len(wanted)
 
 
 class AdapterTrainer(transformers.Trainer):

@@ -1,10 +1,13 @@
 """The base in training: a transformers model whose linear layers read the very NF4 bytes that are served.
 
-Start with `load_base` in `model`; `linear` has the layers and their gradients. The room may import kernels, models and
+Start with `load_base` in `model`; `linear` has the layers and their gradients, `head_loss` the loss over a large
+vocabulary. The room may import kernels, models and
 the extra's libraries (transformers), and no other room of training. The integer products of the server are not used
 here: training multiplies decoded weights in floating point.
 """
 
+from guanaco.server.training.quantized.head_loss import HeadLoss
+from guanaco.server.training.quantized.linear import ServedLinear
 from guanaco.server.training.quantized.model import base_fingerprint, load_base
 
-__all__ = ["base_fingerprint", "load_base"]
+__all__ = ["HeadLoss", "ServedLinear", "base_fingerprint", "load_base"]

@@ -47,6 +47,21 @@ class Decoder:
         self._ops.decode_rows(weight, start, stop, out)
         return out
 
+    def product_into(self, y: Tensor, x: Tensor, weight: LinearHandle) -> None:
+        """y [t, out] = x · Wᵀ of x [t, in], computed in the dtype of x; y may be float32 all the same."""
+        for start, stop in self.pieces(weight):
+            piece = self.rows(weight, start, stop, x.dtype).t()
+            if y.dtype == x.dtype:
+                torch.mm(x, piece, out=y[:, start:stop])
+            else:
+                y[:, start:stop] = torch.mm(x, piece)
+
+    def gradient_into(self, dx: Tensor, dy: Tensor, weight: LinearHandle) -> None:
+        """dx [t, in] = dy · W of dy [t, out], both of one dtype."""
+        for start, stop in self.pieces(weight):
+            # beta 0 ignores what `dx` holds, NaN too.
+            dx.addmm_(dy[:, start:stop], self.rows(weight, start, stop, dy.dtype), beta=1 if start else 0)
+
 
 class _Product(torch.autograd.Function):
     """x · Wᵀ + bias of rows x [t, in]. Its gradient needs the weight alone: nothing is kept for the backward pass."""
@@ -55,20 +70,16 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: LinearHandle, bias: Tensor | None, decoder: Decoder) -> Tensor:
         ctx.weight, ctx.decoder = weight, decoder
         y = torch.empty((x.shape[0], weight.out_features), dtype=x.dtype)
-        for start, stop in decoder.pieces(weight):
-            torch.mm(x, decoder.rows(weight, start, stop, x.dtype).t(), out=y[:, start:stop])
+        decoder.product_into(y, x, weight)
         return y if bias is None else y.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
-        weight, decoder = ctx.weight, ctx.decoder
         dy = gradients[0]
-        dx = torch.empty((dy.shape[0], weight.in_features), dtype=dy.dtype)
-        for start, stop in decoder.pieces(weight):
-            # beta 0 ignores what `dx` holds, NaN too.
-            dx.addmm_(dy[:, start:stop], decoder.rows(weight, start, stop, dy.dtype), beta=1 if start else 0)
+        dx = torch.empty((dy.shape[0], ctx.weight.in_features), dtype=dy.dtype)
+        ctx.decoder.gradient_into(dx, dy, ctx.weight)
         return dx, None, None, None
 
 
@@ -93,6 +104,16 @@ class ServedLinear(nn.Linear):
         x = input.reshape(-1, self.in_features)
         y: Tensor = _Product.apply(x, self._served, self.bias, self._decoder)  # type: ignore[no-untyped-call]
         return y.view(*input.shape[:-1], self.out_features)
+
+    def product_into(self, y: Tensor, x: Tensor) -> None:
+        """y [t, out] = x · Wᵀ + bias without a gradient; y may be float32 where x is not."""
+        self._decoder.product_into(y, x, self._served)
+        if self.bias is not None:
+            y.add_(self.bias)
+
+    def gradient_into(self, dx: Tensor, dy: Tensor) -> None:
+        """dx [t, in] = dy · W, both of one dtype."""
+        self._decoder.gradient_into(dx, dy, self._served)
 
     def decoded(self) -> Tensor:
         """float32 [out, in]: the weight as it is served, in memory of its own. For tests and for looking at it."""
