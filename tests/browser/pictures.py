@@ -16,8 +16,8 @@ from support.browser.program import find_browser
 from support.browser.visit import Visit, launch, visiting
 
 LOOKS = {
-    "light": {"color_scheme": "light", "viewport": {"width": 1280, "height": 800}},
-    "dark": {"color_scheme": "dark", "viewport": {"width": 1280, "height": 800}},
+    "light": {"color_scheme": "light", "viewport": {"width": 1280, "height": 720}},
+    "dark": {"color_scheme": "dark", "viewport": {"width": 1280, "height": 720}},
     "phone": {"color_scheme": "light", "viewport": {"width": 390, "height": 780}, "has_touch": True, "is_mobile": True},
 }
 QUESTION = "How do I boil an egg?"
@@ -71,7 +71,8 @@ def compare(tab: Visit, _: str) -> None:
     tab.go("compare")
     tab.page.locator(".names select").nth(2).wait_for()
     ask(tab, QUESTION)
-    expect(tab.page.locator("article.column .numbers")).to_have_count(3, timeout=SLOW_MS)
+    expect(tab.page.locator("article.column[aria-busy=false]")).to_have_count(3, timeout=SLOW_MS)
+    tab.page.locator("mark").first.wait_for()
 
 
 def compare_empty(tab: Visit, _: str) -> None:
@@ -93,15 +94,17 @@ def blind(tab: Visit, _: str) -> None:
 
 def mix(tab: Visit, _: str) -> None:
     tab.go("mix")
-    tab.page.get_by_label("pirate").fill("0.6")
-    tab.page.get_by_label("terse").fill("0.5")
+    tab.page.get_by_role("slider", name="pirate").fill("0.8")
+    tab.page.get_by_role("slider", name="terse").fill("0.5")
     limit(tab.page)
     say(tab, QUESTION)
+    tab.page.get_by_role("slider", name="terse").fill("-0.5")
+    say(tab, "And a soft one?")
 
 
 def mix_empty(tab: Visit, _: str) -> None:
     tab.go("mix")
-    tab.page.get_by_label("pirate").wait_for()
+    tab.page.get_by_role("slider", name="pirate").wait_for()
 
 
 def operate(tab: Visit, _: str) -> None:
@@ -156,7 +159,7 @@ def say(tab: Visit, text: str) -> None:
 def ask(tab: Visit, text: str) -> None:
     tab.page.locator("#prompt").fill(text)
     tab.page.locator("summary").click()
-    tab.page.locator("#compare-max_tokens").fill("90")
+    tab.page.locator("#compare-max_tokens").fill("60")
     tab.page.locator("#compare-max_tokens").press("Tab")
     tab.page.locator("summary").click()
     tab.page.locator("#prompt").press("Enter")

@@ -38,13 +38,13 @@ def test_a_mixture_is_sent_as_the_sliders_stand(adapters, visit) -> None:
     slider = tab.page.get_by_label("alpha")
     slider.fill("0.5")
     tab.page.get_by_label("beta").fill("-1.25")
-    expect(tab.page.locator(".bar")).to_contain_text("0.5 × alpha + -1.25 × beta")
+    expect(tab.page.locator(".bar")).to_contain_text("0.5 × alpha − 1.25 × beta")
     with tab.page.expect_request("**/v1/chat/completions") as asked:
         tab.say("Hello")
     body = json.loads(asked.value.post_data)
     assert body["adapters"] == [{"name": "alpha", "scale": 0.5}, {"name": "beta", "scale": -1.25}]
     answer = tab.done()
-    expect(answer.locator("header")).to_contain_text("0.5 × alpha")
+    expect(answer.locator("header")).to_contain_text("0.5 × alpha − 1.25 × beta")
     tab.page.get_by_role("button", name="All to 0").click()
     with tab.page.expect_request("**/v1/chat/completions") as asked:
         answer.get_by_role("button", name="Retry").click()

@@ -22,6 +22,12 @@ export function seconds(s) {
 
 export const percent = (p, digits = 0) => `${(100 * p).toFixed(digits)} %`;
 
+// A mixture as a sum: "0.5 × a − 1.25 × b". pairs: [name, scale].
+export const asSum = (pairs) => pairs.map(([name, scale], index) => {
+  const sign = scale < 0 ? (index ? " − " : "−") : index ? " + " : "";
+  return `${sign}${Math.abs(scale)} × ${name}`;
+}).join("");
+
 // The first digits of a version, or of each version of a mixture.
 export const shortVersion = (text) => (text ?? "").split(",").map((version) => version.slice(0, 8)).join(" + ");
 

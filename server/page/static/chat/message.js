@@ -1,7 +1,7 @@
 // One message: its text, who wrote it and how fast, and what can be done with it.
 import { announce } from "../app/announce.js";
 import { changed, edit, liveCell, retry } from "./conversations.js";
-import { count, seconds, shortVersion } from "../app/format.js";
+import { asSum, count, seconds, shortVersion } from "../app/format.js";
 import { blockRenderer, toHtml } from "../app/markdown.js";
 import { chooseSibling, siblings } from "./tree.js";
 import { html, useEffect, useMemo, useRef, useState, useValue } from "../app/ui.js";
@@ -66,7 +66,7 @@ function Answer({ conversation, node }) {
 
 export function nameOf({ model, mixed }) {
   if (!mixed?.length) return model;
-  return mixed.map(({ name, scale }) => `${scale} × ${name}`).join(" + ");
+  return asSum(mixed.map(({ name, scale }) => [name, scale]));
 }
 
 // Markdown. While the answer grows, only its last block is made anew; at the end all of it is, for links whose target comes later.

@@ -1,5 +1,6 @@
 // Mix: a slider for each adapter. The next answer is made with all of them at once.
 import { changed, current, openConversation, show, startConversation } from "./conversations.js";
+import { asSum } from "../app/format.js";
 import { baseName, models } from "../app/models.js";
 import { html, useEffect, useState, useValue } from "../app/ui.js";
 import { Composer } from "./composer.js";
@@ -33,7 +34,7 @@ export function Mix({ rest }) {
     else delete shown.mixture[name];
     changed(shown);
   };
-  const inWords = scales.length ? scales.map(([name, scale]) => `${scale} × ${name}`).join(" + ") : "the base alone";
+  const inWords = scales.length ? asSum(scales) : "the base alone";
   return html`<div class="mix">
     <h1 class="unseen">Mix</h1>
     <section class="sliders" aria-label="Mixture">
