@@ -138,7 +138,7 @@ class BatchSettings(BaseModel):
         None, description="most tokens of a step for one adapter's flood; 0: no limit; none: 32 on a CPU with adapters"
     )
     speculation: Literal["auto", "off", "lookup"] = Field(
-        "off", description="guess tokens from the text so far; answers stay the same; auto: lookup on a CPU, else off"
+        "auto", description="guess tokens from the text so far; answers stay the same; auto: lookup on a CPU, else off"
     )
     block_size: Annotated[int, Field(ge=1, le=256)] = Field(16, description="token positions per KV block")
     kv_cache_memory: Bytes | None = Field(None, description="size of the KV cache, e.g. 2GiB; none: by free memory")

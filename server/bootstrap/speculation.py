@@ -22,20 +22,21 @@ from guanaco.server.engine.speculation.speculator import MAX_DRAFT_TOKENS, Specu
 
 logger = logging.getLogger(__name__)
 
-# Row counts that are timed, in this order, and how often. Kernels change their form between them.
-_ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
-_ROUNDS = 3
-_MOST_SECONDS = 3.0  # after that, larger steps are judged by the line through the last two
+# Row counts that are timed. Kernels change their form between them. Larger steps are judged by the last two's line.
+_ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
+_LEAST_ROUNDS, _MOST_ROUNDS = 2, 8
+_MOST_SECONDS = 2.0  # after that no round begins, but for the least
 _FORMAT = 1  # of the file
 
 
 def make_drafting(settings: Settings, ops: Ops, run_rows: Callable[[int], None], fingerprint: str) -> Speculator | None:
     """The source of drafts; None: there are none. run_rows: computes a step with so many rows.
 
-    `auto` is lookup on a CPU. On a GPU no step has been timed so far, so there are no drafts unless they are asked for.
+    `auto` is lookup with the `cpu` provider, whose rows have the same bits at any number of rows. On a GPU no step has
+    been timed so far, so there are no drafts unless they are asked for.
     """
     method = settings.speculation
-    if method == "off" or (method == "auto" and ops.device.type != "cpu"):
+    if method == "off" or (method == "auto" and ops.name != "cpu"):
         return None
     if ops.name == "triton":
         return Speculator(TYPICAL)  # timing would compile a kernel for each row count: minutes, at each new version
@@ -49,20 +50,19 @@ def make_drafting(settings: Settings, ops: Ops, run_rows: Callable[[int], None],
 
 
 def measure(run_rows: Callable[[int], None], clock: Callable[[], float] = time.perf_counter) -> StepCosts:
-    """Time steps by their rows: the shortest of a few rounds counts, since a step is only ever disturbed upwards."""
-    begun = clock()
-    found: list[tuple[int, float]] = []
+    """Time steps by their rows. The shortest time counts, since a step is only ever disturbed upwards. Each round takes
+    all row counts, so that a disturbance of some tenths of a second spoils none of them for good."""
+    begun, best = clock(), dict.fromkeys(_ROWS, float("inf"))
     for rows in _ROWS:
-        if len(found) > 1 and clock() - begun > _MOST_SECONDS:
-            break
         run_rows(rows)  # memory is allocated, and caches are filled
-        best = float("inf")
-        for _ in range(_ROUNDS):
+    for number in range(_MOST_ROUNDS):
+        if number >= _LEAST_ROUNDS and clock() - begun > _MOST_SECONDS:
+            break
+        for rows in _ROWS:
             started = clock()
             run_rows(rows)
-            best = min(best, clock() - started)
-        found.append((rows, best))
-    return StepCosts(found)
+            best[rows] = min(best[rows], clock() - started)
+    return StepCosts(best.items())
 
 
 def _key(settings: Settings, ops: Ops, fingerprint: str) -> str:

@@ -9,16 +9,18 @@ class StepCosts:
     """The seconds of a step, between and beyond the row counts that were timed."""
 
     def __init__(self, seconds: Iterable[tuple[int, float]]) -> None:
-        """seconds: (rows, seconds of a step), at least two, in any order. A step is never taken to be faster than a
-        smaller one: where a measurement says so, it was disturbed."""
+        """seconds: (rows, seconds of a step), at least two, in any order.
+
+        A measurement can only be disturbed upwards. So a step counts as no slower than a larger one, and as no slower
+        than smaller ones that do the same rows one after another.
+        """
         points = sorted(seconds)
         assert len(points) > 1, "a line needs two points"
         assert points[0] >= (1, 0.0), points[0]
         self.points: list[tuple[int, float]] = []
-        longest = 0.0
-        for rows, value in points:
-            longest = max(longest, value)
-            self.points.append((rows, longest))
+        for place, (rows, value) in enumerate(points):
+            shortest = min([value, *(later for _, later in points[place + 1 :])])
+            self.points.append((rows, min([shortest, *(s * rows / r for r, s in self.points)])))
         assert all(a[0] < b[0] for a, b in pairwise(self.points)), "each count once"
         self._rows = [rows for rows, _ in self.points]
 

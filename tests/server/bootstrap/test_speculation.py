@@ -36,9 +36,9 @@ def settings_of(tmp_path: Path, **fields: object) -> Settings:
 def test_the_shortest_round_counts_and_time_is_limited() -> None:
     timed = Timed()
     costs = measure(timed.run, timed.clock)
-    assert costs.points[:2] == [(1, pytest.approx(0.013)), (2, pytest.approx(0.016))]
-    assert timed.now < 4.5, "half a second of disturbance for each count ends the timing early"
+    assert costs.points == [(rows, pytest.approx((10 + 3 * rows) / 1000)) for rows in sorted(timed.runs)]
     assert costs.seconds(40) == pytest.approx(0.130), "by the line through the last two"
+    assert set(timed.runs.values()) == {3}, "half a second of disturbance for each count ends the timing early"
 
 
 def test_costs_are_kept_for_the_next_start(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_costs_are_kept_for_the_next_start(tmp_path: Path) -> None:
     settings = settings_of(tmp_path, speculation="lookup")
     first = make_drafting(settings, OPS, runs.append, "base")
     assert first is not None
-    assert len(runs) > 20
+    assert len(runs) > 40
     num_runs = len(runs)
     again = make_drafting(settings, OPS, runs.append, "base")
     assert again is not None

@@ -11,9 +11,10 @@ from guanaco.server.engine.speculation.depth import MOST_SLOWDOWN, depths
 
 
 def test_costs_lie_on_straight_lines_and_never_fall() -> None:
-    costs = StepCosts([(4, 3.0), (1, 1.0), (8, 2.5), (16, 9.0)])
+    costs = StepCosts([(4, 2.8), (1, 1.0), (8, 2.5), (16, 9.0)])
+    assert costs.points == [(1, 1.0), (4, 2.5), (8, 2.5), (16, 5.0)], "disturbed: four rows, and sixteen"
     assert [costs.seconds(rows) for rows in (1, 2, 4, 6, 8, 12, 16, 24)] == pytest.approx(
-        [1.0, 1 + 2 / 3, 3.0, 3.0, 3.0, 6.0, 9.0, 15.0]
+        [1.0, 1.5, 2.5, 2.5, 2.5, 3.75, 5.0, 7.5]
     )
     assert [TYPICAL.seconds(rows) for rows in (1, 4, 8, 16)] == [1.0, 2.06, 3.28, 5.5]
     seconds = [TYPICAL.seconds(rows) for rows in range(1, 60)]
