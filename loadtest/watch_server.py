@@ -40,12 +40,14 @@ UNPACKED = ROOT / "build/prometheus"
 RATE_RANGE = "15s"  # in place of Grafana's $__rate_interval; scrapes come every second here
 # What must also move: these panels are not empty at zero, but then the load has not done what it is for.
 MOVES = ("Requests by adapter", "Refusals by code", "Preemptions", "Prefix cache", "Loads", "Evictions", "HTTP status")
+MOVES += ("Draft tokens accepted",)
 QUESTIONS = (
     "How do I boil an egg?",
     "What is the sea?",
     "Write a poem about the wind.",
     "Name three rivers of Europe.",
 )
+QUESTIONS += (f"Repeat this text: {'the sea, the sky, the wind, ' * 8}",)  # here drafts are right
 PREFIX = "You are a patient teacher who explains everything in small steps and never loses a word. " * 3
 
 
@@ -225,9 +227,9 @@ def module(path: Path) -> ModuleType:
 
 
 def evaluate(
-    url: str, start: float, end: float, absent: set[str], moves: Sequence[str] = MOVES
+    url: str, start: float, end: float, moves: Sequence[str] = MOVES
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """(what each panel shows, what is wrong). absent: beginnings of names of series that the server does not have."""
+    """(what each panel shows, what is wrong). moves: the panels that must rise above zero."""
     shown, wrong = [], []
     dashboard = json.loads((MONITORING / "grafana/dashboards/guanaco.json").read_text())
     for panel in dashboard["panels"]:
@@ -236,7 +238,7 @@ def evaluate(
         title, lines = panel["title"], []
         for target in panel["targets"]:
             series = ask_prometheus(url, target["expr"], start, end)
-            if not series and not any(name in target["expr"] for name in absent):
+            if not series:
                 wrong.append(f"{title}: nothing for {target['expr']}")
             lines += [{**one, "legend": target["legendFormat"]} for one in series]
         largest = max((value for line in lines for _, value in line["points"]), default=0.0)
@@ -267,6 +269,7 @@ def run(args: argparse.Namespace) -> int:
             "max-model-len": 512,
             "kv-cache-memory": args.kv_cache_memory,
             "adapter-slots": 2,
+            "speculation": "lookup",
             "adapter-host-memory": args.adapter_host_memory,
         }
         command = [str(Path(sys.executable).parent / "guanaco"), "serve"]
@@ -293,12 +296,8 @@ def run(args: argparse.Namespace) -> int:
         load.stop()
         time.sleep(2)
         print(f"answers: {dict(sorted(load.statuses.items()))}")
-        metrics = httpx.get(f"{url}/metrics", headers={"Authorization": f"Bearer {api_key}"}, timeout=30).text
-        absent = set() if "vllm:spec_decode_num_drafts" in metrics else {"vllm:spec_decode_"}
-        for name in sorted(absent):
-            print(f"this server has no {name}*: their panel may be empty")
         moves = (*MOVES, "Fine-tuning jobs") if trains else MOVES
-        shown, wrong = evaluate(f"http://{address}", start + 5, time.time(), absent, moves)
+        shown, wrong = evaluate(f"http://{address}", start + 5, time.time(), moves)
         alerts = httpx.get(f"http://{address}/api/v1/alerts", timeout=30).json()["data"]["alerts"]
         print(f"alerts: {sorted((alert['labels']['alertname'], alert['state']) for alert in alerts)}")
         if args.picture is not None:

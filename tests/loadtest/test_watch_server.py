@@ -39,13 +39,10 @@ def answering(monkeypatch: pytest.MonkeyPatch, value: dict[str, float], missing:
 
 def test_an_empty_panel_and_one_that_never_moves_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     answering(monkeypatch, {})
-    assert watch_server.evaluate("", 0, 9, set())[1] == []
+    assert watch_server.evaluate("", 0, 9)[1] == []
     answering(monkeypatch, {"num_preemptions": 0.0}, missing="guanaco_adapter_bytes")
-    wrong = watch_server.evaluate("", 0, 9, set())[1]
+    wrong = watch_server.evaluate("", 0, 9)[1]
     assert [text.partition(":")[0] for text in wrong] == ["Preemptions", "Memory of adapters"]
-    answering(monkeypatch, {}, missing="vllm:spec_decode_")
-    assert len(watch_server.evaluate("", 0, 9, set())[1]) == 1
-    assert watch_server.evaluate("", 0, 9, {"vllm:spec_decode_"})[1] == []
 
 
 def test_what_must_move_are_panels() -> None:
@@ -62,7 +59,7 @@ def test_values_that_are_no_numbers_count_as_absent() -> None:
 
 def test_the_picture_has_every_panel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     answering(monkeypatch, {}, missing="vllm:spec_decode_")
-    shown = watch_server.evaluate("", 0, 9, {"vllm:spec_decode_"})[0]
+    shown = watch_server.evaluate("", 0, 9)[0]
     titles = []
     for name in ("_stat", "_graph"):
         draw = getattr(watch_picture, name)
