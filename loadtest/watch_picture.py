@@ -94,5 +94,5 @@ def draw(panels: Sequence[dict[str, Any]], path: Path, about: str) -> None:
     figure.savefig(path, dpi=75)
     plt.close(figure)
     with Image.open(path) as image:
-        small = image.convert("RGB").quantize(64)
+        small = image.convert("RGB").quantize(200)
     small.save(path, optimize=True)  # a third of the size, for a picture of thin lines

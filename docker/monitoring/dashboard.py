@@ -201,7 +201,7 @@ ENGINE = Row(
                     "rate(vllm:spec_decode_num_draft_tokens_total{I}[R])",
                 )
             },
-            "Speculative decoding: share of guessed tokens that the model would have chosen. Empty where it is off.",
+            "Share of guessed tokens that the model would have chosen too. Empty where --speculation is off.",
             most=1,
         ),
         Panel(

@@ -23,15 +23,9 @@ FOLDER = ROOT / "docker/monitoring"
 ALERTS = yaml.safe_load((FOLDER / "alerts.yml").read_text())["groups"][0]["rules"]
 OF_PROMETHEUS = {"up": {"job", "instance"}, "ALERTS": {"alertname", "alertstate"}}
 OF_THE_TARGET = {"instance", "job"}  # labels that Prometheus adds to every sample
-SPECULATION = {
-    "vllm:spec_decode_num_drafts_total",
-    "vllm:spec_decode_num_draft_tokens_total",
-    "vllm:spec_decode_num_accepted_tokens_total",
-    "vllm:spec_decode_num_accepted_tokens_per_pos_total",
-}
-
 # The series that vLLM's dashboards ask for: examples/observability/prometheus_grafana/grafana.json of vllm-project/vllm
-# at 4b5c627c23e6, then what examples/observability/dashboards/grafana/vllm_overview.json at 0b9faa413893 adds to it.
+# at 4b5c627c23e6, then what vllm_overview.json at 0b9faa413893 and vllm_speculative_decoding.json at 8aed4e52b935 add
+# to it, both of examples/observability/dashboards/grafana.
 VLLM_CLASSIC = """
     e2e_request_latency_seconds_bucket e2e_request_latency_seconds_sum e2e_request_latency_seconds_count
     prompt_tokens_total generation_tokens_total num_requests_running num_requests_waiting kv_cache_usage_perc
@@ -49,6 +43,10 @@ VLLM_OVERVIEW = """
     iteration_tokens_total_sum iteration_tokens_total_count external_prefix_cache_hits_total
     external_prefix_cache_queries_total mm_cache_hits_total mm_cache_queries_total prompt_tokens_by_source_total
     request_prompt_tokens_sum request_prompt_tokens_count request_generation_tokens_sum request_generation_tokens_count
+"""
+VLLM_SPECULATION = """
+    spec_decode_num_drafts_total spec_decode_num_draft_tokens_total spec_decode_num_accepted_tokens_total
+    spec_decode_num_accepted_tokens_per_pos_total
 """
 OF_VLLMS_HTTP = {
     "http_requests_total": {"status", "handler"},
@@ -150,7 +148,7 @@ def test_a_panel_asks_for_series_that_the_server_has(title: str, known: dict[str
     for target in panel["targets"]:
         expression = filled_in(target["expr"])
         assert "$" not in expression
-        assert_known(expression, {**{name: set() for name in SPECULATION}, **known})
+        assert_known(expression, known)
         legend = set(re.findall(r"{{(\w+)}}", target["legendFormat"]))
         assert legend <= grouped_by(expression), "a legend names a label that the expression has not kept"
 
@@ -176,12 +174,13 @@ def test_an_alert_asks_for_series_that_the_server_has(alert: dict[str, Any], kno
 
 
 def test_vllms_dashboards_show_no_empty_panel(known: dict[str, set[str]]) -> None:
-    names = {f"vllm:{name}" for name in (VLLM_CLASSIC + VLLM_OVERVIEW).split()}
+    names = {f"vllm:{name}" for name in (VLLM_CLASSIC + VLLM_OVERVIEW + VLLM_SPECULATION).split()}
     assert names - known.keys() == {f"vllm:{name}" for name in EMPTY_LINES}
     assert all("model_name" in known[name] for name in names & known.keys()), "their filter is the model's name"
     for name, labels in OF_VLLMS_HTTP.items():
         assert labels <= known[name]
     assert "finished_reason" in known["vllm:request_success_total"]
+    assert "position" in known["vllm:spec_decode_num_accepted_tokens_per_pos_total"]
     page = (ROOT / "docs/monitoring.md").read_text()
     assert not [name for name in EMPTY_LINES if name not in page]
 
