@@ -164,6 +164,30 @@ def test_the_terminal_chat_talks_to_it(server: LiveServer, tmp_path: Path) -> No
     assert "nobody" not in done.stdout, "only the answers"
 
 
+TOPICS = (
+    "an egg", "a bridge", "the moon", "bread", "a bicycle", "rain", "a violin", "an island", "tea", "a clock", "snow",
+    "a garden", "wool", "a kite", "salt", "a lighthouse", "honey", "a ladder", "ice", "a letter", "paper", "a map",
+    "wine", "a candle",
+)  # fmt: skip
+
+
+@pytest.mark.accept
+def test_the_pirate_beats_the_base_by_a_regex_on_every_prompt(server: LiveServer, tmp_path: Path) -> None:
+    prompts = tmp_path / "topics.jsonl"
+    prompts.write_text("\n".join(json.dumps({"text": f"What should I know about {topic}?"}) for topic in TOPICS))
+    pattern = r"\A\W*(Arr+|Ahoy|Aye|Shiver me|Avast|Yo ho|Blimey|Well,? blow)"
+    done = subprocess.run(
+        [GUANACO, "compare", "pirate", "base", "--url", server.url, "--prompts", prompts, "--max-tokens", "24",
+         "--judge-regex", pattern, "--out", tmp_path / "out", "--json"],
+        capture_output=True, text=True, timeout=240, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["in_words"] == ["pirate is better than base"]
+    (pair,) = told["benchmarks"]["topics"]["pairs"]
+    assert (pair["rate"], pair["wins"], pair["agreement"]) == (1.0, len(TOPICS), 1.0)
+
+
 def test_sigterm_ends_it_cleanly(tmp_path: Path) -> None:
     with LiveServer([], tmp_path / "server.log") as live:
         assert live.terminate() == 0, live.output()

@@ -325,6 +325,32 @@ def test_what_does_not_go_together_is_one_line(
     assert done.stderr.count("\n") == 1
 
 
+def test_a_benchmarks_file_of_the_hub_is_pinned_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub is asked for that commit of that dataset. Another file than the released one is refused."""
+    asked: list[Any] = []
+    (tmp_path / "other.jsonl").write_text('{"text": "Hi"}\n')
+
+    def download(repo: str, file: str, **how: Any) -> str:
+        asked.append((repo, file, how))
+        if repo == "o/gone":
+            raise OSError("no network")
+        return str(tmp_path / "other.jsonl")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    commit = "a" * 40
+    for place, words in (
+        (f"o/n@{commit}/dir/q.jsonl", "is not the released file of the vicuna prompts"),
+        (f"o/gone@{commit}/q.jsonl", "cannot be had from the hub (OSError): name a local copy"),
+    ):
+        done = run("a", "b", "--benchmark", "vicuna", "--benchmark-file", place, "--out", tmp_path / "out")
+        assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+        assert words in done.stderr
+    assert asked == [
+        (repo, file, {"repo_type": "dataset", "revision": commit})
+        for repo, file in (("o/n", "dir/q.jsonl"), ("o/gone", "q.jsonl"))
+    ]
+
+
 def test_bad_patterns_prices_and_checks(prompts: Path, tmp_path: Path) -> None:
     for flag, value, words in (
         ("--check", "regex:(", "no regular expression"),
