@@ -4,6 +4,7 @@ Not through mmap: a file that is truncated under a map kills the process (SIGBUS
 memory. Knows no format. Called by the readers of both formats.
 """
 
+import threading
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,19 +20,21 @@ class OpenFile(ABC):
     def __init__(self, file: BinaryIO, num_bytes: int) -> None:
         self._file = file
         self.num_bytes = num_bytes  # when it was opened
+        self._lock = threading.Lock()  # over the file's position: weights are read on several threads
 
     def read_into(self, offset: int, buffer: Any) -> None:
         """Fill a writable buffer with the bytes from `offset` on. Raises the result of `ended` or `failed` if it
         can't."""
         view = memoryview(buffer)
         try:
-            self._file.seek(offset)
-            done = 0
-            while done < len(view):  # one call reads 2 GiB at most
-                count = self._file.readinto(view[done:])  # type: ignore[attr-defined]
-                if not count:
-                    raise self.ended(offset + done)
-                done += count
+            with self._lock:
+                self._file.seek(offset)
+                done = 0
+                while done < len(view):  # one call reads 2 GiB at most
+                    count = self._file.readinto(view[done:])  # type: ignore[attr-defined]
+                    if not count:
+                        raise self.ended(offset + done)
+                    done += count
         except OSError as error:
             raise self.failed(error) from error
 

@@ -145,7 +145,8 @@ def ensure_quantized(wanted: Wanted, packer: Packer | None = None) -> LoadedMode
 
 def load(wanted: Wanted, weights: ServedWeights, origin: str) -> LoadedModel:
     """Build the model from `weights`. origin: see `LoadedModel`."""
-    model = build_model(wanted.source.config, weights, wanted.ops)
+    with weights.overlapped():
+        model = build_model(wanted.source.config, weights, wanted.ops)
     fingerprint, notes = weights.fingerprint(), tuple(weights.notes())
     return LoadedModel(model, model.config, fingerprint, model.weights_bytes, origin, notes, notes)
 

@@ -136,9 +136,13 @@ class ModelCache:
             (entry.path / MANIFEST).touch()
 
     def writer(self, key: str, config: dict[str, Any]) -> Nf4CheckpointWriter:
-        """A writer of the entry `key`. Deletes what a killed process left of it. Needs the exclusive lock."""
+        """A writer of the entry `key`. Deletes what a killed process left of it. Needs the exclusive lock.
+
+        It does not wait for the disk, which would take longer than quantising: a reader recognises by the fingerprint
+        what a power cut has damaged, and the entry is made again.
+        """
         self.remove(key)
-        return Nf4CheckpointWriter(self.root / key, config, max_shard_bytes=SHARD_BYTES)
+        return Nf4CheckpointWriter(self.root / key, config, max_shard_bytes=SHARD_BYTES, is_durable=False)
 
     def seal(self, writer: Nf4CheckpointWriter, *, source: Path, fingerprint: str, notes: Collection[str]) -> None:
         """Add the manifest and give the entry its name: from here on it can be found."""

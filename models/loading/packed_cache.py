@@ -60,8 +60,7 @@ class PackedWriter:
 
     def seal(self, *, source: Path, fingerprint: str, notes: Collection[str]) -> None:
         """Add the manifest and give the entry its name: from here on it can be found."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        # Not synced to the disk, which would take longer than quantising: a reader recognises what a power cut left.
         self._file.close()
         manifest = {
             "format": FORMAT,

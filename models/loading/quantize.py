@@ -138,7 +138,9 @@ class Nf4CheckpointWriter:
         *,
         double_quant: bool = True,
         max_shard_bytes: int = MAX_SHARD_BYTES,
+        is_durable: bool = True,
     ) -> None:
+        """is_durable: wait until the disk has everything, so that a power cut cannot leave a damaged directory."""
         if dst.exists():
             raise ModelError(f"{dst} exists already: remove it, or name a directory that does not exist yet")
         self.dst = dst
@@ -146,6 +148,7 @@ class Nf4CheckpointWriter:
         self._config = dict(config)
         self._double_quant = double_quant
         self._max_shard_bytes = max_shard_bytes
+        self._is_durable = is_durable
         self._shard: dict[str, Tensor] = {}
         self._shard_bytes = 0
         self._shard_names: list[list[str]] = []
@@ -209,14 +212,16 @@ class Nf4CheckpointWriter:
                 index = {"metadata": {"total_size": self.written_bytes}, "weight_map": weight_map}
                 _write_json(self._directory / "model.safetensors.index.json", index)
             _write_json(self._directory / "config.json", config)
-            _sync(self._directory)
+            for written in self._directory.glob("*.json"):
+                self._sync(written)
+            self._sync(self._directory)
             # mkdtemp makes directories that only their owner may read; others may read a model.
             self._directory.chmod(0o755)
             if self.dst.exists():
                 raise ModelError(f"{self.dst} appeared while it was being written: remove one of the two and repeat")
             self._directory.rename(self.dst)
             self._partial.close()
-            _sync(self.dst.parent)
+            self._sync(self.dst.parent)
         except OSError as error:
             raise _write_error(self.dst, error) from error
 
@@ -229,11 +234,15 @@ class Nf4CheckpointWriter:
         path = self._directory / _shard_file(len(self._shard_names) + 1)
         try:
             save_file(self._shard, path, metadata={"format": "pt"})
-            _sync(path)
+            self._sync(path)
         except (OSError, SafetensorError) as error:
             raise _write_error(self.dst, error) from error
         self._shard_names.append(list(self._shard))
         self._shard, self._shard_bytes = {}, 0
+
+    def _sync(self, path: Path) -> None:
+        if self._is_durable:
+            _sync(path)
 
     def __enter__(self) -> "Nf4CheckpointWriter":
         return self
@@ -332,7 +341,6 @@ def _shard_file(number: int) -> str:
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    _sync(path)
 
 
 def _sync(path: Path) -> None:

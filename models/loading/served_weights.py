@@ -1,14 +1,16 @@
 """The weights of a checkpoint on their way into a model: quantised, checked, written to the cache, packed.
 
-They pass one by one, so that only the finished model and one tensor are in memory. Knows neither cache entries nor
-locks. Called by `loader`.
+They pass one by one, so that only the finished model and about one tensor are in memory. Knows neither cache entries
+nor locks. Called by `loader`.
 """
 
 import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from guanaco.models.architectures.config import ModelConfig
 from guanaco.models.errors import ModelError
 from guanaco.models.formats.shown import listed
 from guanaco.models.loading.checkpoint import Checkpoint
+from guanaco.models.loading.overlap import Behind, ReadAhead, StoredWeights
 from guanaco.models.loading.packed_cache import PackedWeights, PackedWriter
 from guanaco.models.loading.progress import Progress
 from guanaco.models.loading.quantize import (
@@ -41,11 +44,12 @@ class Quantizer:
     def __init__(self, source: Checkpoint, *, keep_float32: bool) -> None:
         self._source = source
         self._keep_float32 = keep_float32
+        self.reader: StoredWeights = source  # the source itself, or one that reads ahead
         self._num_rounded = 0
         self._num_dense_projections = 0
 
     def matrix(self, name: str, shape: tuple[int, int]) -> Served:
-        weight = self._source.matrix(name, shape)
+        weight = self.reader.matrix(name, shape)
         if isinstance(weight, Nf4Weight):
             return weight
         if not self._source.is_quantized and is_projection(name, self._source.config):
@@ -55,7 +59,7 @@ class Quantizer:
         return self._dense(name, weight)
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return self._dense(name, self._source.tensor(name, shape))
+        return self._dense(name, self.reader.tensor(name, shape))
 
     def notes(self) -> list[str]:
         """Sentences for the operator about the source. Complete when the model is built."""
@@ -136,14 +140,16 @@ class Packer:
         self._writer = writer
         self.error: OSError | None = None
 
-    def __call__(self, name: str, weight: Nf4Weight) -> Nf4Weight | PackedWeight:
-        packed = self._ops.pack(weight)
-        if isinstance(packed, PackedWeight) and self.error is None:
+    def __call__(self, weight: Nf4Weight) -> Nf4Weight | PackedWeight:
+        return self._ops.pack(weight)
+
+    def write(self, name: str, packed: PackedWeight) -> None:
+        """Write a packed weight to the cache."""
+        if self.error is None:
             try:
                 self._writer.add(name, packed)
             except OSError as error:
                 self.error = error
-        return packed
 
 
 class ServedWeights:
@@ -158,7 +164,9 @@ class ServedWeights:
         *,
         keep_float32: bool = False,
     ) -> None:
+        self._source = source
         self._quantizer = Quantizer(source, keep_float32=keep_float32)
+        self._behind: Callable[[Callable[[], None]], None] = _now
         self._fingerprint = Fingerprint(source.path, source.config)
         self._recorder = recorder
         self._packer = packer
@@ -174,17 +182,35 @@ class ServedWeights:
         self._pass(name, weight)
         if self._packer is None or not isinstance(weight, Nf4Weight):
             return weight
-        return self._packer(name, weight)
+        packed = self._packer(weight)
+        if isinstance(packed, PackedWeight):
+            self._behind(partial(self._packer.write, name, packed))
+        return packed
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self._quantizer.tensor(name, shape)
         self._pass(name, tensor)
         return tensor
 
+    @contextmanager
+    def overlapped(self) -> Iterator[None]:
+        """Inside, the next weight is read and earlier ones are hashed and written on two other threads.
+
+        An error of theirs is raised with one of the next weights, or at the end.
+        """
+        with ThreadPoolExecutor(1, "guanaco-read") as reading, ThreadPoolExecutor(1, "guanaco-write") as writing:
+            behind = self._behind = Behind(writing)
+            self._quantizer.reader = ReadAhead(self._source, weight_shapes(self._source.config), reading)
+            try:
+                yield
+                behind.finish()
+            finally:
+                self._behind, self._quantizer.reader = _now, self._source
+
     def _pass(self, name: str, weight: Served) -> None:
-        self._fingerprint.add(name, weight)
+        self._behind(partial(self._fingerprint.add, name, weight))
         if self._recorder is not None:
-            self._recorder(name, weight)
+            self._behind(partial(self._recorder, name, weight))
         self._done_values += math.prod(weight.shape)
         self._tell(name, self._done_values, self._num_values)
 
@@ -201,6 +227,11 @@ class MappedWeights:
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self._served.tensor(name, shape)
+
+
+def _now(function: Callable[[], None]) -> None:
+    """Make a call at once."""
+    function()
 
 
 def _tell_nobody(name: str, done: int, total: int) -> None:

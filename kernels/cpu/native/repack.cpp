@@ -9,23 +9,39 @@
 namespace guanaco {
 namespace {
 
-// Two codes of weight 0.0, with which rows beyond the matrix are filled.
+// Groups of rows beyond the matrix: pairs of codes of weight 0.0.
 constexpr uint8_t kZeroPair = 0x77;
 
-void repack_codes(int32_t layout, const uint8_t* const* rows, int64_t group, uint8_t* out) {
-    uint8_t codes[kTileRows][kGroup];
+// In bitsandbytes' codes the even input of a pair is the high nibble. Both orders are made from whole words of these.
+
+// Four inputs of one row: nibbles 1 0 3 2 → two bytes of the byte order, nibbles 0 2 1 3 (`code_place`).
+inline uint16_t in_byte_order(uint16_t s) {
+    return uint16_t((s >> 4 & 0x000f) | (s >> 8 & 0x00f0) | (s << 8 & 0x0f00) | (s << 4 & 0xf000));
+}
+
+// Eight inputs of one row: nibbles 1 0 3 2 5 4 7 6 → the word of the even ones, then that of the odd ones.
+inline uint32_t in_word_order(uint32_t s) {
+    uint32_t even = s >> 4 & 0x0f0f0f0f, odd = s & 0x0f0f0f0f;
+    even = (even | even >> 4) & 0x00ff00ff;
+    odd = (odd | odd >> 4) & 0x00ff00ff;
+    return ((even | even >> 8) & 0xffff) | (odd | odd >> 8) << 16;
+}
+
+// One group of each of the tile's rows. Little-endian, as all of this library.
+void repack_codes(int32_t layout, const uint8_t* const* rows, uint8_t* out) {
     for (int r = 0; r < kTileRows; r++) {
-        for (int i = 0; i < kGroup / 2; i++) {
-            uint8_t byte = rows[r] == nullptr ? kZeroPair : rows[r][group * (kGroup / 2) + i];
-            codes[r][2 * i] = byte >> 4;
-            codes[r][2 * i + 1] = byte & 15;
-        }
-    }
-    memset(out, 0, kTileGroupBytes);
-    for (int r = 0; r < kTileRows; r++) {
-        for (int k = 0; k < kGroup; k++) {
-            CodePlace place = code_place(layout, r, k);
-            out[place.byte] |= uint8_t(place.high ? codes[r][k] << 4 : codes[r][k]);
+        if (layout == kByteOrder) {
+            uint16_t words[kGroup / 4];
+            memcpy(words, rows[r], sizeof(words));
+            for (uint16_t& word : words) word = in_byte_order(word);
+            uint8_t* to = out + code_place(layout, r, 0).byte;
+            for (int i = 0; i < kGroup / 4; i++) memcpy(to + i * 32, words + i, 2);
+        } else {
+            uint32_t words[kGroup / 8];
+            memcpy(words, rows[r], sizeof(words));
+            for (uint32_t& word : words) word = in_word_order(word);
+            uint8_t* to = out + code_place(layout, r, 0).byte;
+            for (int i = 0; i < kGroup / 8; i++) memcpy(to + i * 64, words + i, 4);
         }
     }
 }
@@ -33,9 +49,15 @@ void repack_codes(int32_t layout, const uint8_t* const* rows, int64_t group, uin
 void repack_tile(int32_t layout, const uint8_t* packed, const float* scales, int64_t n, int64_t k, int64_t tile,
                  uint8_t* out) {
     int64_t groups = k / kGroup, first = tile * kTileRows;
-    const uint8_t* rows[kTileRows];
-    for (int r = 0; r < kTileRows; r++) rows[r] = first + r < n ? packed + (first + r) * k / 2 : nullptr;
-    for (int64_t g = 0; g < groups; g++) repack_codes(layout, rows, g, out + g * kTileGroupBytes);
+    uint8_t zeros[kGroup / 2];
+    memset(zeros, kZeroPair, sizeof(zeros));
+    for (int64_t g = 0; g < groups; g++) {
+        const uint8_t* rows[kTileRows];
+        for (int r = 0; r < kTileRows; r++) {
+            rows[r] = first + r < n ? packed + (first + r) * k / 2 + g * (kGroup / 2) : zeros;
+        }
+        repack_codes(layout, rows, out + g * kTileGroupBytes);
+    }
 
     int16_t* integers = (int16_t*)(out + groups * kTileGroupBytes);
     float* factors = (float*)(integers + groups * kTileRows);
