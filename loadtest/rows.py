@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tests" / "importable"))
 
-from support.load import rows_of_faults, rows_of_load  # noqa: E402
+from support.load import rows_of_faults, rows_of_hub, rows_of_load  # noqa: E402
 
 ROWS = {
     "L1": rows_of_load.streams_at_once,
@@ -34,6 +34,7 @@ ROWS = {
     "L7": rows_of_load.cancellations,
     "L8": rows_of_faults.scheduling,
     "L9": rows_of_load.freeze,
+    "A6": rows_of_hub.hub_faults,
     "F-i": rows_of_faults.clock,
     "F-l": rows_of_faults.fairness,
 }

@@ -19,7 +19,7 @@ from guanaco.models.formats.hub_errors import LIBRARY_ERRORS, OF_ADAPTERS, HubEr
 from guanaco.models.loading.hub import progress_bar
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_ANSWER_SECONDS = 20.0  # for each request before the download; the download has the library's own limits
+_ANSWER_SECONDS = 8.0  # for each request before the download; the download has the library's own limits
 
 
 @dataclass(frozen=True)

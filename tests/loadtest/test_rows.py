@@ -10,7 +10,7 @@ import pytest
 
 from guanaco.server.commands.bench.serving.client import Exchange, Outcome
 from guanaco.server.commands.bench.serving.runner import Due
-from support.load import rows_of_faults, rows_of_load
+from support.load import rows_of_faults, rows_of_hub, rows_of_load
 from support.load.oracle import Oracle, body
 from support.load.rows_of_load import Finding
 from support.server.engine_server import text_of
@@ -59,6 +59,7 @@ FULL: dict[str, tuple[Callable[..., Finding], dict[str, Any]]] = {
     "L7": (rows_of_load.cancellations, {}),
     "L8": (rows_of_faults.scheduling, {}),
     "L9": (rows_of_load.freeze, {}),
+    "A6": (rows_of_hub.hub_faults, {}),
     "F-i": (rows_of_faults.clock, {}),
     "F-l": (rows_of_faults.fairness, {}),
 }

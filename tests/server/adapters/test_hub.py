@@ -3,6 +3,7 @@ downloaded, at one commit, within the limits; and each way to fail has its code.
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -118,6 +119,18 @@ def test_each_failure_has_its_code(server: AdapterServer, client: httpx.Client, 
     assert refused(client, "org/tiny@v2") == (400, "truncated")
     assert [card["name"] for card in client.get("/v1/adapters").json()["data"]] == ["good"]
     assert check_text(complete(client, model="good"), "hi", 8)
+
+
+def test_many_loads_of_one_adapter_at_once_are_one_download(server: AdapterServer, hub: FakeHub) -> None:
+    def load(_: int) -> int:
+        with server.client(headers=ADMIN) as client:
+            return client.put("/v1/adapters/h", json={"source": "org/tiny@main"}).status_code
+
+    with ThreadPoolExecutor(12) as pool:
+        statuses = list(pool.map(load, range(12)))
+    assert set(statuses) <= {200, 201}
+    downloads = [path for method, path, _ in hub.requests if method == "GET" and path.endswith(".safetensors")]
+    assert len(downloads) == 1, downloads
 
 
 def test_a_hub_that_lies_about_sizes(tmp_path: Path, hub: FakeHub) -> None:

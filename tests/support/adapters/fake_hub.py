@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,9 @@ class FakeHub:
     break_off: dict[str, int] = field(default_factory=dict)  # name → bytes after which its next answer breaks off
     status_after_break: int | None = None  # what `fail_status` becomes then
     fail_status: int | None = None  # if set: every answer
+    silent: threading.Event | None = None  # if set: requests wait for it before they are answered
+    drip_seconds: float = 0.0  # above 0: contents come one byte at a time, with so long between them
+    redirect: str | None = None  # if set: every answer sends the client there
     sizes: dict[str, int] = field(default_factory=dict)  # name → what the list of files says instead of the truth
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, Range header
     endpoint: str = ""
@@ -70,6 +74,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append((self.command, path, self.headers.get("Range")))
+        if self.hub.silent is not None:
+            self.hub.silent.wait(120)
+            self.close_connection = True
+            return None
+        if self.hub.redirect is not None:
+            return self._send(302, b"", {"Location": self.hub.redirect})
         if self.hub.fail_status is not None:
             return self._send(self.hub.fail_status, b"{}")
         if self.hub.token is not None and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
@@ -113,7 +123,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if self.command == "GET":
+        if self.command == "GET" and self.hub.drip_seconds and headers and "ETag" in headers:
+            for byte in body:
+                time.sleep(self.hub.drip_seconds)
+                try:
+                    self.wfile.write(bytes([byte]))
+                except OSError:  # the client has left
+                    return
+        elif self.command == "GET":
             self.wfile.write(body[:limit])
         if limit is not None:
             self.close_connection = True

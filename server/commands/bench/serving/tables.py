@@ -116,7 +116,7 @@ def warnings(result: Mapping[str, Any]) -> list[str]:
     late = result.get("p99_send_lag_ms")
     if late is not None and late > LATE_SENDING_MS and not result["max_concurrency"]:
         found.append(f"1 % of the requests were sent {late:.0f} ms late or later: this client had no time for them.")
-    if result["total_input_tokens"] and result["total_cached_tokens"] > 0.05 * result["total_input_tokens"]:
+    if result["total_input_tokens"] and result["total_cached_tokens"] > 0.25 * result["total_input_tokens"]:
         found.append("The server had part of the prompts in its prefix cache: another --seed or data asks new ones.")
     if result["refused_without_retry_after"]:
         found.append(f"{result['refused_without_retry_after']} refusals did not say Retry-After.")
