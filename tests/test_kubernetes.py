@@ -1,7 +1,7 @@
 """The cluster's files: valid by Kubernetes' schemas, and true to what the server and the images are.
 
-No cluster has run them. The schemas of Kubernetes itself come with the package kubernetes-validate. Those of the two kinds
-of other projects are written down here: the fields that are used, from what these projects have published.
+No cluster has run them. The schemas of Kubernetes itself come with the package kubernetes-validate. Those of two kinds
+from other projects are written down here: the fields that are used, from what these projects have published.
 """
 
 import copy
