@@ -61,6 +61,7 @@ ALLOWED = {
     "server/engine": _ENGINE,
     "server/engine/speculation": {
         "server.engine.speculation", "server.engine.request", "server.engine.block_manager", "server.engine.step_share",
+        "server.engine.constraints",
         *_ERRORS,
     },
     "server/grammars": {"server.grammars", "models.formats.restricted_process", *_ERRORS},

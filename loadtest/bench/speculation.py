@@ -102,8 +102,8 @@ class Given:
         """As a model would have it: only the grammar says no beforehand."""
         return len(draft) if self._matcher is None else self._matcher.num_allowed(draft)
 
-    def forced(self) -> Sequence[int]:
-        return () if self._matcher is None else self._matcher.forced()
+    def forced(self) -> bytes:
+        return b"" if self._matcher is None else self._matcher.forced()
 
     def accept(self, token_id: int) -> None:
         assert token_id == self._answer[self._done], "the given token"

@@ -85,6 +85,10 @@ class Tokenizer:
         """Whether `text` contains the text of any control token."""
         return self._control.is_in(text)
 
+    def encode_part(self, text: str) -> list[int]:
+        """The token ids of a text that goes on from another one: no BOS, and control tokens stay text."""
+        return self.encode(text, add_bos=False)
+
     def encode_chat(
         self,
         messages: list[dict[str, Any]],

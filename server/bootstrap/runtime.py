@@ -340,7 +340,7 @@ def _build_engine(
     blocks = BlockManager(plan.num_blocks, plan.block_size)
     residency = ResidencyLedger(table, HostTable(settings.adapter_host_memory))
     scheduler = Scheduler(limits, blocks, residency, base.eos_ids)
-    scheduler.drafting = make_drafting(settings, ops, runner.probe, base.loaded.fingerprint)
+    scheduler.drafting = make_drafting(settings, ops, runner.probe, base.loaded.fingerprint, base.tokenizer.encode_part)
     return Engine(scheduler, runner)
 
 

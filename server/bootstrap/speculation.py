@@ -29,8 +29,16 @@ _MOST_SECONDS = 2.0  # after that no round begins, but for the least
 _FORMAT = 1  # of the file
 
 
-def make_drafting(settings: Settings, ops: Ops, run_rows: Callable[[int], None], fingerprint: str) -> Speculator | None:
-    """The source of drafts; None: there are none. run_rows: computes a step with so many rows.
+def make_drafting(
+    settings: Settings,
+    ops: Ops,
+    run_rows: Callable[[int], None],
+    fingerprint: str,
+    encode: Callable[[str], list[int]] | None = None,
+) -> Speculator | None:
+    """The source of drafts; None: there are none.
+
+    run_rows: computes a step with so many rows. fingerprint: of the base. encode: text within an answer → token ids.
 
     `auto` is lookup with the `cpu` provider, whose rows have the same bits at any number of rows. On a GPU no step has
     been timed so far, so there are no drafts unless they are asked for.
@@ -39,14 +47,16 @@ def make_drafting(settings: Settings, ops: Ops, run_rows: Callable[[int], None],
     if method == "off" or (method == "auto" and ops.name != "cpu"):
         return None
     if ops.name == "triton":
-        return Speculator(TYPICAL)  # timing would compile a kernel for each row count: minutes, at each new version
+        return Speculator(
+            TYPICAL, encode
+        )  # timing would compile a kernel for each row count: minutes, at each new version
     key = _key(settings, ops, fingerprint)
     path = settings.cache_dir / "step-costs" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     costs = _stored(path, key)
     if costs is None:
         costs = measure(run_rows)
         _store(path, key, costs)
-    return Speculator(costs)
+    return Speculator(costs, encode)
 
 
 def measure(run_rows: Callable[[int], None], clock: Callable[[], float] = time.perf_counter) -> StepCosts:

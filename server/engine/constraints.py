@@ -47,9 +47,9 @@ class Constraint(Protocol):
     def num_allowed(self, draft: Sequence[int]) -> int:
         """How many of the draft's first tokens may come next, one after the other, before an end."""
 
-    def forced(self) -> Sequence[int]:
-        """The tokens that must come next: at each of their places the mask allows one id only. Empty if there is a
-        choice. Called between steps."""
+    def forced(self) -> bytes:
+        """The text that must come next; empty if there is a choice. The masks may allow several ways to divide it into
+        tokens. Called between steps."""
 
     def accept(self, token_id: int) -> None:
         """Move on by the token that was sampled."""

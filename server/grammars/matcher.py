@@ -87,16 +87,13 @@ class GrammarMatcher:
             logger.warning("a grammar could not read a draft", exc_info=True)
             return 0
 
-    def forced(self) -> Sequence[int]:
-        """The tokens that must come next, as far as each is the only one that its mask allows."""
+    def forced(self) -> bytes:
+        """The text that must come next, as UTF-8 that may end within a character. Empty if there is a choice."""
         try:
-            if self.error is not None or self.is_complete:
-                return ()
-            found: list[int] = self._matcher.compute_ff_tokens()
-            return found[: self.num_allowed(found)]
+            return b"" if self.error is not None or self.is_complete else bytes(self._matcher.compute_ff_bytes())
         except BaseException:  # a panic of the library is no Exception
             logger.warning("a grammar could not say what it forces", exc_info=True)
-            return ()
+            return b""
 
     def _mask_of(self, matcher: Any, row: Bits) -> None:
         """The mask of a matcher's next ids. Does not look whether the library gave up."""

@@ -4,12 +4,13 @@ Start here: `drafts` is called once per step with the sequences that may have on
 sequence; `forget` drops it. Called by `step_drafts`, on the scheduler's behalf.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from guanaco.server.engine.constraints import Constraint
 from guanaco.server.engine.request import Sequence as EngineSequence
-from guanaco.server.engine.speculation.acceptance import Acceptance, class_of
+from guanaco.server.engine.speculation.acceptance import FORCED, Acceptance, class_of
 from guanaco.server.engine.speculation.costs import TYPICAL, StepCosts
 from guanaco.server.engine.speculation.depth import depths
 from guanaco.server.engine.speculation.lookup import Lookup
@@ -30,13 +31,25 @@ class _Record:
 
     lookup: Lookup = field(default_factory=Lookup)
     acceptance: Acceptance = field(default_factory=Acceptance)
+    forced_from: int = 0  # the index of the first of `forced`
+    forced: list[int] = field(default_factory=list)  # what a grammar's text was expected to be, in the last step
+
+    def judge_forced(self, token_ids: Sequence[int]) -> None:
+        """Learn how much of `forced` came as it was expected."""
+        for expected, token in zip(self.forced, token_ids[self.forced_from :], strict=False):
+            self.acceptance.learn(FORCED, expected == token)
+            if expected != token:
+                break
+        self.forced = []
 
 
 class Speculator:
-    """Prompt lookup for all sequences of one engine."""
+    """Drafts for all sequences of one engine: text that a grammar forces, else prompt lookup."""
 
-    def __init__(self, costs: StepCosts = TYPICAL) -> None:
+    def __init__(self, costs: StepCosts = TYPICAL, encode: Callable[[str], list[int]] | None = None) -> None:
+        """encode: text → token ids, without control tokens; None: text that grammars force makes no drafts."""
         self.costs = costs
+        self._encode = encode
         self._records: dict[int, _Record] = {}  # by arrival number
 
     def drafts(self, wishes: Sequence[Wish], num_rows: int, num_others: int) -> list[tuple[int, ...]]:
@@ -72,7 +85,22 @@ class Speculator:
         lookup, acceptance = record.lookup, record.acceptance
         for length, is_right in lookup.follow(sequence.token_ids, sequence.num_prompt_tokens):
             acceptance.learn(class_of(length), is_right)
-        tokens = lookup.draft(sequence.token_ids, most)
-        if (constraint := sequence.request.constraint) is not None and tokens:
-            tokens = tokens[: constraint.num_allowed(tokens)]
+        record.judge_forced(sequence.token_ids)
+        if (constraint := sequence.request.constraint) is not None:
+            if forced := self._forced(constraint)[:most]:
+                record.forced_from, record.forced = sequence.num_tokens, forced
+                return forced, [acceptance.chance(FORCED)] * len(forced)
+            tokens = lookup.draft(sequence.token_ids, most)
+            tokens = tokens[: constraint.num_allowed(tokens)] if tokens else tokens
+        else:
+            tokens = lookup.draft(sequence.token_ids, most)
         return tokens, [acceptance.chance(class_of(lookup.length + i)) for i in range(len(tokens))]
+
+    def _forced(self, constraint: Constraint) -> list[int]:
+        """The text that a grammar forces, as the tokenizer divides it: a model mostly does the same. Only what the
+        grammar's masks let through."""
+        if self._encode is None or not (forced := constraint.forced()):
+            return []
+        text = forced.decode(errors="ignore")  # the end may be half a character
+        tokens = self._encode(text) if text else []
+        return tokens[: constraint.num_allowed(tokens)]

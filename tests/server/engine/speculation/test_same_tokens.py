@@ -69,8 +69,8 @@ class Steps:
         places = (i for i, token in enumerate(draft) if token not in self._at(first + i) or first + i == self.length)
         return next(places, len(draft))
 
-    def forced(self) -> Sequence[int]:
-        return ()
+    def forced(self) -> bytes:
+        return b""
 
     def accept(self, token_id: int) -> None:
         assert token_id in self._at(len(self.taken)), "each drawn token comes once, in order"
