@@ -300,8 +300,13 @@ class AdapterRegistry:
             self._num_uses[alias] += 1
             self._last_used[alias] = time.time()
 
+    def names(self) -> frozenset[str]:
+        """The names that stand for a version now."""
+        return frozenset(self._snapshot.entries)
+
     def names_by_version(self) -> dict[str, str]:
-        """{version: name} for present and earlier versions of names: requests may still hold the earlier ones."""
+        """{version: name} for present and earlier versions of names: requests may still hold the earlier ones. Of
+        several names of one version it has only one."""
         entries = self._snapshot.entries.values()
         earlier = {version: entry.name for entry in entries for version in entry.history}
         return {**earlier, **{entry.version: entry.name for entry in entries}}

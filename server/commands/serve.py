@@ -198,6 +198,9 @@ def _adapter_manager(
 ) -> AdapterManager | None:
     """The adapter manager, with the adapters loaded before a restart; None if adapters can't change."""
 
+    def show_names() -> None:
+        metrics.adapters.set_names(runtime.registry.names_by_version(), runtime.registry.names())
+
     manager = None
     if settings.adapters_change:
         base = runtime.base
@@ -216,7 +219,7 @@ def _adapter_manager(
             engine,
             policy,
             probe_token_ids=_probe_token_ids(base, runtime.plan.max_model_len - 1),
-            on_change=lambda: metrics.adapters.set_names(runtime.registry.names_by_version()),
+            on_change=show_names,
             on_load=metrics.adapters.observe_load,
             on_stage=metrics.adapters.observe_stage,
             device_bytes=runtime.slots.bytes_of,
@@ -224,7 +227,7 @@ def _adapter_manager(
         )
         for note in manager.restore():
             logger.warning(note)
-    metrics.adapters.set_names(runtime.registry.names_by_version())
+    show_names()
     residency = runtime.engine.scheduler.residency
     metrics.adapters.set_device(lambda: runtime.registry.names_of(residency.slots.resident))
     metrics.adapters.set_tiers(

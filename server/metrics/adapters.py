@@ -144,9 +144,12 @@ class AdapterMetrics:
         """Enter the seconds of one part of a load. stage: one of LOAD_STAGES."""
         self._stages[stage].observe(seconds)
 
-    def set_names(self, name_of: dict[str, str]) -> None:
-        """Set the served names (version → name), which may have labels. Removed names lose theirs to others."""
-        self._name_of, self._served = dict(name_of), frozenset(name_of.values())
+    def set_names(self, name_of: dict[str, str], names: Iterable[str] = ()) -> None:
+        """Set the served names, which may have labels. Removed names lose theirs to others.
+
+        name_of: version → name. names: all served names: several may stand for one version.
+        """
+        self._name_of, self._served = dict(name_of), frozenset((*name_of.values(), *names))
         for gone in self._labels.keys() - self._served:
             self._give_up(gone)
 

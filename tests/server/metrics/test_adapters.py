@@ -146,6 +146,15 @@ class TestThroughTheServer:
         mixed = [self.value(server, "guanaco_adapter_mixture_requests_total", adapter=name) for name in "abx"]
         assert mixed == [1, 1, 0]
 
+    def test_two_names_of_one_content_are_counted_apart(self, server: AdapterServer, client: httpx.Client) -> None:
+        for name in "ab":
+            put(client, name, server.source("one", 1))
+        for name, count in (("a", 2), ("b", 3)):
+            complete(client, max_tokens=count, model=name)
+        server.assert_quiet()
+        for name, count in (("a", 2), ("b", 3), ("(other)", 0)):
+            assert self.value(server, "guanaco_adapter_generation_tokens_total", adapter=name) == count, name
+
     def test_an_old_version_keeps_its_name_and_a_new_name_needs_no_restart(
         self, server: AdapterServer, client: httpx.Client
     ) -> None:

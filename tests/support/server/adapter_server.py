@@ -138,7 +138,7 @@ def make_adapter_server(
         made.state.engine,
         AdapterPolicy(root, FINGERPRINT, strict_base, hub),
         probe_token_ids=(1, 2, 3),
-        on_change=lambda: made.state.metrics.adapters.set_names(registry.names_by_version()),
+        on_change=lambda: made.state.metrics.adapters.set_names(registry.names_by_version(), registry.names()),
         on_load=made.state.metrics.adapters.observe_load,
         on_stage=made.state.metrics.adapters.observe_stage,
         shared=None if shared is None else SharedRegistry(shared),
@@ -147,7 +147,7 @@ def make_adapter_server(
     for name, path in (command_line or {}).items():
         registry.load(name, path)
     manager.restore()
-    made.state.metrics.adapters.set_names(registry.names_by_version())
+    made.state.metrics.adapters.set_names(registry.names_by_version(), registry.names())
     base = ServedModel(BASE, MAX_MODEL_LEN, root=BASE, base_fingerprint=FINGERPRINT)
     for field, value in (
         ("catalog", Catalog(base, live=registry, aliases=manager.aliases.table)),
