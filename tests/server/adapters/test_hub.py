@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
-import huggingface_hub
 import pytest
+from huggingface_hub import constants
 from typer.testing import CliRunner
 
 from guanaco.adapters.peft.config import MAX_CONFIG_BYTES
@@ -33,8 +33,8 @@ def repository(path: Path, seed: int) -> dict[str, bytes]:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
     files = {commit: repository(tmp_path / f"r{seed}", seed) for seed, commit in enumerate((COMMIT, OTHER_COMMIT))}
     with serve_hub(FakeHub(files)) as made:
         yield made
