@@ -23,6 +23,22 @@ def test_a_stream_shows_as_it_comes_and_escape_stops_it(server, visit) -> None:
     expect(tab.message).to_be_focused()
 
 
+@pytest.mark.parametrize("view", ["chat", "mix"])
+def test_a_message_may_be_sent_before_the_models_are_known(server, visit, view: str) -> None:
+    tab = visit(server)
+    held = []
+    tab.page.route("**/v1/models", lambda route: held.append(route))
+    tab.go(view)
+    tab.say("Hello")
+    expect(tab.answers).to_contain_text("Waiting")
+    for route in held:
+        route.continue_()
+    tab.page.unroute("**/v1/models")
+    answer = tab.done()
+    expect(answer.locator(".failure")).to_have_count(0)
+    expect(answer.locator("header strong")).to_have_text(PIRATE if view == "chat" else BASE)
+
+
 def test_the_stop_button(server, visit) -> None:
     server.script(reply="word " * 400, step_seconds=0.01)
     tab = visit(server).go()

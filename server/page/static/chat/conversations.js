@@ -1,7 +1,7 @@
 // The conversations of this browser: the list, the one that is shown, and the answers that are being written.
 import { sentenceAnnouncer, announce } from "../app/announce.js";
 import { download } from "../app/format.js";
-import { baseName, defaultsOf, refreshModels } from "../app/models.js";
+import { baseName, defaultsOf, firstName, models, refreshModels } from "../app/models.js";
 import { requestFields } from "../app/sampling.js";
 import * as store from "./store.js";
 import { oncePerFrame, streamChat } from "../app/stream.js";
@@ -115,13 +115,8 @@ export function target(conversation) {
 }
 
 async function answer(conversation, question) {
-  const asked = target(conversation);
-  const body = {
-    ...asked, messages: messagesUpTo(conversation, question), ...requestFields(conversation.sampling),
-  };
   const node = addNode(conversation, question.id, {
-    role: "assistant", state: "waiting", model: asked.model, mixed: asked.adapters ?? null, askedAt: Date.now(),
-    defaults: defaultsOf(asked.model), tokens: [],
+    role: "assistant", state: "waiting", model: conversation.model, mixed: null, askedAt: Date.now(), tokens: [],
   });
   conversation.updated = Date.now();
   const controller = new AbortController();
@@ -129,6 +124,15 @@ async function answer(conversation, question) {
   const ticks = cell(0);
   live.set(node.id, ticks);
   changed(conversation);
+  if (!models.get()) { // the reader was faster than the list of models
+    await refreshModels();
+    conversation.model ||= firstName() ?? "";
+  }
+  const asked = target(conversation);
+  Object.assign(node, { model: asked.model, mixed: asked.adapters ?? null, defaults: defaultsOf(asked.model) });
+  const body = {
+    ...asked, messages: messagesUpTo(conversation, question), ...requestFields(conversation.sampling),
+  };
   const tell = sentenceAnnouncer();
   let savedAt = performance.now();
   const draw = oncePerFrame(() => {
