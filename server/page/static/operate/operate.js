@@ -57,8 +57,8 @@ function Load() {
       <${Sparkline} title="Step time" values=${line("step")} show=${seconds} />
       <${Sparkline} title="First token" values=${line("first")} show=${seconds} />
       <${Sparkline} title="Between tokens" values=${line("gap")} show=${seconds} />
-      <${Sparkline} title="Prompt tokens per second" values=${line("prompt")} show=${number} />
-      <${Sparkline} title="Answer tokens per second" values=${line("rate")} show=${number} />
+      <${Sparkline} title="Prompt tokens/s" values=${line("prompt")} show=${number} />
+      <${Sparkline} title="Answer tokens/s" values=${line("rate")} show=${number} />
     </div>
     <p class="hint">Each point is the mean of ${METRICS_EVERY_MS / 1000} seconds, since this view was opened.</p>
     <${ByAdapter} series=${series} rates=${now.rates} />
