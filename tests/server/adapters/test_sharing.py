@@ -16,9 +16,11 @@ from guanaco.adapters.versions import shared_registry
 from guanaco.adapters.versions.shared_registry import SharedRegistry
 from guanaco.server.adapters import sharing
 from support.adapters.tiny_adapters import make_adapter
+from support.models.tiny_models import make_tiny_llama
 from support.server.adapter_client import check_text, complete, error_code, names, put
 from support.server.adapter_server import ADMIN, TARGETS, AdapterServer, make_adapter_server
 from support.server.api_server import WAIT
+from support.server.real_server import make_real_server, obey_permissions
 
 KEY = "tenant-key"
 
@@ -135,21 +137,38 @@ def test_aliases_reach_the_other(fleet: Fleet, one: httpx.Client, two: httpx.Cli
 def test_the_changes_of_two_servers_do_not_lose_one_another(fleet: Fleet, one: httpx.Client, two: httpx.Client) -> None:
     def load(at: tuple[AdapterServer, httpx.Client, str]) -> str:
         server, client, name = at
-        return str(put(client, name, server.source(name, sum(name.encode())))["version"])
+        version = str(put(client, name, server.source(name, sum(name.encode())))["version"])
+        assert client.put(f"/v1/aliases/to-{name}", json={"target": name}).status_code == 201
+        return version
 
     work = [(s, c, f"{n}{i}") for i in range(6) for s, c, n in ((fleet.one, one, "x"), (fleet.two, two, "y"))]
     with ThreadPoolExecutor(8) as threads:
         made = dict(zip((name for _, _, name in work), threads.map(load, work), strict=True))
     assert fleet.listed() == made
     for name, version in made.items():
-        until_serves(one, name, version)
-        until_serves(two, name, version)
+        until_serves(one, f"to-{name}", version)
+        until_serves(two, f"to-{name}", version)
     # Nor do loads of one name: the later one has the earlier one in its history.
     first, second = load((fleet.one, one, "z")), put(two, "z", fleet.two.source("q", 99))["version"]
     assert two.get("/v1/adapters/z").json()["history"] == [first]
     conflict = one.put("/v1/adapters/z", json={"source": "z", "expected_version": first})
     assert (conflict.status_code, error_code(conflict)) == (409, "version_conflict"), "the list, not what one had"
     assert one.put("/v1/adapters/z", json={"source": "z", "expected_version": second}).status_code == 200
+
+
+def test_a_change_begins_with_what_others_have_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No server looks by itself here: each learns of the others' changes when it makes one."""
+    monkeypatch.setattr(sharing, "POLL_SECONDS", 3600.0)
+    fleet = Fleet(tmp_path)
+    with fleet.one, fleet.two, fleet.one.client(headers=ADMIN) as one, fleet.two.client(headers=ADMIN) as two:
+        version = put(one, "a", fleet.one.source("s", 1))["version"]
+        assert one.put("/v1/aliases/x", json={"target": "a"}).status_code == 201
+        assert two.put("/v1/aliases/y", json={"target": "x"}).status_code == 201
+        assert [version_of(two, name) for name in ("a", "x", "y")] == [version] * 3
+        assert two.delete("/v1/adapters/a").status_code == 200
+        assert one.put("/v1/aliases/z", json={"target": "a"}).status_code == 404
+        assert {card["name"] for card in one.get("/v1/aliases").json()["data"]} == {"x", "y"}
+        assert one.post("/v1/adapters/a/rollback", json={}).status_code == 404
 
 
 def test_a_server_that_was_away_catches_up(fleet: Fleet, one: httpx.Client) -> None:
@@ -331,6 +350,32 @@ def test_versions_that_no_list_names_leave_the_registry(
     assert {path.name for path in (fleet.shared / "versions").iterdir()} == set(fleet.listed().values())
 
 
+def test_a_follower_needs_no_admin_key_and_only_reads(tmp_path: Path) -> None:
+    """Over real tensors: `guanaco serve --adapter-registry` without an admin key answers as the server that loaded."""
+    shared, model = tmp_path / "shared", make_tiny_llama(tmp_path / "tiny")
+    for part in (shared, tmp_path / "leader", tmp_path / "follower"):
+        part.mkdir()
+    with make_real_server(tmp_path / "leader", model=model, adapter_registry=shared) as leader:
+        make_adapter(leader.root / "a", leader.targets, 8, seed=7)
+        with leader.client(headers=ADMIN) as client:
+            put(client, "a", "a")
+        told = leader.answers("a")
+        (folder,) = shared.iterdir()
+        for directory in (folder, folder / "versions"):
+            directory.chmod(0o555)
+        options: dict[str, Any] = {"admin_key": None, "adapter_registry": shared, "thread_setup": obey_permissions}
+        with make_real_server(tmp_path / "follower", model=model, **options) as follower:
+            assert follower.answers("a") == told != follower.answers("tiny")
+            with follower.client(headers=ADMIN) as client:
+                assert error_code(client.get("/v1/adapters")) == "admin_disabled"
+                for directory in (folder, folder / "versions"):
+                    directory.chmod(0o755)
+                with leader.client(headers=ADMIN) as operator:
+                    assert operator.delete("/v1/adapters/a").status_code == 200
+                until(lambda: "a" not in names(client))
+                assert client.get("/health/ready").json()["adapter_registry"] == "current"
+
+
 def test_replaced_again_and_again_under_load(
     fleet: Fleet, one: httpx.Client, two: httpx.Client, proof_count: Callable[[int, int], int]
 ) -> None:
@@ -356,7 +401,7 @@ def test_replaced_again_and_again_under_load(
         until_serves(two, "a", put(one, "a", sources[4][0])["version"])
         running = [threads.submit(ask, server) for server in (fleet.one, fleet.two) * 2]
         try:
-            for turn in range(proof_count(12, 200)):
+            for turn in range(proof_count(8, 200)):
                 client, source = (one, sources[turn % 5][0]) if turn % 2 else (two, sources[turn % 5][1])
                 version = put(client, "a", source)["version"]
                 assert version_of(client, "a") == version, "from the reply on"
