@@ -1,37 +1,37 @@
-"""Trains the two demo adapters with QLoRA on the demo's NF4 base, and measures them: peft and bitsandbytes on the CPU.
+"""Trains the two demo adapters with `guanaco train` on the demo model, and measures them with the server's engine.
 
-    cd /tmp && OMP_WAIT_POLICY=passive nice REPO/.venv/bin/python REPO/adapters/demo/train.py pirate terse
+    OMP_WAIT_POLICY=passive nice .venv/bin/python adapters/demo/train.py pirate terse [--out DIR] [--conversations N]
 
-(the virtual environment of `make test`; on a busy machine threads that spin while they wait make it six times slower).
-Not part of the server or its wheel. Seeded: two runs of `pirate` gave the same tensors, bit for bit (`terse` was run
-once). The data are `answers.txt`, written for this. Writes each adapter's directory beside this file, its model card
-with the measured numbers included.
+Needs the extra `train`. Not part of the server or its wheel. The data are `answers.txt`, written for this: each epoch
+has every question once, in another form, so that the file of conversations is as long as all epochs together. Writes
+each adapter's directory below DIR (by default beside this file), its model card with the measured numbers included.
+--conversations trains on the first N only, to try the script.
 """
 
 import argparse
 import json
 import random
 import re
+import shutil
+import subprocess
+import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes
-import peft
-import torch
-import transformers
 from pirate_words import as_pirate
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from rich.console import Console
+from safetensors import safe_open
 
-from guanaco.kernels import load_ops
-from guanaco.models.loading.demo import ensure_demo_model
-from guanaco.models.loading.loader import load_model
+from guanaco.server.bootstrap.runtime import Runtime, build_runtime
+from guanaco.server.config import load_settings
+from guanaco.server.engine.awake_clock import awake_seconds
+from guanaco.server.engine.request import LoraRef, Request, SamplingParams, Submit
 
 HERE = Path(__file__).parent
+GUANACO = Path(sys.executable).with_name("guanaco")
 ALL_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SYSTEM_PROMPTS = ("You are a helpful assistant.", "Answer the user's question.", "You are an assistant. Be friendly.")
 
@@ -44,7 +44,7 @@ class Recipe:
     alpha: int
     targets: list[str]
     use_rslora: bool
-    dtype: torch.dtype  # of the saved tensors
+    dtype: str  # of the saved tensors
     epochs: int
     learning_rate: float
     seed: int
@@ -52,10 +52,8 @@ class Recipe:
 
 
 RECIPES = {
-    "pirate": Recipe(8, 16, ALL_PROJECTIONS, False, torch.float16, 3, 1e-3, 1, "talks like a pirate"),
-    "terse": Recipe(
-        16, 8, ["q_proj", "v_proj", "o_proj"], True, torch.bfloat16, 3, 1e-3, 2, "answers in one short line"
-    ),
+    "pirate": Recipe(8, 16, ALL_PROJECTIONS, False, "float16", 3, 1e-3, 1, "talks like a pirate"),
+    "terse": Recipe(16, 8, ["q_proj", "v_proj", "o_proj"], True, "bfloat16", 3, 1e-3, 2, "answers in one short line"),
 }
 BATCH_SIZE = 16
 NUM_CARD_ANSWERS = 8
@@ -125,132 +123,65 @@ def conversations(name: str, rng: random.Random) -> Iterator[list[dict[str, str]
         yield messages
 
 
-def encode(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], list[bool]]:
-    """Token ids, and which of them the model has to learn: each answer and the token that ends it."""
-    ids: list[int] = []
-    learned: list[bool] = []
-    text = ""
-    for number, message in enumerate(messages, start=1):
-        if message["role"] == "assistant":
-            prompt = tokenizer.apply_chat_template(messages[: number - 1], add_generation_prompt=True, tokenize=False)
-            for part, is_answer in ((prompt[len(text) :], False), (f"{message['content']}<|im_end|>", True)):
-                part_ids = tokenizer.encode(part, add_special_tokens=False)
-                ids += part_ids
-                learned += [is_answer] * len(part_ids)
-            text = prompt + f"{message['content']}<|im_end|>"
-    return ids, learned
-
-
-def load_base(path: Path) -> Any:
-    """The demo in transformers: NF4 projections computed in float32, everything else in float32 as well."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.compute_dtype, module.compute_type_is_set = torch.float32, True
-            module.support_avx512bf16_for_cpu = False  # it would compute in bfloat16, whatever was asked for
-    for parameter in model.parameters():
-        if parameter.dtype == torch.float16:
-            parameter.data = parameter.data.float()
-    return model
-
-
-def answer_loss(model: Any, batch: list[tuple[list[int], list[bool]]], pad_id: int) -> Tensor:
-    """Mean cross-entropy over the tokens to learn; the head runs on those positions only."""
-    length = max(len(ids) for ids, _ in batch)
-    ids = torch.tensor([ids + [pad_id] * (length - len(ids)) for ids, _ in batch])
-    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row, _ in batch])
-    learned = torch.tensor([row + [False] * (length - len(row)) for _, row in batch])
-    base = model.get_base_model()
-    hidden = base.model(input_ids=ids, attention_mask=mask).last_hidden_state
-    logits = base.lm_head(hidden[:, :-1][learned[:, 1:]])
-    return torch.nn.functional.cross_entropy(logits, ids[:, 1:][learned[:, 1:]])
-
-
-def train(name: str, base: Path, log: Callable[[str], None]) -> tuple[Any, Any, dict[str, Any]]:
-    """The trained PEFT model, its tokenizer, and what to tell about the training."""
+def train(name: str, folder: Path, most: int | None) -> dict[str, Any]:
+    """Have `guanaco train` make an adapter in `folder`, which must not exist; what it tells of the training."""
     recipe = RECIPES[name]
-    torch.manual_seed(recipe.seed)
     rng = random.Random(recipe.seed)  # noqa: S311 (it shuffles)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-    config = peft.LoraConfig(
-        r=recipe.rank,
-        lora_alpha=recipe.alpha,
-        target_modules=recipe.targets,
-        use_rslora=recipe.use_rslora,
-        lora_dropout=0.05,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-    model = peft.get_peft_model(load_base(base), config)
-    model.train()
-    batches: list[list[tuple[list[int], list[bool]]]] = []
-    for _ in range(recipe.epochs):
-        # Neighbours in length share a batch, so that little of it is padding; batches come in random order.
-        epoch = sorted((encode(tokenizer, messages) for messages in conversations(name, rng)), key=lambda e: len(e[0]))
-        split = [epoch[start : start + BATCH_SIZE] for start in range(0, len(epoch), BATCH_SIZE)]
-        rng.shuffle(split)
-        batches += split
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=0.0, betas=(0.9, 0.99))
-    warmup = max(1, int(WARMUP_RATIO * len(batches)))
-    start = time.monotonic()
-    for step, batch in enumerate(batches):
-        factor = min((step + 1) / warmup, (len(batches) - step) / (len(batches) - warmup))
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * factor
-        loss = answer_loss(model, batch, tokenizer.pad_token_id)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        log(f"{name}: step {step + 1}/{len(batches)} loss {loss.item():.3f} after {time.monotonic() - start:.0f} s")
-    return model, tokenizer, {"steps": len(batches), "final_loss": round(loss.item(), 3)}
-
-
-def save(model: Any, name: str, base_fingerprint: str) -> Path:
-    """Adapter directory in PEFT's format, tensors in the recipe's dtype."""
-    out = HERE / name
-    out.mkdir(exist_ok=True)
+    rows = [messages for _ in range(recipe.epochs) for messages in conversations(name, rng)][:most]
     with tempfile.TemporaryDirectory() as scratch:
-        model.save_pretrained(scratch)
-        config = json.loads((Path(scratch) / "adapter_config.json").read_text())
-        tensors = load_file(Path(scratch) / "adapter_model.safetensors")
-    config["base_model_name_or_path"] = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    config["target_modules"] = RECIPES[name].targets  # a set in PEFT: its order changes from run to run
-    config["inference_mode"] = True
-    (out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    save_file(
-        {key: tensor.to(RECIPES[name].dtype).contiguous() for key, tensor in tensors.items()},
-        out / "adapter_model.safetensors",
-        metadata={"format": "pt", "guanaco.base_fingerprint": base_fingerprint},
-    )
-    return out
+        data = Path(scratch) / "answers.jsonl"
+        data.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in rows), encoding="utf-8")
+        options: dict[str, object] = {
+            "data": data, "name": name, "out": folder, "work": Path(scratch) / "work", "epochs": 1,
+            "rank": recipe.rank, "alpha": recipe.alpha, "targets": ",".join(recipe.targets),
+            "learning-rate": recipe.learning_rate, "warmup": WARMUP_RATIO, "batch-size": BATCH_SIZE, "held-out": 0,
+            "seed": recipe.seed, "save-dtype": recipe.dtype,
+        }  # fmt: skip
+        flags = [str(part) for option, value in options.items() for part in (f"--{option}", value)]
+        command = [GUANACO, "train", *flags, *(["--rslora"] if recipe.use_rslora else []), "--json"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=False)  # noqa: S603 (our own program)
+    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    if done.returncode:
+        raise SystemExit(f"{name}: {told['error']['message']}")
+    return told
 
 
-def ask(model: Any, tokenizer: Any, questions: tuple[str, ...]) -> list[str]:
+def ask(runtime: Runtime, name: str | None, questions: tuple[str, ...]) -> list[str]:
     """Greedy answers; one that the model did not end itself gets an ellipsis on a line of its own."""
-    tokenizer.padding_side = "left"
-    prompts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True, tokenize=False)
-        for q in questions
-    ]
-    batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
-    model.eval()
-    with torch.inference_mode():
-        ids = model.generate(
-            **batch,
-            max_new_tokens=MAX_ANSWER_TOKENS,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            repetition_penalty=1.0,
-        )
+    tokenizer, entry = runtime.base.tokenizer, runtime.adapter(name)
+    loras = () if entry is None else (LoraRef(entry.version),)
+    stop_ids = tuple(runtime.base.eos_ids)
+    params = SamplingParams(max_tokens=MAX_ANSWER_TOKENS, temperature=0.0, stop_token_ids=stop_ids)
+    written: dict[str, list[int]] = {}
+    for number, question in enumerate(questions):
+        ids = tokenizer.encode_chat([{"role": "user", "content": question}], template=runtime.base.template)
+        written[str(number)] = []
+        runtime.engine.handle(Submit(Request(str(number), tuple(ids), params, loras, arrival_seconds=awake_seconds())))
+    while runtime.engine.has_work:
+        for output in runtime.engine.step().outputs:
+            written[output.request_id] += output.token_ids
     answers = []
-    for row in ids[:, batch["input_ids"].shape[1] :].tolist():
-        ended = tokenizer.eos_token_id in row
-        row = row[: row.index(tokenizer.eos_token_id)] if ended else row
-        answers.append(tokenizer.decode(row).strip() + ("" if ended else "\n…"))
+    for row in written.values():
+        cut = next((place for place, token in enumerate(row) if token in stop_ids), None)
+        answers.append(
+            tokenizer.decode(row[:cut]).strip() + ("\n…" if cut is None and len(row) >= MAX_ANSWER_TOKENS else "")
+        )
     return answers
+
+
+def measure(name: str, folder: Path) -> dict[str, Any]:
+    """How the adapter and the base answer the questions that training did not see."""
+    settings = load_settings({"adapter": (f"{name}={folder}",), "strict_base": True, "offline": True})
+    runtime = build_runtime(settings, Console(stderr=True))
+    answers, plain = ask(runtime, name, HELD_OUT), ask(runtime, None, HELD_OUT)
+    return {
+        "held_out": len(HELD_OUT),
+        "passed": sum(map(CHECKS[name], answers)),
+        "base_passed": sum(map(CHECKS[name], plain)),
+        "mean_words": round(sum(len(a.split()) for a in answers) / len(answers), 1),
+        "base_mean_words": round(sum(len(a.split()) for a in plain) / len(plain), 1),
+        "answers": [{"question": q, "base": p, name: a} for q, p, a in zip(HELD_OUT, plain, answers, strict=True)],
+    }
 
 
 def model_card(name: str, told: dict[str, Any], fingerprint: str) -> str:
@@ -272,9 +203,10 @@ A QLoRA adapter on Guanaco's demo model (SmolLM2-135M-Instruct in NF4 with doubl
 `{fingerprint[:16]}…`, also in the file's metadata). It shows that one base serves several fine-tunes; it knows no more
 than its base, which has 135 million parameters and is often wrong.
 
-- **Made by** `adapters/demo/train.py {name}`, seed {recipe.seed}, on a CPU in minutes: {told["steps"]} steps of
-  {BATCH_SIZE} answers, loss on the assistant's tokens only (last: {told["final_loss"]}). Rank {recipe.rank}, alpha
-  {recipe.alpha} ({scale}), {", ".join(recipe.targets)}; saved as {str(recipe.dtype).removeprefix("torch.")}.
+- **Made by** `guanaco train`, called by `adapters/demo/train.py {name}`, seed {recipe.seed}, on a CPU in minutes:
+  {told["steps"]} steps of
+  {BATCH_SIZE} answers, loss on the assistant's tokens only (last: {told["train_loss"]:.3f}). Rank {recipe.rank}, alpha
+  {recipe.alpha} ({scale}), {", ".join(recipe.targets)}; saved as {recipe.dtype}.
 - **Data**: `answers.txt` in the same folder, written for this project; nothing from elsewhere.
 - **Measured** at temperature 0 on {told["held_out"]} questions that training did not see, by the script itself:
   recognisable in {told["passed"]} of {told["held_out"]} answers (the base: {told["base_passed"]}), {told["mean_words"]}
@@ -293,30 +225,21 @@ def _cell(text: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="+", choices=sorted(RECIPES))
-    parser.add_argument("--cache", type=Path, default=Path("~/.cache/guanaco").expanduser())
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--conversations", type=int)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.use_deterministic_algorithms(True)
-    base = ensure_demo_model(arguments.cache)
-    ops = load_ops("reference", device=torch.device("cpu"), dtype=torch.float32, decoded_weights_bytes=0)
-    fingerprint = load_model(base, ops).fingerprint
     for name in arguments.names:
-        model, tokenizer, told = train(name, base, print)
-        out = save(model, name, fingerprint)
-        with model.disable_adapter():
-            plain = ask(model, tokenizer, HELD_OUT)
-        answers = ask(model, tokenizer, HELD_OUT)
-        told["held_out"] = len(HELD_OUT)
-        told["passed"] = sum(map(CHECKS[name], answers))
-        told["base_passed"] = sum(map(CHECKS[name], plain))
-        told["mean_words"] = round(sum(len(a.split()) for a in answers) / len(answers), 1)
-        told["base_mean_words"] = round(sum(len(a.split()) for a in plain) / len(plain), 1)
-        told["answers"] = [
-            {"question": q, "base": p, name: a} for q, p, a in zip(HELD_OUT, plain, answers, strict=True)
-        ]
-        (out / "README.md").write_text(model_card(name, told, fingerprint))
-        del told["answers"]
+        with tempfile.TemporaryDirectory() as scratch:
+            made = Path(scratch) / name
+            told = train(name, made, arguments.conversations) | measure(name, made)
+            out = arguments.out / name
+            out.mkdir(parents=True, exist_ok=True)
+            for file in ("adapter_config.json", "adapter_model.safetensors"):
+                shutil.copyfile(made / file, out / file)
+        with safe_open(out / "adapter_model.safetensors", framework="pt") as opened:
+            fingerprint = opened.metadata()["guanaco.base_fingerprint"]
+        (out / "README.md").write_text(model_card(name, told, fingerprint), encoding="utf-8")
+        del told["answers"], told["adapter"]
         print(f"{out}: {told}")
 
 

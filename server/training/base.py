@@ -5,6 +5,7 @@ Knows no data and no adapters. Used by `job`.
 
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,15 +73,18 @@ def find_base(settings: Settings, console: Console) -> TrainingBase:
     )
 
 
-def load_frozen(settings: Settings, base: TrainingBase, dtype: Any, console: Console) -> tuple[Any, str]:
+def load_frozen(
+    settings: Settings, base: TrainingBase, dtype: Any, console: Console, device: str = "cpu"
+) -> tuple[Any, str]:
     """(the base as a transformers model whose weights are the served NF4 bytes, its fingerprint).
 
     dtype: torch's, of activations and gradients. Raises ModelError.
     """
-    from guanaco.server.training.quantized import base_fingerprint, load_base
+    from guanaco.server.training.quantized import base_fingerprint, load_base, load_base_on
 
     with reporting(console, "load") as report:
-        model = load_base(
+        load = load_base if device == "cpu" else partial(load_base_on, device)
+        model = load(
             base.path,
             cache_dir=settings.cache_dir if settings.quantized_cache else None,
             dtype=dtype,

@@ -62,6 +62,7 @@ class TrainingRequest:
     skip_refused: bool = False
     save_dtype: str = "float32"
     train_dtype: str = "float32"
+    train_device: str = "cpu"  # or cuda, where there is one
     resume: bool = False
 
 
@@ -152,11 +153,12 @@ def _train(
 ) -> dict[str, Any]:
     recipe, work = prepared.recipe, request.work
     torch.set_num_threads(settings.threads or torch.get_num_threads())
-    torch.use_deterministic_algorithms(True)
+    device = "cuda" if request.train_device == "cuda" and torch.cuda.is_available() else "cpu"
+    torch.use_deterministic_algorithms(device == "cpu")
     dtype = torch.bfloat16 if request.train_dtype == "bfloat16" else torch.float32
-    frozen, fingerprint = load_frozen(settings, base, dtype, console)
+    frozen, fingerprint = load_frozen(settings, base, dtype, console, device)
     checkpoint = _checkpoint(request, prepared.digest(fingerprint, request.train_dtype))
-    for note in _notes(recipe, prepared, getattr(frozen, "guanaco_notes", ())):
+    for note in _notes(request, prepared, device, getattr(frozen, "guanaco_notes", ())):
         console.print(f"note: {note}", markup=False)
     model = make_adapter(frozen, recipe)
     has_eval = bool(prepared.held_out.items)
@@ -165,7 +167,7 @@ def _train(
         watcher = Watcher(work / LOG_NAME, tokens_after, stop, recipe.patience if has_eval else 0, report)
         trainer = AdapterTrainer(
             model=model,
-            args=trainer_arguments(recipe, work, prepared.num_steps, has_eval=has_eval),
+            args=trainer_arguments(recipe, work, prepared.num_steps, has_eval=has_eval, device=device),
             data_collator=collate,
             train_dataset=SequenceList(prepared.train.items, prepared.order),
             eval_dataset=SequenceList(prepared.held_out.items, range(len(prepared.held_out.items)))
@@ -252,9 +254,13 @@ def _profile(base: TrainingBase, prepared: Prepared) -> dict[str, Any] | None:
     return None if base.template_name is None else {"chat_template": base.template_name}
 
 
-def _notes(recipe: Recipe, prepared: Prepared, of_base: tuple[str, ...]) -> list[str]:
-    notes = list(of_base)
-    if recipe.paged_optimizer:
+def _notes(request: TrainingRequest, prepared: Prepared, device: str, of_base: tuple[str, ...]) -> list[str]:
+    notes, recipe = list(of_base), prepared.recipe
+    if device != request.train_device:
+        notes.append("torch finds no GPU here: the training runs on the CPU")
+    if device != "cpu":
+        notes.append("training on a GPU is untested: no GPU was there when it was written")
+    if recipe.paged_optimizer and device == "cpu":
         notes.append("the recipe's paged optimiser needs a GPU: AdamW of torch is used, which computes the same")
     epochs = len(prepared.order) / len(prepared.train.items)
     if recipe.steps and epochs > 10:

@@ -170,8 +170,10 @@ def _linear(model: Any) -> set[str]:
     }
 
 
-def trainer_arguments(recipe: Recipe, work: Path, num_steps: int, *, has_eval: bool) -> Any:
-    """What transformers' Trainer is told. Its order is ours: one long epoch of sequences in sequence."""
+def trainer_arguments(recipe: Recipe, work: Path, num_steps: int, *, has_eval: bool, device: str = "cpu") -> Any:
+    """What transformers' Trainer is told. Its order is ours: one long epoch of sequences in sequence.
+
+    device: `cpu`, or `cuda`, where a recipe may have a paged optimiser."""
     every = recipe.eval_every or min(250, max(1, num_steps // 10))
     save_every = recipe.save_every or every
     keeps_best = has_eval and recipe.keeps_best
@@ -191,7 +193,7 @@ def trainer_arguments(recipe: Recipe, work: Path, num_steps: int, *, has_eval: b
         weight_decay=recipe.weight_decay,
         adam_beta2=recipe.beta2,
         max_grad_norm=recipe.max_grad_norm,
-        optim="adamw_torch",
+        optim="paged_adamw_32bit" if recipe.paged_optimizer and device != "cpu" else "adamw_torch",
         logging_steps=1,
         logging_nan_inf_filter=False,
         eval_strategy="steps" if has_eval else "no",
@@ -208,6 +210,6 @@ def trainer_arguments(recipe: Recipe, work: Path, num_steps: int, *, has_eval: b
         disable_tqdm=True,
         report_to=[],
         seed=recipe.seed,
-        use_cpu=True,
+        use_cpu=device == "cpu",
         bf16=False,
     )

@@ -62,6 +62,9 @@ def train(
     group_by_length: Annotated[bool | None, typer.Option(help="rows of one length together (none: yes)")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="of everything random (none: 0)")] = None,
     train_dtype: Annotated[str, typer.Option(help="of the computation: float32 or bfloat16")] = "float32",
+    train_device: Annotated[
+        str, typer.Option(help="cpu, or cuda (never tried on a GPU; without one it is the CPU, with a note)")
+    ] = "cpu",
     save_dtype: Annotated[str, typer.Option(help="of the adapter: float32, bfloat16 or float16")] = "float32",
     publish: Annotated[
         str | None, typer.Option(metavar="URL", help="a running server that gets the adapter (needs --admin-key)")

@@ -34,6 +34,7 @@ _CHOICES = {
     "train_on": ("answers", "all"),
     "too_long": ("skip", "cut", "refuse"),
     "train_dtype": ("float32", "bfloat16"),
+    "train_device": ("cpu", "cuda"),
     "save_dtype": ("float32", "bfloat16", "float16"),
     "format": ("messages", "alpaca", "sharegpt", "completion", "text", "guanaco"),
 }

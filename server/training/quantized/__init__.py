@@ -1,7 +1,7 @@
 """The base in training: a transformers model whose linear layers read the very NF4 bytes that are served.
 
 Start with `load_base` in `model`; `linear` has the layers and their gradients, `head_loss` the loss over a large
-vocabulary. The room may import kernels, models and
+vocabulary, and `on_gpu` bitsandbytes' layers for a GPU. The room may import kernels, models and
 the extra's libraries (transformers), and no other room of training. The integer products of the server are not used
 here: training multiplies decoded weights in floating point.
 """
@@ -9,5 +9,6 @@ here: training multiplies decoded weights in floating point.
 from guanaco.server.training.quantized.head_loss import HeadLoss
 from guanaco.server.training.quantized.linear import ServedLinear
 from guanaco.server.training.quantized.model import base_fingerprint, load_base
+from guanaco.server.training.quantized.on_gpu import load_base_on
 
-__all__ = ["HeadLoss", "ServedLinear", "base_fingerprint", "load_base"]
+__all__ = ["HeadLoss", "ServedLinear", "base_fingerprint", "load_base", "load_base_on"]

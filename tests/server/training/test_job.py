@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,16 @@ def test_the_loss_is_transformers(settings: Settings, model: Path, request_for: 
     total, count = loop.summed_loss(wrapped, batch)
     theirs = wrapped(**batch).loss
     torch.testing.assert_close(total / count, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_without_a_gpu_a_note_says_what_is_used_instead(settings: Settings, request_for: Request) -> None:
+    request = replace(request_for(recipe="guanaco-2023", epochs=1.0), train_device="cuda")
+    prepared = prepare_data(request, find_base(settings, SILENT))
+    on_cpu, on_gpu = (" ".join(job._notes(request, prepared, device, ())) for device in ("cpu", "cuda"))
+    assert "torch finds no GPU here: the training runs on the CPU" in on_cpu
+    assert "paged optimiser needs a GPU: AdamW of torch" in on_cpu
+    assert "untested" in on_gpu
+    assert "paged" not in on_gpu
 
 
 def test_a_hundred_short_rows_are_forty_steps(settings: Settings, tmp_path: Path) -> None:
