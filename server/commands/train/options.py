@@ -5,6 +5,11 @@ from typing import Annotated
 
 import typer
 
+_Device = Annotated[
+    str, typer.Option(help="cpu, or cuda (never tried on a GPU; without one it is the CPU, with a note)")
+]
+_TooLong = Annotated[str, typer.Option(help="a longer row: skip, cut (whole exchanges at its end) or refuse")]
+
 
 def train(
     ctx: typer.Context,
@@ -41,9 +46,7 @@ def train(
     warmup: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="share of the steps (none: 0.05)")] = None,
     train_on: Annotated[str | None, typer.Option(help="answers, or all tokens (none: answers)")] = None,
     max_length: Annotated[int | None, typer.Option(min=2, help="most tokens of a row (none: 1024)")] = None,
-    too_long: Annotated[
-        str, typer.Option(help="a longer row: skip, cut (whole exchanges at its end) or refuse")
-    ] = "skip",
+    too_long: _TooLong = "skip",
     skip_refused: Annotated[bool, typer.Option("--skip-refused", help="leave faulty rows out, and count them")] = False,
     held_out: Annotated[
         float | None,
@@ -62,9 +65,7 @@ def train(
     group_by_length: Annotated[bool | None, typer.Option(help="rows of one length together (none: yes)")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="of everything random (none: 0)")] = None,
     train_dtype: Annotated[str, typer.Option(help="of the computation: float32 or bfloat16")] = "float32",
-    train_device: Annotated[
-        str, typer.Option(help="cpu, or cuda (never tried on a GPU; without one it is the CPU, with a note)")
-    ] = "cpu",
+    train_device: _Device = "cpu",
     save_dtype: Annotated[str, typer.Option(help="of the adapter: float32, bfloat16 or float16")] = "float32",
     publish: Annotated[
         str | None, typer.Option(metavar="URL", help="a running server that gets the adapter (needs --admin-key)")

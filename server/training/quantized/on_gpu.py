@@ -39,7 +39,7 @@ def load_base_on(device: str, source: Path, *, dtype: torch.dtype, **options: An
 
 
 def _bitsandbytes_model(path: Path, device: str, dtype: torch.dtype) -> Any:
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(
@@ -47,10 +47,10 @@ def _bitsandbytes_model(path: Path, device: str, dtype: torch.dtype) -> Any:
     )
     model.config.use_cache = False
     # A checkpoint brings its own compute dtype, and what is in 16 bits there stays so: all in one dtype here.
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.weight.quant_state.dtype = dtype
-            module.compute_dtype, module.compute_type_is_set = dtype, True
+    linears: list[Any] = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    for module in linears:
+        module.weight.quant_state.dtype = dtype
+        module.compute_dtype, module.compute_type_is_set = dtype, True
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
