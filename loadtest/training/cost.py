@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Computes, and does not measure, the memory and the time of `--recipe guanaco-2023` for the four sizes of LLaMA.
 
-    training_cost.py [--cpu-flops 180e9] [--gpu-flops 312e12] [--cpu-share 0.65] [--gpu-share 0.3]
+    cost.py [--cpu-flops 180e9] [--gpu-flops 312e12] [--cpu-share 0.65] [--gpu-share 0.3]
 
 Memory, in GB: weights of the projections (4 bits and a 16-bit scale for 64 of them), embedding and head (16 bits), the
 adapter (rank 64; four float32 numbers a parameter: itself, its gradient, AdamW's two), and activations of one sequence

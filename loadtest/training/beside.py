@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A fine-tuning job on the demo model through the `openai` client, and what it costs the traffic beside it.
 
-    training_beside.py [--rows 12] [--epochs 8] [--requests 8] [--threads 2] [--train-threads 1] [--transcript FILE]
+    beside.py [--rows 12] [--epochs 8] [--requests 8] [--threads 2] [--train-threads 1] [--transcript FILE]
 
 Starts `guanaco serve` with the demo and its two fine-tunes, and asks them the same questions one after the other: first
 while nothing else happens, then while a job trains. The answers are greedy, so they must be the same ones. Then it
