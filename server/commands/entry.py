@@ -7,13 +7,14 @@ module by the server, which starts trainers.
 import contextlib
 import signal
 
-from guanaco.server.commands.streams import end_interrupted, prepare_streams
+from guanaco.server.commands.streams import end_interrupted, heed_sigterm, prepare_streams
 
 
 def main() -> None:
     """Run the command line. Characters that the terminal's encoding lacks are replaced, and never an error."""
     try:
         prepare_streams()
+        heed_sigterm()
         from guanaco.server.commands.main import main as run
 
         run()

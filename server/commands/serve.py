@@ -16,8 +16,6 @@ import threading
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 from rich.console import Console
 from rich.markup import escape
@@ -39,13 +37,14 @@ from guanaco.server.api.generation.state import ApiState
 from guanaco.server.api.http.access_log import start_logging
 from guanaco.server.api.http.auth import KeyRing
 from guanaco.server.api.loading import answering_while_loading
-from guanaco.server.api.server import EXIT_BY_SIGNAL, bind, serve
+from guanaco.server.api.server import bind, serve
 from guanaco.server.bootstrap.dtypes import name_of
 from guanaco.server.bootstrap.gpu import device_of
 from guanaco.server.bootstrap.machine import memory, resident_bytes
 from guanaco.server.bootstrap.memory_plan import human_bytes
 from guanaco.server.bootstrap.runtime import Base, Runtime, build_runtime
 from guanaco.server.bootstrap.training import training_service
+from guanaco.server.commands.streams import end_at_sigterm
 from guanaco.server.config import Settings
 from guanaco.server.engine.async_engine import AsyncEngine, QueueCaps
 from guanaco.server.errors import CommandError
@@ -87,8 +86,7 @@ def run_server(settings: Settings) -> int:
 
 @contextlib.contextmanager
 def _ending_at_sigterm() -> Iterator[None]:
-    """End the process with one line at a SIGTERM. Without a handler, a process that is the first of its container
-    would ignore the signal, and would be killed after a time-out."""
+    """End the process with one line at a SIGTERM, also where it is the first of its container."""
     if (
         threading.current_thread() is not threading.main_thread()
         or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
@@ -96,11 +94,7 @@ def _ending_at_sigterm() -> Iterator[None]:
         yield
         return
 
-    def end(number: int, _frame: FrameType | None) -> NoReturn:
-        print("guanaco: ended by SIGTERM while the model was loading", file=sys.stderr)
-        raise SystemExit(EXIT_BY_SIGNAL + number)
-
-    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGTERM, end_at_sigterm)
     try:
         yield
     finally:

@@ -10,6 +10,7 @@ import errno
 import os
 import signal
 import sys
+from types import FrameType
 from typing import NoReturn
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT  # as shells report it
@@ -28,6 +29,21 @@ def end_interrupted() -> NoReturn:
     start = "\n" if sys.stderr.isatty() else ""  # the terminal has written ^C
     print(f"{start}guanaco: interrupted", file=sys.stderr)
     raise SystemExit(EXIT_INTERRUPTED) from None
+
+
+def heed_sigterm() -> None:
+    """Let SIGTERM end this process if it is the first of its container: the kernel hides the signal from such a process
+    unless it has a handler, and the container would be killed after a time-out. `serve` drains instead, later."""
+    if os.getpid() == 1:
+        signal.signal(signal.SIGTERM, end_at_sigterm)
+
+
+def end_at_sigterm(number: int, _frame: FrameType | None) -> NoReturn:
+    """A signal handler: end the process at once, with one line. An exception could be lost in a library that is being
+    imported; files that are half-written are removed at the next start, as after a kill."""
+    with contextlib.suppress(OSError):  # standard error may be closed
+        os.write(2, b"guanaco: ended by SIGTERM\n")
+    os._exit(128 + number)
 
 
 def end_unwritable(error: OSError) -> NoReturn:

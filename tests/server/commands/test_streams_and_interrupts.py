@@ -62,6 +62,21 @@ def test_ctrl_c_while_importing_is_one_line() -> None:
     assert done.returncode == 128 + signal.SIGINT
 
 
+def test_the_first_process_of_a_container_heeds_sigterm_while_it_imports() -> None:
+    slow = (
+        "import os, sys, time\nos.getpid = lambda: 1\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'typer': print('importing', flush=True); time.sleep(60)\n"
+        "sys.meta_path.insert(0, Finder())"
+    )
+    process = start("serve", code=slow)
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60) == ("", "guanaco: ended by SIGTERM\n")
+    assert process.returncode == 128 + signal.SIGTERM
+
+
 def test_sigterm_while_the_model_loads_is_one_line() -> None:
     """The first process of a container ignores the signal unless it has a handler."""
     slow = (
@@ -72,7 +87,7 @@ def test_sigterm_while_the_model_loads_is_one_line() -> None:
     process = start("serve", "--port", "0", code=slow)
     assert process.stdout.readline() == "loading\n"
     process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=60) == ("", "guanaco: ended by SIGTERM while the model was loading\n")
+    assert process.communicate(timeout=60) == ("", "guanaco: ended by SIGTERM\n")
     assert process.returncode == 128 + signal.SIGTERM
 
 
