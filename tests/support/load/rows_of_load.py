@@ -86,15 +86,26 @@ def streams_at_once(
 
 
 def overload(
-    *, seconds: float = 60.0, factor: float = 3.0, seqs: int = 8, step_seconds: float = 0.02, tokens: int = 16
+    *,
+    seconds: float = 60.0,
+    factor: float = 3.0,
+    seqs: int = 8,
+    step_seconds: float = 0.02,
+    tokens: int = 16,
+    queue_seconds: float = 0.125,
 ) -> Finding:
     """L4: an open loop at a multiple of the capacity. Accepted requests keep their goals; others are refused at once.
 
-    The capacity is that of a closed loop with all places taken; the queue holds half a second's work.
+    The capacity is that of a closed loop with all places taken. The queue holds `queue_seconds` of the whole server's
+    work. With eight adapters by Zipf that is a second for the most popular one, since adapters take turns.
     """
     finding = Finding("L4", targets={"refusal p99": 100.0})
     rough = seqs / step_seconds / tokens  # requests/s, if a step took its time alone
-    settings = {"max_num_seqs": seqs, "max_queued_requests": max(2, int(rough / 2)), "max_queued_tokens": 1 << 20}
+    settings = {
+        "max_num_seqs": seqs,
+        "max_queued_requests": max(2, int(rough * queue_seconds)),
+        "max_queued_tokens": 1 << 20,
+    }
     with Oracle(adapters=8, slots=8, step_seconds=step_seconds, settings=settings) as oracle:
         plan = oracle.plan(max(40, int(rough * min(5.0, seconds / 2))), rate=float("inf"), tokens=tokens, seed=1)
         closed = run_load(oracle.target(), plan, timeout=120, max_concurrency=seqs)
