@@ -195,6 +195,14 @@ class AdapterRegistry:
             entries = {name: e for name, e in self._snapshot.entries.items() if e.version != version}
             self._swap(entries=entries, broken=broken)
 
+    def restrict(self, name: str, keys: tuple[str, ...]) -> None:
+        """Let only these keys use what a name stands for now, beside the restrictions that it has. Does nothing for an
+        unknown name."""
+        with self._lock:
+            if (entry := self._snapshot.entries.get(name)) is not None:
+                kept = keys if entry.version_keys is None else tuple(key for key in entry.version_keys if key in keys)
+                self._swap(entries={**self._snapshot.entries, name: replace(entry, version_keys=kept)})
+
     def remove(self, name: str) -> AdapterEntry | BrokenEntry:
         """Forget a name; its version goes when its last use ends. Raises AdapterError if the name doesn't exist."""
         with self._lock:

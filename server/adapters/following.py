@@ -96,6 +96,9 @@ class ListFollower:
         try:
             await self._publish(record)
         except AdapterError as error:
+            # What stays must not be open to more keys than the list allows.
+            if entry is not None and (keys := (record.profile or {}).get("allowed_keys")) is not None:
+                self._registry.restrict(record.name, tuple(keys))
             return Behind(record, error.code, str(error))
         return None
 

@@ -237,6 +237,26 @@ def test_a_version_that_cannot_be_read_leaves_what_was_there(
         assert version_of(client, "a") == second
 
 
+def test_a_version_that_cannot_be_read_leaves_no_more_open_than_the_list(
+    fleet: Fleet, one: httpx.Client, two: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = put(one, "a", fleet.one.source("s", 1))["version"]
+    until_serves(two, "a", first)
+    write = SharedRegistry.write
+
+    def write_damaged(self: SharedRegistry, changed: Any) -> Any:
+        shutil.rmtree(self.folder(changed.record("a").version))
+        return write(self, changed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SharedRegistry, "write", write_damaged)
+        put(one, "a", fleet.one.source("s", 2), profile={"allowed_keys": []})
+    until(lambda: state(two)["state"] == "behind")
+    assert version_of(two, "a") is None
+    second = put(one, "a", fleet.one.source("s", 2), profile={})["version"]
+    until_serves(two, "a", second)
+
+
 def test_a_bad_list_leaves_what_was_there(
     fleet: Fleet, one: httpx.Client, two: httpx.Client, caplog: pytest.LogCaptureFixture
 ) -> None:
