@@ -19,6 +19,7 @@ from guanaco.server.bootstrap.machine import look
 from guanaco.server.config import Settings
 from guanaco.server.engine.speculation.costs import TYPICAL, StepCosts
 from guanaco.server.engine.speculation.speculator import MAX_DRAFT_TOKENS, Speculator
+from guanaco.server.engine.speculation.suffix import PastAnswers
 
 logger = logging.getLogger(__name__)
 
@@ -47,16 +48,22 @@ def make_drafting(
     if method == "off" or (method == "auto" and ops.name != "cpu"):
         return None
     if ops.name == "triton":
-        return Speculator(
-            TYPICAL, encode
-        )  # timing would compile a kernel for each row count: minutes, at each new version
+        # Timing would compile a kernel for each row count: minutes, at each new version of Triton.
+        return _speculator(settings, TYPICAL, encode)
     key = _key(settings, ops, fingerprint)
     path = settings.cache_dir / "step-costs" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     costs = _stored(path, key)
     if costs is None:
         costs = measure(run_rows)
         _store(path, key, costs)
-    return Speculator(costs, encode)
+    return _speculator(settings, costs, encode)
+
+
+def _speculator(settings: Settings, costs: StepCosts, encode: Callable[[str], list[int]] | None) -> Speculator:
+    is_suffix = settings.speculation == "suffix"
+    keeps = is_suffix and settings.speculation_memory > 0
+    past = PastAnswers(settings.speculation_memory) if keeps else None
+    return Speculator(costs, encode, weighs_places=is_suffix, past=past)
 
 
 def measure(run_rows: Callable[[int], None], clock: Callable[[], float] = time.perf_counter) -> StepCosts:

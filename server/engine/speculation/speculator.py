@@ -4,7 +4,7 @@ Start here: `drafts` is called once per step with the sequences that may have on
 sequence; `forget` drops it. Called by `step_drafts`, on the scheduler's behalf.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from guanaco.server.engine.speculation.acceptance import FORCED, Acceptance, cla
 from guanaco.server.engine.speculation.costs import TYPICAL, StepCosts
 from guanaco.server.engine.speculation.depth import depths
 from guanaco.server.engine.speculation.lookup import Lookup
+from guanaco.server.engine.speculation.suffix import PastAnswers, SuffixLookup
 
 MAX_DRAFT_TOKENS = 15  # of one sequence in one step: sixteen rows are one tile of the GPU's kernels
 
@@ -29,7 +30,7 @@ class Wish(NamedTuple):
 class _Record:
     """What is known of one open sequence."""
 
-    lookup: Lookup = field(default_factory=Lookup)
+    lookup: Lookup | SuffixLookup
     acceptance: Acceptance = field(default_factory=Acceptance)
     forced_from: int = 0  # the index of the first of `forced`
     forced: list[int] = field(default_factory=list)  # what a grammar's text was expected to be, in the last step
@@ -43,12 +44,32 @@ class _Record:
         self.forced = []
 
 
-class Speculator:
-    """Drafts for all sequences of one engine: text that a grammar forces, else prompt lookup."""
+def namespace_of(sequence: EngineSequence) -> Hashable:
+    """What two requests must have in common for one to be drafted from the other's answer: the tenant (the API key is
+    in its salt), the adapters' versions and their scales."""
+    request = sequence.request
+    return request.cache_salt, tuple((lora.version, lora.scale) for lora in request.loras)
 
-    def __init__(self, costs: StepCosts = TYPICAL, encode: Callable[[str], list[int]] | None = None) -> None:
-        """encode: text → token ids, without control tokens; None: text that grammars force makes no drafts."""
+
+class Speculator:
+    """Drafts for all sequences of one engine: text that a grammar forces, else what an earlier place foretells."""
+
+    def __init__(
+        self,
+        costs: StepCosts = TYPICAL,
+        encode: Callable[[str], list[int]] | None = None,
+        *,
+        weighs_places: bool = False,
+        past: PastAnswers | None = None,
+    ) -> None:
+        """encode: text → token ids, without control tokens; None: text that grammars force makes no drafts.
+
+        weighs_places: `suffix` in place of `lookup`. past: where answers are kept for later ones; None: nowhere.
+        """
+        assert past is None or weighs_places, "only suffix drafts read past answers"
         self.costs = costs
+        self._weighs_places = weighs_places
+        self._past = past
         self._encode = encode
         self._records: dict[int, _Record] = {}  # by arrival number
 
@@ -75,13 +96,20 @@ class Speculator:
     def forget(self, sequence: EngineSequence) -> None:
         """Drop what is known of a sequence that has ended."""
         self._records.pop(sequence.arrival_number, None)
+        if self._past is not None and sequence.request.params.speculation:
+            self._past.add(namespace_of(sequence), sequence.token_ids[sequence.num_prompt_tokens :])
+
+    def _new_record(self, sequence: EngineSequence) -> _Record:
+        if not self._weighs_places:
+            return _Record(Lookup())
+        return _Record(SuffixLookup(() if self._past is None else self._past.of(namespace_of(sequence))))
 
     def _foretold(self, wish: Wish) -> tuple[list[int], list[float]]:
         """(the tokens that may follow, each one's chance if those before it are right)."""
         sequence, most = wish.sequence, min(wish.most, MAX_DRAFT_TOKENS)
         record = self._records.get(sequence.arrival_number)
         if record is None:
-            record = self._records[sequence.arrival_number] = _Record()
+            record = self._records[sequence.arrival_number] = self._new_record(sequence)
         lookup, acceptance = record.lookup, record.acceptance
         for length, is_right in lookup.follow(sequence.token_ids, sequence.num_prompt_tokens):
             acceptance.learn(class_of(length), is_right)

@@ -30,6 +30,7 @@ from guanaco.server.engine.request import (
     Status,
 )
 from guanaco.server.engine.scheduler import Scheduler
+from guanaco.server.engine.speculation import speculator
 from guanaco.server.engine.step_share import StepShare
 from guanaco.server.engine.turns import Turns
 from support.children import environment
@@ -290,6 +291,8 @@ PLANTED = {
     "a rejected token's keys stay": (Scheduler, "_enter", _rejected_tokens_stay),
     "a rejected token is kept": (fake_runner, "verified", _rejected_tokens_are_kept),
     "a rejected token is cached as prefix": (Scheduler, "_enter", _rejected_tokens_are_cached),
+    "another key's suffixes": (speculator, "namespace_of", lambda sequence: sequence.versions),
+    "another version's suffixes": (speculator, "namespace_of", lambda sequence: sequence.request.cache_salt),
     "the blocks of a draft are kept": (BlockManager, "trim", lambda self, sequence, num_tokens: None),
     "drafts beyond the step's tokens": (StepShare, "for_draft", _drafts_without_room),
     "drafts that no flood is charged for": (StepShare, "take_draft", lambda self, sequence, num_tokens: None),

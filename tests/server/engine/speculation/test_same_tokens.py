@@ -134,7 +134,7 @@ class Run:
 
 
 def request(name: str, length: int, loras: tuple[LoraRef, ...] = (), constraint: Any = None, **fields: Any) -> Request:
-    prompt = tuple(Random(length).randrange(3, 300) for _ in range(length))
+    prompt = tuple(Random(length).sample(range(3, 300), length))
     params = SamplingParams(**{"max_tokens": 24, "temperature": 0.0, "seed": 7, **fields})
     return Request(name, prompt, params, loras, constraint=constraint)
 

@@ -40,7 +40,7 @@ def sequence_of(prompt: list[int], output: list[int], number: int = 0) -> Sequen
 
 def test_a_copy_is_drafted_deeper_as_it_goes_on() -> None:
     """One stream at the costs of two cores: a copy of 100 tokens, drafted token by token as it comes."""
-    text = [Random(1).randrange(1000) for _ in range(100)]
+    text = Random(1).sample(range(1000), 100)
     speculator, depths = Speculator(), []
     for done in range(2, 80):
         (draft,) = speculator.drafts([Wish(sequence_of(text, text[:done]), 50)], 1, 0)

@@ -1,0 +1,140 @@
+"""Where a text, or a past answer, goes on like the end of a text: several earlier places are weighed.
+
+Like `lookup`, but of the places that read like the text's end the one with the longest match is taken, and among equal
+ones the token that most of them go on with. Past answers may be searched, too: only those of the same namespace (tenant
+and adapters' versions), which `PastAnswers` keeps apart. Used by `speculator`.
+"""
+
+from collections import Counter, OrderedDict, deque
+from collections.abc import Hashable, Sequence
+
+_SIZE = 3  # tokens that an earlier place must share with the text's end
+_MOST_PLACES = 6  # of one n-gram: the latest ones
+_MOST_COMPARED = 32
+_SHIFT = 24  # token ids are below 2 ** 24
+BYTES_PER_TOKEN = 400  # of a past answer, with its entries in the index: measured with tracemalloc, rounded up
+
+Place = tuple[Sequence[int], int]  # (a text, the index after a place in it)
+
+
+class TextIndex:
+    """The places of n-grams in some texts."""
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self._places: dict[int, deque[Place]] = {}
+
+    def add(self, text: Sequence[int], end: int) -> None:
+        """Enter the n-gram that ends before index `end` of a text. The text may grow, but must not change."""
+        self.num_tokens += 1
+        if end >= _SIZE:
+            self._places.setdefault(_key(text, end), deque(maxlen=_MOST_PLACES)).append((text, end))
+
+    def places(self, token_ids: Sequence[int]) -> Sequence[Place]:
+        """The places after n-grams like the text's last one, the latest last."""
+        return self._places.get(_key(token_ids, len(token_ids)), ()) if len(token_ids) >= _SIZE else ()
+
+
+class SuffixLookup:
+    """The source of one text; its methods are those of `lookup.Lookup`."""
+
+    def __init__(self, past: Sequence[TextIndex] = ()) -> None:
+        """past: indexes of past answers that this text may be continued from."""
+        self.num_seen = 0
+        self.length = 0
+        self._past = past
+        self._own = TextIndex()
+        self._source: Place | None = None
+
+    def follow(self, token_ids: Sequence[int], start: int) -> list[tuple[int, bool]]:
+        """As of `Lookup`. token_ids: always the same list, which grows."""
+        found = []
+        for index in range(self.num_seen, len(token_ids)):
+            if self._source is not None:
+                text, place = self._source
+                is_right = place < len(text) and text[place] == token_ids[index]
+                if index >= start:
+                    found.append((self.length, is_right))
+                self._source, self.length = ((text, place + 1), self.length + 1) if is_right else (None, 0)
+            if self._source is None and index + 1 == len(token_ids) >= start:
+                self._search(token_ids)
+            self._own.add(token_ids, index + 1)
+        self.num_seen = len(token_ids)
+        return found
+
+    def draft(self, token_ids: Sequence[int], most: int) -> list[int]:
+        """As of `Lookup`. A past answer ends where it ended."""
+        if self._source is None:
+            return []
+        text, place = self._source
+        known = list(text[place : place + most])
+        if text is not token_ids or not known:
+            return known
+        return [known[i % (len(token_ids) - place)] for i in range(most)]
+
+    def _search(self, token_ids: Sequence[int]) -> None:
+        """Take the best of all places: by the match's length, then by how many of the longest go on with its token."""
+        found: list[tuple[int, Place]] = []
+        for index in (*self._past, self._own):
+            for text, place in index.places(token_ids):
+                if place < len(text):
+                    found.append((_equal_before(text, place, token_ids), (text, place)))
+        if not found:
+            return
+        longest = max(length for length, _ in found)
+        best = [place for length, place in found if length == longest]
+        votes = Counter(text[index] for text, index in best)
+        token = max(votes, key=votes.__getitem__)
+        self._source = next(place for place in reversed(best) if place[0][place[1]] == token)
+        self.length = longest
+
+
+class PastAnswers:
+    """Answers that have ended, by namespace. Each namespace has a quarter of the memory at most; the namespace that was
+    used the longest ago goes first, and in a namespace the older half of its answers."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._most_tokens = num_bytes // BYTES_PER_TOKEN
+        # namespace → (older answers, newer ones)
+        self._indexes: OrderedDict[Hashable, tuple[TextIndex, TextIndex]] = OrderedDict()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(old.num_tokens + new.num_tokens for old, new in self._indexes.values())
+
+    def of(self, namespace: Hashable) -> Sequence[TextIndex]:
+        """The indexes of a namespace's past answers."""
+        if namespace in self._indexes:
+            self._indexes.move_to_end(namespace)
+        return self._indexes.get(namespace, ())
+
+    def add(self, namespace: Hashable, answer: Sequence[int]) -> None:
+        """Keep an answer. One that is larger than an eighth of the memory is kept in part: its end."""
+        half = self._most_tokens // 8
+        text = tuple(answer[-half:]) if half else ()
+        if len(text) < _SIZE:
+            return
+        old, new = self._indexes.pop(namespace, (TextIndex(), TextIndex()))
+        if new.num_tokens + len(text) > half:
+            old, new = new, TextIndex()
+        for end in range(1, len(text) + 1):
+            new.add(text, end)
+        self._indexes[namespace] = (old, new)
+        while self.num_tokens > self._most_tokens:
+            self._indexes.popitem(last=False)
+
+
+def _key(token_ids: Sequence[int], end: int) -> int:
+    key = 0
+    for token in token_ids[end - _SIZE : end]:
+        key = key << _SHIFT | token
+    return key
+
+
+def _equal_before(text: Sequence[int], place: int, token_ids: Sequence[int]) -> int:
+    """How many tokens before `place` equal the end of `token_ids`, as far as it matters; _SIZE of them do."""
+    length, end = _SIZE, len(token_ids)
+    most = min(place, end, _MOST_COMPARED)
+    while length < most and text[place - 1 - length] == token_ids[end - 1 - length]:
+        length += 1
+    return length
