@@ -167,6 +167,25 @@ def bench_engine(
     )
 
 
+@bench_app.command("rows", cls=OfflineCommand)
+def bench_rows(
+    ctx: typer.Context,
+    most: Annotated[int, typer.Option(min=2, max=256, help="the largest number of rows")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="how often each is timed; the shortest time counts")] = 20,
+    isas: Annotated[
+        str, typer.Option(metavar="NAMES", help="instruction sets in turns, such as avx2,avx512vnni (none: --cpu-isa)")
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON line instead of a table")] = False,
+) -> None:
+    """Time a step by its number of rows: streams, or tokens of a prompt. Names each step that is slower than a larger
+    one."""
+    with undisturbed_imports():
+        from guanaco.server.commands.bench.rows import measure_rows
+    from guanaco.server.commands.setting_options import settings_of
+
+    measure_rows(settings_of(ctx), most=most, rounds=rounds, isas=isas, as_json=as_json)
+
+
 @bench_app.command("kernels", cls=Command)
 def bench_kernels(
     targets: Annotated[str | None, typer.Option(help="only these, such as sm_80,sm_90 (none: all)")] = None,
