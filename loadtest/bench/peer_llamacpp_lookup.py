@@ -56,7 +56,7 @@ def main() -> None:
     plain.close()
     for count in (2, 5, 10):
         drafts = LlamaPromptLookupDecoding(max_ngram_size=2, num_pred_tokens=count)
-        llm = llama_cpp.Llama(args.model, draft_model=drafts, **common)
+        llm = llama_cpp.Llama(args.model, draft_model=drafts, logits_all=True, **common)
         result[f"lookup of {count}"] = round(rate(llm, items), 2)
         llm.close()
     result["best ratio"] = round(max(v for k, v in result.items() if k != "plain") / result["plain"], 3)
