@@ -119,7 +119,7 @@ def through_http(args: argparse.Namespace) -> dict[str, float]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    command = [GUANACO, "serve", "--port", str(port), *model_flags(args)]
+    command = [GUANACO, "serve", "--port", str(port), "--speculation", "off", *model_flags(args)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/tmp")
     try:
         for _ in range(1200):

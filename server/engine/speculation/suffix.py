@@ -12,7 +12,7 @@ _SIZE = 3  # tokens that an earlier place must share with the text's end
 _MOST_PLACES = 6  # of one n-gram: the latest ones
 _MOST_COMPARED = 32
 _SHIFT = 24  # token ids are below 2 ** 24
-BYTES_PER_TOKEN = 400  # of a past answer, with its entries in the index: measured with tracemalloc, rounded up
+BYTES_PER_TOKEN = 400  # of a past answer, with its entries in the index: an estimate, not a measurement
 
 Place = tuple[Sequence[int], int]  # (a text, the index after a place in it)
 
