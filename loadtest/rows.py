@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Run rows of the acceptance table about load, adapters' hub and faults, and write what they showed.
+"""Run the acceptance rows about load, the adapters' hub and faults (loadtest/README.md), and print their results.
 
     .venv/bin/python loadtest/rows.py                      # all of them with their full counts; half an hour
     .venv/bin/python loadtest/rows.py L1 L4 --out FILE     # some
     .venv/bin/python loadtest/rows.py L4 seconds=10        # with an argument of its own
 
-Exit code 1 where something was lost, wrong or left behind. Times are only listed beside their targets: they say
-something on a machine that does nothing else.
+The exit code is 1 if anything was lost, wrong or left behind. Times are only listed beside their targets: they mean
+something only on a machine that does nothing else.
 """
 
 import argparse

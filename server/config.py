@@ -138,7 +138,7 @@ class BatchSettings(BaseModel):
         None, description="most tokens of a step for one adapter's flood; 0: no limit; none: 32 on a CPU with adapters"
     )
     speculation: Literal["auto", "off", "lookup", "suffix"] = Field(
-        "auto", description="guess tokens from the text so far; answers stay the same; auto: lookup on a CPU, else off"
+        "auto", description="guess tokens from the text so far; same answers; auto: lookup with provider cpu, else off"
     )
     speculation_memory: Bytes = Field(0, description="memory for past answers that suffix guesses from; 0: none kept")
     block_size: Annotated[int, Field(ge=1, le=256)] = Field(16, description="token positions per KV block")

@@ -1,8 +1,8 @@
-"""A directory through which several servers of one base share adapters: one list of names, and the versions it names.
+"""A directory through which several servers of one base share adapters: a list of names, and the versions in the list.
 
-`list.json` is replaced as a whole; `versions/<version>` appears complete or not at all. So a reader needs no lock. A
-writer holds the directory's lock while it reads the list, changes it and writes it, so that no change of another server
-is lost. Knows no tensors and no requests. All calls block; `server.adapters.sharing` makes them on a thread.
+A change replaces `list.json` as a whole; a folder `versions/<version>` appears only when it is complete. So a reader
+needs no lock. A writer holds the directory's lock while it reads, changes and writes the list, so no change of another
+server is lost. Knows no tensors and no requests. All calls block; `server.adapters.sharing` makes them on a thread.
 """
 
 import errno
@@ -24,7 +24,7 @@ from guanaco.adapters.versions.store import sync_directory
 from guanaco.models.error_codes import ErrorCode
 
 LIST_NAME = "list.json"
-# A version that the list no longer names stays so long: another server may just be copying it.
+# How long a version stays after its name left the list: another server may just be copying it.
 UNNAMED_SECONDS = 600.0
 _INCOMING = ".incoming-"  # folders that are being filled, or removed
 _TRIES = 4
@@ -65,17 +65,17 @@ class SharedRegistry:
         return self._list
 
     def read_to_change(self) -> SavedList:
-        """As `read`, for a writer: a list that is gone is taken as this server read it last."""
+        """As `read`, for a writer: if the list is gone, returns the list that this server read last."""
         if self._stamp is not None and not self._file.path.exists():
             return self._list
         return self.read()
 
     def folder(self, version: str) -> Path:
-        """Where the files of a version are, if they are."""
+        """The folder of a version; it need not exist."""
         return self._versions / version
 
     def try_lock(self) -> BinaryIO | None:
-        """The lock of all writers, until the file is closed; None if another server has it. Raises AdapterError."""
+        """Lock the list until the returned file is closed; None if another server has the lock. Raises AdapterError."""
         try:
             self._versions.mkdir(parents=True, exist_ok=True)
             file = (self.directory / ".lock").open("ab")
@@ -92,7 +92,7 @@ class SharedRegistry:
         return file
 
     def add_version(self, version: str, source: Path) -> None:
-        """Copy the files in `source` as a version, unless the same files are there. Raises AdapterError."""
+        """Copy the files in `source` as a version, unless it already has the same files. Raises AdapterError."""
         final = self.folder(version)
         try:
             if _refreshed(source, final):
@@ -112,7 +112,7 @@ class SharedRegistry:
             raise self._failed(error) from None
 
     def _put(self, incoming: Path, final: Path) -> None:
-        """Give a folder its name. What has the name is replaced, unless another server has put the same files there."""
+        """Rename a folder to its final name. A folder of this name is replaced, unless it has the same files."""
         for _ in range(_TRIES):
             try:
                 incoming.rename(final)
@@ -154,7 +154,7 @@ class SharedRegistry:
             self._move_away(entry)
 
     def _move_away(self, folder: Path) -> None:
-        """Remove a folder if it is there; its name is free at once."""
+        """Remove a folder if it exists. Its name is free at once."""
         gone = Path(tempfile.mkdtemp(prefix=_INCOMING, dir=self._versions))
         with suppress(FileNotFoundError):
             folder.rename(gone / folder.name)
@@ -171,8 +171,8 @@ def _stamp(file: BinaryIO) -> _Stamp:
 
 
 def _refreshed(source: Path, folder: Path) -> bool:
-    """Whether a folder has the same files. It counts as new from now on, so `write` of another server leaves it
-    alone."""
+    """Whether a folder has the same files. Its time is set to now, so another server's `write` does not delete it as
+    unnamed."""
     try:
         os.utime(folder)
         return all(filecmp.cmp(source / name, folder / name, shallow=False) for name in _FILES)

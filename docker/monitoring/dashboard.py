@@ -1,4 +1,4 @@
-"""Guanaco's Grafana dashboard: the panels as a list here, and the JSON that Grafana reads made of it.
+"""Guanaco's Grafana dashboard: the list of its panels, and a command that writes Grafana's JSON from the list.
 
     python docker/monitoring/dashboard.py     # writes grafana/dashboards/guanaco.json beside this file
 
@@ -20,15 +20,15 @@ STAT_SIZE, GRAPH_SIZE = (4, 4), (8, 8)  # (columns, rows of the grid)
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel. `lines`: its legend → its PromQL; `I` stands for the chosen instances, `R` for the range of a rate."""
+    """One panel. `lines`: legend → PromQL, in the short form that `expression` completes."""
 
     title: str
     unit: str  # Grafana's name of the unit
     lines: dict[str, str]
     about: str
     stacked: bool = False
-    most: float | None = None  # upper end of the axis
-    is_stat: bool = False  # the last value as a number
+    most: float | None = None  # upper end of the axis; None: Grafana chooses
+    is_stat: bool = False  # shows the last value as a number, no graph
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Row:
 
 
 def expression(short: str) -> str:
-    """The PromQL of a line: `I` and `R` are replaced by what Grafana fills in."""
+    """The PromQL of a line: `{I` becomes a filter by the chosen instances, and `[R]` the range of a rate."""
     return short.replace("{I", '{instance=~"$instance"').replace("[R]", "[$__rate_interval]")
 
 
@@ -398,7 +398,7 @@ def dashboard() -> dict[str, Any]:
                     "type": "query",
                     "datasource": DATASOURCE,
                     "query": {"query": "label_values(vllm:num_requests_running, instance)", "refId": "instance"},
-                    "refresh": 2,  # whenever the time range changes
+                    "refresh": 2,  # refresh when the time range changes
                     "includeAll": True,
                     "multi": True,
                     "allValue": ".*",

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""An endpoint picker for Envoy: a twin of the one in the Kubernetes inference gateway, by its published protocol.
+"""An endpoint picker for Envoy. It speaks the protocol of the Kubernetes inference gateway's picker, and is for tests.
 
     PYTHON loadtest/replicas/picker.py --port 9002 --replica 127.0.0.1:8001 --replica 127.0.0.1:8002
 
-PYTHON has envoy_data_plane and aiohttp (docs/replicas.md). Envoy streams each request here (ext_proc, full duplex). The
-picker reads `model` from the body, scores the replicas by their gauges, and answers with the header
-`x-gateway-destination-endpoint`: the best replica, then the others for retries. 503 if none is ready.
+PYTHON is an interpreter with envoy_data_plane and aiohttp (docs/replicas.md). Envoy streams each request to the picker
+(ext_proc, full duplex). The picker reads `model` from the body, scores the replicas by their gauges, and answers with
+the header `x-gateway-destination-endpoint`: the best replica, then the others for retries. It answers 503 if no replica
+is ready.
 """
 
 import argparse
@@ -37,10 +38,10 @@ from envoy_data_plane.envoy.type.v3 import HttpStatus, StatusCode
 from grpclib.server import Server
 
 DESTINATION = "x-gateway-destination-endpoint"
-# The gateway's weights of the queue and of the KV cache. That of adapters is high enough to decide between replicas
-# with the adapter and without, and a tie goes to the shorter queue.
+# The weights of the queue and of the KV cache are the gateway's. The adapters' weight is high enough to decide between
+# replicas with the adapter and without. A tie goes to the shorter queue.
 WEIGHTS = {"lora": 10.0, "queue": 2.0, "kv": 2.0}
-SCRAPE_SECONDS = 0.2  # the gateway's own is 0.05; two cores have other work
+SCRAPE_SECONDS = 0.2  # the gateway scrapes every 0.05 s; here two cores also run the replicas
 _LORA = re.compile(r"^vllm:lora_requests_info\{(.*)\} (\S+)$", re.M)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 
@@ -58,7 +59,7 @@ class Replica:
     picked_resident: int = 0
 
     def read(self, text: str) -> None:
-        """Take over the gauges of one scrape."""
+        """Set the gauges from the text of /metrics."""
         self.waiting, self.kv_used = _gauge(text, "num_requests_waiting"), _gauge(text, "kv_cache_usage_perc")
         newest = max(_LORA.findall(text), key=lambda found: float(found[1]), default=None)
         if newest is not None:  # several label sets may be exposed; the value is the time of the change
@@ -68,7 +69,7 @@ class Replica:
             self.queued = frozenset(filter(None, labels["waiting_lora_adapters"].split(",")))
 
     def lora_score(self, model: str) -> float:
-        """The gateway's LoRA affinity: active, room for one more, waiting, none."""
+        """The gateway's LoRA affinity: 1.0 active, 0.8 a free slot, 0.6 waiting, 0.0 none of these."""
         if model in self.running:
             return 1.0
         if len(self.running) + len(self.queued) < self.max_lora:
@@ -96,7 +97,7 @@ def ranked(replicas: list[Replica], model: str) -> list[Replica]:
 
 
 async def scrape(replica: Replica) -> None:
-    """Read a replica's readiness and gauges, over and over."""
+    """Read a replica's readiness and gauges every SCRAPE_SECONDS, without end."""
     timeout = aiohttp.ClientTimeout(total=2)
     async with aiohttp.ClientSession(f"http://{replica.address}", timeout=timeout) as session:
         while True:

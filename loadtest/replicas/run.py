@@ -3,10 +3,10 @@
 
     .venv/bin/python loadtest/replicas/run.py --env DIR --front envoy-picker --front envoy-ring --front vllm-router
 
-DIR is an environment of its own with the routers (docs/replicas.md says what to install). The demo model on one
-machine, twelve adapters asked for by Zipf's law, short answers. Per front: how many requests found their adapter on the
-device of the replica that answered, what clients saw while a replica went, and whether it caught up. Results go to
-loadtest/results.
+DIR is a Python environment with the routers (docs/replicas.md says what to install). Both replicas serve the demo model
+on this machine. Requests ask twelve adapters by Zipf's law for short answers. The result for each router: the share of
+requests whose adapter was on the device of the replica that answered, the errors that clients saw while a replica was
+away, and whether that replica caught up with the registry. Results go to loadtest/results.
 """
 
 import argparse
@@ -39,7 +39,7 @@ sys.path += [str(HERE.parent / "bench"), str(HERE.parents[1] / "tests" / "import
 GUANACO = str(Path(sys.executable).parent / "guanaco")
 ADMIN = {"Authorization": "Bearer fleet"}
 NUM_ADAPTERS = 12
-SLOTS = 6  # of each replica: two replicas have just room for all, if none is on both
+SLOTS = 6  # of each replica: all adapters just fit if no adapter is on both replicas
 DRAIN_DELAY = 3
 FRONTS = ("envoy-picker", "envoy-ring", "vllm-router")
 _numbers = itertools.count(1)
@@ -52,7 +52,7 @@ def free_port() -> int:
 
 
 def until(holds: Callable[[], bool], seconds: float, what: str) -> float:
-    """Wait until it is so. Returns the seconds that took."""
+    """Wait until `holds` returns true. Returns the seconds that this took."""
     started = time.monotonic()
     while not holds():
         if time.monotonic() - started > seconds:
@@ -251,7 +251,7 @@ def start_front(front: str, work: Path, env: Path, replicas: list[Replica], stac
 
 
 def make_adapters(replicas: list[Replica], work: Path) -> tuple[list[str], list[float]]:
-    """Load twelve adapters on the first replica. Returns their names, and how long the second took to serve each."""
+    """Load twelve adapters on the first replica. Returns their names, and the seconds until the second served each."""
     import torch
     from adapters_scaling import MODULES, _targets
 
@@ -269,7 +269,7 @@ def make_adapters(replicas: list[Replica], work: Path) -> tuple[list[str], list[
 
 
 async def phases(front: str, url: str, replicas: list[Replica], names: list[str], args: argparse.Namespace) -> Any:
-    """Load without a break: steady; one replica drains and comes back; one is killed and comes back; steady."""
+    """The phases under load: steady; one replica drains and restarts; it is killed and restarts; steady."""
     load, stop = Load(url, names, args), asyncio.Event()
     running = asyncio.create_task(load.run(stop))
     result: dict[str, Any] = {}
@@ -319,7 +319,7 @@ async def phases(front: str, url: str, replicas: list[Replica], names: list[str]
 
 
 def _scale(folder: Path, *salt: str) -> None:
-    """Change an adapter a little, so that it is another version."""
+    """Change an adapter's alpha a little, which makes another version."""
     config = json.loads((folder / "adapter_config.json").read_text())
     config["lora_alpha"] = 8 + random.Random("".join(salt)).random()
     (folder / "adapter_config.json").write_text(json.dumps(config))

@@ -1,7 +1,7 @@
-"""Makes this server's names and aliases those of a list that several servers share.
+"""Makes this server's names and aliases equal to a list that several servers share.
 
-What can't be served keeps what it has: the version that the name stood for before, or nothing. Lives on the event loop.
-Called by `sharing`, for one list at a time.
+A name whose new version can't be served keeps its former version, if it had one. Lives on the event loop. Called by
+`sharing`, for one list at a time.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ from guanaco.server.adapters.tiers import AdapterTiers
 
 @dataclass(frozen=True)
 class Behind:
-    """A name that does not stand for what the list says, and why."""
+    """A name that is not served as the list says, and why."""
 
     record: Saved
     code: ErrorCode
@@ -32,7 +32,7 @@ class Behind:
         return {"name": self.record.name, "version": self.record.version, "code": self.code, "message": self.problem}
 
     def as_broken(self) -> BrokenEntry:
-        """The entry that the list asks for, with the history that it can be rolled back to."""
+        """The list's entry as a broken one, with its history, so that the name can be rolled back."""
         record = self.record
         return BrokenEntry(
             record.name,
@@ -59,7 +59,7 @@ class ListFollower:
         on_publish: Callable[[str], None],
         forget: Callable[[str], None],
     ) -> None:
-        """on_publish: called with a version that a name has come to stand for. forget: removes a name."""
+        """on_publish: called with each version that was published. forget: removes a name."""
         self._registry = registry
         self._table = table
         self._sources = sources
@@ -96,7 +96,7 @@ class ListFollower:
         try:
             await self._publish(record)
         except AdapterError as error:
-            # What stays must not be open to more keys than the list allows.
+            # The former version stays, but must not be open to more keys than the list allows.
             if entry is not None and (keys := (record.profile or {}).get("allowed_keys")) is not None:
                 self._registry.restrict(record.name, tuple(keys))
             return Behind(record, error.code, str(error))
@@ -143,7 +143,7 @@ class ListFollower:
         )
 
     def _set_version_keys(self, wanted: SavedList) -> None:
-        """Take over for which keys each version was published, before any of them is served."""
+        """Note the keys for which each version was published, before any version is served."""
         keys = {(name, version): ids for name, version, ids in wanted.version_keys}
         for record in wanted.records:
             of_aliases = frozenset().union(*(alias.versions_of(record.name) for alias in wanted.aliases))

@@ -1,7 +1,7 @@
-"""One list of adapters for several servers: looks for changes of the list, and makes this server's changes in it.
+"""One list of adapters for several servers: applies other servers' changes, and writes this server's changes.
 
-Each change holds the directory's lock, begins with the list as it is, and writes the list before this server serves
-what it says. So the changes of two servers don't lose one another. Lives on the event loop. Used by the manager.
+A change takes the directory's lock, reads the newest list and writes the changed list. Only then does this server serve
+the change. So two servers never overwrite each other's changes. Lives on the event loop. Used by the manager.
 """
 
 import asyncio
@@ -27,15 +27,15 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
-POLL_SECONDS = 0.5  # inotify does not see what other machines write, so the list is looked at
-_RETRY_SECONDS = 5.0  # what could not be served is tried again so often, though the list has not changed
-_STALE_SECONDS = 10.0  # a list that could not be looked at for so long counts as unreadable
-_LOCK_SECONDS = 20.0  # how long a change waits for those of other servers
+POLL_SECONDS = 0.5  # between two reads of the list; inotify does not report what other machines write
+_RETRY_SECONDS = 5.0  # between two tries to serve a name that could not be served, if the list has not changed
+_STALE_SECONDS = 10.0  # a list that was not read for so long counts as unreadable
+_LOCK_SECONDS = 20.0  # how long a change waits for other servers' changes
 _LOCK_POLL_SECONDS = 0.05
 
 
 class Change:
-    """One change of the list, while no other server makes one. Without a shared list it does nothing."""
+    """One change of the list, while this server has the lock. Without a shared list its methods do nothing."""
 
     def __init__(self, shared: SharedRegistry | None, listed: SavedList, run: Callable[..., Awaitable[Any]]) -> None:
         self._shared = shared
@@ -43,8 +43,8 @@ class Change:
         self._run = run
 
     async def publish(self, wanted: Saved, *, again: bool) -> Saved | None:
-        """Enter a name, whose version `Sharing.offer` has copied. again: the version keeps its keys, as in
-        `AdapterRegistry.publish`.
+        """Enter a name in the list. Its version must have been copied by `Sharing.offer`. again: the version keeps its
+        keys, as in `AdapterRegistry.publish`.
 
         Returns the record with its whole history; None without a shared list. Raises AdapterError.
         """
@@ -67,7 +67,7 @@ class Change:
         return wanted
 
     async def remove(self, name: str) -> bool:
-        """Take a name out of the list. Returns whether it was there. Raises AdapterError."""
+        """Remove a name from the list. Returns whether the list had it. Raises AdapterError."""
         if self._shared is None or self._listed.record(name) is None:
             return False
         records = tuple(record for record in self._listed.records if record.name != name)
@@ -134,7 +134,7 @@ class Sharing:
         return "behind" if self._behind else "current"
 
     def public(self) -> dict[str, Any] | None:
-        """How far this server follows, as plain data for JSON; None without a list."""
+        """The state, the generation that is served and the problems, as plain data for JSON; None without a list."""
         if self._shared is None:
             return None
         return {
@@ -146,11 +146,11 @@ class Sharing:
         }
 
     def behind(self, name: str) -> BrokenEntry | None:
-        """What the list says of a name that this server could not follow; None for all others."""
+        """The list's entry of a name that this server could not serve as the list says; None for all other names."""
         return next((one.as_broken() for one in self._behind if one.record.name == name), None)
 
     async def sync(self) -> None:
-        """Apply the list as it is now. A list that can't be read, and names that can't be served, are noted."""
+        """Apply the newest list. An unreadable list and names that can't be served are logged and shown in `public`."""
         if self._shared is None:
             return
         async with self._busy:
@@ -162,14 +162,14 @@ class Sharing:
             await self._apply(listed)
 
     async def offer(self, version: str, folder: Callable[[str], Any]) -> None:
-        """Copy a version to the other servers, before a change names it. folder: says where its files are. Raises
-        AdapterError."""
+        """Copy a version into the shared directory before a change names it. folder: version → the folder of its files.
+        Raises AdapterError."""
         if self._shared is not None:
             await self._run(self._shared.add_version, version, folder(version))
 
     @asynccontextmanager
     async def changing(self) -> AsyncIterator[Change]:
-        """Run one change. It begins when this server has applied the list as it is. Raises AdapterError if the list
+        """Run one change under the lock, after this server has applied the newest list. Raises AdapterError if the list
         can't be changed."""
         if self._shared is None:
             yield Change(None, SavedList(), self._run)

@@ -1,8 +1,8 @@
-"""The port while the model loads: it is open, says that the process lives, and tells everybody else how far it is.
+"""Answers requests while the model loads: liveness, the progress of the load, and 503 for everything else.
 
-`guanaco serve` opens the port with `answering_while_loading` before anything slow happens. A thread of its own answers
-then, because the main one loads. When the model is there, the server of `server.py` takes the same socket over, so that
-no connection is refused in between. Knows no model and no engine.
+`guanaco serve` opens the port with `answering_while_loading` before anything slow happens. A separate thread answers,
+since the main thread loads. When the model is loaded, the server of `server.py` takes over the same socket, so no
+connection is refused in between. Knows no model and no engine.
 """
 
 import asyncio
@@ -26,21 +26,21 @@ from guanaco.server.api.server import BACKLOG, listen
 from guanaco.server.config import Settings
 from guanaco.server.page.files import START
 
-RETRY_SECONDS = 5.0  # what clients are asked to wait
-_PAGE_SECONDS = 2  # after which a browser asks again
-_LAST_ANSWERS_SECONDS = 0.5  # how long connections that are open at the end may take to send their request
+RETRY_SECONDS = 5.0  # Retry-After of the refusals
+_PAGE_SECONDS = 2  # after which the page reloads itself
+_LAST_ANSWERS_SECONDS = 0.5  # how long connections that are open when the load ends may take to send their request
 _END_SECONDS = 5.0
 _MAX_CONNECTIONS = 256  # each has one short answer; the limit of open files has not been raised yet
 
 
 class LoadingProgress:
-    """How far the loading is. Written by the thread that loads, read by the one that answers."""
+    """The progress of the load. Written by the thread that loads, read by the thread that answers."""
 
     def __init__(self) -> None:
         self._now: tuple[str, int | None] = ("start", None)
 
     def report(self, stage: str, done: int, total: int) -> None:
-        """stage: a word for people. total: 0 if it is not known. Both counts are in the same unit, whichever it is."""
+        """stage: its name for people. done, total: in the same unit, of any kind. total: 0 if it is not known."""
         self._now = (stage, min(100, 100 * done // total) if total > 0 else None)
 
     @property
@@ -49,7 +49,7 @@ class LoadingProgress:
 
     @property
     def percent(self) -> int | None:
-        """Of this stage; None: not known."""
+        """The finished part of this stage, 0 to 100; None: not known."""
         return self._now[1]
 
     def __str__(self) -> str:
@@ -58,7 +58,7 @@ class LoadingProgress:
 
 
 class LoadingApp:
-    """The ASGI application of a server without a model. Needs no key: it has nothing to tell but its progress."""
+    """The ASGI application of a server without a model. Needs no key: it answers with nothing but its progress."""
 
     def __init__(self, progress: LoadingProgress, *, has_page: bool) -> None:
         self.progress = progress
@@ -72,7 +72,7 @@ class LoadingApp:
         if response.status_code == 503:
             response.headers["Retry-After"] = str(_PAGE_SECONDS if _is_page(response) else int(RETRY_SECONDS))
         response.headers["Cache-Control"] = "no-store"
-        response.headers["Connection"] = "close"  # the next request is for the server that comes
+        response.headers["Connection"] = "close"  # the next request is for the server that takes over
         await response(scope, receive, send)
 
     def _answer(self, scope: Scope) -> Response:
@@ -98,7 +98,7 @@ def _is_page(response: Response) -> bool:
 
 
 def _page(progress: LoadingProgress) -> Response:
-    """A page that asks again by itself, until the real one answers."""
+    """A page with the progress. It reloads itself until the model is loaded."""
     value = "" if progress.percent is None else f' value="{progress.percent}"'
     text = (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
@@ -111,7 +111,7 @@ def _page(progress: LoadingProgress) -> Response:
 
 
 class _LoadingServer(uvicorn.Server):
-    """uvicorn's server, which at its end answers the connections that it has taken."""
+    """uvicorn's server. Before it ends, it answers the connections that it has accepted."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for server in self.servers:
@@ -125,10 +125,10 @@ class _LoadingServer(uvicorn.Server):
 
 @contextlib.contextmanager
 def answering_while_loading(settings: Settings, sock: socket.socket) -> Iterator[LoadingProgress]:
-    """Listen on `sock` and answer there until the block ends. The socket stays open and goes on listening, so that
-    connections of the next moment wait for the next server.
+    """Listen on `sock` and answer there until the block ends. The socket stays open and goes on listening, so new
+    connections wait for the server that takes over.
 
-    Raises SettingsError if another server took the port.
+    Raises SettingsError if another server has the port.
     """
     listen(sock)
     progress = LoadingProgress()

@@ -1,7 +1,8 @@
 """Speculation without a second model: guesses of a sequence's next tokens, verified in the step that runs anyway.
 
-A guess (a *draft*) is computed as further rows of its sequence. Each row samples with the noise of its own position, as
-without drafts, and a draft token stays while it equals what was sampled: drafts change how many tokens a step gives,
-never which. No clock, no randomness, no tensors. May import the engine's data (`request`, `block_manager`,
+A *draft* is a guess of a sequence's next tokens. Each draft token is computed as one more row of its sequence. Each row
+is sampled with the random number of its own position, as without drafts. Draft tokens are accepted up to the first that
+differs from the sampled token. So drafts change how many tokens a step gives, and never which tokens. This package uses
+no clock, no randomness and no tensors. May import the engine's data (`request`, `block_manager`,
 `step_share`); the scheduler and the model runner import it. Start at `speculator.py`.
 """

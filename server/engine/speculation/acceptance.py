@@ -1,11 +1,11 @@
-"""How likely a source foretells the next token, by the length of its match: a moving average for each sequence."""
+"""How often guesses of the next token are right: a moving average for each sequence, by the length of the match."""
 
 # Matches of 2 to 3 tokens, 4 to 7, 8 to 15, 16 and more; the last class is for tokens that a grammar forces.
 _NUM_CLASSES = 5
 FORCED = _NUM_CLASSES - 1
 _PRIOR = (0.4, 0.6, 0.8, 0.9, 0.9)  # the chances before anything was seen
-_PRIOR_WEIGHT = 4.0  # as so many tokens
-_DECAY = 0.96  # an older token counts so much less than the next
+_PRIOR_WEIGHT = 4.0  # the prior counts as much as this many tokens
+_DECAY = 0.96  # the weight of a token relative to the token after it
 
 
 def class_of(length: int) -> int:
@@ -14,7 +14,7 @@ def class_of(length: int) -> int:
 
 
 class Acceptance:
-    """One sequence's chances. Learns from every token that was foretold, whether or not it was in a draft."""
+    """One sequence's chances that a guess is right. Learns from every guess, whether or not it was in a draft."""
 
     def __init__(self) -> None:
         self._right = [chance * _PRIOR_WEIGHT for chance in _PRIOR]

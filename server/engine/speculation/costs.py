@@ -1,4 +1,4 @@
-"""What a step takes by the number of its rows. Measured when the server starts (`server.bootstrap.step_costs`)."""
+"""The time of a step by its number of rows. Measured when the server starts (`server.bootstrap.step_costs`)."""
 
 from bisect import bisect_left
 from collections.abc import Iterable
@@ -11,8 +11,8 @@ class StepCosts:
     def __init__(self, seconds: Iterable[tuple[int, float]]) -> None:
         """seconds: (rows, seconds of a step), at least two, in any order.
 
-        A measurement can only be disturbed upwards. So a step counts as no slower than a larger one, and as no slower
-        than smaller ones that do the same rows one after another.
+        Disturbances only make a measured time longer. So a step's time is lowered to that of a larger step, and to that
+        of smaller steps that compute the same rows one after another, where one of these is shorter.
         """
         points = sorted(seconds)
         assert len(points) > 1, "a line needs two points"

@@ -1,7 +1,7 @@
-"""How many draft tokens a step should compute: as many as make the most tokens in a second, by measured costs.
+"""How many draft tokens a step should compute: the number with the most expected tokens per second, by measured costs.
 
-A draft token is worth its chance to be right, and costs a row. The chance that all of a draft's first i tokens are
-right only falls with i, so taking the likeliest token next, among all sequences, finds the best division.
+A draft token adds its chance to be right to the expected tokens, and costs one row. The chance that a draft's first i
+tokens are all right falls with i. So the best division is found by adding the likeliest token of all sequences next.
 """
 
 import heapq
@@ -11,17 +11,17 @@ from guanaco.server.engine.speculation.costs import StepCosts
 
 # A step may take this much longer for a sequence that gains nothing from the drafts.
 MOST_SLOWDOWN = 1.05
-# A division must promise this much more tokens in a second than none, since costs and chances are estimates.
+# Drafts must promise this many times the tokens per second of no drafts, since costs and chances are estimates.
 _LEAST_GAIN = 1.03
-_LEAST_CHANCE = 0.05  # a token that is less likely to count is not tried
+_LEAST_CHANCE = 0.05  # a draft token with a smaller chance to be accepted is not tried
 
 
 def depths(chances: Sequence[Sequence[float]], num_rows: int, has_others: bool, costs: StepCosts) -> list[int]:
     """How many draft tokens each sequence gets.
 
     chances: for each sequence with a draft, each token's chance to be right if those before it are. num_rows: the
-    step's rows without drafts. has_others: the step also computes sequences that have no draft. All sequences count: a
-    step of many rows gains little by drafts and is lengthened by each of them, so it gets none.
+    step's rows without drafts. has_others: the step also computes sequences that have no draft. The tokens of all
+    sequences count: drafts gain little in a step of many rows and make it longer, so such a step gets none.
     """
     depth, best = [0] * len(chances), [0] * len(chances)
     gains = [1.0] * len(chances)  # the tokens that each sequence may expect

@@ -1,15 +1,16 @@
 """Where a text repeats itself: the continuation of an earlier place that reads like its end ("prompt lookup").
 
-Follows one request's tokens, prompt and output. It stands at a *source*, the place after an earlier occurrence of the
-latest tokens, and moves on with each token that the source foretold. So it also knows how often such places were right,
-without a draft ever being computed. No knowledge of models or steps. Used by `speculator`.
+Follows the tokens of one request, prompt and output. Its *source* is the index after an earlier occurrence of the
+latest tokens: the token there is the guess for the next one. The source moves on with each token that it predicted. So
+`follow` also tells how often such guesses were right, without computing a draft. Knows no models and no steps. Used by
+`speculator`.
 """
 
 from collections.abc import Sequence
 
-# An earlier place counts from this many equal tokens on. Longer ones are looked for first: they are right more often.
+# Equal tokens that make an earlier place a source. Longer matches are tried first: they are right more often.
 _LONG, _SHORT = 4, 2
-_MOST_COMPARED = 32  # how far a match is measured backwards
+_MOST_COMPARED = 32  # most tokens that the length of a match counts
 _SHIFT = 24  # token ids are below 2 ** 24
 
 
@@ -17,14 +18,14 @@ class Lookup:
     """The source of one text, and the earlier places of its n-grams."""
 
     def __init__(self) -> None:
-        self.num_seen = 0  # tokens that were looked at
-        self.source: int | None = None  # the index that foretells the next token; None: nothing does
-        self.length = 0  # how many tokens before the source equal the text's end, as far as that was measured
+        self.num_seen = 0  # tokens that `follow` has read
+        self.source: int | None = None  # the index of the guess for the next token; None: no guess
+        self.length = 0  # tokens before the source that equal the text's end, as far as they were compared
         self._after: tuple[dict[int, int], dict[int, int]] = {}, {}  # n-gram → the index after its latest place
 
     def follow(self, token_ids: Sequence[int], start: int) -> list[tuple[int, bool]]:
-        """Look at the tokens that are new. Returns for each of them that a source foretold (the match's length, whether
-        it was right), but nothing for tokens before index `start`: those were not sampled."""
+        """Read the new tokens. Returns (the match's length, whether the guess was right) for each new token that had a
+        guess. Tokens before index `start` are left out: they were not sampled."""
         found = []
         for index in range(self.num_seen, len(token_ids)):
             if self.source is not None:
@@ -37,7 +38,7 @@ class Lookup:
         return found
 
     def draft(self, token_ids: Sequence[int], most: int) -> list[int]:
-        """What the source foretells, at most `most` tokens. A source near the end repeats: "abab" goes on "abab"."""
+        """The tokens from the source on, repeated at the text's end ("abab" → "abab"). `most` tokens."""
         if self.source is None:
             return []
         period = len(token_ids) - self.source
@@ -45,7 +46,7 @@ class Lookup:
         return [known[i % period] for i in range(most)]
 
     def _enter(self, token_ids: Sequence[int], end: int, *, is_wanted: bool) -> None:
-        """Remember the n-grams that end before index `end`. is_wanted: first look for the source there."""
+        """Remember the n-grams that end before index `end`. is_wanted: first look for a source for this end."""
         for size, after in zip((_LONG, _SHORT), self._after, strict=True):
             if end < size:
                 continue

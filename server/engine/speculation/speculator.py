@@ -1,4 +1,4 @@
-"""The drafts of each step: what may come next in each sequence, and how much of it is worth its rows.
+"""The drafts of each step: guesses of the next tokens of each sequence, as many as are worth their rows.
 
 Start here: `drafts` is called once per step with the sequences that may have one. Keeps a record for each open
 sequence; `forget` drops it. Called by `step_drafts`, on the scheduler's behalf.
@@ -20,7 +20,7 @@ MAX_DRAFT_TOKENS = 15  # of one sequence in one step: sixteen rows are one tile 
 
 
 class Wish(NamedTuple):
-    """A sequence that may have a draft in this step, and the most tokens of it."""
+    """A sequence that may have a draft in this step, and the most tokens of this draft."""
 
     sequence: EngineSequence
     most: int
@@ -33,10 +33,10 @@ class _Record:
     lookup: Lookup | SuffixLookup
     acceptance: Acceptance = field(default_factory=Acceptance)
     forced_from: int = 0  # the index of the first of `forced`
-    forced: list[int] = field(default_factory=list)  # what a grammar's text was expected to be, in the last step
+    forced: list[int] = field(default_factory=list)  # the tokens of the last step's forced text
 
     def judge_forced(self, token_ids: Sequence[int]) -> None:
-        """Learn how much of `forced` came as it was expected."""
+        """Learn how many tokens of `forced` were right."""
         for expected, token in zip(self.forced, token_ids[self.forced_from :], strict=False):
             self.acceptance.learn(FORCED, expected == token)
             if expected != token:
@@ -45,14 +45,14 @@ class _Record:
 
 
 def namespace_of(sequence: EngineSequence) -> Hashable:
-    """What two requests must have in common for one to be drafted from the other's answer: the tenant (the API key is
-    in its salt), the adapters' versions and their scales."""
+    """One request is drafted from the answer of another only if their namespaces are equal: the cache salt, which
+    contains the API key, the adapters' versions and their scales."""
     request = sequence.request
     return request.cache_salt, tuple((lora.version, lora.scale) for lora in request.loras)
 
 
 class Speculator:
-    """Drafts for all sequences of one engine: text that a grammar forces, else what an earlier place foretells."""
+    """Drafts for all sequences of one engine: text that a grammar forces, or else the tokens after an earlier place."""
 
     def __init__(
         self,
@@ -90,11 +90,11 @@ class Speculator:
 
     @property
     def num_records(self) -> int:
-        """How many open sequences something is known of."""
+        """The number of open sequences with a record."""
         return len(self._records)
 
     def forget(self, sequence: EngineSequence) -> None:
-        """Drop what is known of a sequence that has ended."""
+        """Drop the record of a sequence that has ended. Its answer is added to the past answers, if they are kept."""
         self._records.pop(sequence.arrival_number, None)
         if self._past is not None and sequence.request.params.speculation:
             self._past.add(namespace_of(sequence), sequence.token_ids[sequence.num_prompt_tokens :])
@@ -125,8 +125,8 @@ class Speculator:
         return tokens, [acceptance.chance(class_of(lookup.length + i)) for i in range(len(tokens))]
 
     def _forced(self, constraint: Constraint) -> list[int]:
-        """The text that a grammar forces, as the tokenizer divides it: a model mostly does the same. Only what the
-        grammar's masks let through."""
+        """The tokens of the text that a grammar forces, up to the first that the grammar's mask does not allow. The
+        tokenizer divides the text; a model mostly divides it in the same way."""
         if self._encode is None or not (forced := constraint.forced()):
             return []
         text = forced.decode(errors="ignore")  # the end may be half a character

@@ -1,4 +1,4 @@
-"""Gives the decoding sequences of a step their drafts, from what the step has left. Called by the scheduler."""
+"""Gives drafts to the decoding sequences of a step, within its unused tokens and KV blocks. Called by the scheduler."""
 
 from typing import Protocol
 
@@ -15,7 +15,7 @@ class Drafting(Protocol):
         """The draft of each of `wishes`, at most `most` tokens each."""
 
     def forget(self, sequence: Sequence) -> None:
-        """Drop what is known of a sequence that has ended."""
+        """Drop the record of a sequence that has ended."""
 
 
 def add_drafts(
@@ -26,10 +26,10 @@ def add_drafts(
     num_running: int,
     max_model_len: int,
 ) -> None:
-    """Put drafts into `chosen`: only into tokens and blocks that no sequence of this step has use for.
+    """Add drafts to the sequences in `chosen`. They use only tokens and KV blocks that nothing else of the step needs.
 
-    Called when all else of the step is decided, so drafts preempt nobody and delay no prompt to a later step. One block
-    for each running sequence stays free, as at admission.
+    Called when the rest of the step is decided. So drafts preempt no sequence and delay no prompt to a later step. One
+    block for each running sequence stays free, as at admission.
     """
     wishes = []
     for item in chosen.values():
@@ -51,7 +51,7 @@ def add_drafts(
 
 
 def _most_tokens(item: ScheduledSequence, max_model_len: int) -> int:
-    """The longest draft that a sequence can use: the token after it is sampled, too, and none may be beyond its end."""
+    """The longest draft of a sequence. One more token is sampled after the draft, and it must not exceed the limits."""
     sequence, params = item.sequence, item.sequence.request.params
     if not item.needs_sample or item.num_new_tokens != 1 or not params.speculation:
         return 0

@@ -1,18 +1,18 @@
-"""Where a text, or a past answer, goes on like the end of a text: several earlier places are weighed.
+"""Finds how a text may go on, from several earlier places of the text and of past answers.
 
-Like `lookup`, but of the places that read like the text's end the one with the longest match is taken, and among equal
-ones the token that most of them go on with. Past answers may be searched, too: only those of the same namespace (tenant
-and adapters' versions), which `PastAnswers` keeps apart. Used by `speculator`.
+Like `lookup`, but it compares several places that read like the text's end. It takes the place with the longest match.
+Among equal matches it takes the token that follows most of them. `PastAnswers` keeps past answers apart by namespace
+(API key, adapters' versions and scales), and only those of the same namespace are searched. Used by `speculator`.
 """
 
 from collections import Counter, OrderedDict, deque
 from collections.abc import Hashable, Sequence
 
 _SIZE = 3  # tokens that an earlier place must share with the text's end
-_MOST_PLACES = 6  # of one n-gram: the latest ones
+_MOST_PLACES = 6  # places of one n-gram that are kept: the latest
 _MOST_COMPARED = 32
 _SHIFT = 24  # token ids are below 2 ** 24
-BYTES_PER_TOKEN = 400  # of a past answer, with its entries in the index: an estimate, not a measurement
+BYTES_PER_TOKEN = 400  # memory for a past answer's token with its entries in the index: an estimate, not measured
 
 Place = tuple[Sequence[int], int]  # (a text, the index after a place in it)
 
@@ -25,7 +25,7 @@ class TextIndex:
         self._places: dict[int, deque[Place]] = {}
 
     def add(self, text: Sequence[int], end: int) -> None:
-        """Enter the n-gram that ends before index `end` of a text. The text may grow, but must not change."""
+        """Enter the n-gram that ends before index `end` of a text. The text may grow later, but must not change."""
         self.num_tokens += 1
         if end >= _SIZE:
             self._places.setdefault(_key(text, end), deque(maxlen=_MOST_PLACES)).append((text, end))
@@ -36,10 +36,10 @@ class TextIndex:
 
 
 class SuffixLookup:
-    """The source of one text; its methods are those of `lookup.Lookup`."""
+    """The source of the guesses for one text; has the methods of `lookup.Lookup`."""
 
     def __init__(self, past: Sequence[TextIndex] = ()) -> None:
-        """past: indexes of past answers that this text may be continued from."""
+        """past: indexes of past answers that may be searched too."""
         self.num_seen = 0
         self.length = 0
         self._past = past
@@ -47,7 +47,7 @@ class SuffixLookup:
         self._source: Place | None = None
 
     def follow(self, token_ids: Sequence[int], start: int) -> list[tuple[int, bool]]:
-        """As of `Lookup`. token_ids: always the same list, which grows."""
+        """As `Lookup.follow`. token_ids: the same list at every call, with further tokens."""
         found = []
         for index in range(self.num_seen, len(token_ids)):
             if self._source is not None:
@@ -63,7 +63,7 @@ class SuffixLookup:
         return found
 
     def draft(self, token_ids: Sequence[int], most: int) -> list[int]:
-        """As of `Lookup`. A past answer ends where it ended."""
+        """As `Lookup.draft`. A draft from a past answer ends at the answer's end."""
         if self._source is None:
             return []
         text, place = self._source
@@ -73,7 +73,7 @@ class SuffixLookup:
         return [known[i % (len(token_ids) - place)] for i in range(most)]
 
     def _search(self, token_ids: Sequence[int]) -> None:
-        """Take the best of all places: by the match's length, then by how many of the longest go on with its token."""
+        """Take the best place: the longest match, then the token that follows most of the longest matches."""
         found: list[tuple[int, Place]] = []
         for index in (*self._past, self._own):
             for text, place in index.places(token_ids):
@@ -90,8 +90,8 @@ class SuffixLookup:
 
 
 class PastAnswers:
-    """Answers that have ended, by namespace. Each namespace has a quarter of the memory at most; the namespace that was
-    used the longest ago goes first, and in a namespace the older half of its answers."""
+    """Finished answers, by namespace. A namespace has at most a quarter of the memory; beyond it, the older half of its
+    answers is dropped. If all memory is used, the least recently used namespace is dropped."""
 
     def __init__(self, num_bytes: int) -> None:
         self._most_tokens = num_bytes // BYTES_PER_TOKEN
@@ -109,7 +109,7 @@ class PastAnswers:
         return self._indexes.get(namespace, ())
 
     def add(self, namespace: Hashable, answer: Sequence[int]) -> None:
-        """Keep an answer. One that is larger than an eighth of the memory is kept in part: its end."""
+        """Keep an answer. Of an answer larger than an eighth of the memory only the end is kept."""
         half = self._most_tokens // 8
         text = tuple(answer[-half:]) if half else ()
         if len(text) < _SIZE:
@@ -132,7 +132,7 @@ def _key(token_ids: Sequence[int], end: int) -> int:
 
 
 def _equal_before(text: Sequence[int], place: int, token_ids: Sequence[int]) -> int:
-    """How many tokens before `place` equal the end of `token_ids`, as far as it matters; _SIZE of them do."""
+    """How many tokens before `place` equal the end of `token_ids`: at least _SIZE, counted up to _MOST_COMPARED."""
     length, end = _SIZE, len(token_ids)
     most = min(place, end, _MOST_COMPARED)
     while length < most and text[place - 1 - length] == token_ids[end - 1 - length]:

@@ -1,4 +1,4 @@
-"""Which draft tokens stay: those that equal what was sampled in their place. Called by the model runner."""
+"""Which draft tokens are accepted: those up to the first that differs from its sampled token. For the model runner."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -7,10 +7,10 @@ from guanaco.server.engine.request import SampledToken
 
 
 def verified(draft: tuple[int, ...], drawn: Iterator[SampledToken]) -> SampledToken:
-    """The first of a sequence's drawn tokens, with those after it in `more`, as far as the draft was right.
+    """The first of a sequence's sampled tokens; `more` has the tokens after it, as far as the draft was right.
 
-    drawn: the token of each row, len(draft) + 1 of them, which are taken. A row after a wrong draft token was computed
-    from that token, so its own token (or error) means nothing and is left out.
+    drawn: the sampled token of each row; len(draft) + 1 of them are consumed. A row after a wrong draft token was
+    computed from this wrong token, so its sampled token (or error) is dropped.
     """
     rows = [next(drawn) for _ in range(len(draft) + 1)]
     num_right = 0

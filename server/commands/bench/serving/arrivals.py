@@ -1,4 +1,4 @@
-"""When each request of a load is due, and which model it asks. Everything follows from the seed."""
+"""When each request of a load is due, and which model it asks. The same seed gives the same load."""
 
 import math
 from collections.abc import Sequence
@@ -54,8 +54,8 @@ def arrival_times(
 
     The gaps have a gamma distribution with shape `burstiness` (1: a Poisson process; below 1: bursts, whose coefficient
     of variation is 1 / sqrt(burstiness); infinite: even gaps). They are scaled so that the last request is due at
-    count / rate: the offered rate is then exact in each run, as in `vllm bench serve`. An infinite rate makes all due
-    at once.
+    count / rate: the offered rate is then exact in each run, as in `vllm bench serve`. With an infinite rate all
+    requests are due at once.
     """
     if math.isinf(rate) and ramp is None:
         return [0.0] * count
@@ -71,7 +71,7 @@ def choose_models(
 ) -> list[str]:
     """The model of each of `count` requests.
 
-    zipf: the model at place r (from 1) is asked with weight r ** -zipf; 0 asks all alike. Round robin ignores it.
+    zipf: the model at position r (from 1) has weight r ** -zipf; 0: equal weights. Round robin ignores it.
     """
     if assignment == ROUND_ROBIN:
         return [models[i % len(models)] for i in range(count)]

@@ -1,8 +1,8 @@
-"""One streamed request to an OpenAI-compatible server, and when each piece of its answer came.
+"""One streamed request to an OpenAI-compatible server, with the arrival time of each piece of its answer.
 
-Each request has a connection of its own, so a first token's time includes connecting, as for a client that arrives
-anew. The responses go through httptools' parser. An HTTP library for general use takes longer to read an event than the
-server takes to write it, and the load often runs on the server's machine. Events are decoded when the answer has ended.
+Each request has its own connection, so a first token's time includes connecting, as for a new client. The responses go
+through httptools' parser. An HTTP library for general use takes longer to read an event than the server takes to write
+it, and the load often runs on the server's machine. Events are decoded when the answer has ended.
 """
 
 import asyncio
@@ -46,7 +46,7 @@ class Exchange:
     ended: float = 0.0
     status: int = 0  # 0: no answer
     outcome: Outcome = Outcome.FAILED
-    error: str = ""  # a short name; empty for a complete answer
+    error: str = ""  # a short name of the error; empty for a complete answer
     retry_after: bool = False
     pieces: list[float] = field(default_factory=list)  # when each piece of text came
     text: str = ""
@@ -64,7 +64,7 @@ class Exchange:
 
     @property
     def output_tokens(self) -> int:
-        """Tokens of the answer: by the server's count, or one for each piece where it tells none."""
+        """Tokens of the answer: the server's count, or one for each piece if the server gives no count."""
         return len(self.pieces) if self.completion_tokens is None else self.completion_tokens
 
 
@@ -72,7 +72,7 @@ class Target:
     """A server's address for streamed requests to one path."""
 
     def __init__(self, root: str, path: str, headers: Mapping[str, str], *, insecure: bool = False) -> None:
-        """root: the address without /v1. insecure: any certificate is good."""
+        """root: the address without /v1. insecure: certificates are not checked."""
         parts = urlsplit(root)
         assert parts.hostname is not None
         self.host, self.is_tls = parts.hostname, parts.scheme == "https"
@@ -96,7 +96,7 @@ class Target:
         self._head = "\r\n".join([*lines, "Connection: close", "Content-Length: "]).encode()
 
     async def connect(self, stream: "AnswerStream") -> asyncio.Transport:
-        """A new connection whose answer goes to `stream`. OSError where there is none."""
+        """A new connection; its answer goes to `stream`. Raises OSError if it can't be made."""
         transport, _ = await asyncio.get_running_loop().create_connection(
             lambda: stream, self.host, self.port, ssl=self._tls
         )
@@ -109,12 +109,12 @@ class Target:
 
 
 class AnswerStream(asyncio.Protocol):
-    """Takes one response apart into events with the time of their arrival."""
+    """Parses one response into events with their arrival times."""
 
     def __init__(self) -> None:
         self.status = 0
         self.retry_after = False
-        self.is_whole = False  # the response ended as HTTP says that it ends
+        self.is_whole = False  # the response is complete by the rules of HTTP
         self.events: list[tuple[float, bytes]] = []
         self.error_body = b""
         self.problem = ""
@@ -176,10 +176,10 @@ async def ask(
     timeout: float,
     leave_after: float | None = None,
 ) -> None:
-    """Send one request and fill in the exchange. Nothing that a server does raises an error here.
+    """Send one request and fill in the exchange. No answer of a server raises an error here.
 
     start: the clock at the run's start. timeout: seconds from now on. leave_after: seconds after sending at which we
-    close the connection, wherever the answer is (None: never).
+    close the connection, even in the middle of the answer (None: never).
     """
     data = target.request(body)
     exchange.sent = time.perf_counter() - start
@@ -258,7 +258,7 @@ def _piece(choice: Mapping[str, Any]) -> tuple[str, str | None]:
 
 
 def _missing(reasons: Sequence[str], num_done: int, *, is_whole: bool) -> str:
-    """What a stream without errors lacks; empty if it is whole."""
+    """What is missing in a stream without errors; empty if the stream is whole."""
     if not reasons:
         return "no_finish_reason"
     if len(reasons) > 1:
@@ -282,7 +282,7 @@ def _take_usage(usage: object, exchange: Exchange) -> None:
 
 
 def _name_of(body: bytes, default: str) -> str:
-    """The code or the type of a server's error, as a short name; `default` where there is none."""
+    """The code or the type of a server's error, as a short name; `default` if it has none."""
     try:
         error = orjson.loads(body)["error"]
         name = error.get("code") or error.get("type") if isinstance(error, dict) else None

@@ -26,7 +26,7 @@ def gaps(exchange: Exchange) -> list[float]:
 
 
 def seconds_of(exchange: Exchange, metric: str) -> float:
-    """A whole answer's `metric` in seconds; 0 where it has none, such as the gaps of one piece."""
+    """A whole answer's `metric` in seconds; 0 if it has none, such as gaps in an answer of one piece."""
     first = exchange.first
     assert first is not None, "only whole answers have latencies"
     if metric == "ttft":
@@ -144,8 +144,8 @@ def by_model(run: Run, percentiles: Sequence[float]) -> list[dict[str, Any]]:
 def by_prompt_length(run: Run, percentiles: Sequence[float]) -> list[dict[str, Any]]:
     """A row for each range of prompt lengths in tokens that has whole answers, shortest first.
 
-    `prompt_tokens_per_s` is the median over the answers of prompt tokens by the time to the first piece; `tokens_per_s`
-    that of one stream's further tokens by their time.
+    `prompt_tokens_per_s`: the median over the answers of prompt tokens divided by the time to the first piece.
+    `tokens_per_s`: the median of an answer's further tokens divided by their time.
     """
     whole = [e for e in run.exchanges if e.outcome is Outcome.COMPLETED and e.prompt_tokens]
     rows, low = [], 1
@@ -179,9 +179,10 @@ def tokens_over_time(run: Run) -> tuple[list[float], dict[str, list[float]]]:
 
 
 def knee(results: Sequence[Mapping[str, Any]]) -> int | None:
-    """Index of the run with the most requests/s for each second that a request takes (Kleinrock's power).
+    """Index of the run with the highest quotient of requests/s and mean latency (Kleinrock's power).
 
-    Below it the server has room for more; beyond it each further request mostly waits. None below three runs.
+    At lower rates the server has room for more; at higher rates further requests mostly wait. None for fewer than three
+    runs.
     """
     powers = [r["request_throughput"] / r["mean_e2el_ms"] if r.get("mean_e2el_ms") else 0.0 for r in results]
     return int(np.argmax(powers)) if len(powers) > 2 and max(powers) > 0 else None
@@ -199,7 +200,7 @@ def _most_tokens_in_a_second(whole: Sequence[Exchange]) -> float:
 
 
 def _most_at_once(exchanges: Sequence[Exchange]) -> int:
-    """Most requests on the way at a time; one that ends when another begins is over."""
+    """Most requests in flight at one time. A request that ends at the moment another begins is not counted with it."""
     events = sorted((t, step) for e in exchanges if e.sent is not None for t, step in ((e.sent, 1), (e.ended, -1)))
     now = most = 0
     for _, step in events:

@@ -1,4 +1,4 @@
-"""What `guanaco bench serve` was asked for, checked before anything is sent, and the requests that follow from it."""
+"""The options of `guanaco bench serve`, checked before anything is sent, and the requests that they describe."""
 
 import json
 import math
@@ -76,7 +76,7 @@ class Options:
     as_json: bool = False
 
     def check_all(self) -> None:
-        """CommandError for the first thing that can't be read or does not go together."""
+        """Raises CommandError for the first option that can't be read or contradicts another."""
         if self.backend not in PATHS:
             raise CommandError(f"--backend {self.backend}: there are {' and '.join(PATHS)}")
         if self.endpoint is not None and not self.endpoint.startswith("/"):
@@ -150,7 +150,7 @@ class Options:
         return names
 
     def body_fields(self) -> dict[str, Any]:
-        """What every body has."""
+        """The fields of every request's body."""
         fields: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
         if self.ignore_eos:
             fields["ignore_eos"] = True
@@ -169,7 +169,7 @@ class Options:
         return _pairs(self.metadata, "--metadata")
 
     def target(self, path: str | None = None) -> Target:
-        """Where requests go."""
+        """The server and the path of the requests."""
         root = server_root(self.base_url, "--base-url")
         headers = _pairs(self.header, "--header")
         if self.api_key:
@@ -201,11 +201,11 @@ class Options:
 
 
 class Planner:
-    """Gives the prompts to requests, run after run. A prompt that was sent before gets a number in front, unless
-    --shared-prompts: no prefix cache then helps it."""
+    """Makes the requests of each run. A prompt that was sent before gets a number in front, so that no prefix cache
+    helps; not with --shared-prompts."""
 
     def __init__(self, options: Options, asks: Sequence[Ask], models: Sequence[str]) -> None:
-        """models: what requests may ask for; more than one goes before what the data says."""
+        """models: the models to ask for; if there is more than one, the models in the data are ignored."""
         self._options = options
         self._asks = asks
         self._models = models

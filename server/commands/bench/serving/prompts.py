@@ -1,4 +1,4 @@
-"""What a load asks: conversations of a file or a log, a benchmark's prompts, or made-up words of a given length."""
+"""The prompts of a load: conversations of a file or a log, a benchmark's prompts, or made-up words."""
 
 import json
 import random
@@ -27,7 +27,7 @@ _WORDS = tuple(_TEXT.split())
 
 @dataclass(frozen=True)
 class Ask:
-    """One prompt of the data. None: the load's own option says it."""
+    """One prompt of the data. A field that is None is set by the command's options."""
 
     messages: tuple[tuple[str, str], ...]  # role, content
     output_tokens: int | None = None
@@ -35,7 +35,7 @@ class Ask:
     at: float | None = None  # seconds from the first line of the data
 
     def chat(self, number: int) -> list[dict[str, str]]:
-        """The messages for /v1/chat/completions. number: above 0 it stands in front, so that no cached prefix fits."""
+        """The messages for /v1/chat/completions. number: if above 0, it comes first, so that no cached prefix fits."""
         texts = [_numbered(content, number if i == 0 else 0) for i, (_, content) in enumerate(self.messages)]
         return [{"role": role, "content": text} for (role, _), text in zip(self.messages, texts, strict=True)]
 
@@ -71,7 +71,7 @@ def read_dataset(
 
 
 def made_up(tokens: int, rng: random.Random) -> Ask:
-    """A prompt of about so many tokens: a token for each word. The answer's usage says how many they were."""
+    """A prompt of about so many tokens, one for each word. The usage in the answer has the exact number."""
     return Ask((("user", " ".join(rng.choice(_WORDS) for _ in range(tokens))),))
 
 

@@ -1,6 +1,6 @@
-"""The report of `guanaco bench serve` as one HTML file with pictures: no script, nothing from outside.
+"""The report of `guanaco bench serve` as one HTML file with pictures, without scripts and without links to other files.
 
-Models' names come from a server, so they are escaped as every text is.
+The names of models come from the server, so they are escaped like every text.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ Results = Sequence[Mapping[str, Any]]
 
 
 def html_report(results: Results, runs: Sequence[Run], marks: Mapping[int, str]) -> str:
-    """The report of one run or of a sweep. marks: index of a run → what is special about it."""
+    """The report of one run or of a sweep. marks: index of a run → a remark, such as that it is the knee."""
     first = results[0]
     return page(
         f"Load on {first['model_id']}",
@@ -109,7 +109,7 @@ def _distributions(results: Results, runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _lengths(results: Results, marks: Mapping[int, str]) -> Iterator[str]:
-    """Of the run at the knee, or else of the run that answered the most."""
+    """Figures by prompt length of the run at the knee, or else of the run with the most whole answers."""
     knee = next((results[at] for at, words in marks.items() if "knee" in words), None)
     best = knee or max(results, key=lambda r: r["completed"])
     rows = best["by_prompt_length"]

@@ -26,7 +26,7 @@ ALL_MODELS = "all"
 
 
 def run_serve(options: Options) -> int:
-    """Run all rates and write what was asked for. The exit code: 1 if no request at all got a whole answer."""
+    """Run all rates and write the chosen results. Returns 1 if no request got a whole answer, else 0."""
     options.check_all()
     asks = options.dataset()
     if options.save_result or options.save_detailed or options.report:
@@ -57,7 +57,7 @@ def run_serve(options: Options) -> int:
 
 
 def marks(results: Sequence[Mapping[str, Any]]) -> dict[int, str]:
-    """Index of a run → what is special about it."""
+    """Index of a run → a remark, such as that it is the knee."""
     found: dict[int, list[str]] = {}
     if (at := metrics.knee(results)) is not None:
         found.setdefault(at, []).append("knee")
@@ -67,7 +67,7 @@ def marks(results: Sequence[Mapping[str, Any]]) -> dict[int, str]:
 
 
 def _models(options: Options) -> list[str]:
-    """What requests may ask for. CommandError where the server can't be asked."""
+    """The models to ask for. Raises CommandError if the server does not answer."""
     if options.model is not None:
         return [options.model]
     if options.models is not None and options.models != ALL_MODELS:
@@ -167,7 +167,7 @@ def _result(options: Options, run: Run, rate: float, models: Sequence[str]) -> d
 
 
 def _check_places(options: Options) -> None:
-    """CommandError now, not after the load, where results can't be written."""
+    """Raises CommandError before the load if the results can't be written."""
     if options.result_filename is not None and Path(options.result_filename).name != options.result_filename:
         raise CommandError(
             f"--result-filename {options.result_filename}: a name without a folder; --result-dir has that"

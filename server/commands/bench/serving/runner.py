@@ -21,7 +21,7 @@ from guanaco.server.commands.bench.serving.client import Exchange, Outcome, Targ
 
 @dataclass(frozen=True)
 class Due:
-    """A request of the plan: when it is due, what it asks, and when we leave (None: we read to the end)."""
+    """A request of the plan: when it is due, what it asks, and when the client disconnects (None: at the end)."""
 
     seconds: float
     model: str
@@ -31,7 +31,7 @@ class Due:
 
 @dataclass
 class Run:
-    """What came of a plan. duration: seconds from the start to the last answer's end."""
+    """The result of a plan. duration: seconds from the start to the last answer's end."""
 
     exchanges: list[Exchange]
     duration: float

@@ -20,7 +20,7 @@ LATE_SENDING_MS = 50.0
 def print_run(
     console: Console, result: Mapping[str, Any], metrics: Sequence[str], percentiles: Sequence[float]
 ) -> None:
-    """Counts, throughput and latencies of one run, then what a reader must know before the figures are believed."""
+    """Print counts, throughput and latencies of one run, then warnings about the figures."""
     console.print(
         f"[bold]{escape(rate_words(result))}[/], {result['num_prompts']} requests to {escape(str(result['model_id']))}"
     )
@@ -37,7 +37,7 @@ def print_run(
 
 
 def print_sweep(console: Console, results: Sequence[Mapping[str, Any]], marks: Mapping[int, str]) -> None:
-    """One row for each rate. marks: row → what is special about it."""
+    """One row for each rate. marks: row → a remark, such as that it is the knee."""
     heads = ("rate", "answers/s", "tokens/s", "refused", "cut", "ttft p50", "ttft p99", "itl p99", "good", "")
     table = Table(*heads, box=None, pad_edge=False)
     for i, result in enumerate(results):
@@ -108,7 +108,7 @@ def latency_rows(result: Mapping[str, Any], metrics: Sequence[str], percentiles:
 
 
 def warnings(result: Mapping[str, Any]) -> list[str]:
-    """What makes the figures doubtful."""
+    """Reasons why the figures may be wrong."""
     found = []
     if result["client_cpu_share"] > BUSY_CLIENT and result["duration"] > 1:
         share = f"{100 * result['client_cpu_share']:.0f} %"
