@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from guanaco.adapters.errors import AdapterError
-from guanaco.adapters.versions.aliases import Alias, Revision, Target
+from guanaco.adapters.versions.aliases import MAX_ALIASES, Alias, Revision, Target
 from guanaco.adapters.versions.names import NAME
 from guanaco.adapters.versions.profile import FROM_FILE, GIVEN, KEPT
 from guanaco.adapters.versions.store import sync_directory
@@ -115,7 +115,7 @@ class RegistryFile:
                     ErrorCode.REGISTRY_DAMAGED, f"{self.path} was written by another version; move it away"
                 )
             return parse(content)
-        except (JsonError, KeyError, TypeError, ValueError, AttributeError):
+        except (JsonError, KeyError, TypeError, ValueError, AttributeError, OverflowError):
             raise AdapterError(ErrorCode.REGISTRY_DAMAGED, f"{self.path} is damaged; move it away") from None
 
     def write(
@@ -164,9 +164,19 @@ def _list(content: dict[str, Any]) -> SavedList:
     generation = content.get("generation", 0)
     if type(generation) is not int:
         raise TypeError("a generation is a number")
+    records = tuple(_saved(record) for record in content["adapters"])
+    aliases = tuple(_alias(record) for record in content.get("aliases", []))
+    # Other programs can write this file: a name must not stand for two versions, nor a version lead out of its folder.
+    if any(NAME.fullmatch(record.name) is None for record in records) or len(aliases) > MAX_ALIASES:
+        raise ValueError("no name, or too many")
+    for names in ([record.name for record in records], [alias.name for alias in aliases]):
+        if len(set(names)) != len(names):
+            raise ValueError("a name is there twice")
+    if any(_VERSION.fullmatch(version) is None for one in records for version in (one.version, *one.history)):
+        raise ValueError("a version is a digest")
     return SavedList(
-        records=tuple(_saved(record) for record in content["adapters"]),
-        aliases=tuple(_alias(record) for record in content.get("aliases", [])),
+        records=records,
+        aliases=aliases,
         version_keys=tuple(_version_keys(record) for record in content.get("version_keys", [])),
         generation=generation,
     )

@@ -174,7 +174,8 @@ def _refreshed(source: Path, folder: Path) -> bool:
     """Whether a folder has the same files. Its time is set to now, so another server's `write` does not delete it as
     unnamed."""
     try:
-        os.utime(folder)
+        with suppress(PermissionError):  # the folder may be another user's
+            os.utime(folder)
         return all(filecmp.cmp(source / name, folder / name, shallow=False) for name in _FILES)
     except FileNotFoundError:
         return False

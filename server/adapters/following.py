@@ -11,10 +11,11 @@ from typing import Any
 from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.versions.aliases import AliasTable
 from guanaco.adapters.versions.holds import Holder
+from guanaco.adapters.versions.profile import Profile
 from guanaco.adapters.versions.registry import AdapterEntry, AdapterRegistry, BrokenEntry
 from guanaco.adapters.versions.registry_file import Saved, SavedList
 from guanaco.models.error_codes import ErrorCode
-from guanaco.server.adapters.records import AdapterRecords
+from guanaco.server.adapters.records import AdapterRecords, restriction
 from guanaco.server.adapters.sources import AdapterSources
 from guanaco.server.adapters.tiers import AdapterTiers
 
@@ -26,13 +27,14 @@ class Behind:
     record: Saved
     code: ErrorCode
     problem: str
+    profile: Profile | None  # the list's; if it can't be read, its allowed keys alone
 
     def public(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         return {"name": self.record.name, "version": self.record.version, "code": self.code, "message": self.problem}
 
     def as_broken(self) -> BrokenEntry:
-        """The list's entry as a broken one, with its history, so that the name can be rolled back."""
+        """The list's entry as a broken one, with its history, so that the name can be rolled back, and its profile."""
         record = self.record
         return BrokenEntry(
             record.name,
@@ -41,6 +43,7 @@ class Behind:
             self.code,
             self.problem,
             history=record.history,
+            profile=self.profile,
             profile_from=record.profile_from,
         )
 
@@ -97,10 +100,19 @@ class ListFollower:
             await self._publish(record)
         except AdapterError as error:
             # The former version stays, but must not be open to more keys than the list allows.
-            if entry is not None and (keys := (record.profile or {}).get("allowed_keys")) is not None:
-                self._registry.restrict(record.name, tuple(keys))
-            return Behind(record, error.code, str(error))
+            profile = self._profile(record)
+            if entry is not None and profile is not None and profile.allowed_keys is not None:
+                self._registry.restrict(record.name, profile.allowed_keys)
+            return Behind(record, error.code, str(error), profile)
         return None
+
+    def _profile(self, record: Saved) -> Profile | None:
+        if record.profile is None:
+            return None
+        try:
+            return self._sources.profile(record.profile)
+        except AdapterError:
+            return restriction(record.profile, self._sources.profile)
 
     async def _publish(self, record: Saved) -> None:
         registry, version = self._registry, record.version

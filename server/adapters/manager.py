@@ -29,7 +29,7 @@ from guanaco.server.adapters.probe import EffectProbe
 from guanaco.server.adapters.records import AdapterRecords
 from guanaco.server.adapters.retirement import Retirement
 from guanaco.server.adapters.sharing import Sharing
-from guanaco.server.adapters.sources import ROLLED_BACK, AdapterPolicy, AdapterSources, LoadRequest
+from guanaco.server.adapters.sources import ROLLED_BACK, AdapterPolicy, AdapterSources, LoadRequest, kept_profile
 from guanaco.server.adapters.tiers import AdapterTiers
 from guanaco.server.adapters.view import AdapterView, LoadingEntry
 from guanaco.server.engine.async_engine import AsyncEngine
@@ -124,7 +124,7 @@ class AdapterManager:
         Reads the whole source. Raises AdapterError as `load` does."""
         async with self._locked(name):
             located = await self._sources.locate(source)
-            profile, _ = await self._sources.profile_for(name, located, None)
+            profile, _ = await self._sources.profile_for(name, located, None, self._listed(name))
             adapter = await self._sources.ingest(name, located, keep=False)
             entry = self.registry.resolve(name)
         return entry is not None and entry.version == adapter.version and entry.profile == profile
@@ -234,13 +234,15 @@ class AdapterManager:
         self.registry.check_free(name, replace=wanted.replace)
         self._check_expected(name, expected)
         located = await self._sources.locate(wanted.source)
-        profile, origin = await self._sources.profile_for(name, located, wanted.profile)
+        before = self._listed(name)
+        profile, origin = await self._sources.profile_for(name, located, wanted.profile, before)
         adapter = await self._sources.ingest(name, located)
+        options: dict[str, Any] = {"replace": wanted.replace, "expected": expected}
+        if wanted.profile is None:
+            options["is_current"] = lambda: kept_profile(self._listed(name)) == kept_profile(before)
         try:
             adapter = self._sources.checked(adapter)
-            return await self._publish(
-                name, adapter, located.source, profile, origin, replace=wanted.replace, expected=expected
-            )
+            return await self._publish(name, adapter, located.source, profile, origin, **options)
         finally:
             self.registry.holds.give_back(adapter.version, Holder.LOAD)
 
@@ -256,10 +258,12 @@ class AdapterManager:
         expected: str | None = None,
         again: bool = False,
         history: tuple[str, ...] = (),
+        is_current: Callable[[], bool] = lambda: True,
     ) -> AdapterEntry:
         """Probe the effect of a version that is stored and held. Then let `name` stand for it, or discard it.
 
-        history: the earlier versions of a name that is not loaded, or that is broken.
+        history: the earlier versions of a name that is not loaded, or that is broken. is_current: whether `profile` is
+        still the one to keep, since other servers may have changed it.
         """
         self.registry.stage(adapter)
         try:
@@ -270,6 +274,9 @@ class AdapterManager:
             async with self.sharing.changing() as change:
                 self._check_expected(name, expected)
                 self.registry.check_free(name, replace=replace)
+                if not is_current():
+                    problem = f"another server has changed the profile of {name}; look at it and try again"
+                    raise AdapterError(ErrorCode.REGISTRY_BUSY, problem)
                 history = tuple(earlier for earlier in history if earlier != adapter.version)
                 fields = None if profile is None else profile.public()
                 saved = Saved(name, adapter.version, source, history, effect, fields, origin)
@@ -316,7 +323,7 @@ class AdapterManager:
 
     async def _rollback(self, name: str, version: str | None) -> AdapterEntry:
         await self.sharing.sync()
-        entry = self.sharing.behind(name) or self._entry(name)
+        entry = self._listed(name)
         if entry is None:
             raise adapter_not_found()
         if not entry.history:
@@ -327,19 +334,23 @@ class AdapterManager:
                 ErrorCode.VERSION_MISSING, f"{name} has had no such version, or several; see its history", "version"
             )
         source = f"{ROLLED_BACK}{matching[0][:12]}"
-        origin = FROM_FILE if entry.profile_from == FROM_FILE else KEPT
+        origin, profile = FROM_FILE if entry.profile_from == FROM_FILE else KEPT, entry.profile
+        options: dict[str, Any] = {"replace": True, "history": entry.history, "again": True}
+        options["is_current"] = lambda: (now := self._listed(name)) is not None and now.profile == profile
         self.registry.holds.take(matching[0], Holder.LOAD)
         try:
             adapter = await self._sources.stored(matching[0])
-            return await self._publish(
-                name, adapter, source, entry.profile, origin, replace=True, history=entry.history, again=True
-            )
+            return await self._publish(name, adapter, source, profile, origin, **options)
         finally:
             self.registry.holds.give_back(matching[0], Holder.LOAD)
 
     def _entry(self, name: str) -> AdapterEntry | BrokenEntry | None:
         broken = {entry.name: entry for entry in self.registry.broken()}
         return self.registry.resolve(name) or broken.get(name)
+
+    def _listed(self, name: str) -> AdapterEntry | BrokenEntry | None:
+        """What a name stands for, or should stand for if this server could not follow the shared list."""
+        return self.sharing.behind(name) or self._entry(name)
 
     def _forget(self, name: str) -> None:
         """Remove a name from this server."""

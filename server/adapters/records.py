@@ -86,7 +86,7 @@ class AdapterRecords:
                         str(error),
                         history=record.history,
                         # If the profile itself is at fault, only its list of allowed keys is kept.
-                        profile=_restriction(record.profile or {}, profile)
+                        profile=restriction(record.profile or {}, profile)
                         if error.code == ErrorCode.BAD_PROFILE
                         else profile(record.profile or {}),
                         profile_from=record.profile_from,
@@ -196,7 +196,7 @@ def _versions_of(records: Iterable[Saved], aliases: Iterable[Alias]) -> frozense
     return frozenset(named).union(*(alias.versions for alias in aliases))
 
 
-def _restriction(fields: Mapping[str, Any], parse: Callable[[Mapping[str, Any]], Profile]) -> Profile | None:
+def restriction(fields: Mapping[str, Any], parse: Callable[[Mapping[str, Any]], Profile]) -> Profile | None:
     """The allowed keys of a profile that is otherwise unusable, as a profile of its own; None if it allows all keys. If
     they can't be read either, no key is allowed."""
     if (keys := fields.get("allowed_keys")) is None:

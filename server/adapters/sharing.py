@@ -222,6 +222,7 @@ class Sharing:
                 await self.sync()
             except Exception:
                 logger.exception("the adapter registry could not be followed")
+                self._unreadable = "the list could not be applied; the server's log says why"
 
     async def _run(self, work: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, partial(work, *args, **options))

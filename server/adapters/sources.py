@@ -19,7 +19,7 @@ from guanaco.adapters.errors import AdapterError
 from guanaco.adapters.peft.weights import LoadedAdapter, check_base
 from guanaco.adapters.versions.holds import Holder
 from guanaco.adapters.versions.profile import FROM_FILE, GIVEN, KEPT, Profile, parse_profile, read_profile
-from guanaco.adapters.versions.registry import AdapterRegistry
+from guanaco.adapters.versions.registry import AdapterEntry, AdapterRegistry, BrokenEntry
 from guanaco.adapters.versions.shared_registry import SharedRegistry
 from guanaco.adapters.versions.store import OnStage, VersionStore
 from guanaco.models.error_codes import ErrorCode
@@ -85,6 +85,11 @@ def shown_source(name: str, source: str) -> str:
     path = PurePath(source)
     is_telling = path.is_absolute() or ".." in path.parts or source.startswith("~")
     return (path.name if path.name not in ("", "..") else name) if is_telling else source
+
+
+def kept_profile(entry: AdapterEntry | BrokenEntry | None) -> Profile | None:
+    """The profile that an earlier load gave to a name, and that a further load keeps."""
+    return None if entry is None or entry.profile_from == FROM_FILE else entry.profile
 
 
 class AdapterSources:
@@ -157,17 +162,23 @@ class AdapterSources:
         """The profile in the file beside an adapter; None if there is none."""
         return await self.on_thread(read_profile, at.path, name, self._registry.templates, at.root)
 
-    async def profile_for(self, name: str, at: Located, given: Mapping[str, Any] | None) -> tuple[Profile | None, str]:
-        """The profile of `name` after a load, and where it comes from (GIVEN or FROM_FILE). given: the fields that this
-        load gave."""
+    async def profile_for(
+        self,
+        name: str,
+        at: Located,
+        given: Mapping[str, Any] | None,
+        before: AdapterEntry | BrokenEntry | None,
+    ) -> tuple[Profile | None, str]:
+        """The profile of `name` after a load, and where it comes from (GIVEN, KEPT or FROM_FILE).
+
+        given: the fields that this load gave. before: what the name stands for now.
+        """
         if given is not None:
             return self.profile(given), GIVEN if given else FROM_FILE
         beside = await self.profile_beside(name, at)  # read in any case: a bad one is refused
-        broken = {entry.name: entry for entry in self._registry.broken()}
-        entry = self._registry.resolve(name) or broken.get(name)
-        if entry is None or entry.profile_from == FROM_FILE:
+        if before is None or before.profile_from == FROM_FILE:
             return beside, FROM_FILE
-        return entry.profile, KEPT
+        return kept_profile(before), KEPT
 
     def profile(self, fields: Mapping[str, Any]) -> Profile:
         """The profile of the fields that an operator gave. Raises AdapterError."""

@@ -1,11 +1,14 @@
 """The form in which a scraper gets the series, by its Accept header. A part of `metrics`."""
 
+import re
 from collections.abc import Callable
 from functools import partial
 
 from prometheus_client.exposition import choose_encoder, generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
+
+_BAD_VERSION = re.compile(r"version=(?!\d{1,9}(\.\d{1,9})*\s*([;,]|$))", re.ASCII)  # the library would raise TypeError
 
 
 def encoder(accept: str) -> tuple[Callable[[Collector], bytes], str]:
@@ -15,7 +18,7 @@ def encoder(accept: str) -> tuple[Callable[[Collector], bytes], str]:
     `vllm_…` for `vllm:…` in samples (prometheus/client_python, issue 1177), so that every `vllm:` series is missing.
     All names here are valid under that escaping, so nothing need be escaped.
     """
-    encode, content_type = choose_encoder(accept)
+    encode, content_type = choose_encoder("" if _BAD_VERSION.search(accept) else accept)
     kind, _, rest = content_type.partition(";")
     escaping = rest.partition("escaping=")[2] or openmetrics.UNDERSCORES
     if escaping != openmetrics.UNDERSCORES:

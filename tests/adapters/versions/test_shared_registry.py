@@ -59,6 +59,17 @@ def test_a_damaged_copy_is_replaced_and_an_intact_one_stays(tmp_path: Path, sour
     assert files_of(shared.folder(VERSION)) == files_of(source)
 
 
+def test_a_copy_of_another_user_is_used(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = SharedRegistry(tmp_path / "shared")
+    shared.add_version(VERSION, source)
+
+    def refused(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(shared_registry.os, "utime", refused)
+    shared.add_version(VERSION, source)
+
+
 def test_a_list_is_read_when_it_has_changed_and_not_otherwise(tmp_path: Path) -> None:
     writer, reader = SharedRegistry(tmp_path), SharedRegistry(tmp_path)
     assert reader.read() == SavedList(), "nobody has written one"

@@ -114,6 +114,7 @@ PROMETHEUS_3 += ",text/plain;version=1.0.0;escaping=allow-utf-8;q=0.5,text/plain
     [
         *("", "text/plain", "text/plain; version=1.0.0", PROMETHEUS_2, PROMETHEUS_3, "application/openmetrics-text"),
         "application/openmetrics-text; version=1.0.0; escaping=underscores",
+        *("text/plain; version=new", "text/plain;version=1.x;q=0.5", f"text/plain; version={'1' * 5000}"),
     ],
 )
 def test_every_scraper_gets_the_names_as_they_are(metrics: Metrics, accept: str) -> None:

@@ -34,6 +34,7 @@ STREAMS: dict[str, list[bytes | str]] = {
     "error": [ROLE, TEXTS, b'data: {"error": {"code": "engine_dead"}}\n\n', DONE],
     "failed": [ROLE, TEXTS, chunk({}, "error"), DONE],
     "not json": [ROLE, TEXTS, b"data: {\n\n", END, DONE],
+    "no text": [ROLE, TEXTS, chunk({"content": 5}), END, DONE],
     "reset": [ROLE, TEXTS, "reset"],
     "reset late": [ROLE, TEXTS, END, DONE, "reset"],
 }

@@ -231,6 +231,8 @@ def _read_answer(stream: AnswerStream, exchange: Exchange, start: float) -> None
             _take_usage(event.get("usage"), exchange)
             for choice in event["choices"]:
                 text, reason = _piece(choice)
+                if not isinstance(text, str):
+                    raise TypeError("a piece is text")
                 if text:
                     texts.append(text)
                     exchange.pieces.append(when - start)

@@ -61,6 +61,7 @@ def bench(stub: StreamStub, *arguments: object) -> Result:
         ("error", Outcome.CUT_OFF, "engine_dead"),
         ("failed", Outcome.CUT_OFF, "finish_reason_error"),
         ("not json", Outcome.CUT_OFF, "unreadable_event"),
+        ("no text", Outcome.CUT_OFF, "unreadable_event"),
         ("busy", Outcome.REFUSED, "server_overloaded"),
         ("limited", Outcome.REFUSED, "rate_limit"),
         ("unknown", Outcome.FAILED, "model_not_found"),
