@@ -75,4 +75,6 @@ def generate_once(
                 raise CommandError(f"the engine ended the request: {output.error}")
             shown = output.token_ids[:-1] if output.finish_reason is FinishReason.STOP else output.token_ids
             write_text(detokenizer.append(shown, finished=output.finish_reason is not None))
+            if detokenizer.stop_reason is not None:
+                break  # a step with a draft gives several tokens: those after a stop string are left out
     write_text("\n")

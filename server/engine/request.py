@@ -212,7 +212,7 @@ class SampledToken:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     error: ErrorCode | None = None
     logits: bytes | None = None  # float32 [vocab], if they were asked for
-    # The tokens after this one, one for each draft token that was right. Only the last one may have an error.
+    # The tokens after this one, one for each draft token that was right. None of them has an error.
     more: tuple["SampledToken", ...] = ()
 
 

@@ -40,6 +40,7 @@ class GrammarMatcher:
         self._end_bits = bits_of(sorted(self._ends), vocabulary.num_words)
         self._known_bits = vocabulary.bits_for(kind)
         self._mask = np.zeros(vocabulary.num_words, dtype=np.int32)
+        self._forced = b""  # what is left of the text that `forced` found
 
     def is_end(self, token_id: int) -> bool:
         return token_id in self._ends
@@ -89,11 +90,15 @@ class GrammarMatcher:
 
     def forced(self) -> bytes:
         """The text that must come next, as UTF-8 that may end within a character. Empty if there is a choice."""
+        if self.error is not None or self.is_complete:
+            return b""
         try:
-            return b"" if self.error is not None or self.is_complete else bytes(self._matcher.compute_ff_bytes())
+            if not self._forced:
+                # Looking ahead may reach a limit that the text itself never does: then only the copy is lost.
+                self._forced = bytes(self._matcher.deep_copy().compute_ff_bytes())
         except BaseException:  # a panic of the library is no Exception
             logger.warning("a grammar could not say what it forces", exc_info=True)
-            return b""
+        return self._forced
 
     def _mask_of(self, matcher: Any, row: Bits) -> None:
         """The mask of a matcher's next ids. Does not look whether the library gave up."""
@@ -108,6 +113,8 @@ class GrammarMatcher:
     def accept(self, token_id: int) -> None:
         """Move on by the token that was sampled. It must not be an end token."""
         try:
+            text = self._vocabulary.tokens[token_id]
+            self._forced = self._forced[len(text) :] if text and self._forced.startswith(text) else b""
             if self.error is None and not self._matcher.consume_token(token_id):
                 self._look()
                 self._fail("a token was drawn that may not come", ErrorCode.GRAMMAR_STUCK)

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 _LONG, _SHORT = 4, 2
 _MOST_COMPARED = 32  # most tokens that the length of a match counts
 _SHIFT = 24  # token ids are below 2 ** 24
+# Tokens that one call looks at: a long prompt is entered over several steps, so that no step waits for all of it.
+MOST_AT_ONCE = 4096
 
 
 class Lookup:
@@ -25,21 +27,23 @@ class Lookup:
 
     def follow(self, token_ids: Sequence[int], start: int) -> list[tuple[int, bool]]:
         """Read the new tokens. Returns (the match's length, whether the guess was right) for each new token that had a
-        guess. Tokens before index `start` are left out: they were not sampled."""
+        guess. Tokens before index `start` are left out: they were not sampled. One call reads MOST_AT_ONCE tokens at
+        most; until all are read, there is no draft."""
         found = []
-        for index in range(self.num_seen, len(token_ids)):
+        end = min(len(token_ids), self.num_seen + MOST_AT_ONCE)
+        for index in range(self.num_seen, end):
             if self.source is not None:
                 is_right = token_ids[self.source] == token_ids[index]
                 if index >= start:
                     found.append((self.length, is_right))
                 self.source, self.length = (self.source + 1, self.length + 1) if is_right else (None, 0)
             self._enter(token_ids, index + 1, is_wanted=self.source is None and index + 1 >= start)
-        self.num_seen = len(token_ids)
+        self.num_seen = end
         return found
 
     def draft(self, token_ids: Sequence[int], most: int) -> list[int]:
         """The tokens from the source on, repeated at the text's end ("abab" → "abab"). `most` tokens."""
-        if self.source is None:
+        if self.source is None or self.num_seen < len(token_ids):
             return []
         period = len(token_ids) - self.source
         known = token_ids[self.source : self.source + most]

@@ -18,6 +18,9 @@ from guanaco.server.engine.speculation.suffix import PastAnswers, SuffixLookup
 
 MAX_DRAFT_TOKENS = 15  # of one sequence in one step: sixteen rows are one tile of the GPU's kernels
 
+# A grammar may force a text of any length, and is asked in each step: only so much is divided into tokens.
+_MOST_FORCED_BYTES = 256
+
 
 class Wish(NamedTuple):
     """A sequence that may have a draft in this step, and the most tokens of this draft."""
@@ -129,6 +132,8 @@ class Speculator:
         tokenizer divides the text; a model mostly divides it in the same way."""
         if self._encode is None or not (forced := constraint.forced()):
             return []
-        text = forced.decode(errors="ignore")  # the end may be half a character
+        text = forced[:_MOST_FORCED_BYTES].decode(errors="ignore")  # the end may be half a character
         tokens = self._encode(text) if text else []
+        if len(forced) > _MOST_FORCED_BYTES:
+            tokens = tokens[:-1]  # the whole text may divide the last one otherwise
         return tokens[: constraint.num_allowed(tokens)]

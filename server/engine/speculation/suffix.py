@@ -5,14 +5,16 @@ Among equal matches it takes the token that follows most of them. `PastAnswers` 
 (API key, adapters' versions and scales), and only those of the same namespace are searched. Used by `speculator`.
 """
 
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import Hashable, Sequence
+
+from guanaco.server.engine.speculation.lookup import MOST_AT_ONCE
 
 _SIZE = 3  # tokens that an earlier place must share with the text's end
 _MOST_PLACES = 6  # places of one n-gram that are kept: the latest
 _MOST_COMPARED = 32
 _SHIFT = 24  # token ids are below 2 ** 24
-BYTES_PER_TOKEN = 400  # memory for a past answer's token with its entries in the index: an estimate, not measured
+BYTES_PER_TOKEN = 400  # the most memory for a past answer's token with its entries in the index
 
 Place = tuple[Sequence[int], int]  # (a text, the index after a place in it)
 
@@ -22,13 +24,16 @@ class TextIndex:
 
     def __init__(self) -> None:
         self.num_tokens = 0
-        self._places: dict[int, deque[Place]] = {}
+        self._places: dict[int, list[Place]] = {}  # a deque takes 600 bytes more than a list
 
     def add(self, text: Sequence[int], end: int) -> None:
         """Enter the n-gram that ends before index `end` of a text. The text may grow later, but must not change."""
         self.num_tokens += 1
         if end >= _SIZE:
-            self._places.setdefault(_key(text, end), deque(maxlen=_MOST_PLACES)).append((text, end))
+            places = self._places.setdefault(_key(text, end), [])
+            places.append((text, end))
+            if len(places) > _MOST_PLACES:
+                del places[0]
 
     def places(self, token_ids: Sequence[int]) -> Sequence[Place]:
         """The places after n-grams like the text's last one, the latest last."""
@@ -49,7 +54,8 @@ class SuffixLookup:
     def follow(self, token_ids: Sequence[int], start: int) -> list[tuple[int, bool]]:
         """As `Lookup.follow`. token_ids: the same list at every call, with further tokens."""
         found = []
-        for index in range(self.num_seen, len(token_ids)):
+        end = min(len(token_ids), self.num_seen + MOST_AT_ONCE)
+        for index in range(self.num_seen, end):
             if self._source is not None:
                 text, place = self._source
                 is_right = place < len(text) and text[place] == token_ids[index]
@@ -59,12 +65,12 @@ class SuffixLookup:
             if self._source is None and index + 1 == len(token_ids) >= start:
                 self._search(token_ids)
             self._own.add(token_ids, index + 1)
-        self.num_seen = len(token_ids)
+        self.num_seen = end
         return found
 
     def draft(self, token_ids: Sequence[int], most: int) -> list[int]:
         """As `Lookup.draft`. A draft from a past answer ends at the answer's end."""
-        if self._source is None:
+        if self._source is None or self.num_seen < len(token_ids):
             return []
         text, place = self._source
         known = list(text[place : place + most])

@@ -10,10 +10,13 @@ def verified(draft: tuple[int, ...], drawn: Iterator[SampledToken]) -> SampledTo
     """The first of a sequence's sampled tokens; `more` has the tokens after it, as far as the draft was right.
 
     drawn: the sampled token of each row; len(draft) + 1 of them are consumed. A row after a wrong draft token was
-    computed from this wrong token, so its sampled token (or error) is dropped.
+    computed from this wrong token, so its sampled token (or error) is dropped. A row that failed after a right token is
+    dropped, too: the next step computes it without a draft, and only an error there ends the request.
     """
     rows = [next(drawn) for _ in range(len(draft) + 1)]
     num_right = 0
-    while num_right < len(draft) and rows[num_right].error is None and rows[num_right].token_id == draft[num_right]:
+    while num_right < len(draft) and rows[num_right].token_id == draft[num_right]:
+        if rows[num_right + 1].error is not None:
+            break
         num_right += 1
     return replace(rows[0], more=tuple(rows[1 : num_right + 1])) if num_right else rows[0]

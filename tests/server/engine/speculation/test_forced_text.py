@@ -10,8 +10,9 @@ from guanaco.server.engine.speculation.costs import StepCosts
 from guanaco.server.engine.speculation.speculator import Speculator, Wish
 from guanaco.server.grammars.compiler import GrammarCompiler
 from guanaco.server.grammars.matcher import GrammarMatcher
-from guanaco.server.grammars.spec import json_schema, regex
-from support.grammars.drawing import END, small_vocabulary
+from guanaco.server.grammars.spec import control_token, grammar_of_parts, in_order, json_schema, regex, schema
+from guanaco.server.grammars.vocabulary import Vocabulary
+from support.grammars.drawing import CONTROL, END, NEVER, NUM_IDS, allowed, small_vocabulary, token_bytes
 
 VOCABULARY = small_vocabulary()
 SCHEMA = {
@@ -108,3 +109,50 @@ def test_what_a_model_never_writes_is_soon_not_drafted(compiler: GrammarCompiler
 def test_without_a_tokenizer_nothing_is_forced(compiler: GrammarCompiler) -> None:
     request = Request("r", (1,), SamplingParams(max_tokens=100), constraint=matcher_of(compiler))
     assert Speculator(CHEAP_ROWS).drafts([Wish(Sequence(request, [1]), 15)], 1, 0) == [()]
+
+
+def test_only_the_beginning_of_a_long_forced_text_is_divided(compiler: GrammarCompiler) -> None:
+    """A client may force a text of any length: no step reads all of it."""
+    lengths: list[int] = []
+
+    def counted(text: str) -> list[int]:
+        lengths.append(len(text))
+        return encode(text)
+
+    constraint = compiler.compile(json_schema({"const": "ab" * 2000}, compact=True)).matcher((END,))
+    request = Request("r", (1,), SamplingParams(max_tokens=100), constraint=constraint)
+    (draft,) = Speculator(CHEAP_ROWS, counted).drafts([Wish(Sequence(request, [1]), 15)], 1, 0)
+    assert list(draft) == encode('"' + "ab" * 2000)[:15]
+    assert max(lengths) <= 256
+
+
+def test_asking_for_forced_text_changes_no_mask() -> None:
+    """Control tokens of a call are forced, too: the matcher must still let them through."""
+    marked = Vocabulary.of(token_bytes, NUM_IDS, NEVER, marks=(CONTROL,))
+    own = GrammarCompiler(lambda: marked)
+    grammar = grammar_of_parts(in_order(control_token(CONTROL), schema(SCHEMA, compact=True), control_token(CONTROL)))
+    try:
+        compiled = own.compile(grammar)
+        for answer in ('{"customer":true,"amount":2}', '{"customer":false,"amount":1}'):
+            plain, asked = compiled.matcher((END,)), compiled.matcher((END,))
+            for token in (CONTROL, *encode(answer), CONTROL):
+                asked.forced()
+                assert allowed(asked) == allowed(plain)
+                assert asked.error is None
+                plain.accept(token)
+                asked.accept(token)
+            assert asked.is_complete
+    finally:
+        own.close()
+
+
+def test_forced_text_goes_on_behind_the_tokens_that_came(compiler: GrammarCompiler) -> None:
+    constraint, answer = matcher_of(compiler), '{"customer":true,"amount":2}'
+    written = b""
+    for token in encode(answer):
+        fresh = matcher_of(compiler)
+        for before in encode(written.decode()):
+            fresh.accept(before)
+        assert constraint.forced() == fresh.forced()
+        constraint.accept(token)
+        written += VOCABULARY.tokens[token]

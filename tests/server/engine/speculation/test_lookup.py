@@ -5,7 +5,8 @@ from random import Random
 
 import pytest
 
-from guanaco.server.engine.speculation.lookup import Lookup
+from guanaco.server.engine.speculation.lookup import MOST_AT_ONCE, Lookup
+from guanaco.server.engine.speculation.suffix import SuffixLookup
 
 
 def test_a_copy_is_foretold_from_its_second_token_on() -> None:
@@ -59,3 +60,16 @@ def test_the_source_is_a_place_that_reads_the_same(seed: int) -> None:
             assert lookup.source < len(text)
             assert text[lookup.source - lookup.length : lookup.source] == text[-lookup.length :]
             assert lookup.draft(text, 3)[: len(text) - lookup.source] == text[lookup.source :][:3]
+
+
+@pytest.mark.parametrize("kind", [Lookup, SuffixLookup])
+def test_a_long_prompt_is_entered_over_several_steps(kind: type[Lookup | SuffixLookup]) -> None:
+    """No step waits for all of it, and nothing is drafted from a part of it."""
+    prompt, lookup = list(range(3 * MOST_AT_ONCE)), kind()
+    text = [*prompt, 5, 6, 7]
+    for number in range(1, 4):
+        lookup.follow(text, len(prompt))
+        assert lookup.num_seen == number * MOST_AT_ONCE
+        assert lookup.draft(text, 3) == []
+    lookup.follow(text, len(prompt))
+    assert lookup.draft(text, 3) == [8, 9, 10]

@@ -78,6 +78,15 @@ class Steps:
         self.is_complete = len(self.taken) == self.length
 
 
+class FailsAhead(Steps):
+    """Its masks within a draft fail, as at a limit that a text which nobody wrote may reach."""
+
+    def fill_ahead(self, draft: Sequence[int], rows: Words) -> None:
+        self.num_filled_ahead += 1
+        self.fill(rows[0])
+        rows[1:] = 0
+
+
 class Setting(NamedTuple):
     model: DecoderModel
     registry: AdapterRegistry
@@ -222,6 +231,15 @@ def test_drafts_change_no_token_without_room(setting: Setting, plain: Run) -> No
     run(*everything(setting))
     assert as_clients_see(run) == as_clients_see(plain)
     assert logprobs_of(run) == pytest.approx(logprobs_of(plain), abs=1e-4)
+
+
+@pytest.mark.parametrize("spoil", SPOILS)
+def test_a_failure_within_a_draft_ends_no_request(setting: Setting, spoil: str) -> None:
+    plain = Run(setting)(request("a", 9, constraint=Steps(17)))
+    failing = FailsAhead(17)
+    run = Run(setting, OracleDrafts(plain.answers(), SPOILS[spoil], seed=3))(request("a", 9, constraint=failing))
+    assert failing.num_filled_ahead > 0
+    assert as_clients_see(run) == as_clients_see(plain)
 
 
 def test_right_drafts_save_steps(setting: Setting) -> None:

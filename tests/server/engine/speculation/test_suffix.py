@@ -1,5 +1,6 @@
 """Suffix drafts: the longest match and the most votes; past answers only of the same tenant and adapters."""
 
+import tracemalloc
 from random import Random
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from guanaco.server.engine.request import LoraRef, Request, SamplingParams, Sequence
 from guanaco.server.engine.speculation.costs import StepCosts
 from guanaco.server.engine.speculation.speculator import Speculator, Wish
-from guanaco.server.engine.speculation.suffix import BYTES_PER_TOKEN, PastAnswers, SuffixLookup
+from guanaco.server.engine.speculation.suffix import BYTES_PER_TOKEN, PastAnswers, SuffixLookup, TextIndex
 
 CHEAP_ROWS = StepCosts([(1, 1.0), (100, 1.5)])
 ANSWER = Random(5).sample(range(1000), 60)
@@ -90,3 +91,17 @@ def test_memory_is_limited_and_shared() -> None:
     assert not past.of("key 0")
     assert past.of("key 79")
     assert PastAnswers(100).add("key", ANSWER) is None, "too little memory keeps nothing"
+
+
+def test_an_index_takes_no_more_memory_than_is_counted() -> None:
+    """Random tokens are the worst case: no n-gram occurs twice."""
+    text = Random(3).choices(range(32_000), k=8000)
+    tracemalloc.start()
+    try:
+        index = TextIndex()
+        for end in range(1, len(text) + 1):
+            index.add(text, end)
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert taken < index.num_tokens * BYTES_PER_TOKEN
