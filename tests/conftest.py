@@ -3,6 +3,7 @@
 import atexit
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,12 @@ os.environ["TRITON_INTERPRET"] = "1"
 # bitsandbytes loads Triton, which lists its own leaks on standard error when Python ends. The last thing said is to be
 # pytest's summary, which is out by then; a crash at exit still shows in the exit code.
 atexit.register(lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2))
+
+# nohup ignores SIGHUP, and a shell's background job SIGINT. Children inherit that, and a server keeps to it. A handler
+# that does nothing is as good here, and the children of this process begin with the signal's default.
+for _number in (signal.SIGHUP, signal.SIGINT):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, lambda *_: None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -272,8 +272,6 @@ class Process:
             stderr=log.open("wb"),
             cwd=log.parent,
             env=environment(),
-            # Under nohup, which CI may use, children inherit an ignored SIGHUP, and the server keeps to that.
-            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         )
 
     @functools.cached_property
