@@ -7,21 +7,16 @@ make accept          (or: .venv/bin/python loadtest/accept.py --out loadtest/res
 import argparse
 import datetime
 import json
-import os
 import platform
-import re
 import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+from guanaco.server.bootstrap.machine import look
+
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def _first(pattern: str, path: str) -> str:
-    match = re.search(pattern, Path(path).read_text(), re.MULTILINE) if Path(path).exists() else None
-    return match.group(1).strip() if match else "unknown"
 
 
 def _git(*arguments: str) -> str:
@@ -29,9 +24,9 @@ def _git(*arguments: str) -> str:
 
 
 def _machine() -> str:
-    cpu = _first(r"model name\s*:(.*)", "/proc/cpuinfo")
-    memory = _first(r"MemTotal:(.*)", "/proc/meminfo")
-    return f"{cpu}, {len(os.sched_getaffinity(0))} CPUs, {memory}, Python {platform.python_version()}"
+    machine = look()
+    memory = f"{machine.memory_bytes / 2**30:.1f} GiB"
+    return f"{machine.cpu_name}, {machine.cpu_count} CPUs, {memory}, Python {platform.python_version()}"
 
 
 def _latency_under_attack(path: Path) -> object:

@@ -14,7 +14,6 @@ import datetime
 import json
 import os
 import platform
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tests" / "importable"))
 
+from guanaco.server.bootstrap.machine import look  # noqa: E402
 from support.load import rows_of_faults, rows_of_hub, rows_of_load  # noqa: E402
 
 ROWS = {
@@ -58,12 +58,10 @@ def main() -> int:
         for missed in finding.missed:
             print(f"  beyond its target: {missed}", flush=True)
     if args.out is not None:
-        cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
         conditions = {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": "loadtest/rows.py " + " ".join(sys.argv[1:]),
-            "machine": f"{cpu.group(1) if cpu else 'unknown'}, {len(os.sched_getaffinity(0))} CPUs, "
-            f"Python {platform.python_version()}",
+            "machine": f"{look().cpu_name}, {len(os.sched_getaffinity(0))} CPUs, Python {platform.python_version()}",
             "load average at the end": os.getloadavg()[0],
         }
         args.out.write_text(json.dumps({**conditions, "rows": findings}, indent=1) + "\n")

@@ -32,6 +32,8 @@ from typing import Any
 import httpx
 from http_vs_offline import GUANACO, HERE, stream
 
+from guanaco.server.bootstrap.machine import look
+
 sys.path.append(str(HERE.parents[1] / "tests" / "importable"))
 
 ADMIN = {"Authorization": "Bearer scaling"}
@@ -180,8 +182,7 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def _machine() -> str:
-    cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    return f"{cpu.group(1) if cpu else 'unknown'}, Python {platform.python_version()}"
+    return f"{look().cpu_name}, Python {platform.python_version()}"
 
 
 def plot(path: Path) -> None:

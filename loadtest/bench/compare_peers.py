@@ -21,6 +21,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+from guanaco.server.bootstrap.machine import look
+
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 OURS, WITH_ADAPTERS = "guanaco", "guanaco, an adapter per stream"
@@ -130,11 +132,10 @@ def main() -> int:
         shares = [rate * num_bytes / 1e9 / meter for rate, meter in zip(samples[OURS]["tg1"], read, strict=False)]
         share = round(statistics.median(shares), 3)
         print(f"read bandwidth {read} GB/s; tg1 reads {num_bytes / 1e6:.0f} MB a step: {share:.0%} of it")
-    cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
     result = {
         "date": started.isoformat(timespec="seconds"),
         "command": "compare_peers.py " + shlex.join(sys.argv[1:]),
-        "machine": f"{cpu.group(1) if cpu else 'unknown'}, Python {platform.python_version()}",
+        "machine": f"{look().cpu_name}, Python {platform.python_version()}",
         "threads": args.threads,
         "read_bandwidth_gb_s": read,
         "step_bytes": num_bytes,

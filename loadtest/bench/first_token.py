@@ -27,6 +27,8 @@ import httpx
 from compare_peers import step_bytes
 from http_vs_offline import GUANACO, HERE, stream
 
+from guanaco.server.bootstrap.machine import look
+
 
 def resident_gb(pid: int, field: str) -> float:
     """VmRSS or VmHWM of a process."""
@@ -118,11 +120,10 @@ def main() -> None:
         print(bandwidths[-1], rates[-1], flush=True)
     num_bytes = step_bytes(Path(args.model))
     shares = [rate * num_bytes / 1e9 / bandwidth for rate, bandwidth in zip(rates, bandwidths, strict=True)]
-    cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
     out = {
         "date": began.isoformat(timespec="seconds"),
         "command": "first_token.py " + shlex.join(sys.argv[1:]),
-        "machine": f"{cpu.group(1) if cpu else 'unknown'}, Python {platform.python_version()}",
+        "machine": f"{look().cpu_name}, Python {platform.python_version()}",
         "starts": starts,
         "tg1": rates,
         "read_bandwidth_gb_s": bandwidths,

@@ -15,7 +15,6 @@ import datetime
 import json
 import os
 import platform
-import re
 import shlex
 import statistics
 import subprocess
@@ -28,6 +27,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import uvloop
+
+from guanaco.server.bootstrap.machine import look
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -144,11 +145,10 @@ def main() -> None:
         for name in trees
         if name != THIS
     }
-    cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
     result = {
         "date": started.isoformat(timespec="seconds"),
         "command": "http_events.py " + shlex.join(sys.argv[1:]),
-        "machine": f"{cpu.group(1) if cpu else 'unknown'}, Python {platform.python_version()}",
+        "machine": f"{look().cpu_name}, Python {platform.python_version()}",
         "ratios": ratios,
         "events_per_second": samples,
     }

@@ -26,6 +26,8 @@ from pathlib import Path
 import httpx
 import uvloop
 
+from guanaco.server.bootstrap.machine import look
+
 HERE = Path(__file__).resolve().parent
 GUANACO = str(Path(sys.executable).parent / "guanaco")
 CONTEXT_WORDS = 24
@@ -155,11 +157,10 @@ def main() -> None:
         key: round(statistics.median(a / b for a, b in zip(samples["http"][key], values, strict=True)), 3)
         for key, values in samples["offline"].items()
     }
-    cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
     result = {
         "date": started.isoformat(timespec="seconds"),
         "command": "http_vs_offline.py " + shlex.join(sys.argv[1:]),
-        "machine": f"{cpu.group(1) if cpu else 'unknown'}, Python {platform.python_version()}",
+        "machine": f"{look().cpu_name}, Python {platform.python_version()}",
         "http_over_offline": ratios,
         "samples": samples,
     }
