@@ -65,8 +65,10 @@ class SavedList:
 class RegistryFile:
     """The file `path`, which need not exist yet."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, mode: int = 0o600) -> None:
+        """mode: the file's permissions."""
         self.path = path
+        self._mode = mode
 
     def read_list(self, file: BinaryIO) -> SavedList:
         """All that this file has, from a handle that was opened on it. Raises as `read`, and OSError."""
@@ -142,6 +144,7 @@ class RegistryFile:
         handle, temporary = tempfile.mkstemp(prefix=f".{self.path.name}-", dir=self.path.parent)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
+                os.fchmod(handle, self._mode)
                 file.write(text + "\n")
                 file.flush()
                 os.fsync(file.fileno())

@@ -37,7 +37,7 @@ class SharedRegistry:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._file = RegistryFile(directory / LIST_NAME)
+        self._file = RegistryFile(directory / LIST_NAME, mode=0o644)  # servers may run as other users
         self._versions = directory / "versions"
         self._stamp: _Stamp | None = None  # of the list that was read last
         self._list = SavedList()
@@ -137,7 +137,6 @@ class SharedRegistry:
         changed = replace(changed, generation=changed.generation + 1)
         try:
             self._file.write_list(changed)
-            self._file.path.chmod(0o644)  # servers may run as other users
             with self._file.path.open("rb") as file:
                 self._list, self._stamp = changed, _stamp(file)
                 now = os.fstat(file.fileno()).st_mtime  # by the clock of the directory's server

@@ -50,44 +50,26 @@ def _percentiles(series: str, *, labels: str = "", of: Sequence[float] = (0.5, 0
 
 
 def _share(part: str, whole: str) -> str:
-    return f"sum({part}) / sum({whole})"
+    return f"sum(rate({part}{{I}}[R])) / sum(rate({whole}{{I}}[R]))"
 
 
+def _number(title: str, unit: str, short: str, about: str) -> Panel:
+    """A panel that shows the last value of one expression."""
+    return Panel(title, unit, {"": short}, about, is_stat=True)
+
+
+_FIRING = 'count(ALERTS{alertname=~"Guanaco.*", alertstate="firing"}) or vector(0)'
+_FIRST_P90 = _percentiles("vllm:time_to_first_token_seconds", of=(0.9,))["p90"]
+_NEXT_P90 = _percentiles("vllm:inter_token_latency_seconds", of=(0.9,))["p90"]
 NOW = Row(
     "Now",
     (
-        Panel(
-            "Alerts",
-            "short",
-            {"": 'count(ALERTS{alertname=~"Guanaco.*", alertstate="firing"}) or vector(0)'},
-            "Alerts of alerts.yml that fire.",
-            is_stat=True,
-        ),
-        Panel("Servers", "short", {"": "count(vllm:num_requests_running{I})"}, "Servers that answer.", is_stat=True),
-        Panel(
-            "Requests",
-            "reqps",
-            {"": "sum(rate(vllm:request_success_total{I}[R]))"},
-            "Requests that ended, in any way.",
-            is_stat=True,
-        ),
-        Panel(
-            "Tokens out", "short", {"": "sum(rate(vllm:generation_tokens_total{I}[R]))"}, "Per second.", is_stat=True
-        ),
-        Panel(
-            "First token, p90",
-            "s",
-            {"": _percentiles("vllm:time_to_first_token_seconds", of=(0.9,))["p90"]},
-            "Nine of ten requests had their first token within this time.",
-            is_stat=True,
-        ),
-        Panel(
-            "Next token, p90",
-            "s",
-            {"": _percentiles("vllm:inter_token_latency_seconds", of=(0.9,))["p90"]},
-            "Nine of ten tokens came within this time after the previous one.",
-            is_stat=True,
-        ),
+        _number("Alerts", "short", _FIRING, "Alerts of alerts.yml that fire."),
+        _number("Servers", "short", "count(vllm:num_requests_running{I})", "Servers that answer."),
+        _number("Requests", "reqps", "sum(rate(vllm:request_success_total{I}[R]))", "Requests that ended, in any way."),
+        _number("Tokens out", "short", "sum(rate(vllm:generation_tokens_total{I}[R]))", "Per second."),
+        _number("First token, p90", "s", _FIRST_P90, "Nine of ten requests had their first token within this time."),
+        _number("Next token, p90", "s", _NEXT_P90, "Nine of ten tokens came within this time after the previous one."),
     ),
 )
 
@@ -188,7 +170,7 @@ ENGINE = Row(
         Panel(
             "Prefix cache",
             "percentunit",
-            {"hits": _share("rate(vllm:prefix_cache_hits_total{I}[R])", "rate(vllm:prefix_cache_queries_total{I}[R])")},
+            {"hits": _share("vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total")},
             "Share of prompt tokens that were found in the cache.",
             most=1,
         ),
@@ -197,8 +179,7 @@ ENGINE = Row(
             "percentunit",
             {
                 "accepted": _share(
-                    "rate(vllm:spec_decode_num_accepted_tokens_total{I}[R])",
-                    "rate(vllm:spec_decode_num_draft_tokens_total{I}[R])",
+                    "vllm:spec_decode_num_accepted_tokens_total", "vllm:spec_decode_num_draft_tokens_total"
                 )
             },
             "Share of guessed tokens that the model would have chosen too. Empty where --speculation is off.",

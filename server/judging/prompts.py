@@ -75,7 +75,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 
     Known beside them: `id` (or `question_id`), `category`, `language` (or `lang`), `reference` (or `output`).
     """
-    return _parse(_bytes(path), str(path))
+    return _parse(read_bytes(path), str(path))
 
 
 def read_benchmark(name: str, path: Path | None) -> list[Prompt]:
@@ -88,7 +88,7 @@ def read_benchmark(name: str, path: Path | None) -> list[Prompt]:
             f"the {name} prompts do not come with guanaco: name a copy with --benchmark-file PATH (or a pinned hub "
             f"revision, ORG/NAME@COMMIT/FILE). The released file is {benchmark.home}; its SHA-256 is {benchmark.sha256}"
         )
-    data = _bytes(path)
+    data = read_bytes(path)
     found = hashlib.sha256(data).hexdigest()
     if found != benchmark.sha256:
         raise CommandError(
@@ -112,7 +112,8 @@ def hash_of(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _bytes(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
+    """A file of prompts, MAX_BYTES at most. Raises CommandError."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
@@ -123,13 +124,17 @@ def _bytes(path: Path) -> bytes:
     return data
 
 
-def _parse(data: bytes, where: str) -> list[Prompt]:
+def lines_of(data: bytes, where: str) -> list[str]:
+    """The lines of a file of prompts, with or without a byte order mark. Raises CommandError if it is not UTF-8."""
     try:
-        lines = data.decode("utf-8-sig").split("\n")
+        return data.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise CommandError(f"{where}: not UTF-8 at byte {error.start}: save the file as UTF-8") from None
+
+
+def _parse(data: bytes, where: str) -> list[Prompt]:
     prompts, seen = [], set()
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines_of(data, where), 1):
         if not line.strip():
             continue
         prompt = _prompt(line, number, f"{where}, line {number}")

@@ -81,7 +81,7 @@ class Speculator:
 
         num_rows: the step's rows without drafts. num_others: the sequences of the step that are not in `wishes`.
         """
-        found = [self._foretold(wish) for wish in wishes]
+        found = [self._guesses(wish) for wish in wishes]
         lengths = depths(
             [chances for _, chances in found if chances],
             num_rows,
@@ -107,7 +107,7 @@ class Speculator:
             return _Record(Lookup())
         return _Record(SuffixLookup(() if self._past is None else self._past.of(namespace_of(sequence))))
 
-    def _foretold(self, wish: Wish) -> tuple[list[int], list[float]]:
+    def _guesses(self, wish: Wish) -> tuple[list[int], list[float]]:
         """(the tokens that may follow, each one's chance if those before it are right)."""
         sequence, most = wish.sequence, min(wish.most, MAX_DRAFT_TOKENS)
         record = self._records.get(sequence.arrival_number)

@@ -101,12 +101,9 @@ class PastAnswers:
 
     def __init__(self, num_bytes: int) -> None:
         self._most_tokens = num_bytes // BYTES_PER_TOKEN
+        self.num_tokens = 0  # of all answers that are kept
         # namespace → (older answers, newer ones)
         self._indexes: OrderedDict[Hashable, tuple[TextIndex, TextIndex]] = OrderedDict()
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(old.num_tokens + new.num_tokens for old, new in self._indexes.values())
 
     def of(self, namespace: Hashable) -> Sequence[TextIndex]:
         """The indexes of a namespace's past answers."""
@@ -122,12 +119,15 @@ class PastAnswers:
             return
         old, new = self._indexes.pop(namespace, (TextIndex(), TextIndex()))
         if new.num_tokens + len(text) > half:
+            self.num_tokens -= old.num_tokens
             old, new = new, TextIndex()
         for end in range(1, len(text) + 1):
             new.add(text, end)
+        self.num_tokens += len(text)
         self._indexes[namespace] = (old, new)
         while self.num_tokens > self._most_tokens:
-            self._indexes.popitem(last=False)
+            _, dropped = self._indexes.popitem(last=False)
+            self.num_tokens -= sum(index.num_tokens for index in dropped)
 
 
 def _key(token_ids: Sequence[int], end: int) -> int:

@@ -96,3 +96,22 @@ def test_a_directory_that_cannot_be_written_is_said(tmp_path: Path, source: Path
     for change in (shared.try_lock, lambda: shared.add_version(VERSION, source), lambda: shared.write(SavedList())):
         with pytest.raises(AdapterError, match="cannot be changed"):
             change()
+
+
+def test_a_list_can_be_read_by_other_users_from_its_first_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A follower may open the list between its rename and anything that comes after."""
+    shared, modes = SharedRegistry(tmp_path / "shared"), []
+    rename = Path.replace
+
+    def seen(self: Path, target: Path) -> Path:
+        modes.append(self.stat().st_mode & 0o777)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", seen)
+    lock = shared.try_lock()
+    assert lock is not None
+    shared.write(SavedList())
+    lock.close()
+    assert modes == [0o644]

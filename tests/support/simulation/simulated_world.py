@@ -3,13 +3,14 @@
 Parts of `simulator`.
 """
 
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 
 from guanaco.adapters.residency.slot_table import SlotTable
 from guanaco.server.engine.block_manager import BlockManager
-from guanaco.server.engine.request import SampledToken, ScheduledBatch, Sequence
+from guanaco.server.engine.request import Request, SampledToken, ScheduledBatch, Sequence
 from support.simulation.fake_runner import FakeRunner
 from support.simulation.simulated_adapters import SimulatedAdapters
 
@@ -136,3 +137,24 @@ class LedgerRunner(FakeRunner):
     def write_allowed(self, block: int) -> None:
         assert self.blocks.num_holders(block) == 1, "a shared block is written"
         assert self.blocks.content_of(block) is None, "a block in the prefix cache is written"
+
+
+@dataclass
+class Client:
+    """One request as its client sees it: knows what it must get, token by token."""
+
+    request: Request
+    namespace: int
+    state: int  # the arithmetic model's, after all tokens so far
+    num_tokens: int = 0
+    num_prompt_logprobs: int = 0
+    aborted: bool = False
+
+
+@dataclass
+class Report:
+    """What happened in a simulation; for tests that want to know that it did."""
+
+    num_steps: int = 0
+    num_tokens: int = 0
+    counts: Counter[str] = field(default_factory=Counter)

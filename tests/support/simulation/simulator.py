@@ -7,7 +7,6 @@ Time is a number, chance is a seed: a failure is `Simulation(seed)` again. Runs 
 
 import logging
 from collections import Counter
-from dataclasses import dataclass, field
 from random import Random
 
 from guanaco.adapters.residency.host_table import HostTable
@@ -33,31 +32,10 @@ from support.simulation.checked_scheduler import CheckedScheduler
 from support.simulation.fake_runner import namespace_number, namespace_of_request, next_state, next_token
 from support.simulation.simulated_adapters import BROKEN, SimulatedAdapters
 from support.simulation.simulated_drafts import SimulatedDrafts
-from support.simulation.simulated_world import FaultyBlocks, LedgerRunner, SeededFaults, World
+from support.simulation.simulated_world import Client, FaultyBlocks, LedgerRunner, Report, SeededFaults, World
 
 EOS_ID, STOP_ID = 0, 1
 FULL_CHECK_EVERY = 8  # steps between two checks of everything that is held and cached
-
-
-@dataclass
-class Client:
-    """One request as its client sees it: knows what it must get, token by token."""
-
-    request: Request
-    namespace: int
-    state: int  # the arithmetic model's, after all tokens so far
-    num_tokens: int = 0
-    num_prompt_logprobs: int = 0
-    aborted: bool = False
-
-
-@dataclass
-class Report:
-    """What happened in a simulation; for tests that want to know that it did."""
-
-    num_steps: int = 0
-    num_tokens: int = 0
-    counts: Counter[str] = field(default_factory=Counter)
 
 
 class Simulation:

@@ -4,7 +4,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,16 @@ class Options:
         self.target()
         if self.duration is not None and (self.self_timed or any(math.isinf(rate) for rate in self.rates())):
             raise CommandError("--duration needs a rate: --request-rate or --ramp-up-strategy")
+
+    def chosen(self) -> dict[str, Any]:
+        """The options that are not the defaults, for the result. Keys and headers are left out."""
+        secret = ("api_key", "header")
+        values = {option.name: (getattr(self, option.name), option.default) for option in fields(self)}
+        return {
+            name: value if isinstance(value, bool | int | float | list) else str(value)
+            for name, (value, default) in values.items()
+            if name not in secret and value != default
+        }
 
     def rates(self) -> list[float]:
         """The rates of --request-rate; the mean of a ramp, which is one run."""

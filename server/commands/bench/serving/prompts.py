@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from guanaco.server.errors import CommandError
-from guanaco.server.judging.prompts import BENCHMARKS, MAX_BYTES, messages_of, read_benchmark
+from guanaco.server.judging.prompts import BENCHMARKS, lines_of, messages_of, read_benchmark, read_bytes
 
 RANDOM, CUSTOM = "random", "custom"
 DATASETS = (RANDOM, CUSTOM, *BENCHMARKS)
@@ -94,17 +94,7 @@ def read_file(path: Path, seed: int) -> list[Ask]:
 
 
 def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise CommandError(f"--dataset-path {path}: cannot be read ({error.strerror})") from None
-    if len(data) > MAX_BYTES:
-        raise CommandError(f"--dataset-path {path}: more than {MAX_BYTES >> 20} MiB: split the file")
-    try:
-        lines = data.decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise CommandError(f"{path}: not UTF-8 at byte {error.start}: save the file as UTF-8") from None
+    lines = lines_of(read_bytes(path), str(path))
     if len(lines) > MAX_LINES:
         raise CommandError(f"{path}: more than {MAX_LINES:,} lines: split the file")
     for number, line in enumerate(lines, 1):

@@ -159,6 +159,7 @@ def _result(options: Options, run: Run, rate: float, models: Sequence[str]) -> d
         "max_concurrency": options.max_concurrency,
         "seed": options.seed,
         "goodput": goals,
+        "options": options.chosen(),
         **options.notes(),
         **metrics.summarise(run, percentiles=percentiles, goals=goals),
         "by_model": metrics.by_model(run, percentiles),

@@ -252,6 +252,9 @@ def test_a_sweep_end_to_end(stub: StreamStub, tmp_path: Path) -> None:
     assert "&lt;b&gt;x" in page
     assert page.count("<svg") >= 6
     assert "sesame" not in page + json.dumps(results) + done.output
+    chosen = results[0]["options"]
+    assert (chosen["random_input_len"], chosen["request_rate"]) == (5, "500,250")
+    assert not {"api_key", "header", "burstiness"} & chosen.keys(), "neither secrets nor defaults"
     asked = [body for body in stub.bodies if body.get("top_k") == 5]
     assert len(asked) == 80
     assert {(body["max_tokens"], body["ignore_eos"], body["stream"]) for body in asked} == {(9, True, True)}

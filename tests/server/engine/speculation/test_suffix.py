@@ -90,6 +90,8 @@ def test_memory_is_limited_and_shared() -> None:
     assert past.of("quiet")
     assert not past.of("key 0")
     assert past.of("key 79")
+    names = ("quiet", "busy", *(f"key {number}" for number in range(80)))
+    assert past.num_tokens == sum(index.num_tokens for name in names for index in past.of(name))
     assert PastAnswers(100).add("key", ANSWER) is None, "too little memory keeps nothing"
 
 
