@@ -109,6 +109,10 @@ def _check_sizes(settings: Settings) -> None:
             f"--max-num-batched-tokens {settings.max_num_batched_tokens} must be at least "
             f"--max-num-seqs {settings.max_num_seqs}: each running sequence gets a token in every step"
         )
+    if settings.speculation_memory > 0 and settings.speculation != "suffix":
+        raise CommandError(
+            f"--speculation-memory: --speculation {settings.speculation} keeps no past answers, only suffix does"
+        )
     model = None if settings.model is None else Path(os.path.expanduser(settings.model))
     if model is None or not model.is_dir():
         return

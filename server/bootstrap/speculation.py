@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 _ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 _LEAST_ROUNDS, _MOST_ROUNDS = 2, 8
 _MOST_SECONDS = 2.0  # after that no round begins, but for the least
+_CHECKED_ROWS = (1, 4)  # at each start
+_CLEARLY = 1.4  # times as long as now
 _FORMAT = 1  # of the file
 
 
@@ -53,7 +55,7 @@ def make_drafting(
     key = _key(settings, ops, fingerprint)
     path = settings.cache_dir / "step-costs" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     costs = _stored(path, key)
-    if costs is None:
+    if costs is None or is_disturbed(costs, run_rows):
         costs = measure(run_rows)
         _store(path, key, costs)
     return _speculator(settings, costs, encode)
@@ -80,6 +82,20 @@ def measure(run_rows: Callable[[int], None], clock: Callable[[], float] = time.p
             run_rows(rows)
             best[rows] = min(best[rows], clock() - started)
     return StepCosts(best.items())
+
+
+def is_disturbed(
+    costs: StepCosts, run_rows: Callable[[int], None], clock: Callable[[], float] = time.perf_counter
+) -> bool:
+    """Whether steps are clearly shorter now than when the costs were timed: other programs ran then. Two small row
+    counts are timed once, after one step that does not count. A step that is disturbed now finds nothing."""
+    for rows in _CHECKED_ROWS:
+        run_rows(rows)
+        started = clock()
+        run_rows(rows)
+        if (clock() - started) * _CLEARLY < costs.seconds(rows):
+            return True
+    return False
 
 
 def _key(settings: Settings, ops: Ops, fingerprint: str) -> str:

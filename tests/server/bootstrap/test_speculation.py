@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from guanaco.server.bootstrap.speculation import make_drafting, measure
+from guanaco.server.bootstrap import speculation
+from guanaco.server.bootstrap.speculation import is_disturbed, make_drafting, measure
 from guanaco.server.config import Settings, load_settings
+from guanaco.server.engine.speculation.costs import StepCosts
 
 OPS = SimpleNamespace(name="cpu", isa="avx2", device=SimpleNamespace(type="cpu"))
 GPU = SimpleNamespace(name="triton", device=SimpleNamespace(type="cuda"))
@@ -41,8 +43,9 @@ def test_the_shortest_round_counts_and_time_is_limited() -> None:
     assert set(timed.runs.values()) == {3}, "half a second of disturbance for each count ends the timing early"
 
 
-def test_costs_are_kept_for_the_next_start(tmp_path: Path) -> None:
+def test_costs_are_kept_for_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[int] = []
+    monkeypatch.setattr(speculation, "is_disturbed", lambda *_: False)
     settings = settings_of(tmp_path, speculation="lookup")
     first = make_drafting(settings, OPS, runs.append, "base")
     assert first is not None
@@ -55,6 +58,17 @@ def test_costs_are_kept_for_the_next_start(tmp_path: Path) -> None:
     make_drafting(settings, OPS, runs.append, "another base")
     make_drafting(settings_of(tmp_path, speculation="lookup", threads=77), OPS, runs.append, "base")
     assert len(runs) == 3 * num_runs
+    monkeypatch.setattr(speculation, "is_disturbed", lambda *_: True)
+    make_drafting(settings, OPS, runs.append, "base")
+    assert len(runs) == 4 * num_runs, "timed again"
+
+
+@pytest.mark.parametrize(("slower", "again"), [(1.0, False), (1.3, False), (1.5, True), (4.0, True)])
+def test_costs_of_a_busy_machine_are_measured_again(slower: float, again: bool) -> None:
+    timed = Timed()
+    timed.runs.update(dict.fromkeys(range(50), 5))  # the disturbance is over
+    costs = StepCosts([(rows, slower * (10 + 3 * rows) / 1000) for rows in (1, 4, 16)])
+    assert is_disturbed(costs, timed.run, timed.clock) is again
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"key": 1, "seconds": [[1, 2]]}', '{"key": 1, "seconds": "x"}'])

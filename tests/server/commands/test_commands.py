@@ -255,6 +255,7 @@ def test_chat_says_how_to_start_a_server() -> None:
         (("--adapter-root", "/nope"), "--adapter-root /nope"),
         (("--max-model-len", "100000"), "positions that the model knows"),
         (("--max-num-batched-tokens", "3"), "must be at least"),
+        (("--speculation-memory", "1MiB"), "only suffix does"),
         (("--name", "nope"), "nothing is called 'nope' here; there are: tiny"),
     ],
 )
