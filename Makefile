@@ -35,7 +35,7 @@ test: lint typecheck
 	$(BIN)/pytest -n $(WORKERS) $(ARGS)
 
 accept: $(TESTING)
-	$(BIN)/python loadtest/accept.py --out loadtest/results
+	$(BIN)/python loadtest/accept.py --out loadtest/results --workers $(WORKERS)
 
 lint: $(TESTING)
 	$(BIN)/ruff check .

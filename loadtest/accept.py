@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Run every proof with the full count that the issues state, and write the result with its conditions.
 
-make accept          (or: .venv/bin/python loadtest/accept.py --out loadtest/results)
+make accept          (or: .venv/bin/python loadtest/accept.py --out loadtest/results --workers 2)
 """
 
 import argparse
@@ -39,12 +39,14 @@ def _latency_under_attack(path: Path) -> object:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "loadtest/results")
+    parser.add_argument("--workers", type=int, default=2, help="processes that run the tests")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         junit, proofs = Path(folder, "junit.xml"), Path(folder, "proofs.json")
         command = [
             str(Path(sys.executable).parent / "pytest"),
             "--accept",
+            f"--numprocesses={args.workers}",
             "--timeout=3600",
             f"--junitxml={junit}",
             f"--proofs={proofs}",
@@ -63,6 +65,7 @@ def main() -> int:
         "date": started.isoformat(timespec="seconds"),
         "seconds": round((datetime.datetime.now(datetime.UTC) - started).total_seconds()),
         "command": "make accept",
+        "workers": args.workers,
         "commit": _git("rev-parse", "HEAD") + (" + uncommitted changes" if _git("status", "--porcelain") else ""),
         "machine": _machine(),
         "tests": len(cases),

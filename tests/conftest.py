@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,10 +86,20 @@ def proof_count(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
     return count
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A worker of pytest-xdist has ended: its proofs join the others'."""
+    node.config.stash.setdefault(_PROOFS, {}).update(getattr(node, "workeroutput", {}).get("proofs", {}))
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    proofs = session.config.stash.get(_PROOFS, {})
+    workeroutput = getattr(session.config, "workeroutput", None)
     path = session.config.getoption("--proofs")
-    if path:
-        Path(path).write_text(json.dumps(session.config.stash.get(_PROOFS, {}), indent=1))
+    if workeroutput is not None:
+        workeroutput["proofs"] = proofs
+    elif path:
+        Path(path).write_text(json.dumps(proofs, indent=1))
 
 
 @pytest.fixture
