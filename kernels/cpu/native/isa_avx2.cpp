@@ -14,6 +14,7 @@ namespace GUANACO_ISA {
 constexpr int kFewRows = 4;
 constexpr int kDirectRows = 4;
 constexpr int kMaxRows = 6;  // 12 sums, 2 levels and an activation fit the 16 registers
+constexpr int kSideBySideRows = 1;
 constexpr int64_t kPrefetchBytes = 4096;  // about a microsecond of streaming
 constexpr int kDirectLanes = 2, kKeepLanes = 2, kMostLanes = 3;
 }

@@ -15,6 +15,7 @@ namespace GUANACO_ISA {
 constexpr int kFewRows = 16;
 constexpr int kDirectRows = 12;
 constexpr int kMaxRows = 12;  // a sum each, levels and an activation: well within 32 registers
+constexpr int kSideBySideRows = 5;
 constexpr int64_t kPrefetchBytes = 16384;  // about a tile; 4096 cost 16 rows 5 % on Zen 4
 constexpr int kDirectLanes = 6, kKeepLanes = 5, kMostLanes = 6;
 }

@@ -10,6 +10,7 @@ namespace GUANACO_ISA {
 constexpr int kFewRows = 4;
 constexpr int kDirectRows = 4;
 constexpr int kMaxRows = 6;
+constexpr int kSideBySideRows = 1;
 constexpr int64_t kPrefetchBytes = 4096;
 constexpr int kDirectLanes = 2, kKeepLanes = 2, kMostLanes = 3;
 }  // namespace GUANACO_ISA

@@ -12,8 +12,8 @@ namespace {
 constexpr int64_t kBlockRows = 128;
 // Bytes of weights in a task, for one row. 64 and 128 KiB were as fast.
 constexpr int64_t kTaskBytes = 256 << 10;
-// With one or two rows, several tiles are computed side by side, so that there are eight products.
-constexpr int64_t kSideBySide = 8;
+// Tiles that are computed together, so that the kernels can read several of them side by side (nf4_tile.h).
+constexpr int64_t kTilesOfOneRow = 8, kTilesOfFewRows = 4, kFewRows = 5;
 constexpr int64_t kShrinkRows = 32, kShrinkRanks = 16;
 
 int64_t element_bytes(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
@@ -250,7 +250,7 @@ void multiply(Context& context, const Activations& x, const Product* products, i
     };
     int64_t blocks = (x.rows + kBlockRows - 1) / kBlockRows, num_tasks = 0, decoded = 0;
     int64_t block_rows = blocks == 0 ? 0 : (x.rows + blocks - 1) / blocks;
-    int64_t run = block_rows == 0 || block_rows > 2 ? 1 : kSideBySide / block_rows;
+    int64_t run = block_rows == 1 ? kTilesOfOneRow : block_rows <= kFewRows ? kTilesOfFewRows : 1;
     std::vector<Share> shares;
     for (int i = 0; i < count; i++) {
         const Linear& w = *products[i].weight;

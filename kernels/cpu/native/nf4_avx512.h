@@ -136,25 +136,31 @@ inline void dot_tiles(const Decoder& decode, const uint8_t* codes, int64_t tile,
     constexpr int kParts = T * M <= 2 ? 4 : T * M <= 8 ? 2 : 1;
     I16 sums[T][M][kParts] = {};
     for (int i = 0; i < 8; i++, x += 8, codes += 64) {
+        words packed[T];
 #pragma GCC unroll 8
         for (int t = 0; t < T; t++) {
             // Into the second-level cache: the first allows too few outstanding requests for the memory's bandwidth.
             __builtin_prefetch(codes + t * tile + kStreamPrefetchBytes, 0, 2);
-            words packed = load_words(codes + t * tile);
+            packed[t] = load_words(codes + t * tile);
+        }
 #pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) {
-                words w = decode(packed >> (4 * j));
-#pragma GCC unroll 2
+        for (int j = 0; j < 4; j++) {
+#pragma GCC unroll 8
+            for (int t = 0; t < T; t++) {
+                words w = decode(packed[t] >> (4 * j));
+#pragma GCC unroll 5
                 for (int m = 0; m < M; m++) {
                     I16& sum = sums[t][m][j % kParts];
                     sum = multiply_add(sum, w, x + m * kGroup + 2 * j);
                 }
             }
+            // GCC would otherwise load the activations of all four pairs first, and keep some of the sums in memory.
+            if constexpr (T * M > 8) asm volatile("" ::: "memory");
         }
     }
 #pragma GCC unroll 8
     for (int t = 0; t < T; t++) {
-#pragma GCC unroll 2
+#pragma GCC unroll 5
         for (int m = 0; m < M; m++) {
             uints total = (uints)sums[t][m][0];
             for (int i = 1; i < kParts; i++) total += (uints)sums[t][m][i];

@@ -10,7 +10,8 @@ namespace GUANACO_ISA {
 namespace {
 
 // The ISA's file sets these. Up to kFewRows rows are multiplied while a group is decoded. Of more rows, the first
-// kDirectRows are; the others use the decoded levels, at most kMaxRows at a time.
+// kDirectRows are; the others use the decoded levels, at most kMaxRows at a time. Up to kSideBySideRows rows are
+// multiplied with several tiles at once.
 
 // Prefetch codes kPrefetchBytes ahead. The next tile follows in memory, so this is useful at the end of a tile, too.
 inline void prefetch_group(const uint8_t* codes) {
@@ -133,24 +134,34 @@ void nf4_tile(const uint8_t* tile, int64_t groups, const int16_t* x, const float
     multiply_up_to<kFewRows>(tile, groups, x, factors, stride, rows, y);
 }
 
-// `count` neighbouring tiles; y: [count][rows][16].
+// T neighbouring tiles, or as many of them as `count` allows; returns their number.
+template <int T, int M>
+int64_t multiply_some(const uint8_t* tile, int64_t count, int64_t groups, const int16_t* x, const float* factors,
+                      int64_t stride, float* y) {
+    if constexpr (T > 1) {
+        if (count < T) return multiply_some<T / 2, M>(tile, count, groups, x, factors, stride, y);
+        multiply_tiles<T, M>(tile, groups, x, factors, stride, y);
+    } else {
+        multiply_few<M>(tile, groups, x, factors, stride, y);
+    }
+    return T;
+}
+
+// `count` neighbouring tiles; y: [count][rows][16]. Few rows wait for memory, and it is faster if several tiles are read
+// side by side. For more rows than the ISA's kSideBySideRows the multiplications take longer than memory does.
 void nf4_tiles(const uint8_t* tile, int64_t count, int64_t groups, const int16_t* x, const float* factors,
                int64_t stride, int64_t rows, float* y) {
+    static_assert(kSideBySideRows <= 5, "every number of rows up to it needs a case");
     constexpr int kAll = kTilesAtOnce, kHalf = kAll > 1 ? kAll / 2 : 1;
-    int64_t taken;
+    int64_t taken = 1;
     for (; count > 0; count -= taken, tile += taken * tile_bytes(groups), y += taken * rows * kTileRows) {
-        if (rows == 1 && count >= kAll) {
-            multiply_tiles<kAll, 1>(tile, groups, x, factors, stride, y);
-            taken = kAll;
-        } else if (rows == 1 && count >= kHalf) {
-            multiply_tiles<kHalf, 1>(tile, groups, x, factors, stride, y);
-            taken = kHalf;
-        } else if (rows == 2 && count >= kHalf) {
-            multiply_tiles<kHalf, 2>(tile, groups, x, factors, stride, y);
-            taken = kHalf;
-        } else {
-            nf4_tile(tile, groups, x, factors, stride, rows, y);
-            taken = 1;
+        switch (rows <= kSideBySideRows ? rows : 0) {
+            case 1: taken = multiply_some<kAll, 1>(tile, count, groups, x, factors, stride, y); break;
+            case 2: taken = multiply_some<kHalf, 2>(tile, count, groups, x, factors, stride, y); break;
+            case 3: taken = multiply_some<kHalf, 3>(tile, count, groups, x, factors, stride, y); break;
+            case 4: taken = multiply_some<kHalf, 4>(tile, count, groups, x, factors, stride, y); break;
+            case 5: taken = multiply_some<kHalf, 5>(tile, count, groups, x, factors, stride, y); break;
+            default: nf4_tile(tile, groups, x, factors, stride, rows, y);
         }
     }
 }
