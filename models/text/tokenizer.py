@@ -23,6 +23,7 @@ _USUAL_BOS = ("<s>", "<|begin_of_text|>")
 _USUAL_EOS = ("</s>", "<|end_of_text|>", "<|endoftext|>")
 _USUAL_UNK = ("<unk>",)
 
+_MOST_JOINED = 128  # tokens whose bytes are joined here: microseconds, with the interpreter's lock
 # How the tokens of a long text are counted before it is encoded as a whole.
 _FREE_BYTES = 1 << 17  # a text with up to this many bytes more than `max_tokens` is encoded without counting
 _COUNTED_CHARS = 1 << 16  # the characters of one counted piece
@@ -48,7 +49,10 @@ class Tokenizer:
         adds_eos = files.adds_eos or (eos_id is not None and frame[int(by_rule) :][-1:] == [eos_id])
         self._adds_bos = self.bos_id is not None and (by_rule if files.add_bos is None else files.add_bos)
         self._added_texts = {index: token.content for index, token in added.items()}
-        self._bytes = _ByteLevel() if "ByteLevel" in _part_types(backend.decoder) else None
+        parts = _part_types(backend.decoder)
+        self._bytes = _ByteLevel() if "ByteLevel" in parts else None
+        self._is_joined = parts == {"ByteLevel"}  # a text is the bytes of its tokens, one after the other
+        self._pieces: dict[int, bytes] = {}  # token → its bytes in a joined text; filled as tokens come
         self.notes, self.chat_template = self._compile(files)
         self.tool_template = self._compile_tool_template(files)  # for chats with tools; None: use `chat_template`
         if adds_eos:
@@ -134,9 +138,21 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids. Ids outside the vocabulary have no text."""
+        if self._is_joined and len(ids) <= _MOST_JOINED:
+            skipped = self.special_ids if skip_special_tokens else ()
+            pieces = [self._pieces.get(index) or self._piece(index) for index in ids if index not in skipped]
+            return b"".join(pieces).decode("utf-8", "replace")
         known = [index for index in ids if 0 <= index < self.vocab_size]
         # Only the batched calls release the interpreter's lock. Without that, a long text would stop every stream.
         return str(self._backend.decode_batch([known], skip_special_tokens=skip_special_tokens)[0])
+
+    def _piece(self, token_id: int) -> bytes:
+        """The bytes of one token in a joined text, kept for the next time. Empty for ids outside the vocabulary."""
+        token = self._backend.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
+        if token is None or self._bytes is None:
+            return b""
+        piece = self._pieces[token_id] = self._bytes.decode(token)
+        return piece
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token, perhaps a part of a character. For a control token, the bytes of its text."""

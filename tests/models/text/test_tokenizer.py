@@ -1,6 +1,7 @@
 """Tokenizer: special ids against the configs, raw prompts, ends, and text from ids."""
 
 import json
+import random
 import sys
 import threading
 import time
@@ -34,6 +35,24 @@ def test_decode_with_and_without_control_tokens(tiny: Tokenizer) -> None:
     ids = [1, *tiny.encode("hi"), 2]
     assert tiny.decode(ids) == "hi"
     assert tiny.decode(ids, skip_special_tokens=False) == "<|im_start|>hi<|im_end|>"
+
+
+def test_joined_bytes_are_the_librarys_text(tmp_path: Path) -> None:
+    """Short texts are joined from the tokens' bytes. The library's decoder, the oracle, gets the same random ids: broken
+    characters, control tokens, added tokens whose text is in no or in another spelling."""
+    odd = ({"content": "é", "special": False}, {"content": "né x", "special": False}, {"content": "Ġx"})
+    path = write_byte_level(tmp_path / "odd", extra=odd)
+    tokenizer = Tokenizer.from_directory(path)
+    oracle = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    rng = random.Random(7)
+    half = [index for index in range(256) if len(tokenizer.token_bytes(index)) == 1] or list(range(256))
+    for _ in range(3000):
+        ids = [rng.choice(half) if rng.random() < 0.5 else rng.randrange(387) for _ in range(rng.randrange(1, 9))]
+        skip = rng.random() < 0.5
+        ours = tokenizer.decode([*ids, tokenizer.vocab_size + 5], skip_special_tokens=skip)
+        assert ours == oracle.decode(ids, skip_special_tokens=skip), ids
+    long = [rng.randrange(387) for _ in range(1000)]
+    assert tokenizer.decode(long) == oracle.decode(long)
 
 
 # --- bos and eos of the configs -----------------------------------------------------------------------------------
