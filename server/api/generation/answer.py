@@ -19,7 +19,10 @@ from guanaco.server.api.http.errors import ApiError
 from guanaco.server.engine.request_stream import TextOutput
 
 DONE = b"data: [DONE]\n\n"
+_EVENT_END = b"}\n\n"
+_NO_USAGE = b"null" + _EVENT_END  # the end of a chunk without usage
 _FEW_CHOICES = 8
+_MARK = "\0text\0"  # the place of the text in a frame; texts of clients never get there
 _FEW_LOGPROBS = 64  # tokens whose log-probabilities are written on the loop
 
 
@@ -105,10 +108,20 @@ class ChoicesAnswer(Answer):
         options = body.stream_options
         self._usage_at_end = bool(options and options.include_usage)
         self._usage_always = self._usage_at_end and bool(options and options.continuous_usage_stats)
+        self._frames: dict[int, tuple[bytes, bytes]] = {}  # choice → what its plain events have around the text
 
     @abstractmethod
     def choice_chunks(self, index: int, output: TextOutput) -> list[dict[str, Any]]:
         """Entries of `choices` for a new output, one for each chunk; none if there is nothing to show yet."""
+
+    @abstractmethod
+    def plain_text(self, index: int, output: TextOutput) -> str | None:
+        """The text of an output if its chunk differs from the one before in nothing else; None for any other output.
+        Most tokens of a stream are such."""
+
+    @abstractmethod
+    def plain_choice(self, index: int, text: str) -> dict[str, Any]:
+        """The entry of `choices` in the chunk for such an output."""
 
     @property
     @abstractmethod
@@ -154,6 +167,8 @@ class ChoicesAnswer(Answer):
     def events(self, index: int, output: TextOutput) -> bytes:
         """The chunks for one output, mostly one. An output without text (half a character, say) makes none: load
         testers count each chunk with choices as a token."""
+        if (text := self.plain_text(index, output)) is not None:
+            return self._plain_event(index, text)
         is_large = self.is_large_output(index, output)
         chunks = [
             {**self._head, "object": self.chunk_name, "choices": [choice]}
@@ -167,6 +182,20 @@ class ChoicesAnswer(Answer):
         if is_large:
             return b"".join(b"data: " + encode(chunk) + b"\n\n" for chunk in chunks)
         return b"".join(map(event, chunks))
+
+    def _plain_event(self, index: int, text: str) -> bytes:
+        """The event of a chunk that has nothing new but a text. Its JSON is made once for each choice, since making it
+        takes the event loop longer than anything else that it does for a token."""
+        frame = self._frames.get(index)
+        if frame is None:
+            chunk = {**self._head, "object": self.chunk_name, "choices": [self.plain_choice(index, _MARK)]}
+            if self._usage_at_end:
+                chunk["usage"] = None
+            before, after = event(chunk).rsplit(orjson.dumps(_MARK), 1)
+            frame = self._frames[index] = before, after.removesuffix(_NO_USAGE) if self._usage_always else after
+        before, after = frame
+        usage = orjson.dumps(self.generation.usage()) + _EVENT_END if self._usage_always else b""
+        return b"".join((before, orjson.dumps(text), after, usage))
 
     def last_events(self) -> Iterator[bytes]:
         """The chunk with the usage and without choices, if the client asked for it, and `[DONE]`."""

@@ -57,7 +57,7 @@ class Generation:
         self._streams: list[RequestStream] = []
         self._num_unfinished = 0
         self._mail: deque[tuple[int, TextOutput] | Exception] = deque()
-        self._mail_came = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None  # done when there is mail again
         self._deadline: AwakeTimer | None = None
         self._closed = False
         self._cancelled = False
@@ -103,12 +103,22 @@ class Generation:
 
     def _put(self, item: tuple[int, TextOutput] | Exception) -> None:
         self._mail.append(item)
-        self._mail_came.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    def _woken(self) -> asyncio.Future[None]:
+        """Done at the next `_wake`. There is one reader. An asyncio.Event would add two calls to each token."""
+        self._reader = asyncio.get_running_loop().create_future()
+        return self._reader
 
     async def peek(self, patience_seconds: float) -> None:
         """Wait up to `patience_seconds` for the first output, without taking it. Raises if it is a failure."""
         try:
-            await asyncio.wait_for(self._mail_came.wait(), patience_seconds)
+            if not self._mail and not self._cancelled:
+                await asyncio.wait_for(self._woken(), patience_seconds)
         except TimeoutError:
             return
         if not self._mail:
@@ -132,8 +142,7 @@ class Generation:
         while not self._mail:
             if self._cancelled:
                 raise StopAsyncIteration
-            self._mail_came.clear()
-            await self._mail_came.wait()
+            await self._woken()
         item = self._mail.popleft()
         if isinstance(item, Exception):
             raise item
@@ -197,7 +206,7 @@ class Generation:
         """End the generation without an error, from another request. Outputs so far stay; no more follow."""
         self._cancelled = True
         self._mail.clear()
-        self._mail_came.set()
+        self._wake()
         for stream in self._streams:
             await stream.aclose()
 

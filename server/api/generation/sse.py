@@ -48,10 +48,10 @@ class EventStream(EventSourceResponse):
         del self.headers["Connection"]  # uvicorn sets it
         self._answer = answer
 
-    async def _send_with_timeout(self, send: Send, message: Message) -> None:
+    def _send_with_timeout(self, send: Send, message: Message) -> Awaitable[None]:  # type: ignore[override]
         """The library's own puts a scope for a time-out around each event, which takes as long as writing its JSON.
         Nothing here has one: a reader that is slow is waited for."""
-        await send(message)
+        return send(message)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

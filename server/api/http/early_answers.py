@@ -5,7 +5,7 @@ the connection before the client has read the answer. So the connection is close
 guard's limits of time and bytes. It stays open only if the client announced a small body. Used by `guard`.
 """
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
@@ -20,16 +20,17 @@ def closing_where_early(app: Any, cycle: RequestResponseCycle, close_after_body:
     `Connection: close`, and `close_after_body` is called; uvicorn itself would close at once."""
 
     async def closing(scope: Any, receive: Any, send: Any) -> None:
-        async def send_early(message: Any) -> None:
-            if message["type"] != "http.response.start" or not cycle.more_body:
-                await send(message)
-                return
+        async def send_start(message: Any) -> None:
             if cycle.waiting_for_100_continue or _length(scope) > SMALL_BODY_BYTES:
                 cycle.keep_alive = False
             await send(message)
             if not cycle.keep_alive:
                 cycle.keep_alive = True  # the guard closes
                 close_after_body()
+
+        def send_early(message: Any) -> Awaitable[None]:  # no coroutine of its own: streams send for each token
+            is_early = message["type"] == "http.response.start" and cycle.more_body
+            return send_start(message) if is_early else send(message)  # type: ignore[no-any-return]
 
         await app(scope, receive, send_early)
 

@@ -6,6 +6,7 @@ Pure ASGI throughout: Starlette's BaseHTTPMiddleware hides a client's leaving fr
 import logging
 import re
 import secrets
+from collections.abc import Awaitable
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -53,7 +54,7 @@ class RequestScope:
             return
         record, began = new_record(scope, _request_id(scope)), awake_seconds()
 
-        async def send_with_id(message: Message) -> None:
+        def send_with_id(message: Message) -> Awaitable[None]:  # no coroutine of its own: streams send for each token
             if message["type"] == "http.response.start":
                 record.status = message["status"]
                 headers = MutableHeaders(scope=message)
@@ -62,7 +63,7 @@ class RequestScope:
                     headers["Request-Id"] = record.request_id
                 if self.lifecycle.refusing:
                     headers["Connection"] = "close"
-            await send(message)
+            return send(message)
 
         with self.lifecycle.open_request():
             try:

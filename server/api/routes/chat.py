@@ -84,6 +84,16 @@ class ChatAnswer(ChoicesAnswer):
     def has_logprobs(self) -> bool:
         return self._with_logprobs
 
+    def plain_text(self, index: int, output: TextOutput) -> str | None:
+        choice = self._choices[index]
+        has_more = choice.reader is not None or self._with_logprobs or self._shows_ids
+        if has_more or not choice.started or output.finish_reason is not None:
+            return None
+        return output.text or None
+
+    def plain_choice(self, index: int, text: str) -> dict[str, Any]:
+        return _entry(index, {"content": text})
+
     def choice_chunks(self, index: int, output: TextOutput) -> list[dict[str, Any]]:
         choice = self._choices[index]
         choice.logprobs += output.logprobs
@@ -96,10 +106,7 @@ class ChatAnswer(ChoicesAnswer):
             news[0] = {"role": "assistant", "content": None if "tool_calls" in news[0] else "", **news[0]}
         choice.started = True
         logprobs, choice.logprobs = choice.logprobs, []
-        chunks: list[dict[str, Any]] = [
-            {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, "stop_reason": None}
-            for delta in news
-        ]
+        chunks = [_entry(index, delta) for delta in news]
         if self.has_logprobs:
             chunks[0]["logprobs"] = chat_logprobs(self._tokenizer, logprobs, as_token_ids=self._names_ids)
         if self._shows_ids:
@@ -149,3 +156,8 @@ class ChatAnswer(ChoicesAnswer):
         if not self._shows_ids:
             return {}
         return {"prompt_token_ids": list(self.generation.choices[0].request.prompt_token_ids)}
+
+
+def _entry(index: int, delta: dict[str, Any]) -> dict[str, Any]:
+    """An entry of a chunk's `choices`."""
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, "stop_reason": None}

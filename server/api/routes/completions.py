@@ -146,6 +146,15 @@ class CompletionAnswer(ChoicesAnswer):
             for _ in range(body.num_drawn)
         ]
 
+    def plain_text(self, index: int, output: TextOutput) -> str | None:
+        has_more = self._with_logprobs or self._shows_ids or self._num_scored is not None
+        if has_more or self._choices[index].pending or output.finish_reason is not None:
+            return None
+        return output.text or None
+
+    def plain_choice(self, index: int, text: str) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": None, "stop_reason": None}
+
     def choice_chunks(self, index: int, output: TextOutput) -> list[dict[str, Any]]:
         self.add(index, output)
         if not output.text and output.finish_reason is None:
@@ -185,14 +194,11 @@ class CompletionAnswer(ChoicesAnswer):
         """An entry of `choices` with all that was collected since the last call."""
         choice = self._choices[index]
         text, choice.pending = "".join(choice.pending), []  # the one copy of an echoed prompt, which may be megabytes
-        return {
-            "index": index,
-            "text": text,
-            "logprobs": self._take_logprobs(choice) if self._with_logprobs else None,
-            "finish_reason": choice.finish_reason,
-            "stop_reason": choice.stop_reason,
-            **self._more_of(choice),
-        }
+        entry = self.plain_choice(index, text)
+        if self._with_logprobs:
+            entry["logprobs"] = self._take_logprobs(choice)
+        ends = {"finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason}
+        return entry | ends | self._more_of(choice)
 
     def _more_of(self, choice: _Choice) -> dict[str, Any]:
         """The fields that vLLM's extensions ask for. In a stream, the prompt's ids come with the first chunk."""

@@ -203,7 +203,7 @@ def test_a_large_echo_is_copied_once_and_off_the_loop(monkeypatch: pytest.Monkey
             assert answer.text.count(prompt) == 2
         else:
             assert all(choice["text"].startswith(prompt) for choice in answer.json()["choices"])
-        assert len(whole) >= 40
+        assert len(whole) >= (4 if stream else 40)  # the first and the last output of a stream are not plain
         assert all(whole)
         assert len(threads) == 2
         assert server.call(threading.current_thread) not in threads
