@@ -30,7 +30,7 @@ def closing_where_early(app: Any, cycle: RequestResponseCycle, close_after_body:
 
         def send_early(message: Any) -> Awaitable[None]:  # no coroutine of its own: streams send for each token
             is_early = message["type"] == "http.response.start" and cycle.more_body
-            return send_start(message) if is_early else send(message)  # type: ignore[no-any-return]
+            return send_start(message) if is_early else send(message)
 
         await app(scope, receive, send_early)
 
