@@ -1,5 +1,5 @@
 """The engine: schedule, run, sample. One thread drives it.
 
 May import `models`, `adapters`, `kernels` and `server.config`; knows nothing of HTTP, hubs or files. Start with
-`engine.py`: its `step` is the ten lines to read first.
+`engine.py`: read its `Engine.step` first.
 """

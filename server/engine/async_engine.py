@@ -36,9 +36,9 @@ from guanaco.server.engine.request_stream import RequestStream
 
 logger = logging.getLogger(__name__)
 
-_WATCH_SECONDS = 0.25  # how often a stuck engine is looked for
-_LEAST_RETRY_SECONDS, _MOST_RETRY_SECONDS = 1.0, 60.0
-_PROBE_SECONDS = 120.0  # a probe's limit: in a busy engine it waits, but its two prompts are short
+_WATCH_SECONDS = 0.25  # between two checks whether the engine is stuck
+_LEAST_RETRY_SECONDS, _MOST_RETRY_SECONDS = 1.0, 60.0  # the range of EngineOverloaded.retry_after_seconds
+_PROBE_SECONDS = 120.0  # limit of a probe request: its prompt is short, but in a busy engine it waits
 _JOIN_SECONDS = 2.0  # an engine thread that is stuck in a step is left behind: it is a daemon
 
 
@@ -101,7 +101,7 @@ class AsyncEngine:
         self._tokenizer = tokenizer
         self._engine = engine
         engine.on_forward = self._post
-        self._output: StepOutput | None = None  # the last step's, until the loop gets it; the engine's thread's own
+        self._output: StepOutput | None = None  # the last step's, until the loop gets it; for the engine's thread only
         self._caps = caps
         self._step_timeout_seconds = step_timeout_seconds
         self._on_step = on_step
@@ -187,7 +187,7 @@ class AsyncEngine:
 
     def end_adapter(self, version: str) -> int:
         """End every open request that uses an adapter version, with an error; returns how many there were. Probes go
-        on, since the same content may be being loaded under another name."""
+        on, since another name with the same content may be loading."""
         open_streams = [stream for stream in self._streams.values() if not stream.request.background]
         users = [s for s in open_streams if any(lora.version == version for lora in s.request.loras)]
         for stream in users:
@@ -196,9 +196,9 @@ class AsyncEngine:
         return len(users)
 
     async def add_versions(self, *messages: AddVersion) -> bool:
-        """Tell the engine of adapter versions, all between the same two steps. Returns whether all found room.
+        """Have the engine handle these messages between the same two steps. Returns whether all versions found room.
 
-        True if the engine has stopped, False if it does not answer in time.
+        True if the engine has stopped, False if it does not answer within the step timeout.
         """
         if not messages or self._death is not None or not self._thread.is_alive():
             return True
@@ -218,11 +218,11 @@ class AsyncEngine:
 
     @property
     def residency(self) -> ResidencyLedger:
-        """The engine's ledger. Any thread may read it, a step late perhaps; only before `start` may it be changed."""
+        """The ledger of adapters. Any thread may read it, perhaps a step late; it is changed before `start` only."""
         return self._engine.scheduler.residency
 
     def keep_from_start(self, *messages: AddVersion) -> tuple[bool, ...]:
-        """Name versions to keep in host memory, before `start`. Returns for each whether there was room."""
+        """Keep versions in host memory. Called before `start`. Returns for each whether there was room."""
         return self._engine.keep_from_start(*messages)
 
     def read_adapters_from(self, source: AdapterSource) -> None:
@@ -316,11 +316,11 @@ class AsyncEngine:
                 self._busy_since = awake_seconds()
                 output = self._engine.step()
                 self._busy_since = None
-                self._post()  # where the step had no forward pass
+                self._post()  # the previous output, if this step had no forward pass to hand it over
                 self._output = output
                 if not self._engine.has_work:
                     self._post()
-        except RuntimeError:
+        except RuntimeError:  # a closed loop raises it, too: then the process is ending
             if not self._loop.is_closed():
                 self._report_death()
         except BaseException:  # SystemExit too: a thread that ends silently would leave every client waiting

@@ -17,7 +17,7 @@ def root_content(request: Request) -> BlockContent:
     """The parent of a prompt's first block: no tokens, only the request's namespace.
 
     Requests share blocks only if their roots are equal: K and V depend on the adapters' content and scales, and a
-    tenant must not learn of another one's prompts from a fast answer.
+    tenant must not learn from a fast answer that another tenant has sent the same prompt.
     """
     loras = tuple((lora.version, lora.scale) for lora in request.loras)
     salt = request.cache_salt.encode(errors="surrogatepass")
@@ -67,7 +67,7 @@ class BlockManager:
 
     @property
     def num_free_blocks(self) -> int:
-        """Blocks that nobody holds, cached ones included."""
+        """Blocks that no sequence holds, cached ones included."""
         return len(self._free)
 
     @property
@@ -139,7 +139,7 @@ class BlockManager:
         sequence.num_findable_blocks = num_full
 
     def free(self, sequence: Sequence) -> None:
-        """Take back everything a sequence holds. The end of a prefix is reused before its beginning, and blocks
+        """Take back everything a sequence holds. A prefix's last blocks are reused before its first ones, and blocks
         without content before all others."""
         for block in reversed(sequence.block_table):
             self._references[block] -= 1

@@ -1,4 +1,4 @@
-"""Constraints on the tokens of one sequence, and the masks of a step, which are made while its forward pass runs.
+"""Limits a sequence's next tokens (`Constraint`), and fills a step's masks while its forward pass runs (`MaskFiller`).
 
 Knows no grammar: `server.grammars` implements `Constraint`. No torch here: a mask is int32 words whose bit i stands for
 token id i. Called by the model runner, before and after the forward pass.
@@ -31,7 +31,7 @@ class Constraint(Protocol):
     is_complete: bool  # the text is whole and nothing can follow: the request ends
 
     def is_end(self, token_id: int) -> bool:
-        """Whether this token ends the answer: `accept` never gets it."""
+        """Whether this token ends the answer. `accept` never gets such a token."""
 
     def fill(self, row: Words) -> None:
         """Set the bits of the ids that may come next. Called on any thread, but never by two at once. Calling it again
@@ -40,8 +40,8 @@ class Constraint(Protocol):
     def fill_ahead(self, draft: Sequence[int], rows: Words) -> None:
         """Fill a mask for each place in a draft: rows[i] gets the ids that may come after draft[:i].
 
-        rows: int32 [len(draft) + 1, words]. A row that follows a draft token that may not come there, or the end of the
-        text, gets all ids: its token is not used. Called as `fill` is; the constraint stays where it is.
+        rows: int32 [len(draft) + 1, words]. Rows after a draft token that is not allowed, and rows after the end of the
+        text, get all ids: their tokens are not used. Called as `fill` is; the constraint keeps its place.
         """
 
     def num_allowed(self, draft: Sequence[int]) -> int:
@@ -73,8 +73,7 @@ def words_of(num_ids: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class AllowedTokens:
-    """The ids that a request may sample, as a mask that never changes. words: int32, only as many as the largest id
-    needs."""
+    """The ids that a request may sample, as a mask that never changes. words: int32 [words of the largest id + 1]."""
 
     words: Words
 
@@ -98,7 +97,8 @@ class PendingMasks:
     """Masks that are being filled."""
 
     def __init__(self, rows: tuple[int, ...], constraints: list[Constraint], words: Words, work: list[Future[None]]):
-        """constraints: of each row."""
+        """rows: the indexes of the sampled rows. constraints: one for each of them. words: int32 [rows, words], which
+        `work` fills."""
         self._rows, self._constraints, self._words, self._work = rows, constraints, words, work
 
     def join(self) -> StepMasks:
@@ -119,7 +119,7 @@ class MaskFiller:
     """Threads that fill masks; they start with the first sequence that needs one."""
 
     def __init__(self, num_ids: int, num_threads: int | None = None) -> None:
-        """num_ids: the width of the logits."""
+        """num_ids: the width of the logits. num_threads: None: half of the processors, at most 4."""
         self._num_words = words_of(num_ids)
         self._num_threads = num_threads or max(1, min(_MOST_THREADS, (os.cpu_count() or 2) // 2))
         self._pool: ThreadPoolExecutor | None = None
@@ -129,8 +129,8 @@ class MaskFiller:
     ) -> PendingMasks | None:
         """Begin to fill the masks of one step. None if no row has a constraint.
 
-        constraints, drafts: of each sampled sequence. A sequence has a row for its newest token, and one for each token
-        of its draft. drafts None: no sequence has one.
+        constraints, drafts: one entry for each sampled sequence. A sequence has a row for its newest token, and one for
+        each token of its draft. drafts None: no sequence has a draft.
         """
         rows: list[int] = []
         parts: list[tuple[Constraint, Sequence[int], int]] = []  # (constraint, draft, its first place in `rows`)

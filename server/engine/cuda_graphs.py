@@ -23,17 +23,17 @@ from guanaco.models.architectures.forward_batch import ForwardBatch
 from guanaco.models.architectures.kv_cache import PagedKVCache
 from guanaco.server.engine.model_runner import StepRows
 
-_WARM_UPS = 2
+_WARM_UPS = 2  # runs before a capture
 _ALIGNMENT = 16  # bytes: where each buffer in the block may begin
 
 
 class Capture(Protocol):
     def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Returns a function that does the work of `run` again, on the same memory, each time it is called."""
+        """Return a function that repeats the work of `run`, on the same memory."""
 
 
 class RunEagerly:
-    """Makes no graph: returns the work itself."""
+    """Makes no graph: the function that it returns is `run` itself."""
 
     def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         return run
@@ -73,8 +73,8 @@ class _Shape:
 
     rows: int
     active: int = 0  # how many adapters the step may use
-    max_rank: int = 0
-    aligned: bool = False
+    max_rank: int = 0  # the largest rank of these adapters, rounded up to a rank bucket
+    aligned: bool = False  # as `TritonLora.aligned`
 
 
 @dataclass(eq=False)
@@ -136,7 +136,7 @@ class DecodeGraphs:
         return len(self._graphs)
 
     def forward(self, rows: StepRows, table: LoraTable) -> Tensor:
-        """float32 logits [rows, vocab]; K and V are written. The result is only good until the next call."""
+        """Returns float32 logits [rows, vocab], which the next call overwrites. Writes K and V."""
         num_rows = len(rows.token_ids)
         active = sorted({slot for entries in rows.row_adapters for slot, _ in entries})
         shape = self._shape(num_rows, active, table)

@@ -1,4 +1,4 @@
-"""Tokens → text, as the tokens arrive: whole characters only, and no part of a stop string, however tokens cut it.
+"""Tokens → text, as the tokens arrive: whole characters only, and no stop string, even one that several tokens spell.
 
 Doesn't know where tokens come from or where the text goes. One per request; used by `async_engine` and `generate`.
 """
@@ -12,7 +12,7 @@ from guanaco.server.engine.request import SamplingParams
 
 REPLACEMENT = "\ufffd"
 # An incomplete character shows as replacement characters at the end: one for the whole of it, or, where a tokenizer
-# falls back to bytes, one for each byte of it and of the character before. More than these never become text.
+# falls back to bytes, one for each byte of it and of the character before. If there are more, the first ones are text.
 _MAX_HELD_CHARACTERS = 8
 # A token's text may depend on the token before it (some tokenizers write a space only between words), so decoding
 # starts this many tokens before the first new one.
@@ -28,7 +28,7 @@ class Detokenizer:
         self._params = params
         self._num_tokens = 0
         self._window = list(prompt_ids[-_NUM_CONTEXT_TOKENS:])  # the tokens that are decoded together
-        self._num_context = 0  # how many tokens at the window's start also ended the window before
+        self._num_context = 0  # how many tokens at the window's start were also in the previous window
         self._num_given = self._num_stable(self._decode(self._window))  # characters of the window already returned
         self._held = ""  # text that may turn out to begin a stop string
         self._hidden: list[bool] = []  # for each character of `_held`: it is a control token's and is not shown

@@ -47,15 +47,16 @@ class Runner(Protocol):
     def run(self, batch: ScheduledBatch, begin: Callable[[], None]) -> tuple[SampledToken, ...]:
         """Compute the batch: one result for each of its sequences. Running the same batch again must be harmless.
 
-        `begin` is called when the forward pass begins. From then on, kernels run that let other Python threads work.
+        `begin` is called when the forward pass begins. Its kernels release Python's interpreter lock, so from then on
+        other threads can work.
         """
 
     def probe(self) -> None:
-        """Compute something that always works, and raise if it doesn't."""
+        """Compute a pass that belongs to no request. Raises if the device cannot compute."""
 
 
 class AdapterSource(Protocol):
-    """Where adapters that are not in host memory come from: `server.adapters.tiers`, or a made-up one."""
+    """Reads adapters into host memory: `server.adapters.tiers.AdapterTiers`, or a fake one in the tests."""
 
     def start(self, version: str) -> None:
         """Begin to read a version. A `ReadDone` message follows when it is in host memory or could not be read."""
@@ -64,8 +65,8 @@ class AdapterSource(Protocol):
         """Free the host copy of a version."""
 
     def gone(self, version: str) -> None:
-        """Hear that a version was forgotten (`ForgetVersion`): it is neither on the device nor in host memory, and no
-        read of it runs."""
+        """Called when a version was forgotten (`ForgetVersion`): it is neither on the device nor in host memory, and
+        no read of it runs."""
 
 
 class Engine:
@@ -98,8 +99,8 @@ class Engine:
         return answers
 
     def keep_from_start(self, *messages: AddVersion) -> tuple[bool, ...]:
-        """Name versions to keep in host memory, before the engine's thread runs. Returns for each whether there was
-        room. They are read later, with the first messages: only then can the end of a read be handled."""
+        """Keep versions in host memory, before the engine's thread runs. Returns for each whether there was room. They
+        are read later, with the first messages, since only a running engine can handle the end of a read."""
         answers, self._first_moves = self.scheduler.handle(*messages)
         return answers
 
@@ -160,7 +161,7 @@ class Engine:
             results.update(zip(indexes, self._runner.run(part, self.on_forward), strict=True))
         except Exception:
             if len(indexes) == 1 and part.sequences[0].draft:
-                # A larger pass may need memory that is not there: the token itself does not need its draft.
+                # The larger pass may have needed memory that is not there: try again without the draft.
                 plain = part.sequences[0]._replace(draft=())
                 sequences = tuple(plain if i == indexes[0] else item for i, item in enumerate(batch.sequences))
                 self._run_part(replace(batch, sequences=sequences), indexes, results)
@@ -175,8 +176,8 @@ class Engine:
             self._run_part(batch, indexes[middle:], results)
 
     def _check_runner(self, results: dict[int, SampledToken]) -> None:
-        """If every request of a step failed, find out whether the device is broken; then raise EngineFailure. A few bad
-        requests at a quiet time must not end the server."""
+        """If every request of a step failed, compute the runner's probe, and raise EngineFailure if that fails, too. So
+        a step in which all requests are bad does not end the server."""
         if not results or any(r.error not in _COMPUTE_ERRORS for r in results.values()):
             return
         try:

@@ -1,4 +1,4 @@
-"""Requests whose adapters are not in host memory yet. They wait here, apart from the main queue, until those are read.
+"""Requests whose adapters are not in host memory yet wait here, apart from the main queue, until these are read.
 
 No clock, no threads, no tensors, as in the scheduler that owns it. A request leaves when all of its adapters are in
 host memory, when it has waited too long, when one of them could not be read, or when its client leaves.
@@ -8,7 +8,7 @@ from guanaco.adapters.residency.ledger import ResidencyLedger
 from guanaco.adapters.residency.moves import Move, Moves
 from guanaco.server.engine.request import Sequence, Status
 
-# A request that finds no room in host memory lets later ones take what there is. After this many steps it does no more.
+# A request that finds no room in host memory does not block later ones. After this many steps without room it does.
 MAX_STEPS_WITHOUT_ROOM = 32
 
 
@@ -56,8 +56,8 @@ class LoadingQueue:
         return ready, tuple(moves)
 
     def _blocks_others(self, sequence: Sequence) -> bool:
-        """Whether later sequences must leave all room to this one: it has waited long enough, and that would help it.
-        It would not help while a read hangs."""
+        """Whether later sequences must leave all room to this one. It must have waited long enough, and fit beside the
+        versions that are pinned or being read now: otherwise, as while a read hangs, blocking would not help it."""
         has_waited = sequence.num_passed_over > MAX_STEPS_WITHOUT_ROOM
         return has_waited and self._residency.host.can_ever_fit(sequence.versions, beside_others=True)
 
@@ -67,8 +67,8 @@ class LoadingQueue:
         return [s for s in self.sequences if limit and now - s.request.arrival_seconds > limit]
 
     def seconds_left(self, now: float) -> float | None:
-        """How many seconds from `now` the first of them has waited too long; negative if it has. None if none ever
-        will."""
+        """Seconds from `now` until the first sequence has waited too long; negative if it has already. None if no
+        sequence waits, or if there is no limit."""
         if not self._timeout_seconds or not self.sequences:
             return None
         return min(s.request.arrival_seconds for s in self.sequences) + self._timeout_seconds - now

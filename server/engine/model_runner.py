@@ -44,9 +44,9 @@ class StepRows:
 
 
 class DecodePath(Protocol):
-    """Another way to run steps in which every sequence computes one token and is sampled: CUDA graphs."""
+    """Another way to run steps in which every sequence computes one token and is sampled: `DecodeGraphs`."""
 
-    max_rows: int
+    max_rows: int  # larger steps are not for it
 
     def forward(self, rows: StepRows, table: LoraTable) -> Tensor:
         """Returns float32 logits [sequences, vocab], which the next call overwrites."""

@@ -70,8 +70,8 @@ class Request:
     loras: tuple[LoraRef, ...] = ()  # empty: the base model
     cache_salt: str = ""  # names a tenant of the prefix cache: requests with different salts never share a block
     arrival_seconds: float = 0.0  # monotonic clock; the queue's time limit counts from here
-    background: bool = False  # starts after all others, within a limit; for the engine's own probes
-    constraint: Constraint | None = None  # on its tokens; never shared, since it keeps its place in the text
+    background: bool = False  # starts after all others, but is not passed over for ever; for the engine's own probes
+    constraint: Constraint | None = None  # limits its tokens; never shared, since it keeps its place in the text
 
     @property
     def versions(self) -> tuple[str, ...]:
@@ -96,14 +96,15 @@ class Abort:
 Message = Submit | Abort | AddVersion | ForgetVersion | ReadDone  # from the event loop to the engine
 
 
-@dataclass(frozen=True, eq=False, slots=True)  # compared by `block_manager.is_same_content`: chains are long
+# Compared by `block_manager.is_same_content`: a generated __eq__ would recurse through the whole chain.
+@dataclass(frozen=True, eq=False, slots=True)
 class BlockContent:
     """The content of a full KV block: its tokens, and the chain of blocks before it."""
 
     parent: "BlockContent | None"  # the block before it; None: `token_ids` is empty, and this is a namespace's root
     token_ids: tuple[int, ...]
-    namespace: tuple[str, tuple[tuple[str, float], ...]]  # tenant salt, ordered (adapter version, scale)
-    digest: bytes
+    namespace: tuple[str, tuple[tuple[str, float], ...]]  # (cache salt, (adapter version, scale) of each adapter)
+    digest: bytes  # SHA-256 of the whole chain
 
 
 class Status(Enum):
@@ -122,7 +123,7 @@ class Sequence:
     token_ids: list[int]  # prompt, then output
     arrival_number: int = 0  # 0, 1, 2 … in order of arrival
     arrival_step: int = 0  # how many steps had begun when it arrived
-    # The number of its latest turn. The scheduler counts one turn for each sequence of each step.
+    # When it was last scheduled, by a counter that the scheduler raises for each sequence of each step.
     last_turn: int = 0
     block_table: list[int] = field(default_factory=list)
     block_contents: list[BlockContent] = field(default_factory=list)  # the namespace, then each full block so far
@@ -133,12 +134,13 @@ class Sequence:
     finish_reason: FinishReason | None = None
     num_preemptions: int = 0
     queue_seconds: float | None = None  # from its arrival to its first step
-    num_passed_over: int = 0  # steps in which a later one could start before it, as its adapters found no room
+    # Steps in which later sequences could start before it: its adapters found no room, or it is a background request.
+    num_passed_over: int = 0
     holds_adapters: bool = False  # its versions are in host memory or being read, and stay there
     num_prompt_logprobs: int = 0  # how many of the prompt's positions have been reported
 
     def __post_init__(self) -> None:
-        self.versions = self.request.versions  # stored, as is the next one, since every step reads them
+        self.versions = self.request.versions  # both are attributes, not properties, since every step reads them
         self.generates = self.request.params.max_tokens > 0
 
     @property
@@ -164,12 +166,12 @@ class Sequence:
 
 
 class ScheduledSequence(NamedTuple):  # made for every sequence in every step; a dataclass takes four times as long
-    """A sequence's share of one step: positions num_computed_tokens … + num_new_tokens − 1."""
+    """A sequence's part in one step: positions num_computed_tokens … num_computed_tokens + num_new_tokens − 1."""
 
     sequence: Sequence
     num_new_tokens: int
     needs_sample: bool  # the last of these tokens is the sequence's newest, so the next one is sampled
-    # Guesses of the tokens after these. Each is computed as a further row, and stays only if it is what is sampled.
+    # Guesses of the tokens after these. Each is computed as a further row, and accepted if the same token is sampled.
     draft: tuple[int, ...] = ()
 
     @property
@@ -228,12 +230,12 @@ class TokenOutput(NamedTuple):  # made for every sequence in every step, too
     error: ErrorCode | None = None
     num_cached_tokens: int = 0
     queue_seconds: float | None = None  # from the request's arrival to its first step
-    logits: bytes | None = None
-    ends_in_text: bool = False  # ended by `stop`, but its last token is text: it completed a constraint
+    logits: bytes | None = None  # float32 [vocab], if they were asked for
+    ends_in_text: bool = False  # the reason is STOP, but the last token is text: it completed a constraint
 
 
 class DraftOutcome(NamedTuple):
-    """What became of the draft of one sequence in one step."""
+    """How many draft tokens of one sequence in one step were accepted."""
 
     versions: tuple[str, ...]  # of its adapters
     num_drafted: int
@@ -268,10 +270,10 @@ class StepOutput:
 class Limits:
     """The limits of one engine. The KV cache must have room for one sequence of `max_model_len` tokens."""
 
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    queue_timeout_seconds: float
+    max_num_seqs: int  # sequences that run at once
+    max_num_batched_tokens: int  # rows that one step computes, draft tokens included
+    max_model_len: int  # tokens of prompt and output together
+    queue_timeout_seconds: float  # how long a request may wait for its first step; 0: for ever
     adapter_timeout_seconds: float = 0.0  # how long a request may wait for its adapters to be read; 0: for ever
     num_rows: int | None = None  # the model's embedding rows: token ids must be below; None: not checked
     flood_num_seqs: int = 8  # an adapter with this many open requests floods
@@ -288,5 +290,5 @@ class StepCounts:
     drafts: list[DraftOutcome] = field(default_factory=list)
 
     def add_draft(self, item: ScheduledSequence, num_accepted: int) -> None:
-        """Count a draft of which `num_accepted` tokens stayed."""
+        """Count a draft of which `num_accepted` tokens were accepted."""
         self.drafts.append(DraftOutcome(item.sequence.versions, len(item.draft), num_accepted))

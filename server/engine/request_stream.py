@@ -16,7 +16,7 @@ from guanaco.server.engine.request import FinishReason, Request, TokenLogprob, T
 
 
 class TextOutput(NamedTuple):  # made for every token: a dataclass takes several times as long
-    """One step's result for one request, as text. The counts are running totals."""
+    """One step's result for one request, as text. The `num_…` counts are running totals."""
 
     text: str  # new text only: whole characters, and nothing that may become a stop string
     token_ids: tuple[int, ...]
@@ -40,7 +40,7 @@ class RequestStream:
     """
 
     def __init__(self, request: Request, tokenizer: Tokenizer, forget: Callable[[str, bool], None]) -> None:
-        """forget: called with the request's id when the stream ends; True if the engine must still end the request."""
+        """forget: called with (request id, whether the engine must still end the request) when the stream ends."""
         self.request = request
         self._forget = forget
         self._detokenizer = Detokenizer(tokenizer, request.params, request.prompt_token_ids)
@@ -49,7 +49,7 @@ class RequestStream:
         self._listener: Callable[[TextOutput], None] | None = None
         self._num_output_tokens = 0
         self._num_cached_tokens = 0
-        self.logits: bytes | None = None  # of the first token, if the request asked for them
+        self.logits: bytes | None = None  # the first token's, float32 [vocab], if the request asked for them
         self._ended = False  # the last output has come
         self._closed = False
 

@@ -39,7 +39,8 @@ class Drawing(Protocol):
 
 @dataclass(frozen=True)
 class SamplingRow:
-    """One row to sample. `prompt_ids` and `output_ids` are only read if a penalty or a bad word is set."""
+    """One row to sample. The number of `output_ids` is always read: it is the row's position. The ids themselves, and
+    `prompt_ids`, are only read if a penalty or a bad word is set."""
 
     params: SamplingParams
     prompt_ids: tuple[int, ...]
@@ -47,11 +48,11 @@ class SamplingRow:
 
     @property
     def position(self) -> int:
-        return len(self.output_ids)
+        return len(self.output_ids)  # how many tokens the request has written
 
 
 def uniform(seed: int, position: int) -> float:
-    """The random number of one token of one request, in [0, 1): 53 bits of BLAKE2b(seed, position)."""
+    """The random number of a request's token at a position of its output, in [0, 1): 53 bits of BLAKE2b."""
     digest = hashlib.blake2b(struct.pack("<qq", seed, position), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
@@ -179,7 +180,8 @@ def _adjust(logits: Tensor, rows: list[SamplingRow], eos_ids: frozenset[int], ma
 
 
 def _limits(rows: list[SamplingRow], masks: StepMasks | None, vocab: int) -> dict[int, Words]:
-    """Row index → the mask words of the ids that the row may sample: its mask combined with its allowed tokens."""
+    """Row index → the mask words of the ids that the row may sample: its mask's ids that are also among its allowed
+    tokens. If no id is in both, the mask alone counts."""
     limits = {} if masks is None else {index: masks.words[place] for place, index in enumerate(masks.rows)}
     for index, row in enumerate(rows):
         if (allowed := row.params.allowed) is None:
@@ -193,7 +195,8 @@ def _limits(rows: list[SamplingRow], masks: StepMasks | None, vocab: int) -> dic
 def _apply_limits(
     out: Tensor, rows: list[SamplingRow], eos_ids: frozenset[int], limits: dict[int, Words], errors: Mapping[int, Any]
 ) -> None:
-    """Set forbidden logits to −infinity: ids outside the row's limits, and banned ids if any other id is left."""
+    """Set forbidden logits to −infinity: ids outside the row's limits, and banned ids if another id is left. errors:
+    the rows whose mask failed; they have no limit, since their token is discarded."""
     vocab = out.shape[1]
     words = np.stack(list(limits.values()))
     for place, index in enumerate(limits):
@@ -203,7 +206,7 @@ def _apply_limits(
         if left.any():
             words[place] = left
         if index in errors:
-            words[place] = -1  # allow all: the row's token is discarded, but sampling needs one
+            words[place] = -1  # all ids: sampling needs at least one
     # Bits are copied to a GPU and unpacked there: one byte per token would be eight times as much to copy.
     bits = torch.from_numpy(words).to(out.device).unsqueeze(-1)
     allowed = (bits >> torch.arange(32, device=out.device, dtype=torch.int32)) & 1

@@ -135,8 +135,8 @@ class Scheduler:
             self._end(sequence, FinishReason.ABORT)
 
     def adapter_read(self, version: str, error: ErrorCode | None) -> None:
-        """Enter that a version's read has ended. error: the read failed, and the requests that wait for the version end
-        with this error."""
+        """Record that a version's read has ended. error: the read failed, and the requests that wait for the version
+        end with this error."""
         self._moves += self.residency.read_done(version, is_here=error is None)
         if error is not None:
             for sequence in [s for s in self.loading.sequences if s.holds_adapters and version in s.versions]:
@@ -174,7 +174,7 @@ class Scheduler:
         return ScheduledBatch(tuple(chosen.values()), adapter_slots, self._take_moves())
 
     def update(self, batch: ScheduledBatch, sampled: tuple[SampledToken, ...]) -> tuple[tuple[TokenOutput, ...], Moves]:
-        """Enter the step's results, one for each sequence of the batch. Returns the outputs, with those of requests
+        """Apply the step's results, one for each sequence of the batch. Returns the outputs, with those of requests
         that ended otherwise since the last call, and the moves of adapters."""
         assert len(batch.sequences) == len(sampled)
         outputs, self._outputs = self._outputs, []
@@ -187,7 +187,7 @@ class Scheduler:
         return tuple(outputs), self._take_moves()
 
     def _enter(self, item: ScheduledSequence, token: SampledToken) -> list[TokenOutput]:
-        """Enter one sequence's results: its outputs, one for each token that was sampled."""
+        """Apply one sequence's results. Returns its outputs, one for each token that was sampled or scored."""
         sequence, outputs, num_new = item.sequence, [], item.num_new_tokens
         for drawn in (token, *token.more):
             if drawn.error is not None:
@@ -208,7 +208,7 @@ class Scheduler:
         return outputs
 
     def _advance(self, sequence: Sequence, token: SampledToken) -> TokenOutput:
-        """Append a sampled token, and finish the sequence if that was its last."""
+        """Append the sampled token, if there is one, and end the sequence if nothing follows it."""
         end: End | None = None
         if token.token_id is not None:
             sequence.token_ids.append(token.token_id)
@@ -221,7 +221,7 @@ class Scheduler:
 
     def admit_loaded(self, *, is_step: bool = False) -> None:
         """Let sequences whose adapters are in host memory wait for their turn, and start reads for which there is room.
-        is_step: as of `LoadingQueue.take_ready`."""
+        is_step: as in `LoadingQueue.take_ready`."""
         ready, moves = self.loading.take_ready(is_step=is_step)
         self._moves += moves
         for sequence in ready:
@@ -252,8 +252,8 @@ class Scheduler:
     ) -> None:
         """Schedule one token for each decoding sequence. Called before prompts, so that no prompt makes them wait.
 
-        leave_room: leave a part of the floods' tokens to the floods' prompts. Called again without it after the
-        prompts, to hand out what those left.
+        leave_room: leave a part of the floods' tokens to the floods' prompts. After the prompts the method is called
+        again without it, to hand out the tokens that they left.
         """
         rest = [sequence for sequence in self.running if sequence.arrival_number not in chosen]
         for sequence in share.decoding_in_turn(rest):
@@ -280,7 +280,7 @@ class Scheduler:
     def _schedule_prompts(
         self, turns: list[tuple[int, Sequence]], chosen: dict[int, ScheduledSequence], share: StepShare, now: float
     ) -> None:
-        """Spend `share` on prompts, in the order of `turns`: of running sequences, and of waiting ones that find room.
+        """Schedule prompts of running sequences, and of waiting ones that find room, in the order of `turns`.
 
         A sequence that finds no slot for its adapters lets others start before it. After MAX_PASSED_OVER_STEPS such
         steps, no sequence with adapters starts before it.

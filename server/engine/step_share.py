@@ -1,6 +1,6 @@
 """How the tokens of one step are divided: between decoding sequences and prompts, and between floods and all others.
 
-While any sequence decodes, prompts get a share of the step only. An adapter with many open requests floods
+While any sequence decodes, prompts get only a share of the step. An adapter with many open requests floods
 (`Turns.floods`): floods together get at most `Limits.flood_step_tokens` of each step, and their sequences take turns.
 So a new request waits for a short step, not for one that computes the whole flood.
 

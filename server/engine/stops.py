@@ -1,6 +1,7 @@
-"""How a request ends: by stop strings (searched for in the text, or control tokens), or by its latest token.
+"""What ends a request: stop strings, which are searched for in the text or become stop tokens, or its latest token.
 
-Knows no HTTP and no model. Called by the API and by `guanaco generate`, and by the scheduler for every token.
+Knows no HTTP and no model. The API and `guanaco generate` call `Stops.of`; the scheduler calls `end_of` for every
+sampled token.
 """
 
 from collections.abc import Iterable
@@ -47,8 +48,8 @@ class End:
 
 
 def end_of(sequence: Sequence, token_id: int, eos_ids: frozenset[int], max_model_len: int) -> End | None:
-    """The end that a sampled token makes; None if the request goes on. Moves the request's constraint on by the token,
-    so it must be called once per token.
+    """How a request ends with its sampled token; None if it goes on. Moves the request's constraint on by the token, so
+    it must be called once per token.
 
     A complete constraint ends the request as an eos would, even before min_tokens: no token can follow.
     """
@@ -72,7 +73,7 @@ def end_of(sequence: Sequence, token_id: int, eos_ids: frozenset[int], max_model
 
 
 def output_of(sequence: Sequence, token: SampledToken, end: End | None) -> TokenOutput:
-    """What a request's client gets for a sampled token. end: the end that the token made."""
+    """The output of a request for its sampled token. end: the result of `end_of` for this token."""
     return TokenOutput(
         sequence.request.request_id,
         () if token.token_id is None else (token.token_id,),

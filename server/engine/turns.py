@@ -2,13 +2,13 @@
 
 The base model counts as an adapter here, and so does each combination of adapters.
 
-Prompts: the oldest prompt of each adapter goes first, then the second ones, and so on. Among these, the adapter goes
-first whose prompts were computed the longest ago; a new request counts from its arrival.
+Prompts: the oldest prompt of each adapter goes first, then the second one of each, and so on. Among equals, the adapter
+whose prompts were last computed the longest ago goes first. If a request arrived after that, its arrival counts.
 
-Places and KV blocks: a request's *rank* is the number of requests of its adapter before it, running ones first. A
-sequence that finds no room preempts the running sequence with the highest rank, provided that rank is higher than its
-own. So places are divided evenly among the adapters that want them, and none is kept free for others. The oldest
-request of each adapter has rank 0 and is never preempted for a newcomer, so every request finishes.
+Running sequences (at most `max_num_seqs`) and KV blocks: a request's *rank* is the number of requests of its adapter
+before it, running ones first. A sequence that finds no room preempts the running sequence with the highest rank,
+provided that rank is higher than its own. So room is divided evenly among the adapters that want it, and none is kept
+free. The oldest request of each adapter has rank 0 and is never preempted for a newcomer, so every request finishes.
 
 No clock, no randomness. Used by the scheduler.
 """
@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterable
 from guanaco.server.engine.request import Sequence, Status
 
 LAST = 1 << 30  # rank of background requests: they start after all others, and preempt none
-_FORGET_EVERY = 256  # after so many steps, adapters without open requests are forgotten
+_FORGET_EVERY = 256  # steps between two times that adapters without open requests are forgotten
 
 
 class Turns:
@@ -38,7 +38,7 @@ class Turns:
             self._served = {versions: step for versions, step in self._served.items() if versions in alive}
 
     def serve(self, sequence: Sequence) -> None:
-        """Enter that tokens of a sequence's prompt are computed in this step."""
+        """Record that tokens of a sequence's prompt are computed in this step."""
         self._served[sequence.versions] = self.num_steps
 
     def in_order(
@@ -72,7 +72,8 @@ class Turns:
     def newcomers(
         turns: Iterable[tuple[int, Sequence]], floods: frozenset[tuple[str, ...]]
     ) -> list[tuple[int, Sequence]]:
-        """The entries of `turns` that get a step of their own while adapters flood: the oldest of each other adapter.
+        """The entries of `turns` that get a step of their own while adapters flood: the oldest sequence of each adapter
+        that does not flood, if its prompt is not computed yet.
 
         The scheduler gives them at most every other step, within the prompts' share, so that decoding sequences wait no
         longer than for prompts in an ordinary step.
@@ -81,8 +82,8 @@ class Turns:
 
     @staticmethod
     def put_out_first(running: Iterable[Sequence]) -> tuple[int, Sequence]:
-        """(rank, sequence) of the running sequence that is preempted first: the youngest of the highest rank. That is
-        the oldest of all only if it runs alone."""
+        """(rank, sequence) of the running sequence that is preempted first: the youngest of the highest rank. The
+        oldest running sequence is chosen only if it runs alone."""
         ranks: Counter[tuple[str, ...]] = Counter()
         found = None
         for sequence in running:  # in order of arrival

@@ -21,7 +21,7 @@ class Acceptance:
         self._all = [_PRIOR_WEIGHT] * _NUM_CLASSES
 
     def learn(self, kind: int, is_right: bool) -> None:
-        """kind: a class of `class_of`, or FORCED."""
+        """Record whether a guess was right. kind: its class by `class_of`, or FORCED."""
         self._right[kind] = self._right[kind] * _DECAY + is_right
         self._all[kind] = self._all[kind] * _DECAY + 1.0
 

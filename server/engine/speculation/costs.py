@@ -1,4 +1,4 @@
-"""The time of a step by its number of rows. Measured when the server starts (`server.bootstrap.step_costs`)."""
+"""The time of a step by its number of rows. `server.bootstrap.speculation` measures it when the server starts."""
 
 from bisect import bisect_left
 from collections.abc import Iterable
@@ -11,8 +11,8 @@ class StepCosts:
     def __init__(self, seconds: Iterable[tuple[int, float]]) -> None:
         """seconds: (rows, seconds of a step), at least two, in any order.
 
-        Disturbances only make a measured time longer. So a step's time is lowered to that of a larger step, and to that
-        of smaller steps that compute the same rows one after another, where one of these is shorter.
+        Disturbances only make a measured time longer. So a step's time is lowered to that of any larger step, and to
+        that of smaller steps in proportion to their rows, where one of these is shorter.
         """
         points = sorted(seconds)
         assert len(points) > 1, "a line needs two points"

@@ -1,7 +1,7 @@
 """How many draft tokens a step should compute: the number with the most expected tokens per second, by measured costs.
 
-A draft token adds its chance to be right to the expected tokens, and costs one row. The chance that a draft's first i
-tokens are all right falls with i. So the best division is found by adding the likeliest token of all sequences next.
+A draft token adds to the expected tokens the chance that it and all before it are right, and costs one row. This chance
+falls from token to token of a draft. So the best division is found by adding the likeliest token of all sequences next.
 """
 
 import heapq

@@ -42,7 +42,8 @@ class Lookup:
         return found
 
     def draft(self, token_ids: Sequence[int], most: int) -> list[int]:
-        """The tokens from the source on, repeated at the text's end ("abab" → "abab"). `most` tokens."""
+        """`most` tokens: those from the source on, repeated from there at the text's end ("abab" → "abab…"). Empty
+        without a source, or while tokens are still to be read."""
         if self.source is None or self.num_seen < len(token_ids):
             return []
         period = len(token_ids) - self.source
@@ -63,7 +64,7 @@ class Lookup:
 
 
 def _equal_before(token_ids: Sequence[int], source: int, end: int, known: int) -> int:
-    """How many tokens before `source` and before `end` are the same; `known` of them are."""
+    """How many tokens before `source` equal those before `end`: at least `known`, counted up to _MOST_COMPARED."""
     length = known
     most = min(source, _MOST_COMPARED)
     while length < most and token_ids[source - 1 - length] == token_ids[end - 1 - length]:

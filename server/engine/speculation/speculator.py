@@ -31,7 +31,7 @@ class Wish(NamedTuple):
 
 @dataclass(eq=False)
 class _Record:
-    """What is known of one open sequence."""
+    """The source of guesses for one open sequence, and how often they were right."""
 
     lookup: Lookup | SuffixLookup
     acceptance: Acceptance = field(default_factory=Acceptance)
@@ -48,8 +48,8 @@ class _Record:
 
 
 def namespace_of(sequence: EngineSequence) -> Hashable:
-    """One request is drafted from the answer of another only if their namespaces are equal: the cache salt, which
-    contains the API key, the adapters' versions and their scales."""
+    """(cache salt, versions and scales of the adapters). The salt contains the API key. One request is drafted from the
+    answer of another only if their namespaces are equal."""
     request = sequence.request
     return request.cache_salt, tuple((lora.version, lora.scale) for lora in request.loras)
 
@@ -65,9 +65,10 @@ class Speculator:
         weighs_places: bool = False,
         past: PastAnswers | None = None,
     ) -> None:
-        """encode: text → token ids, without control tokens; None: text that grammars force makes no drafts.
+        """costs: the time of a step by its rows. encode: text → token ids, without control tokens; None: text that
+        grammars force makes no drafts.
 
-        weighs_places: `suffix` in place of `lookup`. past: where answers are kept for later ones; None: nowhere.
+        weighs_places: use `suffix` instead of `lookup`. past: where answers are kept for later ones; None: nowhere.
         """
         assert past is None or weighs_places, "only suffix drafts read past answers"
         self.costs = costs
@@ -135,5 +136,5 @@ class Speculator:
         text = forced[:_MOST_FORCED_BYTES].decode(errors="ignore")  # the end may be half a character
         tokens = self._encode(text) if text else []
         if len(forced) > _MOST_FORCED_BYTES:
-            tokens = tokens[:-1]  # the whole text may divide the last one otherwise
+            tokens = tokens[:-1]  # the text was cut here: as a whole it may have another last token
         return tokens[: constraint.num_allowed(tokens)]

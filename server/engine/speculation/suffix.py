@@ -12,7 +12,7 @@ from guanaco.server.engine.speculation.lookup import MOST_AT_ONCE
 
 _SIZE = 3  # tokens that an earlier place must share with the text's end
 _MOST_PLACES = 6  # places of one n-gram that are kept: the latest
-_MOST_COMPARED = 32
+_MOST_COMPARED = 32  # most tokens that the length of a match counts
 _SHIFT = 24  # token ids are below 2 ** 24
 BYTES_PER_TOKEN = 400  # the most memory for a past answer's token with its entries in the index
 
@@ -27,7 +27,7 @@ class TextIndex:
         self._places: dict[int, list[Place]] = {}  # a deque takes 600 bytes more than a list
 
     def add(self, text: Sequence[int], end: int) -> None:
-        """Enter the n-gram that ends before index `end` of a text. The text may grow later, but must not change."""
+        """Add the n-gram that ends before index `end` of a text. The text may grow later, but must not change."""
         self.num_tokens += 1
         if end >= _SIZE:
             places = self._places.setdefault(_key(text, end), [])
@@ -112,7 +112,7 @@ class PastAnswers:
         return self._indexes.get(namespace, ())
 
     def add(self, namespace: Hashable, answer: Sequence[int]) -> None:
-        """Keep an answer. Of an answer larger than an eighth of the memory only the end is kept."""
+        """Keep an answer. Only the end of an answer is kept if it would need more than an eighth of the memory."""
         half = self._most_tokens // 8
         text = tuple(answer[-half:]) if half else ()
         if len(text) < _SIZE:

@@ -1,4 +1,4 @@
-"""Which draft tokens are accepted: those up to the first that differs from its sampled token. For the model runner."""
+"""Accepts draft tokens up to the first that differs from its sampled token. Called by the model runner."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,7 +11,7 @@ def verified(draft: tuple[int, ...], drawn: Iterator[SampledToken]) -> SampledTo
 
     drawn: the sampled token of each row; len(draft) + 1 of them are consumed. A row after a wrong draft token was
     computed from this wrong token, so its sampled token (or error) is dropped. A row that failed after a right token is
-    dropped, too: the next step computes it without a draft, and only an error there ends the request.
+    dropped, too: the next step computes it again as its first row, and only an error there ends the request.
     """
     rows = [next(drawn) for _ in range(len(draft) + 1)]
     num_right = 0
