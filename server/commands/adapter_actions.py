@@ -1,7 +1,7 @@
-"""`guanaco adapters`: inspect an adapter on this machine, and change those of a running server.
+"""The work of `guanaco adapters` and `guanaco aliases`: adapter files on this machine, and a running server's routes.
 
-`inspect` needs no server. The others call the admin routes with httpx2, which the hub's client uses, too. Called by the
-command line.
+`inspect`, `convert` and `pull` need no server. The other commands call the admin routes through `AdminClient`. It uses
+httpx2, as the hub's client does. `compare` and `train` call those routes too.
 """
 
 import json
@@ -40,7 +40,7 @@ class AdminClient:
         self._http = httpx2.Client(timeout=_TIMEOUT_SECONDS, headers=headers)
 
     def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The JSON answer to one request."""
+        """The JSON answer to one request. path: below /v1, such as /adapters."""
         try:
             with self._http.stream(method, f"{self._url}/v1{path}", json=body) as response:
                 content = bytearray()
@@ -64,7 +64,7 @@ class AdminClient:
 
 
 def show(answer: Any, *, as_json: bool) -> None:
-    """Print the server's answer about one adapter or all, as a table or as JSON."""
+    """Print an answer about one adapter or alias, or a list of them, as a table or as JSON."""
     console = Console(highlight=False)
     if as_json:
         console.print_json(json.dumps(answer))
@@ -167,7 +167,10 @@ def show_conversion(report: ConvertReport, target: Path) -> None:
 
 
 def pull_adapter(settings: Settings, source: str, directory: Path | None) -> None:
-    """Download an adapter from the hub, and print its commit. Raises AdapterError or CommandError."""
+    """Download an adapter from the hub, and print its commit. Raises AdapterError or CommandError.
+
+    source: ORG/NAME or ORG/NAME@REVISION. directory: written, so it must not exist; None: the hub's cache only.
+    """
     address = HubAddress.parse(source if "@" in source else f"{source}@main")
     if address is None:
         raise CommandError(f"{source} is no adapter of the hub: write ORG/NAME or ORG/NAME@REVISION")

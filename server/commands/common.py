@@ -22,10 +22,10 @@ def one_line_errors() -> Iterator[None]:
 
 
 def typed_text(text: str, what: str) -> str:
-    """Text of the command line as UTF-8, even if the locale has another encoding. Raises CommandError if it isn't
-    UTF-8.
+    """Text of the command line, read as UTF-8 even if the locale has another encoding. what: its name in the error.
 
-    Python turns bytes that the locale's encoding does not have into lone surrogates, which no request can carry.
+    Raises CommandError if it isn't UTF-8. Python turns bytes that the locale's encoding does not have into lone
+    surrogates, which no request can carry.
     """
     try:
         return text.encode("utf-8", "surrogateescape").decode("utf-8")
@@ -34,7 +34,7 @@ def typed_text(text: str, what: str) -> str:
 
 
 def server_root(url: str, flag: str = "--url") -> str:
-    """The address of a server without a final `/v1`. Raises CommandError if it is not an address."""
+    """The address of a server without a final `/v1`. Raises CommandError, which names `flag`, if it is no address."""
     problem = f"{flag} {url}: expected an address such as http://127.0.0.1:8000 (with or without /v1)"
     try:
         parts = urlsplit(url.strip())

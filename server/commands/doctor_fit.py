@@ -1,4 +1,4 @@
-"""Computes from shapes what fits into free memory, by the server's own plan: models × adapters × context.
+"""Computes which models, adapters and contexts fit into free memory: from shapes, with the server's memory plan.
 
 Loads no model. Called by `doctor.py`, for the chosen model and for well-known LLaMA shapes.
 """
@@ -42,7 +42,7 @@ class Room:
     adapters: int
     context: int  # tokens of the longest request
     requests: int  # requests of this length at the same time
-    kv_tokens: int  # of all requests together
+    kv_tokens: int  # tokens of all requests together
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Fit:
 
     model: str
     weights_bytes: int
-    adapter_bytes: int  # of one adapter of ADAPTER_RANK
+    adapter_bytes: int  # size of one adapter of ADAPTER_RANK
     rooms: tuple[Room, ...]  # only for the numbers of adapters that fit
 
 

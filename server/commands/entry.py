@@ -1,7 +1,7 @@
-"""The `guanaco` program. It imports everything else itself, so that Ctrl-C during an import also ends with one line.
+"""The `guanaco` program. Ctrl-C ends it with one line, also while the rest of the program is being imported.
 
-Imports nothing at the top but the standard library. Called by the console script, and run as a
-module by the server, which starts trainers.
+So its top imports only the standard library and `streams`. Called by the console script. The server runs it as a module
+to start a fine-tuning job.
 """
 
 import contextlib

@@ -7,7 +7,7 @@ from guanaco.models.loading.model_cache import list_cached_models, prune_cached_
 from guanaco.server.bootstrap.memory_plan import human_bytes
 from guanaco.server.errors import CommandError
 
-_KEY_LENGTH = 12  # how many of a key's 64 hex digits `list` shows and `prune` accepts
+_KEY_LENGTH = 12  # of a key's 64 hex digits `list` shows so many; `prune` accepts any number of first digits
 
 
 def list_models(cache_dir: Path) -> None:
@@ -24,7 +24,10 @@ def list_models(cache_dir: Path) -> None:
 
 
 def prune_models(cache_dir: Path, names: list[str], *, yes: bool) -> None:
-    """Delete the named models, or all. Asks first unless `yes`."""
+    """Delete the models whose keys begin with one of `names`, or all without names. Asks first unless `yes`.
+
+    Raises CommandError for a name that fits no cached model.
+    """
     entries = list_cached_models(cache_dir)
     chosen = [e for e in entries if not names or any(e.key.startswith(name) for name in names)]
     for name in names:

@@ -54,7 +54,7 @@ from guanaco.server.training.jobs.service import TrainingService
 
 logger = logging.getLogger("guanaco.serve")
 
-# The prompt with which an adapter is probed when it is loaded. Any text will do that a fine-tune answers differently.
+# The prompt with which an adapter is probed when it is loaded: a text that most fine-tunes answer in their own way.
 _PROBE_TEXT = "### Human: Who are you, and what can you do for me?### Assistant:"
 _LOG_WIDTH = 160  # columns of the banner in a file or a container's log
 
@@ -86,7 +86,7 @@ def run_server(settings: Settings) -> int:
 
 @contextlib.contextmanager
 def _ending_at_sigterm() -> Iterator[None]:
-    """End the process with one line at a SIGTERM, also where it is the first of its container."""
+    """End the process with one line at a SIGTERM, also if it is the first process of its container."""
     if (
         threading.current_thread() is not threading.main_thread()
         or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
@@ -113,7 +113,7 @@ def _check_exposure(settings: Settings, keys: KeyRing) -> None:
 
 
 def check_origins(settings: Settings, keys: KeyRing) -> None:
-    """Raise CommandError if every web page could try keys."""
+    """Raise CommandError if API keys are set and --allow-origin is `*`: every web page could then try keys."""
     if keys and "*" in settings.allow_origin:
         raise CommandError(
             "--allow-origin * is for servers without API keys: name the origins, e.g. https://chat.example"
@@ -237,8 +237,10 @@ def _adapter_manager(
 
 
 def _open_store(settings: Settings, base: Base, holds: HoldLedger) -> VersionStore:
-    """Open the adapter store. Each base model has its own, since an adapter of one is useless for another. So has a
-    server with a shared registry: what it had before stays for a start without one."""
+    """Open the adapter store. Each base model has its own, since an adapter of one is useless for another.
+
+    With a shared registry the server uses a second store, so that a later start without the registry finds the adapters
+    that it had before."""
     return VersionStore(
         settings.adapter_store_dir / (_of_base(base) + ("-shared" if settings.adapter_registry is not None else "")),
         base.loaded.model.lora_targets,
@@ -254,7 +256,7 @@ def _shared_registry(settings: Settings, base: Base) -> SharedRegistry | None:
 
 
 def _of_base(base: Base) -> str:
-    """The folder of a base model in directories that several may use."""
+    """The name of a base model's folder in a directory that servers of several base models may use."""
     return base.loaded.fingerprint[:16]
 
 

@@ -29,7 +29,7 @@ _UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
 
 @dataclass(kw_only=True)
 class _Sources:
-    """The options with which the settings themselves are read and shown."""
+    """The options that are no settings: a file to read settings from, and printing them."""
 
     config: Annotated[
         Path | None, typer.Option("--config", metavar="FILE", help="YAML file with any of these settings")
@@ -135,7 +135,9 @@ def settings_of(ctx: typer.Context) -> Settings:
 
 
 def settings_with(**given: Any) -> Settings:
-    """The settings of the environment with some replaced, for commands with few options. None: not given.
+    """The settings of the environment, with those in `given` replaced; a value of None replaces nothing.
+
+    For commands with few options.
 
     Raises SettingsError.
     """

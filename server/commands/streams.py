@@ -1,7 +1,7 @@
-"""Standard streams that accept every text, and one-line ends for Ctrl-C and a full disk.
+"""Standard streams that accept every text, and one-line ends for Ctrl-C, SIGTERM and a full disk.
 
-Imports the standard library only, since the program can be interrupted while it imports the rest. Used by `entry` and
-`main`.
+Imports the standard library only, since the program can be interrupted while it imports the rest. Used by `entry`,
+`classes`, `serve` and `train`.
 """
 
 import codecs

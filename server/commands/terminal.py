@@ -27,8 +27,12 @@ def generate_once(
     seed: int | None,
     raw: bool,
 ) -> None:
-    """Answer `prompt` with the offline engine, by the adapter's profile as the server would, and write the text to
-    standard output as it comes. temperature None: the profile's, or 0."""
+    """Answer `prompt` with the offline engine, and write the text to standard output as it comes.
+
+    The adapter's profile applies, as in the server. name: an adapter; None: the base. temperature: None: the profile's,
+    or 0. raw: continue the prompt without a chat template. Raises CommandError if the prompt fills the context, holds a
+    token that the model lacks, or the engine ends the request.
+    """
     with undisturbed_imports():
         from guanaco.adapters.versions.profile import Profile
         from guanaco.models.text.chat_template import load_template

@@ -1,4 +1,5 @@
-"""`guanaco bench`: one file for each thing that is measured. The options are in `commands/main.py`.
+"""`guanaco bench`: one file for each thing that is measured, and `serving/` for the load on a running server.
 
-May import everything. Start with `engine.py`; `kernels.py` needs Triton, and `kernels_gpu.py` a GPU.
+The options are in `commands/main.py`, those of `bench serve` in `serving/options.py`. May import everything. Start with
+`engine.py`; `kernels.py` needs Triton, and `kernels_gpu.py` a GPU.
 """

@@ -21,13 +21,17 @@ from guanaco.server.errors import CommandError
 
 _ROUNDS = 3
 _DECODE_STEPS = 24  # timed per stream, as the llama.cpp driver does
-_LOWEST_TOKEN = 300  # below are special tokens and bytes
+_LOWEST_TOKEN = 300  # smaller ids are special tokens and bytes in most vocabularies
 
 
 def measure_engine(
     settings: Settings, *, adapters: str | None, prompt: int, batches: str, context: int, as_json: bool
 ) -> None:
-    """Measure and print: one JSON line, or a table. CommandError for options that don't parse or don't fit."""
+    """Measure, and print one JSON line or a table. Raises CommandError for options that don't parse or don't fit.
+
+    adapters: `DIR:N`: stream i uses DIR/a(i mod N). prompt: tokens of the prompt that is timed. batches: numbers of
+    streams, comma-separated. context: tokens of each stream before its tokens are timed.
+    """
     counts = _counts(batches)
     settings = settings.model_copy(update=_roomy(settings, counts, adapters))
     # Random tokens soon repeat themselves, and drafts would then be timed in place of steps.
@@ -66,7 +70,7 @@ def _counts(batches: str) -> list[int]:
 
 
 def _roomy(settings: Settings, counts: list[int], adapters: str | None) -> dict[str, object]:
-    """The settings, changed so that all streams can run at once with all their adapters."""
+    """The settings to change so that all streams run at once with all their adapters. Raises CommandError."""
     update: dict[str, object] = {"max_num_seqs": max([settings.max_num_seqs, *counts])}
     update["max_num_batched_tokens"] = max(settings.max_num_batched_tokens, max(counts))
     if adapters is not None:

@@ -73,8 +73,8 @@ def compiled_entries(targets: Collection[str], kernels: Collection[str]) -> Iter
 
 
 def _bitsandbytes_cases() -> Iterator[tuple[str, CompileCase]]:
-    """(beginning of the mangled name, case) of each kernel. A lane handles 32 weights per iteration, each with one SHFL
-    or LDS for its look-up.
+    """(beginning of the mangled name, case) of each kernel. In each iteration a lane handles 32 weights, and looks each
+    of them up with one instruction, SHFL or LDS.
 
     The first two kernels compute one output column per warp. The template arguments of the last one name a tile of 32
     rows, 64 columns and 128 weights each, for 256 threads.
@@ -97,7 +97,7 @@ def _bitsandbytes_cases() -> Iterator[tuple[str, CompileCase]]:
 
 
 def bitsandbytes_entries(library: Path, targets: Collection[str]) -> Iterator[dict[str, Any]]:
-    """The counts of the kernels in `libbitsandbytes_cuda*.so`, for the targets for which it has code."""
+    """The figures of the kernels in `libbitsandbytes_cuda*.so`, for those of `targets` for which it has code."""
     for target in targets:
         try:
             functions, resources = sass.disassemble(sass.extract(library, target, tools()), tools())
@@ -144,8 +144,9 @@ def count_kernels(*, targets: str | None, kernels: str | None, bitsandbytes: Pat
 
 
 def tune_kernels(settings: Settings) -> None:
-    """Time the tiles of `nf4_dot` on this machine's GPU and keep the best. Raises CommandError without a GPU. NEVER RUN
-    on a GPU so far."""
+    """Time the tiles of `nf4_dot` on this machine's GPU and write the best to the cache. NEVER RUN on a GPU so far.
+
+    Raises CommandError without a GPU."""
     gpu = find_gpu()
     if gpu is None:
         raise CommandError("--tune times kernels on an NVIDIA GPU, and torch finds none")

@@ -1,6 +1,6 @@
 """The part of `guanaco bench kernels` that needs an NVIDIA GPU: times beside bitsandbytes and a torch product.
 
-NEVER RUN on a GPU so far. So it is kept simple: it launches, times with events, and divides.
+NEVER RUN on a GPU so far. So it does as little as possible: it launches, times with CUDA events, and divides.
 """
 
 import importlib
@@ -13,7 +13,7 @@ import torch
 from guanaco.kernels import load_ops, nf4
 from guanaco.kernels.analysis.cards import CARDS
 
-_SIDE = 4096
+_SIDE = 4096  # rows and columns of the matrix
 _PRODUCTS = ("nf4_simt", "nf4_dot")
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 _WARM_UPS = 10
@@ -53,8 +53,10 @@ def roofline_share(num_bytes: float, seconds: float) -> float | None:
 
 
 def bandwidth(name: str, properties: Any) -> float | None:
-    """The memory's bandwidth in bytes/s. From the clock (kHz) and width that the driver states, which tell a card's
-    variants apart; otherwise from the data sheet of a card with exactly this name. None if it is not known."""
+    """The memory's bandwidth in bytes/s; None if it is not known.
+
+    It comes from the memory clock (kHz) and bus width (bits) that the driver states, because these differ between a
+    card's variants. If the driver states neither, it comes from the data sheet of the card with this name."""
     clock, width = (getattr(properties, key, 0) for key in ("memory_clock_rate", "memory_bus_width"))
     if clock and width:
         return float(2 * clock * 1e3 * width / 8)

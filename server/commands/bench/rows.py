@@ -1,7 +1,7 @@
-"""`guanaco bench rows`: what a step takes by the number of its rows, and by the instruction set of the CPU kernels.
+"""`guanaco bench rows`: the time of a step by its number of rows and by the instruction set of the CPU kernels.
 
 A row is one token of one sequence in a step. All row counts and instruction sets take turns, so that a machine whose
-speed changes meanwhile favours none; the shortest time of each counts, since a step is only ever disturbed upwards.
+speed changes meanwhile favours none. The shortest time of each counts, since a disturbance only makes a step longer.
 """
 
 import json
@@ -25,8 +25,12 @@ Times = dict[str, dict[int, float]]  # instruction set → rows → seconds
 
 
 def measure_rows(settings: Settings, *, most: int, rounds: int, isas: str, as_json: bool) -> None:
-    """Measure and print: one JSON line, or a table. most: the largest number of rows. isas: instruction sets,
-    comma-separated; empty: the settings' one. CommandError for those that this machine lacks."""
+    """Measure, and print one JSON line or a table.
+
+    most: the largest number of rows. rounds: timed steps for each number. isas: instruction sets, comma-separated;
+    empty: that of the settings. Raises CommandError if two of them are the same, and an OperatorError for one that this
+    machine lacks.
+    """
     runs: dict[str, RunRows] = {}
     for isa in [name.strip() for name in isas.split(",") if name.strip()] or [settings.cpu_isa]:
         chosen = Settings.model_validate({**settings.model_dump(), "cpu_isa": isa, "speculation": "off"})
@@ -43,7 +47,7 @@ def measure_rows(settings: Settings, *, most: int, rounds: int, isas: str, as_js
 
 
 def _runner(runtime: Runtime, settings: Settings, most: int) -> ModelRunner:
-    """A runner with a small cache of its own."""
+    """A runner with a KV cache of its own, for `most` tokens."""
     model = runtime.base.loaded.model
     num_blocks = -(-most // settings.block_size)
     kv = PagedKVCache(model.config, num_blocks, settings.block_size, runtime.kv_dtype, runtime.ops.device)
@@ -57,7 +61,7 @@ def time_rows(
     best = {name: dict.fromkeys(counts, float("inf")) for name in runs}
     for run in runs.values():
         for rows in counts:
-            run(rows)  # memory is allocated, and caches are filled
+            run(rows)  # not timed: it allocates memory and fills caches
     for _ in range(rounds):
         for rows in counts:
             for name, run in runs.items():
@@ -68,8 +72,8 @@ def time_rows(
 
 
 def remarks(times: Times) -> list[str]:
-    """What should not be: a step that takes longer than one with more rows, and a set that is slower than the one named
-    before it."""
+    """A sentence for each surprise: a step that takes longer than a step with more rows, and an instruction set that is
+    slower than the one named before it."""
     found = []
     for name, seconds in times.items():
         for rows, value in seconds.items():

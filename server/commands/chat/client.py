@@ -60,7 +60,7 @@ class ChatClient:
             return [card["id"] for card in json.load(reply)["data"]]
 
     def stream(self, model: str, messages: Sequence[Mapping[str, str]], figures: AnswerFigures) -> Iterator[str]:
-        """The pieces of one answer as they come. Fills `figures` on the way."""
+        """The pieces of one answer's text as they come. `figures` is filled on the way, its token counts at the end."""
         body = {
             "model": model,
             "messages": list(messages),

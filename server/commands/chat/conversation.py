@@ -47,7 +47,7 @@ class Conversation:
         raise CommandError("there is no message yet")
 
     def save(self, path: Path) -> None:
-        """Write all messages. An existing file is not overwritten."""
+        """Write all messages to a new file. Raises CommandError if it exists or can't be written."""
         text = "".join(json.dumps(message, ensure_ascii=False) + "\n" for message in self.messages())
         try:
             with path.open("x", encoding="utf-8") as file:
@@ -94,7 +94,11 @@ def _message(path: Path, number: int, line: str) -> dict[str, str]:
 def run_command(
     line: str, conversation: Conversation, models: Callable[[], Sequence[str]], say: Callable[[str], None]
 ) -> str | None:
-    """Carry out one line that begins with `/`. Returns a message to send again, or None. Raises EOFError for /quit."""
+    """Carry out one line that begins with `/`. Returns a message to send again, or None.
+
+    models: asks the server for its models. say: shows a text. Raises EOFError for /quit, and CommandError for a command
+    that is unknown or can't be carried out.
+    """
     command, _, rest = line.partition(" ")
     rest = rest.strip()
     match command:

@@ -64,8 +64,8 @@ class ChatSession:
                 console.print(f"[red]{escape(str(error))}[/]")
 
     def _answer(self, conversation: Conversation, text: str, console: Console) -> None:
-        """Send one message and show the answer. An answer that is stopped is kept so far; after an error nothing is
-        kept."""
+        """Send one message and show the answer. If Ctrl-C stops the answer, the part that came is kept; after an error
+        neither message is kept."""
         message = {"role": "user", "content": text}
         figures, answer, stopped = AnswerFigures(time.perf_counter()), "", False
         raw = self._client.stream(conversation.model, [*conversation.messages(), message], figures)

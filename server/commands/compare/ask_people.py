@@ -33,7 +33,10 @@ def ask_people(plan: Plan, answers: Answers, folder: WorkFolder) -> Judged:
 
 
 async def serve_until_finished(session: Session) -> None:
-    """Serve the page on a free port of loopback, say its address, and return when the person has finished."""
+    """Serve the page on a free port of loopback, say its address, and return when the person has finished.
+
+    Raises KeyboardInterrupt if the server ends before that.
+    """
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         port, token = int(listening.getsockname()[1]), secrets.token_urlsafe(24)

@@ -10,12 +10,12 @@ from guanaco.server.judging.judges import CLASSES, SCORES, RegexJudge
 from guanaco.server.judging.prompts import Prompt, read_benchmark, read_prompts
 from guanaco.server.judging.prompts import sample as sample_of
 
-_MOST_STOPS = 4  # as OpenAI takes them
+_MOST_STOPS = 4  # OpenAI's limit
 
 
 @dataclass(frozen=True)
 class Options:
-    """The command's options by their names. `check_all` refuses what does not go together."""
+    """The command's options by their names. A property raises CommandError for an option that it can't read."""
 
     contestants: list[str] | None
     url: str
@@ -46,7 +46,7 @@ class Options:
     as_json: bool
 
     def check_all(self) -> None:
-        """CommandError for the first thing that is missing or does not go together."""
+        """Raises CommandError for the first option that is missing or contradicts another."""
         names = self.contestants or []
         if len(set(names)) < 2 or len(set(names)) != len(names):
             raise CommandError("name two or more different contestants: guanaco compare A B --prompts FILE")
@@ -96,7 +96,7 @@ class Options:
 
     @property
     def prices(self) -> tuple[float, float] | None:
-        """Of a million tokens of the judge's prompts and answers."""
+        """The judge's prices of a million prompt tokens and of a million answer tokens; None if they are not given."""
         if self.judge_price is None:
             return None
         try:

@@ -33,7 +33,8 @@ from guanaco.server.judging.study import (
 
 
 def run_compare(options: Options) -> None:
-    """Run a whole comparison and print what it found. CommandError for what the caller can put right."""
+    """Run a whole comparison, write its reports and print the result. Raises CommandError for a wrong option, a server
+    that does not answer, and a folder that can't be used."""
     options.check_all()
     prompts, benchmark = options.read_prompts()
     checks, prices, regex, keys = options.checks, options.prices, options.regex_judge, read_keys(options.key or ())
@@ -60,7 +61,7 @@ def run_compare(options: Options) -> None:
 async def _study(
     options: Options, folder: WorkFolder, prompts: Any, benchmark: str, checks: Any, prices: Any, regex: Any, keys: Any
 ) -> tuple[dict[str, Any], Answers, Plan]:
-    """Answers, checks and the judgements of a judge that is no person."""
+    """Collect the answers, check them, and have them judged if the judge is a model or a regex."""
     async with contextlib.AsyncExitStack() as stack:
         contestants = await stack.enter_async_context(_contestants(options, keys))
         plan = Plan(
@@ -137,7 +138,8 @@ async def _contestant(name: str, endpoint: Endpoint, model: str) -> Contestant:
 
 
 async def _probed_version(endpoint: Endpoint, model: str) -> str | None:
-    """The adapter version that answers an alias now, by a request for one token; None where none is named."""
+    """The adapter version that an alias leads to now: asks for one token, and reads the version from the headers. None
+    if they name none."""
     body = {"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
     try:
         _, headers = await endpoint.chat(body)

@@ -14,7 +14,7 @@ from guanaco.server.judging.stored import read_scores, read_verdicts
 
 
 def run_replay(verdicts: Path, scores: Path | None, *, reference: str | None, seed: int, as_json: bool) -> None:
-    """Print the statistics of two files; with `as_json` the last line is one JSON object."""
+    """Print the statistics of a file of verdicts, and of one of scores if there is one: tables, or one JSON object."""
     if reference is not None and scores is None:
         raise CommandError("--reference is about scores: name their file with --scores")
     told: dict[str, Any] = {"benchmarks": benchmark_statistics(read_verdicts(verdicts), seed=seed)}
@@ -27,7 +27,7 @@ def run_replay(verdicts: Path, scores: Path | None, *, reference: str | None, se
 
 
 def show_statistics(told: dict[str, Any]) -> None:
-    """Tables for people: a benchmark's players, its pairs in words, and percent of the reference."""
+    """Print tables for people: each benchmark's players, its pairs in words, and percentages of the reference."""
     console = Console(highlight=False)
     for name, benchmark in told["benchmarks"].items():
         table = Table("player", "Bradley-Terry", "95 % interval", "Elo (K 32)", title=escape(name), box=None)

@@ -1,4 +1,4 @@
-"""`guanaco train`: the options and how the command ends. May import `server.training`, whose `job` does the work.
+"""`guanaco train`: its options, and how it ends. May import `server.training`, whose `job.py` does the work.
 
-Start with `run.py`; `command.py` is how it tells errors with --json.
+Start with `run.py`. `command.py` prints errors as JSON with --json.
 """

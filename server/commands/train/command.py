@@ -1,6 +1,6 @@
-"""The class of `guanaco train`: with --json every error is a JSON object, a command line that is wrong included.
+"""The class of `guanaco train`: with --json every error is a JSON object, also that of a wrong command line.
 
-Used by `main`. Errors of the training itself end in `run.py`.
+Used by `main`. `run.py` raises the errors of the training itself.
 """
 
 import json
@@ -17,10 +17,11 @@ EXIT_FAILED = 1  # with --json; the object on standard output says why
 
 
 class TrainCommand(OfflineCommand):
-    """A command whose caller may read JSON alone."""
+    """A command whose errors are JSON objects if --json is given."""
 
     def make_context(self, info_name: str | None, args: list[str], *given: Any, **options: Any) -> Any:
-        """Read the command line. An option that is unknown, missing or of another type is an error too."""
+        """Read the command line. With --json an unknown, missing or malformed option ends with a JSON object and
+        exit code 1."""
         if _JSON_FLAG not in args:
             return super().make_context(info_name, args, *given, **options)
         try:
@@ -44,5 +45,5 @@ class TrainCommand(OfflineCommand):
 
 
 def tell_error(code: ErrorCode | str, message: str, param: str | None = None) -> None:
-    """Print the object of an error, as the API has it."""
+    """Print the JSON object of an error, in the shape of the API's errors."""
     print(json.dumps({"error": {"code": str(code), "message": message, "param": param}}), flush=True)

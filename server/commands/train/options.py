@@ -1,4 +1,4 @@
-"""The options of `guanaco train`, as typer reads them. `run.py` works with them. Used by `main`."""
+"""The options of `guanaco train`, as typer reads them. Used by `main`; `run.py` checks them."""
 
 from pathlib import Path
 from typing import Annotated

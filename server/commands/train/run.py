@@ -1,8 +1,8 @@
-"""`guanaco train`: a data file in, an adapter out, and published if that was asked for.
+"""`guanaco train`: makes an adapter from a data file, and publishes it at a server with --publish.
 
-The work is in `server/training`. With --json the last line on standard output is one JSON object: on success adapter,
-train_loss, eval_loss, tokens_per_second, seconds, steps, trained_tokens; on failure that of `command.py`. Everything
-else goes to standard error. A training that was stopped ends with exit code 130.
+The work is in `server/training`. With --json the last line on standard output is one JSON object. On success its fields
+are adapter, train_loss, eval_loss, tokens_per_second, seconds, steps and trained_tokens; on failure `command.py` prints
+it. Everything else goes to standard error. A training that was stopped ends with exit code 130.
 """
 
 import json
@@ -38,14 +38,14 @@ _CHOICES = {
     "save_dtype": ("float32", "bfloat16", "float16"),
     "format": ("messages", "alpaca", "sharegpt", "completion", "text", "guanaco"),
 }
-# Options that are fields of a recipe; all others but these of TrainOptions are fields of TrainingRequest.
+# Options that are fields of a recipe, and those that are fields of TrainOptions. The others are TrainingRequest's.
 _OF_RECIPE = frozenset(Recipe.__dataclass_fields__) - {"name"}
 _OWN = ("data", "name", "out", "work", "publish", "resume", "as_json")
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What `guanaco train` was asked for, besides the settings."""
+    """The options of `guanaco train` besides the settings."""
 
     data: Path
     name: str
@@ -59,7 +59,7 @@ class TrainOptions:
 
 
 def options_of(params: Mapping[str, Any]) -> TrainOptions:
-    """The options of the command line. Raises CommandError for a word that none of them takes."""
+    """The parsed command line as options. Raises CommandError if an option has a value that is not one of its words."""
     values = {name: value for name, value in params.items() if value is not None}
     for name, words in _CHOICES.items():
         if name in values and values[name] not in words:
@@ -76,7 +76,7 @@ def options_of(params: Mapping[str, Any]) -> TrainOptions:
 
 
 def run_train(settings: Settings, options: TrainOptions) -> int:
-    """Train, publish, and return the exit code. Raises OperatorError, which `TrainCommand` tells."""
+    """Train, publish, and return the exit code. Raises OperatorError, which `TrainCommand` prints."""
     console = Console(stderr=True, highlight=False)
     try:
         with _signals():
@@ -121,7 +121,8 @@ def _run(settings: Settings, options: TrainOptions, console: Console) -> dict[st
 
 
 class _Publishing:
-    """The running server that gets the adapter. What can be wrong is found before the training."""
+    """The running server that gets the adapter. The constructor finds a wrong folder, address or key before the
+    training; it raises CommandError."""
 
     def __init__(self, settings: Settings, options: TrainOptions, out: Path, root: Path | None) -> None:
         assert options.publish is not None
@@ -146,7 +147,7 @@ class _Publishing:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """Before and after the steps a SIGTERM interrupts as Ctrl-C does."""
+    """Outside the training's steps, which catch signals themselves, let SIGTERM interrupt as Ctrl-C does."""
 
     def interrupt(_number: int, _frame: Any) -> None:
         raise KeyboardInterrupt

@@ -16,7 +16,10 @@ ASSIGNMENTS = (RANDOM, ROUND_ROBIN)
 
 @dataclass(frozen=True)
 class Ramp:
-    """A rate that goes from `start` to `end` requests/s during the run, linearly or exponentially in time."""
+    """A rate that grows from `start` to `end` requests/s during the run, linearly or exponentially in time.
+
+    Raises CommandError for another kind, or if the rates don't grow.
+    """
 
     kind: str
     start: float
@@ -38,7 +41,7 @@ class Ramp:
         return (self.end - self.start) / math.log(self.end / self.start)
 
     def times(self, shares: np.ndarray, count: int) -> np.ndarray:
-        """The second at which each share (0 to 1) of `count` requests has arrived."""
+        """The seconds [n] from the start at which each of the shares [n] (0 to 1) of `count` requests has arrived."""
         seconds = count / self.mean
         if self.kind == LINEAR:
             start, slope = self.start, (self.end - self.start) / seconds

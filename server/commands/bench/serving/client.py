@@ -72,7 +72,10 @@ class Target:
     """A server's address for streamed requests to one path."""
 
     def __init__(self, root: str, path: str, headers: Mapping[str, str], *, insecure: bool = False) -> None:
-        """root: the address without /v1. insecure: certificates are not checked."""
+        """root: the address without /v1. path: with /v1. insecure: certificates are not checked.
+
+        Raises CommandError for a header that is not printable ASCII text.
+        """
         parts = urlsplit(root)
         assert parts.hostname is not None
         self.host, self.is_tls = parts.hostname, parts.scheme == "https"

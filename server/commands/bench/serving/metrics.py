@@ -26,7 +26,7 @@ def gaps(exchange: Exchange) -> list[float]:
 
 
 def seconds_of(exchange: Exchange, metric: str) -> float:
-    """A whole answer's `metric` in seconds; 0 if it has none, such as gaps in an answer of one piece."""
+    """A metric of a whole answer in seconds; 0 if the answer has none, such as gaps in an answer of one piece."""
     first = exchange.first
     assert first is not None, "only whole answers have latencies"
     if metric == "ttft":
@@ -110,7 +110,7 @@ def _spread(name: str, seconds: Sequence[float], percentiles: Sequence[float]) -
 
 
 def details(run: Run) -> dict[str, list[Any]]:
-    """One entry of each list for each request, as --save-detailed keeps them. Times in seconds."""
+    """The lists that --save-detailed adds to the JSON file, each with one entry per request. Times are in seconds."""
     rows = run.exchanges
     return {
         "input_lens": [e.prompt_tokens or 0 for e in rows],
@@ -168,7 +168,10 @@ def by_prompt_length(run: Run, percentiles: Sequence[float]) -> list[dict[str, A
 
 
 def tokens_over_time(run: Run) -> tuple[list[float], dict[str, list[float]]]:
-    """(the middle of each stretch of time in seconds, model → pieces of text per second in each), most asked first."""
+    """(middles of the stretches of time in seconds, model → pieces of text per second in each stretch).
+
+    The models are in the order of their numbers of requests, the largest first.
+    """
     width = max(run.duration, 1e-3) / _BUCKETS_OVER_TIME
     edges = np.arange(_BUCKETS_OVER_TIME + 1) * width
     series = {}
@@ -182,7 +185,7 @@ def knee(results: Sequence[Mapping[str, Any]]) -> int | None:
     """Index of the run with the highest quotient of requests/s and mean latency (Kleinrock's power).
 
     At lower rates the server has room for more; at higher rates further requests mostly wait. None for fewer than three
-    runs.
+    runs, or if no run has a whole answer.
     """
     powers = [r["request_throughput"] / r["mean_e2el_ms"] if r.get("mean_e2el_ms") else 0.0 for r in results]
     return int(np.argmax(powers)) if len(powers) > 2 and max(powers) > 0 else None
@@ -191,7 +194,7 @@ def knee(results: Sequence[Mapping[str, Any]]) -> int | None:
 def capacity(results: Sequence[Mapping[str, Any]], share: float = 0.99) -> int | None:
     """Index of the run with the highest rate at which at least `share` of the requests met the goals."""
     found = [i for i, r in enumerate(results) if r.get("goodput_share") is not None and r["goodput_share"] >= share]
-    return max(found, key=lambda i: float(results[i]["request_rate"]), default=None)  # "inf" is a text
+    return max(found, key=lambda i: float(results[i]["request_rate"]), default=None)  # it may be the text "inf"
 
 
 def _most_tokens_in_a_second(whole: Sequence[Exchange]) -> float:

@@ -27,7 +27,7 @@ MAX_RATE = 100_000.0
 
 @dataclass(frozen=True)
 class Options:
-    """The command's options by their names."""
+    """The command's options by their names. A method raises CommandError for an option that it can't read."""
 
     base_url: str
     backend: str = CHAT
@@ -187,7 +187,7 @@ class Options:
         return Target(root, path or self.endpoint or PATHS[self.backend], headers, insecure=self.insecure)
 
     def dataset(self) -> list[Ask]:
-        """The prompts, before they are given to requests."""
+        """The prompts of the data. A run of more requests sends them again from the first."""
         name = self.dataset_name or (RANDOM if self.dataset_path is None else CUSTOM)
         most = max(self.num_requests(rate) for rate in self.rates()) if not self.self_timed else 0
         asks = read_dataset(
@@ -215,7 +215,7 @@ class Planner:
     helps; not with --shared-prompts."""
 
     def __init__(self, options: Options, asks: Sequence[Ask], models: Sequence[str]) -> None:
-        """models: the models to ask for; if there is more than one, the models in the data are ignored."""
+        """models: the models to ask for. The data's own models count only if this is one and --model is not given."""
         self._options = options
         self._asks = asks
         self._models = models
@@ -246,7 +246,8 @@ class Planner:
         ]
 
     def warmups(self, count: int) -> list[Due]:
-        """Requests that are not counted, all due at once; each with a number of its own in front."""
+        """Requests before the first run that are not in any result, all due at once. They count as sent prompts, so a
+        run numbers those that it repeats."""
         return [self._due(i % len(self._asks), 0.0, self._models[i % len(self._models)], None) for i in range(count)]
 
     def _due(self, i: int, seconds: float, model: str, leave_after: float | None) -> Due:

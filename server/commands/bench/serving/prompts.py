@@ -35,7 +35,7 @@ class Ask:
     at: float | None = None  # seconds from the first line of the data
 
     def chat(self, number: int) -> list[dict[str, str]]:
-        """The messages for /v1/chat/completions. number: if above 0, it comes first, so that no cached prefix fits."""
+        """The messages for /v1/chat/completions. number: above 0, it is put in front, so that no cached prefix fits."""
         texts = [_numbered(content, number if i == 0 else 0) for i, (_, content) in enumerate(self.messages)]
         return [{"role": role, "content": text} for (role, _), text in zip(self.messages, texts, strict=True)]
 
@@ -51,7 +51,11 @@ def _numbered(text: str, number: int) -> str:
 def read_dataset(
     name: str, path: Path | None, *, input_tokens: int, range_ratio: float, count: int, seed: int
 ) -> list[Ask]:
-    """The prompts of --dataset-name. The last four are for `random`: lengths, their spread, how many, and the seed."""
+    """The prompts of --dataset-name. Raises CommandError for an unknown name, and for a file that can't be read.
+
+    input_tokens, range_ratio and count are only for `random`: prompts have about input_tokens · (1 ± range_ratio)
+    tokens. seed: of made-up words.
+    """
     if name == RANDOM:
         if path is not None:
             raise CommandError("--dataset-path goes with --dataset-name custom, or with a benchmark's name")
@@ -71,7 +75,7 @@ def read_dataset(
 
 
 def made_up(tokens: int, rng: random.Random) -> Ask:
-    """A prompt of about so many tokens, one for each word. The usage in the answer has the exact number."""
+    """A prompt of `tokens` words, so of about as many tokens. The usage in the answer has the exact number."""
     return Ask((("user", " ".join(rng.choice(_WORDS) for _ in range(tokens))),))
 
 
@@ -79,8 +83,9 @@ def read_file(path: Path, seed: int) -> list[Ask]:
     """The prompts of a JSONL file or log. CommandError names the line that can't be read.
 
     A line has `messages`, `text` or `prompt`. A line with `prompt_tokens` alone, as in the server's access log, becomes
-    that number of words. Beside them: `output_tokens`, `completion_tokens` or `max_tokens`; `model`; `time` (ISO 8601)
-    or `timestamp` (seconds). Other lines of the server's log are left out.
+    that number of words. A line may also have `output_tokens` (or `completion_tokens`, `max_tokens`,
+    `max_completion_tokens`), `model`, and `timestamp` or `time` (seconds or ISO 8601). With `e2e_seconds` this is the
+    time of the request's end, as in the access log. Other lines of the server's log are left out.
     """
     rng = random.Random(seed)  # noqa: S311 (as above)
     asks = [_ask(row, where, rng) for row, where in _rows(path) if not _is_other_log_line(row)]

@@ -16,7 +16,7 @@ from guanaco.server.reports.plots import NUM_COLOURS, Axis, Curve, areas, axis_f
 
 _SWEEP = ("requests/s", "answers/s", "output tokens/s", "refused", "cut off", "first token p50", "first token p99",
           "inter-token p99", "met goals", "")  # fmt: skip
-_SHOWN_RUNS = 4  # whose adapters are drawn over time
+_SHOWN_RUNS = 4  # runs drawn over time; if there are more, only the marked ones and the last
 _PERCENTILES = (50.0, 99.0)
 
 Results = Sequence[Mapping[str, Any]]

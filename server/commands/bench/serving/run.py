@@ -26,7 +26,10 @@ ALL_MODELS = "all"
 
 
 def run_serve(options: Options) -> int:
-    """Run all rates and write the chosen results. Returns 1 if no request got a whole answer, else 0."""
+    """Run all rates and write the chosen results. Returns 1 if no request got a whole answer, else 0.
+
+    Raises CommandError for a wrong option, a server that does not answer, or results that can't be written.
+    """
     options.check_all()
     asks = options.dataset()
     if options.save_result or options.save_detailed or options.report:
@@ -81,7 +84,7 @@ def _models(options: Options) -> list[str]:
 
 
 def _wait_until_ready(options: Options) -> list[str]:
-    """The ids of /v1/models, asked again for --ready-check-timeout-sec seconds."""
+    """The ids of /v1/models. The server is asked until it answers, for at most --ready-check-timeout-sec seconds."""
     root = server_root(options.base_url, "--base-url")
     headers = {"Authorization": bearer(options.api_key, "--api-key").decode("latin-1")} if options.api_key else {}
     verify = root.startswith("https:") and not options.insecure  # without TLS no certificates need be read
@@ -185,7 +188,8 @@ def _check_places(options: Options) -> None:
 
 
 def _json_path(options: Options, result: Mapping[str, Any], *, several: bool) -> Path:
-    """As vLLM names it: label, rate, concurrency, model, date; in a sweep a chosen name gets the rate too."""
+    """The JSON file, named as vLLM names it: label, rate, concurrency, model, date. A name that the user chose gets
+    only the rate, in a sweep."""
     rate = f"{result['request_rate']}qps"
     if options.result_filename is not None:
         name = Path(options.result_filename)

@@ -31,12 +31,12 @@ class Due:
 
 @dataclass
 class Run:
-    """The result of a plan. duration: seconds from the start to the last answer's end."""
+    """The result of a plan. duration: seconds from the start to the end of the last request that we did not cancel."""
 
     exchanges: list[Exchange]
     duration: float
     client_cpu: float  # share of one core that this process used
-    samples: list[tuple[float, Any]] = field(default_factory=list)  # of `watch`, with their seconds
+    samples: list[tuple[float, Any]] = field(default_factory=list)  # (seconds from the start, result of `watch`)
 
 
 def run_load(

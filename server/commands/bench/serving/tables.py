@@ -13,7 +13,7 @@ METRIC_TITLES = {
     "itl": "inter-token latency",
     "e2el": "end-to-end latency",
 }
-BUSY_CLIENT = 0.8  # of a core; beyond it the client itself may be what is slow
+BUSY_CLIENT = 0.8  # share of a core; above it the client itself may be the bottleneck
 LATE_SENDING_MS = 50.0
 
 
@@ -37,7 +37,7 @@ def print_run(
 
 
 def print_sweep(console: Console, results: Sequence[Mapping[str, Any]], marks: Mapping[int, str]) -> None:
-    """One row for each rate. marks: row → a remark, such as that it is the knee."""
+    """Print one row for each rate. marks: row → a remark, such as that it is the knee."""
     heads = ("rate", "answers/s", "tokens/s", "refused", "cut", "ttft p50", "ttft p99", "itl p99", "good", "")
     table = Table(*heads, box=None, pad_edge=False)
     for i, result in enumerate(results):
