@@ -22,12 +22,12 @@ def _parse_bytes(value: object) -> object:
 
 
 def _parse_list(value: object) -> object:
-    """Environment variables hold lists as comma-separated text."""
+    """Split comma-separated text, as environment variables hold lists. Any other value stays as it is."""
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
 def _key(value: object) -> object:
-    """Refuse an empty key: it would let everybody in. An unset shell variable makes one."""
+    """Refuse an empty key, such as one from an unset shell variable: it would let everybody in."""
     text = value.get_secret_value() if isinstance(value, SecretStr) else value
     if not isinstance(text, str):
         return value

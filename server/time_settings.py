@@ -1,4 +1,4 @@
-"""The settings of how long everything may take. A part of `server/config.py`, which alone reads their values."""
+"""The settings of time limits. A part of `server/config.py`, the only module that reads their values."""
 
 from typing import Annotated
 
@@ -8,7 +8,7 @@ from guanaco.server.setting_types import Seconds
 
 
 class TimeSettings(BaseModel):
-    """How long everything may take, in seconds."""
+    """Time limits in seconds: of requests, connections, a stuck engine and the shutdown."""
 
     queue_timeout: Seconds = Field(60.0, description="seconds a request may wait before it is refused with 503")
     adapter_timeout: Seconds = Field(

@@ -1,6 +1,6 @@
-"""The settings of training over the API: who may, where it is kept, how much of the machine, and each key's limits.
+"""The settings of training over the API: who may train, where files are kept, the processor's share, each key's limits.
 
-A part of `server/config.py`, which is the only module that reads their values from anywhere.
+A part of `server/config.py`, the only module that reads their values.
 """
 
 from pathlib import Path
