@@ -71,7 +71,8 @@ class AliasManager:
         self._lock = asyncio.Lock()  # changes happen one after the other
 
     async def put(self, name: str, split: Mapping[str, int], *, expected_revision: int | None = None) -> Alias:
-        """Make `name` lead to the targets of `split`; see `parse_targets`."""
+        """Make `name` lead to the targets of `split`; see `parse_targets`. expected_revision: refuse the change unless
+        the alias is at this revision."""
         async with self._changing(parse_targets(split)) as targets:
             return self.table.put(name, targets, now=time.time(), expected=expected_revision)
 

@@ -34,7 +34,7 @@ class Behind:
         return {"name": self.record.name, "version": self.record.version, "code": self.code, "message": self.problem}
 
     def as_broken(self) -> BrokenEntry:
-        """The list's entry as a broken one, with its history, so that the name can be rolled back, and its profile."""
+        """The list's entry as a broken one. It keeps the profile, and the history for a roll-back."""
         record = self.record
         return BrokenEntry(
             record.name,
@@ -85,7 +85,7 @@ class ListFollower:
             self._forget(name)
         left = []
         for one in behind:
-            if one.code == ErrorCode.NAME_TAKEN:  # perhaps by an alias or a name that was in the way until now
+            if one.code == ErrorCode.NAME_TAKEN:  # the alias or name in its way may be gone now: try once more
                 again = await self._follow(one.record)
                 left += [] if again is None else [again]
             else:

@@ -1,4 +1,4 @@
-"""Adapters of the Hugging Face Hub as sources: `org/name@revision`, pinned to a commit when it is fetched.
+"""Adapters of the Hugging Face Hub as sources: `org/name@revision`. Fetching one finds the commit of its revision.
 
 Only the config, the safetensors weights and the profile are ever downloaded. Its calls block, so they belong on a
 thread. Used by the adapter sources, and by `guanaco adapters pull`.
@@ -51,7 +51,7 @@ class AdapterHub:
 
     @classmethod
     def of(cls, settings: Settings) -> "AdapterHub":
-        """The hub of a server's settings, which models use, too."""
+        """The hub, cache and token of a server's settings; models are downloaded with the same."""
         token = None if settings.hub_token is None else settings.hub_token.get_secret_value()
         shared = settings.shared_hub_cache
         return cls(
@@ -92,7 +92,7 @@ class AdapterHub:
 
     def _fetch(self, address: HubAddress) -> tuple[Path, str]:
         """The directory with the files, and their commit."""
-        # Here, because a server that asks no hub does without its library.
+        # Imported here: a server that uses no hub does not load the hub's library.
         from guanaco.models.formats.hub_errors import HubError
         from guanaco.models.loading.hub_files import fetch_files
 

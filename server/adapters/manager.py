@@ -130,7 +130,8 @@ class AdapterManager:
         return entry is not None and entry.version == adapter.version and entry.profile == profile
 
     async def unload(self, name: str, *, force: bool = False, timeout_seconds: float = 0.0) -> bool:
-        """Remove `name`. Running requests go on, or end with an error if `force`.
+        """Remove `name`. Running requests go on. With `force` they end with an error, unless another name or an alias
+        still leads to their version.
 
         Waits up to `timeout_seconds` until the version is gone, and returns whether it is. Otherwise it leaves later,
         in the background, after the last request that uses it.
@@ -260,9 +261,9 @@ class AdapterManager:
         history: tuple[str, ...] = (),
         is_current: Callable[[], bool] = lambda: True,
     ) -> AdapterEntry:
-        """Probe the effect of a version that is stored and held. Then let `name` stand for it, or discard it.
+        """Probe the effect of a version that is stored and held by the caller. Then let `name` stand for it.
 
-        history: the earlier versions of a name that is not loaded, or that is broken. is_current: whether `profile` is
+        history: the name's earlier versions; only used if it is not loaded, or broken. is_current: whether `profile` is
         still the one to keep, since other servers may have changed it.
         """
         self.registry.stage(adapter)
@@ -312,7 +313,7 @@ class AdapterManager:
                     return True
                 raise adapter_not_found()
             self._forget(name)
-        # Aliases may have led to earlier versions of the name: they are let go, too.
+        # Aliases may have led to earlier versions of the name: these leave, too.
         versions = {entry.version, *self.aliases.table.held}
         await self._settle()
         leaving = [version for version in versions if not self.registry.is_wanted(version)]
@@ -349,7 +350,7 @@ class AdapterManager:
         return self.registry.resolve(name) or broken.get(name)
 
     def _listed(self, name: str) -> AdapterEntry | BrokenEntry | None:
-        """What a name stands for, or should stand for if this server could not follow the shared list."""
+        """The entry of a name; if this server could not follow the shared list for it, the list's entry."""
         return self.sharing.behind(name) or self._entry(name)
 
     def _forget(self, name: str) -> None:
@@ -374,7 +375,7 @@ class AdapterManager:
 
     @asynccontextmanager
     async def _locked(self, name: str) -> AsyncIterator[None]:
-        """Let all other changes of a name wait."""
+        """Hold a name's lock: its changes happen one after the other."""
         lock = self._locks.setdefault(name, asyncio.Lock())
         self._lock_users[name] += 1
         try:
@@ -386,12 +387,12 @@ class AdapterManager:
                 del self._lock_users[name], self._locks[name]
 
     async def _settle(self) -> None:
-        """As `_changed`, when aliases may lead elsewhere, too."""
+        """As `_changed`, after holding the versions to which aliases lead now."""
         await self.aliases.refresh()
         await self._changed()
 
     async def _changed(self) -> None:
-        """Follow a change of names: move pins, save, and call `on_change`."""
+        """Called after names have changed: move pins, save, and call `on_change`."""
         await self._pins.refresh()
         await self._records.save(self._sources.on_thread, **self._pins.saved())
         self._on_change()

@@ -1,7 +1,7 @@
-"""Adapters that stay in host memory because an operator says so: by name, whatever version the name stands for.
+"""Adapters that an operator keeps in host memory: by name, whatever version the name stands for.
 
-This keeps the names; the engine's ledger of residency keeps the versions in memory. On the event loop. Called by the
-adapter manager.
+This module keeps the names; the engine's ledger of residency keeps the versions in memory. Runs on the event loop.
+Called by the adapter manager.
 """
 
 import logging
@@ -33,7 +33,7 @@ class AdapterPins:
         return {_PARTY: frozenset(self.names)}
 
     def restore(self, records: AdapterRecords) -> tuple[str, ...]:
-        """Pin again what was pinned before a restart. Returns notes for the operator. Called before the engine
+        """Pin the names that were pinned before a restart. Returns notes for the operator. Called before the engine
         starts."""
         self.names = set(records.names(_PARTY))
         pinned = self._pinned()
@@ -68,7 +68,8 @@ class AdapterPins:
             logger.warning("some pinned adapters find no room in memory; they are read when a request needs them")
 
     async def _tell_engine(self) -> bool:
-        """Send the engine all pins, since one that was refused before may find room now. Returns whether all did."""
+        """Send the engine all pins, since one that was refused before may find room now. Returns whether all found
+        room."""
         wanted = {entry.version: entry for entry in self._pinned()}
         released = [AddVersion(version, 0, is_kept=False) for version in self._kept() - wanted.keys()]
         kept = [AddVersion(version, entry.num_bytes, is_kept=True) for version, entry in sorted(wanted.items())]

@@ -1,6 +1,6 @@
-"""Tries a version out before a name stands for it: does it change what the base says, and are the numbers finite?
+"""Tries a version out before a name stands for it: does it change the base's logits, and are these finite?
 
-One background request on the event loop. Used by the adapter manager.
+The engine computes two background requests, with and without the version. Used by the adapter manager.
 """
 
 import math
@@ -16,7 +16,7 @@ class EffectProbe:
     """Probes versions with one prompt."""
 
     def __init__(self, engine: AsyncEngine, token_ids: tuple[int, ...], on_stage: OnStage) -> None:
-        """on_stage: called with "probe" and the seconds of each probe."""
+        """token_ids: the prompt. on_stage: called with "probe" and the seconds of each probe."""
         self._engine = engine
         self._token_ids = token_ids
         self._on_stage = on_stage

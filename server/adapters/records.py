@@ -1,6 +1,7 @@
-"""The names that a restart brings back: those loaded while the server ran, as the registry's file lists them.
+"""The names that a restart brings back: those that were loaded while the server ran, as the registry's file lists them.
 
-Keeps the list in step with the registry, and restores from it. Reads no adapters itself. Called by the adapter manager.
+Writes the file when the registry changes, and restores from it. Reads no adapters itself. Called by the adapter
+manager.
 """
 
 import asyncio
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 _PARTY = "records"  # its name in the ledger of holds
 
-OnThread = Callable[[Callable[[], None]], Awaitable[None]]
+OnThread = Callable[[Callable[[], None]], Awaitable[None]]  # runs a function off the event loop
 
 
 class AdapterRecords:
@@ -134,11 +135,11 @@ class AdapterRecords:
         return frozenset(self._persistent)
 
     def adopt(self, read: Callable[[], SavedList | None], parts: Iterable[str]) -> tuple[str, ...]:
-        """Take the names and aliases of a shared list as those to restore. Returns notes for the operator.
+        """Put the names and aliases of a shared list into the file, for `restore`. Returns notes for the operator.
 
-        read: reads the list; None: there is none. parts: the lists of names that stay this server's own. If the list
-        can't be read, the names that this server knew last are restored. Raises AdapterError if the file can't be
-        written.
+        read: returns the list, or None without one. parts: the parts of the file that stay as they are, such as the
+        pinned names. If the list can't be read, the file stays, and a note says so. Raises AdapterError if the file
+        can't be written.
         """
         try:
             listed = read()
@@ -154,15 +155,15 @@ class AdapterRecords:
         return ()
 
     def names(self, part: str) -> tuple[str, ...]:
-        """The list of names that was last saved under `part`, before a restart."""
+        """The list of names that was saved under `part` before a restart."""
         return self._saved.read_names(part)
 
     async def save(self, on_thread: OnThread, **names: frozenset[str]) -> None:
         """Write the registry's file: what a restart brings back, and further lists of names by part. If writing fails,
         the change itself stands, and the log has an error.
 
-        The file holds the versions that it names; the old file does so until the new one is written. So no stored copy
-        is removed while a file names it.
+        Versions that the file names are held. Until the new file is written, those of the old one are held, too. So no
+        stored copy is removed while a file names it.
         """
         async with self._saving:
             ready = (

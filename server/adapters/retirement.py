@@ -1,7 +1,7 @@
 """Retires adapter versions that nothing uses any more: they leave the registry, then the engine, then the store.
 
-The ledger of holds reports when that is so; nothing is polled. Lives on the event loop. Made and used by the adapter
-manager.
+The ledger of holds reports each version that nothing holds; nothing is polled. Lives on the event loop. Made and used
+by the adapter manager.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ class Retirement:
         self._tiers = tiers
         self._sources = sources
         self._engine = engine
-        self._waiting: dict[str, asyncio.Future[None]] = {}  # by version: done when it is gone, or published again
+        self._waiting: dict[str, asyncio.Future[None]] = {}  # by version: done when that is gone, or published again
 
     def start(self) -> None:
         """Retire versions from now on. Before that, nothing runs that could use a version."""
@@ -42,7 +42,7 @@ class Retirement:
         return not late
 
     def stays(self, version: str) -> None:
-        """Enter that a version is published again: `wait` no longer waits for its end."""
+        """Let `wait` no longer wait for a version, since it was published again."""
         waiting = self._waiting.pop(version, None)
         if waiting is not None:
             waiting.set_result(None)
@@ -59,7 +59,8 @@ class Retirement:
         self._engine.on_loop(self._freed, version)
 
     def _freed(self, version: str) -> None:
-        """Begin to retire a version that no request or name uses any more."""
+        """Begin to retire a version, unless it is used again. If the registry doesn't know it, only its stored copy is
+        removed."""
         if version in self.tasks:
             self._again.add(version)
             return

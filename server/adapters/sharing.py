@@ -43,8 +43,8 @@ class Change:
         self._run = run
 
     async def publish(self, wanted: Saved, *, again: bool) -> Saved | None:
-        """Enter a name in the list. Its version must have been copied by `Sharing.offer`. again: the version keeps its
-        keys, as in `AdapterRegistry.publish`.
+        """Add or replace a name's record. Its version must have been copied by `Sharing.offer`. again: the version
+        keeps its keys, as in `AdapterRegistry.publish`.
 
         Returns the record with its whole history; None without a shared list. Raises AdapterError.
         """
@@ -99,7 +99,7 @@ class Sharing:
         self._shared = shared
         self._follower = follower
         self._settle = settle
-        self._busy = asyncio.Lock()  # a list is applied, or changed
+        self._busy = asyncio.Lock()  # held while a list is applied or changed
         self._applied: SavedList | None = None
         self._behind: tuple[Behind, ...] = ()
         self._unreadable: str | None = None  # why the list could not be read

@@ -1,7 +1,8 @@
-"""Where adapters come from: a source as the operator names it, read, copied, checked; or a version of the store.
+"""Reads and checks adapters: from a source that an operator names (a path, a hub address, a fine-tuning job), or from
+the store.
 
-Reads on threads of its own, never on the event loop. Names and changes nothing: the adapter manager calls it, and
-publishes what it hands back.
+Reads on threads of its own, never on the event loop. Changes no names: the adapter manager publishes the adapters that
+it gets from here.
 """
 
 import asyncio
@@ -30,7 +31,7 @@ T = TypeVar("T")
 
 _LOAD_THREADS = 2
 _HUB_THREADS = 2
-_FETCH_SECONDS = 1800.0
+_FETCH_SECONDS = 1800.0  # limit of one download
 MAX_SOURCE_CHARS = 1024
 _OF_A_JOB = re.compile(r"job:(ftjob-[0-9a-f]{24})")
 ROLLED_BACK = "rolled back to "  # followed by a version: the recorded source after a roll-back
@@ -52,7 +53,7 @@ class LoadRequest:
     """A load as an operator asks for it. Equal requests at the same time are one load."""
 
     name: str
-    source: str  # a path below the root, or an address on the hub
+    source: str  # a path below the root, an address on the hub, or a fine-tuning job (`job_source`)
     replace: bool = False  # whether the name may be loaded already
     expected_version: str | None = None  # refuse the load unless the name stands for this version now
     # How to serve it, in the fields of `parse_profile`. None: keep the profile that a load gave to this name, else use
@@ -66,7 +67,7 @@ class Located:
 
     path: Path
     root: Path | None  # the directory that no link may lead out of; None: the hub's cache, where files are links
-    source: str  # the source to record; an address on the hub has its commit
+    source: str  # the source to record; an address on the hub has the commit as its revision
 
 
 def job_source(job_id: str) -> str:
@@ -93,7 +94,7 @@ def kept_profile(entry: AdapterEntry | BrokenEntry | None) -> Profile | None:
 
 
 class AdapterSources:
-    """Sources below the policy's root, and the versions of one store. Coroutines raise AdapterError."""
+    """Reads the sources that a policy allows, and the versions of one store. Coroutines raise AdapterError."""
 
     def __init__(
         self,
@@ -103,7 +104,7 @@ class AdapterSources:
         on_stage: OnStage,
         shared: SharedRegistry | None = None,
     ) -> None:
-        """shared: where versions are found that the store lacks."""
+        """shared: the shared directory from which versions are copied that the store lacks."""
         self._registry = registry
         self._store = store
         self._policy = policy
@@ -114,7 +115,8 @@ class AdapterSources:
         self._hub_threads = ThreadPoolExecutor(_HUB_THREADS, thread_name_prefix="guanaco-hub")
 
     async def locate(self, source: str) -> Located:
-        """Find the files of a source: below the root, or else on the hub, from which they are downloaded."""
+        """Find the files of a source: those of a fine-tuning job, or those below the root, or else those of the hub,
+        which are downloaded."""
         self._check_text(source)
         trained = self._policy.trained
         if trained is not None and (match := _OF_A_JOB.fullmatch(source)) is not None:
@@ -142,8 +144,8 @@ class AdapterSources:
         return Located(path, None, str(pinned))
 
     async def ingest(self, name: str, at: Located, *, keep: bool = True) -> LoadedAdapter:
-        """Read the adapter of a source and check it. keep: also copy it into the store, where it is held as by a load;
-        the caller must let that hold go."""
+        """Read the adapter of a source and check it. keep: also copy it into the store, and hold the version
+        (Holder.LOAD); the caller must give that hold back."""
         return await self.on_thread(
             self._store.ingest, at.path, name=name, root=at.root, keep=keep, on_stage=self._on_stage
         )

@@ -36,8 +36,8 @@ class AdapterTiers:
         on_broken: Callable[[str], None],
         device_bytes: Callable[[LoadedAdapter], int] = lambda _: 0,
     ) -> None:
-        """on_broken: called on the event loop with a version that could not be read. device_bytes: how many bytes of
-        the device's arena an adapter takes; 0 if the device has none."""
+        """on_broken: called on the event loop with a version whose stored copy is damaged or gone. device_bytes: how
+        many bytes of the device's arena an adapter takes; 0 if the device has none."""
         self._registry = registry
         self._store = store
         self._engine = engine
@@ -56,7 +56,7 @@ class AdapterTiers:
         self._registry.let_go(version)
 
     def gone(self, version: str) -> None:
-        """Enter that a version of `forget` is neither on the device nor in host memory any more."""
+        """End the `forget` of a version that is neither on the device nor in host memory any more."""
         self._engine.on_loop(self._gone, version)
 
     def adopt(self, adapter: LoadedAdapter, *, is_permanent: bool = False) -> bool:
@@ -92,7 +92,8 @@ class AdapterTiers:
         return await asyncio.shield(left)
 
     def _told(self, version: str) -> None:
-        """Enter that the engine knows a version and may read its stored copy. Ends a `forget` that still waits."""
+        """Hold a version for the engine, which may read its stored copy from now on. Ends a `forget` that still
+        waits."""
         if (left := self._leaving.pop(version, None)) is not None:
             left.set_result(False)
         holds = self._registry.holds
@@ -146,7 +147,7 @@ class AdapterTiers:
         except AdapterError as problem:
             logger.error("adapter version %.12s could not be read: %s", version, problem)
             error = ErrorCode.ADAPTER_READ_FAILED
-            if problem.code != ErrorCode.UNREADABLE:  # that may be no fault of the copy: too many open files, say
+            if problem.code != ErrorCode.UNREADABLE:  # UNREADABLE may be no fault of the copy: too many open files, say
                 error = ErrorCode.ADAPTER_BROKEN
                 self._registry.mark_broken(version, problem.code, str(problem))
                 self._engine.on_loop(self._on_broken, version)
