@@ -1,7 +1,8 @@
-"""The ops that a LLaMA is made of, and the providers that compute them.
+"""The ops of LLaMA-like decoders, and the providers that compute them.
 
 `Ops` is the contract; `reference` (plain PyTorch) is its specification, `cpu` is native code for the processor,
-`triton` is for an NVIDIA GPU. A provider is chosen once, by name, at start.
+`triton` is for an NVIDIA GPU. A provider is chosen once, by name, at start. Imports no other package of Guanaco. Start
+with `ops.py`.
 """
 
 from importlib.util import find_spec
@@ -52,14 +53,14 @@ def load_ops(
 ) -> Ops:
     """The provider called `name`.
 
-    decoded_weights_bytes: memory that the reference provider may spend on weights kept decoded (0: it keeps none).
+    decoded_weights_bytes: memory that the `reference` provider may spend on weights kept decoded (0: it keeps none).
     threads, cpu_isa: settings of the `cpu` provider. cpu_isa is a name in CPU_ISAS, or "auto" for the best one that
     this processor has.
-    in_torch_threads: the `cpu` provider works on torch's threads instead of its own, for calls that alternate with
-    torch's.
+    in_torch_threads: the `cpu` provider works on torch's threads instead of its own. For callers whose calls alternate
+    with torch's.
     side_stream: the `triton` provider copies adapters to the GPU on a CUDA stream of their own.
-    Raises ValueError for a name that is not in PROVIDERS, and NativeUnavailable if the provider's kernels can't be
-    used.
+    Raises ValueError for a name that is not in PROVIDERS, NativeUnavailable if the provider's kernels can't be used,
+    and MemoryError if the `cpu` provider can't start its threads.
     """
     if name == "reference":
         from guanaco.kernels.reference import ReferenceOps

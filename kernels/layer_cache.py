@@ -19,8 +19,8 @@ CODE_LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 class LayerCache:
     """K and V of one layer, [blocks, block_size, kv_heads, head_dim] each: in the activations' dtype, or in 8 bits.
 
-    8-bit codes are multiples of one float32 scale for each token and head. The scales, [blocks, kv_heads, block_size],
-    lie so that those of one head and consecutive positions are read together.
+    An 8-bit code stands for code × scale; each token and head has one float32 scale. The order of the scales, [blocks,
+    kv_heads, block_size], makes those of one head and consecutive positions neighbours in memory.
     """
 
     k: Tensor
@@ -39,7 +39,7 @@ class LayerCache:
     def made(
         shape: tuple[int, int, int, int], dtype: torch.dtype, make: Callable[[tuple[int, ...], torch.dtype], Tensor]
     ) -> "LayerCache":
-        """A cache of this shape; `make` allocates each tensor."""
+        """A cache of `shape` [blocks, block_size, kv_heads, head_dim]; `make(shape, dtype)` allocates each tensor."""
         k, v = make(shape, dtype), make(shape, dtype)
         if dtype not in CODE_LIMITS:
             return LayerCache(k, v)

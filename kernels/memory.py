@@ -11,9 +11,9 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-# Below this a map of whole pages would waste more than it saves.
+# Smaller tensors stay in the heap: a map of whole pages would waste more than it saves.
 _SMALLEST_MAP_BYTES = 1 << 20
-# From here on the last huge page (2 MiB) may be partly empty.
+# Smaller maps get no huge pages: the last one (2 MiB) may be partly empty, and would waste too much of them.
 _SMALLEST_HUGE_BYTES = 16 << 20
 
 

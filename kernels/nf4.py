@@ -1,8 +1,8 @@
 """The NF4 format: levels, packing, quantising, double quantisation. Bit-identical to bitsandbytes 0.50 on the CPU.
 
 Knows nothing of files, layers or providers. bitsandbytes itself is only used in the tests, to compare with. `nf4_state`
-has the form in which a checkpoint stores these weights. Called by the loader, `models.loading.quantize`, and the
-providers' `prepare`.
+has the form in which a checkpoint stores these weights. Used by `models.loading`, `kernels.cpu.quantize` and the
+providers.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ NOT_FINITE = "the matrix holds values that are not finite (NaN or infinity)"
 # Whole groups per pass of quantising and decoding: 1 MiB of float32. Temporaries then stay in the caches (twice as fast
 # as 4 MiB here), and the memory peak is about the tensor itself.
 _CHUNK_GROUPS = 1 << 12
-_NUM_CELLS = 32
+_NUM_CELLS = 32  # see `encode`
 # bitsandbytes divides by max(absmax, this): an all-zero group takes level 7, which is 0.
 _SMALLEST_ABSMAX = 1e-38
 # bitsandbytes' CPU code looks the 8-bit code of a normalised scale up in a table over [-1, 1] with this many entries.
@@ -140,7 +140,7 @@ class Nf4Weight:
 def quantize(matrix: Tensor, *, double_quant: bool = True) -> Nf4Weight:
     """Quantise a matrix [out, in] of float32, float16 or bfloat16, any sizes.
 
-    Raises ValueError for other dtypes or dimensions, and for values that are not finite.
+    Raises ValueError for other dtypes or dimensions, an empty matrix, and values that are not finite.
     """
     check_matrix(matrix)
     # One thread: the rounding of a sum depends on how many threads share it, and the passes are so short that sharing
@@ -152,7 +152,7 @@ def quantize(matrix: Tensor, *, double_quant: bool = True) -> Nf4Weight:
 
 
 def check_matrix(matrix: Tensor) -> None:
-    """Raises ValueError for a tensor that `quantize` does not take: its dimensions, its dtype."""
+    """Raise ValueError unless `quantize` takes this tensor: a matrix that is not empty, in one of SOURCE_DTYPES."""
     if matrix.dim() != 2 or matrix.numel() == 0:
         raise ValueError(f"NF4 needs a matrix that is not empty, got shape {list(matrix.shape)}")
     if matrix.dtype not in SOURCE_DTYPES:
@@ -205,10 +205,11 @@ def quantize_groups(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def encode(normal: Tensor) -> Tensor:
-    """Codes uint8 [n] of the levels nearest to float32 [n] in [-1, 1]; half way between two levels, the lower one.
+    """Codes uint8 [n] of the levels nearest to float32 [n] in [-1, 1]. Half way between two levels: the lower level.
 
-    A cell of [-1, 1] holds at most one threshold, so one look-up and one comparison replace a binary search and are
-    five times as fast. The cell number grows with the value, so its own rounding can't change the result.
+    [-1, 1] is cut into equal cells, each with at most one threshold between two levels. So one look-up and one
+    comparison replace a binary search and are five times as fast. The cell number never falls as the value grows, so
+    rounding it can't change the result.
     """
     lowest, threshold = _cells(normal.device)
     cell = _cell(normal)
@@ -229,8 +230,8 @@ def quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pack(codes: Tensor) -> Tensor:
-    """Two 4-bit codes in each byte, the first in the high nibble; after an odd number of codes, code 7 (zero) fills
-    up."""
+    """Two 4-bit codes in each byte, the first in the high nibble. An odd number of codes is filled up with code 7, the
+    level 0."""
     if codes.numel() % 2:
         codes = torch.nn.functional.pad(codes, (0, 1), value=7)
     return (codes[0::2] << 4) | codes[1::2]
@@ -256,8 +257,8 @@ def levels(device: torch.device) -> Tensor:
 def dynamic_map(device: torch.device) -> Tensor:
     """float32 [256], ascending: the signed dynamic 8-bit data type (Dettmers, arXiv:1511.04561) that encodes scales.
 
-    The positive and the negative numbers have seven decades each; decade e has 2^e values, the middles of equal steps
-    from 0.1 to 1. 0 and 1 complete the 256.
+    The positive and the negative numbers have seven decades each. Decade e has 2^e values: the middles of equal steps
+    from 0.1 to 1, times 10^(e − 6). 0 and 1 complete the 256.
     """
     magnitudes = []
     for decade in range(7):

@@ -156,7 +156,7 @@ class _StateReader:
     def _packed(self, shape: tuple[int, int]) -> Tensor:
         if self.name not in self.state:
             raise ValueError(f"{self.name}: missing, while its quantisation state is there")
-        # Another quant_storage only labels the same bytes as another dtype.
+        # bitsandbytes' option `quant_storage` only labels the same bytes as another dtype.
         packed = self.state[self.name].contiguous().view(-1).view(torch.uint8)
         num_bytes = (shape[0] * shape[1] + 1) // 2
         item = self.state[self.name].element_size()

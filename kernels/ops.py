@@ -53,14 +53,13 @@ class PackedWeight:
 
 
 class DecodesRows(Protocol):
-    """What training needs of a provider: the numbers of a weight. The providers for the processor have it."""
+    """A provider that can give a weight's numbers, as training needs them: `reference` and `cpu`."""
 
     def decode_rows(self, weight: LinearHandle, start: int, stop: int, out: Tensor) -> None:
         """Write rows start … stop − 1 of the weight, as they are served, into `out` [stop − start, in], float32 or
         bfloat16.
 
-        `out` is contiguous memory of the caller's. A weight is level × scale in float32, rounded once more for
-        bfloat16.
+        `out` must be contiguous. An NF4 weight is level × scale in float32, rounded once more for bfloat16.
         """
 
 
@@ -94,10 +93,9 @@ class FusedLayers(Protocol):
         sequences: Sequences,
         lora: LoraBatch | None,
     ) -> Tensor:
-        """x [t, hidden] in, [t, hidden] out, in `dtype` or float32. Each layer reads and writes its own cache of
-        `caches`.
+        """x [t, hidden] → [t, hidden]; each is in `dtype` or float32. Layer i reads and writes caches[i].
 
-        Shapes as in `Ops`.
+        The other arguments have the shapes that `Ops` gives.
         """
 
 
@@ -139,7 +137,7 @@ class Ops(Protocol):
         """Prepare one linear layer: an NF4 weight, one packed by an Ops of the same `packed_format`, or a dense [out,
         in] tensor.
 
-        The provider keeps what it needs, so the caller drops its own reference.
+        The provider keeps what it needs: the caller should drop its own reference, which would hold memory.
         """
 
     def place_adapter(self, pairs: Sequence[LoraPair]) -> list[LoraPair]:
@@ -158,7 +156,7 @@ class Ops(Protocol):
     def rope_and_cache(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, slot_mapping: Tensor
     ) -> Tensor:
-        """Rotate q and k (halves, as Hugging Face stores LLaMA), write k and v to the cache, return the rotated q.
+        """Rotate the pairs (i, i + head_dim / 2) of q and k, write k and v to the cache, and return the rotated q.
 
         q [t, heads, head_dim]; k, v [t, kv_heads, head_dim]; cos, sin float32 [t, head_dim / 2];
         slot_mapping int64 [t]: KV slot = block · block_size + offset, −1 writes nothing.
@@ -178,14 +176,14 @@ class Ops(Protocol):
         """float32 logits [r, vocab] of the rows x [r, hidden]."""
 
     def draw(self, logits: Tensor, draws: Sequence[Draw]) -> list[int] | None:
-        """One token per row of float32 logits [r, vocab]; of equally likely tokens the lowest id. Logits may be
-        -infinity.
+        """One token per row of float32 logits [r, vocab]. A logit of -infinity forbids its token.
 
-        Filters keep the likeliest tokens: the first top_k; those with less than top_p of the probability before them;
+        At temperature 0 the largest logit wins, of equal ones that with the lowest id. Filters keep the likeliest
+        tokens, equal ones ordered by id: the first top_k; those with less than top_p of the probability before them;
         those with at least min_p times the largest probability. Returns None if this provider leaves sampling to the
         caller.
         """
 
     def fuse(self, layers: Sequence[LayerWeights], *, head_dim: int, eps: float) -> FusedLayers | None:
-        """All layers as one op. None where the provider gains nothing by it, and for layers that it doesn't know (see
+        """All layers as one op. None if that is no faster, or if the provider doesn't know a part of these layers (see
         `LayerWeights`): then the caller calls the ops one by one."""

@@ -17,7 +17,7 @@ from guanaco.kernels.lora_batch import LoraBatch, LoraPair
 from guanaco.kernels.nf4 import Nf4Weight
 from guanaco.kernels.ops import Draw, LayerWeights, LinearHandle, PackedWeight
 
-# How much of a weight that isn't kept decoded is decoded at a time: 16 MiB of float32.
+# How many numbers of a weight that isn't kept decoded are decoded at a time: 16 MiB of float32.
 TILE_WEIGHTS = 4 << 20
 # The most scores (queries × heads × positions) of a prompt in memory at a time, and the most elements of K for a batch
 # of decoding sequences: 32 MiB of float32. A single query or a single sequence may exceed it.
@@ -29,8 +29,8 @@ MAX_PADDING_RATIO = 0.25
 
 @dataclass(frozen=True)
 class ReferenceLinear:
-    """A linear layer's weight: packed, or dense. A dense one is float32 (decoded once and kept) or the stored 16-bit
-    dtype."""
+    """A linear layer's weight: packed NF4, or dense. A dense one is float32 (decoded once, or stored so) or has its
+    stored 16-bit dtype."""
 
     weight: Nf4Weight | Tensor
     bias: Tensor | None  # float32 [out]
@@ -63,8 +63,7 @@ class ReferenceOps:
         return weight
 
     def prepare(self, weight: Nf4Weight | PackedWeight | Tensor, bias: Tensor | None) -> ReferenceLinear:
-        """Decode the weight to float32 and keep it while the memory budget lasts, in order of arrival; then keep it as
-        stored."""
+        """Keep the weight decoded to float32 while the memory budget has room for it, else keep it as stored."""
         assert not isinstance(weight, PackedWeight), "a weight of another provider"
         out_features, in_features = weight.shape
         stored = weight.to(self.device)

@@ -1,6 +1,7 @@
 """The native library behind the `cpu` provider: where it is, its C structs, its functions with their types.
 
-Knows no tensors. The structs mirror kernels/cpu/native/types.h field by field. Only `kernels.cpu` calls it.
+Knows no tensors. The structs mirror kernels/cpu/native/types.h field by field. Only `kernels.cpu` calls the functions;
+`guanaco doctor` asks for `available_isas`.
 """
 
 import ctypes
@@ -104,7 +105,8 @@ class Draw(Structure):
 
 _STRUCTS = (Linear, LoraPair, Lora, Layer, Model, Cache, Batch, Draw)
 _P, _I32, _I64, _F32 = c_void_p, c_int32, c_int64, c_float
-# name → result and argument types. An int32 result is 0 for success and −1 if memory ran out.
+# name → result and argument types. An int32 result is 0 for success and −1 if memory ran out; that of
+# guanaco_nf4_layout is a layout's number.
 _FUNCTIONS = {
     "guanaco_isa_name": (c_char_p, (_I32,)),
     "guanaco_struct_bytes": (None, (_P,)),
@@ -160,7 +162,10 @@ class Context:
 
     def __init__(self, isa: str, threads: int, team: int | None = None) -> None:
         """isa: a name in CPU_ISAS, or "auto" for the best that runs here. team: the address of another library's
-        `GOMP_parallel`, whose threads then do the work; None for threads of its own. Raises NativeUnavailable."""
+        `GOMP_parallel`, whose threads then do the work; None for threads of its own.
+
+        Raises NativeUnavailable without the library or the ISA, and MemoryError if the threads can't be started.
+        """
         self._lib = library()
         known = available_isas()
         if isa == "auto":
@@ -184,7 +189,8 @@ class Context:
         return int(self._lib.guanaco_nf4_layout(self._handle))
 
     def call(self, name: str, *arguments: object) -> None:
-        """Run `guanaco_<name>` in this context; other Python threads go on meanwhile. Raises MemoryError."""
+        """Run `guanaco_<name>` in this context; other Python threads go on meanwhile. Raises MemoryError if memory runs
+        out."""
         if getattr(self._lib, f"guanaco_{name}")(self._handle, *arguments) != 0:
             raise MemoryError(f"the native kernel {name} ran out of memory")
 

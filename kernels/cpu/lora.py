@@ -45,7 +45,7 @@ class LoraOperands:
         self._columns: dict[int, tuple[list[LoraPair | None], np.ndarray]] = {}
 
     def operand(self, batch: LoraBatch, modules: Iterable[int]) -> LoraOperand | None:
-        """The operand of `batch` for these modules; None if it has no entries."""
+        """The operand of `batch` for these modules; None if no row has an adapter."""
         if not batch.rows_by_slot:
             return None
         modules = list(modules)
@@ -54,7 +54,7 @@ class LoraOperands:
     def _column(self, table: LoraTable, slot: int, modules: list[int]) -> "np.ndarray":
         pairs = [table.pairs.get((module, slot)) for module in modules]
         known = self._columns.get(slot)
-        # We hold the remembered pairs, so no new pair can have the memory address of one of them.
+        # `is` compares addresses. We hold the remembered pairs, so no new pair can have the address of one of them.
         if known is not None and len(known[0]) == len(pairs) and all(map(_is, known[0], pairs)):
             return known[1]
         column = np.zeros(len(pairs), dtype=_PAIR)

@@ -41,8 +41,11 @@ class CpuOps:
     cache_dtypes: tuple[torch.dtype, ...] = ()
 
     def __init__(self, *, dtype: torch.dtype, threads: int, isa: str = "auto", in_torch_threads: bool = False) -> None:
-        """isa: "auto", or one of `kernels.cpu.library.available_isas()`. in_torch_threads: work on the threads of
-        torch where it has OpenMP's, for a caller whose calls alternate with torch's. Raises NativeUnavailable."""
+        """isa: "auto", or one of `kernels.cpu.library.available_isas()`. in_torch_threads: work on torch's OpenMP
+        threads if it has some, for callers whose calls alternate with torch's.
+
+        Raises NativeUnavailable, and MemoryError if the threads can't be started.
+        """
         assert dtype in (torch.float32, torch.bfloat16), dtype
         self.device = torch.device("cpu")
         self.dtype = dtype
@@ -52,8 +55,8 @@ class CpuOps:
         self.packed_format = f"cpu tiles 1, order {self._context.layout}"
 
     def pack(self, weight: Nf4Weight) -> PackedWeight | Nf4Weight:
-        """Reorder the codes into tiles (3 % more bytes than double quantisation). A weight with groups across rows
-        stays as it is."""
+        """Reorder the codes into tiles, with scales of 16 bits (3 % more bytes than double quantisation). A weight
+        whose groups cross rows stays as it is."""
         n, k = weight.shape
         if k % GROUP_SIZE != 0:
             return weight
@@ -87,7 +90,7 @@ class CpuOps:
         return CpuLinear(struct, tensors, in_features, out_features, sum(t.nbytes for t in tensors))
 
     def decode_rows(self, weight: LinearHandle, start: int, stop: int, out: Tensor) -> None:
-        """See `DecodesRows`. The scales of a tile are in 16 bits (see `pack`): what is decoded is what is served."""
+        """See `DecodesRows`. A packed weight has the tiles' 16-bit scales, as products use them."""
         assert isinstance(weight, CpuLinear), "a handle of another provider"
         assert 0 <= start <= stop <= weight.out_features, (start, stop, weight.out_features)
         assert out.shape == (stop - start, weight.in_features) and out.is_contiguous(), out.shape
@@ -191,8 +194,8 @@ class CpuOps:
         return tokens.tolist()
 
     def fuse(self, layers: Sequence[LayerWeights], *, head_dim: int, eps: float) -> "CpuLayers | None":
-        """All decoder layers as one call into the library: no Python between their parts. None for layers that have
-        other parts than LLaMA's and norms of heads: the library doesn't know them."""
+        """All decoder layers as one call into the library: no Python between their parts. None if a layer has a part
+        that the library doesn't know: it knows LLaMA's parts and norms of heads."""
         known = [NORMS, (*NORMS, *HEAD_NORMS)]
         if not all(any(layer.has(PROJECTIONS, norms) for norms in known) for layer in layers):
             return None

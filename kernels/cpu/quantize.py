@@ -18,9 +18,9 @@ from guanaco.kernels.ops import NativeUnavailable
 
 
 def quantize(matrix: Tensor, *, double_quant: bool = True) -> Nf4Weight:
-    """See `nf4.quantize`, which does it where there is no native library or `matrix` lies on another device.
+    """`nf4.quantize` in native code. Without a native library, or for a matrix on another device, calls that function.
 
-    Raises ValueError for other dtypes or dimensions, and for values that are not finite.
+    Raises ValueError for other dtypes or dimensions, an empty matrix, and values that are not finite.
     """
     context = _context() if matrix.device.type == "cpu" else None
     if context is None:
@@ -42,7 +42,7 @@ def quantize(matrix: Tensor, *, double_quant: bool = True) -> Nf4Weight:
 
 @cache
 def _context() -> Context | None:
-    """Threads for every core that this process may use, or None without a native library."""
+    """Threads for every core that this process may use; None if there is no native library or they can't start."""
     try:
         return Context("auto", len(os.sched_getaffinity(0)))
     except (NativeUnavailable, MemoryError):
