@@ -1,5 +1,5 @@
-"""The launches of the `triton` provider for a GPU that this machine doesn't have: its own code, with tensors without
-memory.
+"""The launches of the `triton` provider on a GPU that this machine doesn't have, recorded by running the provider with
+tensors without memory.
 
 Triton is told that a card of the target exists and is asked not to compile; torch's tensors are on its meta device. A
 launch goes through the wrappers' own choices and Triton's own binder. So types, constants, options and divisibility by
@@ -300,7 +300,7 @@ _LARGE = ((1, 0, 0, 0), (16, 0, 0, 0), (_PROMPT, 1, 0, 0))
 
 def launches(target: str) -> list[Launch]:
     """All launches of the provider for these models on the hardest card of the target."""
-    # Imported here because only this function depends on the cards' figures.
+    # Imported here, since nothing else in this file depends on the cards' figures.
     from guanaco.kernels.analysis.cards import hardest_card
 
     with recording(target, hardest_card(target).multiprocessors) as recorder:

@@ -2,7 +2,7 @@
 loop.
 
 Reads the text that `nvdisasm` prints. Knows nothing of Triton, nor what the code computes. Called by compile.py for our
-kernels and by bench/kernels.py for other people's binaries.
+kernels and by `guanaco bench kernels` for other people's binaries.
 """
 
 import re

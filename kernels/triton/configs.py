@@ -13,7 +13,7 @@ import torch
 
 # Compute capabilities that the kernels are compiled for.
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-# With this limit, all registers that a thread can have, ptxas doesn't spill some of them to fit more threads.
+# Gives a thread all registers that it can have: with fewer, ptxas would spill some to fit more threads.
 NO_SPILLS = {"maxnreg": 255}
 _INTERPRETED = "sm_80"
 # A low number, so that the tests' small shapes cover both cases: split along k, and not split.
@@ -73,7 +73,7 @@ def dot_config(target: str, rows: int, k: int) -> DotConfig:
         return _tuned[config.columns, k]
     if k // 64 % config.groups == 0:
         return config
-    # The tile of 128 x 8 also spills on sm_90 and sm_100.
+    # With one group per turn the tile of 128 x 8 spills on sm_90 and sm_100, too.
     block_n = 64 if config.columns == 8 else config.block_n
     return DotConfig(config.columns, block_n, 1, config.num_warps, config.num_stages)
 
@@ -88,7 +88,8 @@ def dot_splits(config: DotConfig, n: int, k: int, num_multiprocessors: int) -> i
 
 
 def target_of(device: torch.device) -> str:
-    """The device's compute capability as Triton names targets (sm_80), or the next lower one that is listed."""
+    """The device's compute capability as Triton names targets (sm_80), or the next lower one that is listed. Raises
+    ValueError for a GPU that is older than all of them."""
     return (_pretended or _device(device.type, device.index))[0]
 
 
@@ -102,14 +103,13 @@ _tuned: Tiles = {}
 
 
 def use_tuned(tiles: Tiles) -> None:
-    """Use these tiles from now on, for this process's own GPU. A target that is only pretended keeps the usual
-    tiles."""
+    """Use these tiles from now on, for this process's own GPU. Inside `pretending` the usual tiles stay in use."""
     _tuned.update(tiles)
 
 
 @contextmanager
 def tuned(tiles: Tiles) -> Iterator[None]:
-    """Call `use_tuned` for the length of a `with` block."""
+    """Use these tiles inside a `with` block, beside those in use before it."""
     before = dict(_tuned)
     use_tuned(tiles)
     try:
@@ -139,7 +139,7 @@ def _device(kind: str, index: int | None) -> tuple[str, int]:
 
 
 def nearest_target(capability: int) -> str:
-    """The target for a compute capability: 87 → sm_86. ValueError for GPUs older than all that have kernels."""
+    """The target for a compute capability: 87 → sm_86. Raises ValueError for one below all targets."""
     known = [int(t.removeprefix("sm_")) for t in TARGETS if int(t.removeprefix("sm_")) <= capability]
     if not known:
         raise ValueError(f"compute capability {capability / 10} is too old: {TARGETS[0]} is the oldest")

@@ -20,7 +20,7 @@ _PLAIN_WARPS = 2  # for a kernel with 1,024 elements of a row: 16 per lane
 # The largest element of a scaled row lies in [2^11, 2^12): eight products with NF4 levels of at most 1.3504, summed in
 # float16, stay below 65,504, and what is 2^25 times smaller is still a normal number.
 _TOP_EXPONENT = 11
-_VOCAB_BLOCK = 2048
+_VOCAB_BLOCK = 2048  # logits of a row per program
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
 
 
 def rms_norm_scaled(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[ScaledRows, Tensor]:
-    """The same with the norm as `ScaledRows`; it is rounded once, from float32 to float16."""
+    """`rms_norm`, with the norm as `ScaledRows`, which are rounded once, from float32 to float16."""
     rows, factors, summed = _norm(x, residual, weight, eps, scaled=True)
     return ScaledRows(rows, factors), summed
 

@@ -1,8 +1,9 @@
 """All decoder layers of a model with the Triton kernels; projections with the same input are one launch.
 
-Per layer: norm, [shrink], q|k|v, [norms of heads], rope with the KV write, attention (two launches where contexts are
-split), float16 rows, [shrink], o with the residual, norm, [shrink], gate|up with SwiGLU, float16 rows, [shrink],
-down with the residual. The residual stream stays float32. Nothing here waits for the GPU. Made by `TritonOps.fuse`.
+Launches per layer: norm, [shrink], q|k|v, [norms of heads], rope with the KV write, attention (two launches where
+contexts are split), rounding to float16, [shrink], o with the residual, norm, [shrink], gate|up with SwiGLU, rounding
+to float16, [shrink], down with the residual. Those in brackets are left out where there is no adapter or norm. The
+residual stream stays float32. Nothing here waits for the GPU. Made by `TritonOps.fuse`.
 """
 
 from collections.abc import Sequence
@@ -26,8 +27,8 @@ class Merged:
 
     weight: TritonNf4
     bias: Tensor | None  # float32 [n]
-    modules: tuple[int, ...]
-    part_starts: tuple[int, ...]
+    modules: tuple[int, ...]  # LoRA modules of the projections
+    part_starts: tuple[int, ...]  # first row of each projection
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,8 @@ def _merge(handles: Sequence[Any], first_module: int) -> Merged:
 
 
 def rows_of(weight: TritonNf4, start: int, stop: int) -> TritonNf4:
-    """Rows start … stop − 1 as a view. For the parts of a `merge`: the double-quantised scales of each begin with a
-    whole group."""
+    """Rows start … stop − 1 as a view. With double quantisation, row `start` must begin a whole group of 256 scales, as
+    the parts of a `merge` do."""
     first, last = (row * weight.k // GROUP_SIZE for row in (start, stop))
     nested = None
     if weight.nested is not None:

@@ -57,6 +57,7 @@ SIMT_ROWS_SM100 = 2  # for the tile of four rows ptxas has too few registers the
 SIMT_ROWS_SM75 = 8
 # How many programs of attention fill one multiprocessor. It decides into how many parts a context is split.
 _PROGRAMS_PER_MULTIPROCESSOR = 4
+# The matrix of `self_check`, and the relative error from which on a product is wrong.
 _CHECK_SHAPE, _CHECK_ALLOWED = (64, 256), 1e-2
 # How many weights are decoded at a time for a product in float32: 64 MiB.
 _TILE_WEIGHTS = 16 << 20
@@ -172,7 +173,8 @@ class TritonOps:
         return self._operand[1]
 
     def bind(self, lora: LoraBatch, operand: TritonLora) -> None:
-        """Make `operand` stand for this batch; the caller fills its tensors in place. CUDA graphs are captured so."""
+        """Use `operand` for this batch. A captured CUDA graph reads it at fixed addresses: the caller fills its tensors
+        in place before each replay."""
         self._operand = (lora, operand)
 
     # ---- products
@@ -310,10 +312,10 @@ class TritonOps:
         return tokens
 
     def fuse(self, layers: Sequence[LayerWeights], *, head_dim: int, eps: float) -> TritonLayers | None:
-        """All decoder layers with q, k, v and gate, up merged; None if one of their weights is not packed, or for
-        layers with other parts than LLaMA's and norms of heads.
+        """All decoder layers with q, k, v and gate, up merged. None if one of their weights is not packed, if a layer
+        has parts other than LLaMA's and norms of heads, or if only some layers have norms of heads.
 
-        The handles' weights become parts of the merged ones, so that no weight is in memory twice.
+        The handles' weights become views of the merged ones, so that no weight is in memory twice.
         """
         known = (NORMS, (*NORMS, *HEAD_NORMS))
         if not any(all(layer.has(PROJECTIONS, norms) for layer in layers) for norms in known):

@@ -1,7 +1,7 @@
 """Copies from the host to a GPU while the GPU computes: through pinned memory, on a CUDA stream of their own.
 
 NEVER RUN so far: nobody who wrote this had a GPU. That is why it only allocates, copies and records events; the code
-around it is tested without a GPU. Used by `adapter_tables`, and only if CUDA graphs are switched on too.
+around it is tested without a GPU. Used by `adapter_tables`, if the provider was made with `side_stream`.
 """
 
 from collections.abc import Callable

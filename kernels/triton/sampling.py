@@ -3,8 +3,8 @@
 One program samples one row. It bisects over the bits of the weights e^((x − max) / T) instead of sorting: the weights
 are in [0, 1], so their bits have the same order as their values. First it finds the smallest weight that the filters
 keep, then the weight on which the noise falls. Each step adds up the weights above a level in a fixed order: in float32
-for each place of a block, in float64 over the places. tests/kernels/test_draw.py compares with the sampler's numpy code
-in Triton's interpreter; NEVER RUN on a GPU so far. Called by the `triton` provider.
+for each place of a block, in float64 over the places. tests/kernels/test_draw.py runs this in Triton's interpreter and
+compares with the sampler's numpy code; NEVER RUN on a GPU so far. Called by the `triton` provider.
 """
 
 from collections.abc import Sequence

@@ -25,7 +25,7 @@ from guanaco.kernels.triton.products.pack import TritonNf4
 # A candidate is wrong if its result differs by more than this from the usual tile's, however fast it is.
 _ALLOWED = 1e-3
 _CHOICES = {"block_n": (64, 128), "groups": (1, 2), "num_warps": (2, 4), "num_stages": (2, 3, 4)}
-Seconds = Callable[[Callable[[], None]], float]
+Seconds = Callable[[Callable[[], None]], float]  # times a launch
 
 
 def card_key(name: str, target: str) -> dict[str, str]:
@@ -42,7 +42,7 @@ def candidates(usual: DotConfig, k: int) -> list[DotConfig]:
 
 
 def tune(shapes: Sequence[tuple[int, int]], device: torch.device, seconds: Seconds) -> Tiles:
-    """The fastest tile for each (columns, k) of the matrices (n, k), listed if it isn't the usual one.
+    """The fastest tile for each (columns, k), over all `shapes` (n, k) of matrices. No entry where the usual tile wins.
 
     seconds: a function that times a launch. Tiles that don't compile, don't fit or give wrong products are left out.
     """

@@ -1,10 +1,10 @@
-"""Triton kernels for sequences with one new token: attention over one part ("split") of the context each, then their
-sum.
+"""Triton kernels for sequences with one new token: each program attends to a part ("split") of a context, and a second
+kernel adds the splits.
 
 The context of a sequence is cut into SPLITS parts of whole tiles. Their length is computed from the context's length in
-device memory, so that a CUDA graph serves any lengths. With one key-value head for each query head there is nothing for
-tensor cores to share, so the vector kernel is used; otherwise the dot kernel, with the heads of a group as rows.
-Launched by paged.py. Sequences with more than one new token are left to prefill.py.
+device memory, so a CUDA graph serves any lengths. `decode_dot` uses tensor cores, with the query heads that share a
+key-value head as rows. If each query head has a key-value head of its own, the rows would be single ones, and
+`decode_vector` runs instead. Launched by paged.py. Sequences with more than one new token are left to prefill.py.
 """
 
 import triton

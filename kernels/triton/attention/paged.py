@@ -4,7 +4,7 @@ Sequences with one new token go to a kernel that spreads their contexts over pro
 of the batch go to one with tiles of queries (prefill.py). Each kernel reads the lengths from device memory and skips
 the other one's sequences, and grids depend on shapes alone, so that a CUDA graph can replay both. No atomics: the same
 input gives the same bits. tests/kernels/triton/test_paged_attention.py compares with float64 in Triton's interpreter;
-`guanaco bench kernels` compiles for every target; NEVER RUN on a GPU so far. Called by the `triton` provider.
+`guanaco bench kernels` compiles them for every target; NEVER RUN on a GPU so far. Called by the `triton` provider.
 """
 
 import math
@@ -22,7 +22,7 @@ from guanaco.kernels.triton.configs import NO_SPILLS
 from guanaco.kernels.triton.rope import cache_arguments
 
 # If values are codes times a scale, attention weights are multiplied by this before they are rounded to 16 bits. It is
-# the range of the codes, so weight · scale · gain is at most the largest value itself.
+# the largest code rounded up to a power of two, so weight · scale · gain is at most about the largest value.
 GAINS = {torch.int8: 128.0, torch.float8_e4m3fn: 512.0}
 _MIN_DIM = 16  # the least inner dimension of tl.dot
 _LEAST_SPLIT_TILES = 2  # with fewer tiles per split the second stage costs more than the split gains
@@ -103,9 +103,10 @@ class _Shape:
 
 
 def num_splits(sequences: int, kv_heads: int, positions: int, tile: int, programs: int) -> int:
-    """Into how many parts each context is cut: a power of two, enough for `programs` programs, but none without work.
+    """Into how many parts each context is cut: the largest power of two, up to 128, that starts at most `programs`
+    programs and leaves _LEAST_SPLIT_TILES tiles or more to each part of the longest context. At least 1.
 
-    positions: the longest context for which the block tables have room, whatever they hold.
+    positions: the longest context for which the block tables have room, whatever they hold. tile: positions in a tile.
     """
     wanted = programs // max(1, sequences * kv_heads)
     useful = positions // (tile * _LEAST_SPLIT_TILES)
@@ -129,8 +130,8 @@ def paged_attention(
     max_new: the largest number of new tokens of a sequence in this batch, or an upper bound. Every sequence has at
     least one; with exactly one its context may be empty (a graph's padding), and its result is zero. The cache has q's
     dtype or 8 bits.
-    programs: how many programs fill the GPU; decides into how many parts contexts are cut. tiles: use these, not the
-    target's.
+    programs: how many programs fill the GPU; decides into how many parts contexts are cut. tiles: replaces the tiles
+    of the target.
     """
     t, heads, head_dim = q.shape
     tables, count = sequences.block_tables, sequences.context_lens.shape[0]
@@ -176,8 +177,8 @@ def _decode(operands: tuple[Tensor, ...], scale: float, shape: _Shape, tiles: Ti
     constexprs = {**shape.constexprs, "BLOCK_N": tile, "SPLITS": splits}
     if shape.group == 1:
         constexprs.pop("KV_HEADS")
-        # Without this register limit ptxas spills here for sm_100. With 16 and 8 bits the occupancy is the same either
-        # way.
+        # For float32 ptxas spills on sm_100 without this register limit. For 16 and 8 bits the limit would not change
+        # the occupancy.
         options = NO_SPILLS if q.dtype == torch.float32 else {}
         decode_vector[grid](*arguments, **constexprs, num_warps=tiles.vector_warps, num_stages=1, **options)
     else:

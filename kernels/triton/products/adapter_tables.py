@@ -1,8 +1,8 @@
 """LoRA operands as the Triton kernels read them: tables of addresses per (module, slot), and rows as factors per slot.
 
-A slot's columns of the tables are written when the slot changes, not in every step. Inside the kernels matrices are
-float16. A power of two brings each matrix's largest element near 1, and its inverse goes into the scale. Used by
-`kernels.triton.ops`.
+A slot's columns of the tables are written when the slot changes, not in every step. The kernels read float16: matrices
+of other dtypes are divided by a power of two that brings their largest element near 1, and the scale is multiplied by
+it. Used by `kernels.triton.ops`.
 """
 
 import math
@@ -95,8 +95,8 @@ class AdapterTables:
         max_rank, aligned = self.refresh(batch.table, slots)
         if max_rank == 0:
             return None
-        # Kernels are compiled for a number of adapters. Rounding it up to few values keeps a new mix from waiting for a
-        # compile.
+        # A kernel is compiled for a number of adapters. With the number rounded up to a power of two, few batches have
+        # to wait for a compilation.
         room = 1 << (len(slots) - 1).bit_length()
         factors = torch.zeros((room, num_rows), dtype=torch.float32, device=self._device)
         for column, (rows, scales) in zip(factors, batch.rows_by_slot.values(), strict=False):
@@ -124,7 +124,8 @@ def _is_aligned(pair: LoraPair) -> bool:
 
 
 def half_pair(pair: LoraPair, device: torch.device) -> LoraPair:
-    """The pair in float16 on `device`; the same object if it is that already."""
+    """The pair in float16 on `device`; the same object if nothing has to change. Only pairs that are not float16 yet,
+    or are moved, are scaled (see `_normalised`)."""
     is_half = pair.a.dtype == pair.b.dtype == torch.float16 and pair.a.is_contiguous() and pair.b.is_contiguous()
     if is_half and pair.a.device == device:
         return pair

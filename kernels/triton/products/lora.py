@@ -22,7 +22,7 @@ _ALIGNMENT = 8  # fp16 elements: ranks and addresses that are multiples of 16 by
 
 @dataclass(frozen=True)
 class TritonLora:
-    """The adapters of one step. Its tensors stay at the same addresses from step to step.
+    """The adapters of one step. The four tables are those of `AdapterTables`, written in place from step to step.
 
     Matrices are float16, A [rank, k] and B [n, rank], row-major. Rank 0: the adapter in the slot doesn't change the
     module.
@@ -203,7 +203,7 @@ def lora_shrink(
 def shrink(
     x: Tensor, row_factor: Tensor, lora: TritonLora, modules: Sequence[int], part_starts: Sequence[int]
 ) -> LoraStep:
-    """t of all projections that share x, from float16 [rows, k] times float32 row_factor [rows]. One launch.
+    """Scaled x · Aᵀ for all projections that share x: float16 [rows, k] times float32 row_factor [rows]. One launch.
 
     modules: consecutive modules, in the order of the parts of the merged output; part_starts: their first output rows.
     """

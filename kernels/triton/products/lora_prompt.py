@@ -1,7 +1,8 @@
-"""LoRA's shrink for prompts: x · Aᵀ of every active adapter on tensor cores; skips blocks of rows that don't use it.
+"""LoRA's shrink for prompts: x · Aᵀ of every active adapter on tensor cores. Blocks without a row that uses the adapter
+are skipped.
 
-`lora.shrink` launches this from PROMPT_ROWS rows on. Operands and result are the same as those of the kernel for few
-rows, and sums are float32 too.
+`lora.shrink` launches this from PROMPT_ROWS rows on, on PROMPT_TARGETS. Operands and result are those of the kernel for
+few rows, and sums are float32 too.
 """
 
 import triton

@@ -65,7 +65,7 @@ class TritonNf4:
 
     @property
     def num_bytes(self) -> int:
-        """Resident bytes."""
+        """Bytes that the tensors take in memory."""
         tensors = (self.words, self.absmax, self.nested, self.map)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 

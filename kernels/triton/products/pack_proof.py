@@ -1,7 +1,7 @@
 """Proof, from the PTX of a compiled `nf4_dot`, which elements Triton's pack=2 grouped.
 
-Reads text only. Triton doesn't define the grouping, and another version might choose layouts with another one: products
-would be wrong without an error. Called once for every variant that a GPU compiles, and by the tests.
+Reads text only. Triton doesn't define the grouping. Another version might group other elements, and products would be
+wrong without an error. Called once for every variant that is compiled for a GPU, and by the tests.
 """
 
 import re
