@@ -1,4 +1,4 @@
-"""What needs no judge: identical answers, lengths, run-on answers, exact checks, perplexity of reference answers."""
+"""Figures without a judge: identical answers, lengths, run-on answers, exact checks, perplexity of the references."""
 
 import json
 import math
@@ -15,6 +15,7 @@ from guanaco.server.judging.endpoints import RequestRefused
 from guanaco.server.judging.folder import Records, digest
 from guanaco.server.judging.prompts import Prompt
 
+# The start of another turn inside an answer: the answer runs on and writes the next speaker's part too.
 _OTHER_TURN = re.compile(
     r"^\s*(###\s*(Human|Assistant)\b|<\|im_start\|>|\[INST\]|(Human|User|Assistant):)", re.MULTILINE
 )
@@ -29,11 +30,11 @@ class Check:
 
     @property
     def name(self) -> str:
-        """As reports show it."""
+        """The name in reports."""
         return self.kind if self.pattern is None else f"regex {self.pattern.pattern}"
 
     def passes(self, answer: str, reference: str | None) -> bool | None:
-        """Whether an answer passes; None where there is no reference to compare it with."""
+        """Whether an answer passes; None if it must equal the reference and there is none."""
         if self.pattern is not None:
             return self.pattern.search(answer) is not None
         if self.kind == "equals":
@@ -46,7 +47,7 @@ class Check:
 
 
 def read_check(text: str) -> Check:
-    """`json`, `equals`, or `regex:PATTERN`. CommandError for anything else."""
+    """The check that `json`, `equals` or `regex:PATTERN` names. Raises CommandError for any other text."""
     kind, separator, pattern = text.partition(":")
     if kind in ("json", "equals") and not separator:
         return Check(kind)
@@ -56,7 +57,8 @@ def read_check(text: str) -> Check:
 
 
 def compiled(pattern: str, flag: str) -> "re.Pattern[str]":
-    """A regex of the command line, whose `.` takes line ends too. CommandError where it is none."""
+    """Compile a regex of the command line; its `.` matches line ends too. Raises CommandError if it is invalid. flag:
+    the option, for the error."""
     try:
         return re.compile(pattern, re.DOTALL)
     except re.error as error:
@@ -105,7 +107,7 @@ def _share(part: int, whole: int) -> float | None:
 
 
 class _NotOffered(RequestRefused):
-    """An endpoint that does not return the log-probabilities of a prompt at all."""
+    """The endpoint does not return the log-probabilities of any prompt."""
 
     def __init__(self, origin: str) -> None:
         super().__init__(f"{origin} does not return the log-probabilities of a prompt")
@@ -116,8 +118,9 @@ async def perplexities(
 ) -> dict[str, dict[str, Any]]:
     """Each contestant's perplexity of the reference answers: exp of the mean negative log-probability of their tokens.
 
-    Only endpoints that return the log-probabilities of a prompt (guanaco, vLLM) have it; the others get a `reason`. A
-    reference that one contestant refuses (it may be too long) counts for none, so that all are measured on the same.
+    Only endpoints that return the log-probabilities of a prompt (guanaco, vLLM) can be measured; for the others the
+    perplexity is None, with a `reason`. If one contestant refuses a reference (it may be too long), that reference is
+    left out for all, so that all are measured on the same texts.
     """
     known = [p for p in prompts if p.reference]
     scored: dict[str, dict[str, dict[str, Any]]] = {c.name: {} for c in contestants}

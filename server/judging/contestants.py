@@ -1,4 +1,4 @@
-"""Contestants, and their answers: all side by side, with the same seed, each kept as soon as it is there."""
+"""Contestants and their answers: all are asked side by side with the same seed, and each answer is kept at once."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -14,12 +14,12 @@ from guanaco.server.judging.prompts import Prompt
 MAX_CONTESTANTS = 16
 GUANACO_STOPS = ("### Human", "### Assistant")
 
-Progress = Callable[[str, int, int], None]  # what is done, how many of them, of how many
+Progress = Callable[[str, int, int], None]  # (name of the work, number done, number in all)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are sampled. The defaults are those of the Guanaco work."""
+    """How answers are sampled. The defaults are those of the QLoRA paper's evaluation of Guanaco."""
 
     temperature: float = 0.7
     top_p: float = 0.9
@@ -35,8 +35,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Contestant:
-    """One that answers. name: as reports show it; model: as the endpoint knows it; version: of its adapter, if that is
-    known; family: names of what it is made of, which are compared with a judge's name; is_base: no adapter answers."""
+    """A model that answers the prompts, at one endpoint.
+
+    name: in reports. model: the name that the endpoint knows. version: digest of the adapter and fingerprint of the
+    base, if known. family: names of the base and the adapter, which are compared with a judge's name. is_base: whether
+    the base answers, without an adapter.
+    """
 
     name: str
     endpoint: Endpoint = field(compare=False, repr=False)
@@ -61,7 +65,7 @@ Answers = dict[tuple[str, str], Answer]  # contestant's name, prompt's id
 
 
 def split_address(text: str) -> tuple[str | None, str]:
-    """`URL#MODEL` → (URL, MODEL); a name alone → (None, name). CommandError for an address without a model."""
+    """`URL#MODEL` → (URL, MODEL); a name alone → (None, name). Raises CommandError for an address without a model."""
     if "://" not in text:
         return None, text
     url, _, model = text.partition("#")
@@ -72,7 +76,7 @@ def split_address(text: str) -> tuple[str | None, str]:
 
 
 async def find_model(endpoint: Endpoint, model: str) -> dict[str, Any]:
-    """The endpoint's card of a model; `base` is its first one. An empty card where the endpoint tells nothing."""
+    """The endpoint's card of a model; `base` is the first model that it lists. Empty if the endpoint gives no card."""
     try:
         if model == "base":
             cards, _ = await endpoint.call("GET", "/v1/models")
@@ -90,9 +94,9 @@ async def collect_answers(
     records: Records,
     progress: Progress = lambda *_: None,
 ) -> Answers:
-    """Every contestant's answer to every prompt. What the records hold already is not generated again.
+    """Every contestant's answer to every prompt. Answers that the records hold are not generated again.
 
-    A prompt that an endpoint refuses gets an answer with its error. CommandError where no request can work.
+    A prompt that an endpoint refuses gets an answer with the error. Raises CommandError if no request can work.
     """
     answers: Answers = {}
     total = len(contestants) * len(prompts)
@@ -108,13 +112,13 @@ async def collect_answers(
         answers[contestant.name, prompt.id] = Answer(**record)
         progress("answers", len(answers), total)
 
-    # Prompt by prompt, so that the contestants' requests are in one batch of a server.
+    # Prompt by prompt, so that a server gets all contestants' requests together and computes them in one batch.
     await run_all([partial(one, c, p) for p in prompts for c in contestants], parallel=32)
     return answers
 
 
 async def _ask(contestant: Contestant, body: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """The record of an answer, and whether it is final: a failure that may pass is asked again in the next run."""
+    """(the record of an answer, whether it is final). A failure is not final: the next run asks again."""
     try:
         answer, headers = await contestant.endpoint.chat(body)
     except RequestRefused as error:

@@ -1,4 +1,4 @@
-"""OpenAI-compatible endpoints: requests with retries, a pace, counts of tokens, and a key for one origin only.
+"""OpenAI-compatible endpoints: requests with retries, a rate limit, counts of tokens, and a key for one origin only.
 
 A key goes to the origin (scheme, host, port) that it was named for. Redirects are not followed, so no other origin ever
 sees it. Messages show an endpoint's origin and never its key.
@@ -21,10 +21,10 @@ from guanaco.server.errors import CommandError
 
 TIMEOUT_SECONDS = 600.0
 RETRIES = 5
-_LONGEST_WAIT = 120.0  # seconds; a server that asks for more is waited for no longer
+_LONGEST_WAIT = 120.0  # seconds between two attempts, even if Retry-After asks for more
 _TRY_AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
-_REFUSED = frozenset({400, 413, 422})  # this request; others may still work
-_MOST_BYTES = 64 << 20  # of one answer
+_REFUSED = frozenset({400, 413, 422})  # statuses that refuse one request; others may still work
+_MOST_BYTES = 64 << 20  # largest body of an answer
 MAX_KEY_BYTES = 64 << 10
 _SHORTEST_SECRET = 8  # characters: a shorter key may be a part of any text, so answers keep it
 
@@ -37,7 +37,7 @@ class RequestRefused(CommandError):
 
 @dataclass
 class Usage:
-    """What an endpoint was asked for and what it counted."""
+    """Counts of one endpoint: our requests, and the tokens that it reports."""
 
     requests: int = 0
     retries: int = 0
@@ -46,7 +46,7 @@ class Usage:
     completion_tokens: int = 0
 
     def add(self, answer: dict[str, Any]) -> None:
-        """Count the tokens that an answer tells of."""
+        """Add the tokens that an answer reports."""
         usage = answer.get("usage")
         if isinstance(usage, dict):
             for name in ("prompt_tokens", "completion_tokens"):
@@ -55,7 +55,10 @@ class Usage:
 
 
 def origin_of(url: str, what: str) -> str:
-    """Scheme, host and port of an address. CommandError where it is none, or holds a password."""
+    """Scheme, host and port of an http(s) address. what: begins the error message.
+
+    Raises CommandError for another text, and for an address with a user, a password or a query.
+    """
     try:
         parts = urlsplit(url.strip())
         port = parts.port
@@ -69,7 +72,7 @@ def origin_of(url: str, what: str) -> str:
 
 
 def read_keys(options: Sequence[str]) -> dict[str, str]:
-    """Origin → key, from `URL=env:VARIABLE` and `URL=file:PATH`. CommandError without the key in its words."""
+    """Origin → key, from `URL=env:VARIABLE` and `URL=file:PATH`. Raises CommandError; its message never holds a key."""
     keys = {}
     for option in options:
         url, separator, place = option.rpartition("=")
@@ -127,13 +130,16 @@ class Endpoint:
         await self._http.aclose()
 
     async def chat(self, body: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-        """The answer to a chat request, and the headers. RequestRefused, or CommandError where none would work."""
+        """(JSON object of the answer to a chat request, headers). Errors as `call`."""
         return await self.call("POST", "/v1/chat/completions", body)
 
     async def call(
         self, method: str, path: str, body: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, str]]:
-        """One request, tried again where that may help. The answer is a JSON object."""
+        """(JSON object of the answer, headers). Tries again after errors that may pass.
+
+        Raises RequestRefused if this request fails, and CommandError if no request would work.
+        """
         async with self._slots:
             self.usage.requests += 1
             why = ""
@@ -148,7 +154,7 @@ class Endpoint:
                     if not self._was_reached:
                         hint = "start it (guanaco serve), or correct the address"
                         raise CommandError(f"no server at {self.origin} ({error}): {hint}") from None
-                    if attempt == self.retries:  # what is there already is kept
+                    if attempt == self.retries:  # the answers so far are in the work folder
                         hint = "start it again, and run the same command to go on"
                         raise CommandError(f"the server at {self.origin} is gone: {hint}") from None
                     why = type(error).__name__
@@ -167,7 +173,7 @@ class Endpoint:
             raise RequestRefused(f"{self.origin}: no usable answer after {self.retries + 1} attempts ({why})")
 
     async def _exchange(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[httpx2.Response, bytes]:
-        """A response and its body. RequestRefused as soon as more has come than an answer may have."""
+        """A response and its body. Raises RequestRefused as soon as the body is larger than _MOST_BYTES."""
         async with self._http.stream(method, self._root + path, json=body) as response:
             content = bytearray()
             async for piece in response.aiter_bytes():
@@ -178,7 +184,7 @@ class Endpoint:
         return response, bytes(content)
 
     def _problem(self, response: httpx2.Response, content: bytes) -> str:
-        """Why a response is worth another attempt. RequestRefused or CommandError where it is not."""
+        """Why a response is worth another attempt. Raises RequestRefused or CommandError if it is not."""
         status = response.status_code
         told = self._object(content) or {}
         error = told.get("error")
@@ -205,7 +211,7 @@ class Endpoint:
         return answer if isinstance(answer, dict) else None
 
     def _without_key(self, text: str, written: str | None = None) -> str:
-        """A text without this endpoint's key. written: the key as the text would hold it."""
+        """A text without this endpoint's key. written: the key as this text spells it, such as JSON's escapes."""
         if self.key is None or len(self.key) < _SHORTEST_SECRET:
             return text
         return text.replace(written or self.key, "(key)")
@@ -220,7 +226,7 @@ class Endpoint:
 
 
 def _retry_after(text: str | None) -> float:
-    """Seconds of a Retry-After header; 0 where it holds none (a date is left to the usual waiting)."""
+    """Seconds of a Retry-After header; 0 without a number. After a date the usual time is waited."""
     try:
         return max(0.0, float(text or 0))
     except ValueError:

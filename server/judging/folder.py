@@ -1,7 +1,7 @@
-"""The folder of a comparison: answers and verdicts as they come, so that nothing is generated or judged twice.
+"""The folder of a comparison. It keeps answers and verdicts as they come, so that none is generated or judged twice.
 
-Each record is one line of JSON under the digest of all that decided it. A killed run leaves at most one torn line; the
-next run cuts it off. Reports are replaced in one step.
+Each record is one line of JSON; its key is the digest of everything that decided it. A killed run leaves at most one
+torn line, which the next run cuts off. Reports are replaced in one step.
 """
 
 import fcntl
@@ -13,7 +13,7 @@ from typing import IO, Any, Self
 
 from guanaco.server.errors import CommandError
 
-FORMAT = 1
+FORMAT = 1  # a part of every digest, so a new number makes all earlier records unused
 
 
 def digest(*parts: Any) -> str:
@@ -23,7 +23,10 @@ def digest(*parts: Any) -> str:
 
 
 class Records:
-    """One file of records: digest → record. Lives in memory, and on disk after every `put`."""
+    """One file of records: digest → record. All are in memory, and on disk after every `put`.
+
+    Raises CommandError for a file with a line that is no record.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -60,7 +63,10 @@ class Records:
 
 
 class WorkFolder:
-    """The folder of one comparison. One process at a time may use it. `with WorkFolder(path) as folder:`"""
+    """The folder of one comparison: `with WorkFolder(path) as folder:`. One process at a time may use it.
+
+    Raises CommandError if another process uses it, or if it can't be written.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path

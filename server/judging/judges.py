@@ -1,8 +1,7 @@
 """Judges: a model behind an OpenAI-compatible endpoint, or a regex. Each pair of answers is judged in both orders.
 
 The answers are data for the judge: they stand between random markers that are new in each request, so no answer can
-contain them. The verdict is the judge's last line. A last line without a verdict is counted as an
-unreadable verdict.
+contain them. The judge's last line is the verdict. If it can't be read as one, it counts as an unreadable verdict.
 """
 
 import re
@@ -20,7 +19,7 @@ from guanaco.server.judging.prompts import Prompt
 from guanaco.server.judging.stored import Scores, Verdict
 
 CLASSES, SCORES = "classes", "scores"
-_TEMPERATURE, _MAX_TOKENS = 0.2, 1024  # as the Guanaco work asked its judge
+_TEMPERATURE, _MAX_TOKENS = 0.2, 1024  # as the QLoRA paper's evaluation asked its judge
 _MAX_POINTS = 10.0
 _LONGEST_LINE = 200  # characters of a last line that may be a verdict
 _SYSTEM = "You compare the answers of two assistants to the same conversation. You are careful, fair and brief."
@@ -46,7 +45,8 @@ _POINTS = re.compile(r"[^\d]*?(\d+(?:\.\d+)?)(?:\s*/\s*10)?\s*[\s,;:|]\s*(\d+(?:
 
 @dataclass(frozen=True)
 class Ruling:
-    """What a judge said of two answers. verdict: 1, 2, 3, or None (unreadable); scores: both, in that mode."""
+    """A judge's ruling on two answers. verdict: 1 or 2 for the better answer, 3 for a tie, None: unreadable. The scores
+    are only there in the mode `scores`."""
 
     verdict: int | None
     first_score: float | None = None
@@ -63,7 +63,7 @@ class Judge(Protocol):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides a judgement beside the texts: with another identity everything is judged again."""
+        """What decides a judgement besides the texts, as JSON data. If it changes, everything is judged again."""
         ...
 
     @property
@@ -72,7 +72,7 @@ class Judge(Protocol):
         ...
 
     async def rule(self, prompt: Prompt, first: str, second: str) -> Ruling:
-        """Compare two answers. Raises RequestRefused where no judgement could be had."""
+        """Compare two answers. Raises RequestRefused if the judge gives no judgement."""
         ...
 
 
@@ -90,18 +90,18 @@ class RegexJudge:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides a judgement beside the texts."""
+        """What decides a judgement besides the texts."""
         return {"regex": self.pattern.pattern}
 
     async def rule(self, prompt: Prompt, first: str, second: str) -> Ruling:  # noqa: ARG002 (the prompt says nothing)
-        """The answer that matches is better; a tie where both do or neither."""
+        """The answer that matches is better. If both match or neither does, it is a tie."""
         found = self.pattern.search(first) is not None, self.pattern.search(second) is not None
         return Ruling(3 if found[0] == found[1] else 1 if found[0] else 2)
 
 
 @dataclass(frozen=True)
 class ModelJudge:
-    """A model that is asked in one of the paper's two modes: three classes, or points from 1 to 10 for both."""
+    """A model as a judge, in one of the QLoRA paper's two modes: three classes, or points from 1 to 10 for both."""
 
     endpoint: Endpoint
     model: str
@@ -119,7 +119,7 @@ class ModelJudge:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides a judgement beside the texts: the marker of a request is random and does not."""
+        """What decides a judgement besides the texts. The random marker of a request does not."""
         asked = [_SYSTEM, _FENCES, _ASKS[self.mode], _GENERAL, _CRITERIA, _TEMPERATURE, _MAX_TOKENS]
         return {"origin": self.endpoint.origin, "model": self.model, "mode": self.mode, "asked": asked}
 
@@ -136,7 +136,7 @@ class ModelJudge:
 
 
 def judge_messages(prompt: Prompt, first: str, second: str, *, mode: str, marker: str) -> list[dict[str, str]]:
-    """The judge's messages: what to judge by, the conversation and both answers between markers, and what to write."""
+    """The judge's messages: criteria, then conversation and answers between markers, then the form of the verdict."""
 
     def fenced(what: str, text: str) -> str:
         return f"{what}:\n[{marker}]\n{text}\n[/{marker}]"
@@ -153,7 +153,7 @@ def judge_messages(prompt: Prompt, first: str, second: str, *, mode: str, marker
 
 
 def read_ruling(text: str, mode: str) -> Ruling:
-    """The ruling in a judge's last line; without a verdict where that line holds none."""
+    """The ruling in a judge's last line that is not empty; its verdict is None if that line holds none."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     last = lines[-1] if lines and len(lines[-1]) <= _LONGEST_LINE else ""
     if mode == CLASSES:
@@ -169,7 +169,7 @@ def read_ruling(text: str, mode: str) -> Ruling:
 
 @dataclass
 class Judged:
-    """All rulings of a comparison. unheard: judgements that failed and are tried again in the next run."""
+    """All rulings of a comparison. unheard: number of judgements that failed; the next run tries them again."""
 
     verdicts: list[Verdict]
     scores: list[Scores]
@@ -185,9 +185,9 @@ async def judge_answers(
     records: Records,
     progress: Progress = lambda *_: None,
 ) -> Judged:
-    """Judge every pair on every prompt in both orders. What the records hold already is not judged again.
+    """Judge every pair on every prompt in both orders. Rulings that the records hold are not asked for again.
 
-    A pair with a failed answer is left out on that prompt. A judgement that cannot be had is an unreadable verdict.
+    A pair with a failed answer is left out on that prompt. A judgement that fails is an unreadable verdict.
     """
     judged = Judged([], [])
     jobs = [
@@ -202,7 +202,7 @@ async def judge_answers(
     async def one(number: int, prompt: Prompt, first: str, second: str) -> None:
         texts = answers[first, prompt.id].text, answers[second, prompt.id].text
         if texts[0] == texts[1] and not judge.gives_scores:
-            rulings[number] = Ruling(3)  # nothing to judge, and nothing to pay for
+            rulings[number] = Ruling(3)  # equal texts are a tie: asking would only cost money
             return
         key = digest("ruling", judge.identity, prompt.messages, prompt.reference, prompt.category, *texts)
         record = records.get(key)
@@ -226,7 +226,7 @@ async def judge_answers(
 
 
 def same_family(judge: str, contestants: Sequence[Contestant]) -> list[str]:
-    """Contestants that are of the judge's own family, by the first word of a model's name."""
+    """Names of the contestants of the judge's own family, which the first letters of a model's name tell."""
     own = _family(judge)
     return [c.name for c in contestants if own & {word for name in (c.model, *c.family) for word in _family(name)}]
 

@@ -1,4 +1,4 @@
-"""The report of a comparison as one HTML file: pictures, tables and answers, no script, nothing from outside.
+"""The report of a comparison as one HTML file: pictures, tables and answers, without scripts or other files.
 
 Answers are hostile text: they are escaped, their direction is kept inside their box, and the page's policy lets nothing
 load, run or be sent.
@@ -15,8 +15,8 @@ from guanaco.server.judging.report import conditions, headline, share, tables
 from guanaco.server.reports.page import page, table
 from guanaco.server.reports.pictures import bars, intervals
 
-SHOWN_PROMPTS = 200  # with their answers; the others are in answers.jsonl
-SHOWN_CHARACTERS = 8000  # of one text
+SHOWN_PROMPTS = 200  # prompts with their answers; the others are in answers.jsonl
+SHOWN_CHARACTERS = 8000  # of one prompt or answer
 
 
 def html_report(result: dict[str, Any], prompts: Sequence[Prompt], answers: Answers) -> str:

@@ -1,7 +1,8 @@
-"""Two players on many prompts: both orders of each prompt become one result, the results a win rate with an interval.
+"""Two players on many prompts: the verdicts in both orders become one result a prompt, and the results a win rate.
 
-A judge favours a place (mostly the first), so each prompt is judged in both orders. Where the two verdicts name the
-same winner, that is the result. Where they differ, or where one of them cannot be read, the result is a tie.
+A judge favours one place (mostly the first), so each prompt is judged in both orders. If both verdicts name the same
+winner, that is the result. If they differ, or one of them cannot be read, the result is a tie. An interval comes with
+the rate.
 """
 
 import math
@@ -16,15 +17,15 @@ from guanaco.server.judging.ratings import REPLICATES, resampled
 from guanaco.server.judging.stored import Verdict
 
 MIN_PROMPTS = 20  # fewer prompts never carry a statement: the bootstrap's intervals are too narrow there
-MAX_UNREADABLE = 0.2  # of the verdicts; with more of them nothing is said about who is better
+MAX_UNREADABLE = 0.2  # share of unreadable verdicts above which no player is called better
 _POWER_SIGMAS = 1.96 + 0.84  # a difference of this many standard errors is found in four studies of five
-_MOST_ADVISED = 100_000
-_TAIL = 0.025
+_MOST_ADVISED = 100_000  # prompts
+_TAIL = 0.025  # probability on each side of a 95 % interval
 _SHRINKAGE = 0.1  # prior precision of the length's coefficient: a few prompts cannot make it infinite
-_TIE_WEIGHT = 0.1  # of one tie at equal lengths: where one player wins everywhere, the rate stays below 1
+_TIE_WEIGHT = 0.1  # of an added tie at equal lengths: the rate stays below 1 for a player who wins everywhere
 _NEWTON_STEPS = 30
 _MOST_CHANGE = 2.0  # of a coefficient in one step
-_CLOSE_ENOUGH = 1e-9
+_CLOSE_ENOUGH = 1e-9  # largest change of a coefficient in the last step
 
 Floats = NDArray[np.float64]
 
@@ -33,11 +34,11 @@ Floats = NDArray[np.float64]
 class PairResult:
     """How `player` did against `other`.
 
-    rate: mean result over the prompts, a tie half; interval: its 95 % interval by bootstrap over prompts. wins, ties,
-    losses: prompts by their result. couples: readable verdicts in both orders; agreement: the share of them that say
-    the same, None without any. unreadable: verdicts. one_order: prompts that were judged in one order although others
-    were in both.
-    both_orders: whether any prompt was judged in both.
+    rate: mean result over the prompts, a tie counting half. interval: its 95 % interval by bootstrap over prompts.
+    deviation: standard deviation of the results. wins, ties, losses: prompts by their result. couples: pairs of
+    readable verdicts, one in each order. agreement: the share of couples that say the same, None without couples.
+    verdicts, unreadable: all verdicts, and those that cannot be read. one_order: prompts that were judged in one order
+    although others were judged in both. both_orders: whether there are verdicts in both orders.
     """
 
     player: str
@@ -89,9 +90,9 @@ Key = tuple[str, str]  # benchmark, question
 
 
 def prompt_results(verdicts: Iterable[Verdict], player: str) -> tuple[dict[Key, float], Agreement, int]:
-    """Each prompt's result for `player` from the verdicts of one pair, the agreement, and prompts with one order only.
+    """(prompt → result for `player` from 0 to 1, agreement of the orders, number of prompts with one order only).
 
-    Several verdicts in one order (of several people) are matched in the order in which they stand.
+    verdicts: of one pair. Several verdicts in one order, such as of several people, are matched in their sequence.
     """
     kept: dict[Key, tuple[list[float | None], list[float | None]]] = defaultdict(lambda: ([], []))
     for v in verdicts:
@@ -145,7 +146,8 @@ def pair_result(
 def interval_of_mean(scores: Floats, *, replicates: int = REPLICATES, seed: int = 0) -> tuple[float, float]:
     """The 95 % interval of a mean of results (0 to 1) by bootstrap over prompts; (0, 1) without results.
 
-    Where all results are wins or all are losses, no resampling varies: the exact bound of a share of 1 or 0 is used.
+    If all results are wins or all are losses, every resample is the same, so the exact bound for a share of 1 or 0 is
+    used.
     """
     count = len(scores)
     if not count:
@@ -199,7 +201,7 @@ def _rate_at_zero(weights: Floats, scores: Floats, place: Floats) -> Floats:
 
 
 def prompts_needed(result: PairResult) -> int | None:
-    """About how many prompts would show a difference as large as this one; None where no number below 100,000 would."""
+    """About how many prompts would show a difference as large as this one; None if more than 100,000 are needed."""
     difference = abs(result.rate - 0.5)
     if difference == 0 or result.deviation == 0:
         return None
@@ -212,7 +214,7 @@ def prompts_needed(result: PairResult) -> int | None:
 
 
 def in_words(result: PairResult) -> str:
-    """One sentence: better, worse, or not distinguishable, and how many prompts would do."""
+    """One sentence: better, worse, or not distinguishable, and then how many prompts would be enough."""
     pair = f"{result.player} against {result.other}"
     if result.unreadable > MAX_UNREADABLE * result.verdicts:
         share = result.unreadable / result.verdicts

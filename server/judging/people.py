@@ -1,7 +1,7 @@
-"""People as judges: a blind page on loopback. Sides are random, names are not in it, every vote is kept at once.
+"""People as judges: a blind page on loopback. Sides are random, no names are shown, and every vote is kept at once.
 
-The page works with plain forms; its one script turns the keys 1, 2, 3 and u into clicks. Its address holds a random
-token, and requests with another Host are refused, so that no other page in the browser can reach it.
+The page works with plain forms. Its one script turns the keys 1, 2, 3, u and Enter into clicks. Its address holds a
+random token, and requests with another Host are refused, so that no other page in the browser can reach it.
 """
 
 import secrets
@@ -22,13 +22,13 @@ from guanaco.server.judging.people_page import page_of, policy
 from guanaco.server.judging.prompts import Prompt
 from guanaco.server.judging.stored import Verdict
 
-_MAX_BODY = 4096
+_MAX_BODY = 4096  # bytes of a form
 _CHOICES = {"1": 1, "2": 2, "3": 3}
 
 
 @dataclass(frozen=True)
 class Item:
-    """Two answers to one prompt, as a person sees them: `left` and `right` are contestants and are never shown."""
+    """Two answers to one prompt, as a person sees them. left, right: the contestants' names, which are never shown."""
 
     prompt: Prompt
     left: str
@@ -37,14 +37,14 @@ class Item:
 
     @property
     def key(self) -> str:
-        """What a vote is kept under. It does not depend on the side."""
+        """The key of the vote's record. It does not depend on the sides."""
         return digest("vote", self.prompt.messages, sorted([(self.left, self.texts[0]), (self.right, self.texts[1])]))
 
 
 def items_of(
     pairs: Sequence[tuple[str, str]], prompts: Sequence[Prompt], answers: Answers, seed: int
 ) -> tuple[list[Item], list[Verdict]]:
-    """What people judge, in a random order with random sides (the seed decides both), and ties of identical answers."""
+    """(items to judge, in random order and with random sides, which the seed decides; ties of identical answers)."""
     random = Random(seed)  # noqa: S311 (a repeatable order: a run that goes on shows the same sides)
     items, ties = [], []
     for prompt in prompts:
@@ -62,7 +62,7 @@ def items_of(
 
 
 class Session:
-    """One person's votes: which item comes next, the last one undone, all kept in records."""
+    """One person's votes, kept in records: gives the next item, takes a vote, takes the last one back."""
 
     def __init__(self, items: Sequence[Item], records: Records) -> None:
         self.items = items
@@ -108,7 +108,7 @@ class Session:
 
 
 def blind_page(session: Session, port: int, token: str) -> Starlette:
-    """The application: the page at /TOKEN/, and the forms below it. Everything else is 404; another Host is 421."""
+    """The application: the page at /TOKEN/ and its forms below that. Other paths get 404, another Host gets 421."""
     hosts = {f"127.0.0.1:{port}", f"localhost:{port}"}
     headers = {
         "Content-Security-Policy": policy(),
@@ -154,7 +154,7 @@ def blind_page(session: Session, port: int, token: str) -> Starlette:
 
 
 async def _fields(request: Request) -> dict[str, str]:
-    """The fields of a small form; none where the body is larger than any form of ours."""
+    """The fields of a form; empty if the body is larger than any form of ours."""
     body = b""
     async for piece in request.stream():
         body += piece

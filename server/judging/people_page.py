@@ -1,4 +1,4 @@
-"""The HTML of the blind page: one item at a time, forms, one style sheet and one script, both named by the policy."""
+"""The HTML of the blind page: one item at a time, with forms. The policy allows one style sheet and one script."""
 
 import base64
 import hashlib
@@ -33,7 +33,7 @@ document.addEventListener("keydown", (event) => {
   if (button) { event.preventDefault(); button.click(); }
 });
 """
-Item = tuple[str, str, str]  # prompt, left answer, right answer: escaped
+Item = tuple[str, str, str]  # prompt, left answer, right answer; all are escaped HTML
 
 
 def _digest(text: str) -> str:
@@ -49,7 +49,7 @@ def policy() -> str:
 
 
 def page_of(item: Item | None, *, number: int | None, done: int, total: int, ended: bool) -> str:
-    """The page for one item; with None, or when the session has ended, its last page."""
+    """The page for one item; without an item, or when the person has finished, the last page."""
     body = _end(done, total, ended) if item is None or number is None or ended else _voting(item, number)
     return "\n".join(
         [

@@ -1,4 +1,4 @@
-"""Prompts: a JSONL file of the user's, or one of the two benchmarks of the Guanaco work, known by its hash."""
+"""Prompts: the user's JSONL file, or one of the QLoRA paper's two benchmarks, whose files are known by their hashes."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ _TURN = re.compile(r"\s*### (Human|Assistant):\s*")
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: its messages, where it belongs, and the answer that is known to be good (None: none is known)."""
+    """One prompt: messages, category, language (None: unknown), and a known good answer (None: none)."""
 
     id: str
     messages: tuple[tuple[str, str], ...]  # role, content
@@ -42,7 +42,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A released file of prompts: its SHA-256, and where a copy of it is."""
+    """A released file of prompts. count: its prompts. home: where a copy is, in words."""
 
     name: str
     sha256: str
@@ -71,15 +71,16 @@ BENCHMARKS = {
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a JSONL file: `messages` or `text` in each line. CommandError names the wrong line.
+    """The prompts of a JSONL file. Raises CommandError, which names the wrong line.
 
-    Known beside them: `id` (or `question_id`), `category`, `language` (or `lang`), `reference` (or `output`).
+    Each line has `messages`, `text` or `prompt`. It may have `id` (or `question_id`), `category`, `language` (or
+    `lang`) and `reference` (or `output`).
     """
     return _parse(read_bytes(path), str(path))
 
 
 def read_benchmark(name: str, path: Path | None) -> list[Prompt]:
-    """The prompts of a benchmark from a copy of its released file, whose hash must be right."""
+    """The prompts of a benchmark, from a copy of its released file. Raises CommandError if the hash differs."""
     benchmark = BENCHMARKS.get(name)
     if benchmark is None:
         raise CommandError(f"--benchmark {name}: there are {' and '.join(BENCHMARKS)}; for other files use --prompts")
@@ -99,7 +100,7 @@ def read_benchmark(name: str, path: Path | None) -> list[Prompt]:
 
 
 def sample(prompts: Sequence[Prompt], count: int | None, seed: int) -> list[Prompt]:
-    """`count` of the prompts, chosen by the seed, in their order; all of them without a count."""
+    """`count` of the prompts, chosen by the seed, in the file's order; all of them if count is None."""
     if count is None or count >= len(prompts):
         return list(prompts)
     chosen = random.Random(seed).sample(range(len(prompts)), count)  # noqa: S311 (a repeatable choice, no secret)
@@ -169,7 +170,10 @@ def _prompt(line: str, number: int, where: str) -> Prompt:
 
 
 def messages_of(row: dict[str, Any], where: str) -> tuple[tuple[str, str], ...]:
-    """(role, content) of each message of a row with `messages`, `text` or `prompt`. A CommandError names `where`."""
+    """(role, content) of each message of a row with `messages`, `text` or `prompt`. where: begins error messages.
+
+    Raises CommandError.
+    """
     given = row.get("messages")
     if given is None:
         text = _text(row, ("text", "prompt"), where)
@@ -190,7 +194,8 @@ def messages_of(row: dict[str, Any], where: str) -> tuple[tuple[str, str], ...]:
 
 
 def _turns(text: str) -> tuple[tuple[str, str], ...]:
-    """A text as one user's message; the turns of `### Human: … ### Assistant:`, as the OpenAssistant file has them."""
+    """A text as one user message, or cut at its headings if it is `### Human: … ### Assistant:`, as the OpenAssistant
+    benchmark has it."""
     if not text.startswith("### Human:") or not text.rstrip().endswith("### Assistant:"):
         return (("user", text),)
     pieces = _TURN.split(text)[1:-2]  # role, content, role, content, …; the last assistant's turn is the answer

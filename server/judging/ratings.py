@@ -1,4 +1,4 @@
-"""Ratings from matches: the paper's Elo over random orders, and Bradley-Terry with an interval by bootstrap.
+"""Ratings from matches: the QLoRA paper's Elo over random orders, and Bradley-Terry with an interval by bootstrap.
 
 Both are on Elo's scale with a mean of 1,000: 400 points are odds of ten to one. Elo with K = 32 depends on the order of
 the matches, so it is averaged over many orders. Bradley-Terry does not depend on the order. The bootstrap resamples
@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 START = 1000.0
-K = 32.0
-ORDERS = 10_000
-REPLICATES = 1000
+K = 32.0  # most points that one match moves, as in the QLoRA paper
+ORDERS = 10_000  # random orders of the matches, as in the QLoRA paper
+REPLICATES = 1000  # resamples of the bootstrap
 _SCALE = np.log(10) / 400  # natural log-odds of one point
 _CHUNK_BYTES = 96 << 20  # of shuffled matches at a time
 _CHUNK_ORDERS = 2000
@@ -29,9 +29,10 @@ Ints = NDArray[np.intp]
 
 @dataclass(frozen=True)
 class Matches:
-    """Matches of `players`: indices of the two of each match, what the first got (1, 0.5, 0), and its prompt.
+    """Matches between `players`.
 
-    first, second, prompt: [matches], int; score: [matches], float64.
+    first, second: [matches], int, indices into players. prompt: [matches], int. score: [matches], float64, the first
+    player's result (1, 0.5 or 0).
     """
 
     players: tuple[str, ...]
@@ -126,9 +127,9 @@ def rate(matches: Matches, *, replicates: int = REPLICATES, seed: int = 0) -> tu
 
 
 def resampled(prompts: int, replicates: int, seed: int, *, cells: int) -> Iterator[Floats]:
-    """How often each prompt is drawn in each replicate: arrays [some replicates, prompts], each row sums to `prompts`.
+    """How often each prompt is sampled in each replicate: arrays [some replicates, prompts]; a row sums to `prompts`.
 
-    cells: numbers that the caller needs for one replicate; it decides how many replicates go into one array.
+    cells: how many numbers the caller holds for one replicate; it limits the replicates in one array.
     """
     if not prompts:
         return

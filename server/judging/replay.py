@@ -1,4 +1,4 @@
-"""Statistics from stored verdicts and scores: what `guanaco compare --replay` prints, and every report starts from."""
+"""Statistics from verdicts and scores, for `guanaco compare --replay` and for every report."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -18,7 +18,10 @@ MAX_PLAYERS = 200
 def benchmark_statistics(
     verdicts: Sequence[Verdict], *, orders: int = ORDERS, replicates: int = REPLICATES, seed: int = 0
 ) -> dict[str, dict[str, Any]]:
-    """Each benchmark's players, pairs, order agreement and unreadable verdicts, as the JSON report holds them."""
+    """Benchmark → players, pairs, order agreement, verdicts and warnings, as the JSON report holds them.
+
+    Raises CommandError for more than MAX_PLAYERS players in one benchmark.
+    """
     names = dict.fromkeys(v.benchmark for v in verdicts)
     return {
         name: _statistics([v for v in verdicts if v.benchmark == name], orders=orders, replicates=replicates, seed=seed)
@@ -66,7 +69,10 @@ def _statistics(verdicts: Sequence[Verdict], *, orders: int, replicates: int, se
 
 
 def matches_of(verdicts: Sequence[Verdict]) -> Matches:
-    """Every readable verdict as one match. Players stand in the order of their first verdict, readable or not."""
+    """Every readable verdict as one match. Players are in the order of their first verdict, readable or not.
+
+    Raises CommandError for more than MAX_PLAYERS players.
+    """
     players = tuple(dict.fromkeys(name for v in verdicts for name in (v.first, v.second)))
     if len(players) > MAX_PLAYERS:
         raise CommandError(f"{len(players)} players in one benchmark: at most {MAX_PLAYERS} can be rated together")
@@ -97,7 +103,8 @@ def percent_of_reference(
     """Each player's points as a percentage of the reference's: the ratio of the sums, then the mean of both orders.
 
     reference: a player; None: the one player that is in every pair. Returns `reference`, `percent_of_reference`,
-    `percent_interval` (95 %, bootstrap over prompts), `unreadable_scores` and `warnings`.
+    `percent_interval` (95 %, bootstrap over prompts), `unreadable_scores` and `warnings`. Raises CommandError if the
+    reference is not in the scores or can't be told from them.
     """
     reference = _reference(scores, reference)
     percent, intervals, warnings = {}, {}, []
@@ -159,5 +166,5 @@ def _reference(scores: Sequence[Scores], wanted: str | None) -> str:
 
 
 def rank(players: dict[str, dict[str, Any]]) -> list[str]:
-    """The names of players, the best rating by Bradley-Terry first."""
+    """The players' names, the highest Bradley-Terry rating first."""
     return sorted(players, key=lambda name: -players[name]["bradley_terry"])

@@ -1,4 +1,4 @@
-"""The report of a comparison in Markdown: the words first, then the figures."""
+"""The report of a comparison in Markdown, and the tables and sentences of every report."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,12 +9,12 @@ Table = tuple[str, list[str], list[list[str]]]  # title, heads, rows
 
 
 def share(value: float | None) -> str:
-    """A share as a percentage; a dash where there is none."""
+    """A share (0 to 1) as a percentage; a dash for None."""
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
 def tables(result: dict[str, Any]) -> Iterator[Table]:
-    """The tables of a report, whatever its form: titles, heads and rows of plain text."""
+    """The tables of a report in any format: titles, heads and rows of plain text."""
     for name, told in result["benchmarks"].items():
         yield _pairs(f"Win rates on {name}", told["pairs"])
         yield from _at_equal_lengths(told["pairs"])
@@ -52,7 +52,7 @@ def _pairs(title: str, pairs: Sequence[dict[str, Any]]) -> Table:
 
 
 def _at_equal_lengths(pairs: Sequence[dict[str, Any]]) -> Iterator[Table]:
-    """The win rates that would be if both answers were equally long. Stored verdicts have no lengths."""
+    """The win rates that are computed for answers of equal length. Stored verdicts have no lengths, so no table."""
     rows = [
         [f"{p['player']} against {p['other']}", share(p["rate"]), share(of["rate"]), _between(of)]
         for p in pairs
@@ -128,7 +128,7 @@ def _number(value: float | None, digits: int = 1) -> str:
 
 
 def headline(result: dict[str, Any]) -> list[str]:
-    """What a comparison found, in sentences."""
+    """The result of a comparison, in sentences."""
     return result["in_words"] or ["No judge was asked: the figures below need none."]
 
 
@@ -159,7 +159,7 @@ def _row(cells: Sequence[str], *, plain: bool = True) -> str:
 
 
 def _plain(text: str) -> str:
-    """A text as one line in which no character of Markdown or HTML means anything."""
+    """A text as one line, with all characters of Markdown and HTML escaped."""
     text = " ".join(text.split())
     for character in "\\`*_[]<>|#&":
         text = text.replace(character, f"\\{character}" if character not in "<>&" else f"&#{ord(character)};")

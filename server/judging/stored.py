@@ -14,13 +14,14 @@ from guanaco.server.errors import CommandError
 MAX_BYTES = 512 << 20  # of one file, unpacked: about six million verdicts
 VERDICT_COLUMNS = ("benchmark", "first", "second", "question", "verdict")
 SCORE_COLUMNS = ("first", "second", "question", "first_score", "second_score")
-_UNREADABLE = -1.0  # as the released scores write it
+_UNREADABLE = -1.0  # an unreadable score in the scores that the QLoRA authors released
 _VERDICTS = {"1": 1, "2": 2, "3": 3, "": None}
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One answer of a judge about two answers. verdict: 1 or 2 for the better answer, 3 for a tie, None: unreadable."""
+    """A judge's verdict on two answers. first, second: the players. question: the prompt's id. verdict: 1 or 2 for the
+    better answer, 3 for a tie, None: unreadable."""
 
     benchmark: str
     first: str
@@ -31,7 +32,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """The points that a judge gave to two answers; None for both where they could not be read."""
+    """The points that a judge gave to two answers; both are None if they could not be read."""
 
     first: str
     second: str
@@ -41,7 +42,7 @@ class Scores:
 
 
 def read_verdicts(path: Path) -> list[Verdict]:
-    """The verdicts of a CSV file (`.gz` too) with the columns of VERDICT_COLUMNS. CommandError names the wrong line."""
+    """The verdicts of a CSV file (`.gz` too) with VERDICT_COLUMNS. Raises CommandError, which names the wrong line."""
     verdicts = []
     for line, row in _rows(path, VERDICT_COLUMNS):
         text = row["verdict"].strip()
@@ -55,7 +56,7 @@ def read_verdicts(path: Path) -> list[Verdict]:
 
 
 def read_scores(path: Path) -> list[Scores]:
-    """The scores of a CSV file (`.gz` too) with the columns of SCORE_COLUMNS. CommandError names the wrong line."""
+    """The scores of a CSV file (`.gz` too) with SCORE_COLUMNS. Raises CommandError, which names the wrong line."""
     scores = []
     for line, row in _rows(path, SCORE_COLUMNS):
         _check_players(path, line, row)

@@ -1,4 +1,4 @@
-"""A whole comparison: answers, checks, judgements, and the result that reports are made of."""
+"""A whole comparison: answers, checks, judgements, and the result from which reports are made."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,16 +24,16 @@ DEFAULT_SAMPLING = Sampling()
 
 @dataclass(frozen=True)
 class Plan:
-    """What is compared, on what, and how. benchmark: the name in reports and CSV files."""
+    """The contestants, prompts and settings of a comparison. benchmark: the prompts' name in reports and CSV files."""
 
     contestants: tuple[Contestant, ...]
     prompts: tuple[Prompt, ...]
     benchmark: str
     sampling: Sampling = DEFAULT_SAMPLING
     checks: tuple[Check, ...] = ()
-    reference: str | None = None  # a contestant, against which alone the others are judged
+    reference: str | None = None  # the contestant that all others are judged against; None: every pair is judged
     seed: int = 0
-    prices: tuple[float, float] | None = None  # of the judge, per million tokens of prompts and of answers
+    prices: tuple[float, float] | None = None  # the judge's, for a million prompt and answer tokens
     with_perplexity: bool = True
 
     @property
@@ -46,7 +46,7 @@ class Plan:
 
 
 async def answer_and_check(plan: Plan, folder: WorkFolder, progress: Progress) -> tuple[Answers, dict[str, Any]]:
-    """Everything before a judge: the answers, and the result so far."""
+    """(all answers, the result with everything that needs no judge)."""
     answers = await collect_answers(plan.contestants, plan.prompts, plan.sampling, folder.answers, progress)
     scored = plan.prompts if plan.with_perplexity else ()
     result: dict[str, Any] = {
@@ -78,7 +78,7 @@ async def answer_and_check(plan: Plan, folder: WorkFolder, progress: Progress) -
 
 
 async def judge_all(plan: Plan, judge: Judge, answers: Answers, folder: WorkFolder, progress: Progress) -> Judged:
-    """Every pair on every prompt in both orders."""
+    """Judge every pair on every prompt in both orders."""
     return await judge_answers(judge, plan.benchmark, plan.pairs, plan.prompts, answers, folder.verdicts, progress)
 
 
@@ -91,7 +91,8 @@ def add_judgements(
     answers: Answers,
     usage: dict[str, Any] | None = None,
 ) -> None:
-    """Put the statistics of judgements into the result. usage: of the judge's endpoint; None without one."""
+    """Put the statistics of judgements into `result`. judge: its name in reports. usage: the `Usage` of the judge's
+    endpoint as a dict; None if the judge has none."""
     verdicts = judged.verdicts
     told = benchmark_statistics(verdicts, seed=plan.seed).get(plan.benchmark)
     if told is None:
@@ -157,7 +158,7 @@ def _versions(contestant: Contestant, plan: Plan, answers: Answers) -> list[str]
 
 
 def _by(plan: Plan, verdicts: Sequence[Verdict], group_of: Callable[[Prompt], str]) -> dict[str, list[dict[str, Any]]]:
-    """Each pair's result within each group of prompts; nothing where there is one group only."""
+    """Each pair's result within each group of prompts; empty if there is only one group."""
     group = {p.id: group_of(p) for p in plan.prompts}
     names = list(dict.fromkeys(group.values()))
     told: dict[str, list[dict[str, Any]]] = {}
