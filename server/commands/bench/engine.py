@@ -1,7 +1,8 @@
-"""`guanaco bench engine`: random tokens through the engine, in the terms of the peers' drivers (`loadtest/bench`).
+"""`guanaco bench engine`: random tokens through the engine. `loadtest/bench/compare_peers.py` reads the same figures of
+other engines.
 
 `ppN` is prompt tokens/s of one prompt of N tokens; `tgN` is tokens/s of N streams together, after a short context.
-Each figure is the best of three, as the peers' drivers take it. Drives the same engine as the server, without HTTP.
+Each figure is the best of three. The engine is the server's, without HTTP.
 """
 
 import json
@@ -20,7 +21,7 @@ from guanaco.server.engine.request import FinishReason, LoraRef, Request, Sampli
 from guanaco.server.errors import CommandError
 
 _ROUNDS = 3
-_DECODE_STEPS = 24  # timed per stream, as the llama.cpp driver does
+_DECODE_STEPS = 24  # tokens of each stream that are timed
 _LOWEST_TOKEN = 300  # smaller ids are special tokens and bytes in most vocabularies
 
 
