@@ -1,4 +1,4 @@
-"""Makes the imports of a start quick: other threads do what can be done beside them, and the collector waits.
+"""Makes the imports at a start quick: threads do other work beside them, and Python's garbage collector is off.
 
 Imports nothing that is slow, since it is imported first. Called by the command line.
 """
@@ -13,13 +13,13 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-# The libraries that torch opens first, in its order and with its flags. The first one is for libraries that look for
-# each other's symbols.
+# The libraries that torch opens first, in torch's order and with its flags. The first one is opened RTLD_GLOBAL, so
+# that libraries opened later find its symbols.
 _LIBRARIES = (("libtorch_global_deps.so", os.RTLD_GLOBAL), ("libtorch_cpu.so", os.RTLD_LOCAL))
 
 
 def begin_loading_torch() -> threading.Thread | None:
-    """Open torch's library on another thread, where it takes no time from the imports that come before torch's.
+    """Open torch's libraries on another thread, beside the imports that come before torch's.
 
     Returns the thread; None where torch is loaded already, or is not installed as a folder with these libraries. Then
     `import torch` opens them itself, as it does if they cannot be opened here.
@@ -47,9 +47,10 @@ def _open(paths: list[tuple[Path, int]]) -> None:
 
 
 def begin_checks(model: str | None, cache_dir: Path) -> None:
-    """Begin what needs no torch, on other threads: checks of the model's files, and the process for its chat template.
+    """Begin the work that needs no torch, on other threads: check the model's files, and start the process for its chat
+    template.
 
-    Loading waits for their results, and reports what is wrong. model: as in the settings; None: the demo.
+    Loading waits for the results, and reports what is wrong. model: as in the settings; None: the demo.
     """
     from guanaco.models.loading import demo
     from guanaco.models.text import template_renderer, tokenizer_check
@@ -65,7 +66,7 @@ def begin_checks(model: str | None, cache_dir: Path) -> None:
 
 @contextlib.contextmanager
 def undisturbed_imports() -> Iterator[None]:
-    """Imports inside run without the collector of cycles, and later collections leave out what they made.
+    """Imports inside run without the garbage collector, and later collections skip the objects that they made.
 
     Modules live as long as the process. The collector would walk through all of them again and again while their number
     grows, which takes a tenth of a start.

@@ -23,7 +23,8 @@ _CONTEXT_BYTES = 512 << 20
 def make_decode_path(
     settings: Settings, model: DecoderModel, ops: Ops, kv: PagedKVCache, max_model_len: int
 ) -> DecodePath | None:
-    """The CUDA graphs for decode steps; None if they are switched off or not possible."""
+    """The CUDA graphs for decode steps; None if they are switched off or not possible. Raises CommandError if the
+    settings allow larger adapter ranks than the provider has."""
     if ops.name != "triton":
         return None
     from guanaco.kernels.triton.ops import TritonOps

@@ -53,8 +53,8 @@ def _cpu_count(cgroup: Path) -> int:
 
 
 def memory(cgroup: Path = _CGROUP, proc: Path = Path("/proc")) -> tuple[int, int]:
-    """(memory that this process may use in all, what is left of it), in bytes, now: of the container where it has a
-    limit, else of the machine."""
+    """(bytes of memory that this process may use, how many of them are free now): the container's if it has a limit,
+    else the machine's."""
     sizes = {}
     for line in _text(proc / "meminfo").splitlines():
         key, _, value = line.partition(":")
@@ -77,7 +77,7 @@ def _cached_file_bytes(stat: Path) -> int:
     used, MemAvailable of a machine does not."""
     pairs = (line.split() for line in _text(stat).splitlines())
     sizes = {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2}
-    return sizes.get("total_inactive_file", sizes.get("inactive_file", 0))  # v1 has both, and the first has all groups
+    return sizes.get("total_inactive_file", sizes.get("inactive_file", 0))  # v1 has both; `total_…` counts child groups
 
 
 def _cpu_info(proc: Path) -> tuple[str, set[str]]:
@@ -89,7 +89,7 @@ def _cpu_info(proc: Path) -> tuple[str, set[str]]:
         elif key.strip() in ("flags", "Features"):
             flags = set(value.split())
             break
-    return name or platform.processor() or platform.machine(), flags  # `processor` starts a process
+    return name or platform.processor() or platform.machine(), flags  # `processor` is slow: it starts a process
 
 
 def _words(path: Path) -> list[str]:

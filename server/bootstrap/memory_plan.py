@@ -37,12 +37,12 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class KvRequest:
-    """The request for a KV cache. None: choose the default."""
+    """The wanted KV cache."""
 
-    block_bytes: int
-    block_size: int
-    kv_bytes: int | None
-    max_model_len: int | None
+    block_bytes: int  # of one block, all layers together
+    block_size: int  # positions
+    kv_bytes: int | None  # None: a share of the free memory
+    max_model_len: int | None  # None: the model's own
     model_positions: int  # the model's own max_position_embeddings
     max_num_seqs: int
 
@@ -58,8 +58,8 @@ def plan_memory(
 ) -> MemoryPlan:
     """Fit the KV cache into the size given, or into `share` of `free_bytes` (free after the weights were loaded).
 
-    coming_bytes: the bytes of these that adapters not loaded yet may take. If no size is given, they are left free, up
-    to a half.
+    coming_bytes: how many of the free bytes adapters may take later. If no size is given, these are left free, but not
+    more than half of `free_bytes`. weights_bytes, adapters_bytes: only for the plan that is returned.
 
     Raises CommandError if the request can't be met; the message names the flags that would help.
     """

@@ -1,4 +1,4 @@
-"""Where the model that the settings name lies on this disk. Called before serving and before training."""
+"""Finds the settings' model on this disk, or downloads it. Called before serving and before training."""
 
 import os
 from pathlib import Path
@@ -11,11 +11,11 @@ from guanaco.server.config import Settings
 
 
 def find_model(settings: Settings, console: Console, watch: Report | None = None) -> Path:
-    """The path of the settings' model, fetched first where it is on the hub; the demo's where none is named.
+    """The path of the settings' model; of the demo model if the settings name none. A model of the hub is downloaded.
 
-    watch: is told the progress too.
+    watch: also gets the progress, as in `reporting`.
 
-    Raises ModelError where it can't be had.
+    Raises ModelError if the path does not exist, or if the download fails.
     """
     if settings.model is None:
         with reporting(console, "demo model", watch) as report:

@@ -1,6 +1,6 @@
 """Progress of slow work at start: a bar on a terminal, otherwise a line every few seconds.
 
-Called by `runtime` and by `quantize`.
+Called when a server starts, by `quantize` and by training.
 """
 
 import time
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-Report = Callable[[str, int, int], None]  # (what, done, in all)
+Report = Callable[[str, int, int], None]  # (what is done, units of it done, units in all; 0: not known)
 
 _SECONDS_BETWEEN_LINES = 5.0
 

@@ -73,8 +73,8 @@ class Base:
     path: Path  # the directory or file that was loaded
 
     def table(self, name: str) -> torch.Tensor | None:
-        """Its embedding or output layer as stored, to compare with one that an adapter saved. None if it can't be
-        read."""
+        """The base's embedding or output layer as stored, to compare with one that an adapter saved. None if it can't
+        be read."""
         return stored_table(self.path, name)
 
 
@@ -109,9 +109,9 @@ def build_runtime(
 ) -> Runtime:
     """Load and check everything that `settings` name. Progress goes to `console`.
 
-    wanted: a name that must be served. watch: is told the progress too, as (stage, done, in all).
+    wanted: a name that must be served. watch: also gets the progress, as in `reporting`.
 
-    Raises ModelError, AdapterError, SettingsError or CommandError: one line that says what to do.
+    Raises ModelError, AdapterError, TemplateError, SettingsError or CommandError: one line that says what to do.
     """
     check_before_loading(settings, wanted)
     num_threads = settings.threads or look().cpu_count
@@ -145,7 +145,8 @@ def build_runtime(
 
 
 def _load_provider(settings: Settings, num_threads: int) -> tuple[Ops, str]:
-    """(the kernels, why these were chosen). A GPU's if there is one, else the native ones, else the reference."""
+    """(the kernels, why these were chosen). `auto` takes those of a GPU if there is one, else the native ones, else the
+    reference."""
     gpu = find_gpu() if settings.provider in ("auto", "triton") else None
 
     def load(name: str) -> Ops:

@@ -1,4 +1,4 @@
-"""The source of drafts that the settings name, with what a step takes on this machine.
+"""Makes the source of drafts that the settings choose, with the times of steps on this machine.
 
 The step's costs are timed once for each machine, model and setting that change them, and kept in a file of the cache.
 Used by `runtime`.
@@ -23,13 +23,13 @@ from guanaco.server.engine.speculation.suffix import PastAnswers
 
 logger = logging.getLogger(__name__)
 
-# Row counts that are timed. Kernels change their form between them. Larger steps are judged by the last two's line.
+# Row counts that are timed: the kernels differ between them. Larger steps count as on the line through the last two.
 _ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 _LEAST_ROUNDS, _MOST_ROUNDS = 2, 8
-_MOST_SECONDS = 2.0  # after that no round begins, but for the least
-_CHECKED_ROWS = (1, 4)  # at each start
-_CLEARLY = 1.4  # times as long as now
-_FORMAT = 1  # of the file
+_MOST_SECONDS = 2.0  # after this time only the first _LEAST_ROUNDS rounds still begin
+_CHECKED_ROWS = (1, 4)  # row counts that each later start times again
+_CLEARLY = 1.4  # stored times this many times as long as the present ones are measured again
+_FORMAT = 1  # version of the file
 
 
 def make_drafting(
@@ -39,9 +39,9 @@ def make_drafting(
     fingerprint: str,
     encode: Callable[[str], list[int]] | None = None,
 ) -> Speculator | None:
-    """The source of drafts; None: there are none.
+    """The source of drafts; None: drafts are off.
 
-    run_rows: computes a step with so many rows. fingerprint: of the base. encode: text within an answer → token ids.
+    run_rows: computes a step of so many rows. fingerprint: the base's. encode: text within an answer → token ids.
 
     `auto` is lookup with the `cpu` provider, whose rows have the same bits at any number of rows. On a GPU no step has
     been timed so far, so there are no drafts unless they are asked for.
@@ -69,8 +69,8 @@ def _speculator(settings: Settings, costs: StepCosts, encode: Callable[[str], li
 
 
 def measure(run_rows: Callable[[int], None], clock: Callable[[], float] = time.perf_counter) -> StepCosts:
-    """Time steps by their rows. The shortest time counts, since a step is only ever disturbed upwards. Each round takes
-    all row counts, so that a disturbance of some tenths of a second spoils none of them for good."""
+    """Time steps of each row count. The shortest time counts, since disturbances only make a step longer. Each round
+    times all row counts, so a disturbance of some tenths of a second spoils one round only."""
     begun, best = clock(), dict.fromkeys(_ROWS, float("inf"))
     for rows in _ROWS:
         run_rows(rows)  # memory is allocated, and caches are filled
@@ -87,8 +87,8 @@ def measure(run_rows: Callable[[int], None], clock: Callable[[], float] = time.p
 def is_disturbed(
     costs: StepCosts, run_rows: Callable[[int], None], clock: Callable[[], float] = time.perf_counter
 ) -> bool:
-    """Whether steps are clearly shorter now than when the costs were timed: other programs ran then. Two small row
-    counts are timed once, after one step that does not count. A step that is disturbed now finds nothing."""
+    """Whether steps are clearly shorter now than when the costs were timed, because other programs ran then. Two small
+    row counts are timed once, after one step that does not count. If other programs run now, the result is False."""
     for rows in _CHECKED_ROWS:
         run_rows(rows)
         started = clock()

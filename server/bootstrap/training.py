@@ -1,4 +1,4 @@
-"""From settings to what trains: the directory of this base, the limits of a key, and how the trainer is called.
+"""Builds the training service from the settings: the base's directory, the limits of a key, the trainer's command.
 
 Starts nothing. Called by `guanaco serve`, which gives the result to the API.
 """
@@ -18,7 +18,7 @@ logger = logging.getLogger("guanaco.training")
 
 
 def training_directory(settings: Settings, base_fingerprint: str) -> Path:
-    """Where files and jobs of one base lie: what was trained for one is nothing to another."""
+    """The directory with the files and jobs of one base. Each base has its own: an adapter fits only its base."""
     given = settings.train_dir
     root = settings.cache_dir / "training" if given is None else Path(os.path.abspath(os.path.expanduser(given)))
     return root / base_fingerprint[:16]
@@ -27,9 +27,11 @@ def training_directory(settings: Settings, base_fingerprint: str) -> Path:
 def training_service(
     settings: Settings, base_fingerprint: str, num_threads: int, num_parameters: int
 ) -> TrainingService | None:
-    """What trains over the API; None without an admin key. num_threads: of the server. num_parameters: of the base.
+    """The service behind training over the API; None without an admin key.
 
-    Raises CommandError where the directory can't be used, or another server uses it."""
+    num_threads: the server's compute threads. num_parameters: the base's.
+
+    Raises CommandError if the directory can't be used, or if another server uses it."""
     if not settings.has_admin:
         return None
     limits = TrainLimits(
@@ -55,7 +57,8 @@ def training_service(
 
 
 def trainer_command(settings: Settings, num_threads: int, num_parameters: int) -> TrainerCommand:
-    """How a trainer is started for this server's base. It gets no key, no token and no other setting."""
+    """The command that starts a trainer for this server's base. It gets the cache and the chat template, but no key, no
+    token and no other setting."""
     passed = {**harmless_environment(), f"{ENV_PREFIX}CACHE": str(settings.cache_dir)}
     if settings.chat_template is not None:
         passed[f"{ENV_PREFIX}CHAT_TEMPLATE"] = _absolute(settings.chat_template)
@@ -69,6 +72,7 @@ def trainer_command(settings: Settings, num_threads: int, num_parameters: int) -
 
 
 def _absolute(text: str) -> str:
-    """A name as it is; a path in full, because the trainer works in another directory."""
+    """The absolute path of a file or directory that exists, since the trainer works in another directory. Any other
+    text, such as a hub id, stays as it is."""
     path = Path(os.path.expanduser(text))
     return os.path.abspath(path) if path.exists() else text
