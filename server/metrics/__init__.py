@@ -1,4 +1,5 @@
 """The server's metrics, as Prometheus series.
 
-Imports nothing of the server but the engine's messages and the error codes. Start with `server.py`.
+May import `server.engine.request`, `server.engine.speculation` and `models.error_codes`, and nothing else of ours.
+Start with `server.py`.
 """

@@ -1,4 +1,4 @@
-"""Metrics of adapters, as Prometheus series of limited number.
+"""Metrics of adapters, with a limited number of series.
 
 Only `max_labels` names have series of their own: the first ones that get traffic. A name that was removed, or had no
 traffic for an hour, loses its series to another name. All others share one label. Choosing the busiest names instead
@@ -27,9 +27,9 @@ BASE_LABEL = "(base)"
 MIXTURE_LABEL = "(mixture)"
 OTHER_LABEL = "(other)"
 
-_NAME_LISTS = frozenset({"running_lora_adapters", "waiting_lora_adapters"})  # labels
+_NAME_LISTS = frozenset({"running_lora_adapters", "waiting_lora_adapters"})  # labels with several names each
 
-ByTier = dict[str, Callable[[], float]]
+ByTier = dict[str, Callable[[], float]]  # tier → a function that is called at every scrape
 
 _TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _LOAD_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 600.0)
@@ -66,8 +66,8 @@ class AdapterMetrics:
         self._served: frozenset[str] = frozenset()
         self._name_of: dict[str, str] = {}  # version → name
         self._names_on_device: Callable[[], Iterable[str]] = tuple
-        self._waiting: Sequence[str] = ()  # versions
-        self._has_stepped = False  # since the last scrape
+        self._waiting: Sequence[str] = ()  # versions of waiting requests
+        self._has_stepped = False  # whether a step was observed since the last scrape
         self._lora_shown: tuple[str, str, str] | None = None
         self._by_adapter: list[Counter | Histogram] = []
         self._make_series_by_adapter()
@@ -141,7 +141,7 @@ class AdapterMetrics:
             self._load_seconds.observe(seconds)
 
     def observe_stage(self, stage: str, seconds: float) -> None:
-        """Enter the seconds of one part of a load. stage: one of LOAD_STAGES."""
+        """Record the seconds of one part of a load. stage: one of LOAD_STAGES."""
         self._stages[stage].observe(seconds)
 
     def set_names(self, name_of: dict[str, str], names: Iterable[str] = ()) -> None:
@@ -184,13 +184,14 @@ class AdapterMetrics:
         self._names_on_device = names
 
     def observe_step(self, running: Sequence[str], waiting: Sequence[str]) -> None:
-        """Enter the versions of the requests that run and wait after the latest step."""
+        """Set the versions of the requests that run and wait after the latest step."""
         self._slots_running.set(len(set(running)))
         self._waiting = waiting
         self._has_stepped = True
 
     def observe_sequences(self, versions: Sequence[tuple[str, ...]]) -> None:
-        """The versions of each sequence that runs after the latest step: none, one, or those of a mixture."""
+        """Set the sequences that run after the latest step. versions: of each one's adapters: none, one, or those of a
+        mixture."""
         counts: dict[str, int] = {}
         for own in versions:
             label = self._label(self._name(own))

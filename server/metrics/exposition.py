@@ -1,4 +1,4 @@
-"""The form in which a scraper gets the series, by its Accept header. A part of `metrics`."""
+"""Chooses the format in which a scraper gets the series, by its Accept header. A part of `metrics`."""
 
 import re
 from collections.abc import Callable
@@ -12,7 +12,8 @@ _BAD_VERSION = re.compile(r"version=(?!\d{1,9}(\.\d{1,9})*\s*([;,]|$))", re.ASCI
 
 
 def encoder(accept: str) -> tuple[Callable[[Collector], bytes], str]:
-    """(what writes the series, its content type): prometheus_client's choice, but with the names as they are.
+    """(the function that writes the series, its content type): prometheus_client's choice, but "underscores" escaping
+    is left out.
 
     Prometheus 2 asks for OpenMetrics without an escaping. prometheus_client then means "underscores" and writes
     `vllm_…` for `vllm:…` in samples (prometheus/client_python, issue 1177), so that every `vllm:` series is missing.

@@ -1,6 +1,6 @@
 """Histograms for numbers of every step or token: plain counts, which are put into Prometheus' form at a scrape.
 
-prometheus_client's own need a lock and several calls for each number. For one thread. A part of `metrics`.
+prometheus_client's own histograms need a lock and several calls for each number. For one thread. A part of `metrics`.
 """
 
 from bisect import bisect_left

@@ -1,4 +1,4 @@
-"""The limits that alerts compare with what is in use: the queue's length and the memory. A part of `metrics`."""
+"""Limits of the queue and of memory, with which alerts compare the present use. A part of `metrics`."""
 
 from collections.abc import Callable
 

@@ -31,7 +31,8 @@ from guanaco.server.metrics.training import Numbers, TrainingCollector
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
 
-# Bucket edges are vLLM's (vllm/v1/metrics/loggers.py), so that one dashboard reads both servers.
+# Bucket edges of `vllm:` series are vLLM's (vllm/v1/metrics/loggers.py), so that one dashboard reads both servers.
+# The last three lists are for our own series. Times are in seconds.
 _TTFT_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
     *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
@@ -59,14 +60,14 @@ _COUNTED_FROM_ZERO = (
 
 @dataclass(frozen=True)
 class RequestStats:
-    """One finished engine request. Times are in seconds; None: it never got so far."""
+    """One finished engine request. Times are in seconds from its arrival; None: it ended before."""
 
     adapter: str | None  # its name, or MIXTURE_LABEL; None: the base model
     finish_reason: str  # one of FINISH_REASONS
     num_prompt_tokens: int
     num_generation_tokens: int
     max_tokens: int
-    n: int
+    n: int  # choices for each prompt
     e2e_seconds: float
     queue_seconds: float | None = None
     first_token_seconds: float | None = None
@@ -87,8 +88,8 @@ def count_buckets(largest: int) -> tuple[int, ...]:
 
 
 class Metrics:
-    """All series of one server. `observe_step`, `observe_tokens` and `render` are for one thread; all other methods may
-    be called from any thread."""
+    """All series of one server. For one thread, except `observe_grammar` and `adapters.observe_stage`, which any thread
+    may call."""
 
     def __init__(
         self,
@@ -101,13 +102,13 @@ class Metrics:
         clock: Callable[[], float] = time.time,
     ) -> None:
         """old_names: three series also get vLLM's earlier names."""
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # one more line per series, which nothing reads
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # they add a line per series, and nothing reads it
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self._clock = clock
         self._step: StepStats | None = None  # the latest step, if the series don't have it yet
         self._num_preempted = self._prefix_queries_tokens = self._prefix_hits_tokens = 0  # not in the series yet
-        self._new_tokens: dict[str | None, int] = {}  # adapter → tokens, too
+        self._new_tokens: dict[str | None, int] = {}  # adapter → generated tokens that are not in the series yet
         self._labels = {"model_name": model_name, "engine": _ENGINE}  # the labels of vLLM's series
         self._old_names = old_names
         self.registry.register(_First(self._catch_up))
@@ -286,7 +287,8 @@ class Metrics:
         self.adapters.show(self._clock())  # an adapter can leave the device without a step
 
     def observe_prompt(self, adapter: str | None, count: int, num_cached: int = 0) -> None:
-        """Count the prompt tokens of a request that was admitted. num_cached: found in the prefix cache."""
+        """Count the prompt tokens of a request: at its first token, or at its end if it asks for none. num_cached:
+        those found in the prefix cache."""
         self._prompt_tokens.inc(count)
         self._cached_tokens.inc(num_cached)
         self._computed_prompt.inc(count - num_cached)
@@ -319,7 +321,7 @@ class Metrics:
             self._inference.observe(max(0.0, last - queue))
 
     def observe_longest(self, num_tokens: int) -> None:
-        """Enter the tokens of the longest choice of a prompt, when all its choices have ended."""
+        """Record the tokens of a prompt's longest choice, when all its choices have ended."""
         self._request_longest.observe(num_tokens)
 
     def count_rejected(self, reason: str) -> None:

@@ -1,7 +1,7 @@
-"""What the server shows of training over the API: jobs by state, the running job's progress, files.
+"""Metrics of training over the API: jobs by state, the running job's progress, files.
 
-Numbers are asked for at each scrape. No label is a client's: the jobs' ids and models are in the API. A part of
-`metrics`.
+The numbers are read at each scrape. No label holds a client's text: ids and models of jobs are only in the API. A part
+of `metrics`.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 
 
 class Numbers(Protocol):
-    """What is shown of one moment."""
+    """The numbers of one moment. jobs: state → how many. step, steps, train_seconds: of the running job."""
 
     @property
     def jobs(self) -> dict[str, int]: ...
