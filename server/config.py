@@ -1,5 +1,5 @@
-"""All settings of the server in one place, validated. A flag goes before GUANACO_*, that before the YAML file and
-defaults.
+"""All settings of the server in one place, validated. A flag wins over a GUANACO_* variable, that over the YAML file,
+and that over the default.
 
 The only module that reads the environment. Values that are measured later (free memory, the number of KV blocks) are
 not settings. Built by the command line; read when the server starts, and by the API.
@@ -27,7 +27,7 @@ from guanaco.server.setting_types import EMPTY_KEY, Bytes, Count, HostNames, Key
 from guanaco.server.time_settings import TimeSettings
 from guanaco.server.training_settings import TrainingSettings
 
-MAX_NAMED_FILE_BYTES = 1 << 20  # limit of the --config file and of files with keys
+MAX_NAMED_FILE_BYTES = 1 << 20  # largest --config file or file with keys
 ENV_PREFIX = "GUANACO_"
 
 
@@ -36,7 +36,7 @@ class SettingsError(OperatorError):
 
 
 class ModelSettings(BaseModel):
-    """What is served, and where it is kept."""
+    """The model that is served, and where downloads are kept."""
 
     model: str | None = Field(None, description="directory, GGUF file or hub id ORG/NAME@REVISION; none: the demo")
     served_model_name: str | None = Field(None, description="name of the base model in the API")
@@ -58,7 +58,7 @@ class ModelSettings(BaseModel):
 
 
 class AdapterSettings(BaseModel):
-    """Adapters that are loaded at start, and how much room all of them get."""
+    """Adapters that are loaded at start, and the memory for all adapters."""
 
     adapter: Texts = Field((), description="NAME=PATH of a PEFT LoRA adapter; repeat for more (none: the demo's two)")
     adapter_profile: Texts = Field(
@@ -100,7 +100,7 @@ class AdminSettings(BaseModel):
 
 
 class DeviceSettings(BaseModel):
-    """What computes, and in which numbers."""
+    """The processor or GPU that computes, and the number formats."""
 
     provider: Literal["auto", "reference", "cpu", "triton"] = Field(
         "auto", description="kernel provider; auto: triton where there is an NVIDIA GPU, else cpu"
@@ -129,7 +129,7 @@ class DeviceSettings(BaseModel):
 
 
 class BatchSettings(BaseModel):
-    """How much is computed together, and the KV cache for it."""
+    """The sizes of steps, contexts and the KV cache."""
 
     max_model_len: Count | None = Field(None, description="longest context in tokens; none: the model's own")
     max_num_seqs: Count = Field(64, description="most sequences that run at once")
@@ -163,7 +163,7 @@ class NetworkSettings(BaseModel):
 
 
 class LimitSettings(BaseModel):
-    """How much of everything is accepted at once."""
+    """The most requests, tokens and bytes that are accepted at once."""
 
     max_queued_requests: Count = Field(256, description="requests that may wait; more are refused with 503")
     max_queued_tokens: Count = Field(131072, description="prompt tokens that may wait; more are refused with 503")
@@ -190,7 +190,7 @@ class LimitSettings(BaseModel):
 
 
 class LogSettings(BaseModel):
-    """What is told about the server."""
+    """Logs and metrics."""
 
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="log level")
     metrics_adapters: Count = Field(
@@ -308,7 +308,7 @@ def _expanded(path: str) -> Path:
 _KEYS = frozenset({"api_key", "api_key_file", "admin_key", "admin_key_file"})
 
 
-# What a trainer's process may see of the environment: no key, no token and no setting is among it.
+# The environment variables that a trainer's process gets: none is a key, a token or a setting.
 _HARMLESS = ("PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TMPDIR", "TZ", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
 
 
@@ -326,7 +326,8 @@ def chat_history_file() -> Path | None:
 
 
 def variable_of_user(name: str) -> str | None:
-    """An environment variable that the user named on the command line, such as one that holds a key; None: not set."""
+    """The value of an environment variable that the user named on the command line, such as one that holds a key; None
+    if it is not set."""
     return os.environ.get(name)
 
 

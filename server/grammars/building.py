@@ -1,4 +1,4 @@
-"""A `Grammar` → a matcher of llguidance in its first state. Runs in the compiler's process and in this one.
+"""A `Grammar` → a matcher of llguidance in its first state. Runs in the compiler's process and in the server's.
 
 The limits are llguidance's own. Raises GrammarError; its message names what the client can change.
 """
@@ -16,7 +16,7 @@ from guanaco.server.grammars.vocabulary import Vocabulary
 
 # Without this line, llguidance would call the tokenizer for each text that a grammar forces.
 HEADER = '%llguidance {"no_forcing": true}\n'
-_TRIED_TOKENS = 16
+_TRIED_TOKENS = 16  # how many tokens `try_out` samples at most
 _MAX_LEXER_STATES = 50_000  # per grammar, shared by all its matchers; a state takes half a kB
 
 

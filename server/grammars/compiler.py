@@ -28,7 +28,7 @@ logger = logging.getLogger("guanaco.grammars")
 
 _WORKER = "guanaco.server.grammars.worker"
 _MAX_ANSWER_BYTES = 1 << 24
-_MAX_REFUSED = 256
+_MAX_REFUSED = 256  # grammars that failed and are remembered
 _RENEWED_AFTER = 256  # matchers of one compiled grammar
 _KILLED = "the process that compiles grammars was killed; try again, the log has the reason"
 _MISSING = "this server has no structured output: the package llguidance is not installed on it"
@@ -54,7 +54,8 @@ class GrammarLimits:
 class CompiledGrammar:
     """A compiled grammar. Each choice of an answer gets a matcher of its own.
 
-    All matchers share one automaton, which grows with each new state up to a limit. Before that, it is renewed.
+    All matchers share one automaton, which grows with each new state up to a limit. The compiler renews it when the
+    limit is reached, and after _RENEWED_AFTER matchers.
     """
 
     def __init__(self, grammar: Grammar, vocabulary: Vocabulary, lark: str) -> None:
@@ -84,7 +85,7 @@ class CompiledGrammar:
 
 
 class GrammarCompiler:
-    """The grammars of one model. Safe to use from several threads. Does nothing before the first grammar."""
+    """The grammars of one model. Safe to use from several threads. Starts no process before the first grammar."""
 
     def __init__(
         self,
@@ -92,8 +93,8 @@ class GrammarCompiler:
         limits: GrammarLimits | None = None,
         observe: Callable[[float, bool], None] = lambda _seconds, _hit: None,
     ) -> None:
-        """vocabulary: makes the model's vocabulary; called once. observe: called with the seconds of each compilation,
-        and with whether the grammar was kept from before."""
+        """vocabulary: makes the model's vocabulary; called once. observe: called for each grammar that a request needs,
+        with (seconds of compiling, whether it was kept from before)."""
         self.limits = limits or GrammarLimits()
         self._make_vocabulary = vocabulary
         self._observe = observe
@@ -102,12 +103,12 @@ class GrammarCompiler:
         self._refused: OrderedDict[bytes, tuple[str, float]] = OrderedDict()  # digest → (why, until when)
         self._process: RestrictedProcess | None = None
         self._turn = threading.Lock()  # one grammar is compiled at a time
-        self._books = threading.Lock()
+        self._books = threading.Lock()  # guards _kept and _refused
         self._closed = False
 
     def warm_up(self) -> None:
         """Give llguidance the vocabulary. That holds the interpreter's lock for tenths of a second, so it is done at
-        the start, when it delays no tokens. If the library is missing, the first grammar reports it."""
+        the start, when it delays no tokens. A missing library is only reported for the first grammar."""
         with self._turn, contextlib.suppress(GrammarUnavailable):
             _ = self._its_vocabulary().tokenizer
 
@@ -127,8 +128,8 @@ class GrammarCompiler:
         return found
 
     def ready(self, grammar: Grammar) -> CompiledGrammar | None:
-        """The compiled grammar if it is kept, otherwise None. For the event loop: such a request need not wait for
-        others that are compiled."""
+        """The compiled grammar if it is kept, otherwise None. For the event loop: a request whose grammar is kept need
+        not wait while others are compiled."""
         with self._books:
             found = self._kept.get(grammar)
             if found is None or found.is_worn:
@@ -242,5 +243,5 @@ class GrammarCompiler:
 
 
 def _digest(grammar: Grammar) -> bytes:
-    """The key of a refused grammar, whose text may be large."""
+    """The key under which a refused grammar is remembered: its own text may be large."""
     return hashlib.sha256(f"{grammar.kind}\0{grammar.text}".encode()).digest()

@@ -17,7 +17,7 @@ class GrammarError(GuanacoError):
 class GrammarUnavailable(GuanacoError):
     """Grammars can't be compiled now, or not on this server. The message says why, and may be shown.
 
-    is_here: whether trying again helps; False if the library is missing.
+    is_here: whether this server has the library, so that trying again helps.
     """
 
     def __init__(self, message: str, *, is_here: bool) -> None:

@@ -40,7 +40,7 @@ class GrammarMatcher:
         self._end_bits = bits_of(sorted(self._ends), vocabulary.num_words)
         self._known_bits = vocabulary.bits_for(kind)
         self._mask = np.zeros(vocabulary.num_words, dtype=np.int32)
-        self._forced = b""  # what is left of the text that `forced` found
+        self._forced = b""  # the rest of the text that `forced` found
 
     def is_end(self, token_id: int) -> bool:
         return token_id in self._ends
@@ -59,8 +59,8 @@ class GrammarMatcher:
             self._fail("nothing may follow", ErrorCode.GRAMMAR_STUCK)
 
     def fill_ahead(self, draft: Sequence[int], rows: Bits) -> None:
-        """Fill rows[i] with the mask after draft[:i]; all ids after a token that may not come, or after the end. The
-        place in the text stays. A failure on the way makes an empty mask where it happens."""
+        """Fill rows[i] with the mask after draft[:i]. Rows after a token that is not allowed, or after the end, get all
+        ids. The matcher keeps its place. If llguidance fails at a row, its mask is empty."""
         self.fill(rows[0])
         rows[1:] = -1
         if self.error is not None:
@@ -101,7 +101,7 @@ class GrammarMatcher:
         return self._forced
 
     def _mask_of(self, matcher: Any, row: Bits) -> None:
-        """The mask of a matcher's next ids. Does not look whether the library gave up."""
+        """Write the mask of a matcher's next ids into `row`. Does not check whether llguidance gave up."""
         mask, num_ids = self._mask, self._vocabulary.num_ids
         matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         may_end = bool((int(mask[num_ids // 32]) >> (num_ids % 32)) & 1)
@@ -124,7 +124,7 @@ class GrammarMatcher:
             self._fail("a token failed", ErrorCode.GRAMMAR_STUCK, error)
 
     def _look(self) -> None:
-        """Find out whether llguidance has given up."""
+        """Set `error` if llguidance has given up."""
         if self.error is None and self._matcher.is_error():
             reason = self._matcher.stop_reason()
             # Not every limit has a stop reason of its own.

@@ -14,7 +14,8 @@ from guanaco.server.grammars.spec import Grammar, choice, json_object, json_sche
 
 FIELDS = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-# The fields of structured_outputs: those that make a grammar, those that change it, and those that must be neutral.
+# The fields of structured_outputs: those that make a grammar, the one that changes it, and those that may only have
+# values that change nothing (field → these values).
 _KINDS = ("json", "regex", "choice", "grammar", "json_object")
 _COMPACT = "disable_any_whitespace"
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {

@@ -1,7 +1,7 @@
 """Prepares JSON schemas for compiling: refuses keywords that can't be enforced, and drops those that only describe.
 
-Every keyword that passes is enforced. The answer's JSON has no white space but one space after a comma or colon;
-otherwise a model could write blanks forever. Called by `spec`.
+Every keyword that is kept is enforced. The answer's JSON has no white space except at most one space after a comma or
+colon; otherwise a model could write blanks forever. Called by `spec`.
 """
 
 import json
@@ -57,11 +57,11 @@ def lark_json(schema: Mapping[str, Any] | bool, *, compact: bool = False) -> str
 
 
 def _close(schema: object) -> None:
-    """Forbid properties that a schema doesn't name, unless it says something about other ones; in the schema and below.
+    """Forbid properties that a schema doesn't name, in it and in its subschemas, since a small model would add
+    properties without end.
 
-    The JSON written by the closed schema is valid by the original one. Otherwise a small model would add properties
-    without end; llama.cpp and xgrammar close objects, too. An object stays open if it requires more properties than it
-    names.
+    JSON that the closed schema allows is valid by the original one, too. llama.cpp and xgrammar also close objects. A
+    schema stays open if it names no properties, says anything about others, or requires more than it names.
     """
     if isinstance(schema, list):
         for item in schema:

@@ -1,7 +1,8 @@
 """The required form of an answer as plain data: a `Grammar` is hashable, and equal requests make equal grammars.
 
-All kinds are written in one language, llguidance's dialect of Lark. Nothing is compiled here. Raises GrammarError for
-errors that are visible without compiling; its message may be shown to a client. Called by the routes.
+All kinds but a client's own pattern or grammar are written in llguidance's dialect of Lark. Nothing is compiled here.
+Raises GrammarError for errors that are visible without compiling; its message may be shown to a client. Called by
+`requested` and by the API's tools.
 """
 
 import hashlib
@@ -117,12 +118,12 @@ def followed(part: Part, more: Part, *, most: int) -> Part:
 
 
 def control_token(token_id: int) -> Part:
-    """This control token itself, no text of it. It has to be a mark of the vocabulary (`vocabulary.Vocabulary`)."""
+    """The control token itself, not a text. It must be among the vocabulary's marks (`vocabulary.Vocabulary`)."""
     return Part(f"<[{token_id}]>")
 
 
 def matching(pattern: str) -> Part:
-    """A text that a regular expression matches, as far as it reaches; the pattern is ours, and has no slash."""
+    """The longest text that a regular expression matches. The pattern is ours, never a client's, and has no slash."""
     name = f"MATCH_{_digest(pattern).upper()}"
     return Part(name, (f"{name}: /{pattern}/",))
 

@@ -1,7 +1,7 @@
 """A model's tokens for llguidance: the bytes of each. Control tokens have none, so that no grammar produces them.
 
 An extra token follows the model's own: llguidance's end of text. `matcher` replaces it with the request's end tokens.
-A grammar of calls may ask for marks, some of the control tokens, by their ids. No other grammar gets a mark.
+Marks are the control tokens that begin or end tool calls. Only a grammar of calls may require them, by their ids.
 Used in this process and in the compiler's; imports llguidance when it is first needed.
 """
 
@@ -39,8 +39,8 @@ class Vocabulary:
         never: Collection[int],
         marks: Collection[int] = (),
     ) -> "Vocabulary":
-        """The vocabulary of the ids below num_ids (the model's embedding rows). never: ids that have no text: control
-        tokens, also marks, and ends of text."""
+        """The vocabulary of the ids below num_ids (the model's embedding rows). never: the ids without text: control
+        tokens (marks included) and ends of text."""
         tokens = (b"" if index in never else token_bytes(index)[:_MAX_TOKEN_BYTES] for index in range(num_ids))
         return cls(tuple(tokens), tuple(sorted(mark for mark in marks if mark < num_ids)))
 
@@ -50,7 +50,7 @@ class Vocabulary:
 
     @property
     def num_words(self) -> int:
-        """The words of a mask of llguidance, which has one bit more for the extra end token."""
+        """The number of words of llguidance's masks, which have one bit more, for the extra end token."""
         return (self.num_ids + 1 + 31) // 32
 
     @cached_property
@@ -64,7 +64,8 @@ class Vocabulary:
         return bits
 
     def bits_for(self, kind: str) -> Bits:
-        """The ids that a grammar of this kind may let through. A client's own grammar could name a mark by its id."""
+        """The mask of the ids that a grammar of this kind may allow. Only a grammar of calls may allow marks: a
+        client's own grammar could name one by its id."""
         return self._bits_with_marks if kind == CALLS else self.text_bits
 
     @cached_property
@@ -101,8 +102,8 @@ def bits_of(ids: Sequence[int], num_words: int) -> Bits:
 
 
 class _Wrapper:
-    """A tokenizer in the form that llguidance expects. It would be called only for forced texts, which all our grammars
-    switch off."""
+    """A tokenizer in the form that llguidance expects. llguidance would call it only for forced texts, which
+    `building.HEADER` switches off."""
 
     is_tokenizer_wrapper = True
 

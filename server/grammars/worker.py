@@ -2,8 +2,8 @@
 
 llguidance overflows its stack on some grammars, which would end the server. Here it ends only this process. Runs as
 `python -I -m guanaco.server.grammars.worker LIFELINE MEMORY_BYTES SECONDS`, started by `compiler`. The first message is
-the vocabulary, packed; each further one a JSON object {"kind", "text"}. An answer is a JSON object: {"lark"}, the
-grammar in llguidance's own language, or {"problem"}, what is wrong with it.
+the packed vocabulary; its answer is `ready`. Each further message is a JSON object {"kind", "text"}. Its answer is one,
+too: {"lark"}, the grammar in llguidance's own language, or {"problem"}, the reason why it can't be compiled.
 """
 
 import gc
@@ -11,7 +11,7 @@ import json
 import resource
 import sys
 
-import llguidance.gbnf_to_lark  # noqa: F401 - imported before no file can be opened any more
+import llguidance.gbnf_to_lark  # noqa: F401 - imported here: after `restrict` no file can be opened
 
 from guanaco.models.formats.restricted_process import (
     Budget,
@@ -26,7 +26,7 @@ from guanaco.server.grammars.errors import GrammarError
 from guanaco.server.grammars.spec import Grammar, json_object
 from guanaco.server.grammars.vocabulary import Vocabulary
 
-# Less than any thread of the server has, so that a grammar that compiles here also compiles there.
+# Less than any thread of the server has: a grammar that compiles here also compiles there.
 _STACK_BYTES = 1 << 20
 
 
