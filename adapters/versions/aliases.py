@@ -297,9 +297,17 @@ def _cycle(target: str, name: str) -> AdapterError:
 
 
 def _renamed(alias: Alias, name: str, new: str) -> Alias:
+    """The alias after `name` was renamed. A split may lead to a removed alias called `new` as well: the two targets
+    become one, with both weights."""
+
     def fixed(revision: Revision) -> Revision:
-        targets = (replace(t, name=new) if t.name == name and t.version is None else t for t in revision.targets)
-        return replace(revision, targets=tuple(targets))
+        targets: dict[str, Target] = {}
+        for target in revision.targets:
+            now = replace(target, name=new) if target.name == name and target.version is None else target
+            same = targets.get(now.text)
+            weight = now.weight if same is None else min(MAX_WEIGHT, same.weight + now.weight)
+            targets[now.text] = replace(now, weight=weight)
+        return replace(revision, targets=tuple(targets.values()))
 
     history = tuple(fixed(revision) for revision in alias.history)
     return Alias(new if alias.name == name else alias.name, fixed(alias.now), history)

@@ -82,6 +82,20 @@ def test_aliases_of_aliases(table: AliasTable) -> None:
     assert {target.name for target in table.leads_to("outer")} == {"core", "c"}
 
 
+def test_a_rename_to_the_name_of_a_removed_target_adds_the_weights(table: AliasTable) -> None:
+    """A split still leads to a removed alias. Another target of it may then be renamed to that name."""
+    put(table, "inner", a=1)
+    put(table, "core", b=1)
+    put(table, "outer", inner=2, core=3, c=5)
+    put(table, "outer", c=1)
+    table.remove("core")
+    table.rename("inner", "core")
+    [past] = table.get("outer").history  # type: ignore[union-attr]
+    assert past.targets == (Target("core", weight=5), Target("c", weight=5))
+    table.put("outer", past.targets, now=2.0)
+    assert shares(table, "outer") == pytest.approx({"a": 0.5, "c": 0.5}, abs=0.03)
+
+
 def test_circles_are_refused(table: AliasTable) -> None:
     put(table, "x", a=1)
     put(table, "y", x=1, b=0)
