@@ -1,7 +1,7 @@
-"""The finished adapter: its folder is written beside its place and renamed, so that it is whole or not there.
+"""Writes the finished adapter: a temporary folder is filled and then renamed, so the adapter is whole or not there.
 
-It holds PEFT's two files, a model card, the loss picture, and a profile where the data need a prompt format of their
-own. The tensors' file says in its metadata which base it belongs to and how it was trained. Used by `job`.
+It holds PEFT's two files, a model card, the loss picture, and a profile if the adapter was trained with another prompt
+format than the base's own. The metadata of the tensors' file name the base and the training. Used by `job`.
 """
 
 import json
@@ -23,7 +23,7 @@ from guanaco.models.error_codes import ErrorCode
 from guanaco.server.training.errors import TrainingError
 from guanaco.server.training.recipes import Recipe
 
-TRAINING_KEY = "guanaco.training"  # in the metadata of the tensors: JSON of `Provenance.public`
+TRAINING_KEY = "guanaco.training"  # key in the metadata of the tensors' file; its value is `Provenance.public` as JSON
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -33,7 +33,7 @@ class Provenance:
     """How an adapter was made."""
 
     name: str
-    base: str  # what the base was made from
+    base: str  # the hub id or name that the base was made from
     base_fingerprint: str
     data_name: str  # the data file's name, without its folder
     data_sha256: str
@@ -42,7 +42,7 @@ class Provenance:
     result: Mapping[str, Any]  # train_loss, eval_loss, steps, trained_tokens, tokens_per_second, seconds
 
     def public(self) -> dict[str, Any]:
-        """As it stands in the metadata of the tensors."""
+        """The object in the metadata of the tensors' file."""
         return {
             "data": self.data_name,
             "data_sha256": self.data_sha256,
@@ -56,10 +56,10 @@ class Provenance:
 def write_adapter(
     model: Any, out: Path, made: Provenance, *, dtype: str, profile: Mapping[str, Any] | None, picture: Path | None
 ) -> None:
-    """Write the adapter of a PEFT model to `out`, which must not exist.
+    """Write the adapter of a PEFT model to `out`, which must not exist or be an empty folder.
 
-    dtype: a name of DTYPES, of the saved tensors. profile: becomes guanaco.json. Raises TrainingError where a tensor is
-    not finite, or the folder can't be written; nothing is left at `out` then.
+    dtype: the saved tensors', a name in DTYPES. profile: the content of guanaco.json. Raises TrainingError if a tensor
+    is not finite, or if the folder can't be written; nothing is left at `out` then.
     """
     partial: Path | None = None
     try:
@@ -119,11 +119,11 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def trained_before(out: Path) -> dict[str, Any] | None:
-    """What the adapter at `out` says of its training; None where it is none of ours."""
+    """The `Provenance.public` in the adapter at `out`; None if `guanaco train` did not make it."""
     try:
         with safe_open(out / _WEIGHTS, framework="pt") as file:
             content = json.loads((file.metadata() or {})[TRAINING_KEY])
-    # Whatever is wrong with it: it is not the adapter of this training.
+    # Whatever is wrong with the file: this training did not write it.
     except Exception:
         return None
     return content if isinstance(content, dict) else None

@@ -27,14 +27,14 @@ from guanaco.server.config import Settings
 
 @dataclass(frozen=True)
 class TrainingBase:
-    """The served model's files, and how it reads text."""
+    """The served model's files, its config, and how it turns text into tokens."""
 
     path: Path
-    root: str  # what it was made from, without the operator's folders
+    root: str  # the hub id or name that it was made from, without the operator's folders
     config: ModelConfig
     tokenizer: Tokenizer
-    template: ChatTemplate | None  # instead of the tokenizer's own
-    template_name: str | None  # of a template of ours, which an adapter's profile can name
+    template: ChatTemplate | None  # None: the tokenizer's own
+    template_name: str | None  # set if it is a template of ours, which an adapter's profile can name
     eos_ids: tuple[int, ...]  # the tokenizer's own first
 
     @property

@@ -10,7 +10,7 @@ COMPLETE = "complete"  # the file that is written last into a checkpoint
 
 
 def checkpoints(work: Path) -> dict[int, Path]:
-    """All checkpoints of a work folder by their steps, incomplete ones too. Empty where there is no folder."""
+    """Step → folder of all checkpoints in a work folder, incomplete ones too. Empty if there is no folder."""
     try:
         paths = list(work.iterdir())
     except OSError:

@@ -1,4 +1,4 @@
-"""From a data file to the sequences of a training: encoded, split, put in order. All of it follows from the seed.
+"""Makes the sequences of a training from a data file: encodes, splits and orders them. The seed decides all of it.
 
 Knows no model. Used by `job` and `loop`.
 """
@@ -25,7 +25,7 @@ class Sequences:
     items: list[Encoded] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     num_refused: Counter[RefusalKind] = field(default_factory=Counter)
-    num_cut: int = 0  # conversations that have lost whole exchanges
+    num_cut: int = 0  # conversations that were too long and lost whole exchanges at their end
 
     @property
     def num_learned(self) -> int:
@@ -37,8 +37,8 @@ def encode_rows(data: DataFile, encoder: Encoder, *, too_long: str = "skip", ski
     """The sequences of all rows, in the file's order.
 
     too_long: rows that are too long are left out and counted ("skip"), lose whole exchanges at their end ("cut"), or
-    are refused. skip_refused: refused rows are left out and counted. Raises DataError that lists the refusals, or
-    where no row is left.
+    are refused ("refuse"). skip_refused: refused rows are left out and counted. Raises DataError, with a list of
+    refusals, if a row is refused or no row is left.
     """
     assert too_long in TOO_LONG
     found = Sequences(refusals=list(data.refusals), num_refused=Counter(data.num_refused))
@@ -70,7 +70,7 @@ def _listed(refusals: Sequence[Refusal], number: int) -> str:
 
 
 def summary(data: DataFile, sequences: Sequences) -> tuple[str, ...]:
-    """What to tell about the data: lines for the operator."""
+    """Lines that tell the operator about the data: rows, tokens, and rows that were left out or cut."""
     learned, total = sequences.num_learned, sum(len(item.ids) for item in sequences.items)
     lines = [f"{data.num_rows} rows ({data.format}), {total} tokens, {learned} of them learned"]
     if data.num_duplicates:
@@ -86,9 +86,10 @@ def summary(data: DataFile, sequences: Sequences) -> tuple[str, ...]:
 
 
 def split(items: Sequence[Encoded], share: float, most: int | None, seed: int) -> tuple[list[Encoded], list[Encoded]]:
-    """(trained on, held out). Rows are sampled with the seed; a file of fewer than 10 rows is trained on whole.
+    """(sequences to train on, sequences that are held out), both in the file's order.
 
-    Sequences of one row stay together, and so do the file's order and all sequences.
+    share: of the rows. most: largest number of held-out rows (None: no limit). The seed samples rows, and all sequences
+    of a row go to the same part. A file of fewer than 10 rows is trained on whole.
     """
     lines = sorted({item.line for item in items})
     drawn = set(random.Random(seed).sample(lines, num_held_out(len(lines), share, most)))  # noqa: S311 (a split, no secret)

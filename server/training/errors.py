@@ -1,12 +1,12 @@
-"""What can end a training. Each error is one line for the operator, and a code for the job that started it."""
+"""The errors that end a training. Each message is one line for the operator; a TrainingError also has a code."""
 
 from guanaco.models.error_codes import ErrorCode
 from guanaco.models.errors import OperatorError
 
 
 class TrainingError(OperatorError):
-    """A training that can't start or can't go on. The message says why and what to do; nothing half-written is left
-    under the adapter's name."""
+    """A training can't start or can't go on. The message says why and what to do. Nothing half-written is left at the
+    adapter's place."""
 
     def __init__(self, code: ErrorCode, message: str) -> None:
         super().__init__(message)
@@ -14,4 +14,4 @@ class TrainingError(OperatorError):
 
 
 class TrainingStopped(OperatorError):
-    """A training that was told to stop, and has written a checkpoint."""
+    """A training was told to stop, and has written a checkpoint."""

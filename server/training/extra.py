@@ -12,7 +12,7 @@ LIBRARIES = ("transformers", "peft", "accelerate", "bitsandbytes", "matplotlib")
 
 
 def check_extra() -> None:
-    """Raises TrainingError with the command that installs the extra where one of its libraries is missing."""
+    """Raises TrainingError, with the command that installs the extra, if one of its libraries is missing."""
     missing = [name for name in LIBRARIES if find_spec(name) is None]
     if missing:
         raise TrainingError(
@@ -23,7 +23,7 @@ def check_extra() -> None:
 
 
 def quiet_and_offline() -> None:
-    """No warnings of the libraries on standard error, and no requests to the hub: everything needed is here."""
+    """Switch off the libraries' warnings, and their requests to the hub: everything that is needed is here."""
     import logging as standard
     import warnings
 

@@ -1,8 +1,8 @@
-"""One training from a data file to an adapter: `run_training`. The command `guanaco train` and a job of the API run it.
+"""One training from a data file to an adapter: `run_training`. `guanaco train` runs it, also for a job of the API.
 
-In the folder `work` are `train.jsonl` (see `watching`) and `checkpoint-N/`, of which those with a file `complete` are
-whole. SIGINT and SIGTERM write a checkpoint at the end of the step, and end with TrainingStopped. A resume goes on from
-the newest complete checkpoint with the same data, recipe and seed, and comes to the same tensors.
+The folder `work` holds `train.jsonl` (see `watching`) and `checkpoint-N/`; a checkpoint is whole if it has a file
+`complete`. After SIGINT or SIGTERM the training writes a checkpoint at the end of the step and raises TrainingStopped.
+A resume goes on from the newest complete checkpoint. With the same data, recipe and seed it gives the same tensors.
 """
 
 import fcntl
@@ -42,13 +42,13 @@ from guanaco.server.training.picture import draw_losses
 from guanaco.server.training.recipes import Recipe, recipe_for
 from guanaco.server.training.watching import LOG_NAME, StopSignal, Watcher, read_log
 
-_AVERAGED_STEPS = 10  # last steps whose loss is the training's
+_AVERAGED_STEPS = 10  # `train_loss` is the mean loss of so many last steps
 _NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class TrainingRequest:
-    """What is to be trained, as the operator asks for it. Fields of a recipe that are not in `given` are its own."""
+    """A training as the operator asks for it. given: fields of the recipe that replace its own values."""
 
     data: Path
     name: str
@@ -62,40 +62,41 @@ class TrainingRequest:
     skip_refused: bool = False
     save_dtype: str = "float32"
     train_dtype: str = "float32"
-    train_device: str = "cpu"  # or cuda, where there is one
+    train_device: str = "cpu"  # or "cuda"; without a GPU the CPU is used, with a note
     resume: bool = False
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The data of a training."""
+    """The data of a training, its recipe and its number of steps."""
 
     file: DataFile
     train: Sequences
-    order: list[int]  # which of its sequences comes when
+    order: list[int]  # indices into `train.items`, in the order of training
     held_out: Sequences
     recipe: Recipe
     num_steps: int
 
     def tokens_after(self) -> list[int]:
-        """How many tokens have been read after each step, from step 0 on."""
+        """How many tokens have been read after step 0, 1, …, num_steps."""
         size = self.recipe.batch_size
         sums = [0, *accumulate(len(self.train.items[index].ids) for index in self.order)]
         return [sums[min(step * size, len(self.order))] for step in range(self.num_steps + 1)]
 
     def digest(self, base_fingerprint: str, train_dtype: str) -> str:
-        """What a checkpoint must agree with: the base and its dtype, the sequences, their order and the recipe."""
+        """SHA-256 (hex) of what a resumed training must share with its checkpoint: the base and its dtype, the
+        sequences, their order and the recipe."""
         sequences = [[item.ids for item in part.items] for part in (self.train, self.held_out)]
         content = [base_fingerprint, train_dtype, self.file.sha256, self.order, sequences, self.recipe.public()]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def run_training(settings: Settings, request: TrainingRequest, console: Console) -> dict[str, Any]:
-    """Train, write the adapter, and say what came out: adapter, train_loss, eval_loss (None without held-out rows),
-    tokens_per_second, seconds, steps, trained_tokens.
+    """Train and write the adapter to `request.out`. Returns adapter, train_loss, eval_loss (None without held-out
+    rows), tokens_per_second, seconds, steps and trained_tokens.
 
-    Raises TrainingError, TrainingStopped, DataError, ModelError or TemplateError. Without an error the adapter is at
-    `request.out`; with one nothing is.
+    With `resume`, an adapter of ours that is already at `request.out` is not trained again: its figures are returned.
+    Raises TrainingError, TrainingStopped, DataError, ModelError or TemplateError; `request.out` is unchanged then.
     """
     if os.path.lexists(request.out) and not _is_empty_folder(request.out):
         made = trained_before(request.out) if request.resume else None
@@ -115,7 +116,7 @@ def _is_empty_folder(path: Path) -> bool:
 
 
 def prepare_data(request: TrainingRequest, base: TrainingBase) -> Prepared:
-    """Read, encode, split and order. Raises DataError."""
+    """Read, encode, split and order the data. Raises DataError, or TrainingError for tokens that the model lacks."""
     recipe = recipe_for(request.recipe, base.num_parameters, request.given)
     as_text = recipe.name == "guanaco-2023"
     longest = min(recipe.max_length, base.config.max_position_embeddings)
@@ -200,9 +201,9 @@ def _train(
 
 
 def _checkpoint(request: TrainingRequest, digest: str) -> Path | None:
-    """The checkpoint to go on from. A training that begins anew removes those of an earlier one.
+    """The checkpoint to go on from; None: begin anew, which removes the checkpoints and the log of an earlier training.
 
-    digest: see `Prepared.digest`. Raises TrainingError where the checkpoint was written with another digest.
+    digest: see `Prepared.digest`. Raises TrainingError if the checkpoints were written with another digest.
     """
     state = request.work / "training.json"
     checkpoint = newest_checkpoint(request.work) if request.resume else None
@@ -248,7 +249,7 @@ def _answer(out: Path, made: dict[str, Any]) -> dict[str, Any]:
 
 
 def _profile(base: TrainingBase, prepared: Prepared) -> dict[str, Any] | None:
-    """How the adapter has to be served where that is not the base's own way."""
+    """The adapter's profile: the prompt format to serve it with. None if that is the base's own."""
     if prepared.recipe.name == "guanaco-2023" and prepared.file.format == "guanaco":
         return {"profile": "guanaco"}
     return None if base.template_name is None else {"chat_template": base.template_name}
@@ -280,7 +281,7 @@ def _silence(trainer: Any) -> None:
 
 @contextmanager
 def _folder(work: Path) -> Iterator[None]:
-    """The work folder, for this process alone. Raises TrainingError."""
+    """Make the work folder and lock it for this process. Raises TrainingError."""
     try:
         work.mkdir(parents=True, exist_ok=True)
         lock = open(work / ".lock", "w")  # noqa: SIM115 (held for the whole training)
@@ -300,7 +301,7 @@ def _folder(work: Path) -> Iterator[None]:
 
 @contextmanager
 def _memory_errors() -> Iterator[None]:
-    """Turn what is raised without memory into one line."""
+    """Turn errors that mean too little memory into a TrainingError of one line."""
     advice = "lower --batch-size, --micro-batch or --max-length, or add --gradient-checkpointing; --resume goes on"
     try:
         yield

@@ -44,7 +44,7 @@ class SequenceList(torch.utils.data.Dataset[dict[str, list[int]]]):
 
 
 def collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
-    """Rows padded at the right to one length: input_ids, attention_mask, labels, each int64 [rows, length]."""
+    """Pad rows on the right to one length: input_ids, attention_mask and labels, each int64 [rows, length]."""
     length = max(len(row["input_ids"]) for row in rows)
 
     def padded(name: str, value: int) -> Tensor:
@@ -85,7 +85,7 @@ class AdapterTrainer(transformers.Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The part of one micro batch in a step's loss. Raises TrainingError where it is no finite number."""
+        """The part of a step's loss that one micro batch adds. Raises TrainingError if it is not finite."""
         total, count = summed_loss(model, inputs)
         if not math.isfinite(total.item()):
             raise TrainingError(
@@ -138,7 +138,7 @@ def newest_checkpoint(work: Path) -> Path | None:
 
 
 def make_adapter(model: Any, recipe: Recipe) -> Any:
-    """The base with new LoRA layers. Raises TrainingError for targets that it has not."""
+    """The base with new LoRA layers in float32. Raises TrainingError for targets that the base lacks."""
     torch.manual_seed(recipe.seed)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -171,9 +171,9 @@ def _linear(model: Any) -> set[str]:
 
 
 def trainer_arguments(recipe: Recipe, work: Path, num_steps: int, *, has_eval: bool, device: str = "cpu") -> Any:
-    """What transformers' Trainer is told. Its order is ours: one long epoch of sequences in sequence.
+    """The arguments of transformers' Trainer. For the Trainer it is one long epoch, in the order of `SequenceList`.
 
-    device: `cpu`, or `cuda`, where a recipe may have a paged optimiser."""
+    has_eval: whether rows are held out. device: `cpu` or `cuda`; only `cuda` can have a paged optimiser."""
     every = recipe.eval_every or min(250, max(1, num_steps // 10))
     save_every = recipe.save_every or every
     keeps_best = has_eval and recipe.keeps_best

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def draw_losses(lines: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Draw the losses of a `train.jsonl`. No display is needed."""
+    """Draw the losses in the lines of a `train.jsonl` to a PNG file at `path`. No display is needed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

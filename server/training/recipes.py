@@ -1,5 +1,6 @@
-"""Recipes: every number of a training, as one frozen value. Knows no data and no libraries. Used by `job`, and by the
-server's jobs to see how long a training will be."""
+"""Recipes: all hyperparameters of a training, as one frozen value. Knows no data and no libraries.
+
+Used by `job`. The server's jobs compute from it how many steps a training will have."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +14,7 @@ _MIN_ROWS_FOR_SPLIT = 10
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training does. A step is one change of the adapter's weights, made from `batch_size` sequences."""
+    """The hyperparameters of a training. A step changes the adapter's weights once, from `batch_size` sequences."""
 
     name: str = "default"
     rank: int = 16
@@ -25,25 +26,25 @@ class Recipe:
     schedule: str = "cosine"
     warmup: float = 0.05  # share of the steps in which the learning rate rises
     epochs: float = 3.0
-    steps: int | None = None  # instead of epochs
+    steps: int | None = None  # used instead of epochs; None: epochs count
     batch_size: int = 4
-    micro_batch: int = 4  # sequences that are computed together; the rest of a batch is accumulated
+    micro_batch: int = 4  # sequences that are computed together; the gradients of a batch are accumulated
     max_length: int = 1024  # most tokens of a sequence
     max_grad_norm: float = 1.0
     beta2: float = 0.999
     weight_decay: float = 0.0
     eval_every: int | None = None  # steps; None: ten times in a training, and at least every 250 steps
     save_every: int | None = None  # steps; None: as often as it evaluates
-    patience: int = 3  # evaluations without an improvement after which it stops; 0: it never stops early
-    keeps_best: bool = True  # whether the adapter is the best checkpoint, and not the last
+    patience: int = 3  # evaluations without an improvement after which training stops; 0: it never stops early
+    keeps_best: bool = True  # True: the adapter is the checkpoint with the lowest held-out loss; False: the last
     train_on: str = "answers"
     group_by_length: bool = True
     gradient_checkpointing: bool = False
     held_out: float = 0.1  # share of the rows that measure the loss and are not trained on
-    max_held_out: int | None = 200  # most rows of them
+    max_held_out: int | None = 200  # most rows that are held out; None: no limit
     paged_optimizer: bool = False  # on a GPU only
     seed: int = 0
-    data_seed: int = 0  # of the split and of the order
+    data_seed: int = 0  # decides which rows are held out, and the order of training
 
     def public(self) -> dict[str, Any]:
         """Its fields as plain data."""
@@ -56,7 +57,7 @@ class Recipe:
 
 
 def num_held_out(num_rows: int, share: float, most: int | None) -> int:
-    """How many of so many rows are held out. A file of fewer than ten rows is trained on whole."""
+    """How many of `num_rows` rows are held out. A file of fewer than ten rows is trained on whole."""
     number = int(num_rows * share) if num_rows >= _MIN_ROWS_FOR_SPLIT else 0
     return number if most is None else min(number, most)
 
@@ -69,7 +70,8 @@ def default_learning_rate(num_parameters: int) -> float:
 def recipe_for(name: str, num_parameters: int, given: dict[str, Any]) -> Recipe:
     """The recipe called `name` for a base of this size, with the fields that the operator has given.
 
-    A batch that is smaller than the micro batch lowers it. A seed that is given is the data's seed, too.
+    given: `seed` is also the data's seed, `epochs` replaces the recipe's steps, and in the default recipe `rank` makes
+    alpha twice the rank. The micro batch is lowered until it divides the batch.
     """
     recipe = _guanaco_2023(num_parameters) if name == "guanaco-2023" else _default(num_parameters)
     if "seed" in given:
@@ -91,9 +93,10 @@ def _default(num_parameters: int) -> Recipe:
 
 
 def _guanaco_2023(num_parameters: int) -> Recipe:
-    """The hyper-parameters that were released with the Guanaco models, for the nearest of their four sizes.
+    """The hyperparameters that were released with the Guanaco models (scripts of artidoro/qlora), for the nearest of
+    their four sizes.
 
-    Its script asks for a constant schedule, which has no warm-up, although it states a warm-up ratio.
+    The scripts state a warm-up ratio, but they ask for a constant schedule, which has no warm-up.
     """
     small = num_parameters < 20 * _BILLION
     return Recipe(

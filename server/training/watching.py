@@ -1,8 +1,8 @@
-"""What a training tells while it runs, and how it is told to stop: `train.jsonl`, the progress, early stop, signals.
+"""The log and the progress of a running training, and its early ends: `train.jsonl`, patience, signals.
 
-`train.jsonl` has one JSON object for each logged step: step, steps, loss, eval_loss (where it was evaluated),
-learning_rate, tokens (learned and read so far), tokens_per_second (of training steps alone, since this process began),
-time (seconds since the epoch). Used by `job`.
+`train.jsonl` has one JSON object for each step: step, steps, loss, eval_loss (if it was evaluated then), learning_rate,
+grad_norm, tokens (all that were read so far), tokens_per_second (of this process, without evaluations) and time
+(seconds since the epoch). Used by `job`.
 """
 
 import json
@@ -27,7 +27,7 @@ class StopSignal:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """In the block the first signal is remembered, and the second one interrupts."""
+        """Within the `with` block the first signal only sets `came`, and the second raises KeyboardInterrupt."""
 
         def remember(_number: int, _frame: Any) -> None:
             if self.came:
@@ -43,7 +43,7 @@ class StopSignal:
 
 
 class Watcher(transformers.TrainerCallback):
-    """Writes the log, reports progress, stops early or when it is told to."""
+    """Writes the log, reports progress, and stops the training early or after a signal."""
 
     def __init__(
         self,
@@ -53,38 +53,38 @@ class Watcher(transformers.TrainerCallback):
         patience: int,
         report: Callable[[str, int, int], None],
     ) -> None:
-        """tokens_after: how many tokens were read after each step, from step 0 on."""
+        """tokens_after: tokens that have been read after step 0, 1, … report: gets (text, step, number of steps)."""
         self._log = log
         self._tokens_after = tokens_after
         self._stop = stop
         self._patience = patience
         self._report = report
-        self._line: dict[str, Any] | None = None  # of the last step; written once it can't get an evaluation any more
+        self._line: dict[str, Any] | None = None  # the last step's; written when no evaluation can follow any more
         self._began = 0.0
         self._first_step = 0
-        self.seconds = 0.0  # in steps of this process
+        self.seconds = 0.0  # spent in steps by this process
         self.tokens_per_second = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forget what the log says of steps that will come again."""
+        """Remove the log's lines of steps that the resumed training makes again."""
         self._first_step = state.global_step
         kept = [line for line in read_log(self._log) if line["step"] <= state.global_step]
         self._log.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The step's time begins."""
+        """Write the line of the step before, and begin to time this one."""
         self._flush()
         self._began = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The step's time ends; a signal that has come ends the training with a checkpoint."""
+        """Stop timing the step. After a signal, end the training with a checkpoint."""
         self.seconds += time.monotonic() - self._began
         tokens = self._tokens_after[state.global_step] - self._tokens_after[self._first_step]
         self.tokens_per_second = tokens / max(self.seconds, 1e-9)
         self._obey(control)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """A step's numbers, or those of an evaluation behind it."""
+        """Keep the figures of a step, or add those of an evaluation after it."""
         logs = logs or {}
         if "loss" in logs:
             self._line = {
@@ -103,17 +103,18 @@ class Watcher(transformers.TrainerCallback):
             self._report(_shown(self._line, state), state.global_step, state.max_steps)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop where the held-out loss has not improved for long. Follows from the state, so that a resume agrees."""
+        """Stop if the held-out loss has not improved for `patience` evaluations. Only the state is read, and checkpoints
+        keep it, so a resumed training stops at the same step."""
         losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
         if self._patience and len(losses) - 1 - losses.index(min(losses)) >= self._patience:
             control.should_training_stop = control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """What a checkpoint knows, the log knows."""
+        """Write the last line, so that the log has every step that the checkpoint has."""
         self._flush()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The last line."""
+        """Write the last line."""
         self._flush()
 
     def _obey(self, control: Any) -> None:
@@ -137,7 +138,7 @@ def _shown(line: dict[str, Any], state: Any) -> str:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `train.jsonl`; a last line that is cut off is left out."""
+    """The objects in a `train.jsonl`. Lines that can't be read, such as a last one that was cut off, are left out."""
     lines: list[dict[str, Any]] = []
     if not path.exists():
         return lines

@@ -1,5 +1,5 @@
 """Training data: files of several formats → rows → token ids, with the tokens that the model has to learn marked.
 
 May import `models.text` and `models.formats`; needs no library of the `train` extra, so that a server can check an
-uploaded file. Start with `reading.py`: `read_conversations` is the whole way from a file to rows and refusals.
+uploaded file. Start with `reading.py`: `read_conversations` makes rows and refusals from a file.
 """

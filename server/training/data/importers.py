@@ -1,4 +1,4 @@
-"""The formats of training data: one importer for each brings a row's JSON object into the form of `rows.py`.
+"""The formats of training data: for each of them an importer makes a `Row` (`rows.py`) from a row's JSON object.
 
 Knows no files and no tokens. An importer raises RowError with a reason for a row that can't be trained on. Called by
 `reading`.
@@ -11,7 +11,7 @@ from typing import Any
 from guanaco.models.formats.shown import shown
 from guanaco.server.training.data.rows import Message, RefusalKind, Row, RowError
 
-# By the name that --format takes. `guanaco` is a text with ### Human: and ### Assistant: in it.
+# The names that --format takes. `guanaco` is a text with the headings ### Human: and ### Assistant:.
 FORMATS = ("messages", "alpaca", "sharegpt", "completion", "text", "guanaco")
 _HEADING = re.compile(r"(?<!#)###[ \t]*(Human|Assistant):[ \t]?")
 _SPEAKERS = {
@@ -30,7 +30,7 @@ _NO_TOOLS = "training on tool calls is not supported: leave tools, tool_calls an
 
 
 def detect_format(fields: Mapping[str, Any]) -> str:
-    """The format of a row, by its fields. Raises RowError that lists the formats."""
+    """The format of a row, by its fields. Raises RowError, which lists the fields of all formats."""
     if "messages" in fields:
         return "messages"
     if "conversations" in fields or "conversation" in fields:
@@ -50,12 +50,12 @@ def detect_format(fields: Mapping[str, Any]) -> str:
 
 
 def is_guanaco_text(text: str) -> bool:
-    """Whether a text is a conversation with the headings `### Human:` and `### Assistant:`."""
+    """Whether a text has both headings, `### Human:` and `### Assistant:`."""
     return {match[1] for match in _HEADING.finditer(text)} == {"Human", "Assistant"}
 
 
 def import_row(format_name: str, fields: Mapping[str, Any], line: int) -> Row:
-    """A row of the format `format_name`. Raises RowError with the reason."""
+    """The row that an object of the format `format_name` stands for. Raises RowError if it can't be trained on."""
     return _IMPORTERS[format_name](fields, line)
 
 
@@ -160,7 +160,7 @@ def _message(value: Any, role_key: str, content_key: str, *, learned: bool = Tru
 
 
 def _joined(parts: Sequence[Any]) -> str:
-    """The text of a content in parts."""
+    """The text of a content that is a list of parts."""
     texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type", "text") == "text"]
     if len(texts) != len(parts) or not all(isinstance(text, str) for text in texts):
         raise RowError(RefusalKind.UNSUPPORTED, "a message holds a part that is no text: leave images and audio out")
@@ -168,7 +168,7 @@ def _joined(parts: Sequence[Any]) -> str:
 
 
 def _conversation(messages: Sequence[Message], line: int) -> Row:
-    """A row of these messages. Raises RowError where they are no conversation that a model could have had."""
+    """A row of these messages. Raises RowError if roles do not alternate, an answer is empty, or none is learned."""
     if not messages:
         raise RowError(RefusalKind.NOTHING_TO_LEARN, "there are no messages: write some, or remove the row")
     turns = messages[1:] if messages[0].role == "system" else messages

@@ -1,7 +1,7 @@
-"""From a row to token ids and a mark for each token that the model has to learn, with the server's own template code.
+"""Makes token ids from a row, and marks each token that the model has to learn. Uses the server's own template code.
 
-The ids of a conversation are those that the server makes of it. Learned are the answers, and the token that ends each
-of them. Knows no files. Called by the training and its tests.
+So the ids of a conversation are those that the server makes of it. The model learns the answers, and the token that
+ends each of them. Knows no files. Called by `dataset`.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ from guanaco.models.text.tokenizer import Tokenizer
 from guanaco.server.training.data.rows import Message, RefusalKind, Row, RowError
 
 TRAIN_ON = ("answers", "all")
-_MAX_STOP_TOKENS = 16  # a template's stop string is looked for in this many tokens behind an answer
-_NEXT_USER = Message("user", "Hello!")  # its text does not matter: it shows how the template begins the next turn
+_MAX_STOP_TOKENS = 16  # a template's stop string is looked for in so many tokens after an answer
+_NEXT_USER = Message("user", "Hello!")  # any text will do: it shows how the template begins the next turn
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Encoded:
 
 
 class _Inconsistent(RowError):
-    """The template writes an earlier answer in another way once the conversation goes on."""
+    """The template writes an answer in another way when more messages follow it."""
 
 
 class Encoder:
@@ -59,11 +59,11 @@ class Encoder:
         self.max_length = max_length
 
     def encode(self, row: Row, *, may_cut: bool = False) -> tuple[Encoded, ...]:
-        """The sequences of a row: one, or one for each answer where the template rewrites earlier answers.
+        """The sequences of a row: one, or one for each answer if the template rewrites earlier answers.
 
         may_cut: leave out whole exchanges at the end of a conversation that is too long. No answer is ever cut.
         Raises RowError for a row that is too long, that the template refuses, or that has no learned token.
-        Raises TemplateError where the template can't be rendered for a reason that is not the row's.
+        Raises TemplateError if the template can't be rendered and the row is not the reason.
         """
         try:
             return (self._checked(row, may_cut),)
@@ -113,7 +113,7 @@ class Encoder:
                     raise _inconsistent(messages)
                 end = found
             spans.append((start, end))
-        ids = ids[: spans[-1][1]]  # nothing behind the last learned token changes the loss
+        ids = ids[: spans[-1][1]]  # tokens after the last learned one don't change the loss
         first = int(ids[:1] == [self._tokenizer.bos_id])
         if self._learns_all:
             spans = [(first, len(ids))]
@@ -121,7 +121,7 @@ class Encoder:
         return Encoded(row.line, tuple(ids), learned)
 
     def _render(self, messages: Sequence[Message], *, prompt: bool = False) -> list[int]:
-        """The server's ids of a conversation. prompt: with the beginning of the next answer."""
+        """The server's ids of a conversation. prompt: append the template's beginning of the next answer."""
         try:
             return self._tokenizer.encode_chat(
                 [message.for_template() for message in messages],
@@ -134,9 +134,9 @@ class Encoder:
             raise RowError(RefusalKind.TEMPLATE, f"the chat template refuses the messages: {error}") from None
 
     def _end_of(self, beginning: Sequence[int], ids: Sequence[int]) -> int | None:
-        """How many of `ids` the text of `beginning` reaches into; None where `ids` begin with another text.
+        """How many tokens of `ids` cover the text of `beginning`; None if `ids` begin with another text.
 
-        Characters on both sides of the end may join into one token, which then belongs to the beginning.
+        The last of these tokens may also hold characters that follow the beginning.
         """
         same = 0
         while same < min(len(beginning), len(ids)) and beginning[same] == ids[same]:
@@ -150,11 +150,12 @@ class Encoder:
         return None
 
     def _turn_end(self, alone: Sequence[int], ids: Sequence[int], start: int) -> int | None:
-        """Where the learned part of an answer ends that is followed by another turn: behind the token that ends it.
+        """The end (exclusive) of the learned part of an answer that is followed by another turn.
 
-        alone: the conversation up to this answer. The end may be a part of that, or of the next turn's beginning in
-        `ids`. Without such a token it is the template's stop string; without that it is the answer's last token. None
-        where the template writes the answer in another way when it is the last one.
+        The part ends with the end-of-text token, which may be in `alone` or at the next turn's beginning in `ids`. If
+        there is none, it ends with the template's stop string, or else with the answer's last token. alone: the ids of
+        the conversation up to this answer. start: where the answer begins. None if the template writes the answer in
+        another way when it is the last one.
         """
         end = self._eos_behind(alone, start, len(alone))
         if end is not None and list(alone[:end]) == list(ids[:end]):
@@ -163,7 +164,7 @@ class Encoder:
         return None if stop is None else self._turn_end_behind(ids, start, stop)
 
     def _turn_end_behind(self, ids: Sequence[int], start: int, stop: int) -> int:
-        """As `_turn_end`, where the answer's text is `ids[start:stop]`."""
+        """As `_turn_end`, for an answer whose text is `ids[start:stop]`."""
         if (end := self._eos_behind(ids, start, stop)) is not None:
             return end
         text = b""
@@ -174,10 +175,10 @@ class Encoder:
         return stop
 
     def _last_end(self, messages: Sequence[Message], ids: list[int], start: int) -> tuple[list[int], int]:
-        """The ids with the end of the last answer, and where they end.
+        """(the ids with the end of the last answer, where the learned part ends).
 
-        Where the template writes the end as the beginning of the next turn, it is taken from there. Where it writes
-        none at all, the server still stops at the end-of-text token, which is appended.
+        If the template writes an answer's end only at the beginning of the next turn, it is taken from there. If it
+        writes none at all, the end-of-text token is appended, at which the server stops.
         """
         if (end := self._eos_behind(ids, start, len(ids))) is not None:
             return ids, end
@@ -193,8 +194,8 @@ class Encoder:
         return (ids, len(ids)) if stop is None else (longer, self._turn_end_behind(longer, start, stop))
 
     def _eos_behind(self, ids: Sequence[int], start: int, stop: int) -> int | None:
-        """The place behind the first end-of-text token from `start` on; None without one, and where more than white
-        space is between `stop` and that token."""
+        """The place after the first end-of-text token from `start` on. None if there is none, or if there is more than
+        white space between `stop` and that token."""
         place = next((place for place in range(start, len(ids)) if ids[place] in self._eos_ids), None)
         return None if place is None or self._bytes(ids[stop:place]).strip() else place + 1
 
@@ -212,7 +213,7 @@ def _inconsistent(messages: Sequence[Message]) -> RowError:
 
 
 def _one_for_each_answer(row: Row) -> list[Row]:
-    """The conversation up to each learned answer, of which only that one is learned."""
+    """A row for each learned answer: the conversation up to it, in which only this answer is learned."""
     rows = []
     for number, message in enumerate(row.messages):
         if message.learned:

@@ -1,4 +1,4 @@
-"""From a file of training data to rows: reads the lines, finds the format, counts duplicates, lists refusals.
+"""Makes rows from a file of training data: reads the lines, finds the format, counts duplicates, lists refusals.
 
 Knows no tokens. A file is JSON lines, one JSON array, or a `.txt` file with an empty line between two texts. Called by
 the training and by the check of uploaded files; needs no library of the `train` extra.
@@ -21,13 +21,13 @@ from guanaco.server.training.data.rows import DataError, Refusal, RefusalKind, R
 __all__ = ["FORMATS", "DataFile", "read_conversations"]
 
 MAX_LINE_BYTES = 16 << 20  # of one row, or of one element of a JSON array
-_READ_BYTES = 1 << 20  # of a JSON array at a time
-MAX_LISTED_REFUSALS = 1000  # more are counted, and not kept
+_READ_BYTES = 1 << 20  # read of a JSON array at a time
+MAX_LISTED_REFUSALS = 1000  # further refusals are only counted
 
 
 @dataclass
 class DataFile:
-    """What is in a file of training data."""
+    """The rows and the refusals of a file of training data."""
 
     path: Path
     format: str  # a name of FORMATS
@@ -36,7 +36,7 @@ class DataFile:
     refusals: list[Refusal] = field(default_factory=list)  # the first MAX_LISTED_REFUSALS of them
     num_refused: Counter[RefusalKind] = field(default_factory=Counter)
     num_good: int = 0  # rows that can be trained on, kept in `rows` or not
-    num_duplicates: int = 0  # rows that say what an earlier one says; they are kept
+    num_duplicates: int = 0  # rows with the content of an earlier row; they are kept
 
     @property
     def num_rows(self) -> int:
@@ -55,12 +55,12 @@ def read_conversations(
 ) -> DataFile:
     """All rows of a file, in their order, and the refusals with line numbers and reasons.
 
-    keeps_rows: False only counts the rows, in memory that does not grow with the file; duplicates are not looked for.
+    format: a name in FORMATS; None: the format of the first row that has a known one. guanaco_as_text: a text with
+    `### Human:` headings stays a text that is learned as a whole, as the released recipe of 2023 has it. keeps_rows:
+    False only counts the rows, in memory that does not grow with the file; duplicates are not looked for.
 
-    format: a name of FORMATS; None: found by the first row. guanaco_as_text: a text with `### Human:` headings stays a
-    text that is learned as a whole, as the released recipe of 2023 has it.
-    A row that can't be trained on is a refusal in the result. Raises DataError for a file that can't be read, that has
-    no rows, or of whose format nothing is known.
+    A row that can't be trained on is a refusal in the result. Raises DataError for an unknown `format`, and for a file
+    that can't be read or has no rows.
     """
     if format is not None and format not in FORMATS:
         raise DataError(f"no data format is called {format}: write one of {', '.join(FORMATS)}")
@@ -80,7 +80,7 @@ def read_conversations(
 
 _EXAMPLE = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
 _WHITE = re.compile(r"[ \t\r\n]*")
-_Line = tuple[int, Mapping[str, Any] | RowError]  # number, and the row's fields or what is wrong with it
+_Line = tuple[int, Mapping[str, Any] | RowError]  # (number from 1, the row's fields or its error)
 
 
 def _import(
@@ -109,14 +109,14 @@ def _import(
 
 
 def _first_byte(file: BinaryIO) -> str:
-    """Whether the file is an array or lines."""
+    """ "array" for a JSON array, "lines" for JSON lines, by the first byte that is no white space."""
     start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     file.seek(0)
     return "array" if start.startswith(b"[") else "lines"
 
 
 def _json_lines(file: BinaryIO, digest: Any) -> Iterator[_Line]:
-    """The object on each line that is not empty. A byte order mark before the first is passed over."""
+    """The object on each line that is not empty. A byte order mark at the start is skipped."""
     number = 0
     while line := file.readline(MAX_LINE_BYTES + 1):
         number += 1
@@ -143,7 +143,7 @@ def _object(line: bytes) -> Mapping[str, Any] | RowError:
 
 
 def _elements(file: BinaryIO, digest: Any) -> Iterator[_Line]:
-    """The elements of a JSON array, numbered from 1. One element and what was read behind it are held at a time."""
+    """The elements of a JSON array, numbered from 1. Memory holds one element, and the bytes read after it."""
     text = _ArrayText(file, digest)
     try:
         for number, element in enumerate(text.elements(), start=1):
@@ -164,11 +164,11 @@ class _ArrayText:
         self._file, self._digest = file, digest
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self._text = ""
-        self._place = 0  # in the text; what is before it was used
-        self._is_whole = False  # nothing follows in the file
+        self._place = 0  # in the text; everything before it was used
+        self._is_whole = False  # the file was read to its end
 
     def elements(self) -> Iterator[Any]:
-        """Each element. Raises ValueError where the text is no array, or an element is longer than MAX_LINE_BYTES."""
+        """Each element. Raises ValueError if the text is no array, or an element is longer than MAX_LINE_BYTES."""
         self._sign("[")
         if self._next() == "]":
             self._sign("]")
@@ -182,7 +182,7 @@ class _ArrayText:
             raise ValueError("something follows its end")
 
     def _next(self) -> str:
-        """The next character that is no white space, which stays; "" at the end of the file."""
+        """The next character that is no white space, without using it up; "" at the end of the file."""
         while True:
             self._place = _WHITE.match(self._text, self._place).end()  # type: ignore[union-attr]
             if self._place < len(self._text) or not self._more():
@@ -207,7 +207,7 @@ class _ArrayText:
                     raise
             if len(self._text) - self._place > MAX_LINE_BYTES:
                 raise ValueError(f"an element is wrong, or longer than {MAX_LINE_BYTES >> 20} MiB")
-            # An element that is cut is read from its beginning again: as much more each time as there is already.
+            # A cut element is parsed again from its beginning, so twice as much of it is read each time.
             self._more(len(self._text) - self._place)
 
     def _more(self, num_bytes: int = 0) -> bool:

@@ -1,4 +1,4 @@
-"""The one form that every format of training data is brought into: rows, and the refusals of lines that are none.
+"""The common form of all formats of training data: rows, and refusals of lines that can't be rows.
 
 Knows no format and no tokens. Used by the importers, the masks and the code that shows refusals.
 """
@@ -11,7 +11,7 @@ from guanaco.models.errors import GuanacoError, OperatorError
 
 
 class RefusalKind(StrEnum):
-    """The kinds of reasons for which a row is not trained on."""
+    """Why a row is not trained on."""
 
     NOT_JSON = "not json"
     BAD_FIELDS = "bad fields"
@@ -32,7 +32,7 @@ class Message:
     learned: bool = False  # whether the model has to learn it: answers only
 
     def for_template(self) -> dict[str, str]:
-        """The message as chat templates know it."""
+        """The message in the form that chat templates read."""
         return {"role": self.role, "content": self.content}
 
 
@@ -40,10 +40,10 @@ class Message:
 class Row:
     """One row of training data: a conversation, or a plain text."""
 
-    line: int  # in the file, from 1; of a JSON array the number of the element
+    line: int  # in the file, from 1; in a JSON array the number of the element
     messages: tuple[Message, ...] = ()  # empty: a plain text
-    prompt: str = ""  # of a plain text: its beginning, which is given and not learned
-    text: str = ""  # of a plain text: what comes after the prompt, and is learned
+    prompt: str = ""  # the beginning of a plain text, which is given and not learned
+    text: str = ""  # the rest of a plain text, which is learned
 
     @property
     def is_chat(self) -> bool:
@@ -51,7 +51,7 @@ class Row:
         return bool(self.messages)
 
     def content(self) -> tuple[object, ...]:
-        """What the row says, without its place in the file: two equal contents are duplicates."""
+        """Everything but the place in the file. Two rows with equal contents are duplicates."""
         return (self.messages, self.prompt, self.text)
 
 
@@ -75,12 +75,12 @@ class RowError(GuanacoError, ValueError):
         self.kind = kind
 
     def at(self, line: int) -> Refusal:
-        """The refusal of the row on this line."""
+        """The refusal for the row on this line."""
         return Refusal(line, self.kind, str(self))
 
 
 class DataError(OperatorError):
-    """A data file that can't be trained on. The message names the file and what to do."""
+    """A data file that can't be trained on. The message names the file, and says what to do."""
 
 
 def counted(refusals: Mapping[RefusalKind, int]) -> str:

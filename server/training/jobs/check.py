@@ -1,8 +1,8 @@
 """`python -m guanaco.server.training.jobs.check FILE…`: whether files can be trained on, as one line of JSON.
 
 Runs in a process of its own, because a large file takes time that requests need. Its memory does not grow with the
-file. The line is `{"rows": N}` with the rows of the first file, or `{"error": {"message", "param"}}` with the first
-rows that are wrong.
+file. The line is `{"rows": N}` with the number of rows of the first file, or `{"error": {"message", "param"}}` with the
+first wrong rows.
 """
 
 import json
@@ -18,7 +18,7 @@ _PARAMS = ("training_file", "validation_file")
 
 
 def check(paths: Sequence[Path]) -> dict[str, object]:
-    """The line for some files: the training file, and the validation file if there is one."""
+    """The result as JSON data. paths: the training file, and the validation file if there is one."""
     num_rows = []
     for path, param in zip(paths, _PARAMS, strict=False):
         try:

@@ -16,7 +16,7 @@ _MAX_JSON_BYTES = 4 << 20
 
 
 def new_id(prefix: str) -> str:
-    """An id that nobody can guess, as `file-0123…`."""
+    """A new id that nobody can guess: PREFIX-, then 24 hex digits."""
     return f"{prefix}-{secrets.token_hex(12)}"
 
 
@@ -31,7 +31,7 @@ def make_directory(path: Path) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replace a file by a JSON object, and have it on the disk. Raises OSError; then the old file is still there."""
+    """Replace a file by a JSON object, and sync it to the disk. Raises OSError; then the old file is still there."""
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
     try:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -48,7 +48,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object that `write_json` wrote; None where the file is absent, unreadable or holds anything else."""
+    """The object that `write_json` wrote; None if the file is absent, unreadable or holds anything else."""
     try:
         with path.open("rb") as file:
             content = json.loads(file.read(_MAX_JSON_BYTES))
@@ -58,7 +58,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def append_line(path: Path, content: dict[str, Any]) -> None:
-    """Add one JSON object as a line. A line that a crash cut is ended first, so that the next one stays whole."""
+    """Append one JSON object as a line, and sync it. If a crash cut the last line, a line end comes first. Raises
+    OSError."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
         size = os.fstat(handle).st_size
@@ -70,7 +71,7 @@ def append_line(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_lines(path: Path, offset: int = 0) -> Iterator[dict[str, Any]]:
-    """The objects of a list of lines from a position on; lines that are cut or damaged are left out."""
+    """The objects in the lines of a file, from byte `offset` on. Cut or damaged lines are left out."""
     try:
         with path.open("rb") as file:
             file.seek(offset)
@@ -86,7 +87,7 @@ def read_lines(path: Path, offset: int = 0) -> Iterator[dict[str, Any]]:
 
 
 def sync_directory(path: Path) -> None:
-    """Have the names in a directory on the disk."""
+    """Sync a directory, so that new and renamed files survive a crash. Raises OSError."""
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""What a client of the training API is refused: a stable code, a message that says what to do, the field at fault."""
+"""Refusals of the training API. Each has a stable code, a message that says what to do, and the field at fault."""
 
 import re
 from collections.abc import Iterable
@@ -7,8 +7,8 @@ from enum import Enum
 from guanaco.models.error_codes import ErrorCode
 from guanaco.models.errors import GuanacoError
 
-# Paths in words of a trainer or of a library. In quotes a path may have spaces; elsewhere it ends at one. What follows
-# a letter, a digit, a dot, a colon or a slash is a part of an address, of a fraction or of `and/or`.
+# Paths in the message of a trainer or a library. In quotes a path may hold spaces; elsewhere it ends at one. A slash
+# after a letter, a digit, a dot, a colon or a slash belongs to an address, a fraction or `and/or`, so it is no path.
 _PATHS = re.compile(
     r"""(?P<quote>['"`])(?:file:)?~?/[^'"`\n]*(?P=quote)"""
     r"""|\bfile:/+[^\s'"`,;)\]}>]*"""
@@ -18,7 +18,7 @@ _HIDDEN = "(a file of the server)"
 
 
 def without_paths(text: str, known: Iterable[str] = ()) -> str:
-    """A text for a client, without the server's paths. known: paths that are hidden as they stand, spaces included."""
+    """A text for a client, without the server's paths. known: paths to hide even if they hold spaces."""
     for path in sorted(filter(None, known), key=len, reverse=True):
         text = re.sub(re.escape(path) + r"(?:/[^\s'\"`,;:()\]}>]*)?", _HIDDEN, text)
     return _PATHS.sub(_HIDDEN, text)
@@ -31,7 +31,7 @@ class RefusalKind(Enum):
     MISSING = "missing"  # the key has no such file or job
     CONFLICT = "conflict"  # the request contradicts the present state
     QUOTA = "quota"  # the key has used what it may use
-    TOO_LARGE = "too large"  # of a body
+    TOO_LARGE = "too large"  # the body is too large
     STORAGE = "storage"  # the disk cannot take it
 
 

@@ -1,7 +1,7 @@
-"""The events of one job: a file of lines that grows, read from its end, however long it is.
+"""The events of one job: a file to which lines are appended. It is read from its end, so its length does not matter.
 
-An event's id begins with its place in the file, so that the page behind an id is found without a search. Ids without a
-place, of earlier versions, are searched for. Knows no job; used by `store`.
+An event's id begins with its place in the file, so that the events before it are found without a search. Ids of earlier
+versions have no place and are searched for. Knows no job; used by `store`.
 """
 
 import json
@@ -19,7 +19,7 @@ _MAX_PLACE = 16**12
 
 
 class EventList:
-    """One file of events. Callers that add take turns; readers need not."""
+    """One file of events. Only one thread may add at a time; any number may read."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -31,7 +31,10 @@ class EventList:
         append_line(self._path, made)
 
     def latest(self, after: str | None, limit: int) -> list[dict[str, Any]]:
-        """At most `limit` events, the latest first: all, or those behind the event `after`. Raises LookupError."""
+        """At most `limit` events, the latest first. after: the id of an event; only older ones are returned.
+
+        Raises LookupError if there is no event of this id.
+        """
         found: list[dict[str, Any]] = []
         end = self._size() if after is None else self._place(after)
         for _, line in self._backwards(end):

@@ -1,9 +1,9 @@
-"""Uploaded files on disk: streamed into a temporary file, moved to their place when whole, each for one API key.
+"""Uploaded files on disk, each of one API key: streamed into a temporary file, and moved to their place when whole.
 
     files/file-…/content, meta.json      a file that is whole
-    incoming/                            uploads that run; what a crash leaves here is removed at the start
+    incoming/                            running uploads; the next start removes those that a crash left
 
-Blocking; the service calls it on threads. Knows no HTTP and not what is in a file.
+Its methods block; the service calls them on threads. Knows no HTTP, and does not look into the files.
 """
 
 import os
@@ -25,7 +25,7 @@ MAX_NAME_CHARS = 255
 
 
 def label_of(filename: str) -> str:
-    """A file's name as it is shown: the last part of what the client sent, printable. It never becomes a path."""
+    """A file's name to show: the printable characters of the last part of the client's name. Never used as a path."""
     last = filename.replace("\\", "/").rsplit("/", 1)[-1]
     shown = "".join(char for char in last if char.isprintable()).strip()
     return shown[:MAX_NAME_CHARS] if shown.strip(".") else "upload.jsonl"
@@ -43,7 +43,7 @@ class FileStore:
         self._uploads: dict[str, Upload] = {}
 
     def open(self) -> None:
-        """Find what an earlier server kept, and remove what it left half-done. Raises OSError."""
+        """Find the files that an earlier server kept, and remove its unfinished uploads. Raises OSError."""
         shutil.rmtree(self._incoming, ignore_errors=True)
         make_directory(self._incoming)
         make_directory(self._directory)
@@ -63,14 +63,14 @@ class FileStore:
         return sorted(mine, key=lambda file: (file.created_at, file.id))
 
     def get(self, owner: str, file_id: str, param: str | None = None) -> StoredFile:
-        """One file of a key. Raises RequestRefused where the key has none of that id."""
+        """One file of a key. param: the request's field, for the error. Raises RequestRefused if there is none."""
         file = self._files.get(file_id)
         if file is None or file.owner != owner:
             raise file_not_found(param)
         return file
 
     def path(self, file: StoredFile) -> Path:
-        """Where the content lies."""
+        """The path of the content."""
         return self._directory / file.id / "content"
 
     def begin(self, owner: str) -> "Upload":
@@ -87,9 +87,10 @@ class FileStore:
         return upload
 
     def reserve(self, upload: "Upload", num_more: int) -> None:
-        """Count further bytes as an upload's, before they are written. Raises RequestRefused where they are too many.
+        """Count `num_more` further bytes as the upload's, before they are written.
 
-        The check and the count are one step, so that uploads at the same time can't share what is left."""
+        Raises RequestRefused if they are too many. The check and the count are one step under the lock, so two uploads
+        at a time can't both use the last bytes."""
         if upload.num_bytes + num_more > self._limits.max_file_bytes:
             text = f"the file is larger than {self._limits.max_file_bytes} bytes, the most of one file: split it"
             raise RequestRefused(ErrorCode.REQUEST_TOO_LARGE, text, "file", RefusalKind.TOO_LARGE)
@@ -100,7 +101,7 @@ class FileStore:
             upload.num_bytes += num_more
 
     def add(self, upload: "Upload", filename: str, purpose: str = TRAINING) -> StoredFile:
-        """Keep a whole upload. Raises RequestRefused where the disk fails; the upload is gone then."""
+        """Keep a whole upload. Raises RequestRefused if the disk fails; the upload is removed then."""
         made = StoredFile(upload.id, upload.owner, upload.num_bytes, int(time()), label_of(filename), purpose)
         target = self._directory / made.id
         try:
@@ -113,7 +114,7 @@ class FileStore:
             shutil.rmtree(target, ignore_errors=True)
             raise storage_failed(error) from None
         else:
-            with self._lock:  # it counts as an upload or as a file at every moment
+            with self._lock:  # so that it always counts in the quota, as an upload or as a file
                 self._files[made.id] = made
                 self._uploads.pop(upload.id, None)
         finally:
@@ -121,7 +122,7 @@ class FileStore:
         return made
 
     def add_result(self, owner: str, filename: str, content: bytes, file_id: str) -> StoredFile:
-        """Keep a job's results as a file of its key; the same id again replaces it. Raises OSError."""
+        """Keep a job's results as a file of its key. An existing file of this id is replaced. Raises OSError."""
         made = StoredFile(file_id, owner, len(content), int(time()), filename, RESULTS)
         target = self._directory / file_id
         make_directory(target)
@@ -142,13 +143,13 @@ class FileStore:
             raise RequestRefused(ErrorCode.FILE_IN_USE, text, None, RefusalKind.CONFLICT)
         with self._lock:
             self._files.pop(file_id, None)
-        # Without its record the content is removed at the next start, if a crash comes between.
+        # The record goes first: if a crash comes between, the next start removes a content without a record.
         with suppress(OSError):
             (self._directory / file.id / "meta.json").unlink()
         shutil.rmtree(self._directory / file.id, ignore_errors=True)
 
     def remove_results(self, file_ids: Sequence[str]) -> None:
-        """Remove files of results, of jobs that are forgotten. Others, and ids of no file, are left alone."""
+        """Remove the result files with these ids. Uploaded files, and ids without a file, are left alone."""
         for file_id in file_ids:
             file = self._files.get(file_id)
             if file is not None and file.purpose == RESULTS:
@@ -189,7 +190,7 @@ class Upload:
         self._is_dropped = False
 
     def write(self, data: bytes) -> None:
-        """Add bytes to the temporary file. Raises RequestRefused where they are too many, or the disk is full."""
+        """Add bytes to the temporary file. Raises RequestRefused if they are too many or the disk is full."""
         self._store.reserve(self, len(data))
         try:
             with self._lock:
@@ -208,7 +209,7 @@ class Upload:
             view = view[os.write(self._handle, view) :]
 
     def finish(self) -> None:
-        """Have all bytes on the disk. Raises OSError."""
+        """Sync all bytes to the disk and close the file. Raises OSError."""
         if self._handle is None:
             self.path.touch(mode=0o600)
             return

@@ -1,7 +1,7 @@
-"""The trainer's process: how it is called, started and stopped, and what its last line says.
+"""The trainer's process: its command line, start and stop, and the JSON object in its last line.
 
 The trainer is `guanaco train`. Its environment has no key and no setting of the server, and it is offline. A trainer
-that an earlier server left behind is ended before another one starts. Knows no states of jobs.
+that an earlier server left in a job's folder is ended before a new one starts there. Knows no states of jobs.
 """
 
 import asyncio
@@ -29,12 +29,12 @@ _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "GUANACO_OFFLINE
 
 @dataclass(frozen=True)
 class TrainerCommand:
-    """How a trainer is started: everything that does not depend on the job."""
+    """The part of a trainer's command that does not depend on the job."""
 
     model: str | None = None  # as `--model` takes it; None: the demo
     threads: int = 1
     nice: int = 10
-    learning_rate: float = 2e-4  # that a multiplier of 1 stands for
+    learning_rate: float = 2e-4  # the rate that `learning_rate_multiplier` 1 means
     program: Sequence[str] = (sys.executable, "-m", "guanaco.server.commands.entry", "train")
     checker: Sequence[str] = (sys.executable, "-m", "guanaco.server.training.jobs.check")
     variables: Mapping[str, str] = field(default_factory=dict)  # the environment; no secrets
@@ -44,7 +44,7 @@ class TrainerCommand:
         return {**self.variables, **_OFFLINE}
 
     def arguments(self, job: Job, data: Path, validation: Path | None, out: Path, work: Path) -> list[str]:
-        """The command line for one job. Resumes where the work folder has a checkpoint."""
+        """The command line for one job. It resumes if the work folder has a complete checkpoint."""
         chosen: dict[str, object] = {
             "--data": data,
             "--validation-data": validation,
@@ -65,7 +65,7 @@ class TrainerCommand:
 
 @dataclass(frozen=True)
 class TrainerEnd:
-    """How a trainer ended. `answer`: the JSON object in the last line that it wrote; None where there is none."""
+    """How a trainer ended. answer: the JSON object in its last line of output; None if there is none."""
 
     code: int  # negative: killed by that signal
     answer: dict[str, Any] | None
@@ -81,7 +81,7 @@ class TrainerProcess:
         self._is_told = False
 
     async def start(self, arguments: Sequence[str], command: TrainerCommand) -> None:
-        """Raises OSError where it can't be started."""
+        """Start the trainer, after a trainer that an earlier server left in the folder has ended. Raises OSError."""
         await asyncio.to_thread(end_left_behind, self._folder)
         with (
             (self._folder / "stdout").open("wb") as out,
@@ -107,7 +107,7 @@ class TrainerProcess:
             self.stop()
 
     async def wait(self, seconds: float | None = None) -> TrainerEnd | None:
-        """The end; None where it hasn't come within so many seconds."""
+        """How the trainer ended; None if it still runs after `seconds` (None: wait without a limit)."""
         assert self._process is not None
         try:
             code = await asyncio.wait_for(self._process.wait(), seconds)
@@ -118,7 +118,7 @@ class TrainerProcess:
         return TrainerEnd(code, last_answer(self._folder))
 
     def stop(self, grace_seconds: float = _GRACE_SECONDS) -> None:
-        """Have it write a checkpoint and end; kill it where it doesn't in time."""
+        """Ask the trainer to write a checkpoint and end. It is killed after `grace_seconds`. Returns at once."""
         self._is_told = True
         if self._process is None or self._process.returncode is not None:
             return
@@ -134,7 +134,7 @@ class TrainerProcess:
 
 
 def trim_log(folder: Path) -> None:
-    """Cut a log that has grown too long to its last quarter. The process that writes it appends, and goes on."""
+    """Cut a log of more than MAX_LOG_BYTES to the last quarter of that. Its writer appends, so it is not disturbed."""
     path = folder / "log.txt"
     try:
         if path.stat().st_size <= MAX_LOG_BYTES:
@@ -173,7 +173,7 @@ def end_left_behind(folder: Path, grace_seconds: float = _GRACE_SECONDS) -> None
         while not _is_free(handle):
             number = signal.SIGKILL if time.monotonic() - since > grace_seconds else signal.SIGTERM
             text = os.pread(handle, 32, 0)
-            # As long as the lock is held, the number in it is that of the process that holds it.
+            # While the lock is held, the number in the file is the id of the process that holds it.
             if text.isdigit() and int(text) > 1 and number not in told:
                 told.add(number)
                 with suppress(ProcessLookupError, PermissionError):

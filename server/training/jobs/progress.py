@@ -1,7 +1,7 @@
-"""What the trainer has measured so far: its list of logged steps, and the checkpoints that lie beside it.
+"""Reads what a trainer has measured so far: the steps that it logged, and its checkpoints.
 
 The trainer writes `work/train.jsonl` (a JSON object for each logged step) and `work/checkpoint-N/`. After a resume it
-may log steps again that it had logged before. Knows no job; `runner` asks every half second.
+may log steps that it had logged before. Knows no job; `runner` asks every half second.
 """
 
 import csv
@@ -15,21 +15,21 @@ from typing import Any
 from guanaco.server.training.checkpoints import checkpoints, is_complete
 from guanaco.server.training.jobs.disk import read_lines
 
-_TAIL_BYTES = 1 << 20  # of the list: the logged steps before a checkpoint, with an evaluation among them
+_TAIL_BYTES = 1 << 20  # of the log's end: enough for the steps before a checkpoint, with an evaluation among them
 _METRICS = ("train_loss", "valid_loss", "learning_rate", "tokens", "tokens_per_second")
 _THEIR_NAMES = {"train_loss": "loss", "valid_loss": "eval_loss"}
 
 
 class Follower:
-    """Reads a list of logged steps as it grows, each part of it once."""
+    """Reads a log of steps while it grows, each part once."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._place = 0  # up to here all lines were read
 
     def news(self, after_step: int) -> list[dict[str, Any]]:
-        """What was logged since the last call, beyond a step, as of `measured`. A list that was written anew, which a
-        resume does, is read from its beginning."""
+        """The steps after `after_step` that were logged since the last call, in the form of `measured`. If the log has
+        become shorter, because a resume wrote it anew, it is read from its beginning."""
         size = _whole_lines(self._path)
         if size < self._place:
             self._place = 0
@@ -41,7 +41,7 @@ class Follower:
 
 
 def tail(path: Path) -> list[dict[str, Any]]:
-    """The last logged steps, as of `measured`: enough of them for a checkpoint."""
+    """The last logged steps, in the form of `measured`. They reach back to an evaluation."""
     return list(measured(path, 0, max(0, _whole_lines(path) - _TAIL_BYTES)))
 
 
@@ -58,9 +58,9 @@ def _whole_lines(path: Path) -> int:
 
 
 def measured(path: Path, after_step: int = 0, offset: int = 0) -> Iterator[dict[str, Any]]:
-    """The logged steps beyond `after_step`, each once: `step`, `total_steps` (0: not said) and what was measured.
+    """The logged steps after `after_step`, each once: `step`, `total_steps` (0: unknown), and the _METRICS in its line.
 
-    offset: where to begin in the file; a line that is cut there is left out."""
+    offset: the byte to begin at; a line that is cut there is left out."""
     for line in read_lines(path, offset):
         step = line.get("step")
         if isinstance(step, bool) or not isinstance(step, int) or step <= after_step:
@@ -76,7 +76,7 @@ def measured(path: Path, after_step: int = 0, offset: int = 0) -> Iterator[dict[
 
 
 def as_csv(path: Path) -> bytes:
-    """All logged steps as a table with a line of names; empty where nothing was logged."""
+    """All logged steps as CSV with a line of names; empty if nothing was logged."""
     rows = list(measured(path))
     text = io.StringIO()
     writer = csv.DictWriter(text, ["step", *_METRICS], extrasaction="ignore", lineterminator="\n")

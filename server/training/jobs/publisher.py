@@ -1,7 +1,7 @@
-"""A trained adapter becomes one that the server answers with, through the life cycle that every adapter has.
+"""Publishes trained adapters through the life cycle of all adapters, so that the server answers with them.
 
-The only file of this room that knows `server.adapters`. A job's adapter has the source `job:ftjob-…`. A name stands for
-it only if it is free, or if what it stands for now was made by a job of the same key.
+The only file of this room that knows `server.adapters`. A job's adapter has the source `job:ftjob-…`. It gets its name
+only if the name is free, or stands for an adapter that a job of the same key made.
 """
 
 import logging
@@ -19,7 +19,7 @@ from guanaco.server.training.jobs.store import JobStore
 
 logger = logging.getLogger("guanaco.training")
 
-_TRIES = 4  # of a name that changes hands while the adapter is read
+_TRIES = 4  # attempts to publish; others may take or change the name while the adapter is read
 _RACES = (ErrorCode.NAME_TAKEN, ErrorCode.VERSION_CONFLICT)
 
 
@@ -31,24 +31,24 @@ class AdapterPublisher:
         self._jobs = jobs
 
     def may_have(self, owner: str, name: str) -> bool:
-        """As of `Publisher`."""
+        """See `Publisher`."""
         return self._version_to_replace(owner, name) is not None or not self._is_taken(name)
 
     async def version(self, job: Job) -> str:
-        """As of `Publisher`."""
+        """See `Publisher`."""
         try:
             return str((await self._manager.check(job.name, job_source(job.id)))["version"])
         except AdapterError as error:
             raise PublishError(_message(error)) from None
 
     async def publish(self, job: Job) -> str:
-        """As of `Publisher`. A name that was taken meanwhile gets a part of the job's id behind it."""
+        """See `Publisher`. If the name was taken meanwhile, a part of the job's id is appended to it."""
         for _ in range(_TRIES):
             name = job.name
             if not self.may_have(job.owner, name):
                 name = f"{job.name[:51]}-{job.id.removeprefix(JOB + '-')[:12]}"
             before = self._version_to_replace(job.owner, name)
-            # A name that is replaced keeps its profile: its operator may have opened it to other keys.
+            # A name that exists keeps its profile: the operator may have opened it to other keys.
             profile = self._profile(job) if before is None else None
             wanted = LoadRequest(name, job_source(job.id), before is not None, before, profile)
             try:
@@ -61,19 +61,19 @@ class AdapterPublisher:
         raise PublishError("the model's name changed again and again while it was published; create the job again")
 
     async def unload(self, owner: str, name: str) -> bool:
-        """As of `Publisher`."""
+        """See `Publisher`."""
         if self._version_to_replace(owner, name) is None:
             return False
         await self._manager.unload(name)
         return True
 
     def _profile(self, job: Job) -> dict[str, Any]:
-        """What lies beside the adapter, and that it is for the key that made it alone."""
+        """The profile beside the adapter, with the key that made it as the only allowed key."""
         beside = read_json(Path(self._jobs.adapter(job.id)) / "guanaco.json") or {}
         return {**beside, "allowed_keys": [job.key_id]}
 
     def _version_to_replace(self, owner: str, name: str) -> str | None:
-        """What a name stands for, if a job of this key made it."""
+        """The version that a name stands for, if a job of this key made it; else None."""
         entry = self._manager.registry.resolve(name)
         if entry is None or entry.version not in self._jobs.versions(owner, name):
             return None
@@ -92,6 +92,6 @@ class AdapterPublisher:
 
 
 def _message(error: AdapterError) -> str:
-    """A refusal in words for the client, without the server's paths, which the log may have."""
+    """The message for the client. It has no details, since they may hold the server's paths; the log has them."""
     logger.warning("a trained adapter was not published: %s", error)
     return f"the trained adapter was not published ({error.code}); the server's log and its operator can say more"

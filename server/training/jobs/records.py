@@ -1,4 +1,4 @@
-"""What is kept of an uploaded file and of a job: plain data that is written as JSON, and OpenAI's view of it.
+"""The records of uploaded files and jobs: plain data that is written as JSON, and OpenAI's objects made from them.
 
 Knows no disk, no process and no HTTP. `owner` is a digest of an API key, never the key.
 """
@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any, Self
 
-FILE, JOB, EVENT, CHECKPOINT = "file", "ftjob", "ftevent", "ftckpt"  # what their ids begin with
+FILE, JOB, EVENT, CHECKPOINT = "file", "ftjob", "ftevent", "ftckpt"  # prefixes of ids
 TRAINING, RESULTS = "fine-tune", "fine-tune-results"  # purposes of files
 
 
@@ -27,7 +27,7 @@ class StoredFile:
     owner: str
     bytes: int
     created_at: int  # seconds since the epoch
-    filename: str  # a label
+    filename: str  # only shown, never used as a path
     purpose: str = TRAINING
 
     def public(self) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class Hyperparameters:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that the trainer wrote, with what it had measured by then."""
+    """A checkpoint that the trainer wrote, with the last losses that were logged before it."""
 
     id: str
     step: int
@@ -94,7 +94,7 @@ class Job:
     model: str  # the base's name, as the client gave it
     training_file: str
     seed: int
-    name: str  # of the adapter, if it is still free in the end
+    name: str  # of the adapter, if the name is still free at the end
     suffix: str | None = None
     validation_file: str | None = None
     hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
@@ -103,7 +103,7 @@ class Job:
     is_publishing: bool = False  # a running job whose training is over
     num_rows: int | None = None  # of the training file
     step: int = 0  # the last step that was logged
-    steps: int = 0  # that the training has in all; 0: not known yet
+    steps: int = 0  # of the whole training; 0: not known yet
     train_seconds: float = 0.0
     num_idle_starts: int = 0  # starts of the process since a step was logged
     started_at: int | None = None
@@ -118,7 +118,7 @@ class Job:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The ids of the files that it reads."""
+        """The ids of the files that the job reads."""
         return (self.training_file,) if self.validation_file is None else (self.training_file, self.validation_file)
 
     def public(self) -> dict[str, Any]:
@@ -170,7 +170,7 @@ class Job:
 
     @classmethod
     def restored(cls, content: dict[str, Any]) -> Self:
-        """From what `saved` gave. Raises TypeError, ValueError or KeyError for anything else."""
+        """The job from the data of `saved`. Raises TypeError, ValueError or KeyError for other data."""
         known = {each.name for each in fields(cls)}
         data = {name: value for name, value in content.items() if name in known}
         data["status"] = Status(data["status"])
@@ -185,7 +185,7 @@ def _without_none(**values: Any) -> dict[str, Any]:
 
 
 def event(event_id: str, created_at: int, message: str, *, level: str = "info", data: Any = None) -> dict[str, Any]:
-    """OpenAI's event object. data: of an event with metrics."""
+    """OpenAI's event object. created_at: seconds since the epoch. data: metrics, if it is an event of metrics."""
     return {
         "object": "fine_tuning.job.event",
         "id": event_id,

@@ -37,25 +37,25 @@ from guanaco.server.training.jobs.validation import check_files
 logger = logging.getLogger("guanaco.training")
 
 _POLL_SECONDS = 0.5
-_SAVE_SECONDS = 5.0  # between two records of a running job's time
-_MAX_IDLE_STARTS = 3  # of a trainer that ends without a word and without a step
-_RETRY_SECONDS = 5.0  # after the disk failed under a state
+_SAVE_SECONDS = 5.0  # the training time of a running job is written at least this often
+_MAX_IDLE_STARTS = 3  # starts in a row in which the trainer ends without an answer and without a step
+_RETRY_SECONDS = 5.0  # pause if not even a job's failure can be written
 
 
 class Publisher(Protocol):
-    """Makes a trained adapter one that the server answers with."""
+    """Lets the server answer with trained adapters. `publisher.py` implements it. owner: digest of an API key."""
 
     async def version(self, job: Job) -> str:
         """The adapter's content digest. Raises PublishError."""
 
     async def publish(self, job: Job) -> str:
-        """Check, try out and publish the adapter of a job; its name. Raises PublishError."""
+        """Check, try out and publish the adapter of a job. Returns its name. Raises PublishError."""
 
     def may_have(self, owner: str, name: str) -> bool:
-        """Whether a job of a key may take a name now. Raises AdapterError for one that no adapter may have."""
+        """Whether a job of this key may take a name now. Raises AdapterError for a name that no adapter may have."""
 
     async def unload(self, owner: str, name: str) -> bool:
-        """Remove a model that a job of the key made. False where it has none of that name. Raises AdapterError."""
+        """Remove a model that a job of this key made. False if there is none of that name. Raises AdapterError."""
 
 
 class PublishError(GuanacoError):
@@ -88,11 +88,11 @@ class JobRunner:
         self._tasks: tuple[asyncio.Task[None], ...] = ()
         self._process: TrainerProcess | None = None
         self._current: str | None = None  # the job that trains
-        self._checks: dict[str, asyncio.Task[int]] = {}  # of files, by job
+        self._checks: dict[str, asyncio.Task[int]] = {}  # job id → the check of its files
         self._is_stopping = False
 
     def start(self) -> None:
-        """Begin to work, with what an earlier server left first. On the event loop."""
+        """Begin to work, first on the jobs that an earlier server left. Call it on the event loop."""
         self._tasks = (
             asyncio.create_task(self._work(Status.VALIDATING, self._validate)),
             asyncio.create_task(self._work(Status.QUEUED, self._train)),
@@ -104,13 +104,13 @@ class JobRunner:
             event.set()
 
     def drain(self) -> None:
-        """Begin nothing new; the trainer writes a checkpoint and ends, and the next server resumes its job."""
+        """Begin nothing new, and tell the trainer to write a checkpoint and end. The next server resumes its job."""
         self._is_stopping = True
         if self._process is not None:
             self._process.stop()
 
     async def close(self) -> None:
-        """As `drain`, and wait for the trainer's end."""
+        """As `drain`; then wait for the trainer's end."""
         self.drain()
         self.wake()
         for check in self._checks.values():
@@ -120,7 +120,7 @@ class JobRunner:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def stop_if_running(self, job_id: str) -> None:
-        """A job was cancelled: its trainer is told to end, which it does within a step. The check of its files ends."""
+        """Stop the work for a cancelled job: end the check of its files, and tell its trainer to end after its step."""
         if (check := self._checks.get(job_id)) is not None:
             check.cancel()
         if self._current == job_id and self._process is not None:
@@ -131,7 +131,7 @@ class JobRunner:
         while not self._is_stopping:
             self._woken[status].clear()
             waiting = [Status.RUNNING, Status.QUEUED] if status is Status.QUEUED else [status]
-            # One that runs was interrupted, and goes first.
+            # A job in the state running was interrupted by a restart, and goes first.
             job = next((job for each in waiting for job in self._jobs.in_status(each)), None)
             if job is None:
                 await self._woken[status].wait()
@@ -187,7 +187,7 @@ class JobRunner:
             self._current = None
 
     async def _trained(self, job: Job) -> bool:
-        """Run the trainer to its end. True: there is an adapter to publish."""
+        """Run the trainer to its end. Returns whether there is an adapter to publish."""
         out, folder = self._jobs.adapter(job.id), self._jobs.folder(job.id)
         if job.status is Status.RUNNING and out.is_dir() and "adapter" in (last_answer(folder) or {}):
             return await self._ended(job, TrainerEnd(0, last_answer(folder)))  # it ended while no server looked
@@ -219,7 +219,7 @@ class JobRunner:
         return await self._ended(self._jobs.get(job.id) or job, end)
 
     async def _watch(self, job: Job, process: TrainerProcess, work: Path) -> TrainerEnd:
-        """Note what the trainer measures until it ends."""
+        """Record the trainer's progress until it ends. A job that exceeds its key's limits fails."""
         begun, before = time.monotonic(), job.train_seconds
         saved, end, follower = begun, None, Follower(work / "train.jsonl")
         while end is None:
@@ -236,7 +236,7 @@ class JobRunner:
         return end
 
     async def _note_progress(self, job_id: str, work: Path, follower: Follower) -> bool:
-        """Make events and checkpoints of what is new. Returns whether there was anything."""
+        """Make events of new steps, and records of new checkpoints. Returns whether there was anything new."""
         job = self._jobs.get(job_id)
         if job is None or job.status.is_final:
             return False
@@ -265,7 +265,7 @@ class JobRunner:
         return bool(changes)
 
     async def _ended(self, job: Job, end: TrainerEnd) -> bool:
-        """The trainer is gone. True: there is an adapter to publish."""
+        """Handle the trainer's end. Returns whether there is an adapter to publish."""
         answer = end.answer or {}
         if job.status.is_final:
             return False
@@ -304,7 +304,7 @@ class JobRunner:
         if job.status.is_final:
             return
         try:
-            # Written down first: after a crash the version must be known as this key's.
+            # Recorded before publishing: after a crash this version must be known as this key's.
             job = await self._change(job_id, version=await self._publisher.version(job))
             if job.status.is_final:
                 return
@@ -325,7 +325,8 @@ class JobRunner:
         logger.info("fine-tuning job %s succeeded", job_id)
 
     async def _results(self, job: Job) -> tuple[str, ...]:
-        """The metrics as a file of the job's key; none where nothing was logged or the disk is full."""
+        """Write the metrics as a file of the job's key. Returns its id in a tuple; empty if nothing was logged or the
+        disk failed."""
         content = await asyncio.to_thread(as_csv, self._jobs.folder(job.id) / "work" / "train.jsonl")
         if not content:
             return ()
@@ -336,7 +337,7 @@ class JobRunner:
         return ()
 
     async def _clean(self, job: Job) -> None:
-        """Remove what a finished job needs no more."""
+        """Keep the results of a finished job, and remove its work files."""
         if job.status is not Status.SUCCEEDED and not job.result_files and (results := await self._results(job)):
             with suppress(OSError):
                 await self._change(job.id, result_files=results)
@@ -360,7 +361,7 @@ class JobRunner:
 
 
 def _checkpoint(step: int, lines: list[dict[str, Any]]) -> Checkpoint:
-    """With what was measured last before it."""
+    """The record of a checkpoint at `step`, with the last losses that were logged up to it."""
     before = [line for line in lines if line["step"] <= step]
     train = next((line["train_loss"] for line in reversed(before) if "train_loss" in line), None)
     valid = next((line["valid_loss"] for line in reversed(before) if "valid_loss" in line), None)

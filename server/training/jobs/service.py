@@ -1,7 +1,7 @@
 """Training over the API, as its routes call it: files, jobs, events and models of one API key, within its limits.
 
-Every method takes the `Owner`, and sees only what that key has made; a refusal is a RequestRefused. Lives on the
-event loop; disk work happens on threads. Knows no HTTP. Built by `guanaco serve`.
+A method with an `Owner` sees only what that key has made, and raises RequestRefused if it refuses. Lives on the event
+loop; disk work happens on threads. Knows no HTTP. Built by `server.bootstrap.training`.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from guanaco.server.training.jobs.runner import JobRunner, Publisher
 from guanaco.server.training.jobs.store import JobStore
 from guanaco.server.training.jobs.usage import Usage
 
-# A process that a killed server was starting holds the server's lock until it runs its own program: milliseconds.
+# A child process of a killed server keeps the lock until it has loaded its own program, which takes milliseconds.
 _LOCK_TRIES, _LOCK_PAUSE_SECONDS = 20, 0.05
 
 
@@ -38,7 +38,7 @@ def has_extra() -> bool:
 
 @dataclass(frozen=True)
 class JobRequest:
-    """A job as a client asks for it, with every field checked by itself."""
+    """A job as a client asks for it. Every field is valid by itself."""
 
     model: str
     training_file: str
@@ -51,12 +51,12 @@ class JobRequest:
 
 @dataclass(frozen=True)
 class TrainingNumbers:
-    """What the metrics show of one moment."""
+    """The numbers of one moment, for the metrics."""
 
     jobs: dict[str, int]  # by status
     num_files: int
     num_file_bytes: int
-    step: int = 0  # of the running job, as the next two
+    step: int = 0  # these three are of the running job; 0 if none runs
     steps: int = 0
     train_seconds: float = 0.0
 
@@ -88,8 +88,9 @@ class TrainingService:
         self._creating = asyncio.Lock()
 
     def open(self) -> tuple[str, ...]:
-        """Take the directory, and find what an earlier server kept there; remarks for the operator. Raises OSError,
-        BlockingIOError where another server has the directory."""
+        """Lock the directory, and find the files and jobs of an earlier server. Returns remarks for the operator.
+
+        Raises OSError, and BlockingIOError if another server uses the directory."""
         make_directory(self.directory)
         handle = os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -103,7 +104,7 @@ class TrainingService:
         return notes
 
     def start(self, publisher: Publisher) -> None:
-        """Begin to move jobs. On the event loop."""
+        """Begin to work on jobs. Call it on the event loop."""
         self._publisher = publisher
         self._runner = JobRunner(
             self.jobs, self.files, self._command, publisher, self.limits, poll_seconds=self._poll_seconds
@@ -112,12 +113,12 @@ class TrainingService:
             self._runner.start()
 
     def drain(self) -> None:
-        """The server is about to end: the running job writes a checkpoint, and the next server resumes it."""
+        """Prepare the server's end: the running job writes a checkpoint, and the next server resumes it."""
         if self._runner is not None:
             self._runner.drain()
 
     async def close(self) -> None:
-        """As `drain`; waits for the trainer, and gives the directory up."""
+        """As `drain`; then wait for the trainer's end, and unlock the directory."""
         if self._runner is not None:
             await self._runner.close()
         if self._lock is not None:
@@ -134,7 +135,7 @@ class TrainingService:
         await asyncio.to_thread(self.files.delete, owner.digest, file_id, self.jobs.files_in_use())
 
     async def create(self, owner: Owner, wanted: JobRequest) -> Job:
-        """A new job, whose files are checked next."""
+        """Create a job and wake the runner, which checks its files first."""
         for name, param in ((wanted.training_file, "training_file"), (wanted.validation_file, "validation_file")):
             if name is not None and self.files.get(owner.digest, name, param).purpose != TRAINING:
                 text = f"{param} names a file of results: upload one with the purpose {TRAINING}"
@@ -175,7 +176,7 @@ class TrainingService:
         return job
 
     async def cancel(self, owner: Owner, job_id: str) -> Job:
-        """End a job. One that is being published, or has ended, can't be cancelled."""
+        """Cancel a job. A job that is being published or has ended can't be cancelled."""
         job = self.job(owner, job_id)
         if job.is_publishing and not job.status.is_final:
             text = "the job's adapter is being published: wait a moment, then delete the model if it is not wanted"
@@ -185,7 +186,7 @@ class TrainingService:
             raise RequestRefused(ErrorCode.JOB_NOT_CANCELLABLE, text, None, RefusalKind.CONFLICT)
         try:
             cancelled = await asyncio.to_thread(self.jobs.cancel, job_id, int(time.time()))
-            if cancelled is None:  # it went on in this moment: the first lines say how
+            if cancelled is None:  # its state has just changed: the checks above then raise the right error
                 return await self.cancel(owner, job_id)
             if self._runner is not None:
                 self._runner.stop_if_running(job_id)
@@ -195,19 +196,20 @@ class TrainingService:
         return cancelled
 
     async def events(self, owner: Owner, job_id: str, after: str | None, limit: int) -> list[dict[str, Any]]:
-        """At most `limit` of a job's events, the latest first: all, or those behind the one with the id `after`. Raises
-        LookupError where the job has none of that id."""
+        """At most `limit` of a job's events, the latest first. after: the id of an event; only older ones are returned.
+
+        Raises LookupError if the job has no event of that id."""
         return await asyncio.to_thread(self.jobs.events, self.job(owner, job_id).id, after, limit)
 
     async def delete_model(self, owner: Owner, name: str) -> bool:
-        """Remove a model that a job of this key made. False where the key has none of that name."""
+        """Remove a model that a job of this key made. False if the key has none of that name."""
         try:
             return self._publisher is not None and await self._publisher.unload(owner.digest, name)
         except AdapterError:
             return False
 
     def numbers(self) -> TrainingNumbers:
-        """For the metrics."""
+        """The numbers of this moment, for the metrics."""
         jobs = self.jobs.all()
         num_files, num_bytes = self.files.totals()
         counts = {status.value: sum(job.status is status for job in jobs) for status in Status}
@@ -230,7 +232,7 @@ class TrainingService:
 
 
 def _take_lock(handle: int) -> None:
-    """Lock an open file for this server alone. Raises BlockingIOError where another server has it, after a second."""
+    """Lock an open file for this server. Raises BlockingIOError if another server still has it after a second."""
     for left in reversed(range(_LOCK_TRIES)):
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,10 +1,10 @@
-"""The jobs of one server on disk: a record and a list of events for each, and the folders that its trainer works in.
+"""The jobs of one server on disk: for each a record, a list of events, and the folders of its trainer.
 
     jobs/ftjob-…/job.json, events.jsonl      the record, replaced as a whole; the events, line by line
     jobs/ftjob-…/work, stdout, log.txt       the trainer's checkpoints and metrics, its answer, its messages
-    adapters/ftjob-…                         the adapter of a job that is trained
+    adapters/ftjob-…                         the trained adapter
 
-Every change is on the disk before it counts. Knows no queue and no process; `runner` moves the jobs.
+Every change is written to disk before it counts. Knows no queue and no process; `runner` moves the jobs.
 """
 
 import shutil
@@ -40,7 +40,7 @@ class JobStore:
         self._jobs: dict[str, Job] = {}
 
     def open(self) -> tuple[str, ...]:
-        """Find the jobs of an earlier server; remarks for the operator. Raises OSError."""
+        """Find the jobs of an earlier server. Returns remarks for the operator. Raises OSError."""
         make_directory(self._directory)
         make_directory(self.adapters)
         notes = []
@@ -53,7 +53,7 @@ class JobStore:
                 if (path / "job.json").exists():
                     notes.append(f"fine-tuning job {path.name}: its record is damaged, so that it is left out")
                 else:
-                    shutil.rmtree(path, ignore_errors=True)  # a job that was never answered for
+                    shutil.rmtree(path, ignore_errors=True)  # a crash came before the client got this job
                 continue
             self._jobs[job.id] = job
             if job.status.is_final:
@@ -61,7 +61,7 @@ class JobStore:
         return tuple(notes)
 
     def add(self, job: Job) -> None:
-        """Keep a new job. Raises OSError; then there is none."""
+        """Keep a new job, and forget old ones of its key. Raises OSError; then the job is not kept."""
         try:
             make_directory(self.folder(job.id))
             write_record(self.folder(job.id) / "job.json", job.saved())
@@ -73,7 +73,8 @@ class JobStore:
         self._forget_old(job.owner)
 
     def change(self, job_id: str, **changes: Any) -> Job:
-        """Change a job's record, unless it is final already. Raises OSError; then nothing changed."""
+        """Change a job's record, and return it. Of a job that has ended, only `result_files` can still change. Raises
+        OSError; then nothing changed."""
         with self._lock:
             job = self._jobs[job_id]
             if job.status.is_final and "result_files" not in changes:
@@ -84,7 +85,7 @@ class JobStore:
             return changed
 
     def cancel(self, job_id: str, now: int) -> Job | None:
-        """End a job as cancelled; None where it has ended already, or is being published. Raises OSError."""
+        """End a job as cancelled; None if it has already ended or is being published. Raises OSError."""
         with self._lock:
             job = self._jobs[job_id]
             if job.status.is_final or job.is_publishing:
@@ -97,15 +98,16 @@ class JobStore:
             self._events(job_id).add(message, level=level, data=data)
 
     def events(self, job_id: str, after: str | None = None, limit: int = 1 << 30) -> list[dict[str, Any]]:
-        """A job's events, the latest first: at most `limit` of them, behind the one with the id `after`. Raises
-        LookupError where the job has no event of that id."""
+        """At most `limit` of a job's events, the latest first. after: the id of an event; only older ones are returned.
+
+        Raises LookupError if the job has no event of that id."""
         return self._events(job_id).latest(after, limit)
 
     def _events(self, job_id: str) -> EventList:
         return EventList(self.folder(job_id) / "events.jsonl")
 
     def get(self, job_id: str) -> Job | None:
-        """The job of that id; None where there is none."""
+        """The job with this id; None if there is none."""
         return self._jobs.get(job_id)
 
     def all(self) -> list[Job]:
@@ -127,7 +129,7 @@ class JobStore:
         return self._directory / job_id
 
     def adapter(self, job_id: str) -> Path:
-        """Where a job's adapter comes to lie."""
+        """The path of a job's adapter."""
         assert is_id(job_id, JOB)
         return self.adapters / job_id
 
@@ -136,19 +138,20 @@ class JobStore:
         return tuple(name for job in self.all() if not job.status.is_final for name in job.files)
 
     def clear_work(self, job: Job) -> None:
-        """Remove what the trainer of a finished job left, but for its messages and an adapter that was published."""
+        """Remove the work folder of a finished job, and its adapter unless that may have been published."""
         shutil.rmtree(self.folder(job.id) / "work", ignore_errors=True)
         if job.status is Status.CANCELLED or (job.status is Status.FAILED and not job.is_publishing):
             shutil.rmtree(self.adapter(job.id), ignore_errors=True)
 
     def versions(self, owner: str, name: str) -> frozenset[str]:
-        """The versions that jobs of a key have made, or are about to make, of one adapter's name."""
+        """The adapter versions that jobs of a key have published, or are about to publish, under a name."""
         return frozenset(
             job.version for job in self.of(owner) if job.version and name in (job.fine_tuned_model, job.name)
         )
 
     def _forget_old(self, owner: str) -> None:
-        """A job that still counts in its key's quota stays: many jobs that fail at once must not reset it."""
+        """Forget a key's oldest finished jobs beyond the limit. A job that still counts in the key's quota stays, since
+        many jobs that fail at once must not reset the quota."""
         since = time() - WINDOW_SECONDS
         old = [job for job in self.of(owner) if job.status.is_final][: -self._limits.max_kept_jobs_per_key]
         self._remove(
@@ -156,8 +159,8 @@ class JobStore:
         )
 
     def _remove(self, jobs: Iterable[Job]) -> None:
-        """Forget jobs with their files of results. The adapter of a job that succeeded stays: its model may be served,
-        and comes from there."""
+        """Forget jobs, with their result files. The adapter of a job that succeeded stays, because the server may still
+        load it from there."""
         for job in jobs:
             with self._lock:
                 self._jobs.pop(job.id, None)

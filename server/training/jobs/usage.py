@@ -1,4 +1,4 @@
-"""What a key has used of its steps and hours: of its unfinished jobs, and of those that ended in the last 24 hours."""
+"""The steps and hours that a key has used, in its unfinished jobs and those that ended in the last 24 hours."""
 
 import time
 
@@ -10,14 +10,14 @@ from guanaco.server.training.recipes import Recipe, num_held_out
 
 
 class Usage:
-    """Counts over the jobs of a store."""
+    """Counts the use of keys over the jobs of a store."""
 
     def __init__(self, jobs: JobStore, limits: TrainLimits) -> None:
         self._jobs = jobs
         self._limits = limits
 
     def check_new(self, owner: str) -> None:
-        """Raises RequestRefused where a key may create no further job now."""
+        """Raises RequestRefused if a key may not create another job now."""
         limits, recent = self._limits, self._recent(owner)
         num_open = sum(not job.status.is_final for job in recent)
         if num_open >= limits.max_jobs_per_key:
@@ -28,7 +28,7 @@ class Usage:
             raise quota(f"this API key has used its {limits.max_hours_per_key:g} hours of 24: try again later")
 
     def check_planned(self, job: Job, num_rows: int) -> None:
-        """Raises RequestRefused where a job is known to need more steps than its key has left."""
+        """Raises RequestRefused if a job with `num_rows` rows needs more steps than its key has left."""
         chosen, recipe = job.hyperparameters, Recipe()
         share = recipe.held_out if job.validation_file is None else 0.0
         rows = num_rows - num_held_out(num_rows, share, recipe.max_held_out)
@@ -37,7 +37,8 @@ class Usage:
             raise quota(self._too_many_steps(steps), "training_file")
 
     def spent(self, job: Job) -> str | None:
-        """Why a running job must end: it needs more steps than are left, or the hours are over. None: it may go on."""
+        """Why a running job must end: it needs more steps than its key has left, or the hours are used up. None: it may
+        go on."""
         if self._steps_besides(job) + max(job.step, job.steps) > self._limits.max_steps_per_key:
             return self._too_many_steps(max(job.step, job.steps))
         others = [other for other in self._recent(job.owner) if other.id != job.id]

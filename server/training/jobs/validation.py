@@ -1,4 +1,4 @@
-"""Has a job's files checked in a process of its own, which gives way to requests. Called by `runner`."""
+"""Checks a job's files in a process of its own, whose niceness lets requests go first. Called by `runner`."""
 
 import asyncio
 import json
@@ -16,8 +16,11 @@ _MAX_MESSAGE = 2000
 
 
 async def check_files(command: TrainerCommand, paths: Sequence[Path], folder: Path) -> int:
-    """The number of rows of the first file. Raises RequestRefused ("invalid_training_file") that names lines and
-    reasons, OSError where the process can't be started."""
+    """The number of rows of the first file. folder: the job's; its log.txt gets the process's messages.
+
+    Raises RequestRefused, with lines and reasons, if a file can't be trained on; it is also raised if the check takes
+    too long or fails. Raises OSError if the process can't be started.
+    """
     with (folder / "log.txt").open("ab") as log:
         process = await asyncio.create_subprocess_exec(
             *command.checker,

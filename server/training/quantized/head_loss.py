@@ -1,8 +1,8 @@
-"""The loss of the head, without logits of all tokens in memory: forward and gradient in one pass over the vocabulary.
+"""The loss of the head, computed with its gradient for some tokens at a time, so that memory never holds all logits.
 
-Logits of some tokens at a time are computed into memory that is used again, become the loss, and then in the same place
-the gradient, which the head's weight brings back to the hidden states. Knows the layers of `linear`. Called by the
-training loop.
+The logits of some tokens are computed into a buffer that is used again. From them come the loss and, in the same
+buffer, the gradient of the logits; the head's weight turns it into that of the hidden states. Knows the layers of
+`linear`. Called by the training loop.
 """
 
 from typing import Any
@@ -12,26 +12,26 @@ from torch import Tensor
 
 from guanaco.server.training.quantized.linear import ServedLinear
 
-_MAX_LOGITS = 32 << 20  # that are in memory at a time (128 MiB of float32); the head is decoded twice for each part
-_ROWS_IN_CACHE = 1 << 18  # logits that several operations go over, one after the other (1 MiB)
+_MAX_LOGITS = 32 << 20  # in memory at a time (128 MiB of float32); the head is decoded twice for so many
+_ROWS_IN_CACHE = 1 << 18  # logits (1 MiB) for which all operations are done before the next ones, so caches hold them
 
 
 class HeadLoss:
-    """Computes the loss with one piece of memory. One thread at a time."""
+    """Computes the loss with one buffer for logits. Not for several threads at a time."""
 
     def __init__(self, max_logits: int = _MAX_LOGITS) -> None:
         self._max_logits = max_logits
         self._memory = torch.empty(0)
 
     def __call__(self, hidden: Tensor, labels: Tensor, head: ServedLinear) -> Tensor:
-        """The sum of the cross-entropies of hidden states [t, in] with labels int64 [t], a float32 number.
+        """The sum of the cross-entropies of hidden states [t, in] with labels int64 [t], a float32 scalar.
 
-        Its gradient reaches the hidden states, and not the head."""
+        Gradients flow to the hidden states only; the head is frozen."""
         loss: Tensor = _Loss.apply(hidden, labels, head, self)  # type: ignore[no-untyped-call]
         return loss
 
     def logits(self, rows: int, columns: int) -> Tensor:
-        """Memory for logits, float32 [rows, columns]; it holds anything."""
+        """The buffer for logits, float32 [rows, columns], with arbitrary content."""
         if self._memory.numel() < rows * columns:
             self._memory = torch.empty(rows * columns)
         return self._memory[: rows * columns].view(rows, columns)
@@ -42,7 +42,7 @@ class HeadLoss:
 
 
 class _Loss(torch.autograd.Function):
-    """The gradient is computed with the loss: the logits are there only then."""
+    """Computes the gradient together with the loss, because the logits are only there then."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: ServedLinear, memory: HeadLoss) -> Tensor:
@@ -65,7 +65,7 @@ class _Loss(torch.autograd.Function):
 
 
 def _to_gradient(logits: Tensor, labels: Tensor, *, keeps: bool) -> Tensor:
-    """The summed loss of logits [t, vocabulary], float64. keeps: they become the loss's gradient for them."""
+    """The summed loss of logits [t, vocabulary], float64. keeps: overwrite the logits with their gradient."""
     total = torch.zeros((), dtype=torch.float64)
     step = max(1, _ROWS_IN_CACHE // logits.shape[1])
     for start in range(0, len(logits), step):

@@ -1,7 +1,7 @@
 """Linear layers over the weights as they are served, with a gradient for their input; the weights are frozen.
 
-A weight is never in memory as a whole: rows of it are decoded into one piece of memory that all layers share, and
-multiplied by torch. Knows the kernels' handles, no models or files. Built by `model`.
+A decoded weight is never in memory as a whole: some rows are decoded into a buffer that all layers share, and torch
+multiplies with them. Knows the kernels' handles, no models or files. Built by `model`.
 """
 
 from typing import Any
@@ -48,7 +48,7 @@ class Decoder:
         return out
 
     def product_into(self, y: Tensor, x: Tensor, weight: LinearHandle) -> None:
-        """y [t, out] = x · Wᵀ of x [t, in], computed in the dtype of x; y may be float32 all the same."""
+        """y [t, out] = x · Wᵀ of x [t, in], computed in the dtype of x. y has that dtype, or float32."""
         for start, stop in self.pieces(weight):
             piece = self.rows(weight, start, stop, x.dtype).t()
             if y.dtype == x.dtype:
@@ -106,7 +106,7 @@ class ServedLinear(nn.Linear):
         return y.view(*input.shape[:-1], self.out_features)
 
     def product_into(self, y: Tensor, x: Tensor) -> None:
-        """y [t, out] = x · Wᵀ + bias without a gradient; y may be float32 where x is not."""
+        """y [t, out] = x · Wᵀ + bias of x [t, in], without a gradient. y has the dtype of x, or float32."""
         self._decoder.product_into(y, x, self._served)
         if self.bias is not None:
             y.add_(self.bias)
@@ -116,16 +116,16 @@ class ServedLinear(nn.Linear):
         self._decoder.gradient_into(dx, dy, self._served)
 
     def decoded(self) -> Tensor:
-        """float32 [out, in]: the weight as it is served, in memory of its own. For tests and for looking at it."""
+        """float32 [out, in]: a copy of the decoded weight. For tests."""
         pieces = self._decoder.pieces(self._served)
         return torch.cat([self._decoder.rows(self._served, *piece, torch.float32).clone() for piece in pieces])
 
 
 class ServedEmbedding(nn.Embedding):
-    """A frozen embedding in its stored dtype; what comes out is in the dtype of training."""
+    """A frozen embedding that stays in its stored dtype; its outputs have the dtype of training."""
 
     def __init__(self, table: Tensor, dtype: torch.dtype, padding_idx: int | None) -> None:
-        """table: [vocab, hidden], which is kept and not copied."""
+        """table: [vocab, hidden]; it is not copied."""
         super().__init__(table.shape[0], table.shape[1], padding_idx=padding_idx, _weight=table, _freeze=True)
         self.compute_dtype = dtype
 

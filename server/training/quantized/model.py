@@ -1,7 +1,7 @@
-"""From a model's path to a transformers model that trains adapters on the base as it is served.
+"""Loads a model as a transformers model that trains adapters on the base as it is served.
 
-The weights come from `models.loading`, which gives them to the server too: both map one packed file, and the base lies
-in memory once. Knows no data, recipes or jobs. Called by the training loop.
+The weights come from `models.loading`, as the server's do: both processes map one packed file, so the base is in memory
+once. Knows no data, recipes or jobs. Called by `server.training.base`.
 """
 
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ def load_base(
     directory of safetensors, dense or in bitsandbytes' NF4, or a GGUF file.
     cache_dir: the server's cache (`settings.cache_dir`). With it the packed weights are mapped, and server and trainer
     share their pages; without it each has a copy of its own.
-    dtype: of activations and gradients, float32 or bfloat16. threads: of the decoder, None for as many as torch has.
+    dtype: of activations and gradients, float32 or bfloat16. threads: of the decoder; None: as many as torch has.
     keep_float32, max_model_len, progress: as in `load_model`. keep_float32 must be what the server has (true for
     `--dtype float32`), or the fingerprints differ.
 
@@ -69,7 +69,7 @@ def load_base(
 
 def base_fingerprint(model: Any) -> str:
     """The fingerprint of the base that `load_base` has made, or of a PEFT model around it: hex SHA-256, the same that
-    the server computes and that adapters carry as `guanaco.base_fingerprint`."""
+    the server computes and that adapters carry as `guanaco.base_fingerprint`. Raises ValueError for another model."""
     fingerprint = getattr(model, "guanaco_fingerprint", None)  # PEFT's models pass attributes on to their base
     if not isinstance(fingerprint, str):
         raise ValueError("this model was not made by load_base, so its base has no fingerprint")
@@ -77,7 +77,7 @@ def base_fingerprint(model: Any) -> str:
 
 
 def _load_ops(dtype: torch.dtype, threads: int) -> tuple[Any, tuple[str, ...]]:
-    """The provider that decodes, and what is to be said about it."""
+    """(the provider that decodes, notes for the operator)."""
     cpu = torch.device("cpu")
     try:
         return load_ops("cpu", device=cpu, dtype=dtype, threads=threads, in_torch_threads=True), ()
@@ -94,7 +94,7 @@ def _empty_model(config: ModelConfig, dtype: torch.dtype) -> Any:
     fields.use_cache = False  # training has no use for keys and values of the past
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(fields, dtype=dtype, attn_implementation="sdpa")
-    # It holds no weights, only what follows from the config.
+    # It has no weights, only frequencies that follow from the config, so it is built in real memory.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=fields)
     return model
 
@@ -113,7 +113,7 @@ def _fill(model: Any, loaded: LoadedModel, decoder: Decoder, dtype: torch.dtype)
 
 
 def _norms(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of norms by their module's name: what is neither a bias nor the embedding."""
+    """Module's name → weight of a norm: every `.weight` tensor but the embedding."""
     weights = {name.removesuffix(".weight"): t for name, t in tensors.items() if name.endswith(".weight")}
     del weights["embed_tokens"]
     return weights
@@ -125,7 +125,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _check_complete(model: nn.Module, source: Path) -> None:
-    """Refuse a model with a part that the server's has not: nothing would fill its values."""
+    """Raise ModelError if transformers' model has a tensor that the served one lacks: nothing would fill it."""
     empty = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if empty:
         raise ModelError(

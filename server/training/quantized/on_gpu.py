@@ -1,7 +1,7 @@
 """The base on a GPU: transformers' model with bitsandbytes' layers over the NF4 codes that are served.
 
 This has never run on a GPU. Its tests run it with the device `cpu`, where bitsandbytes computes the same. Knows no
-data, recipes or jobs. Called by the training loop.
+data, recipes or jobs. Called by `server.training.base`.
 """
 
 import tempfile
@@ -17,7 +17,7 @@ from guanaco.server.training.quantized.model import base_fingerprint, load_base
 
 
 def load_base_on(device: str, source: Path, *, dtype: torch.dtype, **options: Any) -> Any:
-    """As `load_base`, whose options it takes, with the weights on `device` and bitsandbytes' layers for them.
+    """As `load_base`, with the weights on `device` and bitsandbytes' layers. options: those of `load_base`.
 
     A dense source is quantised as `guanaco quantize` does it, into a temporary folder that is gone afterwards. Raises
     ModelError, ValueError and ImportError as `load_base` does.
@@ -46,7 +46,7 @@ def _bitsandbytes_model(path: Path, device: str, dtype: torch.dtype) -> Any:
         path, dtype=dtype, device_map={"": device}, attn_implementation="sdpa"
     )
     model.config.use_cache = False
-    # A checkpoint brings its own compute dtype, and what is in 16 bits there stays so: all in one dtype here.
+    # A checkpoint sets its own compute dtype, and its 16-bit tensors keep theirs. Here everything gets one dtype.
     linears: list[Any] = [module for module in model.modules() if isinstance(module, Linear4bit)]
     for module in linears:
         module.weight.quant_state.dtype = dtype
