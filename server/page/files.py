@@ -1,7 +1,6 @@
 """The page's files as a browser gets them: path in the URL → bytes, content type and ETag. Read once, at the start.
 
-Knows no HTTP server. No path of a request reaches the file system: a path that is no key of `read_page()` is none of
-the page's.
+Knows no HTTP server. No path of a request reaches the file system: only keys of `read_page()` are served.
 """
 
 import hashlib
@@ -11,7 +10,7 @@ from pathlib import Path
 STATIC = Path(__file__).parent / "static"
 VENDORED = Path(__file__).parent / "vendored.json"  # which file of which npm package, with digests and licences
 START = "/"  # the page itself
-PREFIX = "/page/"  # what it is made of
+PREFIX = "/page/"  # scripts, styles and pictures
 
 _TYPES = {
     ".css": "text/css; charset=utf-8",
