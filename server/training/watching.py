@@ -103,8 +103,8 @@ class Watcher(transformers.TrainerCallback):
             self._report(_shown(self._line, state), state.global_step, state.max_steps)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop if the held-out loss has not improved for `patience` evaluations. Only the state is read, and checkpoints
-        keep it, so a resumed training stops at the same step."""
+        """Stop if the held-out loss has not improved for `patience` evaluations. Only the state is read, which a
+        checkpoint keeps, so a resumed training stops at the same step."""
         losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
         if self._patience and len(losses) - 1 - losses.index(min(losses)) >= self._patience:
             control.should_training_stop = control.should_save = True
