@@ -1,7 +1,7 @@
 """Adapters that come and go while the engine runs: load, prove, publish, replace, roll back, drain, remove.
 
 Lives on the event loop; reading, copying and hashing happen on the threads of `sources`, and the proof of effect in
-background requests, so a load delays nobody but its caller. Knows no HTTP. Used by the admin routes.
+background requests, so a load delays nobody but its caller. Knows no HTTP. Used by the admin routes and by training.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """Moves adapter versions between disk and host memory, as the engine's ledger of residency decides.
 
 The scheduler decides on the engine's thread. Here are the threads that read versions into the registry, and the calls
-that drop them. A version that can't be read is marked broken. Made and used by the adapter manager.
+that drop them. A version whose stored copy is damaged or gone is marked broken. Made and used by the adapter manager.
 """
 
 import asyncio
@@ -84,7 +84,7 @@ class AdapterTiers:
 
     async def forget(self, version: str) -> bool:
         """Take a version that no request will name off device and host memory. Returns False if it was registered again
-        before that was done."""
+        before that was done, and True if the engine is dead."""
         if not self._engine.health().live:
             return True
         left = self._leaving.setdefault(version, asyncio.get_running_loop().create_future())
@@ -107,7 +107,7 @@ class AdapterTiers:
                 self._registry.holds.give_back(version, Holder.ENGINE)
 
     def tier(self, version: str) -> str:
-        """`device`, `host` or `disk`: the fastest place that has it, perhaps a step ago."""
+        """`device`, `host` or `disk`: the fastest place that has a version. May be a step old."""
         return self._engine.residency.tier(version)
 
     def check_room(self, adapter: LoadedAdapter) -> None:

@@ -1,7 +1,7 @@
 """Checks that need no loaded model: a typing error must not cost the minutes of loading.
 
 Reads names, settings and small files only; the loaders check everything again, with the tensors. Called by `runtime`
-and the commands.
+and by training.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Finds the settings' model on this disk, or downloads it. Called before serving and before training."""
+"""Finds the settings' model on this disk, or downloads it. Called by `runtime` and by training."""
 
 import os
 from pathlib import Path

@@ -2,7 +2,7 @@
 
 One thread steps the engine. Messages to it wait for the next step. Each step's results come back with one call into the
 loop, made when the next step's forward pass begins: before that the engine holds Python's interpreter lock, and the
-loop would only compete with it. Detokenising and stop strings happen on the loop's side. Used by the HTTP API.
+loop would only compete with it. Detokenising and stop strings happen on the loop's side. Used by the API and adapters.
 """
 
 import asyncio
@@ -44,7 +44,7 @@ _JOIN_SECONDS = 2.0  # an engine thread that is stuck in a step is left behind: 
 
 @dataclass(frozen=True)
 class QueueCaps:
-    """Limits of the queue: a request that would exceed one of them is refused."""
+    """The most requests and prompt tokens that may wait; a request that would exceed one of them is refused."""
 
     max_requests: int
     max_tokens: int
@@ -86,7 +86,7 @@ class EngineUnavailable(GuanacoError):
 
 
 class AsyncEngine:
-    """An `Engine` on a thread of its own. All public methods are for the event loop that `start` was called on."""
+    """An `Engine` on a thread of its own. Methods are for the event loop that called `start`, if they don't say more."""
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 A graph is made when a step first needs it, for a bucket of batch sizes. Everything that differs from step to step is
 data in fixed buffers, filled on the host and copied at once: tokens, block tables, adapter slots and factors. Rows that
 pad a bucket write nowhere and have no adapter. Capture and replay (`CudaCapture`) have NEVER RUN on a GPU. Everything
-else here also runs without one, by `RunEagerly`. Called by the model runner, in place of the eager forward pass.
+else here is tested without one, with `RunEagerly`. Called by the model runner, in place of the eager forward pass.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """Tokens → text, as the tokens arrive: whole characters only, and no stop string, even one that several tokens spell.
 
-Doesn't know where tokens come from or where the text goes. One per request; used by `async_engine` and `generate`.
+Doesn't know where tokens come from or where the text goes. One per request; used by `request_stream` and `generate`.
 """
 
 import itertools

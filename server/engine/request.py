@@ -16,7 +16,7 @@ from guanaco.server.engine.constraints import AllowedTokens, Constraint
 class FinishReason(StrEnum):
     STOP = "stop"  # an eos id, a stop token id or a stop string
     LENGTH = "length"  # max_tokens were written, or the context is full
-    ABORT = "abort"  # the client left, or an operator ended the request
+    ABORT = "abort"  # ended by `Abort`: the client left, or its stream had ended already, as after a stop string
     ERROR = "error"  # the request could not be finished; `error` says why
 
 

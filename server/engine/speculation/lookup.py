@@ -1,4 +1,4 @@
-"""Where a text repeats itself: the continuation of an earlier place that reads like its end ("prompt lookup").
+"""Guesses how a text goes on from an earlier place of it that reads like its end ("prompt lookup").
 
 Follows the tokens of one request, prompt and output. Its *source* is the index after an earlier occurrence of the
 latest tokens: the token there is the guess for the next one. The source moves on with each token that it predicted. So
