@@ -86,7 +86,7 @@ class EngineUnavailable(GuanacoError):
 
 
 class AsyncEngine:
-    """An `Engine` on a thread of its own. Methods are for the event loop that called `start`, if they don't say more."""
+    """An `Engine` on a thread of its own. Methods are for the event loop of `start` unless they say otherwise."""
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """A `Grammar` → a matcher of llguidance in its first state. Runs in the compiler's process and in the server's.
 
-The limits are llguidance's own. Raises GrammarError; its message names what the client can change.
+The limits are llguidance's own, except _MAX_LEXER_STATES. Raises GrammarError; its message says what to change.
 """
 
 import random
@@ -96,7 +96,7 @@ _LIMIT = re.compile(r"too (big|large|deep|complex|many)|fuel|recursion limit|max
 
 
 def explain(error: str, kind: str) -> str:
-    """Our message for an error of llguidance. It holds no client text, whereas llguidance's own quotes the grammar."""
+    """Our message for an error of llguidance. It holds no client text; llguidance's own message quotes the grammar."""
     first = error.split("\n   1 | ", 1)[0]
     if _LIMIT.search(first.split('regex "')[0]) or "exceed the maximum" in first:
         return _TOO_LARGE

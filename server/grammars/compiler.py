@@ -199,7 +199,7 @@ class GrammarCompiler:
         return self._vocabulary
 
     def _checked(self, grammar: Grammar, vocabulary: Vocabulary) -> str:
-        """The grammar in Lark, after the process has compiled it. Raises GrammarError or GrammarUnavailable."""
+        """The grammar in Lark, once the process has compiled it. Raises GrammarError or GrammarUnavailable."""
         message = json.dumps({"kind": grammar.kind, "text": grammar.text}).encode()
         seconds = self.limits.seconds
         for is_last in (False, True):

@@ -17,9 +17,11 @@ _ONE_SPACE = {"whitespace_flexible": False, "item_separator": ", ?", "key_separa
 _COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
 
 _ONE = frozenset(("additionalProperties", "additionalItems", "items"))  # keywords whose value is a schema
-_LISTS = frozenset(("allOf", "anyOf", "oneOf", "prefixItems"))  # … a list of schemas
+_LISTS = frozenset(("allOf", "anyOf", "oneOf", "prefixItems"))  # keywords whose value is a list of schemas
 _COMBINING = ("$ref", "allOf", "anyOf", "oneOf")
-_MAPS = frozenset(("properties", "patternProperties", "$defs", "definitions"))  # … schemas by name
+_MAPS = frozenset(
+    ("properties", "patternProperties", "$defs", "definitions")
+)  # keywords whose value maps names to schemas
 _ENFORCED = frozenset(
     (
         *("type", "enum", "const", "required", "minProperties", "maxProperties", "minItems", "maxItems"),

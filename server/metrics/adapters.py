@@ -53,7 +53,7 @@ def without_names(families: Iterable[Metric], hidden: Container[str]) -> Iterato
 
 
 class AdapterMetrics:
-    """The series about adapters in one registry. All but `observe_stage` are for one thread."""
+    """The series about adapters in one registry. All methods except `observe_stage` are for one thread."""
 
     def __init__(
         self, registry: CollectorRegistry, *, num_slots: int, max_labels: int, clock: Callable[[], float] = time.time

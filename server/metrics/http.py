@@ -6,7 +6,7 @@ A part of `metrics`.
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-NO_HANDLER = "none"  # no route has this path, or the request was refused before one was looked up
+NO_HANDLER = "none"  # no route has this path, or the request was refused before its route was looked up
 OTHER_METHOD = "other"
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _BUCKETS = (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 60.0)
