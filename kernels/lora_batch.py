@@ -21,7 +21,7 @@ class LoraPair:
 
 @dataclass(eq=False)
 class LoraTable:
-    """The contents of the adapter slots: `pairs[module, slot]`. An adapter without that key leaves the module
+    """The contents of the adapter slots: `pairs[module, slot]`. Without such a key the slot's adapter leaves the module
     unchanged."""
 
     pairs: dict[tuple[int, int], LoraPair]

@@ -18,7 +18,7 @@ MAX_ROW = 32768
 _WARP_ELEMENTS = 1024
 _PLAIN_WARPS = 2  # for a kernel with 1,024 elements of a row: 16 per lane
 # The largest element of a scaled row lies in [2^11, 2^12): eight products with NF4 levels of at most 1.3504, summed in
-# float16, stay below 65,504, and what is 2^25 times smaller is still a normal number.
+# float16, stay below 65,504, and an element that is 2^25 times smaller is still a normal number.
 _TOP_EXPONENT = 11
 _VOCAB_BLOCK = 2048  # logits of a row per program
 

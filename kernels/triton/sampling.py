@@ -111,7 +111,7 @@ def _unfiltered(logits, vocab, largest, inverse, noise, BLOCK: tl.constexpr):
     """The sampled token id without filters, in the order of ids: first find the block on which the noise falls, then
     the place in it."""
     zero, nothing = tl.full((), 0, tl.int32), tl.full((), 0.0, tl.float64)
-    # the same sums in the same order as below, bit for bit, so some block passes the noise's fraction of it
+    # The next loop adds the same sums in the same order, so it ends at this total bit for bit and passes the target.
     total = nothing
     for start in range(0, vocab, BLOCK):
         total += tl.sum(_weights(logits, start, vocab, largest, inverse, BLOCK)).to(tl.float64)

@@ -1,7 +1,7 @@
 """What the Triton attention kernels share: finding positions in the paged cache, loading tiles, attending to a tile.
 
 A tile is BLOCK_N consecutive positions of one key-value head. DIM is the head's dimension rounded up to a power of two;
-what lies beyond HEAD_DIM is never read and counts as zero. Positions that no token has written may hold NaN: they are
+elements beyond HEAD_DIM are never read and count as zero. Positions that no token has written may hold NaN: they are
 masked when they are loaded, because a weight of zero would not hide them.
 """
 
