@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Run every proof with the full count that the issues state, and write the result with its conditions.
+"""Run every test and every long proof with its full count, and write the result with its conditions.
 
 make accept          (or: .venv/bin/python loadtest/accept.py --out loadtest/results --workers 2)
 """
@@ -30,7 +30,7 @@ def _machine() -> str:
 
 
 def _latency_under_attack(path: Path) -> object:
-    """Percentiles in milliseconds; None where they could not be measured. Never a reason to fail."""
+    """Percentiles in milliseconds; None if they could not be measured, which is no failure."""
     script = str(ROOT / "loadtest/latency_under_attack.py")
     code = subprocess.run([sys.executable, script, "--out", str(path)], cwd=ROOT, check=False).returncode
     return json.loads(path.read_text()) if code == 0 else None

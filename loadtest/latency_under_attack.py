@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Milliseconds while clients misbehave, as percentiles: refusals, a chat's wait, how long the event loop stood still.
+"""Latencies while clients misbehave, as percentiles: of refusals, of chats, and of /health (the event loop's lag).
 
     .venv/bin/python loadtest/latency_under_attack.py [--seconds 10] [--out FILE] [-- SERVE ARGUMENTS]
 
-Starts a server (the demo, unless arguments say otherwise) on a free port of loopback. The loop's lag is what /health
-takes beyond its own median when idle. `make accept` runs it; nothing here is asserted.
+Starts a server (the demo, unless arguments say otherwise) on a free port of loopback. The event loop's lag is the time
+that /health takes beyond its median on the idle server. `make accept` runs this script; it asserts nothing.
 """
 
 import argparse
@@ -31,7 +31,7 @@ CHAT = {"messages": [{"role": "user", "content": "How do I boil an egg?"}], "max
 
 
 def bad_bodies(model: str) -> dict[str, tuple[str, bytes]]:
-    """Name → route and body, about four megabytes each where the body is what is bad."""
+    """Name → (route, body). The bodies are about four megabytes, except that of the many choices."""
     head = {"model": model, **CHAT}
     parts = [{"role": "user", "content": [{"type": "text", "text": ""}] * 99_000}]
     choices = {"model": model, "prompt": ["a"] * 32, "n": 8, "logprobs": 5, "max_tokens": 16}
@@ -46,7 +46,7 @@ def bad_bodies(model: str) -> dict[str, tuple[str, bytes]]:
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:
-    """In milliseconds, with their number."""
+    """Percentiles of times in seconds, as milliseconds, and the number of times."""
     ordered = sorted(seconds)
     if not ordered:
         return {"count": 0}
@@ -73,7 +73,7 @@ async def timed(client: httpx.AsyncClient, into: list[float], method: str, path:
 async def beside(
     client: httpx.AsyncClient, model: str, seconds: float, attack: Callable[[], Coroutine[Any, Any, None]], num: int
 ) -> dict[str, Any]:
-    """What chats and /health take while `num` clients attack in loops."""
+    """The latencies of chats and of /health while `num` clients call `attack` in loops."""
     chats: list[float] = []
     health: list[float] = []
     until = time.monotonic() + seconds

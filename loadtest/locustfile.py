@@ -1,7 +1,7 @@
-"""Streaming users of a running server, over the base and its adapters: TTFT, ITL and E2E per model as locust rows.
+"""Users who stream chats from a running server's base and adapters: TTFT, ITL and E2E per model as locust rows.
 
-Measures from outside, through `requests`, and knows nothing of the server but OpenAI's protocol. How to run it and
-what the rows mean is in loadtest/README.md.
+Measures from outside, through `requests`, and knows only OpenAI's protocol. loadtest/README.md says how to run it and
+what the rows mean.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_prompts(path: str) -> list[list[dict[str, str]]]:
-    """The message lists to send: our own, or one of each line of a JSONL file."""
+    """The message lists to send: PROMPTS, or one from each line of a JSONL file. Raises SystemExit for a wrong line."""
     if not path:
         return [[{"role": "user", "content": text}] for text in PROMPTS]
     prompts = []
@@ -73,14 +73,14 @@ def read_prompts(path: str) -> list[list[dict[str, str]]]:
 
 
 class StreamError(Exception):
-    """The answer was not a complete stream; the text says why, and becomes a row of locust's failures."""
+    """The answer was not a complete stream. The message becomes a row of locust's failures."""
 
 
 def read_events(response: ResponseContextManager) -> Iterator[dict[str, Any]]:
-    """The JSON of each event up to [DONE], the moment it arrives.
+    """The JSON of each event up to [DONE], as soon as it arrives.
 
-    chunk_size=1: with any other, requests waits until that many bytes are there, and the first token seems to come
-    with the tenth. Raises StreamError for an error event and for a stream that ends without [DONE].
+    chunk_size=1: with a larger one, requests waits for that many bytes, and the first token would seem to arrive with
+    the tenth. Raises StreamError for an error event and for a stream that ends without [DONE].
     """
     for line in response.iter_lines(chunk_size=1):
         if not line.startswith(b"data:"):
@@ -96,7 +96,7 @@ def read_events(response: ResponseContextManager) -> Iterator[dict[str, Any]]:
 
 
 class ChatUser(HttpUser):
-    """Asks one streamed question after another, each of a model drawn anew."""
+    """Asks one streamed question after another, each of a random model."""
 
     def on_start(self) -> None:
         """Read the options."""
@@ -152,7 +152,7 @@ class ChatUser(HttpUser):
             response.request_meta["response_time"] = 1000 * (time.perf_counter() - started)
 
     def _find_models(self) -> bool:
-        """Ask the server what it serves; a failure is counted, and the user tries again."""
+        """Ask the server for its models. A failure is counted, and the user tries again."""
         with self.client.get("/v1/models", catch_response=True, timeout=CONNECT_SECONDS) as response:
             if response.status_code == 200:
                 self.models = [card["id"] for card in response.json()["data"]]
@@ -161,7 +161,7 @@ class ChatUser(HttpUser):
         return bool(self.models)
 
     def _follow(self, response: ResponseContextManager, model: str, started: float) -> int:
-        """Read the stream, fire a row entry for each token's arrival, and return the number of tokens."""
+        """Read the stream, add an entry to the TTFT or ITL row for each piece of text, and return the token count."""
         if response.error is not None:
             raise StreamError(f"no connection: {type(response.error).__name__}")
         if response.status_code != 200:
@@ -194,7 +194,7 @@ def _reset(**_: Any) -> None:
 
 @events.test_stop.add_listener
 def _summarise(environment: Environment, **_: Any) -> None:
-    """Tokens per second, which locust has no row for. With several processes, each worker prints its own."""
+    """Print tokens per second, for which locust has no row. With several processes each worker prints its own."""
     stats = environment.stats
     seconds = (stats.last_request_timestamp or 0) - stats.start_time if _requests else 0
     if seconds > 0:

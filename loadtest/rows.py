@@ -6,7 +6,7 @@
     .venv/bin/python loadtest/rows.py L4 seconds=10        # with an argument of its own
 
 The exit code is 1 if anything was lost, wrong or left behind. Times are only listed beside their targets: they mean
-something only on a machine that does nothing else.
+something only on an otherwise idle machine.
 """
 
 import argparse

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from PIL import Image
 
 COLUMNS = 4
-MOST_LINES = 9  # in a legend
+MOST_LINES = 9  # lines of a panel that its legend names
 
 
 def _bytes(value: float, _: object = None) -> str:
@@ -76,7 +76,7 @@ def _graph(axes: Any, panel: dict[str, Any], start: float) -> None:
 
 
 def draw(panels: Sequence[dict[str, Any]], path: Path, about: str) -> None:
-    """Write one PNG with all panels. about: a line on top of it."""
+    """Write one PNG with all panels. panels: as `watch_server.evaluate` returns them. about: the conditions, on top."""
     stats = [panel for panel in panels if panel["type"] == "stat"]
     graphs = [panel for panel in panels if panel["type"] != "stat"]
     num_rows = -(-len(graphs) // COLUMNS)

@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MONITORING = ROOT / "docker/monitoring"
 UNPACKED = ROOT / "build/prometheus"
 RATE_RANGE = "15s"  # in place of Grafana's $__rate_interval; scrapes come every second here
-# What must also move: these panels are not empty at zero, but then the load has not done what it is for.
+# Panels that must rise above zero. At zero they are not empty, but then the load has not caused what they show.
 MOVES = ("Requests by adapter", "Refusals by code", "Preemptions", "Prefix cache", "Loads", "Evictions", "HTTP status")
 MOVES += ("Draft tokens accepted",)
 QUESTIONS = (
@@ -47,12 +47,12 @@ QUESTIONS = (
     "Write a poem about the wind.",
     "Name three rivers of Europe.",
 )
-QUESTIONS += (f"Repeat this text: {'the sea, the sky, the wind, ' * 8}",)  # here drafts are right
+QUESTIONS += (f"Repeat this text: {'the sea, the sky, the wind, ' * 8}",)  # drafts of its answer are often accepted
 PREFIX = "You are a patient teacher who explains everything in small steps and never loses a word. " * 3
 
 
 def program(name: str) -> str:
-    """The path of `prometheus` or `promtool`. Exits where it is not here."""
+    """The path of `prometheus` or `promtool`. Exits if it is not found."""
     found = shutil.which(name, path=os.pathsep.join((os.environ.get("PATH", ""), str(UNPACKED / "usr/bin"))))
     if found is None:
         sys.exit(f"{name} is not here: apt install prometheus, or python loadtest/watch_server.py fetch")
@@ -77,7 +77,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def running(command: list[str], log: Path, ready: str, seconds: float, **options: Any) -> Iterator[None]:
-    """A process until the end of the block, from the moment in which the URL `ready` answers with 200."""
+    """Run a process during the `with` block, which begins when the URL `ready` answers 200, for at most `seconds`."""
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, **options)
     try:
@@ -99,7 +99,7 @@ def running(command: list[str], log: Path, ready: str, seconds: float, **options
 
 
 def make_adapters(root: Path, count: int) -> list[str]:
-    """Variants of the demo adapters with contents of their own; returns the folders' names."""
+    """Make `count` different variants of the demo adapters. Returns the names of their folders."""
     names = []
     for number in range(count):
         source = ROOT / "adapters/demo" / ("pirate", "terse")[number % 2]
@@ -128,7 +128,7 @@ class Load:
         return httpx.Client(base_url=self._url, headers={"Authorization": f"Bearer {key}"}, timeout=120)
 
     def train(self) -> bool:
-        """Start a short fine-tuning job; False where this server can't train."""
+        """Start a short fine-tuning job. Returns False if this server can't train."""
         line = {
             "messages": [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A guanaco."}]
         }
@@ -167,7 +167,7 @@ class Load:
         self._count("chat", client.post("/v1/chat/completions", json=body))
 
     def _chat(self, number: int) -> None:
-        """A user: one question after the other, to models in turn; now and then to one that is not there."""
+        """A user who asks one question after the other, of each model in turn, and sometimes of a missing one."""
         with self._client(self._key) as client:
             turn = number
             while not self._stopping.is_set():
@@ -176,7 +176,7 @@ class Load:
                 self._ask(client, model, 30 + 20 * (turn % 3), turn)
 
     def _burst(self, _: int) -> None:
-        """Every few seconds more long requests at once than run and wait: some are preempted, some refused."""
+        """Every 8 s, send more long requests at once than can run and wait: some are preempted, some refused."""
 
         def one(number: int) -> None:
             with contextlib.suppress(httpx.HTTPError), self._client(self._key) as client:
@@ -229,7 +229,7 @@ def module(path: Path) -> ModuleType:
 def evaluate(
     url: str, start: float, end: float, moves: Sequence[str] = MOVES
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """(what each panel shows, what is wrong). moves: the panels that must rise above zero."""
+    """(panels with their series, sentences about what is wrong). moves: the panels that must rise above zero."""
     shown, wrong = [], []
     dashboard = json.loads((MONITORING / "grafana/dashboards/guanaco.json").read_text())
     for panel in dashboard["panels"]:

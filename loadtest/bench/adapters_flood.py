@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""How long others wait for their first token while one adapter is flooded, against an idle server; and how many tokens
-per second the flood gets, alone and beside the others.
+"""Compare the first-token times of other adapters while one adapter is flooded with those on an idle server.
+
+Also measures the flood's tokens per second, alone and beside the others.
 
     .venv/bin/python loadtest/bench/adapters_scaling.py prepare --counts 8 --ranks 8      # once
     .venv/bin/python loadtest/bench/adapters_flood.py [--flood 64] [--serve "--max-num-seqs 16"]
 
-The demo model. `--flood` streams ask one adapter again and again, each new as soon as the last one ends; meanwhile
-single requests for the seven others come one at a time, at random moments. Results go to loadtest/results.
+The model is the demo. `--flood` clients ask one adapter, each again as soon as its last answer ends. Meanwhile single
+requests for the seven other adapters come one at a time, at random moments. Results go to loadtest/results.
 """
 
 import argparse
@@ -58,7 +59,7 @@ def counted(client: httpx.Client, adapter: str) -> tuple[float, int, int]:
 
 
 def rates(before: tuple[float, int, int], after: tuple[float, int, int]) -> dict[str, float]:
-    """Tokens per second between two of `counted`."""
+    """Tokens per second between two results of `counted`."""
     seconds = after[0] - before[0]
     return {
         "prompt": round((after[1] - before[1]) / seconds, 1),
@@ -69,7 +70,7 @@ def rates(before: tuple[float, int, int], after: tuple[float, int, int]) -> dict
 async def under_flood(
     client: httpx.Client, host: str, victim: str, others: list[str], args: argparse.Namespace
 ) -> tuple[list[float], dict[str, Any]]:
-    """First-token seconds of the others, and the flood's rates while it is alone and while they come."""
+    """(first-token seconds of the others, the flood's rates alone and beside the others)."""
     clients = [asyncio.create_task(flood(host, victim, number, args)) for number in range(args.flood)]
     try:
         await asyncio.sleep(args.warm_up)
@@ -116,7 +117,7 @@ def main() -> None:
         host = str(client.base_url).removeprefix("http://").rstrip("/")
         victim, *others = names(client)[:8]
         assert others, "run prepare first: measure removes most of them"
-        asyncio.run(first_tokens(host, others, args, 3))  # what is only done once
+        asyncio.run(first_tokens(host, others, args, 3))  # not counted: the first requests are slower
         solo = asyncio.run(first_tokens(host, others, args, 5))
         flooded, flood_rates = asyncio.run(under_flood(client, host, victim, others, args))
     alone, among = summary(solo), summary(flooded)

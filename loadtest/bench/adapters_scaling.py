@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""What adapters cost through HTTP: by how many are registered, and by how many different ones share a step.
+"""Measure through HTTP how speed depends on the number of registered adapters, and of different ones in a step.
 
     .venv/bin/python loadtest/bench/adapters_scaling.py prepare        # makes and loads them, once; takes minutes
     .venv/bin/python loadtest/bench/adapters_scaling.py measure        # then this, on a machine that does nothing else
     .venv/bin/python loadtest/bench/adapters_scaling.py plot RESULT.json
 
-The demo model, eight streams. `measure` starts a server over all prepared adapters of each rank, and removes them in
-steps; `prepare` puts them back. Results go to loadtest/results, with a picture.
+The model is the demo, with eight streams. For each rank `measure` starts a server with all prepared adapters, and
+removes them in steps; `prepare` loads them again. Results go to loadtest/results, with a picture.
 """
 
 import argparse
@@ -39,14 +39,14 @@ sys.path.append(str(HERE.parents[1] / "tests" / "importable"))
 ADMIN = {"Authorization": "Bearer scaling"}
 STREAMS = 8
 STEPS = 64
-WORDS = 8  # of a prompt; about 32 tokens
+WORDS = 8  # words of a prompt, about 32 tokens
 DISTINCT = (0, 1, 2, 4, 8)  # adapters in one step; 0: the base alone
 MODULES = ("q_proj", "v_proj")  # all layers of both: what most adapters have
 
 
 @contextmanager
 def server(work: Path, rank: int, args: argparse.Namespace) -> Iterator[httpx.Client]:
-    """A server over one rank's adapters; a client with the admin key."""
+    """Run a server with one rank's adapters. Yields a client with the admin key."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -72,13 +72,13 @@ def server(work: Path, rank: int, args: argparse.Namespace) -> Iterator[httpx.Cl
 
 
 def names(client: httpx.Client) -> list[str]:
-    """Of the adapters that were prepared, in order."""
+    """The names of the prepared adapters that are ready, in order."""
     found = [card["name"] for card in client.get("/v1/adapters").json()["data"] if card["state"] == "ready"]
     return sorted(name for name in found if re.fullmatch(r"n\d+", name))
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Make and load what is missing of --counts' largest number of adapters of each rank."""
+    """For each rank, make and load the adapters that are missing up to the largest number in --counts."""
     import torch
 
     from support.adapters.tiny_adapters import make_adapter
@@ -98,17 +98,17 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def _targets(client: httpx.Client) -> dict[str, tuple[int, int]]:
-    """Of SmolLM2-135M: 30 layers, 9 heads over 3 of 64."""
+    """Name → (rows, columns) of q and v in SmolLM2-135M: 30 layers, 9 query heads and 3 KV heads of size 64."""
     assert client.get("/v1/models").json()["data"][0]["id"] == "smollm2-135m-instruct"
     sizes = {"q_proj": (576, 576), "v_proj": (576, 192)}
     return {f"layers.{i}.self_attn.{name}": size for i in range(30) for name, size in sizes.items()}
 
 
-_numbers = itertools.count(10_000)  # of prompts: each begins with its own, so that none is found in the prefix cache
+_numbers = itertools.count(10_000)  # each prompt begins with a new number, so the prefix cache never helps
 
 
 async def one_round(host: str, models: list[str]) -> tuple[float, list[float]]:
-    """(tokens/s of all streams while all run, the streams' first-token times in seconds)"""
+    """(tokens/s of all streams while all run, the streams' first-token times in seconds)."""
     started = time.perf_counter()
     runs = await asyncio.gather(*(stream(host, model, next(_numbers), WORDS, STEPS) for model in models))
     start, end = max(times[0] for times in runs), min(times[-1] for times in runs)
@@ -117,7 +117,7 @@ async def one_round(host: str, models: list[str]) -> tuple[float, list[float]]:
 
 
 def measure_cell(host: str, base: str, there: list[str], distinct: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Eight streams over `distinct` adapters, others in each round, chosen among all that are registered."""
+    """Run eight streams over `distinct` adapters. Each round chooses them anew among all registered ones."""
     rng, rates, firsts = random.Random(distinct), [], []
     for _ in range(args.rounds):
         chosen = rng.sample(there, distinct) if distinct else [base]
@@ -134,7 +134,7 @@ def measure_cell(host: str, base: str, there: list[str], distinct: int, args: ar
 
 
 def solo_first_tokens(host: str, there: list[str], count: int = 16) -> dict[str, Any]:
-    """First-token times of single requests on an idle server, each for an adapter that was not asked for lately."""
+    """First-token times of single requests on an idle server, each for a random adapter."""
     rng, seconds = random.Random(1), []
     for _ in range(count):
         started = time.perf_counter()
@@ -163,7 +163,7 @@ def measure(args: argparse.Namespace) -> None:
         with server(args.work, rank, args) as client:
             host = str(client.base_url).removeprefix("http://").rstrip("/")
             base = client.get("/v1/models").json()["data"][0]["id"]
-            asyncio.run(one_round(host, [base] * STREAMS))  # what is only done once
+            asyncio.run(one_round(host, [base] * STREAMS))  # not counted: the first requests are slower
             for count in sorted(args.counts, reverse=True):
                 for name in names(client)[count:]:
                     assert client.delete(f"/v1/adapters/{name}").status_code == 200
@@ -186,7 +186,7 @@ def _machine() -> str:
 
 
 def plot(path: Path) -> None:
-    """The picture of a result, beside it."""
+    """Draw the picture of a result, as a PNG beside it."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -239,12 +239,12 @@ def plot(path: Path) -> None:
 
 
 def _first(cells: list[dict[str, Any]]) -> list[tuple[int, list[float]]]:
-    """(registered, milliseconds to the first token)"""
+    """(registered adapters, [median milliseconds to the first token]) of each cell, in order."""
     return sorted((cell["registered"], [1000 * cell["first_token_seconds_median"]]) for cell in cells)
 
 
 def _line(axes: Any, points: list[tuple[int, list[float]]], label: str, **style: Any) -> None:
-    """Medians, with a bar from the least to the most."""
+    """Draw the medians as a line, with bars from the smallest to the largest value."""
     xs = [x for x, _ in points]
     middle = [statistics.median(values) for _, values in points]
     bars = [

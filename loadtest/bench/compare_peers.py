@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""This server's engine and its peers on one checkpoint, in turns: the only kind of number that means something on a
-machine whose speed drifts. Medians, ratios of the same round, and read bandwidth go to a file with their conditions.
+"""Time this server's engine and its peers on one checkpoint, in turns, because the machine's speed may drift.
+
+Medians, the ratios within each round, and read bandwidth go to a file with their conditions.
 
     .venv/bin/python loadtest/bench/compare_peers.py --model M1B --gguf M1B.gguf --adapters A16:8 \\
       --peers PEERS/bin/python --bench-dir DRIVERS
 
---bench-dir names the folder with the peers' drivers (`peer_NAME.py`: each prints one JSON line with pp512, tg1, …) and
-with the bandwidth meter, compiled as `bandwidth`. Leave out a peer with --without NAME.
+--bench-dir names the folder with the drivers of llama.cpp, transformers and mistral.rs, which are not in this
+repository (`peer_NAME.py`: each prints one JSON line with pp512, tg1, …), and with the bandwidth meter, compiled as
+`bandwidth`. Leave out a peer with --without NAME.
 """
 
 import argparse
@@ -48,7 +50,7 @@ def engines(args: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def run(command: list[str]) -> dict[str, float] | str:
-    """The numbers of one command's last JSON line, or what went wrong."""
+    """The numbers in a command's last JSON line, or its error as a text."""
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/tmp")
     for line in reversed(done.stdout.strip().splitlines()):
         if line.startswith("{"):
@@ -64,7 +66,7 @@ def bandwidth(args: argparse.Namespace) -> float | None:
 
 
 def step_bytes(model: Path) -> int:
-    """What one decode step of one stream must read: NF4 projections with our scales, and the head in 16 bit."""
+    """Bytes that one decode step of one stream must read: NF4 projections with our scales, and a 16-bit head."""
     config = json.loads((model / "config.json").read_text())
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     kv = config.get("head_dim", hidden // heads) * config["num_key_value_heads"]
@@ -74,7 +76,7 @@ def step_bytes(model: Path) -> int:
 
 
 def table(samples: Samples) -> tuple[str, dict[str, dict[str, float]]]:
-    """A Markdown table of medians and of our ratio to each engine, round by round; and the ratios."""
+    """(Markdown table of medians and our ratios to each engine, the ratios). A ratio is the median over the rounds."""
     keys = sorted({k for s in samples.values() for k in s}, key=lambda k: (k[:2] != "pp", int(k[2:])))
     ratios: dict[str, dict[str, float]] = defaultdict(dict)
     lines = ["| tokens/s (ours ÷ theirs) | " + " | ".join(keys) + " |", "|---" * (len(keys) + 1) + "|"]

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""How soon a server answers after its start, what memory it takes, and how fast one stream is against the memory bus.
+"""Measure how soon a server answers after its start, its memory, and one stream's speed against the memory's bandwidth.
 
-    .venv/bin/python loadtest/bench/first_token.py --model DIR --bandwidth BANDWIDTH [--starts 2] [--prompt 512]
+    .venv/bin/python loadtest/bench/first_token.py --model DIR --bandwidth METER [--starts 2] [--words 150]
 
-Starts `guanaco serve` several times: seconds from the process's start to the first token of one long prompt, and the
-peak of its resident memory (mapped pages count) while that stream runs to its end. The first start may quantise and
-pack the weights; it is listed apart. Then `guanaco bench engine` and the bandwidth meter in turns.
+Starts `guanaco serve` several times. Measures the seconds from the process's start to ready and to a short prompt's
+first token, then the first-token time of a long prompt, and the peak of resident memory (mapped pages count) once that
+stream has ended. The first start may quantise and pack the weights; all starts are listed. Then `guanaco bench engine`
+and the bandwidth meter run in turns.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from guanaco.server.bootstrap.machine import look
 
 
 def resident_gb(pid: int, field: str) -> float:
-    """VmRSS or VmHWM of a process."""
+    """VmRSS or VmHWM (`field`) of a process, in GB."""
     status = Path(f"/proc/{pid}/status").read_text()
     found = re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)
     assert found, f"{field} is missing"

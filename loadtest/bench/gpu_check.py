@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The one command for a machine with an NVIDIA GPU: is the `triton` provider right there, and how fast is it?
+"""Check the `triton` provider on a machine with an NVIDIA GPU, and time it.
 
     make install && .venv/bin/python loadtest/bench/gpu_check.py [--out loadtest/results] [--sizes 7b,13b,33b,65b]
 
@@ -49,7 +49,7 @@ from guanaco.models.architectures.kv_cache import block_bytes  # noqa: E402
 from support.server.answers import Answers, distance  # noqa: E402
 
 DEVICE = torch.device("cuda", 0) if HAS_GPU else torch.device("cpu")
-# What is tried where: real shapes on a GPU, the least that takes every path in the interpreter.
+# The cases: real shapes on a GPU, and in the interpreter the smallest ones that take every path.
 FULL: dict[str, Any] = {
     "shapes": [(4096, 4096), (11008, 4096), (1000, 320)],
     "rows": [1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 64, 65, 100, 512],
@@ -87,7 +87,7 @@ TINY: dict[str, Any] = {
 
 
 class Report:
-    """What was found so far."""
+    """The findings so far, written to the two files after each part."""
 
     def __init__(self, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ class Report:
             print(f"  WRONG: {part}: {check.what}: {check.error:.3g} (allowed: {check.allowed:.3g})", flush=True)
 
     def run(self, part: str, work: Callable[[], None]) -> None:
-        """One part; what it raises is noted, and the next ones still run. What was found so far is in the files."""
+        """Run one part, and write the files. An error of it is recorded, and the next parts still run."""
         if self.is_broken:
             self.failures.append({"part": part, "error": "not tried: the GPU's context is lost (see above)"})
             return
@@ -153,16 +153,16 @@ def _environment() -> dict[str, Any]:
 
 
 def dtypes() -> list[torch.dtype]:
-    """float32 shows the kernels' own errors; the other one is what is served."""
+    """float32, which shows the kernels' own errors, and the 16-bit dtype that is served."""
     half = torch.bfloat16 if not HAS_GPU or torch.cuda.get_device_capability(0) >= (8, 0) else torch.float16
     return [torch.float32, half]
 
 
 # ---- right?
 
-# Largest error of a logit over the largest of its step. The model is tiny, and NF4 products are off by up to 4e-3 of
-# it; where they push numbers over the edge between two 8-bit codes, the difference grows: 3e-2 was seen with int8 in 64
-# tokens of eight streams, interpreted. The tight checks are those of the ops.
+# Allowed error of a logit, relative to the largest logit of its step, by the cache's dtype. The model is tiny, and its
+# NF4 products are off by up to 4e-3. If that moves a number over the edge between two 8-bit codes, the error grows:
+# 3e-2 was seen with int8 in 64 tokens of eight streams, in the interpreter. The tight checks are those of the ops.
 ENGINE = {torch.float32: 1e-2, torch.int8: 1e-1, torch.float8_e4m3fn: 3e-1}
 
 
@@ -190,7 +190,7 @@ def check_kernels(report: Report, sizes: dict[str, Any]) -> None:
 
 
 def check_engine(report: Report, sizes: dict[str, Any], folder: Path) -> None:
-    """A tiny model with adapters: the reference's logits, with and without CUDA graphs, for every kind of cache."""
+    """Compare a tiny model with adapters to the reference's logits, with and without graphs, for all cache dtypes."""
     engine = sizes["engine"]
     model = random_model("tiny", load_ops("triton", device=DEVICE, dtype=torch.float32))
     oracle = random_model("tiny", load_ops("reference", device=DEVICE, dtype=torch.float32))
@@ -225,7 +225,7 @@ def check_engine(report: Report, sizes: dict[str, Any], folder: Path) -> None:
 
 
 def measure(report: Report, size: str, sizes: dict[str, Any], folder: Path) -> None:
-    """One Guanaco size: decode steps with and without graphs and adapters, prompts, memory."""
+    """Time one size of Guanaco: decode steps with and without graphs and adapters, prompts, and memory."""
     speed = sizes["speed"]
     ops = load_ops("triton", device=DEVICE, dtype=dtypes()[1])
     if HAS_GPU:
@@ -262,7 +262,7 @@ def measure(report: Report, size: str, sizes: dict[str, Any], folder: Path) -> N
 
 
 def cache_speed(model: Any, size: str, speed: dict[str, Any], folder: Path, cache: torch.dtype) -> dict[str, Any]:
-    """Decode steps whose contexts are long enough that keys and values count: what the cache's dtype is worth."""
+    """Time decode steps with contexts so long that reading keys and values takes time, for one dtype of the cache."""
     count, prompt = speed["long_streams"], speed["long_prompt"]
     context = prompt + speed["steps"] + 8 + count
     row = {"size": size, "streams": count, "context": prompt, "cache": str(cache).removeprefix("torch.")}
@@ -282,7 +282,7 @@ def cache_speed(model: Any, size: str, speed: dict[str, Any], folder: Path, cach
 
 
 def prompt_speed(model: Any, size: str, speed: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The second of two long prompts."""
+    """The rate of a long prompt. The first of two is not counted."""
     registry, length = random_adapters(folder / f"{size}-none", model, ()), speed["long_prompt"]
     streams = Streams.over(model, registry, num_seqs=1, context=length + 8, chunk=512, graphs=False)
     streams.prompt_rate(length)
@@ -290,7 +290,7 @@ def prompt_speed(model: Any, size: str, speed: dict[str, Any], folder: Path) -> 
 
 
 def kv_fits(model: Any, num_tokens: int) -> bool:
-    """Whether so many tokens' keys and values leave half of the free memory to everything else."""
+    """Whether the keys and values of `num_tokens` tokens take less than half of the free memory."""
     return not HAS_GPU or num_tokens * _token_bytes(model) < torch.cuda.mem_get_info(0)[0] / 2
 
 
@@ -301,7 +301,7 @@ def _token_bytes(model: Any, cache: torch.dtype | None = None) -> float:
 def step_bytes(
     model: Any, count: int, context: int, registry: Any, adapters: list[str], cache: torch.dtype | None = None
 ) -> int:
-    """What a decode step must read: weights but the embedding, each adapter once, every stream's keys and values."""
+    """Bytes that a decode step must read: weights without the embedding, each adapter once, and all keys and values."""
     config = model.config
     embedding = config.vocab_size * config.hidden_size * 2
     entries = [registry.resolve(name) for name in adapters]
@@ -310,7 +310,7 @@ def step_bytes(
 
 
 def share(num_bytes: int, seconds: float) -> float | None:
-    """Of the card's bandwidth."""
+    """The share of the card's bandwidth, 0 to 1; None without a GPU."""
     if not HAS_GPU:
         return None
     from guanaco.server.commands.bench.kernels_gpu import roofline_share
@@ -319,7 +319,7 @@ def share(num_bytes: int, seconds: float) -> float | None:
 
 
 def fits(size: str) -> bool:
-    """Whether the weights and some room for the rest are free."""
+    """Whether the free memory holds 1.25 times the weights and 2 GiB."""
     if not HAS_GPU:
         return True
     from guanaco.server.commands.doctor import weights_bytes
@@ -328,7 +328,7 @@ def fits(size: str) -> bool:
 
 
 def time_kernels(report: Report) -> None:
-    """Each product alone, beside bitsandbytes and a 16-bit product."""
+    """Time each product alone, beside bitsandbytes and a 16-bit product."""
     if not HAS_GPU:
         return
     from guanaco.server.commands.bench.kernels_gpu import product_times

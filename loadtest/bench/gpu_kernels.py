@@ -1,6 +1,6 @@
-"""Every op of the `triton` provider against float64 or the reference, where it runs: for `gpu_check.py`.
+"""Checks every op of the `triton` provider against float64 or the reference, on its device. For `gpu_check.py`.
 
-Each check yields one row: what was computed, its relative l2 distance from the oracle, and what is allowed.
+Each check yields one row: what was computed, its relative l2 distance from the expected result, and the allowed one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,12 +19,12 @@ from guanaco.server.engine.sampler import SamplingRow, sample
 from support.kernels.attention_cases import make_case
 from support.kernels.tolerances import relative_l2
 
-# Issue 4's ceiling for products of NF4 weights; the interpreter's results are at 4e-4 and below.
+# Ceiling for products of NF4 weights; the interpreter's results are at 4e-4 and below.
 NF4_ALLOWED = 1.5e-3
 # float32 in, float32 out, sums in another order; tensor cores may round float32 operands of attention to tf32.
 FLOAT32_ALLOWED, ATTENTION_ALLOWED = 2e-6, 1e-3
 HALF_ALLOWED = 4e-3  # 16-bit activations: one rounding of the result to 8 bits
-# 8-bit caches: a number between two codes may get the other one where the last bit before it differs.
+# 8-bit caches: a number halfway between two codes may get the other code if its last bit differs.
 CODES_ALLOWED = 5e-3
 DRAWS: list[dict[str, Any]] = [
     {"temperature": temperature, **filters}
@@ -52,7 +52,7 @@ def _randn(*shape: int, seed: int) -> Tensor:
 def product_checks(
     ops: Any, shapes: Sequence[tuple[int, int]], rows: Sequence[int], adapters: Sequence[int]
 ) -> Iterator[Check]:
-    """linear() with a bias, of base rows and rows with one to eight adapters, against float64; and their neighbours."""
+    """Compare linear() with a bias to float64, for base rows and rows with adapters. Base rows must keep their bits."""
     device = ops.device
     for n, k in shapes:
         weight = nf4.quantize(_randn(n, k, seed=n)).to(device)
@@ -88,7 +88,7 @@ def product_checks(
 
 
 def layer_checks(ops: Any, *, hidden: int, head_dim: int, heads: int, kv_heads: int) -> Iterator[Check]:
-    """The ops between the products, against the reference on the same device in float32."""
+    """Compare the ops between the products to the reference on the same device in float32."""
     device, tokens = ops.device, 7
     reference = load_ops("reference", device=device, dtype=torch.float32)
     allowed = FLOAT32_ALLOWED if ops.dtype == torch.float32 else HALF_ALLOWED
@@ -133,7 +133,7 @@ def layer_checks(ops: Any, *, hidden: int, head_dim: int, heads: int, kv_heads: 
 def attention_checks(
     ops: Any, shapes: Sequence[tuple[int, int]], groups: Sequence[int], head_dim: int, block_sizes: Sequence[int]
 ) -> Iterator[Check]:
-    """Decode and chunked prompts over a scattered, poisoned cache, against float64; all sequences in one batch."""
+    """Compare decode and chunked prompts to float64. The cache is scattered, and unused parts hold NaN."""
     device = ops.device
     allowed = ATTENTION_ALLOWED if ops.dtype == torch.float32 else HALF_ALLOWED
     for stored, group, block_size, decode in product((None, *ops.cache_dtypes), groups, block_sizes, (True, False)):
@@ -151,7 +151,7 @@ def attention_checks(
         case.cache = LayerCache(*(tensor.to(device) for tensor in case.cache.tensors))
         case.block_tables = case.block_tables.to(device)
         case.queries = [query.to(device) for query in case.queries]
-        with torch.device(device):  # what the case makes on its way
+        with torch.device(device):  # for the tensors that the case makes while it runs
             outs = case.run(ops)
         error = max(relative_l2(out.cpu(), exact) for out, exact in zip(outs, expected, strict=True))
         kind = f"{'decode' if decode else 'prompts'}, cache of {stored or ops.dtype}"

@@ -1,7 +1,7 @@
-"""Random LLaMAs of Guanaco's sizes, and an engine over one: what `gpu_check.py` compares and times.
+"""Random LLaMAs of Guanaco's sizes, and an engine over one. `gpu_check.py` compares and times them.
 
-Weights are random codes and scales: no checkpoint is needed, and the bytes that a step reads are those of the real
-model. Adapters are real PEFT directories.
+Weights are random codes and scales: no checkpoint is needed, and a step reads as many bytes as with the real model.
+Adapters are real PEFT directories.
 """
 
 import random
@@ -41,7 +41,7 @@ TINY = ModelConfig(
 
 
 def _guanaco(hidden: int, intermediate: int, layers: int) -> ModelConfig:
-    """LLaMA-1's shape of one of the sizes that Guanaco came in (QLoRA, table 6): heads of 128, no grouping."""
+    """The shape of LLaMA-1 in one of Guanaco's sizes (QLoRA, table 6): heads of 128, no grouped-query attention."""
     return replace(
         TINY, vocab_size=32000, hidden_size=hidden, intermediate_size=intermediate, num_layers=layers,
         num_heads=hidden // 128, num_kv_heads=hidden // 128, head_dim=128, max_position_embeddings=2048,
@@ -68,7 +68,8 @@ class RandomWeights:
         n, k = shape
         if name.startswith("lm_head"):
             return (4.0 * self._randn(shape) / k**0.5).half()
-        # A level's root mean square is 0.55, codes taken alike: rows of this scale keep the length of what they read.
+        # With equally likely codes the root mean square of NF4's levels is 0.55. This scale makes a product about as
+        # large as its input.
         groups, scale = n * k // 64, 1.5 / (0.55 * k**0.5)
         return nf4.Nf4Weight(
             self._bytes(n * k // 2), self._bytes(groups), shape, torch.bfloat16,
@@ -103,7 +104,7 @@ def random_adapters(folder: Path, model: DecoderModel, ranks: Sequence[int]) -> 
 
 @dataclass
 class Streams:
-    """An engine with room for `num_seqs` streams of `context` tokens, and what is asked of it."""
+    """An engine with room for `num_seqs` streams of `context` tokens, and methods that run requests on it."""
 
     engine: Engine
     registry: AdapterRegistry
@@ -125,7 +126,7 @@ class Streams:
     ) -> "Streams":
         """cache: dtype of K and V; None: that of the activations."""
         ops: Any = model.ops
-        num_blocks = num_seqs * (-(-context // BLOCK_SIZE) + 1) + 1  # nobody has to wait, or is preempted
+        num_blocks = num_seqs * (-(-context // BLOCK_SIZE) + 1) + 1  # no request has to wait, and none is preempted
         slots = max(1, len(registry.entries()))
         kv = PagedKVCache(model.config, num_blocks, BLOCK_SIZE, cache or ops.dtype, ops.device)
         store = SlotStore(model.lora_targets, slots, ops.device, ops.place_adapter)
@@ -157,12 +158,12 @@ class Streams:
         return name
 
     def run(self) -> None:
-        """Until nothing is left to do."""
+        """Run steps until no request is left."""
         while self.engine.has_work:
             self._step()
 
     def answers(self) -> Answers:
-        """What all requests get, from streams that keep logits."""
+        """Run all requests, and return their tokens and logits. Needs `keep_logits`."""
         answers: Answers = {}
         while self.engine.has_work:
             add_outputs(answers, self._step().outputs)
@@ -183,9 +184,9 @@ class Streams:
         return length / (time.perf_counter() - started)
 
     def step_seconds(self, count: int, prompt: int, steps: int, adapters: Sequence[str] = ()) -> float:
-        """Median seconds of `steps` steps in which `count` streams, stream i with adapter i mod their number, decode.
+        """Median seconds of `steps` steps in which `count` streams decode; stream i has adapter i mod their number.
 
-        They start one after the other, at worst one in a step: so each writes `count` tokens more.
+        The streams may start one step after the other, so each generates `count` more tokens.
         """
         for i in range(count):
             self.request(prompt, steps + 2 + count, *([adapters[i % len(adapters)]] if adapters else []))

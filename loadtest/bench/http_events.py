@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How many events the HTTP side writes in a second: the server's process over an engine without a model.
+"""Measure how many events a second the HTTP side writes, with an engine that has no model.
 
     .venv/bin/python loadtest/bench/http_events.py [--streams 1,16,64] [--seconds 5] [--rounds 3] [--tree OLD=DIR]...
 
@@ -38,7 +38,7 @@ MODEL = "org/base-model"  # of the fake server
 
 
 class _Counter(asyncio.Protocol):
-    """Counts the events that come."""
+    """Counts the events of a response."""
 
     def __init__(self) -> None:
         self.num_events = 0
@@ -89,7 +89,7 @@ async def rate(port: int, count: int, seconds: float) -> float:
 
 @contextmanager
 def fake_server(tree: Path) -> Iterator[int]:
-    """The fake server of a tree; its port."""
+    """Run the fake server of a tree. Yields its port."""
     candidates = sorted((tree / "tests/support").rglob("serve_fake.py"))
     assert candidates, f"{tree} has no tests/support/**/serve_fake.py"
     with tempfile.TemporaryDirectory() as folder:
@@ -115,7 +115,7 @@ def fake_server(tree: Path) -> Iterator[int]:
 
 def measured(tree: Path, streams: list[int], seconds: float) -> dict[str, float]:
     with fake_server(tree) as port:
-        uvloop.run(rate(port, 4, 1.0))  # what is only done once
+        uvloop.run(rate(port, 4, 1.0))  # not counted: the first requests are slower
         return {f"streams_{count}": round(uvloop.run(rate(port, count, seconds)), 1) for count in streams}
 
 

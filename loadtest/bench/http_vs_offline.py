@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What HTTP, streaming and the event loop cost: tokens/s of N streams through the server, against the offline engine.
+"""Measure the cost of HTTP, streaming and the event loop: tokens/s of N streams through the server and offline.
 
     .venv/bin/python loadtest/bench/http_vs_offline.py [--model DIR] [--streams 1,8] [--rounds 3]
 
@@ -32,14 +32,14 @@ HERE = Path(__file__).resolve().parent
 GUANACO = str(Path(sys.executable).parent / "guanaco")
 CONTEXT_WORDS = 24
 STEPS = 64
-# A stream begins at the 23 tokens of CONTEXT_WORDS / 3 words (of the demo) and grows by STEPS; `guanaco bench engine`
-# computes 24 tokens. So both are 55 tokens long in the mean.
+# With the demo's tokenizer a stream begins with 23 tokens (CONTEXT_WORDS / 3 words) and grows by STEPS. A stream of
+# `guanaco bench engine` grows by 24 tokens. So with this context both have 55 tokens on average.
 OFFLINE_CONTEXT = 43
 COUNT = re.compile(rb'"completion_tokens":(\d+)')
 
 
 class _Recorder(asyncio.Protocol):
-    """What comes, and when; read when all of it is there, not on cores that the engine needs."""
+    """Keeps the received bytes with their times. They are parsed after the end, so the engine's cores are not used."""
 
     def __init__(self) -> None:
         self.pieces: list[tuple[float, bytes]] = []
@@ -49,17 +49,17 @@ class _Recorder(asyncio.Protocol):
         self.pieces.append((time.perf_counter(), data))
 
     def connection_lost(self, _: Exception | None) -> None:
-        if not self.ended.done():  # whoever waited may have been cancelled
+        if not self.ended.done():  # the task that waited may have been cancelled
             self.ended.set_result(None)
 
 
 async def stream(
     host: str, model: str, number: int, num_words: int = CONTEXT_WORDS // 3, steps: int = STEPS
 ) -> list[float]:
-    """The times at which one stream's tokens came.
+    """The times at which one stream's tokens came, in seconds of `time.perf_counter`.
 
-    Over a bare connection: the client runs on the cores that the engine computes on, and an HTTP library's reading
-    takes longer than the server's writing. A chunk's count of tokens is read from its usage.
+    Uses a bare connection: the client runs on the engine's cores, and an HTTP library takes longer to read than the
+    server to write. The number of tokens in a chunk comes from its usage.
     """
     prompt = " ".join(f"{number}{i}" for i in range(num_words))
     body = {"model": model, "prompt": prompt, "max_tokens": steps, "ignore_eos": True, "stream": True, "temperature": 0}
@@ -93,7 +93,7 @@ def _token_times(pieces: list[tuple[float, bytes]], steps: int) -> list[float]:
 
 
 async def http_rate(url: str, count: int) -> float:
-    """Tokens/s of all streams together, from the last one's first token to the first one's last."""
+    """Tokens/s of all streams together while all run: from the latest first token to the earliest last token."""
     model = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
     host = url.removeprefix("http://")
     runs = await asyncio.gather(*(stream(host, model, i) for i in range(count)))
@@ -131,7 +131,7 @@ def through_http(args: argparse.Namespace) -> dict[str, float]:
             except httpx.HTTPError:
                 pass  # the port is not open yet
             time.sleep(0.1)
-        uvloop.run(http_rate(url, 1))  # what is only done once
+        uvloop.run(http_rate(url, 1))  # not counted: the first request is slower
         return {
             f"tg{n}": max(uvloop.run(http_rate(url, n)) for _ in range(3)) for n in map(int, args.streams.split(","))
         }

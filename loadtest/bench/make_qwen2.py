@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""A random checkpoint of Qwen2-0.5B's shape, and the same model as GGUF, for `compare_peers.py`: for timing only.
+"""Make a random checkpoint with Qwen2-0.5B's shape, and the same model as GGUF, for the timings of `compare_peers.py`.
 
     PEERS/bin/python loadtest/bench/make_qwen2.py QWEN05 QWEN05.gguf
 
-PEERS is an environment with torch, transformers, gguf and llama-cpp-python. The GGUF file is IQ4_NL with its embedding,
-which is also the head, in 16 bit as in the other engines.
+PEERS is an environment with torch, transformers, gguf and llama-cpp-python. The GGUF file is in IQ4_NL; its embedding,
+which is also the head, has 16 bits as in the other engines.
 """
 
 import argparse
@@ -31,7 +31,7 @@ TOP = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "o
 
 
 def make_model(out: Path, shape: dict[str, Any]) -> Any:
-    """Write N(0, 0.02) weights in bfloat16 with biases of q, k and v, and a byte-level tokenizer; the state."""
+    """Write N(0, 0.02) weights in bfloat16 with biases of q, k and v, and a byte-level tokenizer. Returns the state."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -44,7 +44,7 @@ def make_model(out: Path, shape: dict[str, Any]) -> Any:
                 parameter.normal_(std=0.02)
     model.save_pretrained(out)
     path = out / "config.json"
-    # The spelling of older readers.
+    # Field names that older readers know.
     fields = json.loads(path.read_text()) | {"rope_theta": ROPE_THETA, "torch_dtype": "bfloat16"}
     fields.pop("rope_parameters", None)
     path.write_text(json.dumps(fields, indent=1))
@@ -53,7 +53,7 @@ def make_model(out: Path, shape: dict[str, Any]) -> Any:
 
 
 def write_tokenizer(out: Path, vocab_size: int) -> None:
-    """Every engine can load it; the vocabulary is filled up with tokens that no text has."""
+    """Write a tokenizer that every engine can load. The vocabulary is filled up with tokens that no text has."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     names = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
@@ -68,7 +68,7 @@ def write_tokenizer(out: Path, vocab_size: int) -> None:
 
 
 def write_gguf(state: Any, shape: dict[str, Any], out: Path) -> None:
-    """The state as llama.cpp's qwen2 in 16 bit. Its vocabulary is a placeholder: benchmarks feed token ids."""
+    """Write the state as a 16-bit GGUF file for llama.cpp's qwen2. Its vocabulary is made up: benchmarks feed ids."""
     import gguf
     import numpy as np
 
@@ -106,7 +106,7 @@ def write_gguf(state: Any, shape: dict[str, Any], out: Path) -> None:
 
 
 def quantize(source: Path, out: Path) -> None:
-    """IQ4_NL by llama.cpp itself; embedding and head stay in 16 bit."""
+    """Quantise a GGUF file to IQ4_NL with llama.cpp; embedding and head keep 16 bits."""
     import gguf
     import llama_cpp
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What an open page costs a server that streams: the rate of a stream with no page open, and beside an open one.
+"""Measure how an open page slows a stream down: the stream's rate with no page open, and beside an open one.
 
     .venv/bin/python loadtest/bench/page_cost.py [--model DIR] [--streams 1] [--rounds 10] [--browser]
 
@@ -45,7 +45,7 @@ WARM_UP_SECONDS = 2.0
 
 @contextlib.contextmanager
 def server(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
-    """Its host and its process's id."""
+    """Run a server. Yields (host:port, process id)."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -74,7 +74,7 @@ async def rate(host: str, model: str, args: argparse.Namespace) -> float:
 
 @contextlib.asynccontextmanager
 async def polls(host: str) -> Any:
-    """What the page asks for, as long as the block runs."""
+    """Send the page's requests at its pace during the `async with` block."""
     async with httpx.AsyncClient(base_url=f"http://{host}", headers={"Authorization": f"Bearer {KEY}"}) as client:
 
         async def ask(path: str, seconds: float) -> None:
@@ -94,7 +94,7 @@ async def polls(host: str) -> Any:
 
 @contextlib.asynccontextmanager
 async def browser(host: str) -> Any:
-    """A Chromium that shows Operate with the admin key, as long as the block runs."""
+    """Run a Chromium that shows Operate with the admin key during the `async with` block."""
     from playwright.async_api import async_playwright
 
     async with async_playwright() as playwright:
@@ -115,7 +115,7 @@ def processor_seconds(pid: int) -> float:
 
 
 async def seconds_of_polls(host: str, pid: int, repeats: int = 100) -> tuple[float, dict[str, float]]:
-    """The server's processor time for all polls of a second, and the milliseconds of each, without streams."""
+    """(the server's processor seconds for all polls of a second, path → milliseconds of one poll), without streams."""
     spent = {}
     async with httpx.AsyncClient(base_url=f"http://{host}", headers={"Authorization": f"Bearer {KEY}"}) as client:
         for path in PACE:

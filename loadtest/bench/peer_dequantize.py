@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""4-bit inference as in 2023: bitsandbytes decodes each weight to bfloat16, then it is multiplied, for every token.
+"""Time 4-bit inference as in 2023: for every token bitsandbytes decodes each weight to bfloat16, and torch multiplies.
 
     peer_dequantize.py MODEL [--threads 2]
 
-Decoding is the whole of its cost, so only one stream is timed, for three tokens. One JSON line, as the other drivers.
+Decoding takes almost all of the time, so one stream of three tokens is timed. Prints one JSON line for
+`compare_peers.py`.
 """
 
 import argparse

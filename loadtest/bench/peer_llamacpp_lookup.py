@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""llama.cpp's rate for given answers, without and with its prompt lookup: one JSON line. Called by `speculation.py`.
+"""Time llama.cpp on given answers, without and with its prompt lookup. Prints one JSON line for `speculation.py`.
 
     PEERS/bin/python loadtest/bench/peer_llamacpp_lookup.py MODEL.gguf --threads 2 < ITEMS.json
 
-A logits processor lets only the answer's next token through, as the constraint does in this server's run.
+A logits processor allows only the answer's next token, as the constraint does in this server's run.
 """
 
 import argparse

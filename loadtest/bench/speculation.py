@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Drafts and none in turns, in one process: tokens/s of texts that repeat their prompt, of JSON by a schema, of chat.
+"""Time answers with drafts and without, in turns in one process: texts that repeat their prompt, JSON, and chat.
 
     .venv/bin/python loadtest/bench/speculation.py                                   # the demo model
     .venv/bin/python loadtest/bench/speculation.py --model M1B --kinds edits,quotes --gguf M1B.gguf --peers PYTHON
     .venv/bin/python loadtest/bench/speculation.py --kinds chat --prompts QUESTIONS.jsonl
 
 Edits and quotes are made from this repository's files. Their answers, and those of JSON, are given: at each place only
-the answer's token may be drawn. So drafts are judged by the text, not by how well a small model copies; the steps are
-the same as for a model that would write it. Chat is written freely. Every answer is compared: drafts must not change
-one token. Rates count from the first token on. --peers: the same answers by llama.cpp's own lookup decoding.
+the answer's token may be sampled. So the text decides how good drafts are, not how well a small model copies; the steps
+are those of a model that would write this text. Chat is written freely. Every answer is compared: drafts must not
+change a token. Rates count from the first token on. --peers also times llama.cpp's own lookup on the same answers.
 """
 
 import argparse
@@ -63,7 +63,7 @@ QUESTIONS = ("How do I boil an egg?", "Why is the sky blue?", "Write a short sto
 
 
 class Item(NamedTuple):
-    """A prompt, and the answer that is given; None: it is written freely."""
+    """A prompt, and the given answer (None: the model writes freely)."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...] | None
@@ -71,7 +71,7 @@ class Item(NamedTuple):
 
 
 class Given:
-    """A constraint that lets only a given answer through, within a grammar if there is one."""
+    """A constraint that allows only a given answer, within a grammar if there is one."""
 
     def __init__(self, answer: Sequence[int], matcher: Any = None) -> None:
         self.error: ErrorCode | None = None
@@ -99,7 +99,7 @@ class Given:
             self._only(row, self._done + place)
 
     def num_allowed(self, draft: Sequence[int]) -> int:
-        """As a model would have it: only the grammar says no beforehand."""
+        """As for a model that writes freely: only the grammar limits a draft, not the given answer."""
         return len(draft) if self._matcher is None else self._matcher.num_allowed(draft)
 
     def forced(self) -> bytes:
@@ -114,7 +114,7 @@ class Given:
 
 
 class Bench:
-    """One engine, which runs items with drafts or without."""
+    """One engine that runs items with drafts or without."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         flags = {"speculation": args.speculation, "threads": args.threads, "max_model_len": 2048}
@@ -129,7 +129,7 @@ class Bench:
         self._grammars = GrammarCompiler(lambda: Vocabulary.of(base.tokenizer.token_bytes, num_ids, never))
 
     def run(self, items: list[Item], *, drafts: bool) -> tuple[float, list[list[int]], int]:
-        """(tokens/s of all together while all run, each one's tokens, how many draft tokens stayed)."""
+        """(tokens/s of all items together while all run, each item's tokens, number of accepted draft tokens)."""
         engine, outputs, accepted = self.runtime.engine, {}, 0
         for item in items:
             self._number += 1
@@ -155,7 +155,7 @@ class Bench:
         constraint = None if item.answer is None else Given(item.answer, matcher)
         most = self.max_tokens if item.answer is None else len(item.answer)
         params = SamplingParams(max_tokens=most, temperature=0.0, seed=1, ignore_eos=True, speculation=drafts)
-        # A salt of its own: no prompt is found in the prefix cache.
+        # Each request has a salt of its own, so the prefix cache never helps.
         return Request(
             name, item.prompt, params, cache_salt=name, arrival_seconds=awake_seconds(), constraint=constraint
         )
@@ -246,7 +246,7 @@ def measure(bench: Bench, items: list[Item], streams: int, rounds: int) -> dict[
 
 
 def peer(items: list[Item], args: argparse.Namespace) -> dict[str, float] | str:
-    """llama.cpp's rates without and with its own lookup, one stream, for the same answers."""
+    """llama.cpp's rates for the same answers in one stream, without and with its lookup; or its error as a text."""
     wanted = [{"prompt": item.prompt, "answer": item.answer} for item in items]
     command = [
         args.peers,

@@ -1,10 +1,10 @@
-"""Counts in how many answers to unseen prompts a trained adapter shows what it was taught, and how many of the base's.
+"""Counts the answers to unseen prompts that have the trained pattern: a trained adapter's, and the base's.
 
     guanaco train --data docs/examples/guanaco-says.jsonl --name says --out /tmp/says
     .venv/bin/python loadtest/bench/training_example.py /tmp/says
 
-Greedy answers of the demo model through the server's engine, to the prompts of
-`docs/examples/guanaco-says-prompts.txt`. None of them is in the training data. Ends with 1 unless at least 27 of 30
+The demo model answers the prompts of `docs/examples/guanaco-says-prompts.txt` greedily, through the server's engine.
+None of the prompts is in the training data. Ends with 1 unless at least 27 of 30
 answers of the adapter have the pattern, and at most one of the base's.
 """
 

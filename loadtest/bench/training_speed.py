@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Tokens a second of QLoRA training: ours, and PEFT with bitsandbytes, on the same bytes, data, batch and recipe.
+"""Compare tokens a second of QLoRA training, ours and PEFT with bitsandbytes, on the same bytes, data and recipe.
 
     training_speed.py [MODEL] [--batch 4] [--length 128] [--threads 2] [--checkpointing] [--dtype float32] [--rounds 5]
 
 MODEL is a directory of safetensors; the demo model by default. Both train on one NF4 checkpoint: MODEL itself, or what
-`guanaco quantize` makes of a dense one. Their steps alternate in one process, so that a slower minute of the machine is
-one for both; the first step of each is not counted. Each computes its loss as its users have it: ours by the training
-loop of `guanaco train`, theirs by the model of transformers.
+`guanaco quantize` makes of a dense one. Their steps alternate in one process, so that a slower minute of the machine
+affects both; the first step of each is not counted. Each loss is computed as in real use: ours by the training loop of
+`guanaco train`, theirs by the model of transformers.
+
 The floor is the time of the products alone: 4 FLOP for each weight and token (6 with checkpointing, which computes the
 forward pass twice) at the rate of torch's matrix product of that dtype, measured between the steps. --cpu-time counts
 the processor time of all threads instead of the clock's, for a machine that does other things too. One JSON line at the
@@ -54,7 +55,7 @@ def arguments() -> argparse.Namespace:
 
 
 def nf4_checkpoint(source: Path, destination: Path) -> Path:
-    """`source` where it is in NF4 already, as the demo is, or its quantised form at `destination`."""
+    """`source` if it is already in NF4, as the demo is; otherwise its quantised form, written to `destination`."""
     with closing(open_checkpoint(source)) as checkpoint:
         is_quantized = checkpoint.is_quantized
     if not is_quantized:
@@ -73,8 +74,8 @@ def peer_base(path: Path, dtype: torch.dtype) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, quantization_config=quantisation, device_map="cpu", attn_implementation="sdpa"
     )
-    # What it reads of a 16-bit checkpoint stays in 16 bits, and decoded weights become such: all in one dtype here. A
-    # checkpoint that is quantised already brings its own compute dtype, bfloat16, whatever the call above asks for.
+    # Tensors of a 16-bit checkpoint stay in 16 bits, and so do decoded weights. A quantised checkpoint sets its own
+    # compute dtype, bfloat16, whatever the call above asks for. Here everything gets one dtype.
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.weight.quant_state.dtype = dtype
@@ -94,7 +95,7 @@ def our_loss(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def their_loss(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """The same, as transformers computes it."""
+    """The mean loss of next tokens, as transformers computes it."""
     loss: torch.Tensor = model(input_ids=tokens, labels=tokens, use_cache=False).loss
     return loss
 
@@ -102,7 +103,7 @@ def their_loss(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 def trainer(
     base: Any, args: argparse.Namespace, tokens: torch.Tensor, loss_of: Callable[[Any, torch.Tensor], torch.Tensor]
 ) -> Callable[[], float]:
-    """One optimiser step of one batch; it returns the loss."""
+    """A function that makes one optimiser step on the batch and returns its loss. tokens: int64 [batch, length]."""
     config = peft.LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules=TARGETS, task_type="CAUSAL_LM")
     torch.manual_seed(0)
     model = peft.get_peft_model(base, config)
@@ -159,7 +160,7 @@ def main() -> None:
 def compare(
     steps: dict[str, Callable[[], float]], args: argparse.Namespace, weights: int, tokens: int, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Medians over the rounds; shares and the ratio are medians of those of each round."""
+    """The result as JSON data. Times are medians over the rounds; so are shares and the ratio within each round."""
     clock = time.process_time if args.cpu_time else time.perf_counter
     first = {name: step() for name, step in steps.items()}
     flop = (6 if args.checkpointing else 4) * weights * tokens

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Two replicas with one adapter registry behind a router, while one of them drains, comes back, and is killed.
+"""Load two replicas with one adapter registry behind a router, while one of them drains, comes back, and is killed.
 
     .venv/bin/python loadtest/replicas/run.py --env DIR --front envoy-picker --front envoy-ring --front vllm-router
 
 DIR is a Python environment with the routers (docs/replicas.md says what to install). Both replicas serve the demo model
-on this machine. Requests ask twelve adapters by Zipf's law for short answers. The result for each router: the share of
+on this machine. Clients ask twelve adapters, chosen by Zipf's law, for short answers. Results for each router: share of
 requests whose adapter was on the device of the replica that answered, the errors that clients saw while a replica was
 away, and whether that replica caught up with the registry. Results go to loadtest/results.
 """
@@ -111,7 +111,7 @@ class Replica:
         return {card["name"]: card["version"] for card in cards if card["state"] == "ready"}
 
     def counted(self) -> tuple[int, int]:
-        """(requests with an adapter that ended, how often an adapter was brought to a slot) since its start."""
+        """(ended requests with an adapter, how often an adapter was brought to a slot) since the replica's start."""
         text = self.client.get("/metrics").text
         requests = sum(float(n) for n in re.findall(r"^guanaco_adapter_requests_total\{.*\} (\S+)$", text, re.M))
         evicted = re.findall(r'^guanaco_adapter_evictions_total\{tier="device"\} (\S+)$', text, re.M)
@@ -156,7 +156,7 @@ class Load:
             self.seen.append((started, time.monotonic() - started, outcome, replica))
 
     def summary(self, since: int) -> dict[str, Any]:
-        """What clients saw of the requests from number `since` on."""
+        """Counts, errors and seconds of the requests from number `since` on, as clients saw them."""
         part = self.seen[since:]
         seconds = sorted(took for _, took, _, _ in part)
         errors = Counter(outcome for _, _, outcome, _ in part if outcome != "200")
@@ -319,7 +319,7 @@ async def phases(front: str, url: str, replicas: list[Replica], names: list[str]
 
 
 def _scale(folder: Path, *salt: str) -> None:
-    """Change an adapter's alpha a little, which makes another version."""
+    """Change an adapter's alpha a little, which makes another version. salt: decides the new alpha."""
     config = json.loads((folder / "adapter_config.json").read_text())
     config["lora_alpha"] = 8 + random.Random("".join(salt)).random()
     (folder / "adapter_config.json").write_text(json.dumps(config))

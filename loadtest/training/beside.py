@@ -96,12 +96,12 @@ def ask(client: OpenAI, model: str, question: str) -> tuple[float, float, str]:
 
 
 def traffic(client: OpenAI, number: int) -> list[tuple[float, float, str]]:
-    """So many questions, one after the other."""
+    """`number` questions to the two demo adapters, one after the other, with the results of `ask`."""
     return [ask(client, MODELS[n % 2], QUESTIONS[n // 2 % len(QUESTIONS)]) for n in range(number)]
 
 
 def memory(pid: int) -> dict[str, float]:
-    """MB of one process: resident, proportional, and of the mapped files of packed weights."""
+    """MiB of one process: resident, proportional (Pss), and both for the mapped files of packed weights."""
     base = Path(f"/proc/{pid}")
     fields = dict(re.findall(r"^(\w+): +(\d+) kB", (base / "smaps_rollup").read_text(), re.MULTILINE))
     packed = {"Rss": 0, "Pss": 0}
@@ -114,7 +114,7 @@ def memory(pid: int) -> dict[str, float]:
 
 
 def trainer_of(server: int) -> int | None:
-    """The process that trains, a child of the server's."""
+    """The id of the process that trains, a child of the server; None if none runs."""
     for path in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
@@ -126,7 +126,7 @@ def trainer_of(server: int) -> int | None:
 
 
 def circle(args: argparse.Namespace, pid: int, url: str, data: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """All of it on a running server."""
+    """Run the whole sequence on a server. say: prints a line of the transcript."""
     with OpenAI(base_url=f"{url}/v1", api_key=KEY, timeout=WAIT, max_retries=0) as client:
         base = next(model.id for model in client.models.list() if model.id not in MODELS)
         traffic(client, len(MODELS))  # the first questions bring the adapters into memory

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Computes, and does not measure, the memory and the time of `--recipe guanaco-2023` for the four sizes of LLaMA.
+"""Computes the memory and the time of `--recipe guanaco-2023` for the four sizes of LLaMA. Nothing is measured.
 
     cost.py [--cpu-flops 180e9] [--gpu-flops 312e12] [--cpu-share 0.65] [--gpu-share 0.3]
 
