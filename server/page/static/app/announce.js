@@ -1,4 +1,4 @@
-// What a screen reader hears: whole sentences of an answer, and events. Never single tokens.
+// The texts that screen readers read out: whole sentences of an answer, and events. Never single tokens.
 import { html, cell, useValue } from "./ui.js";
 
 const KEPT = 6;
@@ -10,7 +10,7 @@ export function announce(text) {
   if (plain) said.set([...said.get(), { number: (number += 1), plain }].slice(-KEPT));
 }
 
-// A function that is given a growing text, and announces each sentence once, when it is complete.
+// Returns a function (text, isComplete) for a growing text. It announces each sentence once, when it is complete.
 export function sentenceAnnouncer() {
   let told = 0;
   return (text, isComplete) => {

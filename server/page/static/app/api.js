@@ -1,4 +1,4 @@
-// Requests to this server. Every failure is an ApiFailure with words that can be shown.
+// Requests to this server. Every failure is an ApiFailure with a message to show.
 import { adminKey, apiKey, keyWanted } from "./session.js";
 import { cell } from "./ui.js";
 
@@ -23,7 +23,8 @@ function authorization(admin) {
   return key ? { Authorization: `Bearer ${key}` } : {};
 }
 
-// The response of a request that succeeded. `admin` sends the admin key. Throws ApiFailure, or AbortError on `signal`.
+// The response of a request that succeeded. `admin` sends the admin key; `quiet` does not ask the reader for a key after
+// 401. Throws ApiFailure, or AbortError on `signal`.
 export async function send(path, { method = "GET", body, admin = false, signal, quiet = false } = {}) {
   const headers = { Accept: "application/json", ...authorization(admin) };
   if (body !== undefined) headers["Content-Type"] = "application/json";
@@ -54,7 +55,7 @@ async function failureOf(response) {
   try {
     error = (await response.json()).error ?? {};
   } catch {
-    // an answer of something between the page and the server
+    // not JSON: a proxy between the page and the server answered
   }
   const wait = Number(response.headers.get("Retry-After"));
   return new ApiFailure({
@@ -72,7 +73,7 @@ export function sentence(text) {
   return trimmed.charAt(0).toUpperCase() + trimmed.slice(1) + (/[.!?]$/.test(trimmed) ? "" : ".");
 }
 
-// Asks how the server is; the answer goes to `serverState`.
+// Asks the server whether it is ready, and sets `serverState`.
 export async function checkHealth() {
   try {
     const response = await fetch(address("health/ready"), { cache: "no-store", credentials: "omit" });

@@ -1,4 +1,4 @@
-// An error in words. Where the server said when to come back, the seconds are counted down.
+// An error in words. If the server sent Retry-After, the seconds are counted down.
 import { html, useEffect, useState } from "./ui.js";
 
 const ADVICE = {

@@ -53,7 +53,7 @@ export function day(milliseconds) {
     : then.toLocaleDateString([], { day: "numeric", month: "short" });
 }
 
-// Gives the reader a file to keep.
+// Lets the browser save a text as a file.
 export function download(name, type, text) {
   const url = URL.createObjectURL(new Blob([text], { type }));
   const link = Object.assign(document.createElement("a"), { href: url, download: name });
@@ -62,6 +62,6 @@ export function download(name, type, text) {
 }
 
 export function newId() {
-  const numbers = crypto.getRandomValues(new Uint8Array(12)); // randomUUID is there on https and localhost only
+  const numbers = crypto.getRandomValues(new Uint8Array(12)); // browsers have randomUUID on https and localhost only
   return [...numbers].map((n) => n.toString(16).padStart(2, "0")).join("");
 }

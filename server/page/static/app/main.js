@@ -1,4 +1,4 @@
-// Starts the page: the frame around the views, and which view the address asks for.
+// Starts the page: draws the frame, and the view that the address names.
 import { LiveRegion } from "./announce.js";
 import { checkHealth, serverState } from "./api.js";
 import { KeyDialog, KeyButton } from "./keys.js";
@@ -58,7 +58,7 @@ function Health() {
 
 function App() {
   const here = usePlace();
-  const last = useRef({}); // of each view: where the reader was in it
+  const last = useRef({}); // view's name → the last address in it, for its link
   last.current[here.name] = here.hash;
   const View = here.view;
   useEvery(30000, refreshModels);

@@ -1,4 +1,4 @@
-// What this server can answer with: the base, its adapters, aliases. Kept fresh while the page is open.
+// The models that this server offers: the base, its adapters, aliases. Refreshed while the page is open.
 import { getJson } from "./api.js";
 import { cell } from "./ui.js";
 
@@ -8,7 +8,8 @@ export const modelsProblem = cell(null);
 
 let hasAsked = false;
 
-// Asks again. The key is asked for at the first time only, or where `isWanted`: a reader who closed that dialog is left alone.
+// Asks the server again. After 401 the reader is asked for a key only the first time, or if `isWanted`: a reader who closed
+// that dialog is left alone.
 export async function refreshModels(isWanted = false) {
   const quiet = hasAsked && isWanted !== true;
   hasAsked = true;
@@ -17,7 +18,7 @@ export async function refreshModels(isWanted = false) {
     models.set({
       base: data.filter((card) => !card.parent),
       adapters: data.filter((card) => card.parent && card.version),
-      // An alias has no version of its own: it may be another one for each request.
+      // An alias has no version of its own: each request may lead to another one.
       aliases: data.filter((card) => card.parent && !card.version),
     });
     modelsProblem.set(null);
@@ -41,7 +42,7 @@ export function firstName() {
   return known?.adapters[0]?.id ?? baseName();
 }
 
-// The settings that a request gets when it says nothing, in the server's names; null where the server doesn't tell.
+// The sampling defaults of a model, under the server's names; null if the server does not tell them.
 export function defaultsOf(name) {
   return cardOf(name)?.sampling_defaults ?? null;
 }

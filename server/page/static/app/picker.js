@@ -1,4 +1,4 @@
-// Chooses who answers: the base, an adapter or an alias.
+// Lets the reader choose the model: the base, an adapter or an alias.
 import { models, modelsProblem, refreshModels } from "./models.js";
 import { html, useValue } from "./ui.js";
 import { count, shortVersion } from "./format.js";
@@ -17,7 +17,7 @@ export function Picker({ id, label, value, onChange, disabled = false }) {
     </select></span>`;
 }
 
-// What an empty conversation shows: everybody who can answer here, to be picked by a click.
+// Shown in an empty conversation: all models of this server, to be chosen by a click.
 export function Introduction({ chosen, onChoose }) {
   const known = useValue(models);
   const problem = useValue(modelsProblem);

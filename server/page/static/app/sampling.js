@@ -1,5 +1,5 @@
-// How an answer is sampled: the fields of the form, and what a request sends of them. An empty field is not sent, so the
-// server's own defaults (the adapter's profile, then the model's) hold.
+// How an answer is sampled: the fields of the form, and the fields of a request that are made from them. An empty field is
+// not sent, so the server's defaults (the adapter's profile, then the model's) count.
 export const FIELDS = [
   { name: "temperature", label: "Temperature", min: 0, max: 2, step: 0.05, help: "0: always the likeliest token" },
   { name: "top_p", label: "Top p", min: 0.01, max: 1, step: 0.01, help: "sample from the likeliest tokens that add up to p" },

@@ -13,5 +13,5 @@ function kept(name) {
 
 export const apiKey = kept("guanaco.apiKey");
 export const adminKey = kept("guanaco.adminKey");
-// What asks for a key now: null, "api" or "admin".
+// Why the dialog for keys is open: "api" or "admin" (a request needs that key), "settings" (the reader opened it); null: closed.
 export const keyWanted = cell(null);

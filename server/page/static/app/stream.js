@@ -28,8 +28,8 @@ export function newAnswer() {
   };
 }
 
-// Asks for a chat completion and calls `onChange(answer)` whenever more of it is there. Always resolves with the answer;
-// what went wrong is in `answer.error`. `signal` stops it.
+// Asks for a chat completion and calls `onChange(answer)` after each event. Always resolves with the answer; an error is in
+// `answer.error`. `signal` stops it.
 export async function streamChat(body, { signal, onChange }) {
   const answer = newAnswer();
   const started = performance.now();
@@ -69,7 +69,7 @@ export async function streamChat(body, { signal, onChange }) {
   return answer;
 }
 
-// Adds one event to the answer. True where it brought text.
+// Adds one event to the answer. Returns whether the event had text.
 function take(answer, event) {
   if (event.usage) answer.usage = event.usage;
   const choice = event.choices?.[0];

@@ -34,7 +34,7 @@ export function useValue(source) {
   return drawn;
 }
 
-// Runs `work` now and then every so many milliseconds, but only while the page can be seen.
+// Runs `work` at once and every `milliseconds`, but only while the page is visible.
 export function useEvery(milliseconds, work, inputs = []) {
   useEffect(() => {
     const visible = () => document.visibilityState === "visible";
@@ -49,7 +49,7 @@ export function useEvery(milliseconds, work, inputs = []) {
   }, inputs);
 }
 
-// A dialog that closes on Escape and gives the focus back, as the browser does it.
+// A modal dialog. Escape closes it, and then the element before gets the focus back.
 export function Dialog({ title, onClose, children, wide = false }) {
   const ref = useRef();
   useEffect(() => {

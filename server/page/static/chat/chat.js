@@ -1,4 +1,4 @@
-// Chat: the conversations on the left, the one that is shown on the right.
+// Chat: the list of conversations on the left, the open conversation on the right.
 import { current, openConversation, startConversation, changed } from "./conversations.js";
 import { firstName, models } from "../app/models.js";
 import { html, useEffect, useState, useValue } from "../app/ui.js";

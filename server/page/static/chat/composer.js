@@ -1,4 +1,4 @@
-// Where the reader writes. Enter sends, Shift+Enter begins a new line, Escape stops the answer.
+// The box in which the reader writes. Enter sends, Shift+Enter begins a new line, Escape stops the answer.
 import { runningIn, say, stop } from "./conversations.js";
 import { html, useEffect, useRef, useState } from "../app/ui.js";
 

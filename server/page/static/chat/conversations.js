@@ -8,8 +8,8 @@ import { oncePerFrame, streamChat } from "../app/stream.js";
 import { addNode, checkedConversation, lastId, messagesUpTo, newConversation, titleFrom } from "./tree.js";
 import { cell } from "../app/ui.js";
 
-export const list = cell([]); // what the sidebar shows
-export const current = cell(null); // { conversation }, anew after each change of its tree
+export const list = cell([]); // entries of the sidebar
+export const current = cell(null); // { conversation }: a new object after each change of its tree
 export const storageProblem = cell(null);
 
 const SAVE_EVERY_MS = 1500;
@@ -37,7 +37,7 @@ export async function openConversation(id) {
   return conversation;
 }
 
-// Answers that were being written when the page was closed or loaded anew.
+// Marks answers as failed that were being written when the page was closed or reloaded.
 function endInterrupted(conversation) {
   for (const node of Object.values(conversation.nodes)) {
     if (node.state === "waiting" || node.state === "streaming") {
@@ -105,7 +105,7 @@ export function retry(conversation, node) {
   return answer(conversation, conversation.nodes[node.parent]);
 }
 
-// Who answers: a name of the server, or the base with the adapters of a mixture.
+// The request's fields that say which model answers: a name of the server, or the base with a mixture of adapters.
 export function target(conversation) {
   if (conversation.kind !== "mix") return { model: conversation.model };
   const adapters = Object.entries(conversation.mixture)
@@ -192,7 +192,7 @@ export async function exportAll() {
   return conversations.length;
 }
 
-// Adds a file's conversations to those that are here; the same id again replaces the older one. Returns what happened.
+// Adds a file's conversations to this browser's. One with a known id replaces the one here. Returns the result as a sentence.
 export async function importFile(file) {
   let found;
   try {

@@ -1,4 +1,4 @@
-// One message: its text, who wrote it and how fast, and what can be done with it.
+// One message: its text, its author and speed, and buttons to edit, copy and retry.
 import { announce } from "../app/announce.js";
 import { changed, edit, liveCell, retry } from "./conversations.js";
 import { asSum, count, seconds, shortVersion } from "../app/format.js";
@@ -69,7 +69,7 @@ export function nameOf({ model, mixed }) {
   return asSum(mixed.map(({ name, scale }) => [name, scale]));
 }
 
-// Markdown. While the answer grows, only its last block is made anew; at the end all of it is, for links whose target comes later.
+// Markdown. While the answer grows, only its last block is rendered again. At the end all is, for links whose target comes later.
 export function Rendered({ text, isGrowing = false }) {
   const growing = useMemo(() => blockRenderer(), []);
   const blocks = useMemo(() => (isGrowing ? growing(text) : [toHtml(text)]), [text, isGrowing]);
@@ -118,7 +118,7 @@ function Copy({ text }) {
   return html`<button type="button" class="quiet" onClick=${copy}>${isDone ? "Copied" : "Copy"}</button>`;
 }
 
-// The clipboard's own interface is there on https and localhost only.
+// Copies a text. Browsers have navigator.clipboard on https and localhost only, so there is a second way.
 async function copied(text) {
   try {
     await navigator.clipboard.writeText(text);

@@ -9,7 +9,7 @@ import { ContextMeter, Thread } from "./thread.js";
 
 const MOST = 2;
 const STEP = 0.05;
-let draft = null; // the mixture that was set up last, for a reader who comes back from another view
+let draft = null; // the last new conversation, shown again when the reader comes back from another view
 
 export function Mix({ rest }) {
   const shown = useValue(current)?.conversation ?? null;

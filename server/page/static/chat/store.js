@@ -47,7 +47,7 @@ export async function isKept() {
   return (await open()) !== null;
 }
 
-// What the list shows of each conversation, the latest first.
+// The list's entry of each conversation, the latest first.
 export async function listAll() {
   const db = await open();
   const found = db
@@ -61,7 +61,7 @@ export async function load(id) {
   return (db ? await done(db.transaction(BODIES).objectStore(BODIES).get(id)) : memory.get(id)) ?? null;
 }
 
-// Rejects where the browser's storage is full.
+// Rejects if the browser's storage is full.
 export async function saveAll(conversations) {
   const db = await open();
   if (!db) {

@@ -26,7 +26,7 @@ export function Thread({ conversation, empty }) {
     follow();
   }, [conversation.id, runningIn(conversation).length > 0]);
   const onScroll = () => {
-    if (!box.current) return; // a last event of a view that is gone
+    if (!box.current) return; // the view was removed before this event
     const { scrollHeight, scrollTop, clientHeight } = box.current;
     follows.current = scrollHeight - scrollTop - clientHeight < NEAR_THE_END;
     setAway(!follows.current);

@@ -46,13 +46,13 @@ export function chooseSibling(conversation, node, step) {
   parent.chosen = Math.min(parent.children.length - 1, Math.max(0, parent.children.indexOf(node.id) + step));
 }
 
-// What a request sends: the messages up to and with `lastNode`. Answers without text are left out.
+// The messages of a request, up to and with `lastNode`. Messages without text are left out.
 export function messagesUpTo(conversation, lastNode) {
   const path = [];
   for (let node = lastNode; node.role !== "root"; node = conversation.nodes[node.parent]) path.unshift(node);
   const messages = [];
   for (const { role, text } of path.filter((node) => node.text)) {
-    // Behind an answer that failed come two questions in a row, which many chat templates refuse.
+    // After a failed answer two questions follow each other, which many chat templates refuse. So they are joined.
     if (messages.at(-1)?.role === role) messages.at(-1).content += `\n\n${text}`;
     else messages.push({ role, content: text });
   }
@@ -64,7 +64,7 @@ export function titleFrom(text) {
   return line.length > 60 ? `${line.slice(0, 57)}…` : line;
 }
 
-// A conversation of a file, or null where it is none. Only known fields are taken over.
+// A checked copy of a conversation from a file, or null if it is none. Only known fields of it are copied.
 export function checkedConversation(value) {
   const { id, nodes } = value ?? {};
   if (typeof id !== "string" || typeof nodes !== "object" || !nodes || !nodes[ROOT]) return null;

@@ -1,4 +1,4 @@
-// The columns of a comparison: who answers, the answers that come, and one prompt to all of them at the same moment.
+// The columns of a comparison: sends one prompt to several models at once, and holds their answers as they come.
 import { announce } from "../app/announce.js";
 import { requestFields } from "../app/sampling.js";
 import { newAnswer, oncePerFrame, streamChat } from "../app/stream.js";
@@ -7,11 +7,11 @@ import { cell } from "../app/ui.js";
 export const LEAST = 2;
 export const MOST = 4;
 
-// What is shown: { prompt, answers: [{ model, answer }], isBusy }, anew after each change.
+// The round on the page: { id, prompt, answers: [{ model, answer }], isBusy }; a new object after each change.
 export const round = cell(null);
 let controller = null;
 
-// Asks every model the same. Resolves when all have answered or `stopRound` was called.
+// Asks every model the same prompt. Resolves when all have answered, or after `stopRound`.
 export async function startRound(models, prompt, { system, sampling }) {
   stopRound();
   controller = new AbortController();

@@ -8,7 +8,7 @@ import { Columns } from "./column.js";
 import { Picker } from "../app/picker.js";
 import { NumberField } from "../chat/settings.js";
 
-// Kept while the reader looks at another view.
+// Outside the view, so that they are kept while the reader looks at another one.
 const setup = cell({ names: null, isBlind: false, showsDifferences: true, system: "", sampling: { seed: 1, max_tokens: 256 } });
 const drafts = cell("");
 
@@ -113,7 +113,7 @@ function firstNames({ base, adapters, aliases }) {
   return all.length > 1 ? all.slice(0, Math.min(3, all.length)) : [all[0], all[0]];
 }
 
-// Two of the columns, in random order: which side a name stands on must not tell who it is.
+// Two of the columns, in random order, so that the side does not tell the name.
 function drawPair(names) {
   const left = Math.floor(Math.random() * names.length);
   const right = (left + 1 + Math.floor(Math.random() * (names.length - 1))) % names.length;

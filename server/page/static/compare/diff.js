@@ -1,11 +1,11 @@
-// Which words of an answer are not in another one: the longest common sequence of words, bounded in time.
+// Marks the words of an answer that another one does not have, by the longest common subsequence of words.
 const MOST_WORDS = 1500; // beyond it nothing is marked: the table grows with the product
 
 export function wordsOf(text) {
   return text.match(/\s+|[^\s]+/g) ?? [];
 }
 
-// The words of `text` with a mark on those that are not common with `other`; null where the texts are too long.
+// The words of `text` as [{ word, isNew }]; isNew: not in the common subsequence with `other`. null if a text is too long.
 export function marked(text, other) {
   const mine = wordsOf(text);
   const left = mine.filter((word) => word.trim());

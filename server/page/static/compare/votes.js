@@ -1,5 +1,5 @@
-// Blind votes: kept in this browser, counted with an interval, and written in the columns that `guanaco compare --replay`
-// reads. The server stores none.
+// Blind votes: kept in this browser, counted with an interval, and written as CSV that `guanaco compare --replay` reads. The
+// server stores none.
 import { download } from "../app/format.js";
 import { cell } from "../app/ui.js";
 
@@ -27,7 +27,7 @@ function keep(next) {
   localStorage.setItem(KEY, JSON.stringify(next));
 }
 
-// first, second: names as they stood on the page, left and right. verdict: 1 the first is better, 2 the second, 3 a tie.
+// first, second: the names on the left and on the right. verdict: 1 the first is better, 2 the second, 3 a tie.
 export function addVote({ first, second, prompt, verdict }) {
   keep([...votes.get(), { first, second, prompt, verdict, at: Date.now() }]);
 }

@@ -1,8 +1,9 @@
-// A button or form that changes something on the server: busy while it works, and a refusal shown as the server words it.
+// The state of a button or form that changes something on the server: busy, done, or refused with the server's message.
 import { announce } from "../app/announce.js";
 import { html, useState } from "../app/ui.js";
 
-// Returns [run, state]: `run(work, done)` runs `work()` and remembers its failure, or the words `done(answer)`.
+// Returns [run, state]. `run(work, done)` awaits `work()` and sets the state to its failure, or to the words of
+// `done(answer)`. It resolves to whether the work succeeded.
 export function useAction() {
   const [state, setState] = useState({ isBusy: false, failure: null, done: "" });
   const run = async (work, done) => {

@@ -1,4 +1,4 @@
-// What the admin key may do: look at adapters and aliases, change them, stop the server.
+// The requests that need the admin key: list adapters and aliases, change them, stop the server.
 import { getJson, send } from "../app/api.js";
 import { refreshModels } from "../app/models.js";
 import { adminKey } from "../app/session.js";

@@ -1,4 +1,4 @@
-// Small line charts as SVG. Each has a twin in words, which screen readers read in its place.
+// Small line charts as SVG. Each has a description in words for screen readers.
 import { html } from "../app/ui.js";
 
 const WIDTH = 240;
@@ -21,7 +21,7 @@ export function Sparkline({ title, values, show, most = null }) {
   </figure>`;
 }
 
-// A line through what was measured, and a dot for each value without neighbours, which no line shows.
+// A line through the values, and a dot for each value without neighbours, because no line shows it.
 function pathsOf(values, x, y) {
   let [line, dots] = ["", ""];
   values.forEach((value, index) => {

@@ -1,4 +1,4 @@
-// Training jobs with their loss curves, where the server trains (OpenAI's shape of fine-tuning jobs).
+// Training jobs with their loss curves, if the server trains (OpenAI's fine-tuning jobs).
 import { refreshAdmin } from "./admin.js";
 import { getJson, send } from "../app/api.js";
 import { count, until } from "../app/format.js";
@@ -83,7 +83,7 @@ function Curve({ job }) {
     try {
       known.current = await withNewEvents(job, known.current);
     } catch {
-      // what is known stays; the next look asks again
+      // the known events stay; the next call asks again
     }
     setEvents(known.current);
   }, [job.id, isOpen]);
@@ -95,7 +95,7 @@ function Curve({ job }) {
     <${LineChart} title=${`Loss of ${job.id}`} series=${series} xLabel="step" />`;
 }
 
-// All events of a job, the latest first, when some are known already. They come in pages.
+// All events of a job, the latest first: the new ones, which come in pages, and then the known ones.
 async function withNewEvents({ id, admin }, known) {
   const seen = new Set(known.map((event) => event.id));
   const found = [];

@@ -1,11 +1,12 @@
-// Numbers of GET /metrics: the Prometheus text, and what changed between two looks.
+// Numbers of GET /metrics: parses the Prometheus text, and computes the changes between two requests.
 import { send } from "../app/api.js";
 import { cell } from "../app/ui.js";
 
 const KEPT = 120; // samples of the sparklines
 const PROMPT_TOKENS = "guanaco_adapter_prompt_tokens_total";
 
-// { now, history }: history is a list of { time, running, waiting, kv, step, first, gap, prompt, rate }; null before the first look.
+// { series, now, history }; null before the first answer. now is the last of history, a list of { time, running, waiting, kv,
+// step, first, gap, prompt, rate, rates }. step, first and gap are in seconds, prompt and rate in tokens/s.
 export const metrics = cell(null);
 export const metricsProblem = cell(null);
 let before = null;
@@ -33,7 +34,7 @@ export function byLabel(series, name, label) {
   return Object.fromEntries((series.get(name) ?? []).map(({ labels, value }) => [labels[label], value]));
 }
 
-// The mean of a histogram between two looks, in its own unit; null where nothing was counted.
+// The mean of a histogram between two requests, in its own unit; null if nothing was counted.
 function meanBetween(now, then, name) {
   const count = total(now, `${name}_count`) - total(then, `${name}_count`);
   const sum = total(now, `${name}_sum`) - total(then, `${name}_sum`);

@@ -1,4 +1,4 @@
-// Operate: how the server does, its adapters and aliases, and what the admin key may change.
+// Operate: the server's load, its adapters and aliases, training jobs, and the changes that the admin key allows.
 import { access, drain, refreshAdmin } from "./admin.js";
 import { count, percent, seconds } from "../app/format.js";
 import { byLabel, lookAtMetrics, metrics, metricsProblem } from "./metrics.js";
@@ -82,7 +82,7 @@ function ByAdapter({ series, rates }) {
   </table></div>`;
 }
 
-// What this API key may see without the admin key.
+// The models that this API key sees without the admin key.
 function Served() {
   const known = useValue(models);
   if (!known) return null;
