@@ -139,7 +139,8 @@ def test_the_one_row_loop_has_no_barrier_and_no_shared_memory(counted: list[dict
 
 
 def test_decode_attention_is_bound_by_memory(counted: list[dict[str, Any]]) -> None:
-    """On the hardest card of the target; but for 8-bit caches on B200, which has 4.4 slots for a byte.
+    """On the hardest card of the target; but for 8-bit caches on B200, which has 4.4 slots for a byte, and for float32
+    caches with `decode_dot`: tensor cores do not multiply float32, and only tests have such caches.
 
     Contexts that are cut into more parts do not fill the card, and what is around the loop is most of the code.
     """
