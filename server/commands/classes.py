@@ -57,8 +57,8 @@ class SettingsCommand(Command):
 
 
 class OfflineCommand(SettingsCommand):
-    """A command that needs a model but serves no requests. It accepts all of a server's settings, so that both can use
-    one file."""
+    """A command that needs a model but serves no requests. It accepts all of a server's settings, so that one settings
+    file serves for both."""
 
     shown = frozenset({"Model", "Adapters", "CPU and GPU", "Batches and context"})
 

@@ -63,7 +63,7 @@ def predict(model: str, config: ModelConfig, settings: Settings, machine: Machin
 
 
 def predict_known(settings: Settings, machine: Machine, gpu: Gpu | None) -> list[Fit]:
-    """As `predict`, for well-known models."""
+    """The fits of the well-known models in _SHAPES, as `predict` computes them."""
     return [predict(name, _known(name), settings, machine, gpu) for name in _SHAPES]
 
 

@@ -7,7 +7,7 @@ from guanaco.models.loading.model_cache import list_cached_models, prune_cached_
 from guanaco.server.bootstrap.memory_plan import human_bytes
 from guanaco.server.errors import CommandError
 
-_KEY_LENGTH = 12  # of a key's 64 hex digits `list` shows so many; `prune` accepts any number of first digits
+_KEY_LENGTH = 12  # first digits of a key (64 hex digits) that are shown; `prune` accepts any number of first digits
 
 
 def list_models(cache_dir: Path) -> None:

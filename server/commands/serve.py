@@ -265,7 +265,7 @@ def _absolute(path: Path | None) -> Path | None:
 
 
 def _show_banner(console: Console, settings: Settings, runtime: Runtime, port: int, has_keys: bool) -> None:
-    """Print what is served, on which hardware, how memory is divided, and a curl line to copy."""
+    """Print the model, its adapters, the provider, the division of memory, the addresses, and a curl line to copy."""
     base, plan, config = runtime.base, runtime.plan, runtime.base.loaded.config
     url = f"http://{f'[{settings.host}]' if ':' in settings.host else settings.host}:{port}"
     table = Table.grid(padding=(0, 2))

@@ -1,7 +1,7 @@
 """The loop of `guanaco chat`: reads what the user types, sends it, shows the answer.
 
-With a terminal: an editable prompt with history, several lines, completion, and Markdown. Without one: each line of the
-input is a message, only the answers are written to standard output, and the first error ends the program.
+With a terminal it has an editable prompt with history, several lines, completion, and Markdown. Without one each line
+of the input is a message, only the answers go to standard output, and the first error ends the program.
 """
 
 import sys

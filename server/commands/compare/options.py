@@ -1,4 +1,4 @@
-"""What `guanaco compare` was asked for, checked before anything is generated."""
+"""The options of `guanaco compare` as values, checked before anything is generated."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -51,7 +51,7 @@ class Exchange:
     pieces: list[float] = field(default_factory=list)  # when each piece of text came
     text: str = ""
     finish_reason: str | None = None
-    prompt_tokens: int | None = None  # by the server's usage
+    prompt_tokens: int | None = None  # this and the next two: as the server's usage counts them
     cached_tokens: int | None = None
     completion_tokens: int | None = None
 
@@ -263,7 +263,7 @@ def _piece(choice: Mapping[str, Any]) -> tuple[str, str | None]:
 
 
 def _missing(reasons: Sequence[str], num_done: int, *, is_whole: bool) -> str:
-    """What is missing in a stream without errors; empty if the stream is whole."""
+    """A short name of the first thing that a stream without errors lacks; empty if the stream is whole."""
     if not reasons:
         return "no_finish_reason"
     if len(reasons) > 1:

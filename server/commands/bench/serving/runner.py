@@ -21,7 +21,8 @@ from guanaco.server.commands.bench.serving.client import Exchange, Outcome, Targ
 
 @dataclass(frozen=True)
 class Due:
-    """A request of the plan: when it is due, what it asks, and when the client disconnects (None: at the end)."""
+    """A request of the plan. seconds: from the run's start until it is due. leave_after: seconds after sending at which
+    the client disconnects (None: at the answer's end)."""
 
     seconds: float
     model: str
