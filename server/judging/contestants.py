@@ -83,7 +83,7 @@ async def find_model(endpoint: Endpoint, model: str) -> dict[str, Any]:
             return next(iter(cards.get("data") or ()), {}) or {}
         card, _ = await endpoint.call("GET", f"/v1/models/{model}")
         return card
-    except CommandError:  # many endpoints have no such route; a request for an answer says what is wrong
+    except CommandError:  # many endpoints lack this route; a later request for an answer shows real problems
         return {}
 
 

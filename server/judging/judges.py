@@ -58,12 +58,12 @@ class Judge(Protocol):
 
     @property
     def name(self) -> str:
-        """As reports show it."""
+        """The name in reports."""
         ...
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides a judgement besides the texts, as JSON data. If it changes, everything is judged again."""
+        """Everything besides the texts that decides a judgement, as JSON data. If it changes, all is judged again."""
         ...
 
     @property
@@ -85,12 +85,12 @@ class RegexJudge:
 
     @property
     def name(self) -> str:
-        """As reports show it."""
+        """The name in reports."""
         return f"regex {self.pattern.pattern}"
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides a judgement besides the texts."""
+        """See `Judge`."""
         return {"regex": self.pattern.pattern}
 
     async def rule(self, prompt: Prompt, first: str, second: str) -> Ruling:  # noqa: ARG002 (the prompt says nothing)
@@ -109,7 +109,7 @@ class ModelJudge:
 
     @property
     def name(self) -> str:
-        """As reports show it."""
+        """The name in reports."""
         return self.model
 
     @property
@@ -119,7 +119,7 @@ class ModelJudge:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides a judgement besides the texts. The random marker of a request does not."""
+        """See `Judge`. The random marker of a request is no part of it."""
         asked = [_SYSTEM, _FENCES, _ASKS[self.mode], _GENERAL, _CRITERIA, _TEMPERATURE, _MAX_TOKENS]
         return {"origin": self.endpoint.origin, "model": self.model, "mode": self.mode, "asked": asked}
 

@@ -209,7 +209,8 @@ def prompts_needed(result: PairResult) -> int | None:
     needed = max(needed, result.prompts + 1, MIN_PROMPTS)
     if needed > _MOST_ADVISED:
         return None
-    unit = int(10 ** max(0, math.floor(math.log10(needed)) - 1))  # two digits: more would look exact
+    # Rounded up to two digits: more would look exact.
+    unit = int(10 ** max(0, math.floor(math.log10(needed)) - 1))
     return math.ceil(needed / unit) * unit
 
 

@@ -1,4 +1,4 @@
-"""The libraries of the `train` extra: whether they are installed, and how they are kept quiet and offline.
+"""The libraries of the `train` extra: checks that they are installed, and switches off their warnings and the hub.
 
 Imports them inside functions only. Called before anything of a training is loaded.
 """

@@ -42,7 +42,7 @@ class Recipe:
     gradient_checkpointing: bool = False
     held_out: float = 0.1  # share of the rows that measure the loss and are not trained on
     max_held_out: int | None = 200  # most rows that are held out; None: no limit
-    paged_optimizer: bool = False  # on a GPU only
+    paged_optimizer: bool = False  # used on a GPU only; a CPU uses torch's AdamW
     seed: int = 0
     data_seed: int = 0  # decides which rows are held out, and the order of training
 

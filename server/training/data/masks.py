@@ -84,7 +84,7 @@ class Encoder:
         return encoded
 
     def _text(self, row: Row) -> Encoded:
-        """As /v1/completions encodes prompts: control tokens in the text count, BOS comes by the tokenizer's rule."""
+        """Encode a plain text as /v1/completions does: with control tokens, and BOS by the tokenizer's rule."""
         ids = self._tokenizer.encode(row.prompt + row.text, parse_control=True)
         start = int(ids[:1] == [self._tokenizer.bos_id])
         if row.prompt and not self._learns_all:

@@ -35,7 +35,7 @@ class DataFile:
     rows: list[Row] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)  # the first MAX_LISTED_REFUSALS of them
     num_refused: Counter[RefusalKind] = field(default_factory=Counter)
-    num_good: int = 0  # rows that can be trained on, kept in `rows` or not
+    num_good: int = 0  # rows that can be trained on, also if `rows` stays empty
     num_duplicates: int = 0  # rows with the content of an earlier row; they are kept
 
     @property
@@ -199,7 +199,7 @@ class _ArrayText:
         while True:
             try:
                 value, end = json.JSONDecoder().raw_decode(self._text, self._place)
-                if end < len(self._text) or self._is_whole:  # a number may go on in what was not read yet
+                if end < len(self._text) or self._is_whole:  # a number may continue in bytes that are not read yet
                     self._place = end
                     return value
             except json.JSONDecodeError:

@@ -1,6 +1,6 @@
 """Small files that survive a crash: JSON written whole or not at all, lists that grow line by line, and ids.
 
-Knows nothing of their content. Only the server's own user can read what it writes.
+Knows nothing of their content. Only the server's own user can read the files.
 """
 
 import json

@@ -30,7 +30,7 @@ class RefusalKind(Enum):
     CALLER = "caller"  # the request is wrong
     MISSING = "missing"  # the key has no such file or job
     CONFLICT = "conflict"  # the request contradicts the present state
-    QUOTA = "quota"  # the key has used what it may use
+    QUOTA = "quota"  # the key has used up a limit
     TOO_LARGE = "too large"  # the body is too large
     STORAGE = "storage"  # the disk cannot take it
 
@@ -66,6 +66,6 @@ def quota(message: str, param: str | None = None) -> RequestRefused:
 
 
 def storage_failed(error: OSError) -> RequestRefused:
-    """The error for a disk that cannot take what was sent. It shows no path."""
+    """The error if the disk can't store an upload or a record. It shows no path."""
     text = f"the server's disk could not take it ({error.strerror or 'unknown error'}); its operator must make room"
     return RequestRefused(ErrorCode.STORE_FAILED, text, None, RefusalKind.STORAGE)

@@ -99,7 +99,7 @@ class JobRunner:
         )
 
     def wake(self) -> None:
-        """Look for work: a job was added or changed."""
+        """Let the queue look at the jobs again, after a job was added or changed."""
         for event in self._woken.values():
             event.set()
 
@@ -190,7 +190,7 @@ class JobRunner:
         """Run the trainer to its end. Returns whether there is an adapter to publish."""
         out, folder = self._jobs.adapter(job.id), self._jobs.folder(job.id)
         if job.status is Status.RUNNING and out.is_dir() and "adapter" in (last_answer(folder) or {}):
-            return await self._ended(job, TrainerEnd(0, last_answer(folder)))  # it ended while no server looked
+            return await self._ended(job, TrainerEnd(0, last_answer(folder)))  # the trainer ended while no server ran
         paths = [self._files.path(self._files.get(job.owner, name)) for name in job.files]
         validation = paths[1] if len(paths) > 1 else None
         is_again = job.status is Status.RUNNING

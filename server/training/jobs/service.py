@@ -53,7 +53,7 @@ class JobRequest:
 class TrainingNumbers:
     """The numbers of one moment, for the metrics."""
 
-    jobs: dict[str, int]  # by status
+    jobs: dict[str, int]  # status → number of jobs
     num_files: int
     num_file_bytes: int
     step: int = 0  # these three are of the running job; 0 if none runs

@@ -44,7 +44,7 @@ def load_base(
     Projections, biases, norms, embedding and head are those that are served, bit for bit. `base_fingerprint` says which
     base it is; `guanaco_notes` (a tuple of lines) on the model has the loader's remarks. Nothing in it is trainable
     until PEFT wraps it. One thread may run it at a time.
-    Raises ModelError for what is wrong with `source`, ValueError for another dtype, and ImportError without the
+    Raises ModelError for an error in `source`, ValueError for another dtype, and ImportError without the
     `train` extra.
     """
     if dtype not in DTYPES:
