@@ -133,7 +133,7 @@ def layer_checks(ops: Any, *, hidden: int, head_dim: int, heads: int, kv_heads: 
 def attention_checks(
     ops: Any, shapes: Sequence[tuple[int, int]], groups: Sequence[int], head_dim: int, block_sizes: Sequence[int]
 ) -> Iterator[Check]:
-    """Compare decode and chunked prompts to float64. The cache is scattered, and unused parts hold NaN."""
+    """Compare decode and chunked prompts to float64. Unused parts of the scattered cache are poisoned."""
     device = ops.device
     allowed = ATTENTION_ALLOWED if ops.dtype == torch.float32 else HALF_ALLOWED
     for stored, group, block_size, decode in product((None, *ops.cache_dtypes), groups, block_sizes, (True, False)):

@@ -144,7 +144,7 @@ def main() -> None:
     source = args.model or ensure_demo_model(settings.cache_dir, offline=settings.offline)
     with tempfile.TemporaryDirectory() as folder:
         nf4, cache = nf4_checkpoint(source, Path(folder) / "nf4"), Path(folder) / "cache"
-        for _ in range(2):  # the first packs, the second maps what was packed, as beside a server
+        for _ in range(2):  # the first call packs the weights, the second maps the packed file, as beside a server
             base = load_base(nf4, cache_dir=cache, dtype=dtype, threads=args.threads)
         weights = sum(m.in_features * m.out_features for m in base.modules() if isinstance(m, torch.nn.Linear))
         generator = torch.Generator().manual_seed(0)
