@@ -45,7 +45,7 @@ class ModelSettings(BaseModel):
     )
     tool_format: Literal["auto", "hermes", "llama3", "mistral", "none"] = Field(
         "auto",
-        description="how the model writes tool calls; auto: as its chat template's text shows; none: answers are not "
+        description="how the model writes tool calls; auto: as in the chat template's text; none: answers are not "
         "searched for calls",
     )
     literal_prompts: bool = Field(
@@ -68,10 +68,10 @@ class AdapterSettings(BaseModel):
     max_lora_rank: Count = Field(256, description="largest adapter rank that is accepted")
     strict_base: bool = Field(False, description="refuse an adapter that records another base than this one")
     adapter_host_memory: Bytes = Field(
-        4 << 30, description="most memory for adapters; the least recently used beyond it wait on disk"
+        4 << 30, description="most memory for adapters; beyond it the least recently used are on disk only"
     )
     adapter_device_memory: Bytes = Field(
-        2 << 30, description="most memory of a GPU for adapters that run, exact to their ranks; a CPU needs none"
+        2 << 30, description="most GPU memory for the adapters in use, by their own ranks; a CPU needs none"
     )
 
 
@@ -86,10 +86,10 @@ class AdminSettings(BaseModel):
         None, description="directory that adapters may be loaded from while the server runs"
     )
     hub_adapters: bool = Field(
-        False, description="allow to load adapters from the hub too, as ORG/NAME@REVISION, while the server runs"
+        False, description="also load adapters from the hub, as ORG/NAME@REVISION, while the server runs"
     )
     hub_adapters_unpinned: bool = Field(
-        False, description="as --hub-adapters, and ORG/NAME alone is the latest commit of its branch main"
+        False, description="as --hub-adapters; ORG/NAME without a revision means the latest commit of main"
     )
     adapter_store: Path | None = Field(
         None, description="directory for copies of such adapters; none: adapters/ in the cache"
@@ -135,7 +135,7 @@ class BatchSettings(BaseModel):
     max_num_seqs: Count = Field(64, description="most sequences that run at once")
     max_num_batched_tokens: Count = Field(512, description="most tokens that one step computes")
     flood_step_tokens: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="most tokens of a step for one adapter's flood; 0: no limit; none: 32 on a CPU with adapters"
+        None, description="most tokens of a step for all floods together; 0: no limit; none: 32 on CPUs with adapters"
     )
     speculation: Literal["auto", "off", "lookup", "suffix"] = Field(
         "auto", description="guess tokens from the text so far; same answers; auto: lookup with provider cpu, else off"
@@ -170,7 +170,7 @@ class LimitSettings(BaseModel):
     max_connections: Count = Field(1024, description="most connections at once; more are refused with 503")
     max_body_bytes: Bytes = Field(4 << 20, description="largest request body")
     max_body_memory: Bytes = Field(
-        256 << 20, description="most memory for all request bodies at once, but two always fit; more get 503 or 429"
+        256 << 20, description="most memory for all request bodies at once (two always fit); more get 503 or 429"
     )
     max_token_requests: Count = Field(
         32, description="most requests to /tokenize and /detokenize at once; more are refused with 429"
@@ -182,7 +182,7 @@ class LimitSettings(BaseModel):
     max_grammar_bytes: Bytes = Field(256 << 10, description="largest JSON schema, regex or grammar of a request")
     max_queued_grammars: Count = Field(64, description="grammars of a key that may wait to be compiled; more get 429")
     max_responses: Count = Field(4096, description="most answers of /v1/responses that are kept; the oldest go first")
-    max_responses_per_key: Count = Field(1024, description="most of them for one API key, or for all without keys")
+    max_responses_per_key: Count = Field(1024, description="most kept answers of one API key; without keys, of all")
     max_response_memory: Bytes = Field(256 << 20, description="most memory for the answers that are kept")
     max_response_memory_per_key: Bytes = Field(
         64 << 20, description="most of that memory for one API key; an answer that is larger is not kept"
@@ -197,7 +197,7 @@ class LogSettings(BaseModel):
         64, description="adapters with metrics of their own; all others are counted as (other)"
     )
     metrics_compat: bool = Field(
-        False, description="give the KV and prefix cache's metrics under vLLM's old names too, for older routers"
+        False, description="also give the KV and prefix cache's metrics vLLM's old names, for older routers"
     )
 
 

@@ -369,9 +369,8 @@ class AdapterManager:
         entry = self.sharing.behind(name) or self.registry.resolve(name)
         if expected is not None and (entry is None or entry.version != expected):
             now = "is not loaded" if entry is None else f"stands for version {entry.version}"
-            raise AdapterError(
-                ErrorCode.VERSION_CONFLICT, f"{name} {now}, not for the expected one", "expected_version"
-            )
+            problem = f"{name} {now}: it does not stand for the expected version"
+            raise AdapterError(ErrorCode.VERSION_CONFLICT, problem, "expected_version")
 
     @asynccontextmanager
     async def _locked(self, name: str) -> AsyncIterator[None]:

@@ -76,7 +76,9 @@ class AdapterRecords:
                 if error.code == ErrorCode.NAME_TAKEN:
                     self._persistent.discard(record.name)
                     self._shadowed[record.name] = record
-                    notes.append(f"adapter {record.name}: --adapter goes before what was loaded under that name")
+                    notes.append(
+                        f"adapter {record.name}: --adapter has this name; the adapter loaded under it is not served"
+                    )
                     continue
                 self._registry.add_broken(
                     BrokenEntry(
@@ -102,7 +104,7 @@ class AdapterRecords:
     ) -> list[str]:
         self._aliases.restore(self._saved.read_aliases())
         notes = [
-            f"alias {alias.name}: --adapter goes before it"
+            f"alias {alias.name} is not used: --adapter has this name"
             for alias in self._aliases.all()
             if self._registry.is_taken(alias.name)
         ]
@@ -150,7 +152,8 @@ class AdapterRecords:
         try:
             self._saved.write_list(listed, **{part: self._saved.read_names(part) for part in parts})
         except OSError as error:
-            problem = f"the adapter store cannot be written: {error.strerror or error}; free some space or mend it"
+            problem = f"the adapter store cannot be written: {error.strerror or error}"
+            problem += "; free some space, or make the directory writable"
             raise AdapterError(ErrorCode.STORE_FAILED, problem) from None
         return ()
 

@@ -203,7 +203,7 @@ class Sharing:
         for one in behind:
             if one not in self._behind:
                 logger.error(
-                    "adapter %s: the registry's version %s cannot be served, and what was there before stays: %s",
+                    "adapter %s: the registry's version %s cannot be served, and the former version stays: %s",
                     one.record.name,
                     one.record.version[:12],
                     one.problem,
@@ -212,7 +212,7 @@ class Sharing:
 
     def _note_unreadable(self, problem: str) -> None:
         if problem != self._unreadable:
-            logger.error("the adapter registry cannot be followed, and what was there before stays: %s", problem)
+            logger.error("the adapter registry cannot be followed, and the adapters served until now stay: %s", problem)
         self._unreadable = problem
 
     async def _keep_following(self) -> None:

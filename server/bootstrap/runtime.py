@@ -265,7 +265,7 @@ def _plan(settings: Settings, base: Base, registry: AdapterRegistry, ops: Ops, k
     )
     loaded, most = registry.num_bytes, settings.adapter_host_memory
     if loaded > most:
-        raise CommandError(f"the adapters take {loaded} bytes and may take {most}: raise --adapter-host-memory")
+        raise CommandError(f"the adapters take {loaded} bytes, and --adapter-host-memory allows {most}: raise it")
     adapters_bytes = most if settings.adapters_change else loaded
     if ops.device.type == "cuda":
         return _gpu_plan(settings, base, request)
@@ -309,8 +309,8 @@ def _adapter_places(settings: Settings, base: Base, registry: AdapterRegistry, o
     for entry in registry.entries():
         num_bytes = store.bytes_of(registry.host_copy(entry.version))
         if num_bytes > arena_bytes:
-            problem = f"adapter {entry.name} takes {num_bytes} bytes of the device and may take {arena_bytes}"
-            raise CommandError(f"{problem}: raise --adapter-device-memory")
+            problem = f"adapter {entry.name} takes {num_bytes} bytes of the device"
+            raise CommandError(f"{problem}, and --adapter-device-memory allows {arena_bytes}: raise it")
         table.set_size(entry.version, num_bytes)
     return table, store
 

@@ -89,7 +89,7 @@ _IN_REGEX = (
     (r".", "it is not a regular expression that can be read (the syntax of Rust's regex crate)"),
 )  # fmt: skip
 _IN_LARK = (
-    (r"unknown special token", "it names a control token of the model: only text can be demanded"),
+    (r"unknown special token", "it names a control token of the model: only text can be required"),
     (r"look-around|lookaround", "a regular expression in it has look-around, which this server cannot enforce"),
 )
 _LIMIT = re.compile(r"too (big|large|deep|complex|many)|fuel|recursion limit|max is|limit|exhausted|nest_limit|nesting")

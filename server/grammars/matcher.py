@@ -117,7 +117,7 @@ class GrammarMatcher:
             self._forced = self._forced[len(text) :] if text and self._forced.startswith(text) else b""
             if self.error is None and not self._matcher.consume_token(token_id):
                 self._look()
-                self._fail("a token was drawn that may not come", ErrorCode.GRAMMAR_STUCK)
+                self._fail("a token was sampled that the grammar does not allow", ErrorCode.GRAMMAR_STUCK)
             self._look()
             self.is_complete = self.error is None and bool(self._matcher.is_stopped())
         except BaseException as error:  # a panic of the library is no Exception
