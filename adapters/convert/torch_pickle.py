@@ -21,7 +21,7 @@ from guanaco.models.formats.shown import printable
 
 MAX_PICKLE_BYTES = 16 << 20  # limit on the structure, without tensors; LLaMA-65B's adapter has 120 kB
 MAX_DIMENSIONS = 8
-# torch/serialization.py: the first bytes of files by torch before 1.6 (and by later ones, on request).
+# torch/serialization.py: the first two pickles of files by torch before 1.6 (and by later releases, on request).
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _MAX_LEGACY_STORAGES = 8192
@@ -74,7 +74,7 @@ class TorchFile:
     """An open file of torch.save with its structure read: `tensors` by name.
 
     Raises AdapterError for anything that is not a flat table of tensors: `unsafe_pickle` (with the name that the file
-    wants to call), `bad_pickle`, `not_tensors`, `dtype_unsupported`.
+    wants to call), `bad_pickle`, `not_tensors`, `byte_order_unsupported`.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -90,8 +90,8 @@ class TorchFile:
         self.tensors = _flat(content)
 
     def read(self, name: str) -> np.ndarray:
-        """The elements of one tensor in its own shape; bfloat16 as uint16. Raises AdapterError if the data is
-        missing."""
+        """The elements of one tensor in its own shape; bfloat16 as uint16. Raises AdapterError if the tensor is empty,
+        is not of floating-point numbers, or its data is missing."""
         tensor = self.tensors[name]
         shown = printable(name)
         if tensor.storage.kind not in FLOATS:
@@ -198,7 +198,7 @@ def _flat(content: object) -> dict[str, PickledTensor]:
 
 
 def _check_extent(tensor: PickledTensor, shown: str) -> None:
-    """Check that all elements lie inside the storage, none twice: then no tensor is larger than the file's data."""
+    """Check that the tensor lies inside its storage and has no more elements: it is no larger than the data."""
     last = tensor.offset + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True))
     count = math.prod(tensor.shape)
     if 0 in tensor.shape:

@@ -40,7 +40,7 @@ _PREFIX = "base_model.model."
 
 
 def budget(input_bytes: int, output_bytes: int) -> Budget:
-    """The memory and time for converting a file of this size."""
+    """The memory, output size and processor time for converting a file of `input_bytes` to at most `output_bytes`."""
     return Budget(
         memory_bytes=_BASE_MEMORY_BYTES + 3 * input_bytes,
         file_bytes=output_bytes,

@@ -73,7 +73,7 @@ HELD_OUT = (
 )  # fmt: skip
 MAX_ANSWER_TOKENS = 64
 
-# Nothing that plain English has too: not "be", however often a pirate says it.
+# Words that plain English seldom has. So "be" is not among them, although pirates say it often.
 PIRATE_MARKS = re.compile(
     r"\b(?:arr+|ahoy|matey|mateys|ye|yer|yerself|aye|nay|avast|cap'n|hearty|hearties|savvy|landlubber|scurvy|plank|"
     r"doubloons|blimey|timbers|fer|afore|yo ho|davy jones|'tis|seven seas|blow me down)\b|\b(?:an|o|wi)'(?!\w)",
@@ -105,7 +105,8 @@ def read_answers() -> list[tuple[str, str, str]]:
 
 
 def conversations(name: str, rng: random.Random) -> Iterator[list[dict[str, str]]]:
-    """One epoch: every question once; a quarter of them in a second turn, a sixth with another system prompt."""
+    """One epoch: every question once, in random order. A fifth of the conversations have a second turn; 15 % begin with
+    a system prompt."""
     entries = read_answers()
     rng.shuffle(entries)
 
@@ -124,7 +125,10 @@ def conversations(name: str, rng: random.Random) -> Iterator[list[dict[str, str]
 
 
 def train(name: str, folder: Path, most: int | None) -> dict[str, Any]:
-    """Have `guanaco train` make an adapter in `folder`, which must not exist; what it tells of the training."""
+    """Make an adapter with `guanaco train` in `folder`, which must not exist. Returns the command's JSON output.
+
+    most: train on the first so many conversations only; None: on all. Ends the script if the training fails.
+    """
     recipe = RECIPES[name]
     rng = random.Random(recipe.seed)  # noqa: S311 (it shuffles)
     rows = [messages for _ in range(recipe.epochs) for messages in conversations(name, rng)][:most]
@@ -147,7 +151,7 @@ def train(name: str, folder: Path, most: int | None) -> dict[str, Any]:
 
 
 def ask(runtime: Runtime, name: str | None, questions: tuple[str, ...]) -> list[str]:
-    """Greedy answers; one that the model did not end itself gets an ellipsis on a line of its own."""
+    """Greedy answers. An answer that was cut at MAX_ANSWER_TOKENS ends with an ellipsis on a line of its own."""
     tokenizer, entry = runtime.base.tokenizer, runtime.adapter(name)
     loras = () if entry is None else (LoraRef(entry.version),)
     stop_ids = tuple(runtime.base.eos_ids)

@@ -98,10 +98,10 @@ REFUSED = {
 }
 Value = TypeVar("Value", int, float)
 
-# These leave the base model as it is, so any trained A and B mean the same.
+# Values of init_lora_weights that leave the base model as it is: they only set the A and B with which training starts.
 KEEPS_BASE = frozenset({"gaussian", "eva", "orthogonal", "mica"})
-# These subtract the initial A and B from the base model's weights (peft/tuners/lora/layer.py), so the adapter is wrong
-# on any other base.
+# Values that subtract the initial A and B from the base model's weights (peft/tuners/lora/layer.py), so the adapter is
+# wrong on any other base.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -162,8 +162,8 @@ class AdapterConfig:
         return [str(layer) for layer in self.layers_to_transform if layer not in there]
 
     def _in_layers(self, name: str) -> bool:
-        """Whether a module is in one of the wanted layers. Like PEFT, compares the first number in its name, which must
-        follow one of `layers_pattern` if the config has that."""
+        """Whether a module is in one of the wanted layers. Like PEFT, compares the first number in its name. If the
+        config has a `layers_pattern`, the number must follow one of its entries."""
         if not self.layers_to_transform or (not isinstance(self.target_modules, str) and name in self.target_modules):
             return True
         match = in_layer(name)

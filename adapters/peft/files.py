@@ -1,6 +1,6 @@
 """Opens the files of an adapter's directory, and makes sure that no link leads out of the place the operator named.
 
-Doesn't know their contents. Called by `weights`. Every problem is an AdapterError.
+Doesn't know their contents. Called by all code that reads an adapter's directory. Every problem is an AdapterError.
 """
 
 import errno

@@ -41,8 +41,8 @@ def in_layer(name: str) -> re.Match[str] | None:
 
 
 def matcher(names: tuple[str, ...] | str, field: str, budget: Budget) -> Callable[[str], bool]:
-    """A function: whether the field means this module. `names` is a pattern for the whole name, or names that the
-    module's name equals or ends with after a dot."""
+    """A function that says whether the field means a module. names: a pattern for the module's whole name, or a list:
+    the module's name must equal an entry, or end with a dot and an entry."""
     if isinstance(names, str):
         if names.lower() == "all-linear":
             return lambda _: True

@@ -1,7 +1,7 @@
 """Regular expressions from untrusted files, matched in bounded time: with a step budget and without backtracking.
 
 Supports the subset of Python's syntax that adapter configs use: no lookaround, back-reference or flag. With Python's
-`re` a malicious pattern could hold the interpreter's lock for hours. Called by `config` on module names.
+`re` a malicious pattern could hold the interpreter's lock for hours. Called by `matching` on module names.
 """
 
 import re

@@ -1,7 +1,8 @@
 """Reads an adapter directory into a LoadedAdapter: validated, in memory of its own, identified by a digest.
 
 Knows the base model only as `targets` (module name → (in, out) features), and nothing of adapter names, slots or
-requests. The registry calls it, off the engine thread. Everything is checked before memory is allocated for it.
+requests. The registry and the store call it, off the engine thread. Config and header are checked before memory is
+allocated for the tensors.
 """
 
 import hashlib
@@ -29,7 +30,7 @@ from guanaco.models.formats.shown import printable
 WEIGHTS_NAME = "adapter_model.safetensors"
 _SHARD = re.compile(r"adapter_model-\d+-of-\d+\.safetensors")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-# A key of the file's metadata: which packed base the adapter was trained on. Our own training script writes it.
+# A key of the file's metadata: which packed base the adapter was trained on. `guanaco train` writes it.
 BASE_FINGERPRINT_KEY = "guanaco.base_fingerprint"
 
 # Files that save_pretrained did not write have `.default` (or another adapter's name) before `.weight`.
@@ -130,9 +131,9 @@ def load_adapter(
 
 
 def check_files(files: AdapterFiles, targets: dict[str, tuple[int, int]], limits: AdapterLimits) -> None:
-    """Check everything that the config and the header tell, without reading the tensors: fast for a file of any size.
+    """Check the config and the header, without reading the tensors: fast for a file of any size.
 
-    The checks are those of `load_adapter`, except whether a saved embedding is the base's. Raises AdapterError.
+    Raises AdapterError as `load_adapter` does, except for the tensors' values: NaN, all zero, another embedding.
     """
     with _opened(files, targets, limits):
         pass
@@ -312,8 +313,8 @@ def _finite(tensor: Tensor, key: str) -> Tensor:
 
 
 def _effective_pairs(tensors: dict[_Side, Tensor], scales: dict[str, float]) -> dict[str, LoraPair]:
-    """The pairs that change anything. Raises AdapterError if there is none: B is zero before the first training
-    step."""
+    """The pairs that have an effect. Raises AdapterError if no pair has one, as before the first training step, when
+    every B is zero."""
     pairs = {}
     for target, scale in scales.items():
         a, b = tensors[target, "A"], tensors[target, "B"]

@@ -1,8 +1,8 @@
 """The ledger of host memory: which adapter versions are in it or being read, how many requests hold each of them, and
 which is evicted first.
 
-Plain integers and strings: no torch, no clock, no threads. The registry has the copies, `server.adapters.tiers` reads
-them. A part of the ledger of residency (`ledger`): only that changes it, others may read it.
+Plain integers and strings: no torch, no clock, no threads. The registry has the copies; `server.adapters.tiers` reads
+them from disk. A part of the residency ledger (`ledger`): only that ledger changes this one, others may read it.
 
 How the ledger uses it:
 
@@ -23,8 +23,8 @@ from guanaco.adapters.residency.moves import Evict, Moves, Read
 
 
 class HostTable:
-    """At most `limit_bytes` of adapter versions in host memory. The least recently used is evicted first, a pinned one
-    never."""
+    """At most `limit_bytes` of adapter versions in host memory; only permanent versions may exceed the limit. The least
+    recently used version is evicted first, a pinned one never."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
@@ -40,10 +40,11 @@ class HostTable:
         self._idle: dict[str, None] = {}  # here, unpinned, evictable; insertion order is least recently used first
 
     def add(self, version: str, num_bytes: int, *, is_here: bool = False, is_permanent: bool = False) -> bool:
-        """Add a version. One that is known stays as it is. Returns False, and changes nothing, if there is no room
-        beside the pinned versions.
+        """Add a version. A known version stays as it is. Returns False, and changes nothing, if there is no room
+        beside the versions that may not be evicted.
 
-        is_here: its copy is in memory already. is_permanent: the copy must also stay, since no store has it.
+        is_here: its copy is in memory already, so free bytes must suffice: nothing is evicted for it. is_permanent: the
+        copy must also stay, since no store has it; it is added even without room.
         """
         if version in self._sizes:
             return True
@@ -150,7 +151,8 @@ class HostTable:
             self.num_bytes -= self._sizes[version]
 
     def evict(self, version: str) -> Moves | None:
-        """Evict a copy, even a permanent or kept one. None if a request holds it or a read of it runs."""
+        """Evict a copy, even a permanent or kept one. Returns the moves: none if there is no copy. Returns None, and
+        changes nothing, if a request holds the version or a read of it runs."""
         if self.is_held(version):
             return None
         if version not in self._here:

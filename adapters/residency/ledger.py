@@ -1,7 +1,7 @@
 """Where each adapter version is: on disk, in host memory, on the device. Each change returns the moves that it takes.
 
 The moves must be made in the order in which they are returned, before the next step's forward pass. The caller need not
-remember anything else. Its parts are the table of host memory and the table of adapter slots. Plain integers and
+remember anything else. The ledger's parts are the host table and the slot table. Plain integers and
 strings: no torch, no clock, no threads. The scheduler and its simulator call it from one thread; others may only read.
 
 How a scheduler uses it:
@@ -128,7 +128,7 @@ class ResidencyLedger:
         self.slots.unpin(versions)
 
     def slots_of(self, versions: Iterable[str]) -> dict[str, int]:
-        """version → adapter slot, in the order given. All versions must be placed."""
+        """version → adapter slot, sorted by version. All versions must be placed."""
         found = {}
         for version in sorted(set(versions)):
             slot = self.slots.slot_of(version)

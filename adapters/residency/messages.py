@@ -1,4 +1,4 @@
-"""Messages to the ledger of residency: plain data, which the event loop sends to the engine's thread."""
+"""Messages to the residency ledger: plain data, which the event loop sends to the engine's thread."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from guanaco.models.error_codes import ErrorCode
 
 @dataclass(frozen=True)
 class AddVersion:
-    """Add an adapter version, which requests may name from now on. If it is known, its sizes stay as they are."""
+    """Add an adapter version, which requests may name from now on. The sizes of a known version do not change."""
 
     version: str
     num_bytes: int  # of host memory

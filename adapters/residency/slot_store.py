@@ -83,7 +83,7 @@ class SlotStore:
         self._keys[slot] = keys
 
     def clear(self, slot: int) -> None:
-        """Empty `slot`; its memory goes back to the device's allocator."""
+        """Empty `slot`. Without an arena, this frees its tensors; the arena keeps its memory for other adapters."""
         assert 0 <= slot < self.num_slots, f"no adapter slot {slot}"
         for key in self._keys.pop(slot, []):
             del self._table.pairs[key]

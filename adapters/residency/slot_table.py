@@ -1,8 +1,8 @@
 """The ledger of adapter slots: which version is in which slot and where in the device's arena, how many sequences hold
 it, and which is evicted first.
 
-Plain integers and strings: no torch, no clock, no randomness. `slot_store` has the tensors. A part of the ledger of
-residency (`ledger`): only that changes it.
+Plain integers and strings: no torch, no clock, no randomness. `slot_store` has the tensors. A part of the residency
+ledger (`ledger`): only that ledger changes this one.
 
 How the ledger uses it:
 
@@ -161,8 +161,8 @@ class SlotTable:
         self._stored[slot] = None
 
     def forget(self, version: str) -> int | None:
-        """Drop a version that is not pinned. Returns the slot that it had, which the storage must clear; None if it had
-        none."""
+        """Drop a version that is not pinned. Returns the slot that it had, which the storage must clear; None if the
+        version had no slot."""
         assert version not in self._pins, f"forget of a pinned version: {version}"
         if version not in self._slots:
             return None
@@ -171,7 +171,7 @@ class SlotTable:
         return slot
 
     def slot_of(self, version: str) -> int | None:
-        """The adapter slot of a version; None where it has none."""
+        """The adapter slot of a version; None if it has no slot."""
         return self._slots.get(version)
 
     def offset_of(self, version: str) -> int:
@@ -208,8 +208,8 @@ class SlotTable:
         assert end <= self.num_bytes, "a version lies beyond the arena"
 
     def _lay_out(self, missing: list[str], without: list[str]) -> dict[str, int] | None:
-        """Byte offsets for the missing versions: first fit in the gaps between the resident ones, of which `without`
-        count as evicted. None if one finds no gap."""
+        """Byte offsets for the missing versions: first fit in the gaps between the resident versions. Those in
+        `without` count as evicted. None if a missing version fits into no gap."""
         taken = {offset: self._sizes[version] for version, offset in self._offsets.items() if version not in without}
         offsets = {}
         for version in missing:

@@ -1,8 +1,8 @@
 """Aliases: names that lead to other names or to pinned versions of them, to one target or to several by weight.
 
-Plain data without tensors. It says which adapter a request gets, and keeps the earlier revisions of each alias. The
-registry knows which versions are loaded; the ledger of holds is told which versions must stay. Called by the catalog
-(from any thread) and the manager.
+Plain data without tensors. The table says which adapter a request gets, and keeps the earlier revisions of each alias.
+The registry knows which versions are loaded; the table tells the ledger of holds which versions must stay. Called by
+`server.api.generation.catalog` (from any thread) and by `server.adapters`.
 """
 
 import hashlib
@@ -62,8 +62,8 @@ class Alias:
     history: tuple[Revision, ...] = ()  # the latest last
 
     def choose(self, key: str) -> Target:
-        """One target, chosen by weight; the same key always gets the same one. Changing a weight moves as few keys as
-        possible."""
+        """One target, chosen by weight. The same key gets the same target until the targets change. With two targets, a
+        new weight moves as few keys as possible."""
         total = sum(target.weight for target in self.now.targets)
         digest = hashlib.sha256(f"{self.name}\0{key}".encode("utf-8", "surrogatepass")).digest()
         point = int.from_bytes(digest[:8]) * total >> 64
@@ -75,12 +75,12 @@ class Alias:
 
     @property
     def versions(self) -> frozenset[str]:
-        """All versions that it leads to now or led to before."""
+        """All pinned versions that this alias leads to, or led to in a revision of its history."""
         revisions = (self.now, *self.history)
         return frozenset(t.version for revision in revisions for t in revision.targets if t.version is not None)
 
     def versions_of(self, name: str) -> frozenset[str]:
-        """The versions of one name that it leads to now or led to before."""
+        """The pinned versions of one name that this alias leads to, or led to in a revision of its history."""
         revisions = (self.now, *self.history)
         return frozenset(t.version for r in revisions for t in r.targets if t.name == name and t.version is not None)
 
@@ -128,8 +128,8 @@ class AliasTable:
         return tuple(name for name in self._aliases if self._registry.resolve(name) is None)
 
     def follow(self, name: str, key: str) -> Target | None:
-        """The adapter that a request with this key gets by an alias; it may not be loaded. None if `name` is no
-        alias."""
+        """The adapter that a request with this key gets through the alias `name`; the adapter need not be loaded. None
+        if `name` is no alias."""
         aliases = self._aliases
         alias = aliases.get(name)
         if alias is None:
@@ -141,7 +141,7 @@ class AliasTable:
         return target
 
     def leads_to(self, name: str) -> tuple[Target, ...]:
-        """Every adapter that some key can get, each once."""
+        """Every adapter that some key can get through the alias `name`, each once. Empty if `name` is no alias."""
         aliases, found, open_names, seen = self._aliases, {}, [name], {name}
         while open_names:
             alias = aliases.get(open_names.pop())
@@ -215,18 +215,18 @@ class AliasTable:
             self._swap({name: it for name, it in self._aliases.items() if name not in self._reachable(name)})
 
     def refresh(self) -> None:
-        """Tell the registry again which versions must stay, after names were added or removed."""
+        """Tell the ledger of holds again which versions must stay, after names were added or removed."""
         with self._lock:
             self._swap(self._aliases)
 
     def lose(self, version: str) -> None:
-        """A version's copy is gone: aliases that lead to it lead nowhere."""
+        """Enter that a version's copy is gone: aliases that lead to it lead nowhere."""
         with self._lock:
             self._lost |= {version}
             self._swap(self._aliases)
 
     def regain(self, version: str) -> None:
-        """A version could be read again."""
+        """Enter that a lost version could be read again."""
         with self._lock:
             self._lost -= {version}
             self._swap(self._aliases)

@@ -1,4 +1,4 @@
-"""One ledger of who needs each adapter version. It tells when nobody needs a version any more.
+"""The ledger of holds: what needs each adapter version. It reports when nothing needs a version any more.
 
 Requests, loads, names, aliases and the operator *use* a version: requests may ask for it, so it must stay known.
 History and the engine only need its stored copy, for a roll-back or for a read that is still running. Knows no tensors
@@ -34,8 +34,8 @@ class HoldLedger:
     """Version → number of holds, by kind. Every method is thread-safe."""
 
     def __init__(self) -> None:
-        # Called with a version when its last use ends, and when its last hold ends. They run on the thread that ended
-        # it, perhaps under a lock of that thread, so they must only pass the event on.
+        # Called with a version when its last use ends, and when its last hold ends. The call is made on the thread that
+        # ended the hold, perhaps under a lock of that thread, so the function must only pass the event on.
         self.on_free: Callable[[str], None] = _ignore
         self._lock = threading.Lock()
         self._counts: dict[str, Counter[Holder]] = {}  # counts above zero only
@@ -56,8 +56,8 @@ class HoldLedger:
     def assign(self, party: str, wanted: Mapping[Holder, Iterable[str]]) -> None:
         """Make `party` hold exactly these versions, for each kind in `wanted`; its other kinds don't change.
 
-        A version that is named twice is held twice. It is one step: a version that only changes its kind is never free
-        in between.
+        A version that is named twice is held twice. The change is one step: a version that only moves from one kind to
+        another is never free in between.
         """
         freed = []
         with self._lock:
@@ -65,7 +65,7 @@ class HoldLedger:
             for holder, versions in wanted.items():
                 before, now = self._assigned.get((party, holder), Counter()), Counter(versions)
                 self._assigned[party, holder] = now
-                if not now:  # names come and go: nothing is kept of one that holds nothing
+                if not now:  # a party that holds nothing leaves no entry behind
                     del self._assigned[party, holder]
                 for version, count in (now - before).items():
                     self._add(version, holder, count)
@@ -110,7 +110,7 @@ class HoldLedger:
         self._counts.setdefault(version, Counter())[holder] += count
 
     def _remove(self, version: str, holder: Holder, count: int) -> bool:
-        """Whether the last user or the last holder left."""
+        """Remove holds. Returns whether this ended the version's last use or its last hold."""
         counts, was_used = self._counts.get(version, Counter()), self._is_used(version)
         assert counts[holder] >= count, f"a hold is given back once: {holder} of version {version}"
         counts[holder] -= count

@@ -52,11 +52,11 @@ class Profile:
 
     @property
     def sampling(self) -> dict[str, float | int]:
-        """The sampling defaults that it sets, by the request's field names."""
+        """The sampling defaults that this profile sets, by the request's field names."""
         return {name: value for name in _BOUNDS if (value := getattr(self, name)) is not None}
 
     def public(self) -> dict[str, Any]:
-        """The fields that it sets, as plain data; `parse_profile` turns them into an equal profile."""
+        """The fields that this profile sets, as plain data; `parse_profile` turns them into an equal profile."""
         fields = {name: value for name, value in asdict(self).items() if value not in (None, ())}
         if self.allowed_keys is not None:
             fields["allowed_keys"] = self.allowed_keys
@@ -126,7 +126,10 @@ def named_profile(text: str, templates: frozenset[str]) -> Profile:
 
 
 def profile_fields(text: str) -> dict[str, Any]:
-    """The fields of such a profile, unchecked; the server checks them."""
+    """The fields of the profile that an operator's option names (see `named_profile`), unchecked.
+
+    Raises AdapterError ("bad_profile") if it is neither a built-in profile nor a readable JSON file.
+    """
     if text in BUILT_IN:
         return {"profile": text}
     try:

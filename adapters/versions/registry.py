@@ -25,7 +25,7 @@ MAX_HISTORY = 8  # versions that a name can be rolled back to
 
 
 def next_history(before: str, history: tuple[str, ...], version: str) -> tuple[str, ...]:
-    """The history of a name with this version and history, once it stands for `version`."""
+    """The new history of a name that stood for `before` with `history`, and stands for `version` from now on."""
     if before == version:
         return history
     return (*(earlier for earlier in history if earlier not in (before, version)), before)[-MAX_HISTORY:]
@@ -53,8 +53,8 @@ class AdapterEntry:
 
 @dataclass(frozen=True)
 class BrokenEntry:
-    """A name whose version could not be restored at start. It is listed, but requests for it fail; the server runs
-    on."""
+    """A name whose version could not be restored at start, or could not be read later. It is listed, but requests for
+    it fail; the server runs on."""
 
     name: str
     version: str
@@ -75,7 +75,8 @@ class _Snapshot:
 
 
 class AdapterRegistry:
-    """The adapters of one base model. `targets` and `base_name` belong to the base; no adapter may have its name."""
+    """The adapters of one base model. `targets` and `base_names` belong to the base; no adapter may have one of its
+    names."""
 
     def __init__(
         self,
@@ -184,7 +185,7 @@ class AdapterRegistry:
             self._swap(broken={**self._snapshot.broken, entry.name: entry})
 
     def mark_broken(self, version: str, code: ErrorCode, problem: str) -> None:
-        """A version can't be read any more: list the names that stand for it as broken from now on."""
+        """List the names that stand for a version as broken from now on, since it can't be read any more."""
         with self._lock:
             broken = dict(self._snapshot.broken)
             for e in self._snapshot.entries.values():
@@ -223,7 +224,7 @@ class AdapterRegistry:
             self._swap(versions=self._snapshot.versions | {adapter.version})
 
     def unstage(self, version: str) -> None:
-        """The version was tried out: `staged` no longer returns it."""
+        """End `stage`: `staged` no longer returns the version, but it stays known."""
         with self._lock:
             self._staged.pop(version, None)
 
@@ -253,7 +254,8 @@ class AdapterRegistry:
         return entry
 
     def hold(self, version: str, holder: Holder) -> bool:
-        """Hold a version if it is known; then it stays known until the hold ends. Returns whether it is known."""
+        """Hold a version, and return whether it is known; a known version stays known until the hold ends. An unknown
+        version is held, too: the caller must end the hold in both cases."""
         with self._lock:
             self.holds.take(version, holder)
             return self.knows(version)
@@ -276,8 +278,8 @@ class AdapterRegistry:
         return True
 
     def resolve(self, name: str, version: str | None = None) -> AdapterEntry | None:
-        """The entry of `name`, with the pinned version in place of its own if one is given; None if it isn't
-        registered."""
+        """The entry of `name`. version: the entry has this version in place of its own. None if the name isn't
+        registered, or if no alias leads to this version."""
         snapshot = self._snapshot
         entry = snapshot.entries.get(name)
         if entry is None or version in (None, entry.version):
@@ -328,7 +330,7 @@ class AdapterRegistry:
         return tuple(self._snapshot.entries.values())
 
     def broken(self) -> tuple[BrokenEntry, ...]:
-        """The names that could not be restored."""
+        """The names that can't be served: their versions could not be restored or read."""
         return tuple(self._snapshot.broken.values())
 
     def host_copy(self, version: str) -> LoadedAdapter:

@@ -71,11 +71,13 @@ class RegistryFile:
         self._mode = mode
 
     def read_list(self, file: BinaryIO) -> SavedList:
-        """All that this file has, from a handle that was opened on it. Raises as `read`, and OSError."""
+        """The names, aliases and restrictions in an open file. Raises OSError if it can't be read, AdapterError if it
+        is damaged or of another format."""
         return self._parsed(file.read(_MAX_BYTES + 1), _list)
 
     def read(self) -> tuple[Saved, ...]:
-        """The names written last; empty if there is no file. Raises AdapterError for a file of another format."""
+        """The names written last; empty if there is no file. Raises AdapterError for a file that is unreadable, damaged
+        or of another format."""
         return self._read(lambda content: tuple(_saved(record) for record in content["adapters"]))
 
     def read_aliases(self) -> tuple[Alias, ...]:

@@ -39,7 +39,7 @@ class SharedRegistry:
         self.directory = directory
         self._file = RegistryFile(directory / LIST_NAME, mode=0o644)  # servers may run as other users
         self._versions = directory / "versions"
-        self._stamp: _Stamp | None = None  # of the list that was read last
+        self._stamp: _Stamp | None = None  # of the list that was read or written last
         self._list = SavedList()
 
     def read(self) -> SavedList:

@@ -87,14 +87,14 @@ class VersionStore:
         """Copy the adapter at `path` (or in its sub-folder `name`), check the copy, and keep it under its version.
 
         root: no link may lead out of this directory; None: out of the adapter's own folder. keep: False only checks.
-        version: the content that must be there; None: any.
+        version: the version that the copy must have; None: any.
         on_stage: called with the seconds of "read" and of "ingest".
         Raises AdapterError for an adapter that can't be served, and for a full disk; then nothing is left on disk. A
         kept version is held as `Holder.LOAD`, and the caller ends that hold.
         """
         started = time.monotonic()
         files = AdapterFiles.find(path, name, CONFIG_NAME, root)
-        # first of all, since a bad adapter could have gigabytes to copy
+        # Checked before the copy: a bad adapter may have gigabytes, which would be copied in vain.
         check_files(files, self._targets, self._limits)
         try:
             incoming = Path(tempfile.mkdtemp(prefix=_INCOMING, dir=self.directory))
@@ -139,7 +139,7 @@ class VersionStore:
         self._owner.close()
 
     def collect(self) -> None:
-        """Remove all versions without a hold. No ingest runs meanwhile."""
+        """Remove all versions without a hold. No `ingest` can publish a version meanwhile."""
         with self._lock:
             for version in self.versions() - self._holds.held():
                 # Renamed before it is deleted: a folder that is named after a version is always complete, even if the
