@@ -78,7 +78,8 @@ class ErrorCode(StrEnum):
     QUEUE_TIMEOUT = "queue_timeout"
     SERVER_SHUTTING_DOWN = "server_shutting_down"
 
-    # A request that manages adapters. From here on, docs/adapter-codes.md says when each code is used.
+    # A request that manages adapters. From here on, docs/adapter-codes.md says when each code is used, except those of
+    # training.
     ADAPTER_NOT_FOUND = "adapter_not_found"
     ADMIN_DISABLED = "admin_disabled"
     BAD_NAME = "bad_name"

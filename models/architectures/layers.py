@@ -1,6 +1,6 @@
 """The parts of a decoder layer: linear layers, norms, rotary embedding.
 
-They know the ops and their own weights. Sequences, blocks and adapters they only pass on. Used by `decoder`.
+They know the ops and their own weights, and only pass on sequences, blocks and adapters. Used by `decoder`.
 """
 
 import math
@@ -32,7 +32,7 @@ class RMSNorm:
     """x / rms(x) · weight."""
 
     ops: Ops
-    weight: Tensor  # [hidden]
+    weight: Tensor  # [size]: hidden, or head_dim for the norms of heads
     eps: float
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from guanaco.models.formats.raw_file import RawFile
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _DEFAULT_ALIGNMENT = 32
-_MAX_DIMS = 8  # the format has four
+_MAX_DIMS = 8  # tensors of the format have at most four
 MAX_HEAD_BYTES = 64 << 20  # 262,144 tokens with their merges take 15 MB; as Python's values up to 16 times as much
 # Type numbers of metadata values (the GGUF specification, "gguf_metadata_value_type"), as formats of `struct`.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -30,7 +30,7 @@ class GgufTensor:
 
     type: Any  # gguf.GGMLQuantizationType
     shape: tuple[int, ...]  # rows first, as in torch
-    offset: int  # from the start of the file
+    offset: int  # bytes from the start of the file
     num_bytes: int
 
 

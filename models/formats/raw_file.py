@@ -1,7 +1,7 @@
 """A weights file read with plain reads into memory of our own.
 
-Not through mmap: a file that is truncated under a map kills the process (SIGBUS), and mapped pages count towards our
-memory. Knows no format. Called by the readers of both formats.
+It is not mapped: a mapped file that is truncated kills the process (SIGBUS), and mapped pages count towards our memory.
+Knows no format. Called by the readers of safetensors and GGUF.
 """
 
 import threading
@@ -19,12 +19,12 @@ class OpenFile(ABC):
 
     def __init__(self, file: BinaryIO, num_bytes: int) -> None:
         self._file = file
-        self.num_bytes = num_bytes  # when it was opened
+        self.num_bytes = num_bytes  # size when the file was opened
         self._lock = threading.Lock()  # over the file's position: weights are read on several threads
 
     def read_into(self, offset: int, buffer: Any) -> None:
-        """Fill a writable buffer with the bytes from `offset` on. Raises the result of `ended` or `failed` if it
-        can't."""
+        """Fill a writable buffer with the bytes from `offset` on. Raises the error that `ended` returns if the file is
+        too short, and that of `failed` if it can't be read."""
         view = memoryview(buffer)
         try:
             with self._lock:

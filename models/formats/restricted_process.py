@@ -1,8 +1,9 @@
 """A child process that reads untrusted input: it gives up its privileges first, and it ends with its parent.
 
 Both sides are here. The parent starts a module of ours and exchanges bytes with it, each time with a time limit. The
-child gives up files, processes, memory and time before it reads the first byte. Used by `template_renderer`,
-`tokenizer_check` and the conversion of adapters. Imports only the standard library, so that a child starts fast.
+child gives up files, processes, memory and time before it reads the first byte. Used for chat templates, tokenizers,
+grammars and the conversion of adapters. Apart from our exceptions it imports only the standard library, so that a child
+starts fast.
 """
 
 import ctypes
@@ -43,7 +44,7 @@ class ProcessEnded(GuanacoError):
 
     @property
     def was_killed(self) -> bool:
-        """Whether the child was killed from outside: by an operator, by a kernel without memory, or by our own end."""
+        """Whether the child was killed from outside: by an operator, by a kernel without memory, or with its parent."""
         return self.status is not None and -self.status in _SIGNALS_FROM_OUTSIDE
 
 
@@ -52,7 +53,7 @@ class Budget:
     """The resources that a child may use from `restrict` on."""
 
     memory_bytes: int  # address space, with what the interpreter has already
-    file_bytes: int = 0  # the size of a file that it may write
+    file_bytes: int = 0  # the largest size to which a file may grow
     cpu_seconds: int | None = None  # of its whole life
 
 

@@ -228,8 +228,8 @@ def _config_fields(
 
 
 def _rope_scaling(get: Callable[..., Any]) -> dict[str, Any] | None:
-    """The rope scaling of a config.json; None for none. As in llama.cpp, the type is linear if absent, and the older
-    key of the factor counts if the newer one is absent. A factor of 0 or 1 scales nothing."""
+    """The metadata's rope scaling as config.json has it; None if positions are not scaled. As in llama.cpp, an absent
+    type means linear, an absent factor is read from the older key, and a factor of 0 or 1 scales nothing."""
     kind = get("rope.scaling.type", needed=False) or "linear"
     factor = get("rope.scaling.factor", needed=False)
     if factor is None:

@@ -83,7 +83,7 @@ def load_model(
 
     A model with NF4 weights is served as it is stored, including projections that it keeps dense. In a dense model or a
     GGUF file, the projections are quantised to NF4 with double quantisation; the result is cached below `cache_dir`
-    unless that is None. progress: called with (tensor, bytes done, bytes in all). keep_float32: norms, biases,
+    unless that is None. progress: called with (tensor, elements done, elements in all). keep_float32: norms, biases,
     embedding and head that are stored in float32 stay float32; otherwise they become bfloat16. max_model_len: the
     longest sequence in tokens; None: the model's own limit. If it exceeds a sliding window, the model is refused.
 

@@ -1,8 +1,8 @@
-"""The cache of models that were quantised at load: `<cache>/models/<key>/`, an NF4 checkpoint and a manifest each.
+"""The cache of loaded models: `<cache>/models/<key>/` has a manifest, and an NF4 checkpoint or packed weights.
 
-The key identifies the source's content, the manifest's fingerprint that of the result. A reader recomputes the
-fingerprint while it loads, so a damaged copy is never served. Knows files, not models. Called by `loader` and `guanaco
-models`.
+The key identifies the source's content; the manifest's fingerprint identifies the result's. A reader checks the
+content while it loads, so a damaged copy is never served. `packed_cache` writes and reads the packed weights. Knows
+files, not models. Called by `loader` and `guanaco models`.
 """
 
 import fcntl
@@ -182,7 +182,7 @@ class ModelCache:
 
 
 def list_cached_models(cache_dir: Path) -> list[CachedModel]:
-    """The models that were quantised at load, the most recently used first."""
+    """All entries of the cache, NF4 checkpoints and packed weights, the most recently used first."""
     return ModelCache(cache_dir).entries()
 
 

@@ -28,10 +28,10 @@ class StoredWeights(Protocol):
 
 
 class ReadAhead:
-    """Stored weights, of which one is read ahead, in the order in which they are expected.
+    """Stored weights. While the caller works on one matrix, the next one in the expected order is read.
 
-    Both weights together hold at most as many values as the largest weight alone, so that the peak of memory is the
-    same as without reading ahead. A weight in another order is read when it is asked for.
+    The two together hold at most as many values as the largest matrix alone, so reading ahead needs no more memory at
+    the peak. A weight that is asked for out of order is read when it is asked for.
     """
 
     def __init__(self, source: StoredWeights, expected: Shapes, thread: ThreadPoolExecutor) -> None:
@@ -66,14 +66,14 @@ class ReadAhead:
 
 
 class Behind:
-    """Calls that are made in their order on one other thread, at most two of them late."""
+    """Makes calls in order on one other thread. At most two calls are unfinished at a time."""
 
     def __init__(self, thread: ThreadPoolExecutor) -> None:
         self._thread = thread
         self._late: deque[Future[None]] = deque()
 
     def __call__(self, function: Callable[[], None]) -> None:
-        """Make a call later. Raises the error of an earlier one."""
+        """Queue a call; if two are unfinished, wait for the earlier one first. Raises the error of an earlier call."""
         while len(self._late) >= _MOST_BEHIND:
             self._late.popleft().result()
         self._late.append(self._thread.submit(function))

@@ -2,4 +2,4 @@
 
 from collections.abc import Callable
 
-Progress = Callable[[str, int, int], None]  # tensor name, bytes of the source done, bytes in all
+Progress = Callable[[str, int, int], None]  # (what is being done, done, in all); callers name the unit

@@ -270,8 +270,9 @@ def quantize_checkpoint(
 ) -> QuantizeReport:
     """Convert a dense model (a Hugging Face directory of safetensors, or a GGUF file) to an NF4 directory.
 
-    At most one source tensor and one output shard are in memory. Raises ModelError if `src` cannot be converted, or if
-    `dst` exists or cannot be written. After an error nothing is left at `dst`.
+    At most one source tensor and one output shard are in memory. progress: called with (tensor, elements done, elements
+    in all). Raises ModelError if `src` cannot be converted, or if `dst` exists or cannot be written. After an error
+    nothing is left at `dst`.
     """
     num_quantized = num_dense = 0
     with (

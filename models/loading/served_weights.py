@@ -196,7 +196,7 @@ class ServedWeights:
     def overlapped(self) -> Iterator[None]:
         """Inside, the next weight is read and earlier ones are hashed and written on two other threads.
 
-        An error of theirs is raised with one of the next weights, or at the end.
+        An error on those threads is raised when one of the next weights is asked for, or at the end.
         """
         with ThreadPoolExecutor(1, "guanaco-read") as reading, ThreadPoolExecutor(1, "guanaco-write") as writing:
             behind = self._behind = Behind(writing)
@@ -235,4 +235,4 @@ def _now(function: Callable[[], None]) -> None:
 
 
 def _tell_nobody(name: str, done: int, total: int) -> None:
-    """A progress function that does nothing."""
+    """The progress function of a caller that gave none."""

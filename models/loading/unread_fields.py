@@ -120,8 +120,8 @@ def config_notes(fields: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _rope_notes(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    """Notes on fields of rotary scaling that are overridden by a newer spelling (`config_json` has the order), and on
-    fields that the rope type does not use. The fields have been checked."""
+    """Notes on fields of rotary scaling that another spelling overrides (`config_json` has the order), and on fields
+    that the rope type does not use. The fields have been checked."""
     scaling, parameters = fields.get("rope_scaling"), fields.get("rope_parameters")
     name, rope = ("rope_scaling", scaling) if scaling else ("rope_parameters", parameters)
     if not isinstance(rope, Mapping) or not rope:

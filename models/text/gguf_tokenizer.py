@@ -25,8 +25,7 @@ _VARIANT = "tokenizer.chat_template."  # followed by the name of a further templ
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 SPLIT_KEY = "tokenizer.ggml.pre"
 
-# The texts of tokens that end generation in llama.cpp, whatever their type. It also ends at tokens that keys name and
-# at those with the texts of fill-in-the-middle padding and of separators of repositories and files.
+# The texts of tokens that end generation in llama.cpp, whatever their type. Further ends are in `_END_KEYS`.
 _ENDS = frozenset(
     (
         *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"),
@@ -34,6 +33,7 @@ _ENDS = frozenset(
         *("<end_of_utterance>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>"),
     )
 )
+# Key of the metadata that names an end → the texts of a token that counts as this end if the key is absent.
 _END_KEYS = {
     "eos": (),
     "eot": (),

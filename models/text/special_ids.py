@@ -28,7 +28,8 @@ def reconcile_special_ids(
     tokenizer: Tokenizer,
     num_rows: int,
 ) -> SpecialIds:
-    """The tokenizer's BOS, and as ends the tokenizer's eos and every id that a config names.
+    """The ids that begin and end a text. BOS is the tokenizer's; if it has none, config.json's, provided that the
+    tokenizer has it as a control token. The ends are the tokenizer's eos and every id that a config names.
 
     An id that a config names ends generation even if the tokenizer disagrees, as in transformers' `generate`. An id
     beyond the model's `num_rows` embedding rows is left out: the model never samples it.

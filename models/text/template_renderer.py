@@ -1,8 +1,8 @@
 """Renders chat templates in processes that can be replaced, so that no template can stop the server or its shutdown.
 
-Time and memory are limited (`TemplateLimits`). A process that exceeds them is killed, and another one is started. One
-template has one process at a time, and all templates that were slow lately share one, so that many chats with a bad
-template leave a process to all others. Knows nothing of jinja2. Called by `chat_template`.
+Time and memory are limited (`TemplateLimits`). A process that exceeds them is killed, and another one is started. A
+template is rendered in one process at a time, and all templates that were slow lately share one process. So a bad
+template, however many chats use it, leaves a process to the others. Knows nothing of jinja2. Called by `chat_template`.
 """
 
 import atexit
@@ -38,7 +38,7 @@ class TemplateLimits:
 
     seconds: float = 2.0  # for one rendering, and for the wait for a free process before it
     memory_bytes: int = 256 << 20  # of a process, with its interpreter
-    num_processes: int = 2
+    num_processes: int = 2  # the most that run at the same time
     slow_seconds: float = 0.25  # a template that takes more processor time than this counts as slow …
     slow_for_seconds: float = 30.0  # … for this long
     start_seconds: float = 60.0  # for the start of a process; that is our own code, so only a busy machine is slow

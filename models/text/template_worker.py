@@ -42,7 +42,7 @@ _WARM_UP = "{{ strftime_now('%c') }}{{ 'a b' | wordwrap(1) }}{{ {'a': [1]} | toj
 
 
 class _Templates:
-    """The compiled templates by digest. If the parent names one that was dropped, UNKNOWN_TEMPLATE tells it so."""
+    """The compiled templates by digest. The error UNKNOWN_TEMPLATE asks the parent to send a dropped one again."""
 
     def __init__(self) -> None:
         self._compiled: dict[str, SandboxedTemplate] = {}

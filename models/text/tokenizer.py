@@ -23,7 +23,7 @@ _USUAL_BOS = ("<s>", "<|begin_of_text|>")
 _USUAL_EOS = ("</s>", "<|end_of_text|>", "<|endoftext|>")
 _USUAL_UNK = ("<unk>",)
 
-_MOST_JOINED = 128  # tokens whose bytes are joined here: microseconds, with the interpreter's lock
+_MOST_JOINED = 128  # tokens decoded in Python: microseconds. More of them would hold the interpreter's lock too long
 # How the tokens of a long text are counted before it is encoded as a whole.
 _FREE_BYTES = 1 << 17  # a text with up to this many bytes more than `max_tokens` is encoded without counting
 _COUNTED_CHARS = 1 << 16  # the characters of one counted piece

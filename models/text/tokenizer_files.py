@@ -133,10 +133,9 @@ def _optional_json(path: Path) -> dict[str, Any]:
 
 
 def _named_tokens(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(name, token) pairs in special_tokens_map.json or tokenizer_config.json. A token of a list has itself in its
-    name.
+    """(name, token) pairs in special_tokens_map.json or tokenizer_config.json. A token in a list is named `LIST.TOKEN`.
 
-    An empty token counts as none: the oldest LLaMA conversions write empty texts.
+    An empty token is left out: the oldest LLaMA conversions write empty texts.
     """
     for name in NAMES:
         if token := _content(fields.get(name)):

@@ -121,7 +121,7 @@ SPACE = "\u2581"  # SentencePiece's visible space
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token for which text is searched before it is cut."""
+    """A token that is found in a text before the text is cut into pieces for BPE."""
 
     id: int
     content: str

@@ -31,7 +31,7 @@ _SPACES = ("\u2581", "\u0120")  # how SentencePiece and byte-level vocabularies 
 
 
 def settings_notes(backend: Backend) -> list[str]:
-    """Notes on truncation and padding in tokenizer.json, which are switched off afterwards."""
+    """Notes on truncation, padding and dropout in tokenizer.json, which `tokenizer_files` then switches off."""
     found = {"truncation": backend.truncation, "padding": backend.padding}
     found["dropout"] = getattr(backend.model, "dropout", None)
     return [
