@@ -63,8 +63,8 @@ class Profile:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
 
-# Guanaco models were trained on this prompt without a system message, and their authors sampled with these settings
-# (see docs of QLoRA).
+# Guanaco models were trained on this prompt format without a system message. The QLoRA paper (arXiv 2305.14314) sampled
+# from them with these settings.
 BUILT_IN = {
     "guanaco": Profile(chat_template="guanaco", stop=("### Human", "### Assistant"), temperature=0.7, top_p=0.9),
 }
