@@ -1,5 +1,5 @@
-// The C interface that kernels/cpu/library.py loads. Every function that can fail returns 0, or -1 when memory runs
-// out.
+// The C interface that kernels/cpu/library.py loads. guanaco_create returns null if it fails. Every other function that
+// can fail returns 0, or -1 if memory ran out.
 #include <stdint.h>
 
 #include <exception>
@@ -16,7 +16,7 @@ using namespace guanaco;
 
 namespace {
 
-// Runs one call on a context: one at a time, with all of its memory free before and after.
+// Runs one call on a context. Calls wait for each other, and each begins with an empty arena.
 template <class F>
 int32_t guarded(Context* context, F&& f) {
     try {
@@ -90,7 +90,7 @@ int32_t guanaco_nf4_repack(Context* context, const uint8_t* packed, const float*
     return guarded(context, [&](Context& c) { repack_nf4(c, packed, scales, n, k, out); });
 }
 
-// `finite`: 1, or 0 if a value is NaN or infinite; the results are then worthless.
+// finite: set to 1, or to 0 if a value is NaN or infinite; then the other results mean nothing.
 int32_t guanaco_nf4_quantize(Context* context, const void* x, int32_t dtype, int64_t groups, uint8_t* packed,
                              float* scales, int32_t* finite) {
     return guarded(context, [&](Context& c) { *finite = quantize_nf4(c, x, dtype, groups, packed, scales); });

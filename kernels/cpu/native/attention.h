@@ -10,12 +10,12 @@ namespace guanaco {
 namespace GUANACO_ISA {
 namespace {
 
-// Rows that one pass over a block of positions computes together: enough to hide the latencies of one behind the
-// others.
+// Query rows that one pass over a block of positions computes together: enough that some row can be computed while
+// others wait for the results of their last instructions.
 constexpr int64_t kTogether = 8;
 
-// Dot products of R (1 or 2) rows of q with 8 / R rows of `keys`, all n (a multiple of 8) apart: first row's, then
-// second's.
+// Dot products of R (1 or 2) rows of q with 8 / R rows of `keys`, the first row's before the second's. Rows have n
+// elements, a multiple of 8.
 template <int R>
 inline vf dot_eight(const float* q, const float* keys, int64_t n) {
     constexpr int K = 8 / R;
@@ -115,8 +115,9 @@ void load_positions(const AttentionRun& run, int64_t first, int64_t count, float
     }
 }
 
-// One block of positions, for `rows` (at most kTogether) query rows that see the first `seen` of them (1 … kPositions).
-// Each stage is done for all rows before the next, since a row's stage waits for its stage before.
+// Adds one block of positions to the states and sums of `rows` (at most kTogether) query rows, which see the first
+// `seen` (1 … kPositions) of them. All rows finish a stage before the next one begins: the stages of one row wait for
+// each other.
 inline void attend_block(const float* q, int64_t rows, const float* keys, const float* values, int64_t n, int64_t seen,
                          SoftmaxState* states, float* out) {
     float scores[kTogether][kPositions];

@@ -1,6 +1,5 @@
 // Products with dense rows (the output head, LoRA's A and B, weights that a checkpoint keeps dense), float32 sums.
-// A result depends neither on how many rows are computed together nor on their number: eight lanes run along k, then
-// sum() adds them, then the tail.
+// A row's result does not depend on the other rows: eight lanes run along k, then sum() adds them, then the tail.
 #pragma once
 #include "simd.h"
 
@@ -16,9 +15,9 @@ constexpr int64_t kChunk = 512;
 // of the same chunk has kept.
 enum class From { kMatrix, kMatrixAndKeep, kNear, kKept };
 
-// The ISA's file sets these by its registers. Up to kDirectLanes rows are multiplied while the weights are converted.
-// Of more rows, the first kKeepLanes are, and keep the converted weights; the others use those, at most kMostLanes at a
-// time.
+// Each isa_*.cpp sets kDirectLanes, kKeepLanes and kMostLanes by the number of its registers. Up to kDirectLanes rows
+// of activations are multiplied while the weights are converted. With more rows, the first kKeepLanes are multiplied
+// so, and the converted weights are kept for the others, which are multiplied at most kMostLanes at a time.
 
 // lanes[m][n] += x[m] · w[n], eight lanes along k, for columns 0 … k − 1 (a multiple of 8). kept: [N][kChunk].
 template <DType D, int M, int N, From F>
@@ -68,8 +67,8 @@ inline void dense_finish(const typename Element<D>::type* w, int64_t k, const fl
     }
 }
 
-// y[m][n] for M rows x[m] and N rows of w (stride k elements); y has `stride` columns. Not inlined: of several of these
-// in one function, GCC 12 keeps the sums in memory.
+// y[m][n] for M rows x[m] and N rows of w (stride k elements); y has `stride` columns. Not inlined: with several of
+// these in one function, GCC 12 keeps the sums in memory.
 template <DType D, int M, int N>
 __attribute__((noinline)) void dense_block(const typename Element<D>::type* w, int64_t k, const float* const* x,
                                            float* y, int64_t stride) {

@@ -1,5 +1,6 @@
 // Which ISAs this build has and this processor can run.
-// GUANACO_EMULATE_AVX512 is a build for tests: the AVX-512 tables of plain vectors, on any processor, and no AVX2.
+// A build with GUANACO_EMULATE_AVX512 is for tests: its AVX-512 tables use plain vectors and run on any processor; it
+// has no AVX2 table.
 #include "kernels.h"
 
 namespace guanaco {

@@ -18,7 +18,7 @@ struct AttentionRun {
     const int32_t* block_table;
     int64_t block_size, kv_heads, kv_head, num_heads, head_dim;  // heads kv_head … kv_head + num_heads − 1 of kv_heads
     int64_t padded_dim;  // head_dim rounded up to 8
-    int64_t queries, share;  // rows = num_heads * queries * share
+    int64_t queries, share;  // share: query heads of one key-value head; rows = num_heads * queries * share
     int64_t first_limit;  // positions that the first query sees; each later one sees one more
     int64_t begin, end;  // the run
     int32_t dtype;

@@ -14,7 +14,7 @@ constexpr int64_t kBlockRows = 128;
 constexpr int64_t kTaskBytes = 256 << 10;
 // Tiles that are computed together, so that the kernels can read several of them side by side (nf4_tile.h).
 constexpr int64_t kTilesOfOneRow = 8, kTilesOfFewRows = 4, kFewRows = 5;
-constexpr int64_t kShrinkRows = 32, kShrinkRanks = 16;
+constexpr int64_t kShrinkRows = 32, kShrinkRanks = 16;  // of one task of shrink()
 
 int64_t element_bytes(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
 
@@ -33,8 +33,8 @@ class Ranges {
             new (&ranges_[t]) Range{{count * t / threads}, count * (t + 1) / threads};
         }
     }
-    // The next task of `thread`. Called `count` times in all, and each task is given out once: a range that was found
-    // empty stays so, and the last one looked at cannot be, or more than `count` had been given out.
+    // The next task of `thread`. Called `count` times in all, so it always finds one: all ranges are empty only after
+    // `count` tasks were given out, each of them once.
     int64_t draw(int thread) {
         for (int t = thread;; t = t + 1 == threads_ ? 0 : t + 1) {
             Range& range = ranges_[t];
@@ -116,7 +116,7 @@ void expand(const Kernels& k, const LoraDelta& delta, const Linear& w, int64_t t
     }
 }
 
-// Read a tile's rows of every B before the product, so that they arrive during it: there are many short runs, one per
+// Read a tile's rows of every B before the product, so that they arrive during it. They are many short runs, one per
 // adapter, which hardware prefetchers do not find. These are loads, because prefetch instructions did not help (eight
 // adapters of rank 16 on Zen 4: 120 tokens/s with prefetches, 131 with loads).
 void fetch_expand(const LoraDelta& delta, const Linear& w, int64_t tile) {

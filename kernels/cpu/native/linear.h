@@ -31,7 +31,7 @@ struct LoraDelta {
     const Lora* lora = nullptr;
 };
 
-// t = A x for `count` modules that read the same x; modules[i] counts from lora.pairs. `lora` null: no deltas.
+// t = A x for `count` modules that read the same x; modules[i] is a row of lora.pairs. `lora` null: no deltas.
 void shrink(Context& context, const Lora* lora, const int* modules, int count, const float* x, int64_t k,
             LoraDelta* deltas);
 

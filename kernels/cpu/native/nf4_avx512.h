@@ -239,7 +239,7 @@ inline void transpose16(F16* v) {
 inline void decode_group_rows(const uint8_t* codes, F16 factors, int64_t first, int64_t rows, float* out, int64_t stride) {
     const F16 levels = load16(kFloatLevels);
     for (int i = 0; i < 4; i++, codes += 128, out += 16) {
-        // Of each row: inputs 0, 2, 4, 6 in the low half of its 32 bits, 1, 3, 5, 7 in the high one; twice.
+        // 32 bits are eight inputs of one row: 0, 2, 4, 6 in the low half, 1, 3, 5, 7 in the high half.
         const uints packed[2] = {(uints)load_words(codes), (uints)load_words(codes + 64)};
         F16 v[16];
 #pragma GCC unroll 16

@@ -1,4 +1,4 @@
-// The numbers of a tile's group whose codes lie in byte order. Included after an ISA's F16.
+// Decodes a group of a tile to float32, for ISAs with codes in byte order. Included after the ISA's F16.
 #pragma once
 #include "nf4_layout.h"
 #include "simd.h"

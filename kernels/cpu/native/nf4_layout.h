@@ -4,7 +4,7 @@
 //   codes    groups x 512 bytes: for every group of 64 inputs, 16 x 64 codes in the order that the ISA's look-up wants
 //   scales   groups x 16 x int16, in units of the row's own factor
 //   factors  16 x float32: largest scale of the row / 32767
-// so that one product of one row of activations reads its weights in one sequential stream.
+// So the product with one row of activations reads its weights in one sequential stream.
 //
 // Checkpoints store scales as 8-bit codes (double quantisation) or as float32; int16 replaces both. It takes 3 % more
 // bytes than the codes and adds an error of 1e-5; decoding the codes in the product took a sixth of its time.

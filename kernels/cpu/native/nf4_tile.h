@@ -1,6 +1,6 @@
 // Products of one tile of NF4 weights with quantised activations, on top of an ISA's core (nf4_avx2.h and its like).
-// The same numbers for one row as for many, on any ISA: integer sums within a group, and float sums over groups in one
-// order with the same roundings.
+// A row's result has the same bits with any number of other rows and on any ISA: sums within a group are integers, and
+// float sums over groups have one order and the same roundings.
 #pragma once
 #include "nf4_layout.h"
 #include "simd.h"
@@ -9,9 +9,9 @@ namespace guanaco {
 namespace GUANACO_ISA {
 namespace {
 
-// The ISA's file sets these. Up to kFewRows rows are multiplied while a group is decoded. Of more rows, the first
-// kDirectRows are; the others use the decoded levels, at most kMaxRows at a time. Up to kSideBySideRows rows are
-// multiplied with several tiles at once.
+// Each isa_*.cpp sets kFewRows, kDirectRows, kMaxRows and kSideBySideRows. Up to kFewRows rows of activations are
+// multiplied while a group is decoded. With more rows, only the first kDirectRows are; the others are multiplied with
+// the decoded levels, at most kMaxRows at a time. Up to kSideBySideRows rows are multiplied with several tiles at once.
 
 // Prefetch codes kPrefetchBytes ahead. The next tile follows in memory, so this is useful at the end of a tile, too.
 inline void prefetch_group(const uint8_t* codes) {

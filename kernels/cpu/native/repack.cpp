@@ -9,7 +9,7 @@
 namespace guanaco {
 namespace {
 
-// Groups of rows beyond the matrix: pairs of codes of weight 0.0.
+// Two codes of the level 0: rows of a tile beyond the matrix have these.
 constexpr uint8_t kZeroPair = 0x77;
 
 // In bitsandbytes' codes the even input of a pair is the high nibble. Both orders are made from whole words of these.

@@ -19,8 +19,8 @@ constexpr int64_t kContiguousBytes = 512;
 struct Task {
     int64_t sequence, kv_head, num_heads, first_query, queries;
     int64_t first_run, runs;
-    int64_t partial;  // index of the first of its results; 0 … runs - 1 of a decode are neighbours
-    bool is_last;  // of the tasks that share a result
+    int64_t partial;  // index of its first partial result; those of a decode's runs are neighbours
+    bool is_last;  // whether it stores the result; false for one run of a decode, whose runs merge() joins
 };
 
 class Attention {
@@ -47,7 +47,7 @@ class Attention {
         return std::min(heads_.kv_heads, (kContiguousBytes + bytes - 1) / bytes);
     }
 
-    // Of q, states and results of one task.
+    // Rows of q, of states and of results that one task needs at most.
     int64_t max_rows() const { return std::max(kQueryRows, heads_together() * share_); }
 
     void plan() {
@@ -123,7 +123,7 @@ class Attention {
 
     int64_t rows_of(const Task& task) const { return task.num_heads * task.queries * share_; }
 
-    int64_t row_of(const Task& task, int64_t r) const {  // of q and out, in heads
+    int64_t row_of(const Task& task, int64_t r) const {  // where row r of a task lies in q and out, in heads
         int64_t token = batch_.cu_seqlens_q[task.sequence] + task.first_query + r / share_ % task.queries;
         return token * heads_.heads + (task.kv_head + r / (share_ * task.queries)) * share_ + r % share_;
     }

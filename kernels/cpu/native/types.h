@@ -33,12 +33,13 @@ struct LoraPair {
     int32_t unused;
 };
 
-// Rows that have adapters, as (row, slot, scale) entries sorted by slot, then row.
+// Rows that have adapters, as (row, slot, scale) entries sorted by slot, then row. A slot here is a column of `pairs`:
+// it counts the adapters of the batch.
 struct Lora {
     const int32_t* rows;  // [entries]
     const int32_t* slots;  // [entries]
     const float* scales;  // [entries]
-    const LoraPair* pairs;  // [modules][num_slots], from this product's module (or the layer's first one) on
+    const LoraPair* pairs;  // [modules][num_slots]: this product's module alone, or all modules of the model
     int32_t num_entries;
     int32_t num_slots;
 };
