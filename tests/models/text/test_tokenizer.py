@@ -55,6 +55,16 @@ def test_joined_bytes_are_the_librarys_text(tmp_path: Path) -> None:
     assert tokenizer.decode(long) == oracle.decode(long)
 
 
+def test_a_decoder_with_more_than_byte_level_keeps_its_other_parts(tmp_path: Path) -> None:
+    path = write_byte_level(tmp_path / "more")
+    content = json.loads((path / "tokenizer.json").read_text())
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    content["decoder"] = {"type": "Sequence", "decoders": [content["decoder"], strip]}
+    (path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = Tokenizer.from_directory(path)
+    assert tokenizer.decode(tokenizer.encode(" hi")) == "hi"
+
+
 # --- bos and eos of the configs -----------------------------------------------------------------------------------
 
 

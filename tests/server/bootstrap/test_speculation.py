@@ -61,14 +61,29 @@ def test_costs_are_kept_for_the_next_start(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(speculation, "is_disturbed", lambda *_: True)
     make_drafting(settings, OPS, runs.append, "base")
     assert len(runs) == 4 * num_runs, "timed again"
+    quiet = StepCosts([(1, 0.01), (16, 0.05)])
+    monkeypatch.setattr(speculation, "measure", lambda _: quiet)
+    make_drafting(settings, OPS, runs.append, "base")
+    monkeypatch.setattr(speculation, "is_disturbed", lambda *_: False)
+    kept = make_drafting(settings, OPS, runs.append, "base")
+    assert kept is not None
+    assert kept.costs.points == quiet.points, "the new times are kept"
 
 
 @pytest.mark.parametrize(("slower", "again"), [(1.0, False), (1.3, False), (1.5, True), (4.0, True)])
 def test_costs_of_a_busy_machine_are_measured_again(slower: float, again: bool) -> None:
     timed = Timed()
-    timed.runs.update(dict.fromkeys(range(50), 5))  # the disturbance is over
+    timed.runs.update(dict.fromkeys(range(50), 1))  # only the next step of each row count is slow: it allocates memory
     costs = StepCosts([(rows, slower * (10 + 3 * rows) / 1000) for rows in (1, 4, 16)])
     assert is_disturbed(costs, timed.run, timed.clock) is again
+
+
+@pytest.mark.parametrize("busy", [1, 4])
+def test_one_busy_row_count_is_enough(busy: int) -> None:
+    timed = Timed()
+    timed.runs.update(dict.fromkeys(range(50), 5))  # the disturbance is over
+    costs = StepCosts([(rows, (2 if rows == busy else 1) * (10 + 3 * rows) / 1000) for rows in (1, 4, 16)])
+    assert is_disturbed(costs, timed.run, timed.clock)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"key": 1, "seconds": [[1, 2]]}', '{"key": 1, "seconds": "x"}'])

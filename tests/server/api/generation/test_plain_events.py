@@ -1,13 +1,18 @@
 """Chunks that have nothing new but a text are made around a frame: the same bytes as a chunk that is made in full."""
 
 import re
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from guanaco.server.api.generation.answer import ChoicesAnswer
+from guanaco.server.api.generation.protocol import ChatBody, CompletionBody
+from guanaco.server.api.generation.serving import Prompt
 from guanaco.server.api.routes.chat import ChatAnswer
 from guanaco.server.api.routes.completions import CompletionAnswer
+from guanaco.server.api.tools.plan import ToolPlan
+from guanaco.server.engine.request_stream import TextOutput
 from support.server.api_server import BASE, LiveServer
 
 ROUTES = {"/v1/chat/completions": ChatAnswer, "/v1/completions": CompletionAnswer}
@@ -54,3 +59,25 @@ def test_the_bytes_are_those_of_full_chunks(
     assert len(made) == 0 if has_more else len(made) > 10, "the frame is used where it can be"
     monkeypatch.setattr(ROUTES[path], "plain_text", lambda *_: None)
     assert quick == streamed(server, path, fields)
+
+
+def made_answer(path: str) -> ChoicesAnswer:
+    nothing = cast(Any, None)
+    model = cast(Any, SimpleNamespace(name=BASE, fingerprint="f"))
+    if "chat" in path:
+        chat = ChatBody.model_validate({"model": BASE, "messages": [{"role": "user", "content": "hi"}]})
+        return ChatAnswer(chat, model, nothing, ToolPlan())
+    text = CompletionBody.model_validate({"model": BASE, "prompt": "hi"})
+    tokenizer = cast(Any, SimpleNamespace(special_ids=frozenset()))
+    return CompletionAnswer(text, model, tokenizer, (Prompt((1,), nothing, None),))
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_an_output_without_text_makes_no_chunk(path: str) -> None:
+    """Half a character, say, at the beginning and later."""
+    answer = made_answer(path)
+    events = [
+        answer.events(0, TextOutput(text, (1,), (), (), None, None, None, 1, 0, number))
+        for number, text in enumerate(("", "a", "", "b"), 1)
+    ]
+    assert [event.count(b"data: ") for event in events] == [0, 1, 0, 1]
