@@ -101,7 +101,7 @@ def modern_config(data: bytes) -> tuple[bytes, tuple[str, ...]]:
         raise AdapterError(ErrorCode.BAD_CONFIG, f"{CONFIG_NAME} {error}", CONFIG_NAME) from None
     notes = []
     if fields.get("enable_lora"):
-        problem = "enable_lora is set: it adapts parts of a fused layer, which LLaMA does not have"
+        problem = "enable_lora is set: it adapts parts of a fused layer, which the base model does not have"
         raise AdapterError(ErrorCode.ENABLE_LORA_UNSUPPORTED, problem, "enable_lora")
     for field in ("enable_lora", "merge_weights"):
         if field in fields:
@@ -109,7 +109,7 @@ def modern_config(data: bytes) -> tuple[bytes, tuple[str, ...]]:
             notes.append(f"{field} was removed: it no longer means anything")
     if fields.get("fan_in_fan_out") is True:
         fields["fan_in_fan_out"] = False  # peft/tuners/lora.py warned and did the same for every torch.nn.Linear
-        notes.append("fan_in_fan_out was set to false: LLaMA's layers are not transposed, and PEFT had ignored it")
+        notes.append("fan_in_fan_out was set to false: no layer of the base is transposed, and PEFT had ignored it")
     if fields.get("peft_type") is None and {"r", "lora_alpha", "target_modules"} <= fields.keys():
         fields["peft_type"] = "LORA"
         notes.append("peft_type was set to LORA, which is what the other fields describe")
@@ -146,7 +146,7 @@ def _run_worker(
                 ErrorCode.CONVERSION_FAILED, f"converting {weights} took too long and was stopped"
             ) from None
         except ProcessEnded as error:
-            problem = f"the process that reads {weights} ended ({error}); the file is not in order"
+            problem = f"the process that reads {weights} ended ({error}): the file is damaged, or needs too much memory"
             if error.was_killed:  # by the kernel, say, which was out of memory: that says nothing about the file
                 problem = f"the process that reads {weights} was killed from outside ({error}); try again"
             raise AdapterError(ErrorCode.CONVERSION_FAILED, problem, weights) from None

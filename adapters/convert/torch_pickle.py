@@ -302,7 +302,8 @@ class _Machine:
             self._stack.append(target)
         else:
             raise AdapterError(
-                ErrorCode.UNSAFE_PICKLE, f"the file does what tensors do not need ({name}); it was not read on"
+                ErrorCode.UNSAFE_PICKLE,
+                f"the file uses the pickle opcode {name}, which no tensor needs: reading stopped there",
             )
 
     def _pop(self) -> Any:
@@ -357,7 +358,7 @@ def _known(module: object, name: object) -> _Global:
         return found
     shown = printable(f"{found.module}.{found.name}")
     raise AdapterError(
-        ErrorCode.UNSAFE_PICKLE, f"loading the file with torch would call {shown}; it was not read on", shown
+        ErrorCode.UNSAFE_PICKLE, f"loading the file with torch would call {shown}: reading stopped there", shown
     )
 
 

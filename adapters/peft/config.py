@@ -75,12 +75,12 @@ REFUSED = {
     "ensure_weight_tying": (ErrorCode.WEIGHT_TYING_UNSUPPORTED, "it adapts tied embeddings, which all adapters share"),
     "fan_in_fan_out": (
         ErrorCode.FAN_IN_FAN_OUT_UNSUPPORTED,
-        "it transposes the matrices, as GPT-2 needs and LLaMA does not",
+        "it transposes the matrices, as GPT-2 needs and the base model does not",
     ),
     "kasa_config": (ErrorCode.KASA_UNSUPPORTED, "KaSA changes the base model's weights"),
     "layer_replication": (ErrorCode.LAYER_REPLICATION_UNSUPPORTED, "it changes the number of layers"),
     "lora_bias": (ErrorCode.LORA_BIAS_UNSUPPORTED, "a bias on lora_B is not computed here"),
-    "megatron_config": (ErrorCode.MEGATRON_UNSUPPORTED, "Megatron's layers are not LLaMA's"),
+    "megatron_config": (ErrorCode.MEGATRON_UNSUPPORTED, "Megatron's layers are not the base model's"),
     "modules_to_save": (
         ErrorCode.MODULES_TO_SAVE_UNSUPPORTED,
         "full copies of modules cannot share a batch with the base",

@@ -109,7 +109,7 @@ def load_adapter(
     notes = (*config.notes, *targeted.notes, *notes_beside(files))
     if tables:
         saved = " and ".join(_TABLES[key] for key in tables)
-        notes += (f"{saved} came along in {WEIGHTS_NAME}, equal to the base's: not read again",)
+        notes += (f"{WEIGHTS_NAME} also has {saved}, equal to the base's: the base's is used",)
     if untrained := [target for target in targeted if target not in wanted]:
         notes += (
             f"{len(untrained)} of {len(targeted)} targeted modules have no tensors in {WEIGHTS_NAME} and stay as the "
@@ -238,7 +238,9 @@ def _match_names(
                 raise AdapterError(ErrorCode.LAYER_OUT_OF_RANGE, problem, printable(key))
             raise _unexpected(key, "for a module that the base model does not have, or that cannot be adapted")
         if module not in wanted:
-            problem = f"{printable(key)} is there, but target_modules and its companions leave its module out"
+            problem = (
+                f"{printable(key)} is there, but target_modules, exclude_modules or layers_to_transform leave it out"
+            )
             raise AdapterError(ErrorCode.UNTARGETED_TENSOR, problem, printable(key))
         side = (module, match["side"])
         adapters.add(match["adapter"])

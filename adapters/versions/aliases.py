@@ -57,6 +57,8 @@ class Revision:
 
 @dataclass(frozen=True)
 class Alias:
+    """One alias: its present revision and at most MAX_HISTORY earlier ones."""
+
     name: str
     now: Revision
     history: tuple[Revision, ...] = ()  # the latest last

@@ -116,7 +116,7 @@ class RegistryFile:
             content = parse_object(data)
             if content["format"] != _FORMAT:
                 raise AdapterError(
-                    ErrorCode.REGISTRY_DAMAGED, f"{self.path} was written by another version; move it away"
+                    ErrorCode.REGISTRY_DAMAGED, f"{self.path} has a format of another version of Guanaco; move it away"
                 )
             return parse(content)
         except (JsonError, KeyError, TypeError, ValueError, AttributeError, OverflowError):

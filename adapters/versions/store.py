@@ -240,5 +240,5 @@ def sync_directory(path: Path) -> None:
 
 
 def _storage_error(directory: Path, error: OSError) -> AdapterError:
-    problem = f"the adapter store {directory} cannot be used: {error.strerror or error}; free some space or mend it"
+    problem = f"the adapter store {directory} cannot be used: {error.strerror or error}; free some space, or repair it"
     return AdapterError(ErrorCode.STORE_FAILED, problem)

@@ -65,7 +65,7 @@ class Quantizer:
         """Sentences for the operator about the source. Complete when the model is built."""
         notes = []
         if unused := self._source.unused():
-            notes.append(f"{len(unused)} tensors are not part of this LLaMA and were ignored: {listed(unused)}")
+            notes.append(f"{len(unused)} tensors are not part of this architecture and were ignored: {listed(unused)}")
         if self._num_dense_projections:
             notes.append(f"{self._num_dense_projections} projections are dense in the checkpoint and are served so")
         if self._num_rounded:

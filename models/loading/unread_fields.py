@@ -112,7 +112,7 @@ def config_notes(fields: Mapping[str, Any]) -> tuple[str, ...]:
     asks = [name for name, value in fields.items() if name not in _CONFIG_KNOWN and value not in (None, False, [], {})]
     notes = _note("config.json has fields that are unknown here and were ignored", [listed([name]) for name in asks])
     if fields.get("auto_map"):
-        notes += ("config.json names code of its own (auto_map): it is never run, the model is computed as a LLaMA",)
+        notes += ("config.json names code of its own (auto_map): it is never run; model_type decides",)
     bos = fields.get("bos_token_id")
     if isinstance(bos, list) and len(bos) > 1:
         notes += (f"config.json has {len(bos)} ids as bos_token_id: the first, {shown(bos[0])}, is used",)

@@ -163,7 +163,9 @@ class TemplateRenderer:
         try:
             worker = self._start()
         except (OSError, ProcessEnded, ProcessTimeout) as error:
-            problem = f"no process to render it could be started ({error or 'it took too long'}): look at the machine"
+            problem = (
+                f"no process to render it could be started ({error or 'it took too long'}): check memory and processes"
+            )
             logger.error("chat template: %s", problem)
             raise TemplateError(problem, ErrorCode.TEMPLATE_UNAVAILABLE) from None
         with self._changed:

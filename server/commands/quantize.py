@@ -17,4 +17,4 @@ def run_quantize(src: Path, dst: Path, *, double_quant: bool) -> None:
     before, after = human_bytes(done.source_bytes), human_bytes(done.written_bytes)
     print(f"{dst}: {done.num_quantized} matrices in NF4, {done.num_dense} tensors kept, {before} → {after}")
     if done.ignored:
-        print(f"ignored, since they are no part of this LLaMA: {', '.join(done.ignored)}")
+        print(f"ignored, since they are no part of this architecture: {', '.join(done.ignored)}")

@@ -235,7 +235,7 @@ class GrammarCompiler:
             process.exchange(vocabulary.packed(), seconds=limits.start_seconds, max_bytes=_MAX_ANSWER_BYTES)
         except (OSError, ProcessEnded, ProcessTimeout) as error:
             self._process = None
-            logger.error("no process to compile grammars could be started (%s): look at the machine", error)
+            logger.error("no process to compile grammars could be started (%s): check memory and processes", error)
             text = "the server could not start the process that compiles grammars; its log has the reason"
             raise GrammarUnavailable(text, is_here=True) from None
         self._process = process

@@ -153,7 +153,7 @@ def _elements(file: BinaryIO, digest: Any) -> Iterator[_Line]:
                 yield number, RowError(RefusalKind.BAD_FIELDS, "the element is no object: write objects")
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{file.name} begins as a JSON array and is none ({error}): mend it, or write JSON lines"
+            f"{file.name} begins as a JSON array but is not one ({error}): correct it, or write JSON lines"
         ) from None
 
 

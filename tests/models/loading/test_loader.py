@@ -154,7 +154,7 @@ def test_strangers_are_named_in_a_note(copy: Callable[[str], Path]) -> None:
     path = copy("dense")
     edit(path, lambda t: t.update({f"extra.{i}": torch.ones(1) for i in range(7)}))
     (note,) = load(path).notes
-    assert note.startswith("7 tensors are not part of this LLaMA and were ignored: extra.0, ")
+    assert note.startswith("7 tensors are not part of this architecture and were ignored: extra.0, ")
     assert note.endswith("extra.4, …")
 
 

@@ -157,7 +157,7 @@ def test_an_array_is_the_same_wherever_it_is_cut(
         "[nan",
     ):
         path.write_text(text)
-        with pytest.raises(DataError, match="begins as a JSON array and is none"):
+        with pytest.raises(DataError, match="begins as a JSON array but is not one"):
             read_conversations(path)
     path.write_text("[]")
     with pytest.raises(DataError, match="has no rows"):
