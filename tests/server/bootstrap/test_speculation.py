@@ -61,13 +61,13 @@ def test_costs_are_kept_for_the_next_start(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(speculation, "is_disturbed", lambda *_: True)
     make_drafting(settings, OPS, runs.append, "base")
     assert len(runs) == 4 * num_runs, "timed again"
-    for costs in ([(1, 1e-7), (16, 5e-7)], [(1, 9e-8), (16, 1.0)]):  # the second time while other programs run
+    for costs in ([(1, 1e-12), (16, 5e-12)], [(1, 9e-13), (16, 1.0)]):  # the second time while other programs run
         monkeypatch.setattr(speculation, "measure", lambda _, costs=costs: StepCosts(costs))
         make_drafting(settings, OPS, runs.append, "base")
     monkeypatch.setattr(speculation, "is_disturbed", lambda *_: False)
     kept = make_drafting(settings, OPS, runs.append, "base")
     assert kept is not None
-    assert kept.costs.points == [(1, 9e-8), (16, 5e-7)], "the shorter times are kept"
+    assert kept.costs.points == [(1, 9e-13), (16, 5e-12)], "the shorter times are kept"
 
 
 @pytest.mark.parametrize(("slower", "again"), [(1.0, False), (1.3, False), (1.5, True), (4.0, True)])
