@@ -105,7 +105,7 @@ class DeviceSettings(BaseModel):
     provider: Literal["auto", "reference", "cpu", "triton"] = Field(
         "auto", description="kernel provider; auto: triton where there is an NVIDIA GPU, else cpu"
     )
-    threads: Annotated[int, Field(ge=0)] = Field(
+    threads: Annotated[int, Field(ge=0, le=1024)] = Field(
         0, description="compute threads; 0: what the machine or container allows"
     )
     cpu_isa: Literal["auto", "avx512vnni", "avx512", "avx2", "portable"] = Field(

@@ -177,6 +177,8 @@ def _load_provider(settings: Settings, num_threads: int) -> tuple[Ops, str]:
         if settings.provider == "cpu" or settings.cpu_isa != "auto":
             raise CommandError(str(error)) from None
         return load("reference"), f"slow: {error}"
+    except MemoryError as error:
+        raise CommandError(f"{error}: lower --threads") from None
     why = "asked for with --provider" if settings.provider == "cpu" else without
     return ops, f"{why}; {getattr(ops, 'isa', '')}"
 

@@ -33,10 +33,17 @@ inline void pause_cpu() {
 }  // namespace
 
 ThreadPool::ThreadPool(int num_threads, Team team) : num_threads_(num_threads < 1 ? 1 : num_threads), team_(team) {
-    for (int i = 1; team_ == nullptr && i < num_threads_; i++) threads_.emplace_back([this, i] { loop(i); });
+    try {
+        for (int i = 1; team_ == nullptr && i < num_threads_; i++) threads_.emplace_back([this, i] { loop(i); });
+    } catch (...) {
+        end();  // the destructor does not run, and a thread that nobody joined would end the process
+        throw;
+    }
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { end(); }
+
+void ThreadPool::end() {
     {
         std::lock_guard<std::mutex> lock(mutex_);
         stop_ = true;

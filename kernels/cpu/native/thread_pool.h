@@ -48,6 +48,7 @@ class ThreadPool {
     void run_in_team(Task task, void* context, int64_t num_tasks) const;
     bool work(int thread);  // take and run tasks until none are left; returns whether there were any
     void loop(int thread);
+    void end();  // stop and join the threads
     void wait_for(uint64_t num_tasks);
     int64_t threads_time() const;  // microseconds of processor time that all threads together have used
 
