@@ -322,7 +322,7 @@ def fits(size: str) -> bool:
     """Whether the free memory holds 1.25 times the weights and 2 GiB."""
     if not HAS_GPU:
         return True
-    from guanaco.server.commands.doctor import weights_bytes
+    from guanaco.server.commands.doctor_fit import weights_bytes
 
     return weights_bytes(SIZES[size]) * 1.25 + (2 << 30) < torch.cuda.mem_get_info(0)[0]
 
