@@ -40,6 +40,16 @@ def _of(collection: str, name: str, rest: str = "") -> str:
     return f"/{collection}/{name}{rest}"
 
 
+def _given(text: str, what: str, advice: str) -> str:
+    """The text of an option or argument. Raises CommandError if it is empty, as an unset variable of a script makes it:
+    it must not count as an option that was left out."""
+    from guanaco.server.errors import CommandError
+
+    if not text.strip():
+        raise CommandError(f"{what} is empty: {advice}")
+    return text
+
+
 @adapters_app.command("list", cls=Command)
 def adapters_list(url: _Url = _URL, admin_key: _AdminKey = None, as_json: _AsJson = False) -> None:
     """List the adapters of a running server with their state."""
@@ -96,7 +106,14 @@ def adapters_check(
     as_json: _AsJson = False,
 ) -> None:
     """Ask a running server whether it would load an adapter, and how much memory that needs."""
-    _admin(url, admin_key, as_json, "POST", _of("adapters", name, "/check"), {"source": source})
+    _admin(
+        url,
+        admin_key,
+        as_json,
+        "POST",
+        _of("adapters", name, "/check"),
+        {"source": _given(source, "SOURCE", "give a path or ORG/NAME@REVISION")},
+    )
 
 
 @adapters_app.command("load", cls=Command)
@@ -114,7 +131,10 @@ def adapters_load(
     """Load an adapter into a running server, or replace the one of that name."""
     from guanaco.adapters.versions.profile import profile_fields
 
-    body: dict[str, Any] = {"source": source, **({"expected_version": expected_version} if expected_version else {})}
+    body: dict[str, Any] = {"source": _given(source, "SOURCE", "give a path or ORG/NAME@REVISION")}
+    if expected_version is not None:
+        advice = "give the version that `guanaco adapters list` shows, or leave the option out"
+        body["expected_version"] = _given(expected_version, "--expected-version", advice)
     body |= {} if profile is None else {"profile": profile_fields(profile)}
     _admin(url, admin_key, as_json, "PUT", _of("adapters", name), body)
 
@@ -142,7 +162,9 @@ def adapters_rollback(
     as_json: _AsJson = False,
 ) -> None:
     """Let a name stand for its version before the last change, or for an earlier one."""
-    _admin(url, admin_key, as_json, "POST", _of("adapters", name, "/rollback"), {"version": to} if to else {})
+    advice = "give a version, or leave the option out for the version before"
+    body = {} if to is None else {"version": _given(to, "--to", advice)}
+    _admin(url, admin_key, as_json, "POST", _of("adapters", name, "/rollback"), body)
 
 
 @adapters_app.command("pin", cls=Command)

@@ -26,8 +26,12 @@ def list_models(cache_dir: Path) -> None:
 def prune_models(cache_dir: Path, names: list[str], *, yes: bool) -> None:
     """Delete the models whose keys begin with one of `names`, or all without names. Asks first unless `yes`.
 
-    Raises CommandError for a name that fits no cached model.
+    Raises CommandError for an empty name, which would fit every model, and for a name that fits no cached model.
     """
+    if not all(name.strip() for name in names):
+        raise CommandError(
+            "a name is empty: give the first digits of a name in `guanaco models list`, or no name for all"
+        )
     entries = list_cached_models(cache_dir)
     chosen = [e for e in entries if not names or any(e.key.startswith(name) for name in names)]
     for name in names:

@@ -50,6 +50,11 @@ def test_what_goes_wrong_is_one_line(server: AdapterServer) -> None:
         (["load", "a", "nope"], "sesame", "not_found"),
         (["load", "a/b", "x"], "sesame", "cannot be an adapter's name"),
         (["unload", "a"], "sesame", "adapter_not_found"),
+        (["unload", ""], "sesame", "cannot be an adapter's name"),
+        (["rollback", "a", "--to", ""], "sesame", "--to is empty"),
+        (["load", "a", "x", "--expected-version", ""], "sesame", "--expected-version is empty"),
+        (["load", "a", ""], "sesame", "SOURCE is empty"),
+        (["check", "a", " "], "sesame", "SOURCE is empty"),
         (["list"], "wrong", "invalid_admin_key"),
         (["list"], "", "--admin-key"),
     ):

@@ -186,6 +186,11 @@ def test_models_list_and_prune(model: Path) -> None:
     assert "KiB in 2 models" in listed, "in NF4, and packed for the processor"
     name, packed = (line.split()[0] for line in listed.splitlines()[1:3])
     assert _guanaco("models", "prune", "0123nothing", "--yes").exit_code == 2
+    for names in ([""], [" "], [name, ""]):
+        refused = _guanaco("models", "prune", *names, "--yes")
+        assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
+        assert "a name is empty" in refused.stderr
+    assert "in 2 models" in _guanaco("models", "list").stdout, "an empty name deletes nothing"
     assert "nothing was deleted" in _guanaco("models", "prune", name, input="n\n").stdout
     assert "deleted 1 models" in _guanaco("models", "prune", name, "--yes").stdout
     assert "deleted 1 models" in _guanaco("models", "prune", packed, "--yes").stdout
@@ -283,7 +288,8 @@ class _Streams(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.asked.append((self.path, json.loads(body)))
-        self._send("".join(f'data: {{"choices": [{{"delta": {{"content": "{t}"}}}}]}}\n\n' for t in ("[b]A", "hoy")))
+        events = [f'data: {{"choices": [{{"delta": {{"content": "{t}"}}}}]}}\n\n' for t in ("[b]A", "hoy")]
+        self._send("".join(events) + "data: [DONE]\n\n")
 
     def _send(self, text: str) -> None:
         assert self.path.startswith("/v1/")
