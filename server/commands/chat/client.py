@@ -116,7 +116,8 @@ class ChatClient:
 def _pieces_of(reply: http.client.HTTPResponse, figures: AnswerFigures) -> Iterator[str]:
     """The pieces of a streamed answer; fills `figures`.
 
-    Raises HTTPException or OSError if the connection ends before [DONE] or a finish reason, and CommandError for an error of the server.
+    Raises HTTPException or OSError if the connection ends before [DONE] or a finish reason, and CommandError for an
+    error of the server.
     An event of another shape raises what reading it raises.
     """
     for raw in reply:
