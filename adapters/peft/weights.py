@@ -90,10 +90,13 @@ def load_adapter(
     limits: AdapterLimits | None = None,
     base_table: BaseTable | None = None,
 ) -> LoadedAdapter:
-    """Read the PEFT adapter at `path` (or in its sub-folder `name`) for a base with these targets.
+    """Read the PEFT adapter at `path` for a base with these targets. Blocks until all tensors are in memory.
 
-    base_table: reads the base's tensors, to compare a saved embedding with. Without it any saved embedding is refused.
-    Raises AdapterError for everything that the server can't honour.
+    name: the sub-folder to read if `path` itself has no config. limits: None for the defaults of AdapterLimits.
+    base_table: reads the base's embedding and output layer. A saved copy of one of them is skipped with a note if it
+    equals the base's, and refused otherwise. Without base_table it is always refused.
+
+    Raises AdapterError if a file is missing, unreadable or invalid, or if the adapter is unsupported or has no effect.
     """
     files = AdapterFiles.find(path, name, CONFIG_NAME)
     with _opened(files, targets, limits or AdapterLimits()) as (config, targeted, file, names):
@@ -267,7 +270,12 @@ def _unexpected(key: str, otherwise: str) -> AdapterError:
 
 
 def _is_the_bases(file: AdapterTensors, key: str, base_table: BaseTable | None) -> bool:
-    """Whether a saved table has the base's values. One of the two may be rounded to fewer bits than the other."""
+    """Whether the adapter's copy of the base's embedding or output layer has the base's values.
+
+    key: its tensor name in the file, one of `_TABLES`. The values are equal if one of the two tables, rounded to the
+    other's dtype, is the other bit for bit. False if the shapes differ, without base_table, or if that returns None.
+    Raises AdapterError if the file can't be read.
+    """
     ours = None if base_table is None else base_table(_TABLES[key])
     if ours is None or tuple(ours.shape) != file.tensors[key].shape:
         return False

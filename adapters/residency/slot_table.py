@@ -208,8 +208,12 @@ class SlotTable:
         assert end <= self.num_bytes, "a version lies beyond the arena"
 
     def _lay_out(self, missing: list[str], without: list[str]) -> dict[str, int] | None:
-        """Byte offsets for the missing versions: first fit in the gaps between the resident versions. Those in
-        `without` count as evicted. None if a missing version fits into no gap."""
+        """{version: byte offset in the arena} for the missing versions, each in the first gap that is large enough, in
+        the order given. None if one of them fits into no gap. Changes nothing.
+
+        missing: versions to place; one without bytes gets no offset. without: resident versions whose bytes count as
+        free. A resident version may be in both lists: then it moves.
+        """
         taken = {offset: self._sizes[version] for version, offset in self._offsets.items() if version not in without}
         offsets = {}
         for version in missing:

@@ -129,7 +129,11 @@ _FUNCTIONS = {
 
 @cache
 def library() -> ctypes.CDLL:
-    """The loaded library. Raises NativeUnavailable if it was not built, or was built from other sources."""
+    """The library, with the types of its functions set. The first call loads it; later calls return the same object.
+
+    Raises NativeUnavailable if it was not built, can't be loaded, lacks a function, or has structs of other sizes than
+    the ones here. The last two show that it was built from other sources; other differences are not noticed.
+    """
     spec = importlib.util.find_spec("guanaco.kernels.cpu._native")
     if spec is None or spec.origin is None:
         raise NativeUnavailable(

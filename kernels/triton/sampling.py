@@ -74,8 +74,16 @@ def _nth_tie(logits, vocab, largest, inverse, bits, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def _filtered(logits, vocab, largest, inverse, top_k, top_p, min_p, noise, BLOCK: tl.constexpr):
-    """The sampled token id. Tokens are ordered from likeliest to least likely, equal ones by id; the filters keep the
-    first of them, including the one that crosses top_p."""
+    """The sampled token id of one row, if its temperature is above 0 and a filter is on.
+
+    logits: pointer to the row's float32 [vocab]. largest: the row's largest logit. inverse: 1 / temperature. top_k: 0
+    for off. top_p: 1 or more for off. min_p: relative to the likeliest token's probability; 0 for off. noise: float64
+    in [0, 1).
+
+    Tokens are ordered from likeliest to least likely, equal ones by id. Each filter keeps the first of them, top_p
+    including the one that crosses it; top_p is a share of all tokens' probability, whatever the other filters keep.
+    The noise is a share of the kept weights, added up in this order: the token on which it falls is the result.
+    """
     zero = tl.full((), 0, tl.int32)
     _, total = _above(logits, vocab, largest, inverse, zero, BLOCK)
     room = tl.where(top_k > 0, top_k, vocab)
@@ -134,7 +142,12 @@ def _unfiltered(logits, vocab, largest, inverse, noise, BLOCK: tl.constexpr):
 
 @triton.jit
 def draw_kernel(logits, settings, tokens, vocab, BLOCK: tl.constexpr):
-    """settings float64 [r, 5]: temperature, top_k, top_p, min_p and the noise."""
+    """Sample one token for each row; `draw` launches it with one program per row.
+
+    logits: float32 [r, vocab], contiguous, without NaN. settings: float64 [r, 5], of each row what `_settings` returns:
+    temperature (0: the largest logit, of equal ones the smallest id), top_k (0: off), top_p (1: off), min_p (0: off)
+    and the noise in [0, 1). tokens: int64 [r], the result. BLOCK: logits read at a time, a power of two.
+    """
     row = tl.program_id(0).to(tl.int64)
     settings += row * _SETTINGS
     logits += row * vocab

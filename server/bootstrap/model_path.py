@@ -11,11 +11,15 @@ from guanaco.server.config import Settings
 
 
 def find_model(settings: Settings, console: Console, watch: Report | None = None) -> Path:
-    """The path of the settings' model; of the demo model if the settings name none. A model of the hub is downloaded.
+    """The path of the settings' model, a directory or a .gguf file; of the demo model if the settings name none.
 
-    watch: also gets the progress, as in `reporting`.
+    Blocks while it downloads. A path that exists comes before a hub id of the same spelling. A model of the hub, and
+    the demo model, are downloaded if need be and kept in the cache.
 
-    Raises ModelError if the path does not exist, or if the download fails.
+    console: shows the progress. watch: also gets it, as in `reporting`.
+
+    Raises ModelError if there is no such path or hub model, if the download fails, or if the settings say offline and
+    the model is not in the cache.
     """
     if settings.model is None:
         with reporting(console, "demo model", watch) as report:

@@ -40,9 +40,11 @@ class SamplingDefaults:
 
     @classmethod
     def from_generation_config(cls, config: Mapping[str, Any]) -> "SamplingDefaults":
-        """The defaults in a `generation_config.json`. Values outside the range for clients are left out.
+        """The defaults in the content of a `generation_config.json`; `{}` if the model has none.
 
-        `do_sample: false` means temperature 0, even if the file has another temperature, as in transformers.
+        Reads temperature, top_p, top_k, min_p and repetition_penalty. OpenAI's default stands for a field that is
+        missing, is no number, or lies outside the range that a client may send; nothing raises. `do_sample: false`
+        means temperature 0, even if the file has another temperature, as in transformers.
         """
         bounds = {
             "temperature": (0.0, 2.0),

@@ -122,7 +122,11 @@ class FileStore:
         return made
 
     def add_result(self, owner: str, filename: str, content: bytes, file_id: str) -> StoredFile:
-        """Keep a job's results as a file of its key. An existing file of this id is replaced. Raises OSError."""
+        """Keep the results of a job that has ended as a file of the job's key. It counts in no quota.
+
+        owner: `Owner.digest` of the job's key. filename: only shown to clients. file_id: follows from the job's
+        id, so a server that writes the results again after a crash replaces the file. Raises OSError.
+        """
         made = StoredFile(file_id, owner, len(content), int(time()), filename, RESULTS)
         target = self._directory / file_id
         make_directory(target)

@@ -179,10 +179,13 @@ async def ask(
     timeout: float,
     leave_after: float | None = None,
 ) -> None:
-    """Send one request and fill in the exchange. No answer of a server raises an error here.
+    """Send one request, and write its outcome, times and text into `exchange`.
 
-    start: the clock at the run's start. timeout: seconds from now on. leave_after: seconds after sending at which we
-    close the connection, even in the middle of the answer (None: never).
+    body: the JSON object to send; it must ask for a stream. start: `time.perf_counter()` at the run's start. timeout:
+    seconds for connecting and the whole answer together. leave_after: seconds after the request was written, which is
+    after connecting, at which we close the connection even in the middle of the answer (None: never).
+
+    Raises nothing for a failed connection, a time-out or a bad answer: `exchange.outcome` and `error` tell.
     """
     data = target.request(body)
     exchange.sent = time.perf_counter() - start
