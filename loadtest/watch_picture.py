@@ -83,9 +83,9 @@ def draw(panels: Sequence[dict[str, Any]], path: Path, about: str) -> None:
     figure = plt.figure(figsize=(16, 1.2 + 2.3 * num_rows), layout="constrained")
     figure.suptitle(f"Guanaco's dashboard, drawn from Prometheus' answers ({about}; seconds)", fontsize=11)
     top, below = figure.subfigures(2, 1, height_ratios=(1, 2.3 * num_rows))
-    for axes, panel in zip(top.subplots(1, len(stats)), stats, strict=True):
+    for axes, panel in zip(top.subplots(1, len(stats), squeeze=False)[0], stats, strict=True):
         _stat(axes, panel)
-    start = min(line["points"][0][0] for panel in graphs for line in panel["lines"])
+    start = min((line["points"][0][0] for panel in graphs for line in panel["lines"]), default=0.0)
     cells = below.subplots(num_rows, COLUMNS).flatten()
     for axes in cells[len(graphs) :]:
         axes.axis("off")

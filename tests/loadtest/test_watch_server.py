@@ -75,3 +75,14 @@ def test_the_picture_has_every_panel(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert re.fullmatch(
         r"p90 pirate", watch_picture._legend({"labels": {"adapter": "pirate"}, "legend": "p90 {{adapter}}"})
     )
+
+
+def test_a_picture_of_panels_without_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    answering(monkeypatch, {}, missing="")
+    shown, wrong = watch_server.evaluate("", 0, 9)
+    assert shown
+    assert wrong
+    assert not any(panel["lines"] for panel in shown)
+    few = [next(panel for panel in shown if (panel["type"] == "stat") is is_stat) for is_stat in (True, False)]
+    watch_picture.draw(few, tmp_path / "none.png", "a test")
+    assert (tmp_path / "none.png").read_bytes().startswith(b"\x89PNG")

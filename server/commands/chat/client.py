@@ -117,8 +117,7 @@ def _pieces_of(reply: http.client.HTTPResponse, figures: AnswerFigures) -> Itera
     """The pieces of a streamed answer; fills `figures`.
 
     Raises HTTPException or OSError if the connection ends before [DONE] or a finish reason, and CommandError for an
-    error of the server.
-    An event of another shape raises what reading it raises.
+    error of the server. An event of another shape raises what reading it raises.
     """
     for raw in reply:
         line = raw.decode("utf-8").strip()

@@ -198,8 +198,14 @@ def capacity(results: Sequence[Mapping[str, Any]], share: float = 0.99) -> int |
 
 
 def _most_tokens_in_a_second(whole: Sequence[Exchange]) -> float:
-    times = [int(t) for e in whole for t in e.pieces]
-    return float(max(Counter(times).values(), default=0))
+    """Most tokens in one second of the run. Each answer's tokens are spread evenly over its pieces, since a piece may
+    hold several; the tokens of an answer without text count at its end."""
+    tokens: dict[int, float] = {}
+    for e in whole:
+        times = e.pieces or [e.ended]
+        for t in times:
+            tokens[int(t)] = tokens.get(int(t), 0.0) + e.output_tokens / len(times)
+    return max(tokens.values(), default=0.0)
 
 
 def _most_at_once(exchanges: Sequence[Exchange]) -> int:

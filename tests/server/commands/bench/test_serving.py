@@ -219,6 +219,18 @@ def test_the_figures_of_a_run_that_is_known() -> None:
     assert sum(series["a"]) * (xs[1] - xs[0]) == pytest.approx(4)
 
 
+def test_the_busiest_second_counts_tokens_and_not_pieces() -> None:
+    exchanges = [
+        exchange_of(0.0, [0.1, 0.2, 1.1], 1.2, completion_tokens=12),  # with drafts: four tokens a piece
+        exchange_of(0.0, [1.5, 1.6], 1.7, completion_tokens=None),  # no usage: a token a piece
+        exchange_of(0.0, [], 1.9, completion_tokens=1),  # its only token ends it
+        exchange_of(0.0, [1.2], 1.3, completion_tokens=50, outcome=Outcome.CUT_OFF),
+    ]
+    assert summarise(Run(exchanges, 2.0, 0.1), percentiles=[], goals={})["max_output_tokens_per_s"] == pytest.approx(8)
+    assert summarise(Run(exchanges[1:], 2.0, 0.1), percentiles=[], goals={})["max_output_tokens_per_s"] == 3
+    assert summarise(Run([], 2.0, 0.1), percentiles=[], goals={})["max_output_tokens_per_s"] == 0
+
+
 def test_knee_and_capacity() -> None:
     rows = [(1, 1.0, 100, 1.0), (2, 2.0, 110, 0.995), (4, 3.9, 150, 0.98), (8, 4.1, 900, 0.1)]
     results = [
