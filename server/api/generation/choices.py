@@ -234,9 +234,9 @@ class Generation:
     def usage(self) -> dict[str, Any]:
         """OpenAI's `usage` object, with the tokens generated so far. May be called at any time, also after `aclose`.
 
-        Completion tokens are those of all choices. A prompt counts once, however many choices it has. Its cached tokens
-        are the fewest that any of its choices found, because one choice also finds blocks that another has just cached;
-        they are 0 until each choice has an output.
+        Completion tokens are those of all choices, shown or not. A prompt counts once, however many choices it has. Its
+        cached tokens are the fewest that any of its choices found, because one choice also finds blocks that another
+        has just cached; they are 0 until each choice has an output.
         """
         prompts = [self.choices[i : i + self.num_per_prompt] for i in range(0, len(self.choices), self.num_per_prompt)]
         prompt_tokens = sum(choices[0].num_prompt_tokens for choices in prompts)

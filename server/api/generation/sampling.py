@@ -42,9 +42,9 @@ class SamplingDefaults:
     def from_generation_config(cls, config: Mapping[str, Any]) -> "SamplingDefaults":
         """The defaults in the content of a `generation_config.json`; `{}` if the model has none.
 
-        Reads temperature, top_p, top_k, min_p and repetition_penalty. OpenAI's default stands for a field that is
-        missing, is no number, or lies outside the range that a client may send; nothing raises. `do_sample: false`
-        means temperature 0, even if the file has another temperature, as in transformers.
+        A field keeps the default of this class if the file lacks it, if its value is no number, or if its value lies
+        outside the range for clients; no error is raised. `do_sample: false` means temperature 0, even if the file has
+        another temperature, as in transformers.
         """
         bounds = {
             "temperature": (0.0, 2.0),

@@ -122,7 +122,7 @@ class FileStore:
         return made
 
     def add_result(self, owner: str, filename: str, content: bytes, file_id: str) -> StoredFile:
-        """Keep the results of a job that has ended as a file of the job's key. It counts in no quota.
+        """Keep the results of a job whose training has ended as a file of the job's key. It counts in no quota.
 
         owner: `Owner.digest` of the job's key. filename: only shown to clients. file_id: follows from the job's
         id, so a server that writes the results again after a crash replaces the file. Raises OSError.
