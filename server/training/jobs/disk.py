@@ -31,12 +31,17 @@ def make_directory(path: Path) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replace a file by a JSON object, and sync it to the disk. Raises OSError; then the old file is still there."""
+    """Replace a file by a JSON object, as `replace_file` does."""
+    replace_file(path, json.dumps(content).encode())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Replace a file's content, and sync it to the disk. Raises OSError; then the old file is still there."""
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
     try:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -16,7 +16,15 @@ from pathlib import Path
 from time import time
 
 from guanaco.models.error_codes import ErrorCode
-from guanaco.server.training.jobs.disk import is_id, make_directory, new_id, read_json, sync_directory, write_json
+from guanaco.server.training.jobs.disk import (
+    is_id,
+    make_directory,
+    new_id,
+    read_json,
+    replace_file,
+    sync_directory,
+    write_json,
+)
 from guanaco.server.training.jobs.errors import RefusalKind, RequestRefused, file_not_found, quota, storage_failed
 from guanaco.server.training.jobs.limits import TrainLimits
 from guanaco.server.training.jobs.records import FILE, RESULTS, TRAINING, StoredFile
@@ -130,10 +138,7 @@ class FileStore:
         made = StoredFile(file_id, owner, len(content), int(time()), filename, RESULTS)
         target = self._directory / file_id
         make_directory(target)
-        temporary = self._incoming / file_id
-        temporary.write_bytes(content)
-        temporary.chmod(0o600)
-        temporary.rename(target / "content")
+        replace_file(target / "content", content)  # synced, since the record below says that it is whole
         write_json(target / "meta.json", asdict(made))
         with self._lock:
             self._files[file_id] = made

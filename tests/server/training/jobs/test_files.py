@@ -197,3 +197,15 @@ def test_results_are_files_that_no_limit_counts(tmp_path: Path) -> None:
     assert result.purpose == "fine-tune-results"
     put(store, b"abcd")
     assert make(tmp_path).get(ALICE, result.id) == result
+
+
+def test_results_are_on_the_disk_before_their_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, sync, synced = make(tmp_path), os.fsync, []
+
+    def seen(handle: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{handle}").rpartition("/.")[2].partition("-")[0])
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    store.add_result(ALICE, "step_metrics.csv", b"step\n1\n", "file-" + "1" * 24)
+    assert [name for name in synced if name in ("content", "meta.json")] == ["content", "meta.json"]
