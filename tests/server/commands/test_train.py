@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -10,10 +10,12 @@ from typer.testing import CliRunner, Result
 from guanaco.models.error_codes import ErrorCode
 from guanaco.server.commands.main import app
 from guanaco.server.commands.train import run
+from guanaco.server.commands.train.options import train
 from guanaco.server.errors import CommandError
 from guanaco.server.training import extra, job
 from guanaco.server.training.data.rows import DataError
 from guanaco.server.training.errors import TrainingError, TrainingStopped
+from guanaco.server.training.recipes import recipe_for
 
 ANSWER = {"adapter": "/a", "train_loss": 1.0, "eval_loss": None, "tokens_per_second": 2.0, "seconds": 3.0, "steps": 4}
 
@@ -159,3 +161,25 @@ def test_publishing_is_tried_before_and_done_after(data: Path, monkeypatch: pyte
     monkeypatch.setattr(FakeClient, "problem", "invalid_admin_key: no")
     done = call(data, *publish)
     assert (done.exit_code, len(asked)) == (2, 1), "the key is wrong: nothing is trained"
+
+
+def test_the_help_says_what_the_recipe_decides_and_the_default_recipes_value() -> None:
+    recipes = [recipe_for(name, 10**8, {}).public() for name in ("default", "guanaco-2023")]
+    decided = {name for name in recipes[0] if recipes[0][name] != recipes[1][name]} | {"epochs"}
+    hints = get_type_hints(train, include_extras=True)
+    helps = {name: hint.__metadata__[0].help for name, hint in hints.items() if hasattr(hint, "__metadata__")}
+    in_words = {
+        "alpha": "twice the rank",
+        "eval_every": "a tenth of them, at most 250",
+        "save_every": "as --eval-every",
+        "learning_rate": "1e-3 below a billion weights, else 2e-4",
+        "seed": "0",
+        "held_out": "0.1, at most 200 rows",
+        "gradient_checkpointing": "from a billion weights on",
+    }
+    options = ((decided | {"held_out", "seed"}) & set(helps)) - {"steps", "name"}
+    assert len(options) == 17
+    for name in options:
+        value = in_words.get(name, recipes[0][name])
+        shown = f"{value:g}" if isinstance(value, float) else value
+        assert f"(none: the recipe's; default {shown})" in helps[name], name

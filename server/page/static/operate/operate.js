@@ -60,7 +60,8 @@ function Load() {
       <${Sparkline} title="Prompt tokens/s" values=${line("prompt")} show=${number} />
       <${Sparkline} title="Answer tokens/s" values=${line("rate")} show=${number} />
     </div>
-    <p class="hint">Each point is the mean of ${METRICS_EVERY_MS / 1000} seconds, since this view was opened.</p>
+    <p class="hint">There is a point every ${METRICS_EVERY_MS / 1000} seconds, since this view was opened. Running, waiting and KV cache are
+      values of that moment; the others are means since the point before.</p>
     <${ByAdapter} series=${series} rates=${now.rates} />
   </section>`;
 }
