@@ -16,32 +16,33 @@ import numpy as np
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 
+def answer_seconds(llm: "llama_cpp.Llama", prompt: list[int], answer: list[int]) -> float:
+    """The time from the first token of the answer to its last one."""
+    count = 0
+
+    def only(_: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        # Called once for each token that is taken. The input ids tell no place, since drafts stand in them, too.
+        if count < len(answer):
+            kept = scores[answer[count]]
+            scores[:] = -np.inf
+            scores[answer[count]] = kept if np.isfinite(kept) else 0.0
+        return scores
+
+    llm.reset()
+    started = 0.0
+    for token in llm.generate(prompt, temp=0.0, logits_processor=llama_cpp.LogitsProcessorList([only])):
+        assert token == answer[count], (count, token, answer[count])
+        count += 1
+        started = started or time.perf_counter()
+        if count == len(answer):
+            break
+    return time.perf_counter() - started
+
+
 def rate(llm: "llama_cpp.Llama", items: list[dict[str, list[int]]]) -> float:
     """Tokens/s from the first token of each answer on."""
-    tokens, seconds = 0, 0.0
-    for item in items:
-        prompt, answer = item["prompt"], item["answer"]
-
-        def only(
-            input_ids: np.ndarray, scores: np.ndarray, start: int = len(prompt), answer: list[int] = answer
-        ) -> np.ndarray:
-            place = len(input_ids) - start
-            if 0 <= place < len(answer):
-                kept = scores[answer[place]]
-                scores[:] = -np.inf
-                scores[answer[place]] = kept if np.isfinite(kept) else 0.0
-            return scores
-
-        llm.reset()
-        started, count = 0.0, 0
-        for token in llm.generate(prompt, temp=0.0, logits_processor=llama_cpp.LogitsProcessorList([only])):
-            assert token == answer[count], (token, answer[count])
-            count += 1
-            started = started or time.perf_counter()
-            if count == len(answer):
-                break
-        tokens, seconds = tokens + count - 1, seconds + time.perf_counter() - started
-    return tokens / seconds
+    seconds = sum(answer_seconds(llm, item["prompt"], item["answer"]) for item in items)
+    return sum(len(item["answer"]) - 1 for item in items) / seconds
 
 
 def main() -> None:
