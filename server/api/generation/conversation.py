@@ -58,6 +58,7 @@ _NEUTRAL: Mapping[str, Neutral] = {
     "tools": ([],),
     "top_logprobs": (0,),
 }
+# Fields of chat that other routes ignore instead of refusing them.
 _HARMLESS_ELSEWHERE = frozenset(("user", "stream_options"))
 
 
@@ -84,7 +85,7 @@ def prepare_conversation(
     *,
     fit_into_context: bool = False,
 ) -> Prepared:
-    """Tokenise the conversation and make its sampling parameters. Runs on a worker thread.
+    """Tokenise the conversation and make its sampling parameters. Runs on a worker thread. Raises a 400, 404 or 503.
 
     fit_into_context: a token limit above the room in the context is lowered to it instead of refused.
     """
@@ -96,7 +97,10 @@ def prepare_conversation(
     template = state.template_for(model)
     tools = tool_plan(state, template, body)
     is_guided = grammar is None and tools.guides_text
-    tools, grammar = replace(tools, is_sure=is_guided), tools.grammar(grammar)
+    # An answer by a grammar of its own has no calls, even if its text looks like one.
+    has_own = grammar is not None and grammar.param != "response_format" and not tools.is_forced
+    tools = replace(tools, is_sure=is_guided, setting="none" if has_own else tools.setting)
+    grammar = tools.grammar(grammar)
     token_ids = render_messages(
         state,
         template,
@@ -132,8 +136,8 @@ def prepare_conversation(
 class PromptEnding:
     """How a conversation's prompt ends, and the client's own variables for the template."""
 
-    add_generation_prompt: bool = True  # with the beginning of an answer
-    continue_final_message: bool = False  # within the last message, which the model goes on with
+    add_generation_prompt: bool = True  # the prompt ends with the beginning of an answer
+    continue_final_message: bool = False  # the prompt ends within the last message, which the model continues
     variables: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -162,8 +166,11 @@ class PromptEnding:
 
 
 def tool_plan(state: ApiState, template: ChatTemplate | None, body: ChatBody | TokenizeBody) -> ToolPlan:
-    """The plan for a conversation's tools. template: None means the model's own, which may be a separate one for tools.
-    Raises a 400 if the fields contradict each other."""
+    """The plan for a conversation's tools. Raises a 400 if the fields contradict each other.
+
+    template: the model's; None: it has none. In place of the tokenizer's own template, its separate one for
+    chats with tools is used, if there is one.
+    """
     plan = plan_tools(
         body.tools,
         body.tool_choice,

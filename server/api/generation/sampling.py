@@ -97,7 +97,8 @@ def check_scored_size(body: GenerationBody, num_tokens: int, echoed: int | None 
         if num_top is not None and num_tokens * (num_top + 1) * body.num_drawn > MAX_PROMPT_LOGPROBS:
             most = f"at most {MAX_PROMPT_LOGPROBS} log-probabilities of prompts in one answer"
             advice = "send fewer prompts, or ask for fewer"
-            raise bad_request(f"{most}, which is tokens of all prompts x ({name} + 1) x n: {advice}", name)
+            count = "n" if body.num_drawn == body.n else "best_of"
+            raise bad_request(f"{most}, which is tokens of all prompts x ({name} + 1) x {count}: {advice}", name)
 
 
 def sampling_params(
@@ -115,7 +116,8 @@ def sampling_params(
     more_stops: tuple[str, ...] = (),
     default_limit: int | None = None,
 ) -> SamplingParams:
-    """The engine's parameters for one prompt. Raises a 400 if the prompt and `limit` tokens exceed the context.
+    """The engine's parameters for one prompt. Raises a 400 if the prompt and `limit` tokens exceed the context, or if
+    the limit contradicts n or min_tokens.
 
     limit: the client's; without it, the most tokens are `default_limit` (None: no limit) and the room in the context.
     limit_name, prompt_name: the fields that errors name. more_stops: stop strings besides the client's.
@@ -134,7 +136,8 @@ def sampling_params(
         )
     most = max(MAX_TOTAL_TOKENS, max_model_len)
     if limit is not None and limit * body.num_drawn > most:
-        raise bad_request(f"n times {limit_name} may be at most {most}", "n")
+        count = "n" if body.num_drawn == body.n else "best_of"
+        raise bad_request(f"{count} times {limit_name} may be at most {most}", count)
     free = min(room, most // body.num_drawn)
     max_tokens = limit if limit is not None else free if default_limit is None else min(free, default_limit)
     if (body.min_tokens or 0) > max_tokens:
@@ -190,6 +193,7 @@ def for_choice(params: SamplingParams, index: int) -> SamplingParams:
 
 
 def context_exceeded(num_prompt_tokens: int, max_model_len: int, param: str) -> ApiError:
+    """The 400 for a prompt that fills the context or exceeds it. param: the field that has the prompt."""
     or_more = " or more" if num_prompt_tokens > max_model_len else ""  # a long text is not encoded to its end
     return ApiError(
         400,

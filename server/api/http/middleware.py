@@ -1,4 +1,5 @@
-"""The layers around every request, outermost first: its id, record and log line; then the gate for new work.
+"""Two of the layers around every request. The outermost gives it an id, a record and a log line; the other is the gate
+for new work.
 
 Pure ASGI throughout: Starlette's BaseHTTPMiddleware hides a client's leaving from the routes inside it.
 """
@@ -32,7 +33,10 @@ logger = logging.getLogger("guanaco.api")
 # A client's X-Request-Id of this form is used in logs and in the response. Any other one is replaced.
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._:/+=@-]{0,127}")
 PAGE_ROUTE = "/page"  # the name of all files of the bundled page in the log
-# Called every few seconds, or a dozen at a time, so logged at debug level.
+# What ends work, and what an operator changes: see `Gate`.
+_ENDS_WORK = re.compile(r"/v1/(drain|(responses|fine_tuning/jobs)/[^/]+/cancel)/?")
+_OPERATES = re.compile(r"/v1/((un)?load_lora_adapter|(adapters|aliases|fine_tuning)/.+)")
+# Called every few seconds, or a dozen at a time, so logged at debug level and left out of the HTTP metrics.
 _QUIET_ROUTES = frozenset({*OPEN_PATHS, "/metrics", PAGE_ROUTE})
 
 
@@ -118,7 +122,9 @@ def _request_id(scope: Scope) -> str:
 
 
 class Gate:
-    """Refuses new work before a body is read, while the server drains or when more is open than could be queued."""
+    """Refuses a POST before its body is read: when a draining server refuses new work, or when `max_admitted` requests
+    are being prepared or in the engine. What ends work always passes. What an operator changes passes when the server
+    is full, since it is needed then."""
 
     def __init__(self, app: ASGIApp, lifecycle: Lifecycle, max_admitted: int) -> None:
         self.app = app
@@ -126,14 +132,17 @@ class Gate:
         self.max_admitted = max_admitted
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "POST" and (error := self._refusal()) is not None:
+        is_post = scope["type"] == "http" and scope["method"] == "POST"
+        if is_post and (error := self._refusal(scope["path"])) is not None:
             await error.answer(scope, receive, send)
             return
         await self.app(scope, receive, send)
 
-    def _refusal(self) -> ApiError | None:
+    def _refusal(self, path: str) -> ApiError | None:
+        if _ENDS_WORK.fullmatch(path):
+            return None
         if self.lifecycle.refusing:
             return draining()
-        if self.lifecycle.num_admitted >= self.max_admitted:
+        if self.lifecycle.num_admitted >= self.max_admitted and not _OPERATES.fullmatch(path):
             return overloaded()
         return None

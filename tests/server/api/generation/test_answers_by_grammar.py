@@ -81,6 +81,15 @@ def test_a_process_that_cannot_start_asks_to_try_again(monkeypatch: pytest.Monke
         server.assert_quiet()
 
 
+def test_an_answer_by_a_grammar_of_its_own_has_no_calls() -> None:
+    """Its text may look like a call. response_format is different: then the model chooses between calls and content."""
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    assert prepare(make_state(), tools=tools).tools.reader() is not None
+    assert prepare(make_state(), tools=tools, response_format={"type": "json_object"}).tools.reader() is not None
+    assert prepare(make_state(), tools=tools, guided_json={"type": "object"}).tools.reader() is None
+    assert prepare(make_state(), tools=tools, structured_outputs={"regex": "a+"}).tools.reader() is None
+
+
 def test_a_grammar_that_is_kept_does_not_wait_for_those_that_compile() -> None:
     with LiveServer(make_state()) as server, server.client() as client:
         body = chat_body(guided_choice=["a"])

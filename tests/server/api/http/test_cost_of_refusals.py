@@ -102,6 +102,23 @@ def test_a_refusal_for_want_of_room_costs_nothing_but_itself(
         assert not costs
 
 
+def test_what_ends_or_operates_passes_a_full_server() -> None:
+    """Cancelling a response and draining are wanted most when the server is full; an operator's changes, too."""
+    # 403: this server has no admin key; the request came as far as that.
+    passes = {"/v1/responses/resp_x/cancel": 404, "/v1/adapters/x/rollback": 403, "/v1/load_lora_adapter": 403}
+    with LiveServer(make_state()) as server, server.client() as client:
+        lifecycle = server.state.lifecycle
+        server.call(lambda: setattr(lifecycle, "num_admitted", server.state.max_admitted))
+        assert client.post(CHAT, json=chat_body("x")).status_code == 503
+        for path, status in passes.items():
+            assert client.post(path, json={}).status_code == status, path
+        server.call(lambda: setattr(lifecycle, "refusing", True))
+        assert client.post("/v1/adapters/x/rollback", json={}).status_code == 503
+        assert client.post("/v1/responses/resp_x/cancel").status_code == 404
+        assert client.post("/v1/drain").status_code == 403
+        server.call(lambda: setattr(lifecycle, "num_admitted", 0))
+
+
 @pytest.mark.parametrize(
     ("body", "refusal", "cost"),
     [

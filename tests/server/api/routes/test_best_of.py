@@ -73,6 +73,12 @@ def test_wrong_values(client: httpx.Client, route: str, fields: dict) -> None:
     assert (response.status_code, response.json()["error"]["param"]) == (400, "best_of")
 
 
+def test_the_limit_of_all_tokens_names_the_field_that_multiplies(client: httpx.Client) -> None:
+    for fields, param in (({"best_of": MAX_CHOICES}, "best_of"), ({"n": MAX_CHOICES}, "n")):
+        error = post(client, COMPLETIONS, max_tokens=MAX_MODEL_LEN // 2, **fields).json()["error"]
+        assert (error["param"], error["message"].startswith(f"{param} times max_tokens")) == (param, True), error
+
+
 @pytest.mark.parametrize("route", BODIES)
 @pytest.mark.parametrize("keep", [1, 3, 5000])
 def test_the_last_tokens_of_a_prompt_are_kept(server: LiveServer, client: httpx.Client, route: str, keep: int) -> None:
