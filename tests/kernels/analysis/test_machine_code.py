@@ -120,6 +120,7 @@ def test_issue_slots(counted: list[dict[str, Any]]) -> None:
             e for e in counted
             if e["kernel"] == budget["kernel"] and e["has_loop"] and e["target"] in BUDGETS["targets"]
             and budget.get("rows") in (None, _rows(e)) and budget.get("cache") in (None, _cache(e))
+            and budget.get("head_dim") in (None, e["constants"].get("DIM"))
         ]  # fmt: skip
         assert held, budget
         for e in held:
@@ -148,7 +149,8 @@ def test_decode_attention_is_bound_by_memory(counted: list[dict[str, Any]]) -> N
     assert held
     for e in held:
         bytes_of = {"16 bits": 2.0, "32 bits": 4.0, "8 bits": 1.0}[_cache(e)]
-        if (e["target"], bytes_of) != ("sm_100", 1.0):
+        is_exempt = (e["target"], bytes_of) == ("sm_100", 1.0) or (e["kernel"], bytes_of) == ("decode_dot", 4.0)
+        if not is_exempt:
             assert e["kernel_slots_per_unit"] <= hardest_card(e["target"]).slots_per_unit(bytes_of), e
 
 
