@@ -1,6 +1,6 @@
-"""The ASGI application: routes, the chain around them, and the engine's start and stop with the server's own.
+"""The ASGI application: its routes, the middleware around them, and a lifespan that starts and stops the engine.
 
-Builds nothing that it serves: all parts come in an `ApiState`. Called by `server.serve` and by tests.
+The engine, the models and the adapters come in an `ApiState`. Called by `server.make_server` and by tests.
 """
 
 import asyncio
@@ -49,8 +49,8 @@ _BODIES: tuple[type[BaseModel], ...] = (
     CountBody,
     ResponseBody,
 )
-_LAG_PROBE_SECONDS = 0.5
-_FORGET_SECONDS = 10.0
+_LAG_PROBE_SECONDS = 0.5  # between two measurements of the event loop's lag
+_FORGET_SECONDS = 10.0  # between two removals of expired responses
 _STOP_TIMEOUT_SECONDS = 5.0  # an engine that is stuck in a step must not keep the process alive
 
 

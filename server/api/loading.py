@@ -27,9 +27,9 @@ from guanaco.server.config import Settings
 from guanaco.server.page.files import START
 
 RETRY_SECONDS = 5.0  # Retry-After of the refusals
-_PAGE_SECONDS = 2  # after which the page reloads itself
+_PAGE_SECONDS = 2  # between two reloads of the page
 _LAST_ANSWERS_SECONDS = 0.5  # how long connections that are open when the load ends may take to send their request
-_END_SECONDS = 5.0
+_END_SECONDS = 5.0  # how long the answering thread may take to end
 _MAX_CONNECTIONS = 256  # each has one short answer; the limit of open files has not been raised yet
 
 
@@ -40,7 +40,8 @@ class LoadingProgress:
         self._now: tuple[str, int | None] = ("start", None)
 
     def report(self, stage: str, done: int, total: int) -> None:
-        """stage: its name for people. done, total: in the same unit, of any kind. total: 0 if it is not known."""
+        """Record the progress. stage: its name for people. done, total: in one unit, of any kind; total is 0 if it is
+        not known."""
         self._now = (stage, min(100, 100 * done // total) if total > 0 else None)
 
     @property
@@ -49,7 +50,7 @@ class LoadingProgress:
 
     @property
     def percent(self) -> int | None:
-        """The finished part of this stage, 0 to 100; None: not known."""
+        """How much of this stage is finished, 0 to 100; None: not known."""
         return self._now[1]
 
     def __str__(self) -> str:

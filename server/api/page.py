@@ -42,8 +42,8 @@ _HEADERS = {
 
 
 class PageFiles:
-    """Answers requests for the page's files. `/` is the page only for those that accept HTML, which API clients don't
-    ask for."""
+    """Answers requests for the page's files. `/` is the page only for requests that accept HTML, as a browser's do and
+    API clients' don't."""
 
     def __init__(self, app: ASGIApp, files: Mapping[str, PageFile]) -> None:
         self.app = app

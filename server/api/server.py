@@ -34,7 +34,8 @@ EXIT_BY_SIGNAL = 128  # plus the signal's number, as shells report it
 
 # How long the last bytes of ended requests may take to be written before the connections are cut.
 _FLUSH_SECONDS = 5.0
-_LAST_WORDS_SECONDS = 1.0  # how long error events may take after a second signal; used at most twice
+# After a second signal: the limit for each of three steps, which are error events, closing, and the application's stop.
+_LAST_WORDS_SECONDS = 1.0
 BACKLOG = 2048
 _STDERR = 2
 _OTHER_FILES = 256  # besides connections: models, adapters, logs, spare connections
@@ -79,7 +80,10 @@ def _cannot_listen(where: str, error: OSError) -> SettingsError:
 
 
 def serve(state: ApiState, sock: socket.socket, on_started: Callable[[], None] = lambda: None) -> int:
-    """Serve until a signal or the engine's death. Returns the exit code. on_started: called when requests are taken."""
+    """Serve until a signal or the engine's death. Returns the exit code.
+
+    on_started: called once, when the server takes requests.
+    """
     server = make_server(state, on_started)
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
         signal.signal(signal.SIGHUP, server.handle_exit)  # sent by a closing terminal; under nohup it stays ignored
@@ -90,6 +94,7 @@ def serve(state: ApiState, sock: socket.socket, on_started: Callable[[], None] =
 
 
 def make_server(state: ApiState, on_started: Callable[[], None] = lambda: None) -> "GuanacoServer":
+    """The server with the application over `state`, not started yet. on_started: as for `serve`."""
     settings = state.settings
     limits = ConnectionLimits(
         header_seconds=settings.header_timeout,
@@ -132,7 +137,7 @@ def _affordable_connections(wanted: int) -> int:
 
 
 class GuanacoServer(uvicorn.Server):
-    """uvicorn's server with an end of our own."""
+    """uvicorn's server, which a signal or a failed engine ends as the module's docstring says."""
 
     def __init__(self, config: uvicorn.Config, state: ApiState, on_started: Callable[[], None]) -> None:
         super().__init__(config)

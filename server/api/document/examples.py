@@ -1,4 +1,5 @@
-"""One request for each route with a body. The tests send each of them: the demo server takes them as they are."""
+"""One request for each client route with a JSON body. The tests send each of them: the demo server takes them as they
+are."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Short words for JSON schemas, in which the answers are written."""
+"""Short names for JSON schemas. The schemas of the answers are written with them."""
 
 from collections.abc import Iterable
 from typing import Any

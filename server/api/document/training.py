@@ -86,7 +86,7 @@ TRAINING_ANSWERS: Mapping[str, Schema] = {
     "FineTuningCheckpointList": _list_of("FineTuningCheckpoint"),
 }
 
-# (method, path) → the name of what it answers with; None: no JSON.
+# (method, path) → the name of the answer's schema; None: the answer is not JSON.
 TRAINING_ANSWER_OF: Mapping[tuple[str, str], str | None] = {
     ("post", "/v1/files"): "File",
     ("get", "/v1/files"): "FileList",

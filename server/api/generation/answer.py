@@ -21,8 +21,8 @@ from guanaco.server.engine.request_stream import TextOutput
 DONE = b"data: [DONE]\n\n"
 _EVENT_END = b"}\n\n"
 _NO_USAGE = b"null" + _EVENT_END  # the end of a chunk without usage
-_FEW_CHOICES = 8
-_MARK = "\0text\0"  # the place of the text in a frame; texts of clients never get there
+_FEW_CHOICES = 8  # up to so many, a whole answer is encoded on the loop
+_MARK = "\0text\0"  # the place of the text in a frame; no text of a client is in a frame
 _FEW_LOGPROBS = 64  # tokens whose log-probabilities are written on the loop
 
 
@@ -75,7 +75,7 @@ class Answer(ABC):
 
     @abstractmethod
     def encoded(self) -> bytes:
-        """The whole answer as JSON. Called on a worker thread where `is_large`."""
+        """The whole answer as JSON. Called on a worker thread if `is_large`."""
 
     @property
     def is_large(self) -> bool:
@@ -116,12 +116,12 @@ class ChoicesAnswer(Answer):
 
     @abstractmethod
     def plain_text(self, index: int, output: TextOutput) -> str | None:
-        """The text of an output if its chunk differs from the one before in nothing else; None for any other output.
-        Most tokens of a stream are such."""
+        """The text of a plain output, whose chunk has nothing new but its text; None for any other output. Most outputs
+        of a stream are plain."""
 
     @abstractmethod
     def plain_choice(self, index: int, text: str) -> dict[str, Any]:
-        """The entry of `choices` in the chunk for such an output."""
+        """The entry of `choices` in the chunk of a plain output."""
 
     @property
     @abstractmethod

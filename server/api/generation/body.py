@@ -71,7 +71,7 @@ def _too_large(max_bytes: int) -> ApiError:
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """The body as a JSON object."""
+    """The body as a JSON object. Raises a 400 if it is not strict JSON, or above the limits of `json_structure`."""
     check_structure(body)
     if not body:
         raise bad_request("the body is empty: send JSON, {} at least", code=ErrorCode.INVALID_JSON)
@@ -104,7 +104,7 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> None:
 
 @dataclass(frozen=True)
 class TakenFields:
-    """A body's fields under our names. Fields that must be refused by name are no longer among them."""
+    """A body's fields under our names. Those that are refused by name are left only with values that change nothing."""
 
     data: dict[str, Any]
     ignored: Ignored
@@ -118,7 +118,8 @@ class TakenFields:
 def take_fields(data: dict[str, Any], route: RouteFields) -> TakenFields:
     """Sort the fields of a body as `route` says.
 
-    400 for a field that would change the answer and isn't supported, and for two names of one field with two values."""
+    Raises a 400 for an unsupported field that would change the answer, and for two names of one field with two values.
+    """
     for name in route.refused.keys() & data.keys():
         if not asks_for_nothing(data[name], route.refused[name]):
             advice = f": {route.instead[name]}" if name in route.instead else ""

@@ -1,6 +1,6 @@
 """The models of this server by name: the base first, then its adapters.
 
-Loads nothing and knows no paths: the registry and the aliases do. An unknown name is a 404, never the base.
+Reads the registry of adapters and the table of aliases; loads nothing. An unknown name is a 404, never the base.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from guanaco.server.engine.request import LoraRef
 from guanaco.server.metrics.adapters import MIXTURE_LABEL
 
 OWNER = "guanaco"
-_ALIAS_LOOKS = 4
+_ALIAS_LOOKS = 4  # attempts to follow an alias that changes at the same moment
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ServedModel:
     mixed_names: tuple[str, ...] = ()  # the names of these adapters
     profile: Profile | None = None
     version_keys: tuple[str, ...] | None = None  # ids of the API keys for which the version was published; None: all
-    stands_for: str | None = None  # for an alias: the adapter that this request gets
+    stands_for: str | None = None  # an alias's target for this request, or an adapter's own name; None for the base
 
     def is_open_to(self, key: ApiKey | None) -> bool:
         """Whether the holder of a key may use the model and see that it exists."""
@@ -112,7 +112,8 @@ class Catalog:
         live: AdapterRegistry | None = None,
         aliases: AliasTable | None = None,
     ) -> None:
-        """live: adapters that may change while the server runs. aliases: of these; a name in `live` goes first."""
+        """live: adapters that may change while the server runs. aliases: further names of them; an adapter's own name
+        goes first."""
         self.base = base
         self._models = {model.name: model for model in (base, *adapters)}
         self._live = live
@@ -130,7 +131,7 @@ class Catalog:
         return model
 
     def is_known(self, name: str, key: ApiKey | None) -> bool:
-        """Whether requests with this key may name it. An alias is not followed: that happens when a request is
+        """Whether requests with this key may name the model. An alias is not followed: that happens when a request is
         prepared."""
         if (model := self._models.get(name)) is not None:
             return model.is_open_to(key)
@@ -173,7 +174,7 @@ class Catalog:
     def acquire_mixture(
         self, model_name: str, adapters: Sequence[tuple[str, float]], caller: Caller, admission: Admission
     ) -> ServedModel:
-        """The base with several adapters at once, in the request's order. adapters: (name, factor). Raises a 400 or
+        """The base with several adapters at once, in the request's order. adapters: (name, scale). Raises a 400 or
         404."""
         if model_name != self.base.name:
             text = f"with adapters, model must be the base, {self.base.name}: the adapters are added to it"

@@ -46,7 +46,7 @@ class Choice:
 class Generation:
     """An async iterator of (choice index, output), in the order in which the engine gives them.
 
-    Raises what ends the whole request early: GenerationFailed, DeadlineExceeded, or the engine's own exceptions.
+    Raises GenerationFailed, DeadlineExceeded, or the engine's own exceptions. Each of them ends the whole request.
     """
 
     def __init__(self, state: ApiState, model: ServedModel, record: RequestRecord, admission: Admission) -> None:
@@ -74,7 +74,10 @@ class Generation:
         requests: Sequence[Request],
         num_per_prompt: int,
     ) -> Self:
-        """Submit all requests, or none."""
+        """Submit all requests, or none. Raises a 400 if they can never run, or the engine's own exceptions.
+
+        num_per_prompt: how many of the requests, in order, share one prompt.
+        """
         self = cls(state, model, record, admission)
         self.num_per_prompt = num_per_prompt
         try:
@@ -173,7 +176,7 @@ class Generation:
             if choice.request.params.max_tokens == 0 and output.finish_reason is FinishReason.LENGTH:
                 metrics.observe_prompt(
                     adapter, choice.num_prompt_tokens, output.num_cached_tokens
-                )  # otherwise its first token did
+                )  # without a first token, which counts the prompt of any other choice
             self._finish(index, output.finish_reason)
 
     def _finish(self, index: int, reason: FinishReason) -> None:

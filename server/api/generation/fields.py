@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from guanaco.models.error_codes import ErrorCode
 from guanaco.server.api.values.unsupported import ADAPTERS, REFUSED, Neutral
 
+# Fields of `unsupported.REFUSED` that generating routes support.
 _TAKEN = frozenset(
     (
         *("adapter_id", "lora", "lora_path"),
@@ -120,7 +121,7 @@ HARMLESS = frozenset(
         *("metadata", "moderation", "prediction", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
         *("safety_identifier", "service_tier", "store"),
         *("request_id", "rid", "priority", "session_id", "conversation_id", "custom_labels", "log_metrics"),
-        "guided_decoding_backend",  # there is one
+        "guided_decoding_backend",  # this server has only one
         *("api_token", "keep_alive", "stream_interval", "separate_reasoning", "stream_reasoning", "include_reasoning"),
         *("spaces_between_special_tokens", "background", "request_timeout"),
         "reasoning_effort",  # the LLaMA family has no such setting
@@ -152,8 +153,8 @@ class RouteFields:
     """How one route treats each field of its body."""
 
     own: frozenset[str]  # the fields of its schema
-    refused: Mapping[str, Neutral]
-    aliases: Mapping[str, str]
+    refused: Mapping[str, Neutral]  # refused field → its values that change nothing
+    aliases: Mapping[str, str]  # another server's name of a field → ours
     harmless: frozenset[str] = HARMLESS
     instead: Mapping[str, str] = field(default_factory=lambda: INSTEAD)  # refused field → what to do without it
     codes: Mapping[str, ErrorCode] = field(default_factory=dict)  # refused field → a code of its own

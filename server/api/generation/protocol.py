@@ -137,12 +137,13 @@ class StreamOptions(Body):
     continuous_usage_stats: bool | None = None
 
 
-# Weighted aliases choose by it. A value of another type is ignored, not refused, as before the field had a meaning.
+# The end user, by whom a weighted alias may choose its target. A value of another type is ignored, not refused,
+# as it was before the field had a meaning.
 User = Annotated[str | None, BeforeValidator(lambda value: value if isinstance(value, str) else None)]
 
 
 class SamplingExtensions(Body):
-    """The fields of sampling that all routes have, with these names: OpenAI's own in chat, and vLLM's."""
+    """The sampling fields that all generating routes have under the same names: some of OpenAI's chat, and vLLM's."""
 
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None

@@ -42,7 +42,7 @@ from guanaco.server.grammars.spec import Grammar
 # Common tokens of all known vocabularies are shorter. A text with more bytes than this times the context's tokens can't
 # fit, so it is refused before it is tokenised.
 MAX_BYTES_PER_TOKEN = 64
-SMALL_BODY_BYTES = 16 << 10  # an ordinary chat
+SMALL_BODY_BYTES = 16 << 10  # up to this size, a body is parsed on the event loop
 SPLIT_KEY_HEADER = "X-Split-Key"
 MAX_SPLIT_KEY_CHARS = 256
 
@@ -239,7 +239,10 @@ def key_of(request: HttpRequest) -> ApiKey | None:
 
 
 def caller_of(request: HttpRequest) -> Caller:
-    """The sender of a request. A weighted alias chooses by X-Split-Key, else by `user`, else by the request's id."""
+    """The sender of a request. A weighted alias chooses by X-Split-Key, else by `user`, else by the request's id.
+
+    Raises a 400 if X-Split-Key is empty or too long.
+    """
     split_key = request.headers.get(SPLIT_KEY_HEADER)
     if split_key is not None and not 1 <= len(split_key) <= MAX_SPLIT_KEY_CHARS:
         raise bad_request(f"{SPLIT_KEY_HEADER} must have 1 to {MAX_SPLIT_KEY_CHARS} characters", SPLIT_KEY_HEADER)
@@ -261,7 +264,8 @@ def _add_headers(response: Response, prepared: Prepared) -> None:
 def acquire_model(
     state: ApiState, body: GenerationBody | TokenizeBody, caller: Caller, admission: Admission
 ) -> ServedModel:
-    """The model or adapters that the request names, held until its end. Raises a 404 for an unknown name."""
+    """The model or adapters that the request names, held until its end. Raises a 404 for an unknown name, and a 400 if
+    fields contradict each other."""
     catalog, key = state.catalog, caller.key
     name = catalog.base.name if body.model is None else body.model
     behind = name.removeprefix(catalog.base.name + ":")

@@ -36,7 +36,7 @@ logging.getLogger("sse_starlette").setLevel(logging.INFO)
 
 
 class EventStream(EventSourceResponse):
-    """The response. When it ends, its generation ends, even if the client left before the first event.
+    """A streamed response. When it ends, its generation ends, even if the client left before the first event.
 
     Events are bytes, and all events of a step are one write, so the library neither encodes nor copies them.
     """
@@ -49,8 +49,8 @@ class EventStream(EventSourceResponse):
         self._answer = answer
 
     def _send_with_timeout(self, send: Send, message: Message) -> Awaitable[None]:  # type: ignore[override]
-        """The library's own puts a scope for a time-out around each event, which takes as long as writing its JSON.
-        Nothing here has one: a reader that is slow is waited for."""
+        """Send without a time-out. The library's own method sets one up for each event, which takes as long as writing
+        the event's JSON. A client that stops reading is noticed by `guard`."""
         return send(message)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -57,7 +57,7 @@ class ApiState:
     adapters: AdapterManager | None = None  # None: adapters can't be changed while the server runs
     training: TrainingService | None = None  # None: nobody may train
     chat_template: ChatTemplate | None = None  # used instead of the tokenizer's own
-    named_template: Callable[[str], ChatTemplate] = field(default=_no_template)  # for profiles
+    named_template: Callable[[str], ChatTemplate] = field(default=_no_template)  # for profiles; raises LookupError
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
     runs_on: Mapping[str, str] = field(default_factory=dict)  # the provider and its device, for /health/ready
     eos_ids: frozenset[int] | None = None  # the token ids that end a text; None: the tokenizer's
@@ -85,8 +85,8 @@ class ApiState:
     def lane(self, key: ApiKey | None, model: object = None, *, is_large: bool = False) -> Lane:
         """The lane in which a request waits for a thread: by its key, and within that by its model and size.
 
-        All unknown names share one lane; otherwise a flood of made-up names would get a turn for each. All large bodies
-        share one, too, since they occupy a thread for long even if they are refused.
+        All unknown names share one lane; otherwise a flood of made-up names would get a turn for each. Large bodies
+        have lanes of their own, since they occupy a thread for long even if they are refused.
         """
         tenant = None if key is None else key.id
         known = model if isinstance(model, str) and self.catalog.is_known(model, key) else None
@@ -104,7 +104,7 @@ class ApiState:
         return Admission(self.lifecycle)
 
     def template_for(self, model: ServedModel) -> ChatTemplate | None:
-        """The chat template of a model: its profile's, or the operator's, or the tokenizer's own."""
+        """A model's chat template: its profile's, or the operator's, or the tokenizer's own. None: there is none."""
         if model.profile is not None and model.profile.chat_template is not None:
             return self.named_template(model.profile.chat_template)
         return self.chat_template or self.tokenizer.chat_template
@@ -148,8 +148,8 @@ class ApiState:
         return replace(self.defaults, **changes)
 
     def card_of(self, model: ServedModel) -> dict[str, Any]:
-        """The entry in GET /v1/models, with the sampling that a client gets who asks for none. An alias has none of its
-        own: it may lead each request to another adapter."""
+        """The entry in GET /v1/models, with the model's sampling defaults. An alias has none: it may lead each request
+        to another adapter."""
         is_alias = model.stands_for not in (None, model.name)
         return {**model.card(), "sampling_defaults": None if is_alias else asdict(self.defaults_for(model))}
 

@@ -106,7 +106,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class _QueueHandler(logging.Handler):
-    """Passes records to the writing thread. If its queue is full, a record is lost and counted."""
+    """Passes records to the writing thread. If its queue is full, the record is lost."""
 
     def __init__(self, records: queue.Queue[logging.LogRecord | None]) -> None:
         super().__init__()

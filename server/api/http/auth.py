@@ -136,13 +136,13 @@ class AuthMiddleware:
     """Refuses requests without a key of the ring, unless the path is open or the ring is empty.
 
     Admin paths have a ring of their own, and are closed if that is empty. An admin key is also valid on all other
-    paths, as an ordinary key: controllers have one key for both.
+    paths, as an ordinary key: controllers have one key for both. Training paths always need a key that may train.
     """
 
     def __init__(
         self, app: ASGIApp, keys: KeyRing, admin_keys: KeyRing, train_key_ids: Collection[str] | None = None
     ) -> None:
-        """train_key_ids: of the API keys that may train; None: this server has no training paths."""
+        """train_key_ids: the ids of the API keys that may train; None: this server has no training paths."""
         self.app = app
         self.keys = keys
         self.admin_keys = admin_keys

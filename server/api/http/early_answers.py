@@ -16,8 +16,9 @@ SMALL_BODY_BYTES = 64 << 10
 
 
 def closing_where_early(app: Any, cycle: RequestResponseCycle, close_after_body: Callable[[], None]) -> Any:
-    """Wrap `app` for the one request of `cycle`. If its answer comes before much of the body, the answer has
-    `Connection: close`, and `close_after_body` is called; uvicorn itself would close at once."""
+    """Wrap `app` for the one request of `cycle`. An answer gets `Connection: close` if it comes before the end of a
+    body that is large, chunked, or waits for `100 Continue`. `close_after_body` is then called; uvicorn itself would
+    close at once."""
 
     async def closing(scope: Any, receive: Any, send: Any) -> None:
         async def send_start(message: Any) -> None:

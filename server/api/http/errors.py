@@ -25,7 +25,7 @@ CLIENT_CLOSED_REQUEST = 499  # nginx's number, for the log only: nobody is there
 
 
 class ApiError(GuanacoError):
-    """An error as the client gets it: status, code and message."""
+    """An error as the client gets it: status, code and message. param: the field at fault. retry_after: in seconds."""
 
     def __init__(
         self, status: int, code: ErrorCode, message: str, *, param: str | None = None, retry_after: float | None = None
@@ -182,7 +182,7 @@ _INTERNAL = ApiError(
 
 
 def as_api_error(error: BaseException) -> ApiError:
-    """The HTTP error for an exception. Any other exception is our bug, and becomes a 500."""
+    """The HTTP error for an exception. An exception that is not listed here is our bug, and becomes a 500."""
     match error:
         case ApiError():
             return error
@@ -204,7 +204,7 @@ def as_api_error(error: BaseException) -> ApiError:
             return _INTERNAL
 
 
-# The exceptions of that table. `app` registers `handle_error` for each.
+# The exceptions listed there; `app` registers `handle_error` for each. `middleware` answers and logs MemoryError.
 HANDLED: tuple[type[Exception], ...] = (
     ApiError,
     EngineOverloaded,

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Lane:
-    """A queue of waiting work: its tenant (API key), and its topic (model)."""
+    """A queue of waiting work: its tenant (API key), and its topic (model, and whether the body is large)."""
 
     tenant: Hashable
     topic: Hashable = None
@@ -29,7 +29,7 @@ class _Tenant:
 
 
 class FairPool:
-    """`num_threads` threads. All methods are for one event loop."""
+    """`num_threads` threads. Call all methods on one event loop."""
 
     def __init__(self, num_threads: int, name: str) -> None:
         self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix=name)

@@ -1,8 +1,8 @@
 """One HTTP connection, with limits that uvicorn lacks: seconds for head, body and a slow reader, bytes of head and
 body.
 
-A request that exceeds a limit is refused and its connection closed, before the application sees it. Doesn't know routes
-or the engine. `server.py` gives the class to uvicorn. One instance per connection.
+A request that exceeds a limit is refused and its connection closed. If the head is at fault, the application never sees
+the request. Doesn't know routes or the engine. `server.py` gives the class to uvicorn. One instance per connection.
 """
 
 import asyncio
@@ -38,12 +38,12 @@ class ConnectionLimits:
     max_head_bytes: int = 32 << 10
     max_url_bytes: int = 8 << 10
     max_fields: int = 100
-    max_body_bytes: int = 32 << 20  # read at most, also to throw away; the application's own limit is smaller
+    max_body_bytes: int = 32 << 20  # the most that is read, even to throw it away; the application's limit is smaller
     max_chunks: int = 16_384  # a body in a million chunks of one byte would take seconds
     # Bytes of a chunked body besides its data: sizes of chunks, their extensions, and trailers.
     max_chunk_overhead_bytes: int = 512 << 10
     max_connections: int = 1024
-    # Of the one path that takes files (None: there is none): they are larger, and take longer.
+    # The one path that takes files, which are larger and take longer; None: there is no such path.
     upload_path: bytes | None = None
     upload_seconds: float = 600.0
     max_upload_bytes: int = 512 << 20

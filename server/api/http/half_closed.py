@@ -13,7 +13,7 @@ from collections.abc import Callable
 from guanaco.server.engine.awake_clock import AwakeTimer
 
 _FIRST_SECONDS = 0.05  # most answers without a generation are sent by then
-_MOST_SECONDS = 60.0
+_MOST_SECONDS = 60.0  # between two checks
 _PROBE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -23,6 +23,7 @@ class HalfClosedWatch:
     def __init__(
         self, loop: asyncio.AbstractEventLoop, transport: asyncio.Transport, may_probe: Callable[[], bool]
     ) -> None:
+        """may_probe: whether `100 Continue` may be written now."""
         self._loop = loop
         self._transport = transport
         self._may_probe = may_probe

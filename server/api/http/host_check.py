@@ -21,7 +21,7 @@ _ALWAYS = "localhost"
 
 
 class HostCheck:
-    """Refuses requests whose Host is not in `allowed`. Does nothing if `has_keys`."""
+    """Refuses requests whose Host is not localhost, an IP address or in `allowed`. Does nothing if `has_keys`."""
 
     def __init__(self, app: ASGIApp, allowed: Iterable[str], has_keys: bool) -> None:
         self.app = app

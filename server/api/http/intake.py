@@ -21,8 +21,8 @@ _RETRY_SECONDS = 1.0
 
 
 class Intake:
-    """The counts of one server. has_keys: one key gets at most half of each limit. Without keys there is no such
-    share."""
+    """The counts of one server. has_keys: one key gets at most half of the token requests and of the bodies' memory.
+    The limit of waiting grammars is for each key."""
 
     def __init__(
         self, *, max_token_requests: int, max_body_memory: int, has_keys: bool, max_queued_grammars: int = 64
@@ -58,8 +58,8 @@ class Intake:
 
     @contextmanager
     def grammar(self, key: ApiKey | None) -> Iterator[None]:
-        """A place for one schema or grammar that has to be compiled, until it is. 429 where the key has too many: each
-        may take seconds, and its request holds a place that other keys' requests need."""
+        """Hold a place for one schema or grammar until it is compiled. Raises a 429 if the key has too many: each may
+        take seconds, and its request holds a place that other keys' requests need."""
         owner = _id_of(key)
         if self._grammars[owner] >= self.max_queued_grammars:
             text = (

@@ -11,8 +11,8 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 
 def without_chunks(app: Any, cycle: RequestResponseCycle) -> Any:
-    """Wrap `app` for the one request of `cycle`, so that its answer has no chunks. uvicorn closes the connection after
-    it."""
+    """Wrap `app` for the one request of `cycle`, so that its answer has no chunks. uvicorn then closes the
+    connection."""
 
     async def unchunked(scope: Any, receive: Any, send: Any) -> None:
         has_length = False

@@ -12,7 +12,7 @@ from guanaco.server.api.generation.protocol import ChatBody, SamplingExtensions
 from guanaco.server.api.http.errors import ApiError, bad_request
 from guanaco.server.api.messages.protocol import CountBody, MessagesBody
 
-# Chat's names of fields → ours.
+# Chat's name of a field → Anthropic's.
 NAMES: Mapping[str, str] = {
     "messages": "messages",
     "continue_final_message": "messages",
@@ -22,6 +22,7 @@ NAMES: Mapping[str, str] = {
     "response_format": "output_config.format",
 }
 _ROLES = ("user", "assistant", "system")
+# Fields with the same name and meaning in chat.
 _SAME = ("model", "temperature", "top_p", "top_k", "adapters", *SamplingExtensions.model_fields)
 # An assistant's thoughts before an answer are left out of the conversation.
 _LEFT_OUT = ("thinking", "redacted_thinking")
@@ -119,7 +120,7 @@ def _call(block: Mapping[str, Any], at: str) -> Message:
 
 
 def _result(block: Mapping[str, Any], at: str, calls: set[str]) -> Message:
-    """A tool's result as a message. Whether it is an error is left out: the model sees that from its text."""
+    """A tool's result as a message. Chat can't mark it as an error, so an error's text begins with `Error: `."""
     call_id = block.get("tool_use_id")
     if not isinstance(call_id, str) or call_id not in calls:
         text = f"{at}.tool_use_id must be the id of a tool_use block of an earlier message, and each has one result"

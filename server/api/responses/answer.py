@@ -1,7 +1,7 @@
 """A response of OpenAI's Responses API, whole or as its sequence of numbered events.
 
-Doesn't know HTTP; `serving` and `sse` call it. The store knows it while it is made, and gets its last state, so that
-its client can read it again and continue from it.
+Doesn't know HTTP; `serving` and `sse` call it. While a response is made, the store can show and cancel it. At the end
+the store gets its last state: the client can read it again, or continue from it.
 """
 
 import time
@@ -29,7 +29,8 @@ _DEPTH = 7
 
 
 class ResponsesAnswer(Answer):
-    """One response. head: the fields that are known before the output. input_items: of the whole conversation."""
+    """One response. head: the fields that are known before the output. input_items: those of the whole conversation.
+    owner: the id of the API key, empty without keys."""
 
     id_prefix = "resp_"
 
@@ -60,7 +61,7 @@ class ResponsesAnswer(Answer):
         self._error: dict[str, str] | None = None
         self._sequence_number = 0
         self._is_streamed = False
-        self._is_kept = False  # or was offered to the store, which may keep none
+        self._is_kept = False  # its last state was offered to the store, which need not keep it
         self._events_of_cancel: list[Event] = []
 
     def start(self, generation: Generation) -> None:

@@ -29,7 +29,7 @@ def new_id(prefix: str) -> str:
 def read_input(value: object, kept: Callable[[], Mapping[str, bytes]]) -> list[Item]:
     """The input as items, each complete and with an id. Raises a 400 for unsupported kinds of items and parts.
 
-    kept: returns the kept items by id, which references may name.
+    kept: returns the items that references may name: id → JSON of a stored item.
     """
     if isinstance(value, str):
         return [_message("user", value, {})]
@@ -144,8 +144,8 @@ def _unsupported_part(at: str) -> ApiError:
 def chat_messages(instructions: str | None, items: Iterable[Item]) -> list[Message]:
     """Items as chat messages, after the instructions. Raises a 400 for an output without a call before it.
 
-    A system message directly after the instructions is joined to them, since templates take only one. Calls become part
-    of the assistant's message before them.
+    System messages directly after the first one, which may be the instructions, are joined to it, since templates take
+    only one. Calls become part of the assistant's message before them.
     """
     messages: list[Message] = []
     if instructions:

@@ -24,6 +24,7 @@ from guanaco.server.api.values.base import Body
 from guanaco.server.api.values.tokens import StopStrings
 from guanaco.server.api.values.unsupported import Neutral
 
+# OpenAI's limits for `metadata`: pairs, and characters of keys and values.
 MAX_METADATA = 16
 MAX_METADATA_KEY_CHARS = 64
 MAX_METADATA_VALUE_CHARS = 512

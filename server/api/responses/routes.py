@@ -35,7 +35,7 @@ from guanaco.server.api.responses.store import ResponseStore, StoredItem, Stored
 router = APIRouter(tags=["responses"])
 
 DEFAULT_PAGE, MAX_PAGE = 20, 100  # input items
-# Chat's names of fields → ours.
+# Chat's name of a field → that of the Responses API.
 _NAMES = {
     "messages": "input",
     "max_tokens": "max_output_tokens",
@@ -45,6 +45,7 @@ _NAMES = {
     "response_format": "text.format",
 }
 _ECHOED = {"text": "text.format"}  # field of the response → the client's
+# Fields with the same name and meaning in chat.
 _SAME = ("model", "temperature", "top_p", "top_k", "stop", "adapters", *SamplingExtensions.model_fields)
 
 
@@ -125,7 +126,7 @@ def _page(items: Sequence[StoredItem], has_more: bool) -> bytes:
 
 
 async def _off_loop(request: Request, function: Callable[..., bytes], *args: object) -> bytes:
-    """What may be large is written on a thread."""
+    """Run `function`, which writes an answer that may be large, on a worker thread."""
     state = state_of(request)
     return await state.answer_work.run(state.lane(key_of(request)), function, *args)
 

@@ -56,7 +56,7 @@ class RunningResponse(Protocol):
 
 @dataclass(frozen=True)
 class StoreLimits:
-    """The settings `response_…`."""
+    """How many seconds a response is kept, and how many responses and bytes: of all keys together, and of one key."""
 
     seconds: float
     count: int
@@ -111,7 +111,7 @@ class ResponseStore:
             return stored if stored is not None and stored.owner == owner else None
 
     def items(self, owner: str) -> dict[str, bytes]:
-        """Item id → item, of all ended responses of an owner."""
+        """The items of all ended responses of an owner: item id → the item's JSON."""
         with self._lock:
             self._forget_expired()
             ended = [self._ended[response_id][1] for response_id in self._by_owner.get(owner, ())]

@@ -20,6 +20,7 @@ from guanaco.server.api.http.errors import ApiError
 
 Name = Annotated[str, Field(min_length=1, max_length=64)]
 
+# The kind of an adapter manager's refusal → the HTTP status.
 STATUS = {
     ErrorKind.CALLER: 400,
     ErrorKind.MISSING: 404,

@@ -50,7 +50,7 @@ class _Choice:
     is_shown: bool = False  # a chunk of it was sent
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    started: bool = False
+    started: bool = False  # its first delta, which has the role, was made
 
     def read(self, output: TextOutput) -> list[Event]:
         """The content and calls in an output."""

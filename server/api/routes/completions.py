@@ -33,7 +33,7 @@ from guanaco.server.engine.request_stream import TextOutput
 
 router = APIRouter(tags=["generation"])
 
-_FEW_ECHOED_CHARS = 64 << 10  # of prompts, that are written on the loop
+_FEW_ECHOED_CHARS = 64 << 10  # echoed prompts up to this length are encoded on the loop
 
 
 @router.post("/v1/completions", summary="Continue a text", openapi_extra=body_schema(CompletionBody))

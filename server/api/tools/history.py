@@ -54,6 +54,7 @@ def _call(value: object, place: str) -> MessageCall:
 
 
 def parse_id(value: object, place: str) -> str | None:
+    """A call's id; None if there is none. place: the field that errors name. Raises PydanticCustomError."""
     if value is not None and (not isinstance(value, str) or not 1 <= len(value) <= MAX_ID_CHARS):
         raise fail(f"{place} must be a text of 1 to {MAX_ID_CHARS} characters")
     return value

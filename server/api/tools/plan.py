@@ -121,7 +121,7 @@ class ToolPlan:
 
     @property
     def visible_ids(self) -> frozenset[int]:
-        """The control tokens that begin calls; empty if answers are not searched for calls."""
+        """The control tokens that calls are written with; empty if answers are not searched for calls."""
         if self.tokenizer is None or not self.reads_calls:
             return frozenset()
         ids = (self.tokenizer.control_id(text) for text in self.call_format.control_texts)

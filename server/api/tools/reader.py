@@ -81,7 +81,7 @@ class ToolCallReader:
 
     @property
     def _only_name(self) -> str | None:
-        """The name of the function that any call must be of, where there is one alone."""
+        """The name of the function if only one may be called; otherwise None."""
         return next(iter(self._names)) if len(self._names) == 1 else None
 
     def _take(self) -> list[Event]:

@@ -1,4 +1,4 @@
-"""Shared by all routes of training: the key that asks, errors in the client's shape, and pages of lists."""
+"""Shared by all routes of training: the request's API key, errors in the client's shape, and pages of lists."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ _QUOTA_RETRY_SECONDS = 3600.0
 
 
 def service_of(request: Request) -> TrainingService:
-    """The training service; a 403 where the `train` extra is missing."""
+    """The training service. Raises a 403 if the `train` extra is not installed."""
     service = state_of(request).training
     assert service is not None, "the routes are only there with it"
     if not service.is_available:
@@ -37,7 +37,7 @@ def service_of(request: Request) -> TrainingService:
 
 
 def owner_of(request: Request) -> Owner:
-    """The key that asks, as files and jobs know it: a digest that nobody can turn back into the key."""
+    """The request's API key as files and jobs know it: a digest that nobody can turn back into the key."""
     key: ApiKey = request.scope["guanaco.key"]
     return Owner(sha256(b"guanaco training owner" + key.digest).hexdigest(), key.id)
 
@@ -62,7 +62,8 @@ def page(
 ) -> tuple[Sequence[Any], bool]:
     """The part of a list that `after` and `limit` ask for, and whether more follows. Items are objects with an `id`.
 
-    more: further query parameters of the route. 400 for others, and for an `after` that is not in the list."""
+    more: further query parameters of the route. Raises a 400 for others, and for an `after` that is not in the list.
+    """
     after, limit = asked_page(request, most=most, default=default, more=more)
     start = 0
     if after is not None:
@@ -79,7 +80,8 @@ def unknown_after() -> ApiError:
 
 
 def asked_page(request: Request, *, most: int, default: int, more: Sequence[str] = ()) -> tuple[str | None, int]:
-    """(`after`, `limit`) of a request for a part of a list. 400 for other parameters than these and `more`."""
+    """(`after`, `limit`) of a request for a part of a list. Raises a 400 for a bad `limit`, and for parameters
+    other than these and `more`."""
     query = request.query_params
     if unknown := sorted(set(query) - {"after", "limit", *more}):
         known = ", ".join(("after", "limit", *more))

@@ -11,7 +11,7 @@ from guanaco.server.api.training.upload import UPLOAD_PATH, receive_file
 
 router = APIRouter(tags=["training"])
 
-_MOST, _DEFAULT = 10_000, 10_000
+_MOST, _DEFAULT = 10_000, 10_000  # files on a page
 _FORM = {
     "requestBody": {
         "required": True,

@@ -22,7 +22,7 @@ from guanaco.server.api.training.protocol import JobBody, read_job
 
 router = APIRouter(tags=["training"])
 
-_MOST, _DEFAULT = 100, 20
+_MOST, _DEFAULT = 100, 20  # items on a page
 _DEFAULT_CHECKPOINTS = 10
 _PATH = "/v1/fine_tuning/jobs"
 
@@ -82,7 +82,7 @@ async def list_checkpoints(request: Request, job_id: str) -> Response:
 
 @router.delete("/v1/models/{name}", summary="Remove a model that a job of this API key made")
 async def delete_model(request: Request, name: str) -> Response:
-    if request.scope.get("guanaco.key") is None:  # a server without API keys, asked without its admin key
+    if request.scope.get("guanaco.key") is None:  # this server has no API keys, and the request has no admin key
         raise model_not_found()
     if not await service_of(request).delete_model(owner_of(request), name):
         raise model_not_found()

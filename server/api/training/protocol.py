@@ -1,4 +1,4 @@
-"""The body that creates a fine-tuning job, as OpenAI has it; what this server can't do is refused by name."""
+"""OpenAI's body for a new fine-tuning job. Fields that this server doesn't support are refused by name."""
 
 import re
 from typing import Annotated, Any, Literal, Self
@@ -23,7 +23,7 @@ class HyperparametersBody(Body):
     learning_rate_multiplier: Literal["auto"] | Annotated[float, Field(gt=0, le=100)] = "auto"
 
     def chosen(self) -> Hyperparameters:
-        """With None for `auto`."""
+        """The values, with None for `auto`."""
         return Hyperparameters(*(None if value == _AUTO else value for value in self.model_dump().values()))
 
 
@@ -59,7 +59,7 @@ class JobBody(Body):
         return self
 
     def request(self) -> JobRequest:
-        """As the service takes it."""
+        """The job in the form that the training service takes."""
         supervised = None if self.method is None else self.method.supervised
         inner = None if supervised is None else supervised.hyperparameters
         chosen = self.hyperparameters or inner or HyperparametersBody()
@@ -75,7 +75,7 @@ class JobBody(Body):
 
 
 def read_job(data: dict[str, Any]) -> JobBody:
-    """The body as a job. 400 for a field that is wrong, unknown or not supported, by its name."""
+    """The body as a job. Raises a 400 that names the field if one is wrong, unknown or not supported."""
     if data.get("integrations"):
         raise _unsupported("integrations", "integrations are not supported: metrics are in the job's events")
     if data.get("integrations") in (None, []):

@@ -1,6 +1,7 @@
 """The one multipart body of this server: `POST /v1/files`, streamed to disk, never held in memory.
 
-python-multipart takes the body apart. Part names are compared with a fixed list, and a file's name is a label.
+python-multipart takes the body apart. Part names are compared with a fixed list. A file's name is only a label: no path
+is made from it.
 """
 
 import asyncio
@@ -19,8 +20,8 @@ from guanaco.server.training.jobs.service import TrainingService
 
 UPLOAD_PATH = "/v1/files"
 MAX_FORM_BYTES = 64 << 10  # of a body besides the file's content: boundaries, heads of parts, other fields
-_MAX_FIELD_BYTES = 1024
-_WRITE_BYTES = 1 << 20
+_MAX_FIELD_BYTES = 1024  # of a field's value
+_WRITE_BYTES = 1 << 20  # so many bytes of the file are collected before they are written
 
 
 @dataclass
@@ -102,8 +103,8 @@ class _Form:
 
 
 async def receive_file(request: Request, service: TrainingService, owner: Owner) -> StoredFile:
-    """The file of a multipart body, kept. Nothing of it is left where this raises: ApiError, RequestRefused, or
-    ClientGone where the client leaves before the end."""
+    """Keep the file of a multipart body. Raises ApiError, RequestRefused, or ClientGone if the client leaves before the
+    end; nothing of the file is left then."""
     form = _Form(_boundary(request))
     most = service.limits.max_file_bytes + MAX_FORM_BYTES
     announced = request.headers.get("content-length", "")
@@ -121,7 +122,7 @@ async def receive_file(request: Request, service: TrainingService, owner: Owner)
             raise bad_request("the file is empty", "file")
         return await service.finish_upload(upload, form.filename or "")
     finally:
-        await asyncio.shield(asyncio.to_thread(service.files.drop, upload))  # no more than a record, once it is kept
+        await asyncio.shield(asyncio.to_thread(service.files.drop, upload))  # once it is kept, only a record
 
 
 async def _read(request: Request, form: _Form, upload: Upload, most: int, service: TrainingService) -> None:

@@ -1,4 +1,4 @@
-"""Adapters that a request names itself, each with a factor: our way, and as llama.cpp, SGLang, TGI and LoRAX do."""
+"""Fields in which a request names adapters: our own, and those of llama.cpp, SGLang, TGI and LoRAX."""
 
 import hashlib
 from typing import Annotated

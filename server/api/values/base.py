@@ -7,6 +7,7 @@ from pydantic_core import PydanticCustomError
 
 
 def fail(message: str) -> PydanticCustomError:
+    """The error that a validator raises. message: for the client, so without the client's value."""
     return PydanticCustomError("value_error", message)
 
 

@@ -12,7 +12,7 @@ from guanaco.server.api.values.base import fail, schema
 MAX_VARIABLES = 32
 MAX_VARIABLES_BYTES = 16 << 10  # of all of them as JSON
 _NAME = re.compile("[A-Za-z][A-Za-z0-9_]{0,63}")
-# Names that a template gets from the server, or calls. A client's value for one of them would change the prompt.
+# Names that the server gives to a template, or that Jinja defines. A client's value would take their place.
 RESERVED = frozenset(
     (
         *("messages", "message", "conversation", "tools", "documents", "add_generation_prompt"),

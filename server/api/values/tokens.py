@@ -28,6 +28,7 @@ def _stop_strings(value: object) -> tuple[str, ...]:
 
 
 def token_ids(value: object, most: int) -> tuple[int, ...]:
+    """The token ids in a field; null means none. Raises PydanticCustomError for a wrong type or more than `most`."""
     ids = [] if value is None else value
     if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < 2**31 for token in ids):
         raise fail("give a list of token ids: integers, 0 or more")

@@ -27,7 +27,7 @@ class Call(NamedTuple):
 
 
 class Candidate(ABC):
-    """A text that began as calls begin. Complete calls are added to `calls`."""
+    """Reads a text that begins as calls do. Adds complete calls to `calls`."""
 
     def __init__(self, names: Collection[str]) -> None:
         self.names = names
@@ -69,8 +69,8 @@ class Marks:
         return literal(text) if token is None else control_token(token)
 
     def behind_text(self, mark: str, before: Part | None = None) -> Part:
-        """Any text up to the first mark, with it. Where the mark is a control token, the same text counts too: the
-        reader finds both. before: what the text has to match, which may be nothing; None: anything."""
+        """Any text up to the first mark, and the mark. If the mark is a control token, its spelled-out text counts too:
+        the reader finds both. before: the grammar of the text before the mark, which may be empty; None: any text."""
         token, spelled = self.control_id(mark), text_until(mark, before)
         if token is None:
             return spelled
@@ -102,7 +102,7 @@ class CallFormat(ABC):
         """A new candidate for the text behind a marker. Without a marker, its first character is the opening brace."""
 
     def object_of(self, calls: Sequence[GuidedCall]) -> Part:
-        """One call of these, as an object."""
+        """The grammar of one of these calls, written as a JSON object."""
         return one_of(
             *(
                 in_order(literal(f'{{"name": "{call.name}", "{self.argument_key}": '), call.arguments, literal("}"))
@@ -129,7 +129,7 @@ class CallFormat(ABC):
 
 
 class Objects:
-    """Reads one call object, or a list of them, character by character. A part of candidates."""
+    """Reads one call object, or a list of them, character by character. Candidates use it."""
 
     def __init__(self, names: Collection[str], *, may_be_list: bool) -> None:
         self._names = names
@@ -140,7 +140,10 @@ class Objects:
         self.done = False
 
     def push(self, char: str) -> Call | None:
-        """Read a character. Returns the call that it completes, if any. `done` after the object's or list's end."""
+        """Read a character. Returns the call that it completes, if any. `done` after the object's or list's end.
+
+        Raises NoCall if the character can't belong to a call.
+        """
         if self.current is not None:
             self.current.push(char)
             if not self.current.done:

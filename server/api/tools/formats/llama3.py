@@ -12,10 +12,10 @@ from guanaco.server.api.tools.formats.base import CallFormat, Candidate, GuidedC
 from guanaco.server.grammars.spec import Part, any_text, at_will, in_order, matching, one_of, optional
 
 PYTHON_TAG = "<|python_tag|>"
-# What `bare` allows before a call, at least one character of it; and texts in which no call begins.
+# The text that `bare` allows before a call, if it is not empty; and texts in which no call begins.
 _SEPARATOR = matching(r"[ \t\n\r]*;[ \t\n\r]*|[ \t\n\r]+")
 _PLAIN = matching(r"[^ \t\n\r{;](.|\n)*")
-_PLAIN_BEHIND = matching(r"[^ \t\n\r{](.|\n)*")  # a separator, which takes one semicolon
+_PLAIN_BEHIND = matching(r"[^ \t\n\r{](.|\n)*")  # behind a separator; a second semicolon begins plain text
 
 
 class _Bare(Candidate):
@@ -42,7 +42,7 @@ class Llama3(CallFormat):
         return _Bare(names)
 
     def forced(self, calls: Sequence[GuidedCall], marks: Marks, *, most: int, marker: bool) -> Part:  # noqa: ARG002
-        return self.object_of(calls)  # the format has one call, and no marker
+        return self.object_of(calls)  # `many` is False, and a call needs no marker
 
     def within_text(self, calls: Sequence[GuidedCall], marks: Marks, *, many: bool) -> Part:
         """A call may begin at the answer's start, behind a call, and behind the tag; other text has to begin in a way

@@ -22,11 +22,11 @@ from guanaco.server.grammars.spec import (
 
 MARKER = "[TOOL_CALLS]"
 _ARGS, _CALL_ID = "[ARGS]", "[CALL_ID]"
-_MAX_HEAD_CHARS = 256
+_MAX_HEAD_CHARS = 256  # of name, id and markers before the arguments
 
 
 class _Behind(Candidate):
-    """A list of call objects, or a name and its arguments."""
+    """Reads the text behind the marker: a list of call objects, or a name and its arguments."""
 
     def __init__(self, names: Collection[str]) -> None:
         super().__init__(names)
@@ -124,7 +124,7 @@ class Mistral(CallFormat):
         return in_order(*([marks.part(MARKER)] if marker else []), literal(" ["), listed, literal("]"))
 
     def within_text(self, calls: Sequence[GuidedCall], marks: Marks, *, many: bool) -> Part:
-        """Both ways of writing calls, as the model was trained."""
+        """Allows both ways of writing calls: the model writes them as it was trained."""
         most = MAX_REPEATS if many else 1
         listed = in_order(
             optional(literal(" ")),

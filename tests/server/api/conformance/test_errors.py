@@ -223,7 +223,7 @@ DEVIATIONS: dict[str, tuple[str, dict[str, Any], int]] = {
     "there is one tier, and nothing is kept": (CHAT, {"service_tier": "no such tier"}, 200),
     "models differ in what they begin with": (COMPLETIONS, {"prompt": ...}, 400),
     "such calls have no ids": (CHAT, {"messages": [USER, {"role": "function", "name": "f", "content": "x"}]}, 400),
-    "nothing of a conversation is dropped silently": (RESPONSES, {"truncation": "auto"}, 400),
+    "no part of a conversation is dropped silently": (RESPONSES, {"truncation": "auto"}, 400),
 }
 PAGE = (Path(__file__).parents[4] / "docs" / "http-api.md").read_text()
 DIFFERENCES = PAGE.partition("\n## Differences from OpenAI\n")[2].partition("\n## ")[0]
