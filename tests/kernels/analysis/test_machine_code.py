@@ -46,6 +46,7 @@ QUICK = [
     r"sm_80:(nf4_dequant|lora_shrink_prompt) 512 (3 parts, k 4096|16777216).*",
     r"sm_90:decode_(vector 2|dot 8|dot 16) 32/(32|8) heads of 128, (bf16|i8) .*",
     r"sm_90:decode_vector 8 32/32 heads of 128, i8 .* 2 splits.*",
+    r"sm_90:decode_dot 8 9/3 heads of 64, i8 .*",
     r"sm_90:prefill 512 32/8 heads of 128, (bf16|i8) .*",
     r"sm_86:decode_reduce 1 32 heads of 128, 32 .* bf16",
     r"sm_86:(rms_norm|scale_rows) 1 4096, [^y]* y fp16.*",
